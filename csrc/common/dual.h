@@ -1,0 +1,85 @@
+// A value and its directional derivative, carried together.
+//
+// Every kernel of this library, on the CPU and on the GPU, writes its formula once in terms of
+// Dual<T> and gets the tangent from the rules below; T is a float (CUDA, scalar tests) or a SIMD
+// vector (csrc/cpu/vec.h). With J the derivative of f: f(Dual{x, x_dot}) = Dual{f(x), J x_dot}.
+// The primal part never depends on the tangent, so a primal computed without one is bitwise equal.
+#pragma once
+
+#include <cmath>
+
+#if defined(__CUDACC__)
+#define IMF_HOST_DEVICE static __host__ __device__ __forceinline__
+#else
+// Internal linkage: see csrc/cpu/vec.h.
+#define IMF_HOST_DEVICE static inline
+#endif
+
+namespace imf {
+
+// Scalar forms of the functions that the SIMD vectors of csrc/cpu/vec.h provide too.
+IMF_HOST_DEVICE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+IMF_HOST_DEVICE float sqrt(float x) { return ::sqrtf(x); }
+IMF_HOST_DEVICE float exp(float x) { return ::expf(x); }
+
+template <typename T>
+struct Dual {
+  T primal;
+  T tangent;
+};
+
+template <typename T>
+IMF_HOST_DEVICE Dual<T> operator+(Dual<T> a, Dual<T> b) {
+  return {a.primal + b.primal, a.tangent + b.tangent};
+}
+
+template <typename T>
+IMF_HOST_DEVICE Dual<T> operator+(Dual<T> a, T constant) {
+  return {a.primal + constant, a.tangent};
+}
+
+// d(a b) = a_dot b + a b_dot
+template <typename T>
+IMF_HOST_DEVICE Dual<T> operator*(Dual<T> a, Dual<T> b) {
+  return {a.primal * b.primal, fma(a.tangent, b.primal, a.primal * b.tangent)};
+}
+
+template <typename T>
+IMF_HOST_DEVICE Dual<T> operator*(Dual<T> a, T constant) {
+  return {a.primal * constant, a.tangent * constant};
+}
+
+// 1/sqrt(x); d = -x_dot / (2 x sqrt(x))
+template <typename T>
+IMF_HOST_DEVICE T rsqrt(T x) {
+  return T(1.0f) / sqrt(x);
+}
+template <typename T>
+IMF_HOST_DEVICE Dual<T> rsqrt(Dual<T> x) {
+  const T y = rsqrt(x.primal);
+  return {y, T(-0.5f) * y * y * y * x.tangent};
+}
+
+// s(x) = 1 / (1 + e^-x)
+template <typename T>
+IMF_HOST_DEVICE T sigmoid(T x) {
+  return T(1.0f) / (T(1.0f) + exp(T(0.0f) - x));
+}
+
+// x s(x), and its derivative s + x s (1 - s) written as s (1 + x (1 - s)). Where x is so negative
+// that e^-x overflows, s is 0 and both are 0, as they should be.
+template <typename T>
+IMF_HOST_DEVICE T silu(T x) {
+  return x * sigmoid(x);
+}
+template <typename T>
+IMF_HOST_DEVICE T silu_derivative(T x, T s) {
+  return s * fma(x, T(1.0f) - s, T(1.0f));
+}
+template <typename T>
+IMF_HOST_DEVICE Dual<T> silu(Dual<T> x) {
+  const T s = sigmoid(x.primal);
+  return {x.primal * s, silu_derivative(x.primal, s) * x.tangent};
+}
+
+}  // namespace imf

@@ -1,0 +1,19 @@
+// Element types and the small conversions that the kernels share.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace imf {
+
+using index_t = std::int64_t;
+
+// The upper half of an IEEE fp32, as PyTorch's torch.bfloat16.
+struct bfloat16 {
+  std::uint16_t bits;
+};
+
+// Selects the element type of a kernel at run time; the values are those that Python passes.
+enum class DType : int { float32 = 0, bfloat16 = 1 };
+
+}  // namespace imf

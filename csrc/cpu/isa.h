@@ -1,0 +1,35 @@
+// Instruction sets. Each kernel file is compiled once per set (CMakeLists.txt gives the flags and
+// IMF_ISA), into a namespace of the set's name; which one runs is decided here, at run time.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace imf {
+
+enum class Isa { plain, avx2, avx512 };
+
+// Sets that were compiled in and that this processor runs, the best one last.
+std::vector<std::string> supported_isas();
+// Why `name` cannot be used here; empty where it can.
+std::string isa_unavailable(const std::string& name);
+void set_isa(const std::string& name);  // throws std::invalid_argument with the reason above
+std::string get_isa();
+Isa current_isa();
+
+}  // namespace imf
+
+#if defined(IMF_X86)
+#define IMF_DECLARE_PER_ISA(...)                  \
+  namespace plain { __VA_ARGS__; }                \
+  namespace avx2 { __VA_ARGS__; }                 \
+  namespace avx512 { __VA_ARGS__; }
+#define IMF_CALL(function, ...)                                            \
+  (::imf::current_isa() == ::imf::Isa::avx512 ? avx512::function(__VA_ARGS__) \
+   : ::imf::current_isa() == ::imf::Isa::avx2 ? avx2::function(__VA_ARGS__)   \
+                                              : plain::function(__VA_ARGS__))
+#else
+#define IMF_DECLARE_PER_ISA(...) \
+  namespace plain { __VA_ARGS__; }
+#define IMF_CALL(function, ...) plain::function(__VA_ARGS__)
+#endif

@@ -1,0 +1,61 @@
+// Threads: OpenMP, and so the very threads that PyTorch uses where it is built with the same
+// runtime (its Linux wheels are: libgomp). The number comes from the caller (torch.get_num_threads).
+// Work is divided by position alone, so results do not depend on timing.
+#pragma once
+
+#include "common/types.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace imf {
+namespace IMF_ISA {
+namespace {
+
+// Below this many elements a thread costs more than it brings (a team takes about 3 us to start).
+constexpr index_t min_elements_per_thread = 1 << 13;
+
+inline int team_size(int threads, index_t elements, index_t tasks) {
+  index_t n = elements / min_elements_per_thread;
+  if (n > tasks) n = tasks;
+  if (n > threads) n = threads;
+  return n < 1 ? 1 : static_cast<int>(n);
+}
+
+// Calls body(thread) once on each of `team` threads.
+template <typename Body>
+inline void on_each_thread(int team, Body body) {
+#if defined(_OPENMP)
+  if (team > 1) {
+#pragma omp parallel num_threads(team)
+    {
+      // The runtime may grant fewer threads than asked for; every share must still be done.
+      for (int share = omp_get_thread_num(); share < team; share += omp_get_num_threads()) body(share);
+    }
+    return;
+  }
+#endif
+  for (int share = 0; share < team; ++share) body(share);
+}
+
+struct Range {
+  index_t begin;
+  index_t end;
+};
+
+inline Range share_of(index_t n, int thread, int team) {
+  return {n * thread / team, n * (thread + 1) / team};
+}
+
+// Rows [0, rows), of which the last `tangent_rows` cost twice as much: shares of equal cost.
+inline Range share_of_rows(index_t rows, index_t tangent_rows, int thread, int team) {
+  const index_t cheap = rows - tangent_rows;
+  const auto row_at = [&](index_t cost) { return cost <= cheap ? cost : cheap + (cost - cheap) / 2; };
+  const index_t total = rows + tangent_rows;
+  return {row_at(total * thread / team), row_at(total * (thread + 1) / team)};
+}
+
+}  // namespace
+}  // namespace IMF_ISA
+}  // namespace imf

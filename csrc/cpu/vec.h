@@ -1,0 +1,298 @@
+// SIMD vectors of floats: one interface, three implementations, picked by the flags that the file
+// is compiled with (see isa.h). All arithmetic of the CPU kernels is fp32; bf16 exists in memory
+// only, and is rounded to nearest even when stored, NaN staying NaN.
+//
+// Contract of exp: relative error at most 2 ulp on [-87.3, 88.7]; below it 0 (results that would
+// be denormal are flushed), above it inf; NaN propagates. tests/test_vec.py enforces just that.
+#pragma once
+
+#include <cmath>
+
+#include "common/dual.h"
+#include "common/types.h"
+
+#if IMF_ISA_LEVEL >= 2
+#include <immintrin.h>
+#endif
+
+// Internal linkage: the three compilations of a header must never be merged by the linker, or a
+// processor without AVX-512 would be handed AVX-512 code.
+namespace imf {
+namespace IMF_ISA {
+namespace {
+
+#if IMF_ISA_LEVEL == 3  // AVX-512
+
+struct Vec {
+  static constexpr int width = 16;
+  __m512 v;
+  Vec() = default;
+  Vec(__m512 x) : v(x) {}
+  explicit Vec(float x) : v(_mm512_set1_ps(x)) {}
+};
+
+inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+inline Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }
+inline Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
+inline Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
+inline Vec operator/(Vec a, Vec b) { return _mm512_div_ps(a.v, b.v); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+inline Vec sqrt(Vec a) { return _mm512_sqrt_ps(a.v); }
+inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }  // b where either is NaN
+inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
+inline Vec round(Vec a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Vec scale_by_power_of_two(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }
+// where a < b: yes, else (also where either is NaN) no
+inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v);
+}
+inline Vec swap_pairs(Vec a) { return _mm512_permute_ps(a.v, 0xB1); }
+inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
+inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
+
+inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline Vec load(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+inline void store(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), a.v); }
+
+inline Vec widen(__m256i bits) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+inline __m256i narrow(Vec a) {
+  const __m512i x = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(0x7fff)), odd);
+  rounded = _mm512_srli_epi32(rounded, 16);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0)));
+}
+inline Vec load(const bfloat16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline Vec load(const bfloat16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
+inline void store(bfloat16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }
+inline void store(bfloat16* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(a)); }
+
+#elif IMF_ISA_LEVEL == 2  // AVX2 and FMA
+
+struct Vec {
+  static constexpr int width = 8;
+  __m256 v;
+  Vec() = default;
+  Vec(__m256 x) : v(x) {}
+  explicit Vec(float x) : v(_mm256_set1_ps(x)) {}
+};
+
+inline __m256i first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+inline Vec operator+(Vec a, Vec b) { return _mm256_add_ps(a.v, b.v); }
+inline Vec operator-(Vec a, Vec b) { return _mm256_sub_ps(a.v, b.v); }
+inline Vec operator*(Vec a, Vec b) { return _mm256_mul_ps(a.v, b.v); }
+inline Vec operator/(Vec a, Vec b) { return _mm256_div_ps(a.v, b.v); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
+inline Vec sqrt(Vec a) { return _mm256_sqrt_ps(a.v); }
+inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a.v, b.v); }  // b where either is NaN
+inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a.v, b.v); }
+inline Vec round(Vec a) { return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// n integral in [-126, 128]; in two halves, so that 2^128 itself need not be representable
+inline Vec scale_by_power_of_two(Vec a, Vec n) {
+  const __m256i whole = _mm256_cvtps_epi32(n.v);
+  const __m256i half = _mm256_srai_epi32(whole, 1);
+  const auto power = [](__m256i e) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23));
+  };
+  return _mm256_mul_ps(_mm256_mul_ps(a.v, power(half)), power(_mm256_sub_epi32(whole, half)));
+}
+inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
+  return _mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ));
+}
+inline Vec swap_pairs(Vec a) { return _mm256_permute_ps(a.v, 0xB1); }
+inline float reduce_add(Vec a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline float reduce_max(Vec a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline Vec load(const float* p, int n) { return _mm256_maskload_ps(p, first_lanes(n)); }
+inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+inline void store(float* p, Vec a, int n) { _mm256_maskstore_ps(p, first_lanes(n), a.v); }
+
+inline Vec widen(__m128i bits) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+inline __m128i narrow(Vec a) {
+  const __m256i x = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(x, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(x, _mm256_set1_epi32(0x7fff)), odd);
+  rounded = _mm256_srli_epi32(rounded, 16);
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+}
+inline Vec load(const bfloat16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline Vec load(const bfloat16* p, int n) {
+  alignas(16) bfloat16 buffer[8] = {};
+  std::memcpy(buffer, p, static_cast<std::size_t>(n) * sizeof(bfloat16));
+  return load(buffer);
+}
+inline void store(bfloat16* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(a)); }
+inline void store(bfloat16* p, Vec a, int n) {
+  alignas(16) bfloat16 buffer[8];
+  store(buffer, a);
+  std::memcpy(p, buffer, static_cast<std::size_t>(n) * sizeof(bfloat16));
+}
+
+#else  // plain C++: four lanes that any compiler turns into what the processor has
+
+struct Vec {
+  static constexpr int width = 4;
+  float v[4];
+  Vec() = default;
+  explicit Vec(float x) : v{x, x, x, x} {}
+};
+
+template <typename F>
+inline Vec each_lane(F f) {
+  Vec r;
+  for (int i = 0; i < Vec::width; ++i) r.v[i] = f(i);
+  return r;
+}
+
+inline Vec operator+(Vec a, Vec b) { return each_lane([&](int i) { return a.v[i] + b.v[i]; }); }
+inline Vec operator-(Vec a, Vec b) { return each_lane([&](int i) { return a.v[i] - b.v[i]; }); }
+inline Vec operator*(Vec a, Vec b) { return each_lane([&](int i) { return a.v[i] * b.v[i]; }); }
+inline Vec operator/(Vec a, Vec b) { return each_lane([&](int i) { return a.v[i] / b.v[i]; }); }
+// Rounded twice where the processor has no FMA; ::fmaf in software would be ten times slower.
+inline Vec fma(Vec a, Vec b, Vec c) { return each_lane([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
+inline Vec sqrt(Vec a) { return each_lane([&](int i) { return ::sqrtf(a.v[i]); }); }
+inline Vec max(Vec a, Vec b) { return each_lane([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
+inline Vec min(Vec a, Vec b) { return each_lane([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
+// Adding and taking away 1.5 * 2^23 leaves the nearest integer for |x| < 2^22.
+inline Vec round(Vec a) {
+  return each_lane([&](int i) {
+    volatile float shifted = a.v[i] + 12582912.0f;
+    return shifted - 12582912.0f;
+  });
+}
+inline Vec scale_by_power_of_two(Vec a, Vec n) {
+  return each_lane([&](int i) {
+    const auto power = [](int e) {
+      const std::uint32_t bits = static_cast<std::uint32_t>(e + 127) << 23;
+      float x;
+      std::memcpy(&x, &bits, sizeof x);
+      return x;
+    };
+    // NaN lanes carry any exponent: a NaN times anything stays NaN.
+    const int whole = n.v[i] >= -126.0f && n.v[i] <= 128.0f ? static_cast<int>(n.v[i]) : 0;
+    const int half = whole >> 1;
+    return a.v[i] * power(half) * power(whole - half);
+  });
+}
+inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
+  return each_lane([&](int i) { return a.v[i] < b.v[i] ? yes.v[i] : no.v[i]; });
+}
+inline Vec swap_pairs(Vec a) { return each_lane([&](int i) { return a.v[i ^ 1]; }); }
+inline float reduce_add(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+inline float reduce_max(Vec a) {
+  const auto larger = [](float x, float y) { return x > y ? x : y; };
+  return larger(larger(a.v[0], a.v[2]), larger(a.v[1], a.v[3]));
+}
+
+inline float to_float(bfloat16 x) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+}
+inline bfloat16 to_bfloat16(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (x != x) return {0x7fc0};
+  return {static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+inline float to_float(float x) { return x; }
+
+template <typename T>
+inline Vec load(const T* p) {
+  return each_lane([&](int i) { return to_float(p[i]); });
+}
+template <typename T>
+inline Vec load(const T* p, int n) {
+  return each_lane([&](int i) { return i < n ? to_float(p[i]) : 0.0f; });
+}
+inline void store(float* p, Vec a, int n = Vec::width) {
+  for (int i = 0; i < n; ++i) p[i] = a.v[i];
+}
+inline void store(bfloat16* p, Vec a, int n = Vec::width) {
+  for (int i = 0; i < n; ++i) p[i] = to_bfloat16(a.v[i]);
+}
+
+#endif
+
+inline Vec& operator+=(Vec& a, Vec b) { return a = a + b; }
+inline Vec& operator*=(Vec& a, Vec b) { return a = a * b; }
+
+// e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2; e^r by its Taylor polynomial of
+// degree 7, whose remainder there is below 6e-9 of the result. ln 2 is split so that n ln2_high is exact.
+inline Vec exp(Vec x) {
+  const Vec highest(88.72283935546875f), lowest(-87.33654022216796875f);
+  // The bound comes first in max and min, so that a NaN in x survives.
+  const Vec bounded = max(lowest, min(highest, x));
+  const Vec n = round(bounded * Vec(1.44269504088896341f));
+  Vec r = fma(n, Vec(-0.693359375f), bounded);
+  r = fma(n, Vec(2.12194440e-4f), r);
+  Vec p(1.0f / 5040.0f);
+  p = fma(p, r, Vec(1.0f / 720.0f));
+  p = fma(p, r, Vec(1.0f / 120.0f));
+  p = fma(p, r, Vec(1.0f / 24.0f));
+  p = fma(p, r, Vec(1.0f / 6.0f));
+  p = fma(p, r, Vec(0.5f));
+  p = fma(p, r, Vec(1.0f));
+  p = fma(p, r, Vec(1.0f));
+  const Vec y = scale_by_power_of_two(p, n);
+  const Vec overflowed = select_less(highest, x, Vec(INFINITY), y);
+  return select_less(x, lowest, Vec(0.0f), overflowed);
+}
+
+// Runs body(offset, lanes) over [0, n) a vector at a time; lanes < width in the last one only.
+// `load(p, lanes)` and `store(p, x, lanes)` below take the whole-vector path when they can.
+template <typename Body>
+inline void for_each_vec(index_t n, Body body) {
+  index_t i = 0;
+  for (; i + Vec::width <= n; i += Vec::width) body(i, Vec::width);
+  if (i < n) body(i, static_cast<int>(n - i));
+}
+template <typename T>
+inline Vec load_lanes(const T* p, int lanes) {
+  return lanes == Vec::width ? load(p) : load(p, lanes);
+}
+template <typename T>
+inline void store_lanes(T* p, Vec a, int lanes) {
+  if (lanes == Vec::width) {
+    store(p, a);
+  } else {
+    store(p, a, lanes);
+  }
+}
+
+// An element as the kernels see it: with its tangent, or without.
+template <typename T>
+inline Dual<Vec> load_dual(const T* primal, const T* tangent, int lanes) {
+  return {load_lanes(primal, lanes), load_lanes(tangent, lanes)};
+}
+template <typename T>
+inline void store_dual(T* primal, T* tangent, Dual<Vec> a, int lanes) {
+  store_lanes(primal, a.primal, lanes);
+  store_lanes(tangent, a.tangent, lanes);
+}
+
+}  // namespace
+}  // namespace IMF_ISA
+}  // namespace imf

@@ -1,0 +1,172 @@
+"""Configuration of a training run: every field is an argument of `python -m imf.train`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from typing import Any
+
+from imf.model import IMFConfig
+
+# 8 x 8 images in patches of 2 x 2: 16 patch tokens beside the 20 condition tokens.
+DIGITS_NETWORK = IMFConfig(
+    input_size=8,
+    patch_size=2,
+    in_channels=1,
+    hidden_size=128,
+    depth=6,
+    num_heads=2,
+    aux_head_depth=2,
+    mlp_ratio=8 / 3,
+    num_classes=10,
+)
+
+
+def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a run does; with the code, the versions and the thread count it decides every bit of the result.
+
+    Raises ValueError, naming the argument, for a value out of range.
+    """
+
+    data: str = _option("digits", "data set", ("digits",))
+    name: str = _option("", "name of the run; empty: the data set's, numbered when taken (digits, digits-2, ...)")
+    runs: str = _option("runs", "folder that holds the runs")
+
+    steps: int = _option(700, "optimizer steps")
+    batch_size: int = _option(128, "images per optimizer step")
+    accumulate: int = _option(1, "micro-batches per step; their gradients are averaged; divides the batch size")
+    lr: float = _option(2e-3, "peak learning rate of AdamW")
+    warmup_steps: int = _option(50, "steps of linear warm-up; the first step has learning rate 0")
+    decay: str = _option("cosine", "how the learning rate ends", ("constant", "linear", "cosine"))
+    decay_fraction: float = _option(1.0, "share of the steps, at the end, over which it decays to 0")
+    beta1: float = _option(0.9, "AdamW: decay of the first moment")
+    beta2: float = _option(0.95, "AdamW: decay of the second moment")
+    eps: float = _option(1e-8, "AdamW: epsilon")
+    weight_decay: float = _option(0.0, "AdamW: decoupled weight decay")
+    ema_decay: float = _option(0.98, "decay of the moving average of the weights, after its warm-up")
+    ema_warmup: float = _option(10.0, "decay at step t is at most (1 + t) / (ema_warmup + t)")
+
+    seed: int = _option(0, "seed of the initial weights, the data order, the draws and the samples")
+    precision: str = _option("auto", "operands of GEMMs and attention; auto: what this processor is fast at",
+                             ("auto", "fp32", "bf16"))
+    backend: str = _option("auto", "kernels; auto: the first that can run", ("auto", "reference", "cpu"))
+    device: str = _option("auto", "auto, cpu, cuda or cuda:<index>; auto: cuda where there is one")
+    threads: int = _option(0, "threads of PyTorch and of the kernels; 0: as PyTorch chooses")
+
+    omega: float = _option(1.5, "guidance scale of the samples drawn while and after training")
+    t_min: float = _option(0.0, "start of the guidance interval of these samples")
+    t_max: float = _option(1.0, "end of the guidance interval of these samples")
+
+    log_every: int = _option(10, "steps between lines of metrics.jsonl")
+    sample_every: int = _option(100, "steps between sample grids; 0: none while training")
+    checkpoint_every: int = _option(100, "steps between checkpoints; 0: only at the end and on Ctrl-C")
+    keep_checkpoints: int = _option(2, "checkpoints kept, the newest first")
+    tensorboard: bool = _option(True, "write TensorBoard events beside metrics.jsonl")
+
+    network: IMFConfig = DIGITS_NETWORK
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            choices = option.metadata.get("choices")
+            value = getattr(self, option.name)
+            _require(not choices or value in choices, option.name, f"one of {', '.join(choices or ())}", value)
+            _require(not isinstance(value, float) or math.isfinite(value), option.name, "finite", value)
+        for name in ("steps", "batch_size", "accumulate", "log_every", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("warmup_steps", "sample_every", "checkpoint_every", "seed", "threads", "weight_decay"):
+            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        _require(self.batch_size % self.accumulate == 0, "accumulate",
+                 f"a divisor of the batch size {self.batch_size}", self.accumulate)
+        _require(self.lr > 0, "lr", "above 0", self.lr)
+        _require(self.eps > 0, "eps", "above 0", self.eps)
+        for name in ("beta1", "beta2", "ema_decay"):
+            _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+        _require(0 < self.decay_fraction <= 1, "decay_fraction", "in (0, 1]", self.decay_fraction)
+        _require(self.ema_warmup >= 1, "ema_warmup", "at least 1", self.ema_warmup)
+        check_guidance(self.omega, self.t_min, self.t_max)
+        name_is_plain = self.name not in (".", "..") and not set(self.name) & set("/\\\0")
+        _require(name_is_plain, "name", "a plain folder name", self.name)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Images per forward and backward pass."""
+        return self.batch_size // self.accumulate
+
+
+def check_guidance(omega: float, t_min: float, t_max: float) -> None:
+    """Raises ValueError unless omega >= 1 and 0 <= t_min <= t_max <= 1."""
+    _require(math.isfinite(omega) and omega >= 1, "omega", "at least 1", omega)
+    _require(0 <= t_min <= 1, "t_min", "in [0, 1]", t_min)
+    _require(t_min <= t_max <= 1, "t_max", f"in [t_min, 1] = [{t_min:g}, 1]", t_max)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Learning rate of step `step` (from 0): linear from 0 over the warm-up, then constant or decaying to 0 at the end."""
+    warmup = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
+    # `left` falls from 1, where the decay begins, towards 0, which the step after the last would have.
+    left = min(1.0, (config.steps - step) / (config.decay_fraction * config.steps))
+    decay = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[config.decay]
+    return config.lr * warmup * decay
+
+
+def ema_decay(config: TrainConfig, step: int) -> float:
+    """Decay of the weights' moving average at step `step` (from 0): small at first, so the initial weights fade early."""
+    return min(config.ema_decay, (1 + step) / (config.ema_warmup + step))
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as JSON-compatible values; `from_dict` is the inverse."""
+    return asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> TrainConfig:
+    """The configuration that `to_dict` gave; ValueError for a name that is unknown or missing."""
+    _same_names("", values, TrainConfig)
+    _same_names("network.", values["network"], IMFConfig)
+    return TrainConfig(**{**values, "network": IMFConfig(**values["network"])})
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Options whose values differ: name -> (old, new); those of the network as `network.<name>`."""
+    a, b = _flat(to_dict(old)), _flat(to_dict(new))
+    return {name: (a[name], b[name]) for name in a if a[name] != b[name]}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One argument per field, absent from the result unless given; --help shows the defaults."""
+    run = parser.add_argument_group("training")
+    for option in fields(TrainConfig):
+        if option.name != "network":
+            _add_argument(run, option, option.default, option.metadata["help"])
+    network = parser.add_argument_group("network (the data decide input size, channels and classes)")
+    for option in fields(IMFConfig):
+        if option.name not in ("input_size", "in_channels", "num_classes"):
+            _add_argument(network, option, getattr(DIGITS_NETWORK, option.name), "see imf.model.IMFConfig")
+
+
+def with_arguments(config: TrainConfig, arguments: argparse.Namespace) -> TrainConfig:
+    """`config` with the arguments that the user gave; ValueError, naming the argument, if one is out of range."""
+    given = vars(arguments)
+    values = to_dict(config)
+    values.update({name: given[name] for name in values if name in given})
+    values["network"].update({name: given[name] for name in values["network"] if name in given})
+    return from_dict(values)
+
+
+def _add_argument(group: argparse._ArgumentGroup, option: Field[Any], default: Any, help: str) -> None:
+    flag = "--" + option.name.replace("_", "-")
+    text = f"{help} (default: {default!r})" if default == "" else f"{help} (default: {default:g})" if isinstance(
+        default, float) else f"{help} (default: {default})"
+    if isinstance(default, bool):
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+    else:
+        metavar = option.name.upper() if not option.metadata.get("choices") else None
+        group.add_argument(flag, type=type(default), choices=option.metadata.get("choices"), metavar=metavar,
+                           default=argparse.SUPPRESS, help=text)

@@ -1,0 +1,52 @@
+"""Builds `imf_kernels._C` with CMake and ninja; everything else is in pyproject.toml."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def program(name: str) -> str:
+    """The path of a build tool: of its wheel in the build environment, else of the one on PATH."""
+    beside = Path(sysconfig.get_path("scripts")) / name
+    wheel = {"ninja": "ninja", "cmake": "cmake"}[name]
+    try:
+        module = __import__(wheel)
+        packaged = Path(module.BIN_DIR if name == "ninja" else module.CMAKE_BIN_DIR) / name
+        if packaged.exists():
+            return str(packaged)
+    except (ImportError, AttributeError):
+        pass
+    return str(beside) if beside.exists() else name
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        # One folder per interpreter, kept between builds so that only edited sources are compiled again.
+        build = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
+        configure = [
+            program("cmake"),
+            *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+            # Given at every build: an isolated build's tools are gone at the next one, their cached paths stale.
+            f"-DCMAKE_MAKE_PROGRAM={program('ninja')}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DPython_ROOT_DIR={sys.prefix}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DIMF_CUDA={os.environ.get('IMF_CUDA', 'auto')}",
+        ]
+        if architectures := os.environ.get("IMF_CUDA_ARCHITECTURES"):
+            configure.append(f"-DIMF_CUDA_ARCHITECTURES={architectures}")
+        subprocess.run(configure, check=True)
+        subprocess.run([program("cmake"), "--build", str(build), "--target", "_C"], check=True)
+
+
+setup(ext_modules=[Extension("imf_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
