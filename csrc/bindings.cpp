@@ -4,8 +4,17 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
+#include "cpu/attention.h"
+#include "cpu/gated_residual.h"
 #include "cpu/isa.h"
+#include "cpu/prepend_tokens.h"
+#include "cpu/qk_norm_rope.h"
 #include "cpu/rms_norm.h"
+#include "cpu/silu.h"
+#include "cpu/sinusoidal_embedding.h"
+#include "cpu/swiglu.h"
 
 namespace py = pybind11;
 using imf::DType;
@@ -61,10 +70,174 @@ void register_rms_norm(py::module_& m) {
       unlocked());
 }
 
+void register_silu(py::module_& m) {
+  using namespace imf;
+  m.def(
+      "silu_forward",
+      [](int type, pointer x, pointer x_dot, pointer y, pointer y_dot, index_t elements,
+         index_t tangent_elements, int threads) {
+        IMF_CALL(silu_forward,
+                 {DType(type), at(x), at(x_dot), at(y), at(y_dot), elements, tangent_elements, threads});
+      },
+      unlocked());
+  m.def(
+      "silu_backward",
+      [](int type, pointer x, pointer dy, pointer dx, index_t elements, int threads) {
+        IMF_CALL(silu_backward, {DType(type), at(x), at(dy), at(dx), elements, threads});
+      },
+      unlocked());
+}
+
+void register_swiglu(py::module_& m) {
+  using namespace imf;
+  m.def(
+      "swiglu_forward",
+      [](int type, pointer x, pointer x_dot, pointer y, pointer y_dot, index_t rows, index_t tangent_rows,
+         index_t width, index_t x_stride, index_t x_dot_stride, int threads) {
+        IMF_CALL(swiglu_forward, {DType(type), at(x), at(x_dot), at(y), at(y_dot), rows, tangent_rows, width,
+                                  x_stride, x_dot_stride, threads});
+      },
+      unlocked());
+  m.def(
+      "swiglu_backward",
+      [](int type, pointer x, pointer dy, pointer dx, index_t rows, index_t width, index_t x_stride,
+         index_t dy_stride, int threads) {
+        IMF_CALL(swiglu_backward,
+                 {DType(type), at(x), at(dy), at(dx), rows, width, x_stride, dy_stride, threads});
+      },
+      unlocked());
+}
+
+void register_gated_residual(py::module_& m) {
+  using namespace imf;
+  m.def(
+      "gated_residual_forward",
+      [](int x_type, int branch_type, pointer x, pointer x_dot, pointer branch, pointer branch_dot,
+         pointer gate, pointer y, pointer y_dot, index_t rows, index_t tangent_rows, index_t width,
+         index_t x_stride, index_t x_dot_stride, index_t branch_stride, index_t branch_dot_stride,
+         int threads) {
+        IMF_CALL(gated_residual_forward,
+                 {DType(x_type), DType(branch_type), at(x), at(x_dot), at(branch), at(branch_dot),
+                  at<float>(gate), at(y), at(y_dot), rows, tangent_rows, width, x_stride, x_dot_stride,
+                  branch_stride, branch_dot_stride, threads});
+      },
+      unlocked());
+  m.def(
+      "gated_residual_backward",
+      [](int x_type, int branch_type, pointer dy, pointer branch, pointer gate, pointer dbranch,
+         pointer dgate, index_t rows, index_t width, index_t dy_stride, index_t branch_stride, int threads) {
+        IMF_CALL(gated_residual_backward,
+                 {DType(x_type), DType(branch_type), at(dy), at(branch), at<float>(gate), at(dbranch),
+                  at<float>(dgate), rows, width, dy_stride, branch_stride, threads});
+      },
+      unlocked());
+}
+
+void register_sinusoidal_embedding(py::module_& m) {
+  using namespace imf;
+  m.def(
+      "sinusoidal_embedding_forward",
+      [](pointer t, pointer t_dot, pointer frequencies, pointer y, pointer y_dot, index_t rows,
+         index_t tangent_rows, index_t half, int threads) {
+        IMF_CALL(sinusoidal_embedding_forward,
+                 {at<float>(t), at<float>(t_dot), at<float>(frequencies), at<float>(y), at<float>(y_dot), rows,
+                  tangent_rows, half, threads});
+      },
+      unlocked());
+}
+
+void register_prepend_tokens(py::module_& m) {
+  using namespace imf;
+  // A group is (tokens, embedding, embedding_dot, count).
+  using Group = std::tuple<pointer, pointer, pointer, index_t>;
+  m.def(
+      "prepend_tokens_forward",
+      [](const std::vector<Group>& groups, pointer x, pointer x_dot, pointer y, pointer y_dot, index_t batch,
+         index_t tangent_batch, index_t length, index_t width, int threads) {
+        std::vector<TokenGroup> list;
+        index_t prefix = 0;
+        for (const auto& [tokens, embedding, embedding_dot, count] : groups) {
+          list.push_back({at<float>(tokens), at<float>(embedding), at<float>(embedding_dot), count});
+          prefix += count;
+        }
+        IMF_CALL(prepend_tokens_forward,
+                 {list.data(), static_cast<index_t>(list.size()), prefix, at<float>(x), at<float>(x_dot),
+                  at<float>(y), at<float>(y_dot), batch, tangent_batch, length, width, threads});
+      },
+      unlocked());
+}
+
+using Strides = std::array<index_t, 3>;
+
+void register_qk_norm_rope(py::module_& m) {
+  using namespace imf;
+  m.def(
+      "qk_norm_rope_forward",
+      [](int type, pointer x, pointer x_dot, pointer weight, pointer cos, pointer sin, pointer y,
+         pointer y_dot, pointer rstd, index_t batch, index_t tangent_batch, index_t heads, index_t length,
+         index_t width, Strides xs, Strides ts, float eps, int threads) {
+        IMF_CALL(qk_norm_rope_forward,
+                 {DType(type), at(x), at(x_dot), at<float>(weight), at<float>(cos), at<float>(sin), at(y),
+                  at(y_dot), at<float>(rstd), batch, tangent_batch, heads, length, width,
+                  {xs[0], xs[1], xs[2]}, {ts[0], ts[1], ts[2]}, eps, threads});
+      },
+      unlocked());
+  m.def(
+      "qk_norm_rope_backward",
+      [](int type, pointer x, pointer dy, pointer weight, pointer cos, pointer sin, pointer rstd, pointer dx,
+         pointer dweight, index_t batch, index_t heads, index_t length, index_t width, Strides xs, Strides dys,
+         Strides dxs, int threads) {
+        IMF_CALL(qk_norm_rope_backward,
+                 {DType(type), at(x), at(dy), at<float>(weight), at<float>(cos), at<float>(sin),
+                  at<float>(rstd), at(dx), at<float>(dweight), batch, heads, length, width,
+                  {xs[0], xs[1], xs[2]}, {dys[0], dys[1], dys[2]}, {dxs[0], dxs[1], dxs[2]}, threads});
+      },
+      unlocked());
+}
+
+void register_attention(py::module_& m) {
+  using namespace imf;
+  // A tensor is (pointer, stride of batch, of head, of position); pointer 0: a structural zero.
+  using Heads = std::tuple<pointer, index_t, index_t, index_t>;
+  static const auto heads_tensor = [](const Heads& x) {
+    return HeadsTensor{at(std::get<0>(x)), {std::get<1>(x), std::get<2>(x), std::get<3>(x)}};
+  };
+  m.def(
+      "attention_forward",
+      [](int type, Heads q, Heads k, Heads v, Heads out, Heads q_dot, Heads k_dot, Heads v_dot, Heads out_dot,
+         pointer lse, index_t batch, index_t tangent_batch, index_t heads, index_t queries, index_t keys,
+         index_t width, index_t value_width, float scale, int threads) {
+        IMF_CALL(attention_forward,
+                 {DType(type), heads_tensor(q), heads_tensor(k), heads_tensor(v), heads_tensor(out),
+                  heads_tensor(q_dot), heads_tensor(k_dot), heads_tensor(v_dot), heads_tensor(out_dot),
+                  at<float>(lse), batch, tangent_batch, heads, queries, keys, width, value_width, scale,
+                  threads});
+      },
+      unlocked());
+  m.def(
+      "attention_backward",
+      [](int type, Heads q, Heads k, Heads v, Heads out, Heads dout, Heads dq, Heads dk, Heads dv, pointer lse,
+         index_t batch, index_t heads, index_t queries, index_t keys, index_t width, index_t value_width,
+         float scale, int threads) {
+        IMF_CALL(attention_backward,
+                 {DType(type), heads_tensor(q), heads_tensor(k), heads_tensor(v), heads_tensor(out),
+                  heads_tensor(dout), heads_tensor(dq), heads_tensor(dk), heads_tensor(dv), at<float>(lse), batch,
+                  heads, queries, keys, width, value_width, scale, threads});
+      },
+      unlocked());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of imf_kernels";
   register_isa(m);
+  register_attention(m);
+  register_gated_residual(m);
+  register_prepend_tokens(m);
+  register_qk_norm_rope(m);
   register_rms_norm(m);
+  register_silu(m);
+  register_sinusoidal_embedding(m);
+  register_swiglu(m);
 }

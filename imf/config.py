@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
 from imf.model import IMFConfig
@@ -23,9 +23,15 @@ DIGITS_NETWORK = IMFConfig(
     num_classes=10,
 )
 
+# What may change when a run is resumed: it leaves the weights alone, says when to stop, or only warns.
+RESUMABLE = {
+    "runs", "steps", "omega", "t_min", "t_max", "threads", "device",
+    "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
+}  # fmt: skip
 
-def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices})
+
+def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,16 @@ class TrainConfig:
     """
 
     data: str = _option("digits", "data set", ("digits",))
-    name: str = _option("", "name of the run; empty: the data set's, numbered when taken (digits, digits-2, ...)")
+    name: str = _option(
+        "", "name of the run; empty: the data set's, numbered when taken (digits, digits-2, ...)"
+    )
     runs: str = _option("runs", "folder that holds the runs")
 
     steps: int = _option(700, "optimizer steps")
     batch_size: int = _option(128, "images per optimizer step")
-    accumulate: int = _option(1, "micro-batches per step; their gradients are averaged; divides the batch size")
+    accumulate: int = _option(
+        1, "micro-batches per step; their gradients are averaged; divides the batch size"
+    )
     lr: float = _option(2e-3, "peak learning rate of AdamW")
     warmup_steps: int = _option(50, "steps of linear warm-up; the first step has learning rate 0")
     decay: str = _option("cosine", "how the learning rate ends", ("constant", "linear", "cosine"))
@@ -54,8 +64,11 @@ class TrainConfig:
     ema_warmup: float = _option(10.0, "decay at step t is at most (1 + t) / (ema_warmup + t)")
 
     seed: int = _option(0, "seed of the initial weights, the data order, the draws and the samples")
-    precision: str = _option("auto", "operands of GEMMs and attention; auto: what this processor is fast at",
-                             ("auto", "fp32", "bf16"))
+    precision: str = _option(
+        "auto",
+        "operands of GEMMs and attention; auto: what this processor is fast at",
+        ("auto", "fp32", "bf16"),
+    )
     backend: str = _option("auto", "kernels; auto: the first that can run", ("auto", "reference", "cpu"))
     device: str = _option("auto", "auto, cpu, cuda or cuda:<index>; auto: cuda where there is one")
     threads: int = _option(0, "threads of PyTorch and of the kernels; 0: as PyTorch chooses")
@@ -76,14 +89,20 @@ class TrainConfig:
         for option in fields(self):
             choices = option.metadata.get("choices")
             value = getattr(self, option.name)
-            _require(not choices or value in choices, option.name, f"one of {', '.join(choices or ())}", value)
+            _require(
+                not choices or value in choices, option.name, f"one of {', '.join(choices or ())}", value
+            )
             _require(not isinstance(value, float) or math.isfinite(value), option.name, "finite", value)
         for name in ("steps", "batch_size", "accumulate", "log_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("warmup_steps", "sample_every", "checkpoint_every", "seed", "threads", "weight_decay"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        _require(self.batch_size % self.accumulate == 0, "accumulate",
-                 f"a divisor of the batch size {self.batch_size}", self.accumulate)
+        _require(
+            self.batch_size % self.accumulate == 0,
+            "accumulate",
+            f"a divisor of the batch size {self.batch_size}",
+            self.accumulate,
+        )
         _require(self.lr > 0, "lr", "above 0", self.lr)
         _require(self.eps > 0, "eps", "above 0", self.eps)
         for name in ("beta1", "beta2", "ema_decay"):
@@ -108,7 +127,7 @@ def check_guidance(omega: float, t_min: float, t_max: float) -> None:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Learning rate of step `step` (from 0): linear from 0 over the warm-up, then constant or decaying to 0 at the end."""
+    """Learning rate of step `step` (from 0): linear warm-up from 0, then constant or decaying to 0."""
     warmup = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
     # `left` falls from 1, where the decay begins, towards 0, which the step after the last would have.
     left = min(1.0, (config.steps - step) / (config.decay_fraction * config.steps))
@@ -117,7 +136,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def ema_decay(config: TrainConfig, step: int) -> float:
-    """Decay of the weights' moving average at step `step` (from 0): small at first, so the initial weights fade early."""
+    """Decay of the moving average at step `step` (from 0): small at first: the initial weights fade."""
     return min(config.ema_decay, (1 + step) / (config.ema_warmup + step))
 
 
@@ -152,7 +171,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def with_arguments(config: TrainConfig, arguments: argparse.Namespace) -> TrainConfig:
-    """`config` with the arguments that the user gave; ValueError, naming the argument, if one is out of range."""
+    """`config` with the arguments that were given; ValueError, naming it, if one is out of range."""
     given = vars(arguments)
     values = to_dict(config)
     values.update({name: given[name] for name in values if name in given})
@@ -160,13 +179,35 @@ def with_arguments(config: TrainConfig, arguments: argparse.Namespace) -> TrainC
     return from_dict(values)
 
 
-def _add_argument(group: argparse._ArgumentGroup, option: Field[Any], default: Any, help: str) -> None:
+def _add_argument(group: argparse._ArgumentGroup, option: Field[Any], default: Any, text: str) -> None:
     flag = "--" + option.name.replace("_", "-")
-    text = f"{help} (default: {default!r})" if default == "" else f"{help} (default: {default:g})" if isinstance(
-        default, float) else f"{help} (default: {default})"
+    shown = f"{default:g}" if isinstance(default, float) else repr(default) if default == "" else default
+    text = f"{text} (default: {shown})"
     if isinstance(default, bool):
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
     else:
-        metavar = option.name.upper() if not option.metadata.get("choices") else None
-        group.add_argument(flag, type=type(default), choices=option.metadata.get("choices"), metavar=metavar,
-                           default=argparse.SUPPRESS, help=text)
+        choices = option.metadata.get("choices")
+        metavar = None if choices else type(default).__name__.upper()
+        group.add_argument(
+            flag, type=type(default), choices=choices, metavar=metavar, default=argparse.SUPPRESS, help=text
+        )
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    network = {f"network.{name}": value for name, value in values["network"].items()}
+    return {name: value for name, value in values.items() if name != "network"} | network
+
+
+def _same_names(prefix: str, values: Mapping[str, Any], kind: Any) -> None:
+    wanted, got = {option.name for option in fields(kind)}, set(values)
+    if wanted != got:
+        missing, unknown = sorted(wanted - got), sorted(got - wanted)
+        raise ValueError(
+            f"configuration: missing {', '.join(prefix + n for n in missing) or 'nothing'}; "
+            f"unknown {', '.join(prefix + n for n in unknown) or 'nothing'}"
+        )
+
+
+def _require(condition: bool, name: str, wanted: str, got: Any) -> None:
+    if not condition:
+        raise ValueError(f"{name} (--{name.replace('_', '-')}) must be {wanted}, got {got!r}")

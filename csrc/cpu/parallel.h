@@ -56,6 +56,20 @@ inline Range share_of_rows(index_t rows, index_t tangent_rows, int thread, int t
   return {row_at(total * thread / team), row_at(total * (thread + 1) / team)};
 }
 
+// Tasks handed out one at a time, for work of unequal cost. Which thread runs a task is left to
+// timing, so a task must write only what no other task does.
+class TaskQueue {
+ public:
+  explicit TaskQueue(index_t tasks) : tasks_(tasks) {}
+  bool next(index_t& task) {
+    task = __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED);
+    return task < tasks_;
+  }
+
+ private:
+  index_t tasks_, next_ = 0;
+};
+
 }  // namespace
 }  // namespace IMF_ISA
 }  // namespace imf

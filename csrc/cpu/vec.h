@@ -48,6 +48,9 @@ inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v);
 }
 inline Vec swap_pairs(Vec a) { return _mm512_permute_ps(a.v, 0xB1); }
+inline Vec duplicate_lower(Vec a) {  // lanes 0 0 1 1 2 2 ...
+  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7), a.v);
+}
 inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
@@ -108,6 +111,9 @@ inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
   return _mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ));
 }
 inline Vec swap_pairs(Vec a) { return _mm256_permute_ps(a.v, 0xB1); }
+inline Vec duplicate_lower(Vec a) {  // lanes 0 0 1 1 2 2 ...
+  return _mm256_permutevar8x32_ps(a.v, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+}
 inline float reduce_add(Vec a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -199,6 +205,7 @@ inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
   return each_lane([&](int i) { return a.v[i] < b.v[i] ? yes.v[i] : no.v[i]; });
 }
 inline Vec swap_pairs(Vec a) { return each_lane([&](int i) { return a.v[i ^ 1]; }); }
+inline Vec duplicate_lower(Vec a) { return each_lane([&](int i) { return a.v[i / 2]; }); }
 inline float reduce_add(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 inline float reduce_max(Vec a) {
   const auto larger = [](float x, float y) { return x > y ? x : y; };

@@ -40,15 +40,20 @@ def load(name: str) -> LabelledImages:
 
 
 def batch_indices(size: int, batch_size: int, *, seed: int, step: int) -> Tensor:
-    """Rows of the batch that step `step` trains on: a function of its arguments alone, so a resumed run needs no state.
+    """Rows of the batch of step `step`: a function of the arguments alone, so a resumed run needs no state.
 
-    Every epoch walks through the `size` examples once, in an order of its own; a batch runs across the end of an
-    epoch, so none is short and no example is left out.
+    Every epoch walks through the `size` examples once, in an order of its own; a batch runs across the end of
+    an epoch, so none is short and no example is left out.
 
     Returns: [batch_size] int64 on the CPU, values in 0 ... size - 1.
     Raises: ValueError unless size >= 1, batch_size >= 1, seed >= 0 and step >= 0.
     """
-    for name, value, least in (("size", size, 1), ("batch_size", batch_size, 1), ("seed", seed, 0), ("step", step, 0)):
+    for name, value, least in (
+        ("size", size, 1),
+        ("batch_size", batch_size, 1),
+        ("seed", seed, 0),
+        ("step", step, 0),
+    ):
         if value < least:
             raise ValueError(f"batch_indices: {name} must be at least {least}, got {value}")
     first, last = step * batch_size, (step + 1) * batch_size  # positions in the endless walk

@@ -1,0 +1,38 @@
+#pragma once
+
+#include "common/types.h"
+#include "cpu/isa.h"
+
+namespace imf {
+
+// A [batch, heads, length, width] tensor whose rows are contiguous; tangents hold the last samples only.
+struct HeadsTensor {
+  void* data;         // null: a structural zero
+  index_t stride[3];  // of batch, head, position
+};
+
+// O = softmax(scale Q K^T) V.
+struct AttentionForward {
+  DType type;
+  HeadsTensor q, k, v, out;
+  HeadsTensor q_dot, k_dot, v_dot, out_dot;
+  float* lse;  // [batch, heads, queries]: natural logarithm of the softmax's denominator
+  index_t batch, tangent_batch, heads, queries, keys, width, value_width;
+  float scale;
+  int threads;
+};
+
+struct AttentionBackward {
+  DType type;
+  HeadsTensor q, k, v, out, dout;
+  HeadsTensor dq, dk, dv;
+  const float* lse;
+  index_t batch, heads, queries, keys, width, value_width;
+  float scale;
+  int threads;
+};
+
+IMF_DECLARE_PER_ISA(void attention_forward(const AttentionForward&);
+                    void attention_backward(const AttentionBackward&))
+
+}  // namespace imf

@@ -1,0 +1,84 @@
+// Gated residual with its tangent, and its primal backward. The formulas are in
+// imf_kernels/ops/gated_residual.py.
+#include "cpu/gated_residual.h"
+
+#include "cpu/dtypes.h"
+#include "cpu/parallel.h"
+#include "cpu/rows.h"
+
+namespace imf {
+namespace IMF_ISA {
+namespace {
+
+template <typename X, typename B>
+void forward(const GatedResidualForward& a) {
+  const X* x = static_cast<const X*>(a.x);
+  const X* x_dot = static_cast<const X*>(a.x_dot);
+  const B* branch = static_cast<const B*>(a.branch);
+  const B* branch_dot = static_cast<const B*>(a.branch_dot);
+  X* y = static_cast<X*>(a.y);
+  X* y_dot = static_cast<X*>(a.y_dot);
+  const index_t first_tangent = a.rows - a.tangent_rows;
+  const int team = team_size(a.threads, (a.rows + a.tangent_rows) * a.width, a.rows);
+
+  on_each_thread(team, [&](int thread) {
+    const Range share = share_of_rows(a.rows, a.tangent_rows, thread, team);
+    for (index_t row = share.begin; row < share.end; ++row) {
+      const X* xi = x + row * a.x_stride;
+      const B* bi = branch + row * a.branch_stride;
+      X* yi = y + row * a.width;
+      for_each_vec(a.width, [&](index_t j, int lanes) {
+        const Vec g = load_lanes(a.gate + j, lanes);
+        store_lanes(yi + j, fma(load_lanes(bi + j, lanes), g, load_lanes(xi + j, lanes)), lanes);
+      });
+      if (row < first_tangent) continue;
+      // The map is linear for a given gate: the tangent is the same sum of the tangents.
+      const index_t t = row - first_tangent;
+      X* y_dot_i = y_dot + t * a.width;
+      for_each_vec(a.width, [&](index_t j, int lanes) {
+        const Vec zero(0.0f);
+        const Vec xj = x_dot ? load_lanes(x_dot + t * a.x_dot_stride + j, lanes) : zero;
+        const Vec bj = branch_dot ? load_lanes(branch_dot + t * a.branch_dot_stride + j, lanes) : zero;
+        store_lanes(y_dot_i + j, fma(bj, load_lanes(a.gate + j, lanes), xj), lanes);
+      });
+    }
+  });
+}
+
+template <typename X, typename B>
+void backward(const GatedResidualBackward& a) {
+  const X* dy = static_cast<const X*>(a.dy);
+  const B* branch = static_cast<const B*>(a.branch);
+  B* dbranch = static_cast<B*>(a.dbranch);
+  const int team = team_size(a.threads, 2 * a.rows * a.width, a.rows);
+
+  on_each_thread(team, [&](int thread) {
+    float* dgate = a.dgate + thread * a.width;
+    std::memset(dgate, 0, static_cast<std::size_t>(a.width) * sizeof(float));
+    const Range share = share_of(a.rows, thread, team);
+    for (index_t row = share.begin; row < share.end; ++row) {
+      const X* dyi = dy + row * a.dy_stride;
+      const B* bi = branch + row * a.branch_stride;
+      B* dbi = dbranch + row * a.width;
+      for_each_vec(a.width, [&](index_t j, int lanes) {
+        const Vec d = load_lanes(dyi + j, lanes);
+        store_lanes(dbi + j, d * load_lanes(a.gate + j, lanes), lanes);
+        store_lanes(dgate + j, fma(d, load_lanes(bi + j, lanes), load_lanes(dgate + j, lanes)), lanes);
+      });
+    }
+  });
+  add_up_rows(a.dgate, team, a.width);
+}
+
+}  // namespace
+
+void gated_residual_forward(const GatedResidualForward& a) {
+  with_types(a.x_type, a.branch_type, [&](auto x, auto b) { forward<decltype(x), decltype(b)>(a); });
+}
+
+void gated_residual_backward(const GatedResidualBackward& a) {
+  with_types(a.x_type, a.branch_type, [&](auto x, auto b) { backward<decltype(x), decltype(b)>(a); });
+}
+
+}  // namespace IMF_ISA
+}  // namespace imf

@@ -1,0 +1,132 @@
+// Per-head RMSNorm and rotary positions with their tangent, and the primal backward. The formulas
+// are in imf_kernels/ops/qk_norm_rope.py.
+#include "cpu/qk_norm_rope.h"
+
+#include "cpu/dtypes.h"
+#include "cpu/parallel.h"
+#include "cpu/rows.h"
+
+namespace imf {
+namespace IMF_ISA {
+namespace {
+
+// The turn of one position, a vector of lanes at a time: y = c n + s swap(n), where c holds each
+// cosine twice and s each sine twice, first with a minus sign.
+struct Rotation {
+  Vec c, s;
+
+  Rotation(const float* cos, const float* sin, index_t j, int lanes) {
+    alignas(64) static constexpr float signs[16] = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
+    c = duplicate_lower(load(cos + j / 2, lanes / 2));
+    s = duplicate_lower(load(sin + j / 2, lanes / 2)) * load(signs);
+  }
+  Vec apply(Vec n) const { return fma(c, n, s * swap_pairs(n)); }
+  Dual<Vec> apply(Dual<Vec> n) const { return {apply(n.primal), apply(n.tangent)}; }
+  Vec transposed(Vec dy) const { return fma(c, dy, Vec(0.0f) - s * swap_pairs(dy)); }
+};
+
+// Where row (b, h, l), counted in this order, begins.
+struct RowPosition {
+  index_t b, h, l;
+  RowPosition(index_t row, index_t heads, index_t length)
+      : b(row / (heads * length)), h(row / length % heads), l(row % length) {}
+  index_t offset(const index_t (&stride)[3]) const { return b * stride[0] + h * stride[1] + l * stride[2]; }
+};
+
+template <typename T>
+void forward(const QkNormRopeForward& a) {
+  const T* x = static_cast<const T*>(a.x);
+  const T* x_dot = static_cast<const T*>(a.x_dot);
+  T* y = static_cast<T*>(a.y);
+  T* y_dot = static_cast<T*>(a.y_dot);
+  const index_t rows = a.batch * a.heads * a.length;
+  const index_t tangent_rows = a.tangent_batch * a.heads * a.length;
+  const index_t first_tangent = rows - tangent_rows;
+  const float scale = 1.0f / static_cast<float>(a.width);
+  const int team = team_size(a.threads, (rows + tangent_rows) * a.width, rows);
+
+  on_each_thread(team, [&](int thread) {
+    const Range share = share_of_rows(rows, tangent_rows, thread, team);
+    for (index_t row = share.begin; row < share.end; ++row) {
+      RowPosition at(row, a.heads, a.length);
+      const T* xi = x + at.offset(a.x_stride);
+      const float* cos = a.cos + at.l * (a.width / 2);
+      const float* sin = a.sin + at.l * (a.width / 2);
+      T* yi = y + row * a.width;
+      if (row < first_tangent) {
+        const float rstd = rsqrt(sum_of_squares(xi, a.width) * scale + a.eps);
+        a.rstd[row] = rstd;
+        for_each_vec(a.width, [&](index_t j, int lanes) {
+          const Vec n = load_lanes(xi + j, lanes) * Vec(rstd) * load_lanes(a.weight + j, lanes);
+          store_lanes(yi + j, Rotation(cos, sin, j, lanes).apply(n), lanes);
+        });
+        continue;
+      }
+      at.b -= a.batch - a.tangent_batch;
+      const T* ti = x_dot + at.offset(a.x_dot_stride);
+      T* y_dot_i = y_dot + (row - first_tangent) * a.width;
+      const Dual<float> rstd = rsqrt(sum_of_squares(xi, ti, a.width) * scale + a.eps);
+      a.rstd[row] = rstd.primal;
+      const Dual<Vec> r{Vec(rstd.primal), Vec(rstd.tangent)};
+      for_each_vec(a.width, [&](index_t j, int lanes) {
+        const Dual<Vec> n = load_dual(xi + j, ti + j, lanes) * r * load_lanes(a.weight + j, lanes);
+        store_dual(yi + j, y_dot_i + j, Rotation(cos, sin, j, lanes).apply(n), lanes);
+      });
+    }
+  });
+}
+
+// dy turned back is the cotangent of rms_norm's output; the rest as in rms_norm.cpp.
+template <typename T>
+void backward(const QkNormRopeBackward& a) {
+  const T* x = static_cast<const T*>(a.x);
+  const T* dy = static_cast<const T*>(a.dy);
+  T* dx = static_cast<T*>(a.dx);
+  const index_t rows = a.batch * a.heads * a.length;
+  const float scale = 1.0f / static_cast<float>(a.width);
+  const int team = team_size(a.threads, 2 * rows * a.width, rows);
+
+  on_each_thread(team, [&](int thread) {
+    float* dweight = a.dweight + thread * a.width;
+    std::memset(dweight, 0, static_cast<std::size_t>(a.width) * sizeof(float));
+    const Range share = share_of(rows, thread, team);
+    for (index_t row = share.begin; row < share.end; ++row) {
+      const RowPosition at(row, a.heads, a.length);
+      const T* xi = x + at.offset(a.x_stride);
+      const T* dyi = dy + at.offset(a.dy_stride);
+      T* dxi = dx + at.offset(a.dx_stride);
+      const float* cos = a.cos + at.l * (a.width / 2);
+      const float* sin = a.sin + at.l * (a.width / 2);
+      const Vec rstd(a.rstd[row]);
+      const auto unturned = [&](index_t j, int lanes) {
+        return Rotation(cos, sin, j, lanes).transposed(load_lanes(dyi + j, lanes));
+      };
+      Vec dot(0.0f);
+      for_each_vec(a.width, [&](index_t j, int lanes) {
+        const Vec dyn = unturned(j, lanes) * (load_lanes(xi + j, lanes) * rstd);
+        store_lanes(dweight + j, load_lanes(dweight + j, lanes) + dyn, lanes);
+        dot = fma(dyn, load_lanes(a.weight + j, lanes), dot);
+      });
+      const Vec mean(reduce_add(dot) * scale);
+      for_each_vec(a.width, [&](index_t j, int lanes) {
+        const Vec g = unturned(j, lanes) * load_lanes(a.weight + j, lanes);
+        const Vec n = load_lanes(xi + j, lanes) * rstd;
+        store_lanes(dxi + j, rstd * (g - n * mean), lanes);
+      });
+    }
+  });
+  add_up_rows(a.dweight, team, a.width);
+}
+
+}  // namespace
+
+void qk_norm_rope_forward(const QkNormRopeForward& a) {
+  with_type(a.type, [&](auto t) { forward<decltype(t)>(a); });
+}
+
+void qk_norm_rope_backward(const QkNormRopeBackward& a) {
+  with_type(a.type, [&](auto t) { backward<decltype(t)>(a); });
+}
+
+}  // namespace IMF_ISA
+}  // namespace imf

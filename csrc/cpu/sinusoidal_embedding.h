@@ -1,0 +1,21 @@
+#pragma once
+
+#include "common/types.h"
+#include "cpu/isa.h"
+
+namespace imf {
+
+// y = [cos(t f_0) ... cos(t f_{half-1}), sin(t f_0) ... sin(t f_{half-1})], in fp32.
+struct SinusoidalEmbeddingForward {
+  const float* t;            // [rows]
+  const float* t_dot;        // [tangent_rows], belonging to the last rows
+  const float* frequencies;  // [half]
+  float* y;                  // [rows, 2 half]
+  float* y_dot;              // [tangent_rows, 2 half]
+  index_t rows, tangent_rows, half;
+  int threads;
+};
+
+IMF_DECLARE_PER_ISA(void sinusoidal_embedding_forward(const SinusoidalEmbeddingForward&))
+
+}  // namespace imf

@@ -1,0 +1,266 @@
+"""Checkpoints: one safetensors file holds a run at one step; nothing is unpickled.
+
+Tensors: `model.<name>` and `ema.<name>`, the weights and their moving average; `optimizer.<name>.<state>`,
+AdamW's moments and step count of that weight. Metadata: one JSON text under the key `imf`. Draws and data
+order are functions of (seed, step), so there is no random state to keep.
+
+A file appears under its name only when it is whole and on the disk (temporary file, fsync, rename), so the
+checkpoint of the highest step is always the one to resume from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import imf
+from imf.config import TrainConfig, from_dict, to_dict
+from imf.model import build
+
+METADATA_KEY = "imf"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by the name of a run's precision
+FORMAT = 1  # raise it when a file of the old form can no longer be read
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a checkpoint says about itself, beside its tensors.
+
+    step: optimizer steps done.  elapsed: seconds of training until then.
+    config: the full configuration, with that of the network.
+    precision: "fp32" or "bf16", as decided when the run began.
+    gemm_choices: what `imf_kernels.gemm.choices()` had measured; another choice rounds differently.
+    environment: versions, processor, device and thread count, see `environment`.
+    """
+
+    step: int
+    elapsed: float
+    config: TrainConfig
+    precision: str
+    gemm_choices: dict[str, str]
+    environment: dict[str, str]
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What else decides the bits of a result: versions, processor, device, threads."""
+    return {
+        "imf": str(getattr(imf, "__version__", "unknown")),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "processor": f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def save(
+    path: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, metadata: Metadata
+) -> None:
+    """Write a checkpoint to `path`, whose folder exists; it always holds the old file or all of the new one.
+
+    Raises: CheckpointError, naming the bytes needed and free, if the file cannot be written (a full disk).
+    """
+    tensors = _tensors(model, ema, optimizer)
+    values = {**vars(metadata), "config": to_dict(metadata.config), "format": FORMAT}
+    temporary = path.with_name(f".{path.name}.tmp")  # same folder, so the rename stays inside one file system
+    try:
+        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(values)})
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        needed = sum(tensor.nbytes for tensor in tensors.values())
+        raise CheckpointError(
+            f"{path}: could not write the checkpoint of step {metadata.step}: {error}; "
+            f"it needs {needed:,} bytes, {_free_bytes(path.parent)} are free"
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def load(path: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> Metadata:
+    """Restore a run from `path` in place; nothing is changed unless all of the file fits.
+
+    Raises: CheckpointError if the file is missing, truncated, foreign or of another network.
+    """
+    metadata, tensors = _read(path)
+    model_state = _select(tensors, "model.")
+    ema_state = _select(tensors, "ema.")
+    _check_same(path, model, model_state)
+    _check_same(path, ema, ema_state)
+    optimizer_state = optimizer.state_dict()
+    optimizer_state["state"] = {
+        index: state
+        for index, name in enumerate(_parameter_names(model, optimizer))
+        if (state := _select(tensors, f"optimizer.{name}."))
+    }
+    model.load_state_dict(model_state)
+    ema.load_state_dict(ema_state)
+    optimizer.load_state_dict(optimizer_state)
+    return metadata
+
+
+def load_network(path: Path, weights: Literal["ema", "model"] = "ema") -> tuple[nn.Module, Metadata]:
+    """The network of a checkpoint, built from its own configuration, with its averaged or its latest weights.
+
+    Raises: CheckpointError as `load` does.
+    """
+    metadata, tensors = _read(path, prefix=f"{weights}.")
+    network = build(metadata.config.network)
+    state = _select(tensors, f"{weights}.")
+    _check_same(path, network, state)
+    network.load_state_dict(state)
+    network.compute_dtype = DTYPES[metadata.precision]
+    return network.requires_grad_(False), metadata
+
+
+def read_metadata(path: Path) -> Metadata:
+    """What the checkpoint says about itself; CheckpointError if the file is missing, truncated or foreign."""
+    return _read(path, prefix=None)[0]
+
+
+def path_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies in a run's folder."""
+    return run / "checkpoints" / f"step-{step:08d}.safetensors"
+
+
+def list_all(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = (run / "checkpoints").glob("step-*.safetensors")
+    numbered = [(int(match[1]), path) for path in found if (match := re.fullmatch(r"step-(\d+)", path.stem))]
+    return [path for _, path in sorted(numbered)]
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that `path` means: itself if a file, the one of the highest step if a run's folder.
+
+    Raises: CheckpointError if there is none.
+    """
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
+    checkpoints = list_all(path)
+    if not checkpoints:
+        raise CheckpointError(f"{path}: no checkpoints/step-*.safetensors in this folder")
+    return checkpoints[-1]
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints of a run."""
+    for path in list_all(run)[:-keep]:
+        path.unlink()
+
+
+def remove_temporaries(run: Path) -> None:
+    """Delete what a killed process left half-written; only for a run that no other process is writing."""
+    for path in (run / "checkpoints").glob(".*"):  # safetensors has hidden temporary names of its own
+        path.unlink()
+
+
+def _tensors(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"ema.{name}": tensor for name, tensor in ema.state_dict().items()}
+    states = optimizer.state_dict()["state"]
+    for index, name in enumerate(_parameter_names(model, optimizer)):
+        tensors |= {f"optimizer.{name}.{key}": tensor for key, tensor in states.get(index, {}).items()}
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names in the order of the optimizer's state: an index means nothing once a layer was added."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _read(path: Path, prefix: str | None = "") -> tuple[Metadata, dict[str, Tensor]]:
+    """Metadata, and the tensors whose names begin with `prefix` (None: no tensors)."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            texts = file.metadata() or {}
+            names = [name for name in file.keys() if prefix is not None and name.startswith(prefix)]  # noqa: SIM118
+            # A copy: the tensors that safetensors returns lie in the mapped file.
+            tensors = {name: file.get_tensor(name).clone() for name in names}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: not a complete safetensors file ({error}); truncated, or written by another program? "
+            f"Delete it to go on from the checkpoint before, if there is one"
+        ) from error
+    if METADATA_KEY not in texts:
+        raise CheckpointError(
+            f"{path}: a safetensors file without {METADATA_KEY!r} metadata, so no checkpoint of imf.train"
+        )
+    try:
+        values = json.loads(texts[METADATA_KEY])
+        if values.pop("format") != FORMAT:
+            raise ValueError(f"this version reads format {FORMAT}")
+        metadata = Metadata(**values)
+        metadata = replace(metadata, config=from_dict(values["config"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: written by another version of imf.train: {error}") from error
+    return metadata, tensors
+
+
+def _check_same(path: Path, network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """CheckpointError, listing the first differences, unless names and shapes are those of the network."""
+    wanted: dict[str, Any] = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    got: dict[str, Any] = {name: list(tensor.shape) for name, tensor in state.items()}
+    different = [
+        name for name in [*wanted, *(got.keys() - wanted.keys())] if wanted.get(name) != got.get(name)
+    ]
+    if different:
+        lines = [
+            f"  {name}: checkpoint {got.get(name, 'has none')}, network {wanted.get(name, 'has none')}"
+            for name in different[:5]
+        ]
+        more = [f"  and {len(different) - 5} more"] if len(different) > 5 else []
+        raise CheckpointError("\n".join([f"{path}: a checkpoint of another network:", *lines, *more]))
+
+
+def _select(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free_bytes(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free:,}"
+    except OSError:
+        return "an unknown number"
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,249 @@
+"""What surrounds the training loop: the run's folder, metrics, stop signals, numbers leaving the device.
+
+A run's folder: config.json, metrics.jsonl, results.json, checkpoints/, samples/, tensorboard/.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from imf.config import TrainConfig, ema_decay, learning_rate
+
+BAR = "{desc} {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}, {elapsed}<{remaining}{postfix}"
+TERMS = ("loss", "loss_u", "loss_v", "gradient norm")  # what a training step reports
+
+
+class TrainingError(RuntimeError):
+    """Training cannot begin or go on; the message says why and what to do."""
+
+
+def create_folder(config: TrainConfig) -> Path:
+    """A new, empty folder for a run: `<runs>/<name>`, or the data set's name with the first free number.
+
+    Raises: TrainingError if a name was given and its folder is taken.
+    """
+    runs = Path(config.runs)
+    runs.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        folder = runs / (config.name or (config.data if number == 1 else f"{config.data}-{number}"))
+        try:
+            folder.mkdir()
+            break
+        except FileExistsError:
+            if config.name:
+                raise TrainingError(
+                    f"{folder} exists already; continue it with --resume {folder}, or choose another --name"
+                ) from None
+            number += 1
+    (folder / "checkpoints").mkdir()
+    (folder / "samples").mkdir()
+    return folder
+
+
+def newest(runs: Path) -> Path:
+    """The run in `runs` that wrote a checkpoint last; TrainingError if there is none."""
+    checkpoints = list(runs.glob("*/checkpoints/step-*.safetensors"))
+    if not checkpoints:
+        raise TrainingError(
+            f"--resume: no checkpoint in {runs}/*/checkpoints; pass a run's folder or a checkpoint"
+        )
+    return max(checkpoints, key=lambda path: path.stat().st_mtime).parent.parent
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name, "auto" for a GPU where there is one; TrainingError if it cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise TrainingError(f"--device must be auto, cpu, cuda or cuda:<index>, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise TrainingError(f"--device must be auto, cpu, cuda or cuda:<index>, got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise TrainingError(
+            f"--device {name}: PyTorch sees no GPU; it was built for CUDA {torch.version.cuda}"
+        )
+    return device
+
+
+def not_finite(step: int, terms: list[float]) -> str:
+    """Why training stopped: which of the TERMS of step number `step` are not finite."""
+    named = dict(zip(TERMS, terms, strict=True))
+    bad = ", ".join(f"{name} is {value}" for name, value in named.items() if not math.isfinite(value))
+    fine = ", ".join(f"{name} {value:.4g}" for name, value in named.items() if math.isfinite(value))
+    return (
+        f"stopped at step {step}: {bad}{f' ({fine})' if fine else ''}. Nothing of it went into the weights. "
+        f"Going on repeats its draws; a new run with a lower --lr, or --precision fp32, may get past it."
+    )
+
+
+def how_to_go_on(folder: Path, checkpoints: list[Path]) -> str:
+    """The last of a run's checkpoints and the command that resumes from it."""
+    if not checkpoints:
+        return f"No checkpoint had been written to {folder}."
+    command = shlex.join(["python", "-m", "imf.train", "--resume", str(folder)])
+    return f"Last good checkpoint: {checkpoints[-1]}\nGo on with: {command}"
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drop the lines past `step`, which a resumed run writes again, and what a killed run left half."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except ValueError:
+            break
+        kept.append(line + "\n")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+class Readback:
+    """Small vectors on their way from device to host, in order; waits for a GPU only when asked to."""
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+
+    def push(self, step: int, terms: Tensor) -> None:
+        """Send `terms`, those of step number `step`, on their way."""
+        event = None
+        if terms.is_cuda:
+            terms = torch.empty(terms.shape, dtype=terms.dtype, pin_memory=True).copy_(
+                terms, non_blocking=True
+            )
+            event = torch.cuda.Event()
+            event.record()
+        self._pending.append((step, terms, event))
+
+    def pop(self, wait: bool = False) -> Iterator[tuple[int, list[float]]]:
+        """Those that have arrived; with `wait`, all."""
+        while self._pending:
+            step, terms, event = self._pending[0]
+            if event is not None and not event.query():
+                if not wait:
+                    return
+                event.synchronize()
+            self._pending.popleft()
+            yield step, terms.tolist()
+
+
+class Log:
+    """Progress bar, metrics.jsonl and TensorBoard; a context manager.
+
+    A line of metrics.jsonl holds `step` (steps done), `loss`, `loss_u`, `loss_v` and `gradient_norm`, means
+    over the steps since the line before, `lr` and `ema_decay` of that step, `images_per_second` and
+    `elapsed`, seconds of training, without sampling and checkpoints.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, step: int, elapsed: float) -> None:
+        self.config = config
+        self.elapsed = elapsed
+        self._sums = [0.0] * len(TERMS)
+        self._steps, self._since = 0, elapsed
+        self._file = (folder / "metrics.jsonl").open("a", buffering=1)  # by line: a killed run loses none
+        self._board = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # importing it takes a second
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._bar = tqdm(
+            total=config.steps,
+            initial=step,
+            desc=folder.name,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+            bar_format=BAR,
+        )
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def add(self, step: int, terms: list[float]) -> None:
+        """Count in the terms of the step that made `step` steps done; write a line where one is due."""
+        self._sums = [total + term for total, term in zip(self._sums, terms, strict=True)]
+        self._steps += 1
+        if step % self.config.log_every == 0 or step == self.config.steps:
+            self._write(step)
+        self._bar.update()
+
+    def _write(self, step: int) -> None:
+        loss, loss_u, loss_v, gradient_norm = (total / self._steps for total in self._sums)
+        images_per_second = self._steps * self.config.batch_size / max(self.elapsed - self._since, 1e-9)
+        line = {
+            "step": step,
+            "loss": loss,
+            "loss_u": loss_u,
+            "loss_v": loss_v,
+            "gradient_norm": gradient_norm,
+            "lr": learning_rate(self.config, step - 1),
+            "ema_decay": ema_decay(self.config, step - 1),
+            "images_per_second": round(images_per_second, 1),
+            "elapsed": round(self.elapsed, 3),
+        }
+        self._file.write(json.dumps(line) + "\n")
+        if self._board is not None:
+            for name, value in line.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, step)
+        self._bar.set_postfix_str(
+            f"{images_per_second:.0f} images/s, loss_u {loss_u:.4f}, loss_v {loss_v:.4f}", refresh=False
+        )
+        self._sums = [0.0] * len(TERMS)
+        self._steps, self._since = 0, self.elapsed
+
+
+class StopSignals:
+    """Within it the first SIGINT (Ctrl-C) or SIGTERM is only noted, in `received`; a second acts as ever."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self.__exit__()

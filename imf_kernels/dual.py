@@ -1,0 +1,194 @@
+"""A tensor and its tangent, carried together through a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class Dual:
+    """A primal `x` and its tangent `x_dot`: the pair that every operation of this library maps to a pair.
+
+    Gradients flow through the primal; the tangent is data. Shape, dtype and device are those of the primal.
+
+    Args:
+        primal: any floating-point tensor, [B, ...].
+        tangent: of the primal's dtype and device, and either of its shape; or [n, ...] with n < B, which
+            belongs to the last n rows of the batch, the others being structural zeros; or `None`, a
+            structural zero altogether. Operations skip the work that structural zeros make needless.
+
+    Raises:
+        ValueError: a tangent of another shape, dtype or device, or one that requires grad.
+        TypeError: a primal or tangent that is no tensor, or no floating-point tensor.
+    """
+
+    __slots__ = ("_tangent", "primal")
+
+    def __init__(self, primal: Tensor, tangent: Tensor | None = None) -> None:
+        if not isinstance(primal, Tensor) or not primal.is_floating_point():
+            got = primal.dtype if isinstance(primal, Tensor) else type(primal).__name__
+            raise TypeError(f"Dual: primal must be a floating-point tensor, got {got}")
+        if tangent is not None:
+            _check_tangent(primal, tangent)
+        self.primal = primal
+        self._tangent = tangent
+
+    @property
+    def tangent(self) -> Tensor | None:
+        """The whole tangent, of the primal's shape, or `None` where it is a structural zero.
+
+        Where the primal carries gradients, differentiating what this returns raises an error instead of
+        leaving a gradient out in silence; `.tangent.detach()` is the plain tensor.
+        """
+        if self._tangent is None:
+            return None
+        tangent = complete(self._tangent, self.primal.shape[0] if self.primal.dim() else 1)
+        if torch.is_grad_enabled() and self.primal.requires_grad:
+            return _Guard.apply(tangent, self.primal)
+        return tangent
+
+    @property
+    def tangent_rows(self) -> Tensor | None:
+        """The tangent as it is stored: [n, ...] for the last n ≤ B rows, or `None`. No guard, no copy."""
+        return self._tangent
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.primal.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.primal.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.primal.device
+
+    def __repr__(self) -> str:
+        stored = "None" if self._tangent is None else f"{list(self._tangent.shape)}"
+        return f"Dual(primal={list(self.shape)}, tangent={stored}, dtype={self.dtype}, device='{self.device}')"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(func, "__qualname__", None) or getattr(func, "__name__", repr(func))
+        raise TypeError(
+            f"{name} got a Dual. Use the operation of that name in imf_kernels where there is one; for a "
+            "function that is linear and keeps batch rows apart, imf_kernels.linear_map(function, x)"
+        )
+
+
+def _check_tangent(primal: Tensor, tangent: Tensor) -> None:
+    if not isinstance(tangent, Tensor):
+        raise TypeError(f"Dual: tangent must be a tensor or None, got {type(tangent).__name__}")
+    rest_equal = tangent.dim() == primal.dim() and tangent.shape[1:] == primal.shape[1:]
+    if not rest_equal or (primal.dim() > 0 and tangent.shape[0] > primal.shape[0]):
+        wanted = list(primal.shape)
+        rows = f", or fewer rows of it, [n, {str(wanted[1:])[1:]}" if len(wanted) > 1 else ""
+        raise ValueError(
+            f"Dual: tangent must have the shape of its primal, {wanted}{rows}; got {list(tangent.shape)}"
+        )
+    if tangent.dtype != primal.dtype or tangent.device != primal.device:
+        raise ValueError(
+            f"Dual: tangent must be {primal.dtype} on {primal.device} like its primal, "
+            f"got {tangent.dtype} on {tangent.device}"
+        )
+    if tangent.requires_grad:
+        raise ValueError(
+            "Dual: tangent requires grad, but no gradient flows through tangents; pass tangent.detach()"
+        )
+
+
+class _Guard(torch.autograd.Function):
+    """Hands a tangent out. Its backward is never right, so it raises."""
+
+    @staticmethod
+    def forward(ctx: Any, tangent: Tensor, primal: Tensor) -> Tensor:
+        return tangent.view_as(tangent)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "imf_kernels: backward reached a tangent, but no gradient flows through tangents. Call .detach() on "
+            "it before it enters the loss; torch.func.jvp differentiates tangents, at its price"
+        )
+
+
+T = TypeVar("T")
+
+
+def complete(tangent: Tensor, rows: int) -> Tensor:
+    """The tangent of all `rows` rows, zeros where it was not stored."""
+    if tangent.dim() == 0 or tangent.shape[0] == rows:
+        return tangent
+    whole = tangent.new_zeros((rows, *tangent.shape[1:]))
+    whole[rows - tangent.shape[0] :] = tangent
+    return whole
+
+
+def tail(x: Tensor, like: Tensor) -> Tensor:
+    """The rows of `x` that the stored tangent `like` belongs to: the last ones."""
+    return x[x.shape[0] - like.shape[0] :] if x.dim() else x
+
+
+def align(*tangents: Tensor | None) -> list[Tensor | None]:
+    """Stored tangents of several arguments, all with as many rows as the longest; `None` stays `None`."""
+    rows = max((t.shape[0] for t in tangents if t is not None and t.dim()), default=0)
+    return [None if t is None else complete(t, rows) for t in tangents]
+
+
+def unpack(x: Tensor | Dual) -> tuple[Tensor, Tensor | None]:
+    """Primal and stored tangent (`None` for a plain tensor)."""
+    return (x.primal, x._tangent) if isinstance(x, Dual) else (x, None)
+
+
+def primal(x: Tensor | Dual) -> Tensor:
+    """The primal alone: from here on nothing carries a tangent."""
+    return x.primal if isinstance(x, Dual) else x
+
+
+def pack(y: Tensor, y_dot: Tensor | None, *inputs: object) -> Any:
+    """A result of the kind of the inputs: a `Dual` if any of them is one, else the tensor."""
+    return Dual(y, y_dot) if any(isinstance(x, Dual) for x in inputs) else y
+
+
+def linear_map(function: Callable[[Tensor], Any], x: Tensor | Dual) -> Any:
+    """Applies a linear function to a tensor, or to primal and tangent alike.
+
+    For reshapes, transposes, slices and everything else whose derivative is itself.
+
+    Args:
+        function: linear in its argument, and keeping the rows of the batch (dimension 0) apart and in order;
+            called with [B, ...] and, for the tangent, with [n, ...]. Returns a tensor or a sequence of them.
+        x: a tensor or a `Dual`.
+
+    Returns:
+        What `function` returns, with a `Dual` in the place of each tensor if `x` is one.
+    """
+    if not isinstance(x, Dual):
+        return function(x)
+    y = function(x.primal)
+    if x._tangent is None:
+        return pytree.tree_map(Dual, y)
+    with torch.no_grad():
+        y_dot = function(x._tangent)
+    return pytree.tree_map(Dual, y, y_dot)
+
+
+def _flatten(x: Dual) -> tuple[list[Any], None]:
+    return [x.primal, x._tangent], None
+
+
+def _unflatten(children: Any, context: None) -> Dual:
+    # Without checks: pytree maps put anything in the place of the tensors.
+    x = Dual.__new__(Dual)
+    x.primal, x._tangent = children
+    return x
+
+
+pytree.register_pytree_node(Dual, _flatten, _unflatten, serialized_type_name="imf_kernels.Dual")

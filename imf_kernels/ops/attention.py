@@ -1,0 +1,205 @@
+"""Scaled dot-product attention: O = P V with P = softmax(S), S = c Q Kᵀ.
+
+Tangent:  Ȯ = P V̇ + (P ∘ Ṡ) V − μ ∘ O with Ṡ = c (Q̇ Kᵀ + Q K̇ᵀ), μ_i = Σ_j P_ij Ṡ_ij.
+Backward: dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ − δ) with δ_i = Σ_d dO_id O_id,  dQ = c dS K,  dK = c dSᵀ Q.
+Source: Vaswani et al., "Attention Is All You Need" (2017); the online softmax and the recomputing backward of
+Dao et al., "FlashAttention" (2022), extended to the tangent.
+Kernels: csrc/cpu/attention.cpp.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imf_kernels import _C, cpu
+from imf_kernels.dispatch import Backend, always, choose
+from imf_kernels.dual import Dual, align, pack, tail, unpack
+from imf_kernels.ops import check
+
+_NAME = "scaled_dot_product_attention"
+
+
+def _reference(
+    q: Tensor,
+    q_dot: Tensor | None,
+    k: Tensor,
+    k_dot: Tensor | None,
+    v: Tensor,
+    v_dot: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor | None]:
+    dtype, exact = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    q, k, v = q.to(exact), k.to(exact), v.to(exact)
+    p = torch.softmax(scale * (q @ k.mT), dim=-1)
+    out = p @ v
+    stored = next((t for t in (q_dot, k_dot, v_dot) if t is not None), None)
+    if stored is None:
+        return out.to(dtype), None
+    with torch.no_grad():
+        q, k, v, p, o = (tail(x, stored) for x in (q, k, v, p, out))
+        out_dot = torch.zeros_like(o) if v_dot is None else p @ v_dot.to(exact)
+        if q_dot is not None or k_dot is not None:
+            s_dot = torch.zeros_like(p)
+            if q_dot is not None:
+                s_dot += q_dot.to(exact) @ k.mT
+            if k_dot is not None:
+                s_dot += q @ k_dot.to(exact).mT
+            p_s_dot = p * (scale * s_dot)
+            out_dot += p_s_dot @ v - p_s_dot.sum(-1, keepdim=True) * o
+        return out.to(dtype), out_dot.to(dtype)
+
+
+def _check(
+    query: Tensor | Dual,
+    key: Tensor | Dual,
+    value: Tensor | Dual,
+    attn_mask: Any,
+    dropout_p: float,
+    is_causal: bool,
+    enable_gqa: bool,
+) -> None:
+    refused = {
+        "attn_mask": attn_mask is not None,
+        "dropout_p": dropout_p != 0.0,
+        "is_causal": is_causal,
+        "enable_gqa": enable_gqa,
+    }
+    for argument, given in refused.items():
+        if given:
+            raise NotImplementedError(f"{_NAME}: {argument} is not supported yet")
+    arguments = {"query": query, "key": key, "value": value}
+    check.is_tensor_or_dual(_NAME, **arguments)
+    primals = {name: unpack(x)[0] for name, x in arguments.items()}
+    q, k, v = primals.values()
+    for name, x in primals.items():
+        if x.dim() != 4:
+            raise ValueError(f"{_NAME}: {name} must be [B, H, L, D], got {list(x.shape)}")
+    hint = "; did you pass [B, L, H, D]?" if q.shape[1] != k.shape[1] else ""
+    batch, heads, keys, width = q.shape[0], q.shape[1], k.shape[2], q.shape[3]
+    if tuple(k.shape) != (batch, heads, keys, width):
+        raise ValueError(
+            f"{_NAME}: key must be [{batch}, {heads}, L, {width}] for query of shape {list(q.shape)}, "
+            f"got {list(k.shape)}{hint}"
+        )
+    if tuple(v.shape[:3]) != (batch, heads, keys):
+        raise ValueError(
+            f"{_NAME}: value must be [{batch}, {heads}, {keys}, D] for key of shape {list(k.shape)}, "
+            f"got {list(v.shape)}"
+        )
+    check.same_device(_NAME, q, key=k, value=v)
+    check.same_dtype(_NAME, q, key=k, value=v)
+    for name, x in arguments.items():
+        x_primal, x_dot = unpack(x)
+        check.last_contiguous(_NAME, **{name: x_primal, f"{name}_dot": x_dot})
+
+
+def _heads(x: Tensor | None) -> tuple[int, int, int, int]:
+    """A tensor as the compiled module takes it: pointer, strides of batch, head and position."""
+    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
+
+
+def _positions_first(batch: int, heads: int, length: int, width: int, dtype: torch.dtype) -> Tensor:
+    """[B, H, L, D] in the memory order [B, L, H, D], as the projections around attention want it."""
+    return torch.empty((batch, length, heads, width), dtype=dtype).transpose(1, 2)
+
+
+class _CPU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        q_dot: Tensor | None,
+        k: Tensor,
+        k_dot: Tensor | None,
+        v: Tensor,
+        v_dot: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        (batch, heads, queries, width), keys, value_width = q.shape, k.shape[2], v.shape[3]
+        out = _positions_first(batch, heads, queries, value_width, q.dtype)
+        lse = torch.empty((batch, heads, queries), dtype=torch.float32)
+        stored = next((t for t in (q_dot, k_dot, v_dot) if t is not None), None)
+        out_dot, rows = None, 0
+        if stored is not None:
+            rows = stored.shape[0]
+            out_dot = _positions_first(rows, heads, queries, value_width, q.dtype)
+            ctx.mark_non_differentiable(out_dot)
+        _C.attention_forward(
+            *(cpu.DTYPES[q.dtype], _heads(q), _heads(k), _heads(v), _heads(out)),
+            *(_heads(q_dot), _heads(k_dot), _heads(v_dot), _heads(out_dot), lse.data_ptr()),
+            *(batch, rows, heads, queries, keys, width, value_width, scale, torch.get_num_threads()),
+        )
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.scale = scale
+        return out, out_dot
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor, dout_dot: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        (batch, heads, queries, width), keys, value_width = q.shape, k.shape[2], v.shape[3]
+        dout = cpu.last_contiguous(dout)
+        dq = torch.empty(q.shape, dtype=q.dtype)
+        dk = torch.empty(k.shape, dtype=k.dtype)
+        dv = _positions_first(batch, heads, keys, value_width, v.dtype)
+        _C.attention_backward(
+            *(cpu.DTYPES[q.dtype], _heads(q), _heads(k), _heads(v), _heads(out), _heads(dout)),
+            *(_heads(dq), _heads(dk), _heads(dv), lse.data_ptr()),
+            *(batch, heads, queries, keys, width, value_width, ctx.scale, torch.get_num_threads()),
+        )
+        return dq, None, dk, None, dv, None, None
+
+
+_BACKENDS = (
+    Backend("cpu", _CPU.apply, cpu.unavailable),
+    Backend("reference", _reference, always),
+)
+
+
+def scaled_dot_product_attention(
+    query: Tensor | Dual,
+    key: Tensor | Dual,
+    value: Tensor | Dual,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    backend: str | None = None,
+) -> Any:
+    """softmax(scale · query keyᵀ) value, with its tangent in the same pass.
+
+    Any of the three may carry a tangent; what is a structural zero is not computed (tangents of the query
+    alone cost 4 matrix products instead of 6).
+
+    Args:
+        query: [B, H, L_q, D], any strides with the last dimension contiguous; float32 or bfloat16
+            (`reference`: any floating-point type).
+        key: [B, H, L_k, D].
+        value: [B, H, L_k, D_v].
+        attn_mask, dropout_p, is_causal, enable_gqa: as in `torch.nn.functional`; not supported yet, and
+            refused unless left at their defaults.
+        scale: 1 / √D by default.
+        backend: "cpu", "reference", or the best one that can run.
+
+    Returns:
+        [B, H, L_q, D_v] of the query's dtype; a `Dual` if any of the three is one. The memory order is
+        [B, L_q, H, D_v], so that `.transpose(1, 2).flatten(2)` costs nothing.
+
+    Raises:
+        NotImplementedError: for what is not supported yet.
+        TypeError, ValueError: for arguments that do not fit.
+        RuntimeError: when an explicit `backend` cannot run.
+    """
+    _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    (q, q_dot), (k, k_dot), (v, v_dot) = unpack(query), unpack(key), unpack(value)
+    q_dot, k_dot, v_dot = align(q_dot, k_dot, v_dot)
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
+    run = choose(_NAME, _BACKENDS, backend, q).run
+    return pack(*run(q, q_dot, k, k_dot, v, v_dot, float(scale)), query, key, value)

@@ -1,0 +1,128 @@
+"""Gated residual: y = x + b · g with one gate a channel.
+
+Tangent:  ẏ = ẋ + ḃ · g (the gate is a weight and carries no tangent).
+Backward: dx = dy,  db = dy · g,  dg = Σ_rows dy · b.
+Source: the residual scales of iMF's blocks (Geng et al., "Improved Mean Flows", 2025, arXiv 2512.02012).
+Kernels: csrc/cpu/gated_residual.cpp.
+"""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from imf_kernels import _C, cpu
+from imf_kernels.dispatch import Backend, always, choose
+from imf_kernels.dual import Dual, align, pack, unpack
+from imf_kernels.ops import check
+
+
+def _reference(
+    x: Tensor, x_dot: Tensor | None, branch: Tensor, branch_dot: Tensor | None, gate: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    dtype, exact = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    g = gate.to(exact)
+    y = (x.to(exact) + branch.to(exact) * g).to(dtype)
+    if x_dot is None and branch_dot is None:
+        return y, None
+    with torch.no_grad():
+        x_part = 0 if x_dot is None else x_dot.to(exact)
+        branch_part = 0 if branch_dot is None else branch_dot.to(exact) * g
+        return y, torch.as_tensor(x_part + branch_part).to(dtype)
+
+
+def _check(x: Tensor | Dual, branch: Tensor | Dual, gate: Tensor) -> None:
+    check.is_tensor_or_dual("gated_residual", x=x, branch=branch)
+    check.is_tensor("gated_residual", gate=gate)
+    (x, x_dot), (branch, branch_dot) = unpack(x), unpack(branch)
+    if x.dim() == 0:
+        raise ValueError("gated_residual: x must have at least one dimension, got a scalar")
+    check.has_shape("gated_residual", "branch", branch, x.shape, " like x")
+    check.has_shape("gated_residual", "gate", gate, x.shape[-1:], ", one gate a channel")
+    check.same_device("gated_residual", x, branch=branch, gate=gate)
+    if branch.dtype != x.dtype and not (x.dtype == torch.float32 and branch.dtype == torch.bfloat16):
+        raise TypeError(
+            "gated_residual: branch must be of x's dtype, or bfloat16 beside x of float32; "
+            f"got {branch.dtype} beside {x.dtype}"
+        )
+    check.last_contiguous("gated_residual", x=x, x_dot=x_dot, branch=branch, branch_dot=branch_dot)
+
+
+class _CPU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, x_dot: Tensor | None, branch: Tensor, branch_dot: Tensor | None, gate: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        (x_rows, x_stride), (b_rows, b_stride) = cpu.rows_of(x), cpu.rows_of(branch)
+        xt_rows, xt_stride = (None, 0) if x_dot is None else cpu.rows_of(x_dot)
+        bt_rows, bt_stride = (None, 0) if branch_dot is None else cpu.rows_of(branch_dot)
+        g = gate.float().contiguous()
+        y, y_dot = torch.empty(x.shape, dtype=x.dtype), None
+        tangent = x_dot if x_dot is not None else branch_dot
+        if tangent is not None:
+            y_dot = torch.empty(tangent.shape, dtype=x.dtype)
+            ctx.mark_non_differentiable(y_dot)
+        _C.gated_residual_forward(
+            *(cpu.DTYPES[x.dtype], cpu.DTYPES[branch.dtype], x_rows.data_ptr(), cpu.pointer(xt_rows)),
+            *(b_rows.data_ptr(), cpu.pointer(bt_rows), g.data_ptr(), y.data_ptr(), cpu.pointer(y_dot)),
+            *(cpu.count_rows(x), cpu.count_rows(tangent), x.shape[-1]),
+            *(x_stride, xt_stride, b_stride, bt_stride, torch.get_num_threads()),
+        )
+        ctx.save_for_backward(branch, gate)
+        return y, y_dot
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
+        branch, gate = ctx.saved_tensors
+        width, threads = branch.shape[-1], torch.get_num_threads()
+        b_rows, b_stride = cpu.rows_of(branch)
+        dy_rows, dy_stride = cpu.rows_of(cpu.last_contiguous(dy))
+        g = gate.float().contiguous()
+        dbranch = torch.empty(branch.shape, dtype=branch.dtype)
+        dgate = torch.empty((threads, width), dtype=torch.float32)
+        _C.gated_residual_backward(
+            *(cpu.DTYPES[dy.dtype], cpu.DTYPES[branch.dtype], dy_rows.data_ptr(), b_rows.data_ptr()),
+            *(g.data_ptr(), dbranch.data_ptr(), dgate.data_ptr()),
+            *(cpu.count_rows(branch), width, dy_stride, b_stride, threads),
+        )
+        return dy, None, dbranch, None, dgate[0].to(gate.dtype)
+
+
+_BACKENDS = (
+    Backend("cpu", _CPU.apply, cpu.unavailable),
+    Backend("reference", _reference, always),
+)
+
+
+@overload
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str | None = ...) -> Tensor: ...
+@overload
+def gated_residual(x: Dual, branch: Tensor | Dual, gate: Tensor, *, backend: str | None = ...) -> Dual: ...
+@overload
+def gated_residual(x: Tensor, branch: Dual, gate: Tensor, *, backend: str | None = ...) -> Dual: ...
+def gated_residual(
+    x: Tensor | Dual, branch: Tensor | Dual, gate: Tensor, *, backend: str | None = None
+) -> Tensor | Dual:
+    """x + branch · gate, with its tangent.
+
+    Args:
+        x: [..., d], the residual stream; float32 or bfloat16 (`reference`: any floating-point type).
+        branch: like x; bfloat16 may be added to a stream of float32.
+        gate: [d], one gate a channel, of any floating-point type.
+        backend: "cpu", "reference", or the best one that can run.
+
+    Returns:
+        Like x; a `Dual` if `x` or `branch` is one. Computed in fp32, rounded once.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit.
+        RuntimeError: when an explicit `backend` cannot run.
+    """
+    _check(x, branch, gate)
+    (x_primal, x_dot), (b_primal, b_dot) = unpack(x), unpack(branch)
+    x_dot, b_dot = align(x_dot, b_dot)
+    run = choose("gated_residual", _BACKENDS, backend, x_primal, b_primal).run
+    return pack(*run(x_primal, x_dot, b_primal, b_dot, gate), x, branch)

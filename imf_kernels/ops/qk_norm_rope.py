@@ -1,0 +1,146 @@
+"""Per-head RMSNorm of queries and keys, then rotary positions.
+
+y = R_l n with n = x · r · w, r = (mean(x²) + ε)^(−½) over the head dimension, and R_l turning each pair
+(2i, 2i+1) by the angle of position l:  y_2i = n_2i c − n_2i+1 s,  y_2i+1 = n_2i+1 c + n_2i s.
+Tangent:  ẏ = R_l ṅ, ṅ as in rms_norm.
+Backward: dn = R_lᵀ dy, then as in rms_norm.
+Source: Su et al., "RoFormer" (2021), interleaved pairs; Dehghani et al., "Scaling Vision Transformers to 22
+Billion Parameters" (2023), for the normalisation.
+Kernels: csrc/cpu/qk_norm_rope.cpp.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imf_kernels import _C, cpu
+from imf_kernels.dispatch import Backend, always, choose
+from imf_kernels.dual import Dual, pack, tail, unpack
+from imf_kernels.ops import check
+
+
+def rope_tables(length: int, width: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each [length, width / 2] in float32, of the angles l · theta^(−2i / width)."""
+    frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+    return angles.cos().float(), angles.sin().float()
+
+
+def _rotate(n: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    even, odd = n[..., 0::2], n[..., 1::2]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+
+
+def _reference(
+    x: Tensor, x_dot: Tensor | None, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    dtype, exact = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    x, w, cos, sin = x.to(exact), weight.to(exact), cos.to(exact), sin.to(exact)
+    r = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    y = _rotate(x * r * w, cos, sin).to(dtype)
+    if x_dot is None:
+        return y, None
+    with torch.no_grad():
+        x, r, x_dot = tail(x, x_dot), tail(r, x_dot), x_dot.to(exact)
+        r_dot = -(r**3) * (x * x_dot).mean(-1, keepdim=True)
+        return y, _rotate((x_dot * r + x * r_dot) * w, cos, sin).to(dtype)
+
+
+def _check(argument: str, x: Tensor | Dual, weight: Tensor, cos: Tensor, sin: Tensor) -> None:
+    name = "qk_norm_rope"
+    check.is_tensor_or_dual(name, **{argument: x})
+    check.is_tensor(name, **{f"{argument}_weight": weight, "cos": cos, "sin": sin})
+    x, x_dot = unpack(x)
+    if x.dim() != 4 or x.shape[-1] % 2:
+        raise ValueError(f"{name}: {argument} must be [B, H, L, D] with an even D, got {list(x.shape)}")
+    length, width = x.shape[2:]
+    check.has_shape(name, f"{argument}_weight", weight, (width,), f" for {argument} of shape {list(x.shape)}")
+    for table, values in (("cos", cos), ("sin", sin)):
+        wanted = (length, width // 2)
+        check.has_shape(name, table, values, wanted, f" for {argument} of shape {list(x.shape)}")
+    check.same_device(name, x, **{f"{argument}_weight": weight, "cos": cos, "sin": sin})
+    check.last_contiguous(name, **{argument: x, f"{argument}_dot": x_dot})
+
+
+class _CPU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, x_dot: Tensor | None, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, heads, length, width = x.shape
+        w, cos, sin = weight.float().contiguous(), cos.float().contiguous(), sin.float().contiguous()
+        y, y_dot, rows, t_strides = torch.empty(x.shape, dtype=x.dtype), None, 0, (0, 0, 0)
+        rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
+        if x_dot is not None:
+            rows, t_strides = x_dot.shape[0], x_dot.stride()[:3]
+            y_dot = torch.empty(x_dot.shape, dtype=x.dtype)
+            ctx.mark_non_differentiable(y_dot)
+        _C.qk_norm_rope_forward(
+            *(cpu.DTYPES[x.dtype], x.data_ptr(), cpu.pointer(x_dot), w.data_ptr(), cos.data_ptr()),
+            *(sin.data_ptr(), y.data_ptr(), cpu.pointer(y_dot), rstd.data_ptr()),
+            *(batch, rows, heads, length, width, x.stride()[:3], t_strides, eps, torch.get_num_threads()),
+        )
+        ctx.save_for_backward(x, weight, cos, sin, rstd)
+        return y, y_dot
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, cos, sin, rstd = ctx.saved_tensors
+        (batch, heads, length, width), threads = x.shape, torch.get_num_threads()
+        w, dy = weight.float().contiguous(), cpu.last_contiguous(dy)
+        # Positions before heads, as projections leave them.
+        dx = torch.empty((batch, length, heads, width), dtype=x.dtype).transpose(1, 2)
+        dweight = torch.empty((threads, width), dtype=torch.float32)
+        _C.qk_norm_rope_backward(
+            *(cpu.DTYPES[x.dtype], x.data_ptr(), dy.data_ptr(), w.data_ptr(), cos.data_ptr(), sin.data_ptr()),
+            *(rstd.data_ptr(), dx.data_ptr(), dweight.data_ptr(), batch, heads, length, width),
+            *(x.stride()[:3], dy.stride()[:3], dx.stride()[:3], threads),
+        )
+        return dx, None, dweight[0].to(weight.dtype), None, None, None
+
+
+_BACKENDS = (
+    Backend("cpu", _CPU.apply, cpu.unavailable),
+    Backend("reference", _reference, always),
+)
+
+
+def qk_norm_rope(
+    q: Tensor | Dual,
+    k: Tensor | Dual,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-6,
+    *,
+    backend: str | None = None,
+) -> tuple[Any, Any]:
+    """RMSNorm over the head dimension, then rotary positions, of queries and of keys, with their tangents.
+
+    Args:
+        q, k: [B, H, L, D] of one length, D even, any strides with the last dimension contiguous; float32 or
+            bfloat16 (`reference`: any floating-point type). The numbers of heads may differ.
+        q_weight, k_weight: [D], weights of the norms.
+        cos, sin: [L, D / 2] in float32, from `rope_tables`; pair (2i, 2i + 1) is turned by angle i.
+        eps: added to the mean square.
+        backend: "cpu", "reference", or the best one that can run.
+
+    Returns:
+        The new q and k, contiguous, each a `Dual` if it came as one. Computed in fp32, rounded once.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit.
+        RuntimeError: when an explicit `backend` cannot run.
+    """
+    results = []
+    for argument, x, weight in (("q", q, q_weight), ("k", k, k_weight)):
+        _check(argument, x, weight, cos, sin)
+        primal, tangent = unpack(x)
+        run = choose("qk_norm_rope", _BACKENDS, backend, primal).run
+        results.append(pack(*run(primal, tangent, weight, cos, sin, eps), x))
+    return results[0], results[1]

@@ -1,0 +1,136 @@
+"""RMSNorm: y = x · r · w with r = (mean(x²) + ε)^(−½) over the last dimension.
+
+Tangent:  ẏ = (ẋ · r + x · ṙ) · w with ṙ = −r³ · mean(x ẋ).
+Backward: with g = dy · w and n = x · r:  dx = r · (g − n · mean(g n)),  dw = Σ_rows dy · n.
+Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
+Kernels: csrc/cpu/rms_norm.cpp; csrc/cuda/rms_norm.cu (compiled, has not run on hardware yet).
+
+This file is the exemplar: every operation's file has these parts in this order.
+"""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from imf_kernels import _C, cpu
+from imf_kernels.dispatch import Backend, always, choose
+from imf_kernels.dual import Dual, pack, tail, unpack
+from imf_kernels.ops import check
+
+
+def _reference(
+    x: Tensor, x_dot: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    exact = torch.promote_types(x.dtype, torch.float32)
+    x, w = x.to(exact), weight.to(exact)
+    r = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    y = (x * r * w).to(dtype)
+    if x_dot is None:
+        return y, None
+    with torch.no_grad():
+        x, r, x_dot = tail(x, x_dot), tail(r, x_dot), x_dot.to(exact)
+        r_dot = -(r**3) * (x * x_dot).mean(-1, keepdim=True)
+        return y, ((x_dot * r + x * r_dot) * w).to(dtype)
+
+
+def _check(x: Tensor | Dual, weight: Tensor, dtype: torch.dtype | None) -> None:
+    check.is_tensor_or_dual("rms_norm", x=x)
+    check.is_tensor("rms_norm", weight=weight)
+    x, x_dot = unpack(x)
+    if x.dim() == 0:
+        raise ValueError("rms_norm: x must have at least one dimension, got a scalar")
+    check.has_shape("rms_norm", "weight", weight, x.shape[-1:], f" for x of shape {list(x.shape)}")
+    check.same_device("rms_norm", x, weight=weight)
+    check.last_contiguous("rms_norm", x=x, x_dot=x_dot)
+    if dtype not in (None, x.dtype) and not (x.dtype == torch.float32 and dtype == torch.bfloat16):
+        raise TypeError(
+            f"rms_norm: dtype must be that of x, or bfloat16 for x of float32; got {dtype} for {x.dtype}"
+        )
+
+
+class _CPU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, x_dot: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        width = x.shape[-1]
+        x_rows, x_stride = cpu.rows_of(x)
+        w = weight.float().contiguous()
+        y = torch.empty(x.shape, dtype=dtype)
+        rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
+        y_dot, t_rows, t_stride = None, None, 0
+        if x_dot is not None:
+            t_rows, t_stride = cpu.rows_of(x_dot)
+            y_dot = torch.empty(x_dot.shape, dtype=dtype)
+            ctx.mark_non_differentiable(y_dot)
+        _C.rms_norm_forward(
+            *(cpu.DTYPES[x.dtype], cpu.DTYPES[dtype], x_rows.data_ptr(), cpu.pointer(t_rows)),
+            *(w.data_ptr(), y.data_ptr(), cpu.pointer(y_dot), rstd.data_ptr()),
+            *(cpu.count_rows(x), cpu.count_rows(t_rows), width, x_stride, t_stride, eps, torch.get_num_threads()),
+        )
+        ctx.save_for_backward(x, weight, rstd)
+        return y, y_dot
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        width, threads = x.shape[-1], torch.get_num_threads()
+        x_rows, x_stride = cpu.rows_of(x)
+        dy_rows, dy_stride = cpu.rows_of(cpu.last_contiguous(dy))
+        w = weight.float().contiguous()
+        dx = torch.empty(x.shape, dtype=x.dtype)
+        dweight = torch.empty((threads, width), dtype=torch.float32)
+        _C.rms_norm_backward(
+            *(cpu.DTYPES[x.dtype], cpu.DTYPES[dy.dtype], x_rows.data_ptr(), dy_rows.data_ptr()),
+            *(w.data_ptr(), rstd.data_ptr(), dx.data_ptr(), dweight.data_ptr()),
+            *(rstd.numel(), width, x_stride, dy_stride, threads),
+        )
+        return dx, None, dweight[0].to(weight.dtype), None, None
+
+
+_BACKENDS = (
+    Backend("cpu", _CPU.apply, cpu.unavailable),
+    Backend("reference", _reference, always),
+)
+
+
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = ..., *, dtype: torch.dtype | None = ..., backend: str | None = ...
+) -> Tensor: ...
+@overload
+def rms_norm(
+    x: Dual, weight: Tensor, eps: float = ..., *, dtype: torch.dtype | None = ..., backend: str | None = ...
+) -> Dual: ...
+def rms_norm(
+    x: Tensor | Dual,
+    weight: Tensor,
+    eps: float = 1e-6,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor | Dual:
+    """x · (mean(x²) + eps)^(−½) · weight over the last dimension, with its tangent.
+
+    Args:
+        x: [..., d], float32 or bfloat16 (`reference`: any floating-point type), the last dimension contiguous.
+        weight: [d], of any floating-point type.
+        eps: added to the mean square.
+        dtype: of the result; x's by default. An fp32 stream may be normalised into bf16 operands.
+        backend: "cpu", "reference", or the best one that can run.
+
+    Returns:
+        [..., d]; a `Dual` if `x` is one. Statistics are computed in fp32, the result rounded once.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit.
+        RuntimeError: when an explicit `backend` cannot run.
+    """
+    _check(x, weight, dtype)
+    primal, tangent = unpack(x)
+    run = choose("rms_norm", _BACKENDS, backend, primal).run
+    return pack(*run(primal, tangent, weight, eps, dtype or primal.dtype), x)

@@ -1,0 +1,92 @@
+"""SiLU: y = x · s with s = 1 / (1 + e^(−x)), element by element.
+
+Tangent:  ẏ = s (1 + x (1 − s)) ẋ.
+Backward: dx = s (1 + x (1 − s)) dy.
+Source: Hendrycks and Gimpel, "Gaussian Error Linear Units" (2016); as `torch.nn.functional.silu`.
+Kernels: csrc/cpu/silu.cpp.
+"""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from imf_kernels import _C, cpu
+from imf_kernels.dispatch import Backend, always, choose
+from imf_kernels.dual import Dual, pack, tail, unpack
+from imf_kernels.ops import check
+
+
+def _reference(x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    dtype, exact = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    x = x.to(exact)
+    s = torch.sigmoid(x)
+    y = (x * s).to(dtype)
+    if x_dot is None:
+        return y, None
+    with torch.no_grad():
+        x, s = tail(x, x_dot), tail(s, x_dot)
+        return y, (s * (1 + x * (1 - s)) * x_dot.to(exact)).to(dtype)
+
+
+def _check(x: Tensor | Dual) -> None:
+    check.is_tensor_or_dual("silu", x=x)
+
+
+class _CPU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        x = x.contiguous()
+        y, y_dot, elements = torch.empty_like(x), None, 0
+        if x_dot is not None:
+            x_dot = x_dot.contiguous()
+            y_dot, elements = torch.empty_like(x_dot), x_dot.numel()
+            ctx.mark_non_differentiable(y_dot)
+        _C.silu_forward(
+            *(cpu.DTYPES[x.dtype], x.data_ptr(), cpu.pointer(x_dot), y.data_ptr(), cpu.pointer(y_dot)),
+            *(x.numel(), elements, torch.get_num_threads()),
+        )
+        ctx.save_for_backward(x)
+        return y, y_dot
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        dy, dx = dy.contiguous(), torch.empty_like(x)
+        _C.silu_backward(
+            *(cpu.DTYPES[x.dtype], x.data_ptr(), dy.data_ptr(), dx.data_ptr()),
+            *(x.numel(), torch.get_num_threads()),
+        )
+        return dx, None
+
+
+_BACKENDS = (
+    Backend("cpu", _CPU.apply, cpu.unavailable),
+    Backend("reference", _reference, always),
+)
+
+
+@overload
+def silu(x: Tensor, *, backend: str | None = ...) -> Tensor: ...
+@overload
+def silu(x: Dual, *, backend: str | None = ...) -> Dual: ...
+def silu(x: Tensor | Dual, *, backend: str | None = None) -> Tensor | Dual:
+    """x / (1 + e^(−x)), with its tangent.
+
+    Args:
+        x: any shape and strides, float32 or bfloat16 (`reference`: any floating-point type).
+        backend: "cpu", "reference", or the best one that can run.
+
+    Returns:
+        As x in shape and dtype; a `Dual` if `x` is one. Computed in fp32, rounded once.
+
+    Raises:
+        TypeError: for an argument that is no floating-point tensor.
+        RuntimeError: when an explicit `backend` cannot run.
+    """
+    _check(x)
+    primal, tangent = unpack(x)
+    return pack(*choose("silu", _BACKENDS, backend, primal).run(primal, tangent), x)

@@ -1,0 +1,121 @@
+"""Sinusoidal embedding of scalars: y = [cos(t f_0) … cos(t f_{n−1}), sin(t f_0) … sin(t f_{n−1})] with
+f_i = P^(−i/n), n = dim / 2.
+
+Tangent:  ẏ = [−sin(t f_i) f_i ṫ, cos(t f_i) f_i ṫ].
+Backward: dt = Σ_i f_i (cos(t f_i) dy_{n+i} − sin(t f_i) dy_i).
+Source: Vaswani et al., "Attention Is All You Need" (2017), in the form of ADM and DiT: cosines first.
+Kernels: csrc/cpu/sinusoidal_embedding.cpp.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from imf_kernels import _C, cpu
+from imf_kernels.dispatch import Backend, always, choose
+from imf_kernels.dual import Dual, pack, tail, unpack
+from imf_kernels.ops import check
+
+
+@functools.lru_cache(maxsize=32)
+def _frequencies(half: int, max_period: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    steps = torch.arange(half, dtype=torch.float64, device=device)
+    return torch.exp(steps * (-math.log(max_period) / half)).to(dtype)
+
+
+def _reference(
+    t: Tensor, t_dot: Tensor | None, dim: int, max_period: float
+) -> tuple[Tensor, Tensor | None]:
+    f = _frequencies(dim // 2, max_period, t.dtype, t.device)
+    angle = t[:, None] * f
+    cos, sin = angle.cos(), angle.sin()
+    y = torch.cat([cos, sin], dim=-1)
+    if t_dot is None:
+        return y, None
+    with torch.no_grad():
+        angle_dot = t_dot[:, None] * f
+        return y, torch.cat([-tail(sin, t_dot) * angle_dot, tail(cos, t_dot) * angle_dot], dim=-1)
+
+
+def _check(t: Tensor | Dual, dim: int) -> None:
+    check.is_tensor_or_dual("sinusoidal_embedding", t=t)
+    t, _ = unpack(t)
+    if t.dim() != 1:
+        raise ValueError(f"sinusoidal_embedding: t must be [B], got {list(t.shape)}")
+    if dim < 2 or dim % 2:
+        raise ValueError(f"sinusoidal_embedding: dim must be even and at least 2, got {dim}")
+
+
+def _cpu_unavailable(tensors: Any) -> str | None:
+    if reason := cpu.unavailable(tensors):
+        return reason
+    return None if tensors[0].dtype == torch.float32 else "it embeds float32 scalars only"
+
+
+class _CPU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, t: Tensor, t_dot: Tensor | None, dim: int, max_period: float
+    ) -> tuple[Tensor, Tensor | None]:
+        t = t.contiguous()
+        f = _frequencies(dim // 2, max_period, t.dtype, t.device)
+        y, y_dot, rows = torch.empty((t.numel(), dim)), None, 0
+        if t_dot is not None:
+            t_dot = t_dot.contiguous()
+            rows = t_dot.numel()
+            y_dot = torch.empty((rows, dim))
+            ctx.mark_non_differentiable(y_dot)
+        _C.sinusoidal_embedding_forward(
+            *(t.data_ptr(), cpu.pointer(t_dot), f.data_ptr(), y.data_ptr(), cpu.pointer(y_dot)),
+            *(t.numel(), rows, dim // 2, torch.get_num_threads()),
+        )
+        ctx.save_for_backward(y, f)
+        return y, y_dot
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
+        y, f = ctx.saved_tensors
+        (cos, sin), (dcos, dsin) = y.chunk(2, dim=-1), dy.chunk(2, dim=-1)
+        return (cos * dsin - sin * dcos) @ f, None, None, None
+
+
+_BACKENDS = (
+    Backend("cpu", _CPU.apply, _cpu_unavailable),
+    Backend("reference", _reference, always),
+)
+
+
+@overload
+def sinusoidal_embedding(
+    t: Tensor, dim: int, max_period: float = ..., *, backend: str | None = ...
+) -> Tensor: ...
+@overload
+def sinusoidal_embedding(t: Dual, dim: int, max_period: float = ..., *, backend: str | None = ...) -> Dual: ...
+def sinusoidal_embedding(
+    t: Tensor | Dual, dim: int, max_period: float = 10000.0, *, backend: str | None = None
+) -> Tensor | Dual:
+    """Cosines and sines of scalars at geometrically spaced frequencies, with their tangent.
+
+    Args:
+        t: [B], float32 (`reference`: any floating-point type); not scaled here.
+        dim: the width of the embedding, even: dim / 2 cosines, then as many sines.
+        max_period: 2π times the longest period that the frequencies 1 … 1/max_period approach.
+        backend: "cpu", "reference", or the best one that can run.
+
+    Returns:
+        [B, dim] of t's dtype; a `Dual` if `t` is one.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit.
+        RuntimeError: when an explicit `backend` cannot run.
+    """
+    _check(t, dim)
+    primal, tangent = unpack(t)
+    run = choose("sinusoidal_embedding", _BACKENDS, backend, primal).run
+    return pack(*run(primal, tangent, dim, float(max_period)), t)

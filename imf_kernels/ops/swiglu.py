@@ -1,0 +1,104 @@
+"""SwiGLU: y = silu(g) · u for x = [g | u], the two halves of the last dimension.
+
+Tangent:  ẏ = silu'(g) ġ · u + silu(g) · u̇ with silu'(g) = s (1 + g (1 − s)), s = 1 / (1 + e^(−g)).
+Backward: dg = dy · u · silu'(g),  du = dy · silu(g).
+Source: Shazeer, "GLU Variants Improve Transformer" (2020).
+Kernels: csrc/cpu/swiglu.cpp.
+"""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from imf_kernels import _C, cpu
+from imf_kernels.dispatch import Backend, always, choose
+from imf_kernels.dual import Dual, pack, tail, unpack
+from imf_kernels.ops import check
+
+
+def _reference(x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    dtype, exact = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    gate, up = x.to(exact).chunk(2, dim=-1)
+    s = torch.sigmoid(gate)
+    y = (gate * s * up).to(dtype)
+    if x_dot is None:
+        return y, None
+    with torch.no_grad():
+        gate, up, s = tail(gate, x_dot), tail(up, x_dot), tail(s, x_dot)
+        gate_dot, up_dot = x_dot.to(exact).chunk(2, dim=-1)
+        return y, (s * (1 + gate * (1 - s)) * gate_dot * up + gate * s * up_dot).to(dtype)
+
+
+def _check(x: Tensor | Dual) -> None:
+    check.is_tensor_or_dual("swiglu", x=x)
+    x, x_dot = unpack(x)
+    if x.dim() == 0 or x.shape[-1] % 2:
+        raise ValueError(
+            f"swiglu: the last dimension of x holds gate and up side by side and must be even, got {list(x.shape)}"
+        )
+    check.last_contiguous("swiglu", x=x, x_dot=x_dot)
+
+
+class _CPU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        width = x.shape[-1] // 2
+        x_rows, x_stride = cpu.rows_of(x)
+        y = torch.empty((*x.shape[:-1], width), dtype=x.dtype)
+        y_dot, t_rows, t_stride = None, None, 0
+        if x_dot is not None:
+            t_rows, t_stride = cpu.rows_of(x_dot)
+            y_dot = torch.empty((*x_dot.shape[:-1], width), dtype=x.dtype)
+            ctx.mark_non_differentiable(y_dot)
+        _C.swiglu_forward(
+            *(cpu.DTYPES[x.dtype], x_rows.data_ptr(), cpu.pointer(t_rows), y.data_ptr(), cpu.pointer(y_dot)),
+            *(cpu.count_rows(x), cpu.count_rows(t_rows), width, x_stride, t_stride, torch.get_num_threads()),
+        )
+        ctx.save_for_backward(x)
+        return y, y_dot
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        x_rows, x_stride = cpu.rows_of(x)
+        dy_rows, dy_stride = cpu.rows_of(cpu.last_contiguous(dy))
+        dx = torch.empty(x.shape, dtype=x.dtype)
+        _C.swiglu_backward(
+            *(cpu.DTYPES[x.dtype], x_rows.data_ptr(), dy_rows.data_ptr(), dx.data_ptr()),
+            *(cpu.count_rows(x), x.shape[-1] // 2, x_stride, dy_stride, torch.get_num_threads()),
+        )
+        return dx, None
+
+
+_BACKENDS = (
+    Backend("cpu", _CPU.apply, cpu.unavailable),
+    Backend("reference", _reference, always),
+)
+
+
+@overload
+def swiglu(x: Tensor, *, backend: str | None = ...) -> Tensor: ...
+@overload
+def swiglu(x: Dual, *, backend: str | None = ...) -> Dual: ...
+def swiglu(x: Tensor | Dual, *, backend: str | None = None) -> Tensor | Dual:
+    """silu(gate) · up for x = [gate | up], with its tangent.
+
+    Args:
+        x: [..., 2d], gate in the first half of the last dimension, up in the second; float32 or bfloat16
+            (`reference`: any floating-point type), the last dimension contiguous.
+        backend: "cpu", "reference", or the best one that can run.
+
+    Returns:
+        [..., d] of x's dtype; a `Dual` if `x` is one. Computed in fp32, rounded once.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit.
+        RuntimeError: when an explicit `backend` cannot run.
+    """
+    _check(x)
+    primal, tangent = unpack(x)
+    return pack(*choose("swiglu", _BACKENDS, backend, primal).run(primal, tangent), x)
