@@ -216,11 +216,11 @@ void register_attention(py::module_& m) {
       unlocked());
   m.def(
       "attention_backward",
-      [](int type, Heads q, Heads k, Heads v, Heads out, Heads dout, Heads dq, Heads dk, Heads dv, pointer lse,
+      [](int type, Heads q, Heads k, Heads v, Heads dout, Heads dq, Heads dk, Heads dv, pointer lse,
          index_t batch, index_t heads, index_t queries, index_t keys, index_t width, index_t value_width,
          float scale, int threads) {
         IMF_CALL(attention_backward,
-                 {DType(type), heads_tensor(q), heads_tensor(k), heads_tensor(v), heads_tensor(out),
+                 {DType(type), heads_tensor(q), heads_tensor(k), heads_tensor(v),
                   heads_tensor(dout), heads_tensor(dq), heads_tensor(dk), heads_tensor(dv), at<float>(lse), batch,
                   heads, queries, keys, width, value_width, scale, threads});
       },

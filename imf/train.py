@@ -123,7 +123,7 @@ def training_step(state: State, images: data.LabelledImages, config: TrainConfig
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, found_inf: Tensor) -> None:
-    """ema <- ema + (1 - decay) (model - ema) for every weight in fp32; nothing if found_inf ([], fp32) is 1."""
+    """ema <- ema + (1 - decay) (model - ema) for every weight in fp32; nothing if found_inf, [], is 1."""
     averages, weights = list(ema.parameters()), list(model.parameters())
     change = torch._foreach_sub(weights, averages)
     torch._foreach_mul_(change, (1 - decay) * (1 - found_inf))

@@ -1,2 +1,32 @@
-from imf_kernels.dual import Dual, linear_map
+"""Exact forward-mode derivatives at close to the price of a forward pass.
+
+Every operation takes tensors or `Dual`s (a primal and its tangent), computes both in one pass, and lets
+gradients flow through the primal alone.
+"""
+
+from imf_kernels.dual import Dual, linear_map, primal
+from imf_kernels.ops.attention import scaled_dot_product_attention
+from imf_kernels.ops.gated_residual import gated_residual
+from imf_kernels.ops.linear import linear
+from imf_kernels.ops.prepend_tokens import prepend_tokens
+from imf_kernels.ops.qk_norm_rope import qk_norm_rope, rope_tables
 from imf_kernels.ops.rms_norm import rms_norm
+from imf_kernels.ops.silu import silu
+from imf_kernels.ops.sinusoidal_embedding import sinusoidal_embedding
+from imf_kernels.ops.swiglu import swiglu
+
+__all__ = [
+    "Dual",
+    "gated_residual",
+    "linear",
+    "linear_map",
+    "primal",
+    "prepend_tokens",
+    "qk_norm_rope",
+    "rms_norm",
+    "rope_tables",
+    "scaled_dot_product_attention",
+    "silu",
+    "sinusoidal_embedding",
+    "swiglu",
+]

@@ -59,7 +59,9 @@ def test_frechet_distance_of_two_dimensional_gaussians_that_do_not_commute():
 
 def test_frechet_distance_to_itself_is_zero_though_pixels_are_constant():
     images = data.load("digits").images
-    assert (images.flatten(1).std(0) == 0).any()  # singular covariance: the case that a plain square root fails
+    assert (
+        images.flatten(1).std(0) == 0
+    ).any()  # singular covariance: the case that a plain square root fails
     assert evaluate.frechet_distance(images, images) < 1e-6
     moved = images + 0.5
     assert evaluate.frechet_distance(images, moved) == pytest.approx(64 * 0.25, abs=1e-6)

@@ -70,7 +70,13 @@ def test_grid_pixel_by_pixel():
     images = torch.tensor([-1.0, 0.0, 1.0, 5.0]).reshape(4, 1, 1, 1).expand(4, 1, 2, 2)
     picture = sample.draw_grid(images, columns=2, scale=3, gap=1)
     assert picture.size == (2 * 7 + 1, 2 * 7 + 1)
-    assert [picture.getpixel(at)[0] for at in [(1, 1), (6, 6), (8, 1), (1, 8), (8, 8)]] == [0, 0, 128, 255, 255]
+    assert [picture.getpixel(at)[0] for at in [(1, 1), (6, 6), (8, 1), (1, 8), (8, 8)]] == [
+        0,
+        0,
+        128,
+        255,
+        255,
+    ]
     assert picture.getpixel((7, 3)) == picture.getpixel((0, 0)) == (255, 255, 255)  # gap and border
 
 

@@ -188,8 +188,9 @@ void forward(const AttentionForward& a) {
   });
 }
 
-// With delta_i = sum_d dO O and P = e^(S - lse): dV = P^T dO, dS = P (dO V^T - delta), dQ = scale dS K,
-// dK = dS^T (scale Q). A task is a head; dK and dV are summed over its blocks of queries.
+// With P = e^(S - lse), dP = dO V^T and delta_i = sum_j P dP: dV = P^T dO, dS = P (dP - delta),
+// dQ = scale dS K, dK = dS^T (scale Q). A task is a head; dK and dV are summed over its blocks of queries.
+// delta is also sum_d dO O, but taken from P and dP the rows of dS sum to zero as exactly as they can.
 template <typename T>
 void backward(const AttentionBackward& a) {
   const index_t heads = a.batch * a.heads;
@@ -219,7 +220,6 @@ void backward(const AttentionBackward& a) {
       const index_t b = head / a.heads, h = head % a.heads;
       const T* q_head = head_of<T>(a.q, b, h);
       const T* k_head = head_of<T>(a.k, b, h);
-      const T* out_head = head_of<T>(a.out, b, h);
       const T* dout_head = head_of<T>(a.dout, b, h);
       pack_transposed(k_head, a.k.stride[2], a.keys, a.width, k_transposed);
       pack_transposed(head_of<T>(a.v, b, h), a.v.stride[2], a.keys, a.value_width, v_transposed);
@@ -237,16 +237,18 @@ void backward(const AttentionBackward& a) {
                 key_stride, false);
         hide_padding(p, key_stride, rows, a.keys);
         for (index_t i = 0; i < rows; ++i) {
-          const T* out = out_head + (q0 + i) * a.out.stride[2];
+          float* pi = p + i * key_stride;
+          float* dsi = ds + i * key_stride;
+          const Vec lse(a.lse[head * a.queries + q0 + i]);
           Vec dot(0.0f);
-          for_each_vec(a.value_width, [&](index_t j, int lanes) {
-            dot = fma(load_lanes(dout + i * a.value_width + j, lanes), load_lanes(out + j, lanes), dot);
-          });
-          const Vec delta(reduce_add(dot)), lse(a.lse[head * a.queries + q0 + i]);
-          for (index_t j = i * key_stride; j < (i + 1) * key_stride; j += Vec::width) {
-            const Vec pj = exp(load(p + j) - lse);
-            store(p + j, pj);
-            store(ds + j, pj * (load(ds + j) - delta));
+          for (index_t j = 0; j < key_stride; j += Vec::width) {
+            const Vec pj = exp(load(pi + j) - lse);
+            store(pi + j, pj);
+            dot = fma(pj, load(dsi + j), dot);
+          }
+          const Vec delta(reduce_add(dot));
+          for (index_t j = 0; j < key_stride; j += Vec::width) {
+            store(dsi + j, load(pi + j) * (load(dsi + j) - delta));
           }
         }
         const bool first = q0 == 0;

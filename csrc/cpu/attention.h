@@ -24,7 +24,7 @@ struct AttentionForward {
 
 struct AttentionBackward {
   DType type;
-  HeadsTensor q, k, v, out, dout;
+  HeadsTensor q, k, v, dout;
   HeadsTensor dq, dk, dv;
   const float* lse;
   index_t batch, heads, queries, keys, width, value_width;

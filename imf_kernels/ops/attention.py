@@ -1,7 +1,7 @@
 """Scaled dot-product attention: O = P V with P = softmax(S), S = c Q Kᵀ.
 
 Tangent:  Ȯ = P V̇ + (P ∘ Ṡ) V − μ ∘ O with Ṡ = c (Q̇ Kᵀ + Q K̇ᵀ), μ_i = Σ_j P_ij Ṡ_ij.
-Backward: dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ − δ) with δ_i = Σ_d dO_id O_id,  dQ = c dS K,  dK = c dSᵀ Q.
+Backward: dV = Pᵀ dO,  dS = P ∘ (dP − δ) with dP = dO Vᵀ, δ_i = Σ_j P_ij dP_ij,  dQ = c dS K,  dK = c dSᵀ Q.
 Source: Vaswani et al., "Attention Is All You Need" (2017); the online softmax and the recomputing backward of
 Dao et al., "FlashAttention" (2022), extended to the tangent.
 Kernels: csrc/cpu/attention.cpp.
@@ -133,29 +133,34 @@ class _CPU(torch.autograd.Function):
             *(_heads(q_dot), _heads(k_dot), _heads(v_dot), _heads(out_dot), lse.data_ptr()),
             *(batch, rows, heads, queries, keys, width, value_width, scale, torch.get_num_threads()),
         )
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, lse)
         ctx.scale = scale
         return out, out_dot
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor, dout_dot: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, lse = ctx.saved_tensors
         (batch, heads, queries, width), keys, value_width = q.shape, k.shape[2], v.shape[3]
         dout = cpu.last_contiguous(dout)
         dq = torch.empty(q.shape, dtype=q.dtype)
         dk = torch.empty(k.shape, dtype=k.dtype)
         dv = _positions_first(batch, heads, keys, value_width, v.dtype)
         _C.attention_backward(
-            *(cpu.DTYPES[q.dtype], _heads(q), _heads(k), _heads(v), _heads(out), _heads(dout)),
+            *(cpu.DTYPES[q.dtype], _heads(q), _heads(k), _heads(v), _heads(dout)),
             *(_heads(dq), _heads(dk), _heads(dv), lse.data_ptr()),
             *(batch, heads, queries, keys, width, value_width, ctx.scale, torch.get_num_threads()),
         )
         return dq, None, dk, None, dv, None, None
 
 
+def _cpu_unavailable(tensors: Any) -> str | None:
+    _, key, _ = tensors
+    return cpu.unavailable(tensors) or ("it needs at least one key" if key.shape[2] == 0 else None)
+
+
 _BACKENDS = (
-    Backend("cpu", _CPU.apply, cpu.unavailable),
+    Backend("cpu", _CPU.apply, _cpu_unavailable),
     Backend("reference", _reference, always),
 )
 
@@ -201,5 +206,5 @@ def scaled_dot_product_attention(
     q_dot, k_dot, v_dot = align(q_dot, k_dot, v_dot)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
-    run = choose(_NAME, _BACKENDS, backend, q).run
+    run = choose(_NAME, _BACKENDS, backend, q, k, v).run
     return pack(*run(q, q_dot, k, k_dot, v, v_dot, float(scale)), query, key, value)

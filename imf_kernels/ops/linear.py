@@ -1,0 +1,115 @@
+"""Linear layer: y = x Wᵀ + b.
+
+Tangent:  ẏ = ẋ Wᵀ (weight and bias carry none).
+Backward: dx = dy W,  dW = dyᵀ x,  db = Σ_rows dy.
+Kernels: PyTorch's matrix products, the fastest one for the shape (imf_kernels/gemm.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from imf_kernels import cpu, gemm
+from imf_kernels.dispatch import Backend, always, choose
+from imf_kernels.dual import Dual, pack, unpack
+from imf_kernels.ops import check
+
+
+def _reference(
+    x: Tensor, x_dot: Tensor | None, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    w = weight.to(x.dtype)
+    y = F.linear(x, w, None if bias is None else bias.to(x.dtype))
+    if x_dot is None:
+        return y, None
+    with torch.no_grad():
+        return y, F.linear(x_dot, w)
+
+
+def _check(x: Tensor | Dual, weight: Tensor, bias: Tensor | None) -> None:
+    check.is_tensor_or_dual("linear", x=x)
+    check.is_tensor("linear", weight=weight)
+    x, _ = unpack(x)
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"linear: weight must be [out, in] with in = {x.shape[-1] if x.dim() else 1}, the last dimension of x "
+            f"{list(x.shape)}; got {list(weight.shape)}"
+        )
+    parameters = {"weight": weight}
+    if bias is not None:
+        check.is_tensor("linear", bias=bias)
+        check.has_shape("linear", "bias", bias, weight.shape[:1], f" for weight of shape {list(weight.shape)}")
+        parameters["bias"] = bias
+    check.same_device("linear", x, **parameters)
+    for name, parameter in parameters.items():
+        if parameter.dtype != x.dtype and parameter.dtype != torch.float32:
+            raise TypeError(f"linear: {name} must be {x.dtype} like x, or float32; got {parameter.dtype}")
+
+
+class _CPU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, x_dot: Tensor | None, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        w = weight.to(x.dtype)
+        b = None if bias is None else bias.to(x.dtype)
+        shape = (-1, x.shape[-1])
+        y = gemm.product("forward", x.reshape(shape), w, b).view(*x.shape[:-1], -1)
+        y_dot = None
+        if x_dot is not None:
+            y_dot = gemm.product("forward", x_dot.reshape(shape), w).view(*x_dot.shape[:-1], -1)
+            ctx.mark_non_differentiable(y_dot)
+        ctx.save_for_backward(x, weight, bias)
+        return y, y_dot
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        dx = dweight = dbias = None
+        rows = dy.reshape(-1, dy.shape[-1])
+        if ctx.needs_input_grad[0]:
+            dx = gemm.product("grad_input", rows, weight.to(x.dtype).t()).view(x.shape)
+        if ctx.needs_input_grad[2]:
+            dweight = gemm.product("grad_weight", rows.t(), x.reshape(-1, x.shape[-1]).t()).to(weight.dtype)
+        if ctx.needs_input_grad[3]:
+            dbias = rows.sum(0, dtype=torch.float32).to(bias.dtype)
+        return dx, None, dweight, dbias
+
+
+_BACKENDS = (
+    Backend("cpu", _CPU.apply, cpu.unavailable),
+    Backend("reference", _reference, always),
+)
+
+
+@overload
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = ..., *, backend: str | None = ...) -> Tensor: ...
+@overload
+def linear(x: Dual, weight: Tensor, bias: Tensor | None = ..., *, backend: str | None = ...) -> Dual: ...
+def linear(
+    x: Tensor | Dual, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
+) -> Tensor | Dual:
+    """x weightᵀ + bias, with its tangent.
+
+    Args:
+        x: [..., in], float32 or bfloat16 (`reference`: any floating-point type).
+        weight: [out, in], of x's dtype, or float32 and then rounded to it for the product; its gradient
+            has its own dtype.
+        bias: [out], likewise, or `None`.
+        backend: "cpu", "reference", or the best one that can run.
+
+    Returns:
+        [..., out] of x's dtype; a `Dual` if `x` is one. Accumulated in fp32, rounded once.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit.
+        RuntimeError: when an explicit `backend` cannot run.
+    """
+    _check(x, weight, bias)
+    primal, tangent = unpack(x)
+    return pack(*choose("linear", _BACKENDS, backend, primal).run(primal, tangent, weight, bias), x)

@@ -1,0 +1,205 @@
+"""Checkpoints: what is written comes back, and a failure loses nothing and says what is wrong."""
+
+import dataclasses
+import json
+import resource
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_run import NETWORK, config, differing, state_and_data, tensors
+
+from imf import checkpoint, train
+from imf.checkpoint import CheckpointError
+
+
+def metadata(step=3, **changes):
+    environment = checkpoint.environment(torch.device("cpu"))
+    return checkpoint.Metadata(step, 1.5, config(**changes), "bf16", {"shape": "choice"}, environment)
+
+
+def write(path, state, **changes):
+    path.parent.mkdir(exist_ok=True)
+    checkpoint.save(
+        path, model=state.model, ema=state.ema, optimizer=state.optimizer, metadata=metadata(**changes)
+    )
+
+
+def read(path, state):
+    return checkpoint.load(path, model=state.model, ema=state.ema, optimizer=state.optimizer)
+
+
+@pytest.fixture
+def trained():
+    state, images, c = state_and_data()
+    for _ in range(3):
+        train.training_step(state, images, c)
+    return state
+
+
+@pytest.fixture
+def path(tmp_path):
+    return checkpoint.path_of(tmp_path, 3)
+
+
+def test_all_of_a_state_comes_back(trained, path):
+    write(path, trained)
+    fresh, *_ = state_and_data(seed=1)
+    assert differing(tensors(fresh), tensors(trained))
+    assert read(path, fresh) == metadata()
+    assert differing(tensors(fresh), tensors(trained)) == []
+    names = {name.split(".")[0] for name in load_file(path)}
+    assert names == {"model", "ema", "optimizer"}
+
+
+def test_a_state_before_its_first_step(path):
+    state, *_ = state_and_data()
+    write(path, state)
+    fresh, *_ = state_and_data(seed=1)
+    read(path, fresh)
+    assert differing(tensors(fresh), tensors(state)) == []
+
+
+def test_the_metadata_say_what_the_run_is(trained, path):
+    write(path, trained)
+    with safe_open(path, framework="pt") as file:
+        values = json.loads(file.metadata()["imf"])
+    assert (
+        values["step"] == 3
+        and values["precision"] == "bf16"
+        and values["gemm_choices"] == {"shape": "choice"}
+    )
+    assert values["config"]["seed"] == 0 and values["config"]["network"] == dataclasses.asdict(NETWORK)
+    assert values["environment"]["torch"] == torch.__version__
+    assert values["environment"]["threads"] == str(torch.get_num_threads())
+
+
+def test_restored_tensors_do_not_lie_in_the_file(trained, path):
+    write(path, trained)
+    kept = path.read_bytes()
+    fresh, images, c = state_and_data(seed=1)
+    read(path, fresh)
+    for _ in range(2):
+        train.training_step(fresh, images, c)
+    assert path.read_bytes() == kept
+
+
+@pytest.mark.parametrize("weights", ["ema", "model"])
+def test_load_network(trained, path, weights):
+    write(path, trained)
+    network, got = checkpoint.load_network(path, weights)
+    wanted = getattr(trained, weights).state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in network.state_dict().items())
+    assert got.step == 3 and network.compute_dtype == torch.bfloat16
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_a_write_that_fails_leaves_the_previous_file(trained, path):
+    write(path, trained)
+    kept = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # the system refuses what exceeds 1000 bytes
+    try:
+        with pytest.raises(CheckpointError) as error:
+            write(path, trained)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    needed = sum(tensor.nbytes for tensor in load_file(path).values())
+    assert str(path) in str(error.value) and f"needs {needed:,} bytes" in str(error.value)
+    assert path.read_bytes() == kept and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("failing", ["save_file", "_sync"])
+def test_a_full_disk(trained, path, failing, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    write(path, trained)
+    kept = path.read_bytes()
+    monkeypatch.setattr(checkpoint, failing, full)
+    with pytest.raises(
+        CheckpointError, match=r"step 3: .*No space left.* needs [\d,]+ bytes, [\d,]+ are free"
+    ):
+        write(path, trained)
+    assert path.read_bytes() == kept and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, 5000, -1])
+def test_a_truncated_file(trained, path, length):
+    write(path, trained)
+    path.write_bytes(path.read_bytes()[:length])
+    before = tensors(trained)
+    with pytest.raises(CheckpointError, match="not a complete safetensors file") as error:
+        read(path, trained)
+    assert str(path) in str(error.value) and differing(before, tensors(trained)) == []
+
+
+def test_foreign_files(trained, tmp_path):
+    foreign = tmp_path / "other.safetensors"
+    torch.save({"model": torch.zeros(3)}, foreign)
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
+        read(foreign, trained)
+    save_file({"model": torch.zeros(3)}, foreign)
+    with pytest.raises(CheckpointError, match="without 'imf' metadata"):
+        read(foreign, trained)
+    save_file({"model": torch.zeros(3)}, foreign, {"imf": json.dumps({"format": 0})})
+    with pytest.raises(CheckpointError, match="another version of imf.train: this version reads format 1"):
+        read(foreign, trained)
+    with pytest.raises(CheckpointError, match="none.safetensors: no such file"):
+        read(tmp_path / "none.safetensors", trained)
+
+
+def test_a_checkpoint_of_another_network(trained, path):
+    write(path, trained)
+    other, *_ = state_and_data(network=dataclasses.replace(NETWORK, hidden_size=24))
+    before = tensors(other)
+    with pytest.raises(CheckpointError, match="a checkpoint of another network:") as error:
+        read(path, other)
+    lines = str(error.value).splitlines()
+    name, text = lines[1].strip().split(": ")
+    got, wanted = (dict(state.model.named_parameters())[name].shape for state in (trained, other))
+    assert text == f"checkpoint {list(got)}, network {list(wanted)}"
+    assert len(lines) == 7 and lines[-1].endswith("more")
+    assert differing(before, tensors(other)) == []
+
+
+def test_missing_and_additional_weights_are_named(trained, path):
+    write(path, trained)
+    state = load_file(path)
+    name = next(iter(trained.model.state_dict()))
+    state["model.more"] = state.pop(f"model.{name}")
+    with safe_open(path, framework="pt") as file:
+        texts = file.metadata()
+    save_file(state, path, texts)
+    with pytest.raises(CheckpointError) as error:
+        read(path, trained)
+    assert f"  {name}: checkpoint has none, network [" in str(error.value)
+    assert "  more: checkpoint [" in str(error.value) and "network has none" in str(error.value)
+
+
+def test_the_newest_checkpoint_is_that_of_the_highest_step(trained, tmp_path):
+    for step in (20, 100, 3):
+        write(checkpoint.path_of(tmp_path, step), trained)
+    (tmp_path / "checkpoints" / "step-x.safetensors").touch()
+    assert [path.name for path in checkpoint.list_all(tmp_path)] == [
+        f"step-{step:08d}.safetensors" for step in (3, 20, 100)
+    ]
+    assert checkpoint.find(tmp_path) == checkpoint.path_of(tmp_path, 100)
+    assert checkpoint.find(checkpoint.path_of(tmp_path, 3)) == checkpoint.path_of(tmp_path, 3)
+    checkpoint.prune(tmp_path, keep=2)
+    assert checkpoint.list_all(tmp_path) == [checkpoint.path_of(tmp_path, step) for step in (20, 100)]
+
+
+def test_find_says_what_is_missing(tmp_path):
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        checkpoint.find(tmp_path / "none")
+    with pytest.raises(CheckpointError, match=r"no checkpoints/step-\*.safetensors"):
+        checkpoint.find(tmp_path)
+
+
+def test_leftovers_of_a_killed_process_are_removed(trained, path, tmp_path):
+    write(path, trained)
+    (path.parent / f".{path.name}.tmp").touch()
+    checkpoint.remove_temporaries(tmp_path)
+    assert list(path.parent.iterdir()) == [path]

@@ -1,0 +1,97 @@
+"""Configuration: every field is an argument with its default in --help, wrong values are named, runs get folders."""
+
+import dataclasses
+import json
+
+import pytest
+from tiny_run import arguments, config
+
+from imf import config as configuration
+from imf import train
+from imf.config import TrainConfig
+from imf.run import TrainingError, create_folder, truncate_metrics
+
+
+def test_help_shows_every_field_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for option in dataclasses.fields(TrainConfig):
+        if option.name != "network":
+            assert f"--{option.name.replace('_', '-')}" in text and option.metadata["help"] in text
+    assert "(default: 128)" in text and "(default: 1e-08)" in text and "--hidden-size" in text
+
+
+def test_a_configuration_survives_json():
+    c = config(lr=1e-3, seed=5)
+    assert configuration.from_dict(json.loads(json.dumps(configuration.to_dict(c)))) == c
+
+
+@pytest.mark.parametrize(("place", "name"), [("", "sped"), ("network", "with")])
+def test_names_of_another_version_are_listed(place, name):
+    values = configuration.to_dict(config())
+    (values[place] if place else values)[name] = 1
+    with pytest.raises(ValueError, match=f"missing nothing; unknown {place and place + '.'}{name}"):
+        configuration.from_dict(values)
+    del values["seed"]
+    with pytest.raises(ValueError, match=r"missing seed; unknown"):
+        configuration.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--steps", "0", "steps (--steps) must be at least 1, got 0"),
+        ("--steps", "many", "argument --steps: invalid int value: 'many'"),
+        ("--accumulate", "3", "accumulate (--accumulate) must be a divisor of the batch size 8, got 3"),
+        ("--lr", "-1", "lr (--lr) must be above 0, got -1.0"),
+        ("--lr", "nan", "lr (--lr) must be finite, got nan"),
+        ("--ema-decay", "1", "ema_decay (--ema-decay) must be in [0, 1), got 1.0"),
+        ("--decay-fraction", "0", "decay_fraction (--decay-fraction) must be in (0, 1], got 0.0"),
+        ("--t-max", "1.5", "t_max (--t-max) must be in [t_min, 1] = [0, 1], got 1.5"),
+        ("--omega", "0", "omega (--omega) must be at least 1, got 0.0"),
+        ("--precision", "fp16", "argument --precision: invalid choice: 'fp16'"),
+        ("--seed", "-1", "seed (--seed) must be at least 0, got -1"),
+        ("--name", "a/b", "name (--name) must be a plain folder name, got 'a/b'"),
+    ],
+)
+def test_wrong_values_are_named(option, value, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*arguments(runs=tmp_path), f"{option}={value}"])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("device", "message"), [("tpu", "--device must be"), ("meta", "got 'meta'")])
+def test_wrong_devices_are_named(device, message, tmp_path, capsys):
+    assert train.main(arguments(runs=tmp_path, device=device)) == 1
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_network_for_other_images_is_refused(tmp_path):
+    network = dataclasses.replace(config().network, in_channels=4)
+    with pytest.raises(TrainingError, match=r"must be \(1, 8, 10\) for the digits, got \(4, 8, 10\)"):
+        train.begin(config(runs=str(tmp_path), network=network))
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_get_folders_of_their_own(tmp_path):
+    names = [create_folder(config(runs=str(tmp_path / "runs"))).name for _ in range(3)]
+    assert names == ["digits", "digits-2", "digits-3"]
+    mine = create_folder(config(runs=str(tmp_path / "runs"), name="mine"))
+    (mine / "metrics.jsonl").write_text("kept")
+    with pytest.raises(TrainingError, match=f"--resume {mine}, or choose another --name"):
+        create_folder(config(runs=str(tmp_path / "runs"), name="mine"))
+    assert (mine / "metrics.jsonl").read_text() == "kept"
+
+
+def test_truncating_metrics(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    truncate_metrics(path, 3)
+    assert not path.exists()
+    path.write_text('{"step": 2}\n{"step": 3}\n{"step": 4}\n{"st')
+    truncate_metrics(path, 4)
+    assert path.read_text() == '{"step": 2}\n{"step": 3}\n{"step": 4}\n'
+    truncate_metrics(path, 3)
+    assert path.read_text() == '{"step": 2}\n{"step": 3}\n'

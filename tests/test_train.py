@@ -1,0 +1,203 @@
+"""One training step and the loop around it: schedule, accumulation, moving average, the gate, outputs."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from tiny_run import arguments, config, differing, objective_that, state_and_data, tensors
+
+from imf import checkpoint, data, sample, train
+from imf.config import ema_decay, learning_rate
+from imf.objective import Draws, improved_mean_flow
+from imf.run import Readback, TrainingError
+
+
+def test_the_schedule():
+    c = config(steps=100, lr=2.0, warmup_steps=10, decay="linear", decay_fraction=0.5)
+    rates = [learning_rate(c, step) for step in range(100)]
+    assert rates[:3] == pytest.approx([0, 0.2, 0.4]) and rates[0] == 0
+    assert rates[10:51] == [2.0] * 41
+    assert rates[51:] == pytest.approx([2.0 * (100 - step) / 50 for step in range(51, 100)])
+    constant = dataclasses.replace(c, decay="constant")
+    assert [learning_rate(constant, step) for step in (10, 60, 99)] == [2.0] * 3
+    cosine = dataclasses.replace(c, decay="cosine")
+    assert [learning_rate(cosine, step) for step in (50, 75, 100)] == pytest.approx([2.0, 1.0, 0.0])
+    assert learning_rate(dataclasses.replace(c, warmup_steps=0), 0) == 2.0
+
+
+def test_the_first_step_has_learning_rate_zero():
+    state, images, c = state_and_data()
+    before = tensors(state)
+    train.training_step(state, images, c)
+    after = tensors(state)
+    assert all(torch.equal(after[name], before[name]) for name in before)  # weights and average
+    assert any(value.any() for name, value in after.items() if name.endswith("exp_avg"))
+    train.training_step(state, images, c)
+    assert any(not torch.equal(tensors(state)[name], before[name]) for name in before)
+
+
+def test_two_micro_batches_give_the_average_of_their_gradients():
+    state, images, c = state_and_data(accumulate=2)
+    parameters = list(state.model.parameters())
+    gradients, losses = [], []
+    for i in range(2):
+        rows = data.batch_indices(len(images), 4, seed=0, step=i)
+        x, y = images.images[rows], images.labels[rows]
+        out = improved_mean_flow(state.model, x, y, Draws.sample(x, seed=0, step=i))
+        gradients.append(torch.autograd.grad(out.loss, parameters, allow_unused=True))
+        losses.append([out.loss.item(), out.loss_u.item(), out.loss_v.item()])
+    terms = train.training_step(state, images, c)
+    assert terms[:3].tolist() == pytest.approx(torch.tensor(losses).mean(0).tolist(), rel=1e-5)
+    means = [(a + b) / 2 for a, b in zip(*gradients, strict=True) if a is not None]
+    assert terms[3].item() == pytest.approx(torch.cat([g.flatten() for g in means]).norm().item(), rel=1e-4)
+    moments = [state.optimizer.state[p]["exp_avg"] for p in parameters if p in state.optimizer.state]
+    for mean, moment in zip(means, moments, strict=True):
+        torch.testing.assert_close(moment, 0.1 * mean, rtol=1e-4, atol=1e-7)  # 1 - beta1 = 0.1
+
+
+def test_each_micro_batch_has_its_own_draws(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        train, "improved_mean_flow", lambda m, x, y, d: (seen.append(d.t), improved_mean_flow(m, x, y, d))[1]
+    )
+    state, images, c = state_and_data(accumulate=2)
+    for _ in range(2):
+        train.training_step(state, images, c)
+    assert len({tuple(t.tolist()) for t in seen}) == 4
+
+
+def test_moving_average():
+    c = config(ema_decay=0.5, ema_warmup=10.0)
+    assert [ema_decay(c, step) for step in (0, 1, 100)] == pytest.approx([1 / 10, 2 / 11, 0.5])
+    state, images, c = state_and_data(ema_decay=0.9, steps=20)
+    average = {name: p.detach().double() for name, p in state.ema.named_parameters()}
+    for step in range(5):
+        train.training_step(state, images, c)
+        decay = min(0.9, (1 + step) / (10 + step))
+        for name, p in state.model.named_parameters():
+            average[name] = decay * average[name] + (1 - decay) * p.detach().double()
+    for name, p in state.ema.named_parameters():
+        torch.testing.assert_close(p.double(), average[name], rtol=1e-5, atol=1e-7)
+        assert not p.requires_grad
+
+
+def infinite_gradient(out):
+    """A finite loss whose gradient is not: sqrt at 0."""
+    return dataclasses.replace(out, loss=out.loss + (out.loss - out.loss).sqrt())
+
+
+BAD = {
+    "loss": lambda out: dataclasses.replace(out, loss=out.loss * float("nan")),
+    "loss_u": lambda out: dataclasses.replace(out, loss_u=out.loss_u * float("inf")),
+    "gradient norm": infinite_gradient,
+}
+
+
+@pytest.mark.parametrize("term", BAD)
+def test_the_gate_keeps_everything_from_a_step_that_is_not_finite(term, monkeypatch):
+    state, images, c = state_and_data()
+    for _ in range(2):
+        train.training_step(state, images, c)
+    before = tensors(state)
+    with objective_that(monkeypatch, lambda call, out: BAD[term](out) if call == 1 else out):
+        assert not train.training_step(state, images, c).isfinite().all()
+        assert differing(before, tensors(state)) == []
+        # The host may learn of it later only: the next steps, though finite, must change nothing either.
+        assert train.training_step(state, images, c).isfinite().all()
+    assert differing(before, tensors(state)) == []
+
+
+@pytest.mark.parametrize("term", BAD)
+def test_training_stops_there_and_keeps_the_last_good_checkpoint(term, tmp_path, monkeypatch, capsys):
+    with objective_that(monkeypatch, lambda call, out: BAD[term](out) if call == 5 else out):
+        assert train.main(arguments(runs=tmp_path)) == 1
+    error = capsys.readouterr().err
+    last = checkpoint.path_of(tmp_path / "digits", 4)
+    assert f"stopped at step 5: {term} is" in error and f"Last good checkpoint: {last}" in error
+    assert checkpoint.list_all(tmp_path / "digits")[-1] == last
+    network, _ = checkpoint.load_network(last)
+    assert all(parameter.isfinite().all() for parameter in network.parameters())
+    lines = (tmp_path / "digits" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+class LateEvent:
+    """Stands in for a GPU's event that is not reached until somebody waits for it."""
+
+    reached = False
+
+    def query(self):
+        return self.reached
+
+    def synchronize(self):
+        self.reached = True
+
+
+def test_a_checkpoint_waits_for_steps_that_were_not_checked(tmp_path, monkeypatch):
+    def push_late(self, step, terms):
+        self._pending.append((step, terms, LateEvent()))
+
+    monkeypatch.setattr(Readback, "push", push_late)
+    run = train.begin(config(runs=str(tmp_path), checkpoint_every=6))
+    nan = BAD["loss"]
+    with objective_that(monkeypatch, lambda call, out: nan(out) if call == 3 else out):
+        with pytest.raises(TrainingError, match="stopped at step 3: loss is nan"):
+            train.fit(run)
+    assert run.state.step == 6  # the loop went on without waiting; the gate had closed
+    assert checkpoint.list_all(run.folder) == []
+
+
+def test_readback_keeps_the_order_and_does_not_wait():
+    arriving, event = Readback(), LateEvent()
+    arriving._pending.append((1, torch.tensor([1.0]), event))
+    arriving.push(2, torch.tensor([2.0]))
+    assert list(arriving.pop()) == [] and not event.reached
+    assert list(arriving.pop(wait=True)) == [(1, [1.0]), (2, [2.0])]
+
+
+def test_a_full_disk_while_training(tmp_path, monkeypatch, capsys):
+    real = checkpoint.save_file
+
+    def full(tensors, path, metadata):
+        if "step-00000004" in str(path):
+            raise OSError(28, "No space left on device")
+        real(tensors, path, metadata)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert train.main(arguments(runs=tmp_path)) == 1
+    error = capsys.readouterr().err
+    last = checkpoint.path_of(tmp_path / "digits", 2)
+    assert "No space left on device" in error and f"Last good checkpoint: {last}" in error
+    assert checkpoint.read_metadata(last).step == 2
+
+
+def test_a_whole_run_and_a_grid_from_its_checkpoint(tmp_path, capsys):
+    options = arguments(runs=tmp_path, tensorboard=True, sample_every=2, log_every=4, keep_checkpoints=1)
+    assert train.main(options) == 0
+    folder, printed = tmp_path / "digits", capsys.readouterr().out
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 6]
+    for line in lines:
+        assert line.keys() == {
+            *("step", "loss", "loss_u", "loss_v", "gradient_norm"),
+            *("lr", "ema_decay", "images_per_second", "elapsed"),
+        }
+        assert line["images_per_second"] > 0 and line["loss_u"] > 0
+    assert [path.name for path in checkpoint.list_all(folder)] == ["step-00000006.safetensors"]
+    assert json.loads((folder / "config.json").read_text())["config"]["network"]["hidden_size"] == 16
+    assert list((folder / "tensorboard").iterdir())
+    names = {f"step-{step:08d}.png" for step in (2, 4)} | {f"final-{n}-step.png" for n in (1, 2, 4)}
+    assert {path.name for path in (folder / "samples").iterdir()} == names
+    results = json.loads((folder / "results.json").read_text())
+    assert [score["steps"] for score in results["scores"]] == [1, 2, 4] and results["samples"] == 1800
+    for score in results["scores"]:
+        assert f"{score['frechet_distance']:.3f}" in printed
+    assert str(folder / "samples" / "final-1-step.png") in printed and "omega" in printed
+
+    grid = tmp_path / "grid.png"
+    seed_and_guidance = ["--seed", "0", "--omega", str(results["omega"]), "--interval", "0", "1"]
+    command = ["--checkpoint", str(folder), "--out", str(grid), *seed_and_guidance]
+    assert sample.main(command) == 0
+    assert grid.read_bytes() == (folder / "samples" / "final-1-step.png").read_bytes()
+    assert sample.main([*command, "--steps", "0"]) == 1 and "steps must be" in capsys.readouterr().err

@@ -1,0 +1,86 @@
+"""Runs that are small enough to train in a test; shared by the tests of training, resuming and checkpoints."""
+
+import contextlib
+
+import torch
+
+from imf import data, train
+from imf.config import TrainConfig
+from imf.model import IMFConfig
+
+NETWORK = IMFConfig(
+    input_size=8,
+    patch_size=4,
+    in_channels=1,
+    hidden_size=16,
+    depth=2,
+    num_heads=1,
+    aux_head_depth=1,
+    mlp_ratio=2.0,
+    num_classes=10,
+)
+FAST = {
+    "steps": 6,
+    "batch_size": 8,
+    "warmup_steps": 2,
+    "log_every": 1,
+    "sample_every": 0,
+    "checkpoint_every": 2,
+    "keep_checkpoints": 10,
+    "tensorboard": False,
+    "precision": "fp32",
+    "device": "cpu",
+}
+
+
+def config(**changes):
+    return TrainConfig(**{"network": NETWORK, **FAST, **changes})
+
+
+def arguments(**changes):
+    """The same as command-line arguments."""
+    network = {name: getattr(NETWORK, name) for name in ("patch_size", "hidden_size", "depth", "num_heads")}
+    network |= {"aux_head_depth": NETWORK.aux_head_depth, "mlp_ratio": NETWORK.mlp_ratio}
+    result = []
+    for name, value in {**FAST, **network, **changes}.items():
+        flag = name.replace("_", "-")
+        result += (
+            [f"--{flag}" if value else f"--no-{flag}"]
+            if isinstance(value, bool)
+            else [f"--{flag}", str(value)]
+        )
+    return result
+
+
+def state_and_data(**changes):
+    c = config(**changes)
+    return train.initial_state(c, "fp32", torch.device("cpu")), data.load("digits"), c
+
+
+def tensors(state):
+    """Copies of all that training changes, by name."""
+    result = {f"model.{name}": p.detach().clone() for name, p in state.model.named_parameters()}
+    result |= {f"ema.{name}": p.detach().clone() for name, p in state.ema.named_parameters()}
+    for name, parameter in state.model.named_parameters():
+        moments = state.optimizer.state.get(parameter, {})
+        result |= {f"optimizer.{name}.{key}": value.clone() for key, value in moments.items()}
+    return result
+
+
+def differing(a, b):
+    """Names of tensors that are not bit for bit the same, or are in one of the two only."""
+    return [n for n in a.keys() | b.keys() if n not in a or n not in b or not torch.equal(a[n], b[n])]
+
+
+@contextlib.contextmanager
+def objective_that(monkeypatch, change):
+    """Within it training calls change(number of the call, result of the objective) instead of using the result."""
+    real, calls = train.improved_mean_flow, []
+
+    def changed(*args, **kwargs):
+        calls.append(None)
+        return change(len(calls), real(*args, **kwargs))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "improved_mean_flow", changed)
+        yield
