@@ -30,7 +30,7 @@ class Draws:
     Attributes:
         t, r: [B] in float32, end and start of the interval, 0 ≤ r ≤ t ≤ 1; r = t on the FM rows.
         noise: [B, C, H, W], e.
-        omega: [B], the guidance scale ω ≥ 1.
+        omega: [B], the guidance scale ω, 1 for none.
         t_min, t_max: [B], the guidance interval; (0, 1) on the FM rows.
         drop: [B] boolean, rows whose label is dropped.
         n_fm: how many rows, the first ones, are flow-matching (FM) rows.
@@ -59,9 +59,9 @@ class Draws:
         if self.t.device.type == "cpu":  # elsewhere a look would wait for the device
             if not torch.equal(self.t[fm], self.r[fm]):
                 raise ValueError("Draws: r must equal t on the first n_fm rows")
-            if bool((self.r > self.t).any()) or bool((self.omega < 1).any()):
-                raise ValueError("Draws: r must not exceed t, nor omega be below 1")
-            if bool((self.t_min[fm] > self.t[fm]).any()) or bool((self.t_max[fm] < self.t[fm]).any()):
+            if bool((self.r > self.t).any()) or bool((self.omega <= 0).any()):
+                raise ValueError("Draws: r must not exceed t, and omega must be positive")
+            if bool((self.t_min[fm] != 0).any()) or bool((self.t_max[fm] != 1).any()):
                 raise ValueError("Draws: the guidance interval of the first n_fm rows must be (0, 1)")
 
     @staticmethod

@@ -273,6 +273,7 @@ def resume(path: Path, arguments: argparse.Namespace) -> Run:
     checkpoint.load(path, model=state.model, ema=state.ema, optimizer=state.optimizer)
     state.step = metadata.step
     run = Run(folder, config, metadata.precision, images, state, metadata.elapsed)
+    (folder / "samples").mkdir(exist_ok=True)  # a checkpoint may have been copied into a folder of its own
     checkpoint.remove_temporaries(folder)
     truncate_metrics(folder / "metrics.jsonl", state.step)
     _write_configuration(run)

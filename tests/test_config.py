@@ -1,4 +1,4 @@
-"""Configuration: every field is an argument with its default in --help, wrong values are named, runs get folders."""
+"""Configuration: every field is an argument shown by --help, wrong values are named, runs get folders."""
 
 import dataclasses
 import json

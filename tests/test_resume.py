@@ -48,7 +48,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def cut(whole, tmp_path):
-    """The same run as if it had been killed in its fifth step: after the checkpoint of step 4, half a line written."""
+    """That run as if killed after step 5: its last checkpoint is of step 4, a line is half written."""
     folder = tmp_path / "cut"
     shutil.copytree(whole, folder)
     checkpoint.path_of(folder, 6).unlink()
@@ -105,7 +105,7 @@ def test_a_run_killed_by_the_system(tmp_path):
         return [sys.executable, "-m", "imf.train", *options]
 
     # Its first checkpoint is the common past of both: choices that were measured once are kept with a run.
-    steps = 300
+    steps = 120
     killed, left = tmp_path / "killed", tmp_path / "left"
     options = arguments(runs=tmp_path, name="killed", steps=steps, checkpoint_every=5, keep_checkpoints=1000)
     process = subprocess.Popen(command(*options), stdout=subprocess.DEVNULL)
@@ -180,14 +180,14 @@ def test_the_thread_count_of_the_run_is_restored(cut, capsys):
     assert "warning" not in capsys.readouterr().err
 
 
-def test_an_older_checkpoint_is_refused_while_newer_ones_lie_beside_it(cut):
+def test_an_older_checkpoint_is_refused_beside_newer_ones(cut):
     with pytest.raises(
         TrainingError, match=r"must be the newest checkpoint of its run.* move the newer ones"
     ):
         resumed(checkpoint.path_of(cut, 2))
 
 
-def test_a_checkpoint_of_another_network_loses_nothing(cut, capsys):
+def test_a_truncated_checkpoint_loses_nothing(cut, capsys):
     path = checkpoint.path_of(cut, 4)
     path.write_bytes(path.read_bytes()[:-8])
     kept = (cut / "metrics.jsonl").read_text()
