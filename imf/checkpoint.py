@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import imf
 from imf.config import TrainConfig, from_dict, to_dict
-from imf.model import build
+from imf.model import IMF, build
 
 METADATA_KEY = "imf"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by the name of a run's precision
@@ -119,7 +119,7 @@ def load(path: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim
     return metadata
 
 
-def load_network(path: Path, weights: Literal["ema", "model"] = "ema") -> tuple[nn.Module, Metadata]:
+def load_network(path: Path, weights: Literal["ema", "model"] = "ema") -> tuple[IMF, Metadata]:
     """The network of a checkpoint, built from its own configuration, with its averaged or its latest weights.
 
     Raises: CheckpointError as `load` does.

@@ -63,6 +63,13 @@ class TrainConfig:
     ema_decay: float = _option(0.98, "decay of the moving average of the weights, after its warm-up")
     ema_warmup: float = _option(10.0, "decay at step t is at most (1 + t) / (ema_warmup + t)")
 
+    fm_fraction: float = _option(0.5, "share of rows with r = t, plain flow matching")
+    drop_probability: float = _option(0.1, "probability that a row's label is dropped")
+    time_mean: float = _option(-0.4, "t and r are sigmoid of a normal variable of this mean")
+    time_std: float = _option(1.0, "and this standard deviation")
+    omega_max: float = _option(8.0, "guidance scales are drawn from [1, omega_max]")
+    omega_exponent: float = _option(1.0, "with density proportional to omega ** -omega_exponent")
+
     seed: int = _option(0, "seed of the initial weights, the data order, the draws and the samples")
     precision: str = _option(
         "auto",
@@ -108,6 +115,10 @@ class TrainConfig:
         for name in ("beta1", "beta2", "ema_decay"):
             _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
         _require(0 < self.decay_fraction <= 1, "decay_fraction", "in (0, 1]", self.decay_fraction)
+        for name in ("fm_fraction", "drop_probability"):
+            _require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
+        _require(self.time_std >= 0, "time_std", "at least 0", self.time_std)
+        _require(self.omega_max >= 1, "omega_max", "at least 1", self.omega_max)
         _require(self.ema_warmup >= 1, "ema_warmup", "at least 1", self.ema_warmup)
         check_guidance(self.omega, self.t_min, self.t_max)
         name_is_plain = self.name not in (".", "..") and not set(self.name) & set("/\\\0")
@@ -117,6 +128,18 @@ class TrainConfig:
     def micro_batch_size(self) -> int:
         """Images per forward and backward pass."""
         return self.batch_size // self.accumulate
+
+    @property
+    def draws(self) -> dict[str, float]:
+        """What `imf.objective.Draws.sample` takes beside the batch, the seed and the step."""
+        return {
+            "fm_fraction": self.fm_fraction,
+            "drop_probability": self.drop_probability,
+            "mean": self.time_mean,
+            "std": self.time_std,
+            "omega_max": self.omega_max,
+            "omega_exponent": self.omega_exponent,
+        }
 
 
 def check_guidance(omega: float, t_min: float, t_max: float) -> None:

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.svm import SVC
-from torch import Tensor, nn
+from torch import Tensor
 
 from imf.data import LabelledImages
+from imf.model import IMF
 from imf.sample import sample
 
 
@@ -25,7 +26,7 @@ class Score:
 
 
 def evaluate(
-    model: nn.Module,
+    model: IMF,
     data: LabelledImages,
     *,
     steps: Sequence[int] = (1, 2, 4),
@@ -51,7 +52,7 @@ def evaluate(
 
 
 def class_balanced_samples(
-    model: nn.Module,
+    model: IMF,
     count: int = 1800,
     *,
     steps: int = 1,

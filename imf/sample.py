@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from imf import checkpoint
 from imf.config import check_guidance
+from imf.model import IMF
 
 
 @torch.no_grad()
@@ -55,7 +56,7 @@ def sample(
 
 
 def class_grid(
-    model: nn.Module,
+    model: IMF,
     *,
     columns: int = 10,
     steps: int = 1,

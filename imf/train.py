@@ -27,7 +27,7 @@ from imf.config import (
     with_arguments,
 )
 from imf.evaluate import evaluate, table
-from imf.model import build
+from imf.model import IMF, build
 from imf.objective import Draws, improved_mean_flow
 from imf.run import (
     Log,
@@ -55,8 +55,8 @@ class State:
     step: optimizer steps done.
     """
 
-    model: nn.Module
-    ema: nn.Module
+    model: IMF
+    ema: IMF
     optimizer: torch.optim.Optimizer
     found_inf: Tensor
     step: int = 0
@@ -102,7 +102,7 @@ def training_step(state: State, images: data.LabelledImages, config: TrainConfig
         rows = data.batch_indices(len(images), config.micro_batch_size, seed=config.seed, step=micro_step)
         x, y = images.images[rows], images.labels[rows]
 
-        draws = Draws.sample(x, seed=config.seed, step=micro_step)
+        draws = Draws.sample(x, seed=config.seed, step=micro_step, **config.draws)
         out = improved_mean_flow(state.model, x, y, draws)
         (out.loss / config.accumulate).backward()
 
@@ -124,7 +124,8 @@ def training_step(state: State, images: data.LabelledImages, config: TrainConfig
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, found_inf: Tensor) -> None:
     """ema <- ema + (1 - decay) (model - ema) for every weight in fp32; nothing if found_inf, [], is 1."""
-    averages, weights = list(ema.parameters()), list(model.parameters())
+    averages: list[Tensor] = list(ema.parameters())
+    weights: list[Tensor] = list(model.parameters())
     change = torch._foreach_sub(weights, averages)
     torch._foreach_mul_(change, (1 - decay) * (1 - found_inf))
     torch._foreach_add_(averages, change)
@@ -267,7 +268,10 @@ def resume(path: Path, arguments: argparse.Namespace) -> Run:
             was = metadata.environment.get(name)
             _warn(f"{name} was {was}, now it is {now}: the run goes on, but not to the same bits")
 
-    gemm.load_choices(metadata.gemm_choices)  # before the first product: another choice rounds differently
+    try:  # before the first product: another choice rounds differently
+        gemm.load_choices(metadata.gemm_choices)
+    except ValueError as error:
+        raise TrainingError(f"--resume: {path} cannot go on exactly here: {error}") from error
     images = _load_data(config, device)
     state = initial_state(config, metadata.precision, device)
     checkpoint.load(path, model=state.model, ema=state.ema, optimizer=state.optimizer)

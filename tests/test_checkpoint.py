@@ -144,9 +144,9 @@ def test_foreign_files(trained, tmp_path):
     with pytest.raises(CheckpointError, match="without 'imf' metadata"):
         read(foreign, trained)
     save_file({"model": torch.zeros(3)}, foreign, {"imf": json.dumps({"format": 0})})
-    with pytest.raises(CheckpointError, match="another version of imf.train: this version reads format 1"):
+    with pytest.raises(CheckpointError, match=r"another version of imf\.train: this version reads format 1"):
         read(foreign, trained)
-    with pytest.raises(CheckpointError, match="none.safetensors: no such file"):
+    with pytest.raises(CheckpointError, match=r"none\.safetensors: no such file"):
         read(tmp_path / "none.safetensors", trained)
 
 

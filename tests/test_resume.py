@@ -104,10 +104,11 @@ def test_a_run_killed_by_the_system(tmp_path):
     def command(*options):
         return [sys.executable, "-m", "imf.train", *options]
 
-    # Its first checkpoint is the common past of both: choices that were measured once are kept with a run.
+    # The first checkpoint is the past of both: it holds the measured choices, which another run may not share.
     steps = 120
     killed, left = tmp_path / "killed", tmp_path / "left"
-    options = arguments(runs=tmp_path, name="killed", steps=steps, checkpoint_every=5, keep_checkpoints=1000)
+    often = {"checkpoint_every": 5, "keep_checkpoints": 1000}
+    options = arguments(runs=tmp_path, name="killed", steps=steps, threads=1, **often)
     process = subprocess.Popen(command(*options), stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while len(checkpoint.list_all(killed)) < 3 and process.poll() is None and time.monotonic() < deadline:

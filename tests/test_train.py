@@ -141,9 +141,9 @@ def test_a_checkpoint_waits_for_steps_that_were_not_checked(tmp_path, monkeypatc
     monkeypatch.setattr(Readback, "push", push_late)
     run = train.begin(config(runs=str(tmp_path), checkpoint_every=6))
     nan = BAD["loss"]
-    with objective_that(monkeypatch, lambda call, out: nan(out) if call == 3 else out):
-        with pytest.raises(TrainingError, match="stopped at step 3: loss is nan"):
-            train.fit(run)
+    late = objective_that(monkeypatch, lambda call, out: nan(out) if call == 3 else out)
+    with late, pytest.raises(TrainingError, match="stopped at step 3: loss is nan"):
+        train.fit(run)
     assert run.state.step == 6  # the loop went on without waiting; the gate had closed
     assert checkpoint.list_all(run.folder) == []
 

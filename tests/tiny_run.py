@@ -1,4 +1,4 @@
-"""Runs that are small enough to train in a test; shared by the tests of training, resuming and checkpoints."""
+"""Runs small enough to train in a test, shared by the tests of training, resuming and checkpoints."""
 
 import contextlib
 
@@ -74,7 +74,7 @@ def differing(a, b):
 
 @contextlib.contextmanager
 def objective_that(monkeypatch, change):
-    """Within it training calls change(number of the call, result of the objective) instead of using the result."""
+    """Within it training gets change(number of the call, result) for each result of the objective."""
     real, calls = train.improved_mean_flow, []
 
     def changed(*args, **kwargs):

@@ -107,7 +107,7 @@ def _positions_first(batch: int, heads: int, length: int, width: int, dtype: tor
     return torch.empty((batch, length, heads, width), dtype=dtype).transpose(1, 2)
 
 
-class _CPU(torch.autograd.Function):
+class _AttentionCPU(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -160,7 +160,7 @@ def _cpu_unavailable(tensors: Any) -> str | None:
 
 
 _BACKENDS = (
-    Backend("cpu", _CPU.apply, _cpu_unavailable),
+    Backend("cpu", _AttentionCPU.apply, _cpu_unavailable),
     Backend("reference", _reference, always),
 )
 

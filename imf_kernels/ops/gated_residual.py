@@ -50,7 +50,7 @@ def _check(x: Tensor | Dual, branch: Tensor | Dual, gate: Tensor) -> None:
     check.last_contiguous("gated_residual", x=x, x_dot=x_dot, branch=branch, branch_dot=branch_dot)
 
 
-class _CPU(torch.autograd.Function):
+class _GatedResidualCPU(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, x_dot: Tensor | None, branch: Tensor, branch_dot: Tensor | None, gate: Tensor
@@ -92,7 +92,7 @@ class _CPU(torch.autograd.Function):
 
 
 _BACKENDS = (
-    Backend("cpu", _CPU.apply, cpu.unavailable),
+    Backend("cpu", _GatedResidualCPU.apply, cpu.unavailable),
     Backend("reference", _reference, always),
 )
 

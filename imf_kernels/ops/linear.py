@@ -50,7 +50,7 @@ def _check(x: Tensor | Dual, weight: Tensor, bias: Tensor | None) -> None:
             raise TypeError(f"linear: {name} must be {x.dtype} like x, or float32; got {parameter.dtype}")
 
 
-class _CPU(torch.autograd.Function):
+class _LinearCPU(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, x_dot: Tensor | None, weight: Tensor, bias: Tensor | None
@@ -82,7 +82,7 @@ class _CPU(torch.autograd.Function):
 
 
 _BACKENDS = (
-    Backend("cpu", _CPU.apply, cpu.unavailable),
+    Backend("cpu", _LinearCPU.apply, cpu.unavailable),
     Backend("reference", _reference, always),
 )
 

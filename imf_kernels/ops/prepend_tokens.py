@@ -64,7 +64,7 @@ def _cpu_unavailable(tensors: Any) -> str | None:
     return None if tensors[0].dtype == torch.float32 else "it assembles float32 sequences only"
 
 
-class _CPU(torch.autograd.Function):
+class _PrependTokensCPU(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, x_dot: Tensor | None, count: int, *groups: Any
@@ -102,7 +102,7 @@ class _CPU(torch.autograd.Function):
 
 
 _BACKENDS = (
-    Backend("cpu", _CPU.apply, _cpu_unavailable),
+    Backend("cpu", _PrependTokensCPU.apply, _cpu_unavailable),
     Backend("reference", _reference, always),
 )
 

@@ -65,7 +65,7 @@ def _check(argument: str, x: Tensor | Dual, weight: Tensor, cos: Tensor, sin: Te
     check.last_contiguous(name, **{argument: x, f"{argument}_dot": x_dot})
 
 
-class _CPU(torch.autograd.Function):
+class _QKNormRopeCPU(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, x_dot: Tensor | None, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
@@ -104,7 +104,7 @@ class _CPU(torch.autograd.Function):
 
 
 _BACKENDS = (
-    Backend("cpu", _CPU.apply, cpu.unavailable),
+    Backend("cpu", _QKNormRopeCPU.apply, cpu.unavailable),
     Backend("reference", _reference, always),
 )
 

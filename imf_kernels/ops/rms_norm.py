@@ -51,7 +51,7 @@ def _check(x: Tensor | Dual, weight: Tensor, dtype: torch.dtype | None) -> None:
         )
 
 
-class _CPU(torch.autograd.Function):
+class _RMSNormCPU(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, x_dot: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
@@ -93,7 +93,7 @@ class _CPU(torch.autograd.Function):
 
 
 _BACKENDS = (
-    Backend("cpu", _CPU.apply, cpu.unavailable),
+    Backend("cpu", _RMSNormCPU.apply, cpu.unavailable),
     Backend("reference", _reference, always),
 )
 

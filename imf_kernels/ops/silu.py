@@ -35,7 +35,7 @@ def _check(x: Tensor | Dual) -> None:
     check.is_tensor_or_dual("silu", x=x)
 
 
-class _CPU(torch.autograd.Function):
+class _SiluCPU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
         x = x.contiguous()
@@ -64,7 +64,7 @@ class _CPU(torch.autograd.Function):
 
 
 _BACKENDS = (
-    Backend("cpu", _CPU.apply, cpu.unavailable),
+    Backend("cpu", _SiluCPU.apply, cpu.unavailable),
     Backend("reference", _reference, always),
 )
 

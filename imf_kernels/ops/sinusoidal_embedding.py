@@ -57,7 +57,7 @@ def _cpu_unavailable(tensors: Any) -> str | None:
     return None if tensors[0].dtype == torch.float32 else "it embeds float32 scalars only"
 
 
-class _CPU(torch.autograd.Function):
+class _SinusoidalEmbeddingCPU(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, t: Tensor, t_dot: Tensor | None, dim: int, max_period: float
@@ -86,7 +86,7 @@ class _CPU(torch.autograd.Function):
 
 
 _BACKENDS = (
-    Backend("cpu", _CPU.apply, _cpu_unavailable),
+    Backend("cpu", _SinusoidalEmbeddingCPU.apply, _cpu_unavailable),
     Backend("reference", _reference, always),
 )
 

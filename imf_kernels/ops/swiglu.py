@@ -42,7 +42,7 @@ def _check(x: Tensor | Dual) -> None:
     check.last_contiguous("swiglu", x=x, x_dot=x_dot)
 
 
-class _CPU(torch.autograd.Function):
+class _SwigluCPU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
         width = x.shape[-1] // 2
@@ -75,7 +75,7 @@ class _CPU(torch.autograd.Function):
 
 
 _BACKENDS = (
-    Backend("cpu", _CPU.apply, cpu.unavailable),
+    Backend("cpu", _SwigluCPU.apply, cpu.unavailable),
     Backend("reference", _reference, always),
 )
 
