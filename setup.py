@@ -35,7 +35,7 @@ class CMakeBuild(build_ext):
         configure = [
             program("cmake"),
             *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
-            # Given at every build: an isolated build's tools are gone at the next one, their cached paths stale.
+            # Given at every build: an isolated build's tools are gone at the next one, their paths stale.
             f"-DCMAKE_MAKE_PROGRAM={program('ninja')}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPython_EXECUTABLE={sys.executable}",

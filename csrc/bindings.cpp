@@ -15,6 +15,9 @@
 #include "cpu/silu.h"
 #include "cpu/sinusoidal_embedding.h"
 #include "cpu/swiglu.h"
+#if defined(IMF_CUDA_ARCHITECTURES)
+#include "cuda/rms_norm.h"
+#endif
 
 namespace py = pybind11;
 using imf::DType;
@@ -42,6 +45,7 @@ void register_isa(py::module_& m) {
 #endif
 #if defined(IMF_CUDA_ARCHITECTURES)
   m.attr("cuda_architectures") = IMF_CUDA_ARCHITECTURES;
+  m.def("cuda_unavailable", &imf::cuda::unavailable);
 #else
   m.attr("cuda_architectures") = "";
 #endif
@@ -68,6 +72,28 @@ void register_rms_norm(py::module_& m) {
                   at<float>(dweight), rows, width, x_stride, dy_stride, threads});
       },
       unlocked());
+#if defined(IMF_CUDA_ARCHITECTURES)
+  m.def(
+      "rms_norm_forward_cuda",
+      [](int x_type, int y_type, pointer x, pointer x_dot, pointer weight, pointer y, pointer y_dot,
+         pointer rstd, index_t rows, index_t tangent_rows, index_t width, index_t x_stride,
+         index_t x_dot_stride, float eps, int device, pointer stream) {
+        cuda::rms_norm_forward({DType(x_type), DType(y_type), at(x), at(x_dot), at<float>(weight), at(y),
+                                at(y_dot), at<float>(rstd), rows, tangent_rows, width, x_stride, x_dot_stride,
+                                eps, device, at(stream)});
+      },
+      unlocked());
+  m.def(
+      "rms_norm_backward_cuda",
+      [](int x_type, int y_type, pointer x, pointer dy, pointer weight, pointer rstd, pointer dx,
+         pointer dweight, index_t rows, index_t width, index_t x_stride, index_t dy_stride, int device,
+         pointer stream) {
+        cuda::rms_norm_backward({DType(x_type), DType(y_type), at(x), at(dy), at<float>(weight),
+                                 at<float>(rstd), at(dx), at<float>(dweight), rows, width, x_stride,
+                                 dy_stride, device, at(stream)});
+      },
+      unlocked());
+#endif
 }
 
 void register_silu(py::module_& m) {
@@ -140,8 +166,8 @@ void register_sinusoidal_embedding(py::module_& m) {
       [](pointer t, pointer t_dot, pointer frequencies, pointer y, pointer y_dot, index_t rows,
          index_t tangent_rows, index_t half, int threads) {
         IMF_CALL(sinusoidal_embedding_forward,
-                 {at<float>(t), at<float>(t_dot), at<float>(frequencies), at<float>(y), at<float>(y_dot), rows,
-                  tangent_rows, half, threads});
+                 {at<float>(t), at<float>(t_dot), at<float>(frequencies), at<float>(y), at<float>(y_dot),
+                  rows, tangent_rows, half, threads});
       },
       unlocked());
 }
@@ -176,21 +202,48 @@ void register_qk_norm_rope(py::module_& m) {
       [](int type, pointer x, pointer x_dot, pointer weight, pointer cos, pointer sin, pointer y,
          pointer y_dot, pointer rstd, index_t batch, index_t tangent_batch, index_t heads, index_t length,
          index_t width, Strides xs, Strides ts, float eps, int threads) {
-        IMF_CALL(qk_norm_rope_forward,
-                 {DType(type), at(x), at(x_dot), at<float>(weight), at<float>(cos), at<float>(sin), at(y),
-                  at(y_dot), at<float>(rstd), batch, tangent_batch, heads, length, width,
-                  {xs[0], xs[1], xs[2]}, {ts[0], ts[1], ts[2]}, eps, threads});
+        IMF_CALL(qk_norm_rope_forward, {DType(type),
+                                        at(x),
+                                        at(x_dot),
+                                        at<float>(weight),
+                                        at<float>(cos),
+                                        at<float>(sin),
+                                        at(y),
+                                        at(y_dot),
+                                        at<float>(rstd),
+                                        batch,
+                                        tangent_batch,
+                                        heads,
+                                        length,
+                                        width,
+                                        {xs[0], xs[1], xs[2]},
+                                        {ts[0], ts[1], ts[2]},
+                                        eps,
+                                        threads});
       },
       unlocked());
   m.def(
       "qk_norm_rope_backward",
       [](int type, pointer x, pointer dy, pointer weight, pointer cos, pointer sin, pointer rstd, pointer dx,
-         pointer dweight, index_t batch, index_t heads, index_t length, index_t width, Strides xs, Strides dys,
-         Strides dxs, int threads) {
-        IMF_CALL(qk_norm_rope_backward,
-                 {DType(type), at(x), at(dy), at<float>(weight), at<float>(cos), at<float>(sin),
-                  at<float>(rstd), at(dx), at<float>(dweight), batch, heads, length, width,
-                  {xs[0], xs[1], xs[2]}, {dys[0], dys[1], dys[2]}, {dxs[0], dxs[1], dxs[2]}, threads});
+         pointer dweight, index_t batch, index_t heads, index_t length, index_t width, Strides xs,
+         Strides dys, Strides dxs, int threads) {
+        IMF_CALL(qk_norm_rope_backward, {DType(type),
+                                         at(x),
+                                         at(dy),
+                                         at<float>(weight),
+                                         at<float>(cos),
+                                         at<float>(sin),
+                                         at<float>(rstd),
+                                         at(dx),
+                                         at<float>(dweight),
+                                         batch,
+                                         heads,
+                                         length,
+                                         width,
+                                         {xs[0], xs[1], xs[2]},
+                                         {dys[0], dys[1], dys[2]},
+                                         {dxs[0], dxs[1], dxs[2]},
+                                         threads});
       },
       unlocked());
 }
@@ -207,11 +260,11 @@ void register_attention(py::module_& m) {
       [](int type, Heads q, Heads k, Heads v, Heads out, Heads q_dot, Heads k_dot, Heads v_dot, Heads out_dot,
          pointer lse, index_t batch, index_t tangent_batch, index_t heads, index_t queries, index_t keys,
          index_t width, index_t value_width, float scale, int threads) {
-        IMF_CALL(attention_forward,
-                 {DType(type), heads_tensor(q), heads_tensor(k), heads_tensor(v), heads_tensor(out),
-                  heads_tensor(q_dot), heads_tensor(k_dot), heads_tensor(v_dot), heads_tensor(out_dot),
-                  at<float>(lse), batch, tangent_batch, heads, queries, keys, width, value_width, scale,
-                  threads});
+        IMF_CALL(
+            attention_forward,
+            {DType(type), heads_tensor(q), heads_tensor(k), heads_tensor(v), heads_tensor(out),
+             heads_tensor(q_dot), heads_tensor(k_dot), heads_tensor(v_dot), heads_tensor(out_dot),
+             at<float>(lse), batch, tangent_batch, heads, queries, keys, width, value_width, scale, threads});
       },
       unlocked());
   m.def(
@@ -220,9 +273,9 @@ void register_attention(py::module_& m) {
          index_t batch, index_t heads, index_t queries, index_t keys, index_t width, index_t value_width,
          float scale, int threads) {
         IMF_CALL(attention_backward,
-                 {DType(type), heads_tensor(q), heads_tensor(k), heads_tensor(v),
-                  heads_tensor(dout), heads_tensor(dq), heads_tensor(dk), heads_tensor(dv), at<float>(lse), batch,
-                  heads, queries, keys, width, value_width, scale, threads});
+                 {DType(type), heads_tensor(q), heads_tensor(k), heads_tensor(v), heads_tensor(dout),
+                  heads_tensor(dq), heads_tensor(dk), heads_tensor(dv), at<float>(lse), batch, heads, queries,
+                  keys, width, value_width, scale, threads});
       },
       unlocked());
 }

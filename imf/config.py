@@ -130,7 +130,7 @@ class TrainConfig:
         return self.batch_size // self.accumulate
 
     @property
-    def draws(self) -> dict[str, float]:
+    def draws(self) -> dict[str, Any]:
         """What `imf.objective.Draws.sample` takes beside the batch, the seed and the step."""
         return {
             "fm_fraction": self.fm_fraction,

@@ -34,15 +34,21 @@ _GROUPS = {"shared_blocks": "shared_blocks", "u_heads": "u_blocks", "v_heads": "
 _PREFIXES = {
     "x_embedder.proj.": "x_embedder.",
     "y_embedder.embedding_table.": "y_embedder.",
-    "cfg_t_start_embedder.": "t_min_embedder.",
-    "cfg_t_end_embedder.": "t_max_embedder.",
-    "omega_embedder.": "omega_embedder.",
-    "h_embedder.": "h_embedder.",
+    "cfg_t_start_embedder.mlp.0.": "t_min_embedder.first.",
+    "cfg_t_start_embedder.mlp.2.": "t_min_embedder.last.",
+    "cfg_t_end_embedder.mlp.0.": "t_max_embedder.first.",
+    "cfg_t_end_embedder.mlp.2.": "t_max_embedder.last.",
+    "omega_embedder.mlp.0.": "omega_embedder.first.",
+    "omega_embedder.mlp.2.": "omega_embedder.last.",
+    "h_embedder.mlp.0.": "h_embedder.first.",
+    "h_embedder.mlp.2.": "h_embedder.last.",
     "u_final_layer.linear.": "u_final.linear.",
     "v_final_layer.linear.": "v_final.linear.",
 }
 _EXACT = {
-    **{name: name for name in ("class_tokens", "omega_tokens", "t_min_tokens", "t_max_tokens", "time_tokens")},
+    **{
+        name: name for name in ("class_tokens", "omega_tokens", "t_min_tokens", "t_max_tokens", "time_tokens")
+    },
     "u_final_layer.norm.weight": "u_final.norm",
     "v_final_layer.norm.weight": "v_final.norm",
 }
@@ -62,7 +68,9 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         KeyError: a name that the official network does not have, or a part of q, k, v or w1, w3 missing.
     """
-    plain = {name.replace("._flax_linear", "").replace("._flax_embedding", ""): x for name, x in state.items()}
+    plain = {
+        name.replace("._flax_linear", "").replace("._flax_embedding", ""): x for name, x in state.items()
+    }
     result: dict[str, Tensor] = {}
     blocks: dict[str, dict[str, Tensor]] = {}
     for name, value in plain.items():
@@ -122,6 +130,8 @@ def from_flax(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
         elif name.endswith("/kernel") and value.dim() == 4:  # (row, column, in, out) → (out, in, row, column)
             value = value.permute(3, 2, 0, 1)
         name = re.sub(r"/(kernel|embedding)$", "/weight", name)
-        name = re.sub(r"(shared_blocks|u_heads|v_heads|layers)_(\d+)", r"\1/\2", name).replace("/layers/", "/")
+        name = re.sub(r"(shared_blocks|u_heads|v_heads|layers)_(\d+)", r"\1/\2", name).replace(
+            "/layers/", "/"
+        )
         state[name.replace("/", ".")] = value.contiguous()
     return from_official(state)

@@ -49,22 +49,32 @@ class IMFConfig:
     num_classes: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
+        for name in (
+            "input_size",
+            "patch_size",
+            "in_channels",
+            "hidden_size",
+            "depth",
+            "num_heads",
+            "num_classes",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"IMFConfig: {name} must be a positive integer, got {value!r}")
         if self.input_size % self.patch_size:
             raise ValueError(
-                f"IMFConfig: input_size must be a multiple of patch_size {self.patch_size}, got {self.input_size}"
+                f"IMFConfig: input_size must be a multiple of patch_size {self.patch_size}, "
+                f"got {self.input_size}"
             )
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(
-                f"IMFConfig: hidden_size must be a multiple of twice num_heads {self.num_heads} (rotary positions "
-                f"turn pairs of channels), got {self.hidden_size}"
+                f"IMFConfig: hidden_size must be a multiple of twice num_heads {self.num_heads} (rotary "
+                f"positions turn pairs of channels), got {self.hidden_size}"
             )
         if not 0 <= self.aux_head_depth <= self.depth:
             raise ValueError(
-                f"IMFConfig: aux_head_depth must be within 0 and depth {self.depth}, got {self.aux_head_depth}"
+                f"IMFConfig: aux_head_depth must be within 0 and depth {self.depth}, "
+                f"got {self.aux_head_depth}"
             )
         if self.mlp_width < 1:
             raise ValueError(f"IMFConfig: mlp_ratio must be positive, got {self.mlp_ratio!r}")
@@ -91,7 +101,7 @@ PRESETS = {
 
 
 def build(x: str | IMFConfig) -> IMF:
-    """A network with fresh weights, of a preset ("iMF-B/2", "iMF-M/2", "iMF-L/2", "iMF-XL/2") or a configuration."""
+    """A network with fresh weights, of a preset (a key of `PRESETS`: "iMF-B/2" …) or of an `IMFConfig`."""
     if isinstance(x, str):
         if x not in PRESETS:
             raise ValueError(f"build: no preset {x!r}; there are {', '.join(PRESETS)}")
@@ -106,13 +116,14 @@ class ScalarEmbedder(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.ModuleList([nn.Linear(SINUSOIDS, width), nn.Identity(), nn.Linear(width, width)])
-        for layer in (self.mlp[0], self.mlp[2]):
+        self.first = nn.Linear(SINUSOIDS, width)
+        self.last = nn.Linear(width, width)
+        for layer in (self.first, self.last):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
             nn.init.zeros_(layer.bias)
 
     def forward(self, t: Tensor | Dual, backend: str | None) -> Any:
-        first, _, last = self.mlp
+        first, last = self.first, self.last
         x = ik.sinusoidal_embedding(t, SINUSOIDS, backend=backend)
         x = ik.silu(ik.linear(x, first.weight, first.bias, backend=backend), backend=backend)
         return ik.linear(x, last.weight, last.bias, backend=backend)
@@ -123,7 +134,11 @@ class Block(nn.Module):
 
     def __init__(self, config: IMFConfig) -> None:
         super().__init__()
-        width, hidden, head_width = config.hidden_size, config.mlp_width, config.hidden_size // config.num_heads
+        width, hidden, head_width = (
+            config.hidden_size,
+            config.mlp_width,
+            config.hidden_size // config.num_heads,
+        )
         self.heads = config.num_heads
         self.norm1, self.norm2 = (nn.Parameter(torch.ones(width)) for _ in range(2))
         self.q_norm, self.k_norm = (nn.Parameter(torch.ones(head_width)) for _ in range(2))
@@ -175,7 +190,8 @@ class IMF(nn.Module):
     Attributes:
         config: its shape.
         compute_dtype: of the operands of the blocks' products and of attention: torch.float32, or
-            torch.bfloat16. Weights, embedders, norms, the residual stream and the outputs are fp32 either way.
+            torch.bfloat16. Weights, embedders, norms, the residual stream and the outputs are fp32 in
+            either case.
         backend: of every operation: "cpu", "reference", or `None` for the best one that can run.
     """
 
@@ -295,9 +311,7 @@ class IMF(nn.Module):
     ) -> None:
         c = self.config
         image = (c.in_channels, c.input_size, c.input_size)
-        if z.dim() != 4 if isinstance(z, Tensor) else len(z.shape) != 4:
-            raise ValueError(f"IMF: z must be [B, {', '.join(map(str, image))}], got {list(z.shape)}")
-        if tuple(z.shape[1:]) != image:
+        if len(z.shape) != 4 or tuple(z.shape[1:]) != image:
             raise ValueError(f"IMF: z must be [B, {', '.join(map(str, image))}], got {list(z.shape)}")
         for name, value in {"z": z, "h": h, "omega": omega, "t_min": t_min, "t_max": t_max}.items():
             if value.dtype != self.x_embedder.weight.dtype:
@@ -309,7 +323,7 @@ class IMF(nn.Module):
         if y.is_floating_point() or y.dtype == torch.bool or tuple(y.shape) != (z.shape[0],):
             raise ValueError(f"IMF: y must be [{z.shape[0]}] integers, got {list(y.shape)} of {y.dtype}")
         # On other devices looking would wait for the device; there the embedding's own check speaks.
-        if y.device.type == "cpu" and y.numel() and not (0 <= int(y.min()) and int(y.max()) <= c.num_classes):
+        if y.device.type == "cpu" and y.numel() and not (int(y.min()) >= 0 and int(y.max()) <= c.num_classes):
             raise ValueError(
                 f"IMF: labels must be within 0 and {c.num_classes} (the null label), got {int(y.min())} to "
                 f"{int(y.max())}"

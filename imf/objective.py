@@ -1,7 +1,7 @@
 """The training objective of Improved Mean Flows, exactly, in the form that does the least work.
 
-With z = (1 − t) x + t e and v_t = e − x, the network's u is trained through the MeanFlow identity: the compound
-velocity V = u + (t − r) · sg(du/dt) regresses on the guided velocity v_g, and so does the v-head's v:
+With z = (1 − t) x + t e and v_t = e − x, the network's u is trained through the MeanFlow identity: the
+compound velocity V = u + (t − r) · sg(du/dt) regresses on the guided velocity v_g, and so does the v-head:
 
     v_g  = v_t + (1 − 1/ω') (v_c − v_u),   ω' = ω inside the guidance interval, else 1
     du/dt = JVP of u at (z, t, r) along (v_c, 1, 0)
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import imf_kernels as ik
 from imf_kernels import Dual
 
 
@@ -54,7 +53,9 @@ class Draws:
         if self.drop.dtype != torch.bool:
             raise TypeError(f"Draws: drop must be boolean, got {self.drop.dtype}")
         if not isinstance(self.n_fm, int) or not 0 <= self.n_fm <= batch:
-            raise ValueError(f"Draws: n_fm must be an int within 0 and the batch of {batch}, got {self.n_fm!r}")
+            raise ValueError(
+                f"Draws: n_fm must be an int within 0 and the batch of {batch}, got {self.n_fm!r}"
+            )
         fm = slice(0, self.n_fm)
         if self.t.device.type == "cpu":  # elsewhere a look would wait for the device
             if not torch.equal(self.t[fm], self.r[fm]):
@@ -114,8 +115,8 @@ class Draws:
         return draws.to(x.device)
 
     def to(self, device: torch.device | str) -> Draws:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Draws(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Draws(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
 
 
 def _key(seed: int, step: int, process: int) -> int:
@@ -156,11 +157,12 @@ def improved_mean_flow(
 ) -> Loss:
     """One evaluation of the objective, equal to the official program's and with less work.
 
-    What is left out has no effect on the result: tangents and v_c on FM rows (there t = r, and v_c is the
-    network's own v), v_u where it is not used (dropped rows, and rows whose ω' is 1), heads that are not read.
+    What is left out has no effect on the result: tangents and v_c on FM rows (there t = r, and v_c is
+    the network's own v), v_u where it is not used (dropped rows, rows whose ω' is 1), heads not read.
 
     Args:
-        model: called as `model(z, h, omega, t_min, t_max, y, heads)`; its `config.num_classes` is the null label.
+        model: called as `model(z, h, omega, t_min, t_max, y, heads)`; its `config.num_classes` is the null
+            label.
         x: [B, C, H, W] in float32, data.
         y: [B] integers, labels.
         draws: the step's random numbers.
@@ -170,7 +172,7 @@ def improved_mean_flow(
         A `Loss`; gradients flow through the primal u and v alone.
     """
     _check(x, y, draws)
-    t, h, null = draws.t, draws.t - draws.r, _null_label(model)
+    h, null = draws.t - draws.r, _null_label(model)
     n_fm, batch = draws.n_fm, x.shape[0]
     z, v_t = _interpolate(x, draws)
     omega = _effective_omega(draws)
@@ -226,10 +228,13 @@ def improved_mean_flow_plain(
 def _check(x: Tensor, y: Tensor, draws: Draws) -> None:
     if draws.noise.shape != x.shape:
         raise ValueError(
-            f"improved_mean_flow: draws.noise must have the shape of x, {list(x.shape)}, got {list(draws.noise.shape)}"
+            f"improved_mean_flow: draws.noise must have the shape of x, {list(x.shape)}, "
+            f"got {list(draws.noise.shape)}"
         )
     if tuple(y.shape) != (x.shape[0],):
-        raise ValueError(f"improved_mean_flow: y must be [{x.shape[0]}], one label a row of x, got {list(y.shape)}")
+        raise ValueError(
+            f"improved_mean_flow: y must be [{x.shape[0]}], one label a row of x, got {list(y.shape)}"
+        )
 
 
 def _null_label(model: Any) -> int:
@@ -265,7 +270,9 @@ def _where(mask: Tensor, coefficient: Tensor) -> Tensor:
     return torch.where(mask, coefficient, 0.0)[:, None, None, None]
 
 
-def _loss(u: Tensor, v: Tensor, h: Tensor, du_dt: Tensor, v_g: Tensor, norm_eps: float, norm_p: float) -> Loss:
+def _loss(
+    u: Tensor, v: Tensor, h: Tensor, du_dt: Tensor, v_g: Tensor, norm_eps: float, norm_p: float
+) -> Loss:
     compound = u + h[:, None, None, None] * du_dt
     squares_u = (compound - v_g).square().flatten(1).sum(1)
     squares_v = (v - v_g).square().flatten(1).sum(1)

@@ -70,7 +70,9 @@ class Dual:
 
     def __repr__(self) -> str:
         stored = "None" if self._tangent is None else f"{list(self._tangent.shape)}"
-        return f"Dual(primal={list(self.shape)}, tangent={stored}, dtype={self.dtype}, device='{self.device}')"
+        return (
+            f"Dual(primal={list(self.shape)}, tangent={stored}, dtype={self.dtype}, device='{self.device}')"
+        )
 
     @classmethod
     def __torch_function__(
@@ -114,12 +116,13 @@ class _Guard(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(
-            "imf_kernels: backward reached a tangent, but no gradient flows through tangents. Call .detach() on "
-            "it before it enters the loss; torch.func.jvp differentiates tangents, at its price"
+            "imf_kernels: backward reached a tangent, but no gradient flows through tangents. Call "
+            ".detach() on it before it enters the loss; torch.func.jvp differentiates tangents, at its price"
         )
 
 
-T = TypeVar("T")
+# What an operation takes and gives back: one or the other.
+TensorOrDual = TypeVar("TensorOrDual", bound="Tensor | Dual")
 
 
 def complete(tangent: Tensor, rows: int) -> Tensor:

@@ -60,7 +60,12 @@ def product(kind: str, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tens
     """
     (m, k), n = a.shape, b.shape[0]
     # bf16 products go to oneDNN in PyTorch already; other devices have their own library.
-    if a.dtype != torch.float32 or a.device.type != "cpu" or len(_PRODUCTS) == 1 or 2 * m * n * k < _MIN_FLOPS:
+    if (
+        a.dtype != torch.float32
+        or a.device.type != "cpu"
+        or len(_PRODUCTS) == 1
+        or 2 * m * n * k < _MIN_FLOPS
+    ):
         return _torch(a, b, bias)
     key = f"{kind} {1 << (m - 1).bit_length()}x{k}x{n} threads={torch.get_num_threads()}"
     if (name := _choices.get(key)) is None:

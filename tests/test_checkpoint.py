@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_run import NETWORK, config, differing, state_and_data, tensors
+from tiny_run import NETWORK, config, differing, one_thread, state_and_data, tensors
 
 from imf import checkpoint, train
 from imf.checkpoint import CheckpointError
+
+_one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
 
 def metadata(step=3, **changes):

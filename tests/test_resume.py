@@ -11,11 +11,13 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import FAST, arguments, config, differing, objective_that
+from tiny_run import FAST, arguments, config, differing, objective_that, one_thread
 
 from imf import checkpoint, train
 from imf.run import StopSignals, TrainingError
 from imf_kernels import gemm
+
+_one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
 TIMES = ("images_per_second", "elapsed")
 
@@ -104,7 +106,7 @@ def test_a_run_killed_by_the_system(tmp_path):
     def command(*options):
         return [sys.executable, "-m", "imf.train", *options]
 
-    # The first checkpoint is the past of both: it holds the measured choices, which another run may not share.
+    # The first checkpoint is the past of both: it holds measured choices that another run may not share.
     steps = 120
     killed, left = tmp_path / "killed", tmp_path / "left"
     often = {"checkpoint_every": 5, "keep_checkpoints": 1000}

@@ -5,12 +5,14 @@ import json
 
 import pytest
 import torch
-from tiny_run import arguments, config, differing, objective_that, state_and_data, tensors
+from tiny_run import arguments, config, differing, objective_that, one_thread, state_and_data, tensors
 
 from imf import checkpoint, data, sample, train
 from imf.config import ema_decay, learning_rate
 from imf.objective import Draws, improved_mean_flow
 from imf.run import Readback, TrainingError
+
+_one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
 
 def test_the_schedule():

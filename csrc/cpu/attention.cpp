@@ -119,7 +119,8 @@ void forward(const AttentionForward& a) {
     for (index_t task; queue.next(task);) {
       const index_t head = task / stretches, b = head / a.heads, h = head % a.heads;
       const index_t t = b - (a.batch - a.tangent_batch);
-      const Range share = share_of(query_blocks, static_cast<int>(task % stretches), static_cast<int>(stretches));
+      const Range share =
+          share_of(query_blocks, static_cast<int>(task % stretches), static_cast<int>(stretches));
       const T* q_head = head_of<T>(a.q, b, h);
       const T* k_head = head_of<T>(a.k, b, h);
       const T* v_head = head_of<T>(a.v, b, h);
@@ -140,8 +141,8 @@ void forward(const AttentionForward& a) {
         const index_t rows = smaller(query_block, a.queries - q0);
         copy_rows(q_head + q0 * a.q.stride[2], a.q.stride[2], rows, a.width, a.scale, block.q, a.width);
         if (q_dot_head) {
-          copy_rows(q_dot_head + q0 * a.q_dot.stride[2], a.q_dot.stride[2], rows, a.width, a.scale, block.q_dot,
-                    a.width);
+          copy_rows(q_dot_head + q0 * a.q_dot.stride[2], a.q_dot.stride[2], rows, a.width, a.scale,
+                    block.q_dot, a.width);
         }
         const Strided q{block.q, a.width, 1}, q_dot{block.q_dot, a.width, 1};
         const Strided p{block.s, key_block, 1}, p_s_dot{block.s_dot, key_block, 1};
@@ -153,9 +154,11 @@ void forward(const AttentionForward& a) {
           const float* k_dot_panel = k_dot + k0 * a.width;
           product(rows, keys, a.width, q, k_panel, 0, a.width, block.s, key_block, false);
           hide_padding(block.s, key_block, rows, keys);
-          if (q_dot_head) product(rows, keys, a.width, q_dot, k_panel, 0, a.width, block.s_dot, key_block, false);
+          if (q_dot_head)
+            product(rows, keys, a.width, q_dot, k_panel, 0, a.width, block.s_dot, key_block, false);
           if (k_dot_head) {
-            product(rows, keys, a.width, q, k_dot_panel, 0, a.width, block.s_dot, key_block, q_dot_head != nullptr);
+            product(rows, keys, a.width, q, k_dot_panel, 0, a.width, block.s_dot, key_block,
+                    q_dot_head != nullptr);
           }
           softmax_block(block, rows, keys, value_stride, first, dual, out_dot_head != nullptr);
           product(rows, a.value_width, keys, p, v, k0, a.keys, block.out, value_stride, !first);
@@ -252,11 +255,12 @@ void backward(const AttentionBackward& a) {
           }
         }
         const bool first = q0 == 0;
-        product(a.keys, a.value_width, rows, {p, 1, key_stride}, dout_panels, 0, rows, dv, value_stride, !first);
+        product(a.keys, a.value_width, rows, {p, 1, key_stride}, dout_panels, 0, rows, dv, value_stride,
+                !first);
         product(a.keys, a.width, rows, {ds, 1, key_stride}, q_panels, 0, rows, dk, stride, !first);
         product(rows, a.width, a.keys, {ds, key_stride, 1}, k, 0, a.keys, dq, stride, false);
         copy_rows(dq, stride, rows, a.width, a.scale, head_of<T>(a.dq, b, h) + q0 * a.dq.stride[2],
-                   a.dq.stride[2]);
+                  a.dq.stride[2]);
       }
       copy_rows(dk, stride, a.keys, a.width, 1.0f, head_of<T>(a.dk, b, h), a.dk.stride[2]);
       copy_rows(dv, value_stride, a.keys, a.value_width, 1.0f, head_of<T>(a.dv, b, h), a.dv.stride[2]);

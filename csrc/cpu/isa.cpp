@@ -18,9 +18,7 @@ bool processor_has(Isa isa) {
   return isa == Isa::plain;
 }
 
-const char* name_of(Isa isa) {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "plain";
-}
+const char* name_of(Isa isa) { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "plain"; }
 
 Isa best_isa() {
   for (Isa isa : {Isa::avx512, Isa::avx2}) {

@@ -20,16 +20,24 @@ Isa current_isa();
 }  // namespace imf
 
 #if defined(IMF_X86)
-#define IMF_DECLARE_PER_ISA(...)                  \
-  namespace plain { __VA_ARGS__; }                \
-  namespace avx2 { __VA_ARGS__; }                 \
-  namespace avx512 { __VA_ARGS__; }
-#define IMF_CALL(function, ...)                                            \
+#define IMF_DECLARE_PER_ISA(...) \
+  namespace plain {              \
+  __VA_ARGS__;                   \
+  }                              \
+  namespace avx2 {               \
+  __VA_ARGS__;                   \
+  }                              \
+  namespace avx512 {             \
+  __VA_ARGS__;                   \
+  }
+#define IMF_CALL(function, ...)                                               \
   (::imf::current_isa() == ::imf::Isa::avx512 ? avx512::function(__VA_ARGS__) \
    : ::imf::current_isa() == ::imf::Isa::avx2 ? avx2::function(__VA_ARGS__)   \
                                               : plain::function(__VA_ARGS__))
 #else
 #define IMF_DECLARE_PER_ISA(...) \
-  namespace plain { __VA_ARGS__; }
+  namespace plain {              \
+  __VA_ARGS__;                   \
+  }
 #define IMF_CALL(function, ...) plain::function(__VA_ARGS__)
 #endif

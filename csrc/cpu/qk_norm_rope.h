@@ -9,8 +9,8 @@ namespace imf {
 // whose cosine and sine are cos[l, i] and sin[l, i].
 struct QkNormRopeForward {
   DType type;
-  const void* x;      // [batch, heads, length, width], strides below, rows contiguous
-  const void* x_dot;  // [tangent_batch, heads, length, width], of the last samples
+  const void* x;        // [batch, heads, length, width], strides below, rows contiguous
+  const void* x_dot;    // [tangent_batch, heads, length, width], of the last samples
   const float* weight;  // [width]
   const float* cos;     // [length, width / 2]
   const float* sin;     // [length, width / 2]

@@ -49,8 +49,8 @@ inline void product_block(const float* a, index_t a_row, index_t a_column, const
 }
 
 template <int vecs, int rows = block_rows>
-inline void product_rows(index_t m, Strided a, const float* b, index_t b_row, float* c, index_t c_row, index_t k,
-                         bool add) {
+inline void product_rows(index_t m, Strided a, const float* b, index_t b_row, float* c, index_t c_row,
+                         index_t k, bool add) {
   for (; m >= rows; m -= rows) {
     product_block<rows, vecs>(a.data, a.row_stride, a.column_stride, b, b_row, c, c_row, k, add);
     a.data += rows * a.row_stride;
@@ -62,16 +62,24 @@ inline void product_rows(index_t m, Strided a, const float* b, index_t b_row, fl
 }
 
 // `b_first` of `b_total` packed rows of B are skipped: a product over a part of the inner dimension.
-inline void product(index_t m, index_t n, index_t k, Strided a, const float* b, index_t b_first, index_t b_total,
-                    float* c, index_t c_row, bool add) {
+inline void product(index_t m, index_t n, index_t k, Strided a, const float* b, index_t b_first,
+                    index_t b_total, float* c, index_t c_row, bool add) {
   for (index_t j = 0; j < n; j += panel_width) {
     const index_t width = n - j < panel_width ? round_up(n - j, Vec::width) : panel_width;
     const float* panel = b + j * b_total + b_first * width;
     switch (width / Vec::width) {
-      case 1: product_rows<1>(m, a, panel, width, c + j, c_row, k, add); break;
-      case 2: product_rows<2>(m, a, panel, width, c + j, c_row, k, add); break;
-      case 3: product_rows<3>(m, a, panel, width, c + j, c_row, k, add); break;
-      default: product_rows<4>(m, a, panel, width, c + j, c_row, k, add); break;
+      case 1:
+        product_rows<1>(m, a, panel, width, c + j, c_row, k, add);
+        break;
+      case 2:
+        product_rows<2>(m, a, panel, width, c + j, c_row, k, add);
+        break;
+      case 3:
+        product_rows<3>(m, a, panel, width, c + j, c_row, k, add);
+        break;
+      default:
+        product_rows<4>(m, a, panel, width, c + j, c_row, k, add);
+        break;
     }
   }
 }

@@ -171,15 +171,31 @@ inline Vec each_lane(F f) {
   return r;
 }
 
-inline Vec operator+(Vec a, Vec b) { return each_lane([&](int i) { return a.v[i] + b.v[i]; }); }
-inline Vec operator-(Vec a, Vec b) { return each_lane([&](int i) { return a.v[i] - b.v[i]; }); }
-inline Vec operator*(Vec a, Vec b) { return each_lane([&](int i) { return a.v[i] * b.v[i]; }); }
-inline Vec operator/(Vec a, Vec b) { return each_lane([&](int i) { return a.v[i] / b.v[i]; }); }
+inline Vec operator+(Vec a, Vec b) {
+  return each_lane([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline Vec operator-(Vec a, Vec b) {
+  return each_lane([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline Vec operator*(Vec a, Vec b) {
+  return each_lane([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline Vec operator/(Vec a, Vec b) {
+  return each_lane([&](int i) { return a.v[i] / b.v[i]; });
+}
 // Rounded twice where the processor has no FMA; ::fmaf in software would be ten times slower.
-inline Vec fma(Vec a, Vec b, Vec c) { return each_lane([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
-inline Vec sqrt(Vec a) { return each_lane([&](int i) { return ::sqrtf(a.v[i]); }); }
-inline Vec max(Vec a, Vec b) { return each_lane([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
-inline Vec min(Vec a, Vec b) { return each_lane([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
+inline Vec fma(Vec a, Vec b, Vec c) {
+  return each_lane([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+}
+inline Vec sqrt(Vec a) {
+  return each_lane([&](int i) { return ::sqrtf(a.v[i]); });
+}
+inline Vec max(Vec a, Vec b) {
+  return each_lane([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline Vec min(Vec a, Vec b) {
+  return each_lane([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
 // Adding and taking away 1.5 * 2^23 leaves the nearest integer for |x| < 2^22.
 inline Vec round(Vec a) {
   return each_lane([&](int i) {
@@ -204,8 +220,12 @@ inline Vec scale_by_power_of_two(Vec a, Vec n) {
 inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
   return each_lane([&](int i) { return a.v[i] < b.v[i] ? yes.v[i] : no.v[i]; });
 }
-inline Vec swap_pairs(Vec a) { return each_lane([&](int i) { return a.v[i ^ 1]; }); }
-inline Vec duplicate_lower(Vec a) { return each_lane([&](int i) { return a.v[i / 2]; }); }
+inline Vec swap_pairs(Vec a) {
+  return each_lane([&](int i) { return a.v[i ^ 1]; });
+}
+inline Vec duplicate_lower(Vec a) {
+  return each_lane([&](int i) { return a.v[i / 2]; });
+}
 inline float reduce_add(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 inline float reduce_max(Vec a) {
   const auto larger = [](float x, float y) { return x > y ? x : y; };

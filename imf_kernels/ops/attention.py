@@ -18,6 +18,7 @@ from torch import Tensor
 from imf_kernels import _C, cpu
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, align, pack, tail, unpack
+from imf_kernels.layout import DTYPES, last_contiguous
 from imf_kernels.ops import check
 
 _NAME = "scaled_dot_product_attention"
@@ -73,11 +74,10 @@ def _check(
             raise NotImplementedError(f"{_NAME}: {argument} is not supported yet")
     arguments = {"query": query, "key": key, "value": value}
     check.is_tensor_or_dual(_NAME, **arguments)
-    primals = {name: unpack(x)[0] for name, x in arguments.items()}
-    q, k, v = primals.values()
-    for name, x in primals.items():
-        if x.dim() != 4:
+    for name, x in arguments.items():
+        if len(x.shape) != 4:
             raise ValueError(f"{_NAME}: {name} must be [B, H, L, D], got {list(x.shape)}")
+    q, k, v = (unpack(x)[0] for x in arguments.values())
     hint = "; did you pass [B, L, H, D]?" if q.shape[1] != k.shape[1] else ""
     batch, heads, keys, width = q.shape[0], q.shape[1], k.shape[2], q.shape[3]
     if tuple(k.shape) != (batch, heads, keys, width):
@@ -99,7 +99,7 @@ def _check(
 
 def _heads(x: Tensor | None) -> tuple[int, int, int, int]:
     """A tensor as the compiled module takes it: pointer, strides of batch, head and position."""
-    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
+    return (0, 0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
 
 
 def _positions_first(batch: int, heads: int, length: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -129,7 +129,7 @@ class _AttentionCPU(torch.autograd.Function):
             out_dot = _positions_first(rows, heads, queries, value_width, q.dtype)
             ctx.mark_non_differentiable(out_dot)
         _C.attention_forward(
-            *(cpu.DTYPES[q.dtype], _heads(q), _heads(k), _heads(v), _heads(out)),
+            *(DTYPES[q.dtype], _heads(q), _heads(k), _heads(v), _heads(out)),
             *(_heads(q_dot), _heads(k_dot), _heads(v_dot), _heads(out_dot), lse.data_ptr()),
             *(batch, rows, heads, queries, keys, width, value_width, scale, torch.get_num_threads()),
         )
@@ -142,12 +142,12 @@ class _AttentionCPU(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, dout_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, lse = ctx.saved_tensors
         (batch, heads, queries, width), keys, value_width = q.shape, k.shape[2], v.shape[3]
-        dout = cpu.last_contiguous(dout)
+        dout = last_contiguous(dout)
         dq = torch.empty(q.shape, dtype=q.dtype)
         dk = torch.empty(k.shape, dtype=k.dtype)
         dv = _positions_first(batch, heads, keys, value_width, v.dtype)
         _C.attention_backward(
-            *(cpu.DTYPES[q.dtype], _heads(q), _heads(k), _heads(v), _heads(dout)),
+            *(DTYPES[q.dtype], _heads(q), _heads(k), _heads(v), _heads(dout)),
             *(_heads(dq), _heads(dk), _heads(dv), lse.data_ptr()),
             *(batch, heads, queries, keys, width, value_width, ctx.scale, torch.get_num_threads()),
         )

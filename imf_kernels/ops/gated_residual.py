@@ -8,7 +8,7 @@ Kernels: csrc/cpu/gated_residual.cpp.
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from imf_kernels import _C, cpu
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, align, pack, unpack
+from imf_kernels.layout import DTYPES, count_rows, last_contiguous, pointer, rows_of
 from imf_kernels.ops import check
 
 
@@ -55,9 +56,9 @@ class _GatedResidualCPU(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, x_dot: Tensor | None, branch: Tensor, branch_dot: Tensor | None, gate: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        (x_rows, x_stride), (b_rows, b_stride) = cpu.rows_of(x), cpu.rows_of(branch)
-        xt_rows, xt_stride = (None, 0) if x_dot is None else cpu.rows_of(x_dot)
-        bt_rows, bt_stride = (None, 0) if branch_dot is None else cpu.rows_of(branch_dot)
+        (x_rows, x_stride), (b_rows, b_stride) = rows_of(x), rows_of(branch)
+        xt_rows, xt_stride = (None, 0) if x_dot is None else rows_of(x_dot)
+        bt_rows, bt_stride = (None, 0) if branch_dot is None else rows_of(branch_dot)
         g = gate.float().contiguous()
         y, y_dot = torch.empty(x.shape, dtype=x.dtype), None
         tangent = x_dot if x_dot is not None else branch_dot
@@ -65,9 +66,9 @@ class _GatedResidualCPU(torch.autograd.Function):
             y_dot = torch.empty(tangent.shape, dtype=x.dtype)
             ctx.mark_non_differentiable(y_dot)
         _C.gated_residual_forward(
-            *(cpu.DTYPES[x.dtype], cpu.DTYPES[branch.dtype], x_rows.data_ptr(), cpu.pointer(xt_rows)),
-            *(b_rows.data_ptr(), cpu.pointer(bt_rows), g.data_ptr(), y.data_ptr(), cpu.pointer(y_dot)),
-            *(cpu.count_rows(x), cpu.count_rows(tangent), x.shape[-1]),
+            *(DTYPES[x.dtype], DTYPES[branch.dtype], x_rows.data_ptr(), pointer(xt_rows)),
+            *(b_rows.data_ptr(), pointer(bt_rows), g.data_ptr(), y.data_ptr(), pointer(y_dot)),
+            *(count_rows(x), count_rows(tangent), x.shape[-1]),
             *(x_stride, xt_stride, b_stride, bt_stride, torch.get_num_threads()),
         )
         ctx.save_for_backward(branch, gate)
@@ -78,15 +79,15 @@ class _GatedResidualCPU(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         branch, gate = ctx.saved_tensors
         width, threads = branch.shape[-1], torch.get_num_threads()
-        b_rows, b_stride = cpu.rows_of(branch)
-        dy_rows, dy_stride = cpu.rows_of(cpu.last_contiguous(dy))
+        b_rows, b_stride = rows_of(branch)
+        dy_rows, dy_stride = rows_of(last_contiguous(dy))
         g = gate.float().contiguous()
         dbranch = torch.empty(branch.shape, dtype=branch.dtype)
         dgate = torch.empty((threads, width), dtype=torch.float32)
         _C.gated_residual_backward(
-            *(cpu.DTYPES[dy.dtype], cpu.DTYPES[branch.dtype], dy_rows.data_ptr(), b_rows.data_ptr()),
+            *(DTYPES[dy.dtype], DTYPES[branch.dtype], dy_rows.data_ptr(), b_rows.data_ptr()),
             *(g.data_ptr(), dbranch.data_ptr(), dgate.data_ptr()),
-            *(cpu.count_rows(branch), width, dy_stride, b_stride, threads),
+            *(count_rows(branch), width, dy_stride, b_stride, threads),
         )
         return dy, None, dbranch, None, dgate[0].to(gate.dtype)
 
@@ -97,15 +98,9 @@ _BACKENDS = (
 )
 
 
-@overload
-def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str | None = ...) -> Tensor: ...
-@overload
-def gated_residual(x: Dual, branch: Tensor | Dual, gate: Tensor, *, backend: str | None = ...) -> Dual: ...
-@overload
-def gated_residual(x: Tensor, branch: Dual, gate: Tensor, *, backend: str | None = ...) -> Dual: ...
 def gated_residual(
     x: Tensor | Dual, branch: Tensor | Dual, gate: Tensor, *, backend: str | None = None
-) -> Tensor | Dual:
+) -> Any:
     """x + branch · gate, with its tangent.
 
     Args:

@@ -7,7 +7,7 @@ Kernels: PyTorch's matrix products, the fastest one for the shape (imf_kernels/g
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from imf_kernels import cpu, gemm
 from imf_kernels.dispatch import Backend, always, choose
-from imf_kernels.dual import Dual, pack, unpack
+from imf_kernels.dual import Dual, TensorOrDual, pack, unpack
 from imf_kernels.ops import check
 
 
@@ -36,13 +36,15 @@ def _check(x: Tensor | Dual, weight: Tensor, bias: Tensor | None) -> None:
     x, _ = unpack(x)
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"linear: weight must be [out, in] with in = {x.shape[-1] if x.dim() else 1}, the last dimension of x "
-            f"{list(x.shape)}; got {list(weight.shape)}"
+            f"linear: weight must be [out, in] with in = {x.shape[-1] if x.dim() else 1}, the last dimension "
+            f"of x {list(x.shape)}; got {list(weight.shape)}"
         )
     parameters = {"weight": weight}
     if bias is not None:
         check.is_tensor("linear", bias=bias)
-        check.has_shape("linear", "bias", bias, weight.shape[:1], f" for weight of shape {list(weight.shape)}")
+        check.has_shape(
+            "linear", "bias", bias, weight.shape[:1], f" for weight of shape {list(weight.shape)}"
+        )
         parameters["bias"] = bias
     check.same_device("linear", x, **parameters)
     for name, parameter in parameters.items():
@@ -87,13 +89,9 @@ _BACKENDS = (
 )
 
 
-@overload
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = ..., *, backend: str | None = ...) -> Tensor: ...
-@overload
-def linear(x: Dual, weight: Tensor, bias: Tensor | None = ..., *, backend: str | None = ...) -> Dual: ...
 def linear(
-    x: Tensor | Dual, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
-) -> Tensor | Dual:
+    x: TensorOrDual, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
+) -> TensorOrDual:
     """x weightᵀ + bias, with its tangent.
 
     Args:

@@ -18,6 +18,7 @@ from torch import Tensor
 from imf_kernels import _C, cpu
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, align, pack, unpack
+from imf_kernels.layout import pointer
 from imf_kernels.ops import check
 
 
@@ -83,10 +84,10 @@ class _PrependTokensCPU(torch.autograd.Function):
             ctx.mark_non_differentiable(y_dot)
         _C.prepend_tokens_forward(
             [
-                (t.data_ptr(), e.data_ptr(), cpu.pointer(e_dot), t.shape[0])
+                (t.data_ptr(), e.data_ptr(), pointer(e_dot), t.shape[0])
                 for t, e, e_dot in zip(tokens, embeddings, embedding_dots, strict=True)
             ],
-            *(x.data_ptr(), cpu.pointer(x_dot), y.data_ptr(), cpu.pointer(y_dot)),
+            *(x.data_ptr(), pointer(x_dot), y.data_ptr(), pointer(y_dot)),
             *(batch, rows, length, width, torch.get_num_threads()),
         )
         return y, y_dot

@@ -19,6 +19,7 @@ from torch import Tensor
 from imf_kernels import _C, cpu
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, pack, tail, unpack
+from imf_kernels.layout import DTYPES, last_contiguous, pointer
 from imf_kernels.ops import check
 
 
@@ -79,8 +80,8 @@ class _QKNormRopeCPU(torch.autograd.Function):
             y_dot = torch.empty(x_dot.shape, dtype=x.dtype)
             ctx.mark_non_differentiable(y_dot)
         _C.qk_norm_rope_forward(
-            *(cpu.DTYPES[x.dtype], x.data_ptr(), cpu.pointer(x_dot), w.data_ptr(), cos.data_ptr()),
-            *(sin.data_ptr(), y.data_ptr(), cpu.pointer(y_dot), rstd.data_ptr()),
+            *(DTYPES[x.dtype], x.data_ptr(), pointer(x_dot), w.data_ptr(), cos.data_ptr()),
+            *(sin.data_ptr(), y.data_ptr(), pointer(y_dot), rstd.data_ptr()),
             *(batch, rows, heads, length, width, x.stride()[:3], t_strides, eps, torch.get_num_threads()),
         )
         ctx.save_for_backward(x, weight, cos, sin, rstd)
@@ -91,12 +92,12 @@ class _QKNormRopeCPU(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, cos, sin, rstd = ctx.saved_tensors
         (batch, heads, length, width), threads = x.shape, torch.get_num_threads()
-        w, dy = weight.float().contiguous(), cpu.last_contiguous(dy)
+        w, dy = weight.float().contiguous(), last_contiguous(dy)
         # Positions before heads, as projections leave them.
         dx = torch.empty((batch, length, heads, width), dtype=x.dtype).transpose(1, 2)
         dweight = torch.empty((threads, width), dtype=torch.float32)
         _C.qk_norm_rope_backward(
-            *(cpu.DTYPES[x.dtype], x.data_ptr(), dy.data_ptr(), w.data_ptr(), cos.data_ptr(), sin.data_ptr()),
+            *(DTYPES[x.dtype], x.data_ptr(), dy.data_ptr(), w.data_ptr(), cos.data_ptr(), sin.data_ptr()),
             *(rstd.data_ptr(), dx.data_ptr(), dweight.data_ptr(), batch, heads, length, width),
             *(x.stride()[:3], dy.stride()[:3], dx.stride()[:3], threads),
         )

@@ -3,21 +3,22 @@
 Tangent:  ẏ = (ẋ · r + x · ṙ) · w with ṙ = −r³ · mean(x ẋ).
 Backward: with g = dy · w and n = x · r:  dx = r · (g − n · mean(g n)),  dw = Σ_rows dy · n.
 Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
-Kernels: csrc/cpu/rms_norm.cpp; csrc/cuda/rms_norm.cu (compiled, has not run on hardware yet).
+Kernels: csrc/cpu/rms_norm.cpp; csrc/cuda/rms_norm.cu (for sm_80, sm_90, sm_100; has not run on hardware yet).
 
 This file is the exemplar: every operation's file has these parts in this order.
 """
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from imf_kernels import _C, cpu
+from imf_kernels import _C, cpu, cuda
 from imf_kernels.dispatch import Backend, always, choose
-from imf_kernels.dual import Dual, pack, tail, unpack
+from imf_kernels.dual import Dual, TensorOrDual, pack, tail, unpack
+from imf_kernels.layout import DTYPES, count_rows, last_contiguous, pointer, rows_of
 from imf_kernels.ops import check
 
 
@@ -57,19 +58,19 @@ class _RMSNormCPU(torch.autograd.Function):
         ctx: Any, x: Tensor, x_dot: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | None]:
         width = x.shape[-1]
-        x_rows, x_stride = cpu.rows_of(x)
+        x_rows, x_stride = rows_of(x)
         w = weight.float().contiguous()
         y = torch.empty(x.shape, dtype=dtype)
         rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
         y_dot, t_rows, t_stride = None, None, 0
         if x_dot is not None:
-            t_rows, t_stride = cpu.rows_of(x_dot)
+            t_rows, t_stride = rows_of(x_dot)
             y_dot = torch.empty(x_dot.shape, dtype=dtype)
             ctx.mark_non_differentiable(y_dot)
         _C.rms_norm_forward(
-            *(cpu.DTYPES[x.dtype], cpu.DTYPES[dtype], x_rows.data_ptr(), cpu.pointer(t_rows)),
-            *(w.data_ptr(), y.data_ptr(), cpu.pointer(y_dot), rstd.data_ptr()),
-            *(cpu.count_rows(x), cpu.count_rows(t_rows), width, x_stride, t_stride, eps, torch.get_num_threads()),
+            *(DTYPES[x.dtype], DTYPES[dtype], x_rows.data_ptr(), pointer(t_rows)),
+            *(w.data_ptr(), y.data_ptr(), pointer(y_dot), rstd.data_ptr()),
+            *(count_rows(x), count_rows(t_rows), width, x_stride, t_stride, eps, torch.get_num_threads()),
         )
         ctx.save_for_backward(x, weight, rstd)
         return y, y_dot
@@ -79,49 +80,89 @@ class _RMSNormCPU(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         width, threads = x.shape[-1], torch.get_num_threads()
-        x_rows, x_stride = cpu.rows_of(x)
-        dy_rows, dy_stride = cpu.rows_of(cpu.last_contiguous(dy))
+        x_rows, x_stride = rows_of(x)
+        dy_rows, dy_stride = rows_of(last_contiguous(dy))
         w = weight.float().contiguous()
         dx = torch.empty(x.shape, dtype=x.dtype)
         dweight = torch.empty((threads, width), dtype=torch.float32)
         _C.rms_norm_backward(
-            *(cpu.DTYPES[x.dtype], cpu.DTYPES[dy.dtype], x_rows.data_ptr(), dy_rows.data_ptr()),
+            *(DTYPES[x.dtype], DTYPES[dy.dtype], x_rows.data_ptr(), dy_rows.data_ptr()),
             *(w.data_ptr(), rstd.data_ptr(), dx.data_ptr(), dweight.data_ptr()),
             *(rstd.numel(), width, x_stride, dy_stride, threads),
         )
         return dx, None, dweight[0].to(weight.dtype), None, None
 
 
+class _RMSNormCUDA(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, x_dot: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        x_rows, x_stride = rows_of(x)
+        w = weight.float().contiguous()
+        y = torch.empty(x.shape, dtype=dtype, device=x.device)
+        rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+        y_dot, t_rows, t_stride = None, None, 0
+        if x_dot is not None:
+            t_rows, t_stride = rows_of(x_dot)
+            y_dot = torch.empty(x_dot.shape, dtype=dtype, device=x.device)
+            ctx.mark_non_differentiable(y_dot)
+        _C.rms_norm_forward_cuda(
+            *(DTYPES[x.dtype], DTYPES[dtype], x_rows.data_ptr(), pointer(t_rows)),
+            *(w.data_ptr(), y.data_ptr(), pointer(y_dot), rstd.data_ptr()),
+            *(count_rows(x), count_rows(t_rows), x.shape[-1], x_stride, t_stride, eps, *cuda.launch(x)),
+        )
+        ctx.save_for_backward(x, weight, rstd)
+        return y, y_dot
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        x_rows, x_stride = rows_of(x)
+        dy_rows, dy_stride = rows_of(last_contiguous(dy))
+        w = weight.float().contiguous()
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        dweight = torch.zeros(x.shape[-1], dtype=torch.float32, device=x.device)
+        _C.rms_norm_backward_cuda(
+            *(DTYPES[x.dtype], DTYPES[dy.dtype], x_rows.data_ptr(), dy_rows.data_ptr()),
+            *(w.data_ptr(), rstd.data_ptr(), dx.data_ptr(), dweight.data_ptr()),
+            *(count_rows(x), x.shape[-1], x_stride, dy_stride, *cuda.launch(x)),
+        )
+        return dx, None, dweight.to(weight.dtype), None, None
+
+
+def _cuda_unavailable(tensors: Any) -> str | None:
+    if reason := cuda.unavailable(tensors):
+        return reason
+    width = tensors[0].shape[-1]  # the backward keeps a row of fp32 sums in shared memory
+    return None if width <= 12288 else f"it takes rows of at most 12288, got {width}"
+
+
 _BACKENDS = (
     Backend("cpu", _RMSNormCPU.apply, cpu.unavailable),
+    Backend("cuda", _RMSNormCUDA.apply, _cuda_unavailable, default=False),
     Backend("reference", _reference, always),
 )
 
 
-@overload
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float = ..., *, dtype: torch.dtype | None = ..., backend: str | None = ...
-) -> Tensor: ...
-@overload
-def rms_norm(
-    x: Dual, weight: Tensor, eps: float = ..., *, dtype: torch.dtype | None = ..., backend: str | None = ...
-) -> Dual: ...
-def rms_norm(
-    x: Tensor | Dual,
+    x: TensorOrDual,
     weight: Tensor,
     eps: float = 1e-6,
     *,
     dtype: torch.dtype | None = None,
     backend: str | None = None,
-) -> Tensor | Dual:
+) -> TensorOrDual:
     """x · (mean(x²) + eps)^(−½) · weight over the last dimension, with its tangent.
 
     Args:
-        x: [..., d], float32 or bfloat16 (`reference`: any floating-point type), the last dimension contiguous.
+        x: [..., d], float32 or bfloat16 (`reference`: any floating-point type), the last dimension
+            contiguous.
         weight: [d], of any floating-point type.
         eps: added to the mean square.
         dtype: of the result; x's by default. An fp32 stream may be normalised into bf16 operands.
-        backend: "cpu", "reference", or the best one that can run.
+        backend: "cpu", "cuda" (on request only), "reference", or the best one that can run.
 
     Returns:
         [..., d]; a `Dual` if `x` is one. Statistics are computed in fp32, the result rounded once.

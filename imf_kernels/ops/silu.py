@@ -8,14 +8,15 @@ Kernels: csrc/cpu/silu.cpp.
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from imf_kernels import _C, cpu
 from imf_kernels.dispatch import Backend, always, choose
-from imf_kernels.dual import Dual, pack, tail, unpack
+from imf_kernels.dual import Dual, TensorOrDual, pack, tail, unpack
+from imf_kernels.layout import DTYPES, pointer
 from imf_kernels.ops import check
 
 
@@ -45,7 +46,7 @@ class _SiluCPU(torch.autograd.Function):
             y_dot, elements = torch.empty_like(x_dot), x_dot.numel()
             ctx.mark_non_differentiable(y_dot)
         _C.silu_forward(
-            *(cpu.DTYPES[x.dtype], x.data_ptr(), cpu.pointer(x_dot), y.data_ptr(), cpu.pointer(y_dot)),
+            *(DTYPES[x.dtype], x.data_ptr(), pointer(x_dot), y.data_ptr(), pointer(y_dot)),
             *(x.numel(), elements, torch.get_num_threads()),
         )
         ctx.save_for_backward(x)
@@ -57,7 +58,7 @@ class _SiluCPU(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         dy, dx = dy.contiguous(), torch.empty_like(x)
         _C.silu_backward(
-            *(cpu.DTYPES[x.dtype], x.data_ptr(), dy.data_ptr(), dx.data_ptr()),
+            *(DTYPES[x.dtype], x.data_ptr(), dy.data_ptr(), dx.data_ptr()),
             *(x.numel(), torch.get_num_threads()),
         )
         return dx, None
@@ -69,11 +70,7 @@ _BACKENDS = (
 )
 
 
-@overload
-def silu(x: Tensor, *, backend: str | None = ...) -> Tensor: ...
-@overload
-def silu(x: Dual, *, backend: str | None = ...) -> Dual: ...
-def silu(x: Tensor | Dual, *, backend: str | None = None) -> Tensor | Dual:
+def silu(x: TensorOrDual, *, backend: str | None = None) -> TensorOrDual:
     """x / (1 + e^(−x)), with its tangent.
 
     Args:

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from imf_kernels import _C, cpu
 from imf_kernels.dispatch import Backend, always, choose
-from imf_kernels.dual import Dual, pack, tail, unpack
+from imf_kernels.dual import Dual, TensorOrDual, pack, tail, unpack
+from imf_kernels.layout import pointer
 from imf_kernels.ops import check
 
 
@@ -28,9 +29,7 @@ def _frequencies(half: int, max_period: float, dtype: torch.dtype, device: torch
     return torch.exp(steps * (-math.log(max_period) / half)).to(dtype)
 
 
-def _reference(
-    t: Tensor, t_dot: Tensor | None, dim: int, max_period: float
-) -> tuple[Tensor, Tensor | None]:
+def _reference(t: Tensor, t_dot: Tensor | None, dim: int, max_period: float) -> tuple[Tensor, Tensor | None]:
     f = _frequencies(dim // 2, max_period, t.dtype, t.device)
     angle = t[:, None] * f
     cos, sin = angle.cos(), angle.sin()
@@ -71,7 +70,7 @@ class _SinusoidalEmbeddingCPU(torch.autograd.Function):
             y_dot = torch.empty((rows, dim))
             ctx.mark_non_differentiable(y_dot)
         _C.sinusoidal_embedding_forward(
-            *(t.data_ptr(), cpu.pointer(t_dot), f.data_ptr(), y.data_ptr(), cpu.pointer(y_dot)),
+            *(t.data_ptr(), pointer(t_dot), f.data_ptr(), y.data_ptr(), pointer(y_dot)),
             *(t.numel(), rows, dim // 2, torch.get_num_threads()),
         )
         ctx.save_for_backward(y, f)
@@ -91,15 +90,9 @@ _BACKENDS = (
 )
 
 
-@overload
 def sinusoidal_embedding(
-    t: Tensor, dim: int, max_period: float = ..., *, backend: str | None = ...
-) -> Tensor: ...
-@overload
-def sinusoidal_embedding(t: Dual, dim: int, max_period: float = ..., *, backend: str | None = ...) -> Dual: ...
-def sinusoidal_embedding(
-    t: Tensor | Dual, dim: int, max_period: float = 10000.0, *, backend: str | None = None
-) -> Tensor | Dual:
+    t: TensorOrDual, dim: int, max_period: float = 10000.0, *, backend: str | None = None
+) -> TensorOrDual:
     """Cosines and sines of scalars at geometrically spaced frequencies, with their tangent.
 
     Args:

@@ -8,14 +8,15 @@ Kernels: csrc/cpu/swiglu.cpp.
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from imf_kernels import _C, cpu
 from imf_kernels.dispatch import Backend, always, choose
-from imf_kernels.dual import Dual, pack, tail, unpack
+from imf_kernels.dual import Dual, TensorOrDual, pack, tail, unpack
+from imf_kernels.layout import DTYPES, count_rows, last_contiguous, pointer, rows_of
 from imf_kernels.ops import check
 
 
@@ -37,7 +38,8 @@ def _check(x: Tensor | Dual) -> None:
     x, x_dot = unpack(x)
     if x.dim() == 0 or x.shape[-1] % 2:
         raise ValueError(
-            f"swiglu: the last dimension of x holds gate and up side by side and must be even, got {list(x.shape)}"
+            "swiglu: the last dimension of x holds gate and up side by side and must be even, "
+            f"got {list(x.shape)}"
         )
     check.last_contiguous("swiglu", x=x, x_dot=x_dot)
 
@@ -46,16 +48,16 @@ class _SwigluCPU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
         width = x.shape[-1] // 2
-        x_rows, x_stride = cpu.rows_of(x)
+        x_rows, x_stride = rows_of(x)
         y = torch.empty((*x.shape[:-1], width), dtype=x.dtype)
         y_dot, t_rows, t_stride = None, None, 0
         if x_dot is not None:
-            t_rows, t_stride = cpu.rows_of(x_dot)
+            t_rows, t_stride = rows_of(x_dot)
             y_dot = torch.empty((*x_dot.shape[:-1], width), dtype=x.dtype)
             ctx.mark_non_differentiable(y_dot)
         _C.swiglu_forward(
-            *(cpu.DTYPES[x.dtype], x_rows.data_ptr(), cpu.pointer(t_rows), y.data_ptr(), cpu.pointer(y_dot)),
-            *(cpu.count_rows(x), cpu.count_rows(t_rows), width, x_stride, t_stride, torch.get_num_threads()),
+            *(DTYPES[x.dtype], x_rows.data_ptr(), pointer(t_rows), y.data_ptr(), pointer(y_dot)),
+            *(count_rows(x), count_rows(t_rows), width, x_stride, t_stride, torch.get_num_threads()),
         )
         ctx.save_for_backward(x)
         return y, y_dot
@@ -64,12 +66,12 @@ class _SwigluCPU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        x_rows, x_stride = cpu.rows_of(x)
-        dy_rows, dy_stride = cpu.rows_of(cpu.last_contiguous(dy))
+        x_rows, x_stride = rows_of(x)
+        dy_rows, dy_stride = rows_of(last_contiguous(dy))
         dx = torch.empty(x.shape, dtype=x.dtype)
         _C.swiglu_backward(
-            *(cpu.DTYPES[x.dtype], x_rows.data_ptr(), dy_rows.data_ptr(), dx.data_ptr()),
-            *(cpu.count_rows(x), x.shape[-1] // 2, x_stride, dy_stride, torch.get_num_threads()),
+            *(DTYPES[x.dtype], x_rows.data_ptr(), dy_rows.data_ptr(), dx.data_ptr()),
+            *(count_rows(x), x.shape[-1] // 2, x_stride, dy_stride, torch.get_num_threads()),
         )
         return dx, None
 
@@ -80,11 +82,7 @@ _BACKENDS = (
 )
 
 
-@overload
-def swiglu(x: Tensor, *, backend: str | None = ...) -> Tensor: ...
-@overload
-def swiglu(x: Dual, *, backend: str | None = ...) -> Dual: ...
-def swiglu(x: Tensor | Dual, *, backend: str | None = None) -> Tensor | Dual:
+def swiglu(x: TensorOrDual, *, backend: str | None = None) -> TensorOrDual:
     """silu(gate) · up for x = [gate | up], with its tangent.
 
     Args:

@@ -1,0 +1,63 @@
+"""What this installation can do: `python -m imf_kernels.info`."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import sys
+
+import torch
+
+from imf_kernels import _C, cpu, cuda, gemm
+from imf_kernels.dispatch import Backend
+
+OPERATIONS = (
+    "linear",
+    "rms_norm",
+    "qk_norm_rope",
+    "attention",
+    "swiglu",
+    "gated_residual",
+    "silu",
+    "sinusoidal_embedding",
+    "prepend_tokens",
+)
+
+
+def backends(operation: str) -> tuple[Backend, ...]:
+    """The backends of an operation's file, in the order in which they are tried."""
+    return importlib.import_module(f"imf_kernels.ops.{operation}")._BACKENDS
+
+
+def report() -> str:
+    """Versions, instruction sets, libraries, and each operation's backends."""
+    product = "torch, onednn (the faster one for each shape)"
+    if gemm.ONEDNN_UNAVAILABLE:
+        product = f"torch (onednn: {gemm.ONEDNN_UNAVAILABLE})"
+    lines = [
+        f"python              {platform.python_version()} on {platform.machine()}",
+        f"torch               {torch.__version__}, {torch.get_num_threads()} threads",
+        f"instruction sets    {', '.join(cpu.instruction_sets())}; in use: {cpu.instruction_set()}",
+        f"OpenMP              {'yes' if _C.openmp else 'no: the kernels run on one thread'}",
+        f"fp32 products       {product}",
+        f"CUDA kernels        {cuda_status()}",
+        "",
+        "operation             backends, the default first",
+    ]
+    for operation in OPERATIONS:
+        names = (b.name if b.default else f"{b.name} (on request)" for b in backends(operation))
+        lines.append(f"{operation:<21} {', '.join(names)}")
+    return "\n".join(lines)
+
+
+def cuda_status() -> str:
+    """What was built for CUDA, and why it cannot run here if it cannot."""
+    if not _C.cuda_architectures:
+        return "not built (IMF_CUDA=ON builds them where nvcc is)"
+    built = f"built for {_C.cuda_architectures}"
+    reason = cuda.missing()
+    return f"{built}; cannot run: {reason}" if reason else built
+
+
+if __name__ == "__main__":
+    sys.exit(print(report()))
