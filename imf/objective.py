@@ -115,8 +115,8 @@ class Draws:
         return draws.to(x.device)
 
     def to(self, device: torch.device | str) -> Draws:
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Draws(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
+        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "n_fm"}
+        return Draws(**tensors, n_fm=self.n_fm)
 
 
 def _key(seed: int, step: int, process: int) -> int:

@@ -131,7 +131,9 @@ class _AttentionCPU(torch.autograd.Function):
         _C.attention_forward(
             *(DTYPES[q.dtype], _heads(q), _heads(k), _heads(v), _heads(out)),
             *(_heads(q_dot), _heads(k_dot), _heads(v_dot), _heads(out_dot), lse.data_ptr()),
-            *(batch, rows, heads, queries, keys, width, value_width, scale, torch.get_num_threads()),
+            *(batch, rows, heads, queries, keys, width, value_width),
+            scale,
+            torch.get_num_threads(),
         )
         ctx.save_for_backward(q, k, v, lse)
         ctx.scale = scale

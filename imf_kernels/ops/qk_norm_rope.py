@@ -73,7 +73,8 @@ class _QKNormRopeCPU(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         batch, heads, length, width = x.shape
         w, cos, sin = weight.float().contiguous(), cos.float().contiguous(), sin.float().contiguous()
-        y, y_dot, rows, t_strides = torch.empty(x.shape, dtype=x.dtype), None, 0, (0, 0, 0)
+        y, y_dot, rows = torch.empty(x.shape, dtype=x.dtype), None, 0
+        t_strides: tuple[int, ...] = (0, 0, 0)
         rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
         if x_dot is not None:
             rows, t_strides = x_dot.shape[0], x_dot.stride()[:3]
@@ -82,7 +83,11 @@ class _QKNormRopeCPU(torch.autograd.Function):
         _C.qk_norm_rope_forward(
             *(DTYPES[x.dtype], x.data_ptr(), pointer(x_dot), w.data_ptr(), cos.data_ptr()),
             *(sin.data_ptr(), y.data_ptr(), pointer(y_dot), rstd.data_ptr()),
-            *(batch, rows, heads, length, width, x.stride()[:3], t_strides, eps, torch.get_num_threads()),
+            *(batch, rows, heads, length, width),
+            x.stride()[:3],
+            t_strides,
+            eps,
+            torch.get_num_threads(),
         )
         ctx.save_for_backward(x, weight, cos, sin, rstd)
         return y, y_dot

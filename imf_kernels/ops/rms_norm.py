@@ -70,7 +70,9 @@ class _RMSNormCPU(torch.autograd.Function):
         _C.rms_norm_forward(
             *(DTYPES[x.dtype], DTYPES[dtype], x_rows.data_ptr(), pointer(t_rows)),
             *(w.data_ptr(), y.data_ptr(), pointer(y_dot), rstd.data_ptr()),
-            *(count_rows(x), count_rows(t_rows), width, x_stride, t_stride, eps, torch.get_num_threads()),
+            *(count_rows(x), count_rows(t_rows), width, x_stride, t_stride),
+            eps,
+            torch.get_num_threads(),
         )
         ctx.save_for_backward(x, weight, rstd)
         return y, y_dot
@@ -110,7 +112,9 @@ class _RMSNormCUDA(torch.autograd.Function):
         _C.rms_norm_forward_cuda(
             *(DTYPES[x.dtype], DTYPES[dtype], x_rows.data_ptr(), pointer(t_rows)),
             *(w.data_ptr(), y.data_ptr(), pointer(y_dot), rstd.data_ptr()),
-            *(count_rows(x), count_rows(t_rows), x.shape[-1], x_stride, t_stride, eps, *cuda.launch(x)),
+            *(count_rows(x), count_rows(t_rows), x.shape[-1], x_stride, t_stride),
+            eps,
+            *cuda.launch(x),
         )
         ctx.save_for_backward(x, weight, rstd)
         return y, y_dot

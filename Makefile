@@ -1,0 +1,61 @@
+# `make train` and `make test` work on a fresh machine with Python >= 3.10 and a C++ compiler. The first
+# target to run makes .venv: on top of the PyTorch that is installed where there is one, else with TORCH.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+# Where TORCH comes from: PyTorch's CPU builds by default (the plain index has CUDA builds of several GB).
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+CPP := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+
+.PHONY: help train test test-all bench lint format info clean
+help:
+	@echo "make train      train on the digits, draw samples, print the figures (ARGS='--steps 100 ...')"
+	@echo "make test       the tests, under 10 minutes       make test-all   the slow ones too"
+	@echo "make bench      the benchmarks                    make lint       what CI checks; make format mends"
+	@echo "make info       which backends can run here"
+
+$(VENV)/torch:
+	if $(PYTHON) -c "import torch" 2>/dev/null; then \
+	  $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else \
+	  $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install -q "$(TORCH)" --extra-index-url $(TORCH_INDEX); \
+	fi
+	$(BIN)/python -c "import torch; print('PyTorch', torch.__version__)" > $@
+
+# Installed again, and the edited sources compiled again, when any of these has changed.
+$(INSTALLED): $(VENV)/torch pyproject.toml setup.py CMakeLists.txt $(CPP)
+	$(BIN)/python -m pip install -q -e ".[dev]"
+	@touch $@
+
+train: $(INSTALLED)
+	$(BIN)/python -m imf.train $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+info: $(INSTALLED)
+	$(BIN)/python -m imf_kernels.info
+
+clean:
+	rm -rf $(VENV) build *.egg-info imf_kernels/_C.*.so
