@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import imf
 from imf.config import TrainConfig, from_dict, to_dict
 from imf.model import IMF, build
 
@@ -62,7 +62,7 @@ class Metadata:
 def environment(device: torch.device) -> dict[str, str]:
     """What else decides the bits of a result: versions, processor, device, threads."""
     return {
-        "imf": str(getattr(imf, "__version__", "unknown")),
+        "imf": _version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "processor": f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})",
@@ -256,6 +256,13 @@ def _free_bytes(folder: Path) -> str:
         return f"{shutil.disk_usage(folder).free:,}"
     except OSError:
         return "an unknown number"
+
+
+def _version() -> str:
+    try:
+        return version("imf-kernels")
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _processor() -> str:

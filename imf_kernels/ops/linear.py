@@ -16,6 +16,7 @@ from torch import Tensor
 from imf_kernels import cpu, gemm
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, TensorOrDual, pack, unpack
+from imf_kernels.layout import count_rows
 from imf_kernels.ops import check
 
 
@@ -59,11 +60,12 @@ class _LinearCPU(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         w = weight.to(x.dtype)
         b = None if bias is None else bias.to(x.dtype)
-        shape = (-1, x.shape[-1])
-        y = gemm.product("forward", x.reshape(shape), w, b).view(*x.shape[:-1], -1)
+        width, out = x.shape[-1], weight.shape[0]
+        y = gemm.product("forward", x.reshape(count_rows(x), width), w, b).view(*x.shape[:-1], out)
         y_dot = None
         if x_dot is not None:
-            y_dot = gemm.product("forward", x_dot.reshape(shape), w).view(*x_dot.shape[:-1], -1)
+            y_dot = gemm.product("forward", x_dot.reshape(count_rows(x_dot), width), w)
+            y_dot = y_dot.view(*x_dot.shape[:-1], out)
             ctx.mark_non_differentiable(y_dot)
         ctx.save_for_backward(x, weight, bias)
         return y, y_dot
@@ -73,11 +75,12 @@ class _LinearCPU(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         dx = dweight = dbias = None
-        rows = dy.reshape(-1, dy.shape[-1])
+        count = count_rows(dy)
+        rows = dy.reshape(count, dy.shape[-1])
         if ctx.needs_input_grad[0]:
             dx = gemm.product("grad_input", rows, weight.to(x.dtype).t()).view(x.shape)
         if ctx.needs_input_grad[2]:
-            dweight = gemm.product("grad_weight", rows.t(), x.reshape(-1, x.shape[-1]).t()).to(weight.dtype)
+            dweight = gemm.product("grad_weight", rows.t(), x.reshape(count, x.shape[-1]).t()).to(weight.dtype)
         if ctx.needs_input_grad[3]:
             dbias = rows.sum(0, dtype=torch.float32).to(bias.dtype)
         return dx, None, dweight, dbias

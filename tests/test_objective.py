@@ -1,0 +1,203 @@
+"""The objective: both forms equal each other and an independent plain program, in every corner of the draws."""
+
+import dataclasses
+import math
+
+import plain_imf
+import pytest
+import torch
+
+from imf.convert import from_official
+from imf.model import IMFConfig, build
+from imf.objective import Draws, improved_mean_flow, improved_mean_flow_plain
+
+CONFIG = IMFConfig(
+    input_size=4,
+    patch_size=2,
+    in_channels=3,
+    hidden_size=32,
+    depth=3,
+    num_heads=2,
+    aux_head_depth=1,
+    num_classes=5,
+)
+
+
+def perturbed_oracle(seed: int = 0) -> plain_imf.PlainIMF:
+    """A plain network whose zero-initialised weights are not zero."""
+    torch.manual_seed(seed)
+    oracle = plain_imf.PlainIMF(**dataclasses.asdict(CONFIG))
+    with torch.no_grad():
+        for parameter in oracle.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return oracle
+
+
+def draws_for(case: str, x: torch.Tensor) -> Draws:
+    draws = Draws.sample(x, seed=3, step=7)
+    batch, rows = x.shape[0], torch.arange(x.shape[0])
+    changes = {
+        "as drawn": {},
+        "no row dropped": {"drop": torch.zeros(batch, dtype=torch.bool)},
+        "more dropped than FM": {"drop": rows < min(batch, draws.n_fm + 2)},
+        "all dropped": {"drop": torch.ones(batch, dtype=torch.bool)},
+        "dropped ones scattered": {"drop": rows % 2 == 1},
+        "omega 1": {"omega": torch.ones(batch)},
+        "t = r by chance": {"r": torch.where(rows % 2 == 0, draws.t, draws.r)},
+        "t on the edge of the interval": {
+            "t_min": torch.where(rows < draws.n_fm, 0.0, draws.t),
+            "t_max": torch.where(rows < draws.n_fm, 1.0, draws.t),
+        },
+        "all FM": {"n_fm": batch, "r": draws.t, "t_min": torch.zeros(batch), "t_max": torch.ones(batch)},
+        "no FM": {"n_fm": 0},
+    }
+    return dataclasses.replace(draws, **changes[case])
+
+
+CASES = [
+    "as drawn",
+    "no row dropped",
+    "more dropped than FM",
+    "all dropped",
+    "dropped ones scattered",
+    "omega 1",
+    "t = r by chance",
+    "t on the edge of the interval",
+    "all FM",
+    "no FM",
+]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 8])
+@pytest.mark.parametrize("case", CASES)
+def test_both_forms_equal_the_plain_program(case, batch):
+    oracle = perturbed_oracle()
+    model = build(CONFIG)
+    model.load_state_dict(from_official(oracle.state_dict()))
+    x, y = torch.randn(batch, 3, 4, 4), torch.randint(0, CONFIG.num_classes, (batch,))
+    draws = draws_for(case, x)
+
+    expected = plain_imf.official_step(oracle, x, y, draws)
+    expected.loss.backward()
+    gradients = from_official({name: p.grad for name, p in oracle.named_parameters()})
+    for form in (improved_mean_flow, improved_mean_flow_plain):
+        model.zero_grad()
+        result = form(model, x, y, draws)
+        result.loss.backward()
+        torch.testing.assert_close(result.loss, expected.loss, rtol=1e-5, atol=1e-6)
+        for name in ("loss_u", "loss_v", "u", "v", "v_g"):
+            torch.testing.assert_close(
+                getattr(result, name), getattr(expected, name).detach(), rtol=1e-4, atol=1e-5, msg=name
+            )
+        rows = slice(draws.n_fm if form is improved_mean_flow else 0, None)
+        torch.testing.assert_close(result.du_dt[rows], expected.du_dt[rows], rtol=1e-4, atol=1e-5)
+        for name, parameter in model.named_parameters():
+            error = (parameter.grad - gradients[name]).norm() / gradients[name].norm().clamp(min=1e-6)
+            assert error < 1e-5, name
+
+
+def test_less_work_means_fewer_rows():
+    """No tangent on FM rows, no v_u where it is not read, no head that is not read."""
+    model, calls = build(CONFIG), []
+    forward = model.forward
+
+    def spy(z, *args, heads):
+        calls.append((heads, len(z.shape) and z.shape[0], getattr(z, "tangent_rows", None)))
+        return forward(z, *args, heads=heads)
+
+    model.forward = spy
+    x, y = torch.randn(8, 3, 4, 4), torch.randint(0, 5, (8,))
+    draws = dataclasses.replace(
+        draws_for("no row dropped", x), omega=torch.tensor([1.0, 2, 1, 2, 2, 2, 2, 2])
+    )
+    improved_mean_flow(model, x, y, draws)
+    inside = (draws.t_min <= draws.t) & (draws.t <= draws.t_max)
+    (guidance, rows, _), (network, batch, tangent) = calls
+    assert (guidance, network) == ("v", "uv")
+    assert rows == 4 + int((inside & (draws.omega != 1)).sum())
+    assert (batch, len(tangent)) == (8, 4)
+
+
+def test_gradient_flows_through_the_primal_alone():
+    """With u and v held, the derivative, v_c, v_u and v_g are constants of the loss."""
+    model = build(CONFIG)
+    x, y = torch.randn(4, 3, 4, 4), torch.randint(0, 5, (4,))
+    result = improved_mean_flow(model, x, y, Draws.sample(x, seed=0, step=0))
+    for name in ("loss_u", "loss_v", "u", "v", "du_dt", "v_g"):
+        assert not getattr(result, name).requires_grad, name
+    assert result.loss.requires_grad
+
+
+def test_draws_are_a_function_of_seed_step_and_process():
+    x = torch.zeros(16, 1, 8, 8)
+    first = Draws.sample(x, seed=1, step=2, process=3)
+    again = Draws.sample(x, seed=1, step=2, process=3)
+    assert all(
+        torch.equal(getattr(first, n), getattr(again, n)) for n in ("t", "r", "noise", "omega", "drop")
+    )
+    for other in ({"seed": 2}, {"step": 3}, {"process": 4}):
+        changed = Draws.sample(x, **{"seed": 1, "step": 2, "process": 3, **other})
+        assert not torch.equal(first.noise, changed.noise), other
+
+
+def test_draws_have_the_published_distribution():
+    x = torch.zeros(200_000, 1, 1, 1)
+    draws = Draws.sample(x, seed=0, step=0)
+    fm, rest = slice(0, draws.n_fm), slice(draws.n_fm, None)
+    assert draws.n_fm == 100_000
+    assert torch.equal(draws.t[fm], draws.r[fm]) and bool((draws.r[rest] < draws.t[rest]).any())
+    assert torch.equal(draws.t_min[fm], torch.zeros(100_000)) and torch.equal(
+        draws.t_max[fm], torch.ones(100_000)
+    )
+    assert (
+        draws.t_min.min() >= 0
+        and draws.t_min.max() <= 0.5 <= draws.t_max[rest].min()
+        and draws.t_max.max() <= 1
+    )
+    assert float(draws.omega.log().mean()) == pytest.approx(math.log(8) / 2, rel=0.01)
+    assert draws.omega.min() >= 1 and draws.omega.max() <= 8
+    assert float(draws.drop.float().mean()) == pytest.approx(0.1, rel=0.05)
+    assert draws.drop[: int(draws.drop.sum())].all()  # the dropped rows are the first ones
+    # Over max and min of two normal draws together, mean and variance are those of the normal.
+    pairs = torch.cat([draws.t[rest].logit(), draws.r[rest].logit()])
+    assert float(pairs.mean()) == pytest.approx(-0.4, abs=0.02) and float(pairs.std()) == pytest.approx(
+        1.0, rel=0.02
+    )
+
+
+@pytest.mark.parametrize("exponent", [0.5, 2.0])
+def test_omega_has_the_density_it_is_given(exponent):
+    draws = Draws.sample(torch.zeros(200_000, 1, 1, 1), seed=0, step=0, omega_exponent=exponent)
+    grid = torch.linspace(1, 8, 100_001, dtype=torch.float64)
+    density = grid**-exponent
+    expected = float((grid * density).sum() / density.sum())
+    assert float(draws.omega.mean()) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"t": torch.zeros(3)}, r"t must be \[4\] like noise, got \[3\]"),
+        ({"drop": torch.zeros(4)}, "drop must be boolean"),
+        ({"n_fm": 5}, "n_fm must be an int within 0 and the batch of 4, got 5"),
+        ({"r": torch.zeros(4)}, "r must equal t on the first n_fm rows"),
+        ({"t_max": torch.full((4,), 0.5)}, r"the guidance interval of the first n_fm rows must be \(0, 1\)"),
+    ],
+)
+def test_draws_that_contradict_themselves_are_refused(change, message):
+    draws = Draws.sample(torch.zeros(4, 1, 2, 2), seed=0, step=0)
+    with pytest.raises((ValueError, TypeError), match=message):
+        dataclasses.replace(draws, **change)
+
+
+def test_batches_that_do_not_fit_are_refused():
+    model, x = build(CONFIG), torch.zeros(4, 3, 4, 4)
+    draws = Draws.sample(x, seed=0, step=0)
+    with pytest.raises(
+        ValueError, match=r"noise must have the shape of x, \[3, 3, 4, 4\], got \[4, 3, 4, 4\]"
+    ):
+        improved_mean_flow(model, x[:3], torch.zeros(3, dtype=torch.long), draws)
+    with pytest.raises(ValueError, match=r"y must be \[4\], one label a row of x, got \[3\]"):
+        improved_mean_flow(model, x, torch.zeros(3, dtype=torch.long), draws)
+    with pytest.raises(ValueError, match="labels must be within 0 and 5"):
+        improved_mean_flow(model, x, torch.full((4,), 6), draws)
