@@ -1,6 +1,7 @@
 """Builds `imf_kernels._C` with CMake and ninja; everything else is in pyproject.toml."""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -14,17 +15,8 @@ ROOT = Path(__file__).resolve().parent
 
 
 def program(name: str) -> str:
-    """The path of a build tool: of its wheel in the build environment, else of the one on PATH."""
-    beside = Path(sysconfig.get_path("scripts")) / name
-    wheel = {"ninja": "ninja", "cmake": "cmake"}[name]
-    try:
-        module = __import__(wheel)
-        packaged = Path(module.BIN_DIR if name == "ninja" else module.CMAKE_BIN_DIR) / name
-        if packaged.exists():
-            return str(packaged)
-    except (ImportError, AttributeError):
-        pass
-    return str(beside) if beside.exists() else name
+    """A build tool: the one on PATH (in an isolated build its own), else the one beside the interpreter."""
+    return shutil.which(name) or str(Path(sys.executable).parent / name)
 
 
 class CMakeBuild(build_ext):

@@ -1,11 +1,12 @@
 """Which of PyTorch's matrix products is the fastest here: found by measurement, not by vendor name.
 
 On CPUs, PyTorch's fp32 products go to the BLAS it was built with (MKL in its wheels), while oneDNN, inside
-the same PyTorch, is up to twice as fast on some processors and slower on others. Each product is measured at
-its first call with a new shape (rows rounded up to a power of two) and the winner is kept.
+the same PyTorch, is up to twice as fast on some processors and slower on others. The three products of a
+linear layer are measured when a layer of new widths is first met, once with few rows and once with many.
 
 The two differ in the last bits. A run that must be repeated bitwise keeps its choices: `choices()` goes into
-the checkpoint, `load_choices()` puts them back.
+the checkpoint, `load_choices()` puts them back. They do not depend on the number of rows that happened to
+come first, so those of a run are complete after its first step.
 """
 
 from __future__ import annotations
@@ -43,52 +44,61 @@ _PRODUCTS: dict[str, Product] = {"torch": _torch}
 if ONEDNN_UNAVAILABLE is None:
     _PRODUCTS["onednn"] = _onednn
 
-# Products of less work than this are not worth measuring.
-_MIN_FLOPS = 1 << 20
+# A layer is measured with these numbers of rows; a call takes the choice of the nearer side of the border.
+_FEW, _BORDER, _MANY = 256, 1024, 2048
 _choices: dict[str, str] = {}
 
 
-def product(kind: str, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a bᵀ (+ bias), by the fastest product for this shape.
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weightᵀ + bias: [rows, in], [out, in], [out] or `None` → [rows, out]."""
+    return _product("forward", x, *weight.shape)(x, weight, bias)
 
-    Args:
-        kind: "forward", "grad_input" or "grad_weight": products of one shape but other memory orders.
-        a: [m, k], any strides. b: [n, k], any strides. bias: [n] or `None`.
 
-    Returns:
-        [m, n] of the dtype of `a`.
-    """
-    (m, k), n = a.shape, b.shape[0]
+def grad_input(dy: Tensor, weight: Tensor) -> Tensor:
+    """dy weight: [rows, out], [out, in] → [rows, in]."""
+    return _product("grad_input", dy, *weight.shape)(dy, weight.t(), None)
+
+
+def grad_weight(dy: Tensor, x: Tensor) -> Tensor:
+    """dyᵀ x: [rows, out], [rows, in] → [out, in]."""
+    return _product("grad_weight", dy, dy.shape[1], x.shape[1])(dy.t(), x.t(), None)
+
+
+def _product(kind: str, operand: Tensor, out: int, width: int) -> Product:
     # bf16 products go to oneDNN in PyTorch already; other devices have their own library.
-    if (
-        a.dtype != torch.float32
-        or a.device.type != "cpu"
-        or len(_PRODUCTS) == 1
-        or 2 * m * n * k < _MIN_FLOPS
-    ):
-        return _torch(a, b, bias)
-    key = f"{kind} {1 << (m - 1).bit_length()}x{k}x{n} threads={torch.get_num_threads()}"
-    if (name := _choices.get(key)) is None:
-        name = _choices[key] = _fastest(a, b, bias)
-    return _PRODUCTS[name](a, b, bias)
+    if operand.dtype != torch.float32 or operand.device.type != "cpu" or len(_PRODUCTS) == 1:
+        return _torch
+    layer = f"{out}x{width} threads={torch.get_num_threads()}"
+    if f"forward many {layer}" not in _choices:
+        _measure(layer, out, width)
+    return _PRODUCTS[_choices[f"{kind} {'few' if operand.shape[0] < _BORDER else 'many'} {layer}"]]
 
 
-def _fastest(a: Tensor, b: Tensor, bias: Tensor | None, repeats: int = 3) -> str:
+def _measure(layer: str, out: int, width: int) -> None:
+    weight = torch.ones(out, width)
+    for size, rows in (("few", _FEW), ("many", _MANY)):
+        x, dy = torch.ones(rows, width), torch.ones(rows, out)
+        _choices[f"grad_input {size} {layer}"] = _fastest(dy, weight.t())
+        _choices[f"grad_weight {size} {layer}"] = _fastest(dy.t(), x.t())
+        _choices[f"forward {size} {layer}"] = _fastest(x, weight)
+
+
+def _fastest(a: Tensor, b: Tensor, repeats: int = 3) -> str:
     best = {}
     for name, run in _PRODUCTS.items():
-        run(a, b, bias)
-        best[name] = min(_seconds(run, a, b, bias) for _ in range(repeats))
+        run(a, b, None)
+        best[name] = min(_seconds(run, a, b) for _ in range(repeats))
     return min(best, key=best.__getitem__)
 
 
-def _seconds(run: Product, a: Tensor, b: Tensor, bias: Tensor | None) -> float:
+def _seconds(run: Product, a: Tensor, b: Tensor) -> float:
     start = time.perf_counter()
-    run(a, b, bias)
+    run(a, b, None)
     return time.perf_counter() - start
 
 
 def choices() -> dict[str, str]:
-    """The products chosen so far in this process, by kind and shape."""
+    """The products chosen so far in this process, by kind, number of rows and layer."""
     return dict(_choices)
 
 
@@ -116,5 +126,5 @@ def fast_dtype() -> torch.dtype:
         runs = _PRODUCTS.values() if dtype == torch.float32 else [_torch]
         for run in runs:
             run(a, b, None)
-        times[dtype] = min(_seconds(run, a, b, None) for run in runs for _ in range(5))
+        times[dtype] = min(_seconds(run, a, b) for run in runs for _ in range(5))
     return torch.bfloat16 if times[torch.bfloat16] < times[torch.float32] / 1.3 else torch.float32

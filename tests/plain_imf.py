@@ -2,8 +2,9 @@
 
 The network predicts the average velocity u(z, t, r) over [r, t] from z and h = t - r alone, conditioned on a
 guidance scale omega, a guidance interval [t_min, t_max] and a class label. A second head of the same trunk
-predicts the instantaneous velocity v(z, t). Every operation is an ordinary differentiable one, so `torch.func.jvp`
-works, in float64 too: a reference for faster implementations. Parameter names are those of the official checkpoints.
+predicts the instantaneous velocity v(z, t). Every operation is an ordinary differentiable one, so
+`torch.func.jvp` works, in float64 too: a reference for faster implementations. Parameter names are those of the
+official checkpoints.
 
 Source: "Improved Mean Flows", arXiv 2512.02012, and its official JAX program.
 """
@@ -339,7 +340,7 @@ def adaptive(squared_error: Tensor, power: float = 1.0, eps: float = 0.01) -> Te
 
 
 def to_torch(flax_path: str, array: np.ndarray) -> tuple[str, np.ndarray]:
-    """The torch name and layout of a Flax weight such as `shared_blocks_0/attn/q_proj/_flax_linear/kernel`."""
+    """The torch name and layout of a Flax weight such as `u_heads_0/attn/q_proj/_flax_linear/kernel`."""
     *modules, leaf = flax_path.split("/")
     stacked = ("shared_blocks_", "u_heads_", "v_heads_")
     names = [

@@ -1,4 +1,4 @@
-"""The objective: both forms equal each other and an independent plain program, in every corner of the draws."""
+"""The objective: both forms equal each other and an independent plain program, in every corner."""
 
 import dataclasses
 import math

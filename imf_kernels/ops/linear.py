@@ -2,7 +2,7 @@
 
 Tangent:  ẏ = ẋ Wᵀ (weight and bias carry none).
 Backward: dx = dy W,  dW = dyᵀ x,  db = Σ_rows dy.
-Kernels: PyTorch's matrix products, the fastest one for the shape (imf_kernels/gemm.py).
+Kernels: PyTorch's matrix products, the fastest one for the layer (imf_kernels/gemm.py).
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ class _LinearCPU(torch.autograd.Function):
         w = weight.to(x.dtype)
         b = None if bias is None else bias.to(x.dtype)
         width, out = x.shape[-1], weight.shape[0]
-        y = gemm.product("forward", x.reshape(count_rows(x), width), w, b).view(*x.shape[:-1], out)
+        y = gemm.forward(x.reshape(count_rows(x), width), w, b).view(*x.shape[:-1], out)
         y_dot = None
         if x_dot is not None:
-            y_dot = gemm.product("forward", x_dot.reshape(count_rows(x_dot), width), w)
+            y_dot = gemm.forward(x_dot.reshape(count_rows(x_dot), width), w)
             y_dot = y_dot.view(*x_dot.shape[:-1], out)
             ctx.mark_non_differentiable(y_dot)
         ctx.save_for_backward(x, weight, bias)
@@ -78,9 +78,9 @@ class _LinearCPU(torch.autograd.Function):
         count = count_rows(dy)
         rows = dy.reshape(count, dy.shape[-1])
         if ctx.needs_input_grad[0]:
-            dx = gemm.product("grad_input", rows, weight.to(x.dtype).t()).view(x.shape)
+            dx = gemm.grad_input(rows, weight.to(x.dtype)).view(x.shape)
         if ctx.needs_input_grad[2]:
-            dweight = gemm.product("grad_weight", rows.t(), x.reshape(count, x.shape[-1]).t()).to(weight.dtype)
+            dweight = gemm.grad_weight(rows, x.reshape(count, x.shape[-1])).to(weight.dtype)
         if ctx.needs_input_grad[3]:
             dbias = rows.sum(0, dtype=torch.float32).to(bias.dtype)
         return dx, None, dweight, dbias
