@@ -9,6 +9,8 @@
 // block, keeps M / l O / l from cancelling against A / l where keys or values have an offset.
 #include "cpu/attention.h"
 
+#include <algorithm>
+
 #include "cpu/dtypes.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
@@ -193,7 +195,9 @@ void forward(const AttentionForward& a) {
 
 // With P = e^(S - lse), dP = dO V^T and delta_i = sum_j P dP: dV = P^T dO, dS = P (dP - delta),
 // dQ = scale dS K, dK = dS^T (scale Q). A task is a head; dK and dV are summed over its blocks of queries.
-// delta is also sum_d dO O, but taken from P and dP the rows of dS sum to zero as exactly as they can.
+// The rounding of lse keeps the rows of P from summing to 1, so they are normalised again. delta is also
+// sum_d dO O, but taken from P and dP the rows of dS sum to zero as exactly as they can: an offset of the
+// keys must cancel in dQ. An offset of the values is taken off dP with its mean.
 template <typename T>
 void backward(const AttentionBackward& a) {
   const index_t heads = a.batch * a.heads;
@@ -227,6 +231,10 @@ void backward(const AttentionBackward& a) {
       pack_transposed(k_head, a.k.stride[2], a.keys, a.width, k_transposed);
       pack_transposed(head_of<T>(a.v, b, h), a.v.stride[2], a.keys, a.value_width, v_transposed);
       pack(k_head, a.k.stride[2], a.keys, a.width, k);
+      if (a.queries == 0) {
+        std::fill_n(dk, a.keys * stride, 0.0f);
+        std::fill_n(dv, a.keys * value_stride, 0.0f);
+      }
 
       for (index_t q0 = 0; q0 < a.queries; q0 += query_block) {
         const index_t rows = smaller(query_block, a.queries - q0);
@@ -243,15 +251,21 @@ void backward(const AttentionBackward& a) {
           float* pi = p + i * key_stride;
           float* dsi = ds + i * key_stride;
           const Vec lse(a.lse[head * a.queries + q0 + i]);
-          Vec dot(0.0f);
+          Vec total(0.0f), sum(0.0f), dot(0.0f);
+          for (index_t j = 0; j < key_stride; j += Vec::width) total += load(dsi + j);
+          const Vec shift(reduce_add(total) / static_cast<float>(a.keys));
           for (index_t j = 0; j < key_stride; j += Vec::width) {
             const Vec pj = exp(load(pi + j) - lse);
             store(pi + j, pj);
-            dot = fma(pj, load(dsi + j), dot);
+            sum += pj;
+            dot = fma(pj, load(dsi + j) - shift, dot);
           }
-          const Vec delta(reduce_add(dot));
+          const float inverse = 1.0f / reduce_add(sum);
+          const Vec normalize(inverse), delta(reduce_add(dot) * inverse);
           for (index_t j = 0; j < key_stride; j += Vec::width) {
-            store(dsi + j, load(pi + j) * (load(dsi + j) - delta));
+            const Vec pj = load(pi + j) * normalize;
+            store(pi + j, pj);
+            store(dsi + j, pj * (load(dsi + j) - shift - delta));
           }
         }
         const bool first = q0 == 0;

@@ -104,16 +104,16 @@ inline void pack_transposed(const T* x, index_t stride, index_t n, index_t k, fl
   for (index_t j = 0; j < n; j += panel_width) {
     const index_t columns = n - j < panel_width ? n - j : panel_width;
     const index_t width = round_up(columns, Vec::width);
-    for (index_t i = 0; i < columns; ++i) {
-      const T* row = x + (j + i) * stride;
+    for (index_t i = 0; i < width; i += Vec::width) {
+      const T* rows = x + (j + i) * stride;
       for_each_vec(k, [&](index_t p, int lanes) {
-        alignas(64) float values[Vec::width];
-        store(values, load_lanes(row + p, lanes));
-        for (int lane = 0; lane < lanes; ++lane) packed[(p + lane) * width + i] = values[lane];
+        Vec block[Vec::width];
+        for (int r = 0; r < Vec::width; ++r) {
+          block[r] = i + r < columns ? load_lanes(rows + r * stride + p, lanes) : Vec(0.0f);
+        }
+        transpose(block);
+        for (int r = 0; r < lanes; ++r) store(packed + (p + r) * width + i, block[r]);
       });
-    }
-    for (index_t p = 0; p < k; ++p) {
-      for (index_t i = columns; i < width; ++i) packed[p * width + i] = 0.0f;
     }
     packed += k * width;
   }

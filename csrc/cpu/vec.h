@@ -51,6 +51,31 @@ inline Vec swap_pairs(Vec a) { return _mm512_permute_ps(a.v, 0xB1); }
 inline Vec duplicate_lower(Vec a) {  // lanes 0 0 1 1 2 2 ...
   return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7), a.v);
 }
+// Transposes the 16 x 16 matrix whose rows are a[0] ... a[15]: pairs, fours, then quarters of rows.
+inline void transpose(Vec (&a)[16]) {
+  __m512 t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(a[i].v, a[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_ps(a[i].v, a[i + 1].v);
+  }
+  __m512 f[16];
+  for (int i = 0; i < 16; i += 4) {
+    f[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+    f[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xEE);
+    f[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    f[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+  }
+  for (int j = 0; j < 4; ++j) {  // column 4 k + j of the result lies in quarter k of f[j], f[4 + j], ...
+    const __m512 low = _mm512_shuffle_f32x4(f[j], f[4 + j], 0x88),
+                 high = _mm512_shuffle_f32x4(f[8 + j], f[12 + j], 0x88);
+    const __m512 low2 = _mm512_shuffle_f32x4(f[j], f[4 + j], 0xDD),
+                 high2 = _mm512_shuffle_f32x4(f[8 + j], f[12 + j], 0xDD);
+    a[j] = _mm512_shuffle_f32x4(low, high, 0x88);
+    a[8 + j] = _mm512_shuffle_f32x4(low, high, 0xDD);
+    a[4 + j] = _mm512_shuffle_f32x4(low2, high2, 0x88);
+    a[12 + j] = _mm512_shuffle_f32x4(low2, high2, 0xDD);
+  }
+}
 inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
@@ -113,6 +138,24 @@ inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
 inline Vec swap_pairs(Vec a) { return _mm256_permute_ps(a.v, 0xB1); }
 inline Vec duplicate_lower(Vec a) {  // lanes 0 0 1 1 2 2 ...
   return _mm256_permutevar8x32_ps(a.v, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+}
+// Transposes the 8 x 8 matrix whose rows are a[0] ... a[7]: pairs, fours, then halves of rows.
+inline void transpose(Vec (&a)[8]) {
+  __m256 t[8], f[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(a[i].v, a[i + 1].v);
+    t[i + 1] = _mm256_unpackhi_ps(a[i].v, a[i + 1].v);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    f[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    f[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xEE);
+    f[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    f[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+  }
+  for (int j = 0; j < 4; ++j) {
+    a[j] = _mm256_permute2f128_ps(f[j], f[4 + j], 0x20);
+    a[4 + j] = _mm256_permute2f128_ps(f[j], f[4 + j], 0x31);
+  }
 }
 inline float reduce_add(Vec a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
@@ -225,6 +268,15 @@ inline Vec swap_pairs(Vec a) {
 }
 inline Vec duplicate_lower(Vec a) {
   return each_lane([&](int i) { return a.v[i / 2]; });
+}
+inline void transpose(Vec (&a)[4]) {
+  for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float swapped = a[i].v[j];
+      a[i].v[j] = a[j].v[i];
+      a[j].v[i] = swapped;
+    }
+  }
 }
 inline float reduce_add(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 inline float reduce_max(Vec a) {

@@ -36,12 +36,13 @@ def _reference(
     dtype, exact = q.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(exact), k.to(exact), v.to(exact)
     p = torch.softmax(scale * (q @ k.mT), dim=-1)
-    out = p @ v
+    o = p @ v
+    out = o.to(dtype)
     stored = next((t for t in (q_dot, k_dot, v_dot) if t is not None), None)
     if stored is None:
-        return out.to(dtype), None
+        return out, None
     with torch.no_grad():
-        q, k, v, p, o = (tail(x, stored) for x in (q, k, v, p, out))
+        q, k, v, p, o = (tail(x, stored) for x in (q, k, v, p, o))
         out_dot = torch.zeros_like(o) if v_dot is None else p @ v_dot.to(exact)
         if q_dot is not None or k_dot is not None:
             s_dot = torch.zeros_like(p)
@@ -51,7 +52,7 @@ def _reference(
                 s_dot += q @ k_dot.to(exact).mT
             p_s_dot = p * (scale * s_dot)
             out_dot += p_s_dot @ v - p_s_dot.sum(-1, keepdim=True) * o
-        return out.to(dtype), out_dot.to(dtype)
+        return out, out_dot.to(dtype)
 
 
 def _check(

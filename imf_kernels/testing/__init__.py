@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: the cases of every operation, the error rule, a timer."""

@@ -1,0 +1,385 @@
+"""The cases of every operation: shapes, data, tangents, work. Tests and benchmarks read the same list.
+
+A case is data: `case.draw(generator, dtype)` makes its inputs, `case.run(...)` calls the operation on them.
+Small cases sit at the edges of the kernels' blocks and vectors and are checked on every backend; large ones
+have the shapes of training runs and are for benchmarks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+import imf_kernels
+from imf_kernels import Dual
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Input:
+    """One tensor argument, drawn from a normal distribution.
+
+    Attributes:
+        shape: as the operation takes it.
+        dtype: `None` for that of the case.
+        offset, scale: mean and standard deviation of the values.
+        rounded: the operation rounds it, and its gradient, to the case's dtype whatever its own: it is
+            drawn already rounded, and the gradient is held to the error of that dtype.
+        positions_first: [B, H, L, D] in the memory order [B, L, H, D], as projections leave it.
+        differentiable: False for tables of constants.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+    offset: float = 0.0
+    scale: float = 1.0
+    rounded: bool = False
+    positions_first: bool = False
+    differentiable: bool = True
+
+    def draw(self, generator: Generator, dtype: torch.dtype) -> Tensor:
+        own = self.dtype or dtype
+        x = torch.randn(self.shape, generator=generator, dtype=torch.float64) * self.scale + self.offset
+        x = x.to(dtype if self.rounded else own).to(own)
+        return x.transpose(1, 2).contiguous().transpose(1, 2) if self.positions_first else x
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One call of an operation.
+
+    Attributes:
+        operation: its name in `imf_kernels`.
+        name: the case among those of the operation.
+        inputs: by argument, in the operation's order.
+        outputs: shapes.
+        flops: multiplications and additions of the primal; e^x, √x, sines and quotients count as one.
+        tangent_flops: what the dual form adds when the tangent of every row is there.
+        options: further keyword arguments.
+        tangents: the inputs that carry one.
+        tangent_rows: for the last how many rows of the batch; `None`: all.
+        dtypes: those that the case exists in; the first one is the natural one.
+        output_dtype: where it is not that of the first input: a keyword argument `dtype`.
+        large: of a training run's size, for benchmarks.
+    """
+
+    operation: str
+    name: str
+    inputs: Mapping[str, Input]
+    outputs: tuple[tuple[int, ...], ...]
+    flops: int
+    tangent_flops: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tangents: tuple[str, ...] = ()
+    tangent_rows: int | None = None
+    dtypes: tuple[torch.dtype, ...] = (FP32, BF16)
+    output_dtype: torch.dtype | None = None
+    large: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.operation} {self.name}"
+
+    @property
+    def batch(self) -> int:
+        return next(iter(self.inputs.values())).shape[0]
+
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        return tuple(name for name, x in self.inputs.items() if x.differentiable)
+
+    def draw(self, generator: Generator, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Primals and stored tangents, by argument."""
+        primals = {name: x.draw(generator, dtype) for name, x in self.inputs.items()}
+        tangents = {}
+        for name in self.tangents:
+            whole = replace(self.inputs[name], offset=0.0, scale=1.0, rounded=False).draw(generator, dtype)
+            rows = whole.shape[0] if self.tangent_rows is None else self.tangent_rows
+            tangents[name] = whole[whole.shape[0] - rows :]
+        return primals, tangents
+
+    def run(self, arguments: Mapping[str, Any], backend: str | None, **options: Any) -> tuple[Any, ...]:
+        """Calls the operation on tensors or `Dual`s; its results as a tuple."""
+        call = getattr(imf_kernels, self.operation)
+        if self.operation == "prepend_tokens":
+            x, *rest = arguments.values()
+            result = call(x, list(zip(rest[0::2], rest[1::2], strict=True)), backend=backend)
+        else:
+            result = call(**arguments, **{**self.options, **options}, backend=backend)
+        return result if isinstance(result, tuple) else (result,)
+
+    def with_rows(self, rows: int | None) -> Case:
+        """This case with tangents for only the last `rows` rows of the batch."""
+        return replace(self, name=f"{self.name} last {rows}", tangent_rows=rows)
+
+    def count_flops(self, dual: bool) -> int:
+        share = 1.0 if self.tangent_rows is None else self.tangent_rows / self.batch
+        return self.flops + (round(self.tangent_flops * share) if dual else 0)
+
+    def count_bytes(self, dtype: torch.dtype, dual: bool) -> int:
+        """What must be read and written at least: every input and output once."""
+        sizes = {n: math.prod(x.shape) * (x.dtype or dtype).itemsize for n, x in self.inputs.items()}
+        out_dtype = self.output_dtype or next(iter(self.inputs.values())).dtype or dtype
+        out = sum(math.prod(shape) for shape in self.outputs) * out_dtype.itemsize
+        share = 1.0 if self.tangent_rows is None else self.tangent_rows / self.batch
+        moved = sum(sizes.values()) + out
+        return moved + (round((sum(sizes[n] for n in self.tangents) + out) * share) if dual else 0)
+
+
+def _weight(*shape: int, dtype: torch.dtype | None = FP32) -> Input:
+    return Input(shape, dtype, offset=1.0, scale=0.25)
+
+
+def linear(
+    name: str, *lead: int, width: int, out: int, bias: bool = True, fp32_weights: bool = True, **more: Any
+) -> Case:
+    dtype, scale, rows = FP32 if fp32_weights else None, width**-0.5, math.prod(lead)
+    inputs = {"x": Input((*lead, width)), "weight": Input((out, width), dtype, scale=scale, rounded=True)}
+    if bias:
+        inputs["bias"] = Input((out,), dtype, rounded=True)
+    flops = 2 * rows * width * out
+    return Case("linear", name, inputs, ((*lead, out),), flops, flops, tangents=("x",), **more)
+
+
+def rms_norm(
+    name: str,
+    *lead: int,
+    width: int,
+    stream: torch.dtype | None = None,
+    weights: torch.dtype | None = FP32,
+    x: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> Case:
+    inputs = {"x": Input((*lead, width), stream, **(x or {})), "weight": _weight(width, dtype=weights)}
+    elements = math.prod(lead) * width
+    return Case(
+        "rms_norm", name, inputs, ((*lead, width),), 4 * elements, 7 * elements, tangents=("x",), **more
+    )
+
+
+def qk_norm_rope(
+    name: str,
+    batch: int,
+    heads: int,
+    length: int,
+    width: int,
+    k_heads: int | None = None,
+    tangents: Sequence[str] = ("q", "k"),
+    **more: Any,
+) -> Case:
+    q = (batch, heads, length, width)
+    k = (batch, heads if k_heads is None else k_heads, length, width)
+    table = Input((length, width // 2), FP32, differentiable=False)
+    inputs = {
+        "q": Input(q, positions_first=True),
+        "k": Input(k, positions_first=True),
+        "q_weight": _weight(width),
+        "k_weight": _weight(width),
+        "cos": table,
+        "sin": table,
+    }
+    n = math.prod(q) + math.prod(k)
+    moving = math.prod(q) * ("q" in tangents) + math.prod(k) * ("k" in tangents)
+    return Case("qk_norm_rope", name, inputs, (q, k), 7 * n, 10 * moving, tangents=tuple(tangents), **more)
+
+
+def attention(
+    name: str,
+    batch: int,
+    heads: int,
+    queries: int,
+    width: int,
+    keys: int | None = None,
+    value_width: int | None = None,
+    tangents: Sequence[str] = ("query", "key", "value"),
+    positions_first: bool = True,
+    q: Mapping[str, float] | None = None,
+    k: Mapping[str, float] | None = None,
+    v: Mapping[str, float] | None = None,
+    **more: Any,
+) -> Case:
+    keys = queries if keys is None else keys
+    value_width = width if value_width is None else value_width
+    first: dict[str, Any] = {"positions_first": positions_first}
+    inputs = {
+        "query": Input((batch, heads, queries, width), **first, **(q or {})),
+        "key": Input((batch, heads, keys, width), **first, **(k or {})),
+        "value": Input((batch, heads, keys, value_width), **first, **(v or {})),
+    }
+    pairs = 2 * batch * heads * queries * keys
+    logits = sum(name in tangents for name in ("query", "key"))
+    products = width * logits + value_width * ((logits > 0) + ("value" in tangents))
+    return Case(
+        "scaled_dot_product_attention",
+        name,
+        inputs,
+        ((batch, heads, queries, value_width),),
+        pairs * (width + value_width),
+        pairs * products,
+        tangents=tuple(tangents),
+        **more,
+    )
+
+
+def swiglu(name: str, *lead: int, width: int, x: Mapping[str, Any] | None = None, **more: Any) -> Case:
+    n, inputs = math.prod(lead) * width, {"x": Input((*lead, 2 * width), **(x or {}))}
+    return Case("swiglu", name, inputs, ((*lead, width),), 5 * n, 7 * n, tangents=("x",), **more)
+
+
+def gated_residual(
+    name: str,
+    *lead: int,
+    width: int,
+    stream: torch.dtype | None = None,
+    tangents: Sequence[str] = ("x", "branch"),
+    **more: Any,
+) -> Case:
+    shape = (*lead, width)
+    inputs = {"x": Input(shape, stream), "branch": Input(shape), "gate": _weight(width)}
+    n = math.prod(shape)
+    return Case("gated_residual", name, inputs, (shape,), 2 * n, 2 * n, tangents=tuple(tangents), **more)
+
+
+def silu(name: str, *shape: int, x: Mapping[str, Any] | None = None, **more: Any) -> Case:
+    n = math.prod(shape)
+    return Case(
+        "silu", name, {"x": Input(shape, **(x or {}))}, (shape,), 4 * n, 5 * n, tangents=("x",), **more
+    )
+
+
+def sinusoidal_embedding(name: str, batch: int, dim: int, scale: float = 1.0, **more: Any) -> Case:
+    n, inputs = batch * dim, {"t": Input((batch,), scale=scale)}
+    more = {"options": {"dim": dim}, "tangents": ("t",), "dtypes": (FP32,), **more}
+    return Case("sinusoidal_embedding", name, inputs, ((batch, dim),), 2 * n, 2 * n, **more)
+
+
+def prepend_tokens(
+    name: str,
+    batch: int,
+    length: int,
+    width: int,
+    counts: Sequence[int],
+    without: Sequence[str] = (),
+    **more: Any,
+) -> Case:
+    inputs = {"x": Input((batch, length, width))}
+    for i, count in enumerate(counts):
+        inputs |= {f"tokens_{i}": Input((count, width)), f"embedding_{i}": Input((batch, width))}
+    carriers = tuple(n for n in inputs if not n.startswith("tokens") and n not in without)
+    total = sum(counts)
+    more = {"tangents": carriers, "dtypes": (FP32,), **more}
+    shape = (batch, total + length, width)
+    return Case("prepend_tokens", name, inputs, (shape,), batch * total * width, 0, **more)
+
+
+def _small() -> list[Case]:
+    offset = {"offset": 2.0}, {"offset": 4.0}
+    large = {"offset": 35.0, "scale": 0.2}
+    return [
+        linear("square", 5, 3, width=16, out=16),
+        linear("no bias", 7, width=33, out=5, bias=False),
+        linear("weights of x's dtype", 2, 3, 4, width=24, out=40, fp32_weights=False),
+        linear("measured", 2, 600, width=32, out=32, dtypes=(FP32,)),
+        linear("one row", 1, width=9, out=1),
+        rms_norm("width 1", 5, width=1),
+        rms_norm("width 33", 3, 7, width=33),
+        rms_norm("width 128", 4, 36, width=128),
+        rms_norm("weights of x's dtype", 4, 2, width=48, weights=None),
+        rms_norm("fp32 stream", 4, 9, width=72, stream=FP32, dtypes=(BF16,), output_dtype=BF16),
+        rms_norm("offset", 4, 5, width=64, x={"offset": 4.0}),
+        rms_norm("small values", 3, 4, width=40, x={"scale": 1e-3}),
+        qk_norm_rope("width 2", 2, 3, 4, 2),
+        qk_norm_rope("digits", 2, 2, 36, 64),
+        qk_norm_rope("fewer heads of k", 3, 4, 5, 72, k_heads=1),
+        qk_norm_rope("only q", 2, 2, 7, 40, tangents=("q",)),
+        qk_norm_rope("length 1", 3, 1, 1, 18),
+        *(attention(f"width {d}", 2, 2, 5, d, keys=9) for d in (1, 2, 7, 40, 64, 72, 80, 128, 256)),
+        attention("digits", 2, 2, 36, 64),
+        attention("length 1", 3, 2, 1, 24),
+        attention("length 276", 1, 2, 276, 64),
+        attention("length 600", 1, 1, 50, 8, keys=600),
+        attention("one key", 2, 1, 50, 16, keys=1),
+        attention("other value width", 2, 3, 17, 24, keys=33, value_width=41),
+        attention("heads first", 2, 2, 19, 32, positions_first=False),
+        attention("offset 2", 2, 2, 40, 64, k=offset[0], v=offset[0]),
+        attention("offset 4", 2, 2, 40, 64, k=offset[1], v=offset[1]),
+        attention("offset 4, two blocks", 1, 2, 40, 64, keys=276, k=offset[1], v=offset[1]),
+        attention("offset 4 of keys, tangents of q", 2, 2, 40, 64, tangents=("query",), k=offset[1]),
+        attention("logits of 1e4", 2, 2, 20, 64, q=large, k=large),
+        attention("logits far apart", 2, 2, 20, 16, q={"scale": 5.0}, k={"scale": 5.0}),
+        attention("scale 0.3", 2, 2, 9, 16, options={"scale": 0.3}),
+        *(
+            attention(f"tangents of {'+'.join(names)}", 3, 2, 21, 24, keys=18, value_width=16, tangents=names)
+            for names in (("query",), ("key",), ("value",), ("query", "key"), ("key", "value"))
+        ),
+        swiglu("width 1", 6, width=1),
+        swiglu("width 37", 3, 5, width=37),
+        swiglu("digits", 4, 6, width=341),
+        swiglu("wide values", 4, 8, width=64, x={"scale": 30.0}),
+        gated_residual("width 1", 5, width=1),
+        gated_residual("width 45", 3, 4, width=45),
+        gated_residual("fp32 stream", 4, 9, width=128, stream=FP32, dtypes=(BF16,)),
+        gated_residual("only x", 3, 4, width=24, tangents=("x",)),
+        gated_residual("only branch", 3, 4, width=24, tangents=("branch",)),
+        gated_residual("fp32 stream, only branch", 3, 4, width=24, stream=FP32, tangents=("branch",)),
+        silu("vector", 67),
+        silu("matrix", 5, 128),
+        silu("wide values", 8, 50, x={"scale": 30.0}),
+        sinusoidal_embedding("dim 2", 5, 2),
+        sinusoidal_embedding("dim 256", 6, 256),
+        sinusoidal_embedding("period 100", 6, 12, scale=300.0, options={"dim": 12, "max_period": 100.0}),
+        prepend_tokens("one group", 3, 4, 8, (2,)),
+        prepend_tokens("four groups", 4, 5, 33, (8, 4, 0, 1)),
+        prepend_tokens("x without a tangent", 4, 5, 16, (3, 2), without=("x",)),
+        prepend_tokens("one embedding without", 4, 5, 16, (3, 2), without=("embedding_0",)),
+        prepend_tokens("no group", 2, 3, 5, ()),
+    ]
+
+
+def _model(name: str, batch: int, length: int, width: int, heads: int, mlp: int) -> list[Case]:
+    """The operations of a network's block and embeddings, in the shapes they have there."""
+    d, big = width // heads, {"large": True}
+    return [
+        linear(f"{name} qkv", batch, length, width=width, out=3 * width, bias=False, **big),
+        linear(f"{name} mlp in", batch, length, width=width, out=2 * mlp, bias=False, **big),
+        linear(f"{name} mlp out", batch, length, width=mlp, out=width, bias=False, **big),
+        rms_norm(f"{name}", batch, length, width=width, **big),
+        rms_norm(
+            f"{name} fp32 stream",
+            batch,
+            length,
+            width=width,
+            stream=FP32,
+            output_dtype=BF16,
+            dtypes=(BF16,),
+            **big,
+        ),
+        qk_norm_rope(f"{name}", batch, heads, length, d, **big),
+        attention(f"{name}", batch, heads, length, d, **big),
+        attention(f"{name} tangents of q", batch, heads, length, d, tangents=("query",), **big),
+        swiglu(f"{name}", batch, length, width=mlp, **big),
+        gated_residual(f"{name}", batch, length, width=width, **big),
+        gated_residual(f"{name} fp32 stream", batch, length, width=width, stream=FP32, dtypes=(BF16,), **big),
+        silu(f"{name}", batch, width, **big),
+        sinusoidal_embedding(f"{name}", batch, 256, **big),
+        prepend_tokens(f"{name}", batch, length - 20, width, (8, 4, 2, 2, 4), **big),
+    ]
+
+
+SMALL = _small()
+LARGE = [
+    *_model("digits", 128, 36, 128, 2, 341),
+    *_model("B/2", 4, 276, 768, 12, 2048),
+    *_model("head dim 72", 2, 276, 1152, 16, 3072),
+]
+OPERATIONS = tuple(dict.fromkeys(case.operation for case in SMALL))
+
+
+def select(operation: str | None = None, *, large: bool = False) -> list[Case]:
+    """The small or the large cases, of one operation or of all."""
+    return [case for case in (LARGE if large else SMALL) if operation in (None, case.operation)]

@@ -1,0 +1,208 @@
+"""The error rule: how far a result may be from the exact one. One rule for every operation, dtype and case.
+
+Exact is the `reference` backend in float64 on the same, already rounded inputs. Let ε be the RMS error that
+rounding the exact result to the result's dtype makes, e the RMS error of the same computation by PyTorch in
+float32, ε' and e' the same of the row, along the last dimension, where they are largest. RMS errors allowed:
+    of the whole tensor: 3 ε + 2 e,
+    of every row, so that a wrong one cannot hide in the mean: max(10 ε, 3 ε') + 2 e'.
+Rounding to multiples of a value's ulp errs by ulp / √12 on average and by ulp / 2 at most; ε is made of the
+former, so that a tensor of few values has no lucky ε, and a correctly rounded result always passes. Likewise e
+and e' are taken over several draws of the same case. Primal, tangent and each primal gradient are held to the
+rule one by one. A zero has no ε, so that where PyTorch computes exact zeros too nothing else passes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from imf_kernels.dual import Dual
+from imf_kernels.testing.cases import Case
+
+Results = dict[str, Tensor]
+
+
+def rms(x: Tensor, dim: int | None = None) -> Tensor:
+    x = x.double().square()
+    return x.mean().sqrt() if dim is None else x.mean(dim).sqrt()
+
+
+def _rows(x: Tensor) -> Tensor:
+    return rms(x, -1) if x.dim() else x.abs()
+
+
+def _ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Distance between neighbours of `dtype` around each x; 0 at 0."""
+    information = torch.finfo(dtype)
+    power = torch.frexp(x.abs().clamp(min=information.smallest_normal)).exponent - 1
+    return torch.where(x == 0, 0.0, torch.ldexp(torch.full_like(x, information.eps), power))
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """PyTorch's RMS errors in float32: of the whole tensor, and of its worst row."""
+
+    whole: float
+    row: float
+
+    @classmethod
+    def of(cls, fp32: Tensor, exact: Tensor) -> Yardstick:
+        if exact.numel() == 0:
+            return cls(0.0, 0.0)
+        error = fp32.double() - exact
+        return cls(rms(error).item(), _rows(error).max().item())
+
+    @classmethod
+    def pool(cls, several: Sequence[Yardstick]) -> Yardstick:
+        whole = math.sqrt(sum(y.whole**2 for y in several) / len(several))
+        return cls(whole, max(y.row for y in several))
+
+
+def bounds(exact: Tensor, pytorch: Yardstick, dtype: torch.dtype) -> tuple[float, float]:
+    """Largest RMS errors of the whole tensor and of a row, for a result of `dtype`."""
+    rounding = _ulp(exact, dtype) / math.sqrt(12)
+    epsilon, worst_epsilon = rms(rounding).item(), _rows(rounding).max().item()
+    return 3 * epsilon + 2 * pytorch.whole, max(10 * epsilon, 3 * worst_epsilon) + 2 * pytorch.row
+
+
+def check(
+    name: str, got: Tensor, exact: Tensor, pytorch: Yardstick, rounded_to: torch.dtype | None = None
+) -> None:
+    """Raises AssertionError, saying what is off and where, unless `got` keeps the rule.
+
+    Args:
+        name: of the result, for the message.
+        got: the result to judge.
+        exact: what it should be, in float64.
+        pytorch: PyTorch's errors in float32.
+        rounded_to: the dtype that it was rounded to on the way, if coarser than its own.
+    """
+    assert got.shape == exact.shape, f"{name}: shape must be {list(exact.shape)}, got {list(got.shape)}"
+    if exact.numel() == 0:
+        return
+    if not got.isfinite().all():
+        where = (~got.isfinite()).nonzero()[0].tolist()
+        bad = int((~got.isfinite()).sum())
+        raise AssertionError(f"{name}: {bad} of {got.numel()} values are not finite, the first one at {where}")
+    whole, row = bounds(exact, pytorch, rounded_to or got.dtype)
+    error = got.double() - exact
+    size, total = rms(exact).item(), rms(error).item()
+    assert total <= whole, f"{name}: RMS error {total:.3e}, at most {whole:.3e} allowed (values: {size:.3e})"
+    rows = _rows(error)
+    worst = rows.max().item()
+    if worst > row:
+        where = (rows == rows.max()).nonzero()[0].tolist()
+        raise AssertionError(
+            f"{name}: row {where} has RMS error {worst:.3e}, at most {row:.3e} allowed (values: {size:.3e})"
+        )
+
+
+def evaluate(
+    case: Case,
+    primals: Mapping[str, Tensor],
+    tangents: Mapping[str, Tensor],
+    cotangents: tuple[Tensor, ...] | None,
+    backend: str | None,
+    dtype: torch.dtype | None = None,
+) -> Results:
+    """Every result of a case: outputs, their stored tangents, and the gradients for the cotangents given.
+
+    `dtype` converts everything to it first: float64 for the exact results, float32 for PyTorch's.
+    """
+
+    def convert(x: Tensor) -> Tensor:
+        return x.detach().to(dtype or x.dtype)
+
+    leaves = {name: convert(x) for name, x in primals.items()}
+    if cotangents is not None:
+        for name in case.differentiable:
+            leaves[name].requires_grad_()
+    arguments = {
+        name: Dual(x, convert(tangents[name])) if name in tangents else x for name, x in leaves.items()
+    }
+    mixed = {"dtype": case.output_dtype} if case.output_dtype and dtype is None else {}
+    results: Results = {}
+    outputs = []
+    for i, y in enumerate(case.run(arguments, backend, **mixed)):
+        primal, tangent = (y.primal, y.tangent_rows) if isinstance(y, Dual) else (y, None)
+        outputs.append(primal)
+        results[f"output {i}"] = primal.detach()
+        if tangent is not None:
+            results[f"tangent {i}"] = tangent
+    if cotangents is not None:
+        wanted = [leaves[name] for name in case.differentiable]
+        gradients = torch.autograd.grad(outputs, wanted, [convert(c) for c in cotangents])
+        results |= {
+            f"gradient of {name}": g for name, g in zip(case.differentiable, gradients, strict=True)
+        }
+    return results
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A case with its data, and what it must give."""
+
+    case: Case
+    dtype: torch.dtype
+    primals: dict[str, Tensor]
+    tangents: dict[str, Tensor]
+    cotangents: tuple[Tensor, ...]
+    exact: Results
+
+    @classmethod
+    def draw(cls, case: Case, dtype: torch.dtype, seed: int) -> Problem:
+        generator = torch.Generator().manual_seed(seed)
+        primals, tangents = case.draw(generator, dtype)
+        out_dtype = case.output_dtype or next(iter(primals.values())).dtype
+        cotangents = tuple(
+            torch.randn(shape, generator=generator, dtype=torch.float64).to(out_dtype)
+            for shape in case.outputs
+        )
+        exact = evaluate(case, primals, tangents, cotangents, "reference", torch.float64)
+        return cls(case, dtype, primals, tangents, cotangents, exact)
+
+    def evaluate(
+        self, backend: str | None, *, tangents: bool = True, dtype: torch.dtype | None = None
+    ) -> Results:
+        """What a backend makes of it, with the tangents or without."""
+        return evaluate(
+            self.case, self.primals, self.tangents if tangents else {}, self.cotangents, backend, dtype
+        )
+
+    def check(self, results: Results) -> None:
+        """Holds every result to the error rule."""
+        missing = set(self.exact) ^ set(results)
+        assert not missing, f"{self.case}: results that only one side has: {sorted(missing)}"
+        pytorch = yardsticks(self.case, self.dtype)
+        for name, got in results.items():
+            argument = self.case.inputs.get(name.removeprefix("gradient of "))
+            rounded = self.dtype if argument and argument.rounded else None
+            check(f"{self.case}, {name}", got, self.exact[name], pytorch[name], rounded)
+
+
+@functools.lru_cache(maxsize=64)
+def problem(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
+    """The case with data of `dtype`, and its exact results."""
+    return Problem.draw(case, dtype, seed)
+
+
+@functools.lru_cache(maxsize=64)
+def yardsticks(case: Case, dtype: torch.dtype, draws: int = 8) -> dict[str, Yardstick]:
+    """PyTorch's errors in float32 for every result of the case."""
+    drawn: list[dict[str, Yardstick]] = []
+    for seed in range(draws):
+        p = problem(case, dtype, seed)
+        fp32 = p.evaluate("reference", dtype=torch.float32)
+        drawn.append({name: Yardstick.of(x, p.exact[name]) for name, x in fp32.items()})
+    return {name: Yardstick.pool([d[name] for d in drawn]) for name in drawn[0]}
+
+
+def check_case(case: Case, dtype: torch.dtype, backend: str | None, seed: int = 0) -> None:
+    """Runs a case on a backend and holds primal, tangent and primal gradients to the error rule."""
+    p = problem(case, dtype, seed)
+    p.check(p.evaluate(backend))
