@@ -15,8 +15,8 @@ DIGITS_NETWORK = IMFConfig(
     input_size=8,
     patch_size=2,
     in_channels=1,
-    hidden_size=128,
-    depth=6,
+    hidden_size=96,
+    depth=5,
     num_heads=2,
     aux_head_depth=2,
     mlp_ratio=8 / 3,
@@ -52,7 +52,7 @@ class TrainConfig:
     accumulate: int = _option(
         1, "micro-batches per step; their gradients are averaged; divides the batch size"
     )
-    lr: float = _option(2e-3, "peak learning rate of AdamW")
+    lr: float = _option(4e-3, "peak learning rate of AdamW")
     warmup_steps: int = _option(50, "steps of linear warm-up; the first step has learning rate 0")
     decay: str = _option("cosine", "how the learning rate ends", ("constant", "linear", "cosine"))
     decay_fraction: float = _option(1.0, "share of the steps, at the end, over which it decays to 0")
@@ -60,15 +60,15 @@ class TrainConfig:
     beta2: float = _option(0.95, "AdamW: decay of the second moment")
     eps: float = _option(1e-8, "AdamW: epsilon")
     weight_decay: float = _option(0.0, "AdamW: decoupled weight decay")
-    ema_decay: float = _option(0.98, "decay of the moving average of the weights, after its warm-up")
+    ema_decay: float = _option(0.99, "decay of the moving average of the weights, after its warm-up")
     ema_warmup: float = _option(10.0, "decay at step t is at most (1 + t) / (ema_warmup + t)")
 
     fm_fraction: float = _option(0.5, "share of rows with r = t, plain flow matching")
     drop_probability: float = _option(0.1, "probability that a row's label is dropped")
     time_mean: float = _option(-0.4, "t and r are sigmoid of a normal variable of this mean")
-    time_std: float = _option(1.0, "and this standard deviation")
+    time_std: float = _option(1.6, "and this standard deviation")
     omega_max: float = _option(8.0, "guidance scales are drawn from [1, omega_max]")
-    omega_exponent: float = _option(1.0, "with density proportional to omega ** -omega_exponent")
+    omega_exponent: float = _option(3.0, "with density proportional to omega ** -omega_exponent")
 
     seed: int = _option(0, "seed of the initial weights, the data order, the draws and the samples")
     precision: str = _option(

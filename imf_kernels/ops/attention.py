@@ -141,7 +141,7 @@ class _AttentionCPU(torch.autograd.Function):
         return out, out_dot
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @check.once_differentiable
     def backward(ctx: Any, dout: Tensor, dout_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, lse = ctx.saved_tensors
         (batch, heads, queries, width), keys, value_width = q.shape, k.shape[2], v.shape[3]

@@ -3,11 +3,14 @@ what came."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from imf_kernels.dual import Dual
+from imf_kernels.dual import Dual, unpack
 
 
 def is_tensor(operation: str, **arguments: Any) -> None:
@@ -17,6 +20,8 @@ def is_tensor(operation: str, **arguments: Any) -> None:
             raise TypeError(f"{operation}: {name} carries no tangent; pass a tensor, got a Dual")
         if not isinstance(x, Tensor):
             raise TypeError(f"{operation}: {name} must be a tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"{operation}: {name} must be of a floating-point type, got {x.dtype}")
 
 
 def is_tensor_or_dual(operation: str, **arguments: Any) -> None:
@@ -51,3 +56,34 @@ def last_contiguous(operation: str, **arguments: Tensor | None) -> None:
                 f"{operation}: the last dimension of {name} must be contiguous, got {list(x.shape)} with "
                 f"strides {list(x.stride())}; call .contiguous()"
             )
+
+
+def single_row_whole(operation: str, **arguments: Tensor | Dual) -> None:
+    """What works along the last dimension cannot take a part of it for rows of a batch."""
+    for name, argument in arguments.items():
+        x, x_dot = unpack(argument)
+        if x_dot is not None and x.dim() == 1 and x_dot.shape != x.shape:
+            raise ValueError(
+                f"{operation}: {name} is a single row, so its tangent must be whole, {list(x.shape)}; "
+                f"got {list(x_dot.shape)}"
+            )
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward that says so where it would have to be differentiated itself.
+
+    `torch.autograd.function.once_differentiable` keeps silent where no cotangent requires grad, and second
+    derivatives are left out.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *cotangents: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            name = type(ctx).__name__.strip("_").removesuffix("Backward")
+            raise RuntimeError(
+                f"{name}: create_graph=True asks for second derivatives, which the kernels do not have; "
+                "backend='reference' does"
+            )
+        return backward(ctx, *cotangents)
+
+    return wrapper

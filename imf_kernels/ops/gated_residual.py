@@ -37,6 +37,7 @@ def _reference(
 def _check(x: Tensor | Dual, branch: Tensor | Dual, gate: Tensor) -> None:
     check.is_tensor_or_dual("gated_residual", x=x, branch=branch)
     check.is_tensor("gated_residual", gate=gate)
+    check.single_row_whole("gated_residual", x=x, branch=branch)
     (x, x_dot), (branch, branch_dot) = unpack(x), unpack(branch)
     if x.dim() == 0:
         raise ValueError("gated_residual: x must have at least one dimension, got a scalar")
@@ -75,7 +76,7 @@ class _GatedResidualCPU(torch.autograd.Function):
         return y, y_dot
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @check.once_differentiable
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         branch, gate = ctx.saved_tensors
         width, threads = branch.shape[-1], torch.get_num_threads()

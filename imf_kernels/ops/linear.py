@@ -34,6 +34,7 @@ def _reference(
 def _check(x: Tensor | Dual, weight: Tensor, bias: Tensor | None) -> None:
     check.is_tensor_or_dual("linear", x=x)
     check.is_tensor("linear", weight=weight)
+    check.single_row_whole("linear", x=x)
     x, _ = unpack(x)
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -71,7 +72,7 @@ class _LinearCPU(torch.autograd.Function):
         return y, y_dot
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @check.once_differentiable
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         dx = dweight = dbias = None

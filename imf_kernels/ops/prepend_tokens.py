@@ -93,7 +93,7 @@ class _PrependTokensCPU(torch.autograd.Function):
         return y, y_dot
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @check.once_differentiable
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         prefix = sum(ctx.counts)
         groups = dy[:, :prefix].split(ctx.counts, dim=1)

@@ -93,7 +93,7 @@ class _QKNormRopeCPU(torch.autograd.Function):
         return y, y_dot
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @check.once_differentiable
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, cos, sin, rstd = ctx.saved_tensors
         (batch, heads, length, width), threads = x.shape, torch.get_num_threads()

@@ -40,6 +40,7 @@ def _reference(
 def _check(x: Tensor | Dual, weight: Tensor, dtype: torch.dtype | None) -> None:
     check.is_tensor_or_dual("rms_norm", x=x)
     check.is_tensor("rms_norm", weight=weight)
+    check.single_row_whole("rms_norm", x=x)
     x, x_dot = unpack(x)
     if x.dim() == 0:
         raise ValueError("rms_norm: x must have at least one dimension, got a scalar")
@@ -78,7 +79,7 @@ class _RMSNormCPU(torch.autograd.Function):
         return y, y_dot
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @check.once_differentiable
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         width, threads = x.shape[-1], torch.get_num_threads()
@@ -120,7 +121,7 @@ class _RMSNormCUDA(torch.autograd.Function):
         return y, y_dot
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @check.once_differentiable
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         x_rows, x_stride = rows_of(x)

@@ -53,7 +53,7 @@ class _SiluCPU(torch.autograd.Function):
         return y, y_dot
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @check.once_differentiable
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         dy, dx = dy.contiguous(), torch.empty_like(x)

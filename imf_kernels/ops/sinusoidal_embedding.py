@@ -30,15 +30,17 @@ def _frequencies(half: int, max_period: float, dtype: torch.dtype, device: torch
 
 
 def _reference(t: Tensor, t_dot: Tensor | None, dim: int, max_period: float) -> tuple[Tensor, Tensor | None]:
-    f = _frequencies(dim // 2, max_period, t.dtype, t.device)
-    angle = t[:, None] * f
+    dtype, exact = t.dtype, torch.promote_types(t.dtype, torch.float32)
+    f = _frequencies(dim // 2, max_period, exact, t.device)
+    angle = t[:, None].to(exact) * f
     cos, sin = angle.cos(), angle.sin()
-    y = torch.cat([cos, sin], dim=-1)
+    y = torch.cat([cos, sin], dim=-1).to(dtype)
     if t_dot is None:
         return y, None
     with torch.no_grad():
-        angle_dot = t_dot[:, None] * f
-        return y, torch.cat([-tail(sin, t_dot) * angle_dot, tail(cos, t_dot) * angle_dot], dim=-1)
+        angle_dot = t_dot[:, None].to(exact) * f
+        y_dot = torch.cat([-tail(sin, t_dot) * angle_dot, tail(cos, t_dot) * angle_dot], dim=-1)
+        return y, y_dot.to(dtype)
 
 
 def _check(t: Tensor | Dual, dim: int) -> None:
@@ -77,7 +79,7 @@ class _SinusoidalEmbeddingCPU(torch.autograd.Function):
         return y, y_dot
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @check.once_differentiable
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         y, f = ctx.saved_tensors
         (cos, sin), (dcos, dsin) = y.chunk(2, dim=-1), dy.chunk(2, dim=-1)

@@ -35,6 +35,7 @@ def _reference(x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
 def _check(x: Tensor | Dual) -> None:
     check.is_tensor_or_dual("swiglu", x=x)
+    check.single_row_whole("swiglu", x=x)
     x, x_dot = unpack(x)
     if x.dim() == 0 or x.shape[-1] % 2:
         raise ValueError(
@@ -63,7 +64,7 @@ class _SwigluCPU(torch.autograd.Function):
         return y, y_dot
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @check.once_differentiable
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         x_rows, x_stride = rows_of(x)
