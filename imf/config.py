@@ -80,9 +80,9 @@ class TrainConfig:
     device: str = _option("auto", "auto, cpu, cuda or cuda:<index>; auto: cuda where there is one")
     threads: int = _option(0, "threads of PyTorch and of the kernels; 0: as PyTorch chooses")
 
-    omega: float = _option(1.5, "guidance scale of the samples drawn while and after training")
-    t_min: float = _option(0.0, "start of the guidance interval of these samples")
-    t_max: float = _option(1.0, "end of the guidance interval of these samples")
+    omega: float = _option(1.3, "guidance scale of the samples drawn while and after training")
+    t_min: float = _option(0.2, "start of the guidance interval of these samples")
+    t_max: float = _option(0.8, "end of the guidance interval of these samples")
 
     log_every: int = _option(10, "steps between lines of metrics.jsonl")
     sample_every: int = _option(100, "steps between sample grids; 0: none while training")

@@ -53,10 +53,8 @@ void backward(const GatedResidualBackward& a) {
   const int team = team_size(a.threads, 2 * a.rows * a.width, a.rows);
 
   on_each_thread(team, [&](int thread) {
-    float* dgate = a.dgate + thread * a.width;
-    std::memset(dgate, 0, static_cast<std::size_t>(a.width) * sizeof(float));
     const Range share = share_of(a.rows, thread, team);
-    for (index_t row = share.begin; row < share.end; ++row) {
+    sum_over_rows(share, a.width, a.dgate + thread * a.width, [&](index_t row, float* dgate) {
       const X* dyi = dy + row * a.dy_stride;
       const B* bi = branch + row * a.branch_stride;
       B* dbi = dbranch + row * a.width;
@@ -65,7 +63,7 @@ void backward(const GatedResidualBackward& a) {
         store_lanes(dbi + j, d * load_lanes(a.gate + j, lanes), lanes);
         store_lanes(dgate + j, fma(d, load_lanes(bi + j, lanes), load_lanes(dgate + j, lanes)), lanes);
       });
-    }
+    });
   });
   add_up_rows(a.dgate, team, a.width);
 }

@@ -87,10 +87,8 @@ void backward(const QkNormRopeBackward& a) {
   const int team = team_size(a.threads, 2 * rows * a.width, rows);
 
   on_each_thread(team, [&](int thread) {
-    float* dweight = a.dweight + thread * a.width;
-    std::memset(dweight, 0, static_cast<std::size_t>(a.width) * sizeof(float));
     const Range share = share_of(rows, thread, team);
-    for (index_t row = share.begin; row < share.end; ++row) {
+    sum_over_rows(share, a.width, a.dweight + thread * a.width, [&](index_t row, float* dweight) {
       const RowPosition at(row, a.heads, a.length);
       const T* xi = x + at.offset(a.x_stride);
       const T* dyi = dy + at.offset(a.dy_stride);
@@ -113,7 +111,7 @@ void backward(const QkNormRopeBackward& a) {
         const Vec n = load_lanes(xi + j, lanes) * rstd;
         store_lanes(dxi + j, rstd * (g - n * mean), lanes);
       });
-    }
+    });
   });
   add_up_rows(a.dweight, team, a.width);
 }

@@ -55,10 +55,8 @@ void backward(const RmsNormBackward& a) {
   const int team = team_size(a.threads, 2 * a.rows * a.width, a.rows);
 
   on_each_thread(team, [&](int thread) {
-    float* dweight = a.dweight + thread * a.width;
-    std::memset(dweight, 0, static_cast<std::size_t>(a.width) * sizeof(float));
     const Range share = share_of(a.rows, thread, team);
-    for (index_t row = share.begin; row < share.end; ++row) {
+    sum_over_rows(share, a.width, a.dweight + thread * a.width, [&](index_t row, float* dweight) {
       const X* xi = x + row * a.x_stride;
       const Y* dyi = dy + row * a.dy_stride;
       X* dxi = dx + row * a.width;
@@ -75,7 +73,7 @@ void backward(const RmsNormBackward& a) {
         const Vec n = load_lanes(xi + j, lanes) * rstd;
         store_lanes(dxi + j, rstd * (g - n * mean), lanes);
       });
-    }
+    });
   });
   add_up_rows(a.dweight, team, a.width);
 }

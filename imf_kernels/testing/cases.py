@@ -16,7 +16,6 @@ import torch
 from torch import Generator, Tensor
 
 import imf_kernels
-from imf_kernels import Dual
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -198,9 +197,9 @@ def attention(
     value_width: int | None = None,
     tangents: Sequence[str] = ("query", "key", "value"),
     positions_first: bool = True,
-    q: Mapping[str, float] | None = None,
-    k: Mapping[str, float] | None = None,
-    v: Mapping[str, float] | None = None,
+    q: Mapping[str, Any] | None = None,
+    k: Mapping[str, Any] | None = None,
+    v: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> Case:
     keys = queries if keys is None else keys
@@ -343,7 +342,8 @@ def _small() -> list[Case]:
 
 def _model(name: str, batch: int, length: int, width: int, heads: int, mlp: int) -> list[Case]:
     """The operations of a network's block and embeddings, in the shapes they have there."""
-    d, big = width // heads, {"large": True}
+    d = width // heads
+    big: dict[str, Any] = {"large": True}
     return [
         linear(f"{name} qkv", batch, length, width=width, out=3 * width, bias=False, **big),
         linear(f"{name} mlp in", batch, length, width=width, out=2 * mlp, bias=False, **big),

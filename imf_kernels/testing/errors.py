@@ -6,9 +6,9 @@ float32, ε' and e' the same of the row, along the last dimension, where they ar
     of the whole tensor: 3 ε + 2 e,
     of every row, so that a wrong one cannot hide in the mean: max(10 ε, 3 ε') + 2 e'.
 Rounding to multiples of a value's ulp errs by ulp / √12 on average and by ulp / 2 at most; ε is made of the
-former, so that a tensor of few values has no lucky ε, and a correctly rounded result always passes. Likewise e
-and e' are the largest of several draws of the same case. Primal, tangent and each primal gradient are held to the
-rule one by one. A zero has no ε, so that where PyTorch computes exact zeros too nothing else passes.
+former, so that a tensor of few values has no lucky ε, and a correctly rounded result always passes. Likewise
+e and e' are the largest of several draws of the same case. Primal, tangent and each primal gradient are held
+to the rule one by one. A zero has no ε, so that where PyTorch computes exact zeros too nothing else passes.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def check(
     if not got.isfinite().all():
         where = (~got.isfinite()).nonzero()[0].tolist()
         bad = int((~got.isfinite()).sum())
-        raise AssertionError(f"{name}: {bad} of {got.numel()} values are not finite, the first one at {where}")
+        raise AssertionError(
+            f"{name}: {bad} of {got.numel()} values are not finite, the first one at {where}"
+        )
     whole, row = bounds(exact, pytorch, rounded_to or got.dtype)
     error = got.double() - exact
     size, total = rms(exact).item(), rms(error).item()
@@ -136,9 +138,7 @@ def evaluate(
     if cotangents is not None:
         wanted = [leaves[name] for name in case.differentiable]
         gradients = torch.autograd.grad(outputs, wanted, [convert(c) for c in cotangents])
-        results |= {
-            f"gradient of {name}": g for name, g in zip(case.differentiable, gradients, strict=True)
-        }
+        results |= {f"gradient of {name}": g for name, g in zip(case.differentiable, gradients, strict=True)}
     return results
 
 
@@ -185,18 +185,18 @@ class Problem:
             check(f"{self.case}, {name}", got, self.exact[name], pytorch[name], rounded)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=4)
 def problem(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
     """The case with data of `dtype`, and its exact results."""
     return Problem.draw(case, dtype, seed)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def yardsticks(case: Case, dtype: torch.dtype, seed: int = 0, draws: int = 8) -> dict[str, Yardstick]:
     """PyTorch's errors in float32 for every result of the case: the largest of draws from `seed` on."""
     drawn: list[dict[str, Yardstick]] = []
     for i in range(seed, seed + draws):
-        p = problem(case, dtype, i)
+        p = Problem.draw(case, dtype, i)
         fp32 = p.evaluate("reference", dtype=torch.float32)
         drawn.append({name: Yardstick.of(x, p.exact[name]) for name, x in fp32.items()})
     return {name: Yardstick.largest([d[name] for d in drawn]) for name in drawn[0]}
