@@ -180,7 +180,7 @@ def improved_mean_flow(
 
     # v_c where the tangent needs it, v_u where the target does, in one evaluation of the v-head.
     guided = ~draws.drop & (omega != 1)
-    u_rows = guided.nonzero().squeeze(1)
+    u_rows = _padded(guided.nonzero().squeeze(1), batch)
     c_rows = torch.arange(n_fm, batch, device=x.device)
     rows = torch.cat([c_rows, u_rows])
     v_c, v_u = torch.zeros_like(x), torch.zeros_like(x)
@@ -247,6 +247,16 @@ def _null_label(model: Any) -> int:
             )
         model = inner
     return model.config.num_classes
+
+
+def _padded(rows: Tensor, batch: int) -> Tensor:
+    """`rows` with the last one repeated up to a multiple of an eighth of the batch.
+
+    Computing a row twice changes nothing; a new number of rows at every step would cost matrix products that
+    prepare themselves for each shape more than the rows do.
+    """
+    missing = -len(rows) % max(1, batch // 8)
+    return torch.cat([rows, rows[-1:].expand(missing)]) if len(rows) and missing else rows
 
 
 def _interpolate(x: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:

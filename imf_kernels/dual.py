@@ -139,6 +139,13 @@ def tail(x: Tensor, like: Tensor) -> Tensor:
     return x[x.shape[0] - like.shape[0] :] if x.dim() else x
 
 
+def no_gradient(ctx: Any, tangent: Tensor) -> None:
+    """Marks a tangent that an `autograd.Function` returns as a constant, and keeps autograd from handing its
+    backward a tensor of zeros in the place of the gradient that never comes."""
+    ctx.mark_non_differentiable(tangent)
+    ctx.set_materialize_grads(False)
+
+
 def align(*tangents: Tensor | None) -> list[Tensor | None]:
     """Stored tangents of several arguments, all with as many rows as the longest; `None` stays `None`."""
     rows = max((t.shape[0] for t in tangents if t is not None and t.dim()), default=0)

@@ -25,12 +25,22 @@ struct Rotation {
   Vec transposed(Vec dy) const { return fma(c, dy, Vec(0.0f) - s * swap_pairs(dy)); }
 };
 
-// Where row (b, h, l), counted in this order, begins.
+// Row (b, h, l), counted in this order.
 struct RowPosition {
   index_t b, h, l;
   RowPosition(index_t row, index_t heads, index_t length)
       : b(row / (heads * length)), h(row / length % heads), l(row % length) {}
-  index_t offset(const index_t (&stride)[3]) const { return b * stride[0] + h * stride[1] + l * stride[2]; }
+  void next(index_t heads, index_t length) {
+    if (++l < length) return;
+    l = 0;
+    if (++h < heads) return;
+    h = 0;
+    ++b;
+  }
+  // Where it begins; `first` is the b whose data comes first.
+  index_t offset(const index_t (&stride)[3], index_t first = 0) const {
+    return (b - first) * stride[0] + h * stride[1] + l * stride[2];
+  }
 };
 
 template <typename T>
@@ -47,8 +57,8 @@ void forward(const QkNormRopeForward& a) {
 
   on_each_thread(team, [&](int thread) {
     const Range share = share_of_rows(rows, tangent_rows, thread, team);
-    for (index_t row = share.begin; row < share.end; ++row) {
-      RowPosition at(row, a.heads, a.length);
+    RowPosition at(share.begin, a.heads, a.length);
+    for (index_t row = share.begin; row < share.end; ++row, at.next(a.heads, a.length)) {
       const T* xi = x + at.offset(a.x_stride);
       const float* cos = a.cos + at.l * (a.width / 2);
       const float* sin = a.sin + at.l * (a.width / 2);
@@ -62,8 +72,7 @@ void forward(const QkNormRopeForward& a) {
         });
         continue;
       }
-      at.b -= a.batch - a.tangent_batch;
-      const T* ti = x_dot + at.offset(a.x_dot_stride);
+      const T* ti = x_dot + at.offset(a.x_dot_stride, a.batch - a.tangent_batch);
       T* y_dot_i = y_dot + (row - first_tangent) * a.width;
       const Dual<float> rstd = rsqrt(sum_of_squares(xi, ti, a.width) * scale + a.eps);
       a.rstd[row] = rstd.primal;

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from imf_kernels import _C, cpu
 from imf_kernels.dispatch import Backend, always, choose
-from imf_kernels.dual import Dual, align, pack, tail, unpack
+from imf_kernels.dual import Dual, align, no_gradient, pack, tail, unpack
 from imf_kernels.layout import DTYPES, last_contiguous
 from imf_kernels.ops import check
 
@@ -128,7 +128,7 @@ class _AttentionCPU(torch.autograd.Function):
         if stored is not None:
             rows = stored.shape[0]
             out_dot = _positions_first(rows, heads, queries, value_width, q.dtype)
-            ctx.mark_non_differentiable(out_dot)
+            no_gradient(ctx, out_dot)
         _C.attention_forward(
             *(DTYPES[q.dtype], _heads(q), _heads(k), _heads(v), _heads(out)),
             *(_heads(q_dot), _heads(k_dot), _heads(v_dot), _heads(out_dot), lse.data_ptr()),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from imf_kernels import _C, cpu
 from imf_kernels.dispatch import Backend, always, choose
-from imf_kernels.dual import Dual, align, pack, unpack
+from imf_kernels.dual import Dual, align, no_gradient, pack, unpack
 from imf_kernels.layout import DTYPES, count_rows, last_contiguous, pointer, rows_of
 from imf_kernels.ops import check
 
@@ -65,7 +65,7 @@ class _GatedResidualCPU(torch.autograd.Function):
         tangent = x_dot if x_dot is not None else branch_dot
         if tangent is not None:
             y_dot = torch.empty(tangent.shape, dtype=x.dtype)
-            ctx.mark_non_differentiable(y_dot)
+            no_gradient(ctx, y_dot)
         _C.gated_residual_forward(
             *(DTYPES[x.dtype], DTYPES[branch.dtype], x_rows.data_ptr(), pointer(xt_rows)),
             *(b_rows.data_ptr(), pointer(bt_rows), g.data_ptr(), y.data_ptr(), pointer(y_dot)),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from imf_kernels import cpu, gemm
 from imf_kernels.dispatch import Backend, always, choose
-from imf_kernels.dual import Dual, TensorOrDual, pack, unpack
+from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, unpack
 from imf_kernels.layout import count_rows
 from imf_kernels.ops import check
 
@@ -67,7 +67,7 @@ class _LinearCPU(torch.autograd.Function):
         if x_dot is not None:
             y_dot = gemm.forward(x_dot.reshape(count_rows(x_dot), width), w)
             y_dot = y_dot.view(*x_dot.shape[:-1], out)
-            ctx.mark_non_differentiable(y_dot)
+            no_gradient(ctx, y_dot)
         ctx.save_for_backward(x, weight, bias)
         return y, y_dot
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from imf_kernels import _C, cpu
 from imf_kernels.dispatch import Backend, always, choose
-from imf_kernels.dual import Dual, align, pack, unpack
+from imf_kernels.dual import Dual, align, no_gradient, pack, unpack
 from imf_kernels.layout import pointer
 from imf_kernels.ops import check
 
@@ -81,7 +81,7 @@ class _PrependTokensCPU(torch.autograd.Function):
         if stored is not None:
             rows = stored.shape[0]
             y_dot = torch.empty((rows, total, width))
-            ctx.mark_non_differentiable(y_dot)
+            no_gradient(ctx, y_dot)
         _C.prepend_tokens_forward(
             [
                 (t.data_ptr(), e.data_ptr(), pointer(e_dot), t.shape[0])

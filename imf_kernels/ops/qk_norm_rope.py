@@ -18,7 +18,7 @@ from torch import Tensor
 
 from imf_kernels import _C, cpu
 from imf_kernels.dispatch import Backend, always, choose
-from imf_kernels.dual import Dual, pack, tail, unpack
+from imf_kernels.dual import Dual, no_gradient, pack, tail, unpack
 from imf_kernels.layout import DTYPES, last_contiguous, pointer
 from imf_kernels.ops import check
 
@@ -79,7 +79,7 @@ class _QKNormRopeCPU(torch.autograd.Function):
         if x_dot is not None:
             rows, t_strides = x_dot.shape[0], x_dot.stride()[:3]
             y_dot = torch.empty(x_dot.shape, dtype=x.dtype)
-            ctx.mark_non_differentiable(y_dot)
+            no_gradient(ctx, y_dot)
         _C.qk_norm_rope_forward(
             *(DTYPES[x.dtype], x.data_ptr(), pointer(x_dot), w.data_ptr(), cos.data_ptr()),
             *(sin.data_ptr(), y.data_ptr(), pointer(y_dot), rstd.data_ptr()),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from imf_kernels import _C, cpu, cuda
 from imf_kernels.dispatch import Backend, always, choose
-from imf_kernels.dual import Dual, TensorOrDual, pack, tail, unpack
+from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, tail, unpack
 from imf_kernels.layout import DTYPES, count_rows, last_contiguous, pointer, rows_of
 from imf_kernels.ops import check
 
@@ -67,7 +67,7 @@ class _RMSNormCPU(torch.autograd.Function):
         if x_dot is not None:
             t_rows, t_stride = rows_of(x_dot)
             y_dot = torch.empty(x_dot.shape, dtype=dtype)
-            ctx.mark_non_differentiable(y_dot)
+            no_gradient(ctx, y_dot)
         _C.rms_norm_forward(
             *(DTYPES[x.dtype], DTYPES[dtype], x_rows.data_ptr(), pointer(t_rows)),
             *(w.data_ptr(), y.data_ptr(), pointer(y_dot), rstd.data_ptr()),
@@ -109,7 +109,7 @@ class _RMSNormCUDA(torch.autograd.Function):
         if x_dot is not None:
             t_rows, t_stride = rows_of(x_dot)
             y_dot = torch.empty(x_dot.shape, dtype=dtype, device=x.device)
-            ctx.mark_non_differentiable(y_dot)
+            no_gradient(ctx, y_dot)
         _C.rms_norm_forward_cuda(
             *(DTYPES[x.dtype], DTYPES[dtype], x_rows.data_ptr(), pointer(t_rows)),
             *(w.data_ptr(), y.data_ptr(), pointer(y_dot), rstd.data_ptr()),

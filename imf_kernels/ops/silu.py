@@ -15,7 +15,7 @@ from torch import Tensor
 
 from imf_kernels import _C, cpu
 from imf_kernels.dispatch import Backend, always, choose
-from imf_kernels.dual import Dual, TensorOrDual, pack, tail, unpack
+from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, tail, unpack
 from imf_kernels.layout import DTYPES, pointer
 from imf_kernels.ops import check
 
@@ -44,7 +44,7 @@ class _SiluCPU(torch.autograd.Function):
         if x_dot is not None:
             x_dot = x_dot.contiguous()
             y_dot, elements = torch.empty_like(x_dot), x_dot.numel()
-            ctx.mark_non_differentiable(y_dot)
+            no_gradient(ctx, y_dot)
         _C.silu_forward(
             *(DTYPES[x.dtype], x.data_ptr(), pointer(x_dot), y.data_ptr(), pointer(y_dot)),
             *(x.numel(), elements, torch.get_num_threads()),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from imf_kernels import _C, cpu
 from imf_kernels.dispatch import Backend, always, choose
-from imf_kernels.dual import Dual, TensorOrDual, pack, tail, unpack
+from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, tail, unpack
 from imf_kernels.layout import pointer
 from imf_kernels.ops import check
 
@@ -70,7 +70,7 @@ class _SinusoidalEmbeddingCPU(torch.autograd.Function):
             t_dot = t_dot.contiguous()
             rows = t_dot.numel()
             y_dot = torch.empty((rows, dim))
-            ctx.mark_non_differentiable(y_dot)
+            no_gradient(ctx, y_dot)
         _C.sinusoidal_embedding_forward(
             *(t.data_ptr(), pointer(t_dot), f.data_ptr(), y.data_ptr(), pointer(y_dot)),
             *(t.numel(), rows, dim // 2, torch.get_num_threads()),

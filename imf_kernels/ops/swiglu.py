@@ -15,7 +15,7 @@ from torch import Tensor
 
 from imf_kernels import _C, cpu
 from imf_kernels.dispatch import Backend, always, choose
-from imf_kernels.dual import Dual, TensorOrDual, pack, tail, unpack
+from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, tail, unpack
 from imf_kernels.layout import DTYPES, count_rows, last_contiguous, pointer, rows_of
 from imf_kernels.ops import check
 
@@ -55,7 +55,7 @@ class _SwigluCPU(torch.autograd.Function):
         if x_dot is not None:
             t_rows, t_stride = rows_of(x_dot)
             y_dot = torch.empty((*x_dot.shape[:-1], width), dtype=x.dtype)
-            ctx.mark_non_differentiable(y_dot)
+            no_gradient(ctx, y_dot)
         _C.swiglu_forward(
             *(DTYPES[x.dtype], x_rows.data_ptr(), pointer(t_rows), y.data_ptr(), pointer(y_dot)),
             *(count_rows(x), count_rows(t_rows), width, x_stride, t_stride, torch.get_num_threads()),

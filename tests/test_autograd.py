@@ -1,0 +1,185 @@
+"""Inside PyTorch's autograd: what backward keeps; no transform gets a silent zero or a wrong result."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+import imf_kernels as ik
+from imf_kernels import Dual
+from imf_kernels.testing import errors
+from imf_kernels.testing.cases import FP32, SMALL
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore:Dynamo does not know")
+
+NAMES = (
+    "linear square", "rms_norm width 33", "rms_norm fp32 stream", "qk_norm_rope digits", "swiglu width 37",
+    "scaled_dot_product_attention other value width", "gated_residual width 45", "gated_residual fp32 stream",
+    "silu matrix", "sinusoidal_embedding dim 256", "prepend_tokens four groups",
+)  # fmt: skip
+each_case = pytest.mark.parametrize("case", [next(c for c in SMALL if str(c) == n) for n in NAMES], ids=str)
+one_an_operation = pytest.mark.parametrize(
+    "case", list({case.operation: case for case in reversed(SMALL) if str(case) in NAMES}.values()), ids=str
+)
+
+
+def leaves_of(p):
+    """The primals of a problem, requiring grad where they may."""
+    return {n: x.clone().requires_grad_(n in p.case.differentiable) for n, x in p.primals.items()}
+
+
+def mixed(case):
+    return {"dtype": case.output_dtype} if case.output_dtype else {}
+
+
+@each_case
+def test_backward_keeps_nothing_of_the_tangent(case, kernels):
+    """The tensors saved with a tangent are those saved without, each of a primal's memory or new."""
+    p = errors.problem(case, case.dtypes[-1])
+
+    def saved(tangents):
+        kept = []
+        leaves = leaves_of(p)
+        duals = {n: Dual(x, tangents[n]) if n in tangents else x for n, x in leaves.items()}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.detach()), lambda t: t):
+            case.run(duals, kernels, **mixed(case))
+        return kept
+
+    with_tangent, without = saved(p.tangents), saved({})
+    assert len(with_tangent) == len(without)
+    for a, b in zip(with_tangent, without, strict=True):
+        assert a.shape == b.shape and torch.equal(a, b)
+    memory = {t.untyped_storage().data_ptr() for t in p.tangents.values()}
+    assert not memory & {t.untyped_storage().data_ptr() for t in with_tangent}
+
+
+@each_case
+def test_differentiating_a_tangent_is_loud(case, backend):
+    p = errors.problem(case, case.dtypes[0])
+    leaves = leaves_of(p)
+    duals = {n: Dual(x, p.tangents[n]) if n in p.tangents else x for n, x in leaves.items()}
+    for y in case.run(duals, backend, **mixed(case)):
+        assert not y.tangent_rows.requires_grad
+        with pytest.raises(RuntimeError, match="no gradient flows through tangents"):
+            (y.primal.float().sum() + y.tangent.float().square().sum()).backward()
+
+
+@one_an_operation
+def test_only_what_is_asked_for_gets_a_gradient(case, backend):
+    """Inputs that do not require grad get none, and the others the same as when all do."""
+    p = errors.problem(case, FP32)
+    for name in case.differentiable:
+        leaves = {n: x.clone().requires_grad_(n == name) for n, x in p.primals.items()}
+        outputs = case.run(leaves, backend)
+        wanted = [(y, c) for y, c in zip(outputs, p.cotangents, strict=True) if y.requires_grad]
+        torch.autograd.backward([y for y, _ in wanted], [c for _, c in wanted])
+        pytorch = errors.yardsticks(case, FP32)[f"gradient of {name}"]
+        errors.check(f"{case} {name}", leaves[name].grad, p.exact[f"gradient of {name}"], pytorch)
+        assert all(x.grad is None for n, x in leaves.items() if n != name)
+    assert not any(y.requires_grad for y in case.run(p.primals, backend))
+
+
+@one_an_operation
+def test_second_derivatives_are_refused_by_the_kernels(case, kernels):
+    """Also for cotangents without grad, where PyTorch's once_differentiable leaves terms out in silence."""
+    p = errors.problem(case, FP32)
+    for cotangent_requires_grad in (False, True):
+        leaves = leaves_of(p)
+        outputs = case.run(leaves, kernels)
+        cotangents = [c.clone().requires_grad_(cotangent_requires_grad) for c in p.cotangents]
+        inputs = [leaves[n] for n in case.differentiable]
+        with pytest.raises(RuntimeError, match="CPU: create_graph=True asks for second derivatives"):
+            torch.autograd.grad(outputs, inputs, cotangents, create_graph=True)
+
+
+def test_second_derivatives_of_the_reference():
+    x, w = (torch.randn(n, 5, dtype=torch.float64) for n in (3, 1))
+    assert torch.autograd.gradgradcheck(
+        lambda t: ik.rms_norm(t, w[0], backend="reference"), x.requires_grad_()
+    )
+
+
+# PyTorch's own forward mode over a plain tensor: the kernels must not answer with a zero tangent.
+@one_an_operation
+@pytest.mark.parametrize("transform", ["jvp", "forward_ad", "vmap", "grad", "vjp"])
+def test_transforms_are_refused_by_the_kernels(case, transform, kernels):
+    p = errors.problem(case, FP32)
+    name = next(iter(p.tangents))
+    x, x_dot = p.primals[name], p.tangents[name]
+
+    def call(x):
+        return case.run(p.primals | {name: x}, kernels)[0]
+
+    with pytest.raises(
+        (RuntimeError, NotImplementedError), match=r"setup_context|implement the jvp function"
+    ):
+        match transform:
+            case "jvp":
+                torch.func.jvp(call, (x,), (x_dot,))
+            case "forward_ad":
+                with forward_ad.dual_level():
+                    call(forward_ad.make_dual(x, x_dot))
+            case "vmap":
+                torch.func.vmap(call)(x[None])
+            case "grad":
+                torch.func.grad(lambda x: call(x).sum())(x)
+            case "vjp":
+                torch.func.vjp(call, x)
+
+
+@one_an_operation
+def test_forward_mode_through_the_reference_is_right(case):
+    """torch.func.jvp of the reference's primal, and of the primal of a Dual call, is its own tangent."""
+    p = errors.problem(case, FP32)
+    names = list(p.tangents)
+    primals, tangents = ([d[n].double() for n in names] for d in (p.primals, p.tangents))
+    rest = {n: x.double() for n, x in p.primals.items()}
+
+    def plain(*xs):
+        return case.run(rest | dict(zip(names, xs, strict=True)), "reference")
+
+    def dual(*xs):
+        duals = {n: Dual(x, t) for n, x, t in zip(names, xs, tangents, strict=True)}
+        return tuple(y.primal for y in case.run(rest | duals, "reference"))
+
+    for function in (plain, dual):
+        _, got = torch.func.jvp(function, tuple(primals), tuple(tangents))
+        for i, t in enumerate(got):
+            torch.testing.assert_close(t, p.exact[f"tangent {i}"], rtol=1e-10, atol=1e-10)
+
+
+def network(x, w, backend=None):
+    """A chain with a Dual inside: the result, its tangent, and a gradient through the primal."""
+    y = ik.swiglu(ik.linear(ik.rms_norm(x, w[0], backend=backend), w, backend=backend), backend=backend)
+    return y.primal, y.tangent_rows
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_compile_of_a_whole_graph_is_refused(backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    x, w = torch.randn(4, 4), torch.randn(4, 4)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"cannot be traced by torch\.compile yet"):
+        compiled(Dual(x, x), w, backend)
+
+
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("with_tangent", [False, True])
+def test_compile_with_graph_breaks_is_right_or_loud(with_tangent, compiler):
+    """Without fullgraph: the same primal, tangent and gradients as without compile, or an error."""
+    torch._dynamo.reset()
+
+    def loss(x, x_dot, w):
+        y, y_dot = network(Dual(x * 2, x_dot * 2 if with_tangent else None), w)
+        return y.sum() * 3, y_dot
+
+    x, x_dot = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
+    w = torch.randn(4, 4, requires_grad=True)
+    y, y_dot = loss(x, x_dot, w)
+    wanted = y_dot, *torch.autograd.grad(y, (x, w))
+    try:
+        y, y_dot = torch.compile(loss, backend=compiler)(x, x_dot, w)
+    except Exception:  # whatever Dynamo or Inductor meets on its way: nobody is handed a wrong number
+        return
+    assert y_dot is None or not y_dot.requires_grad
+    for a, b in zip((y_dot, *torch.autograd.grad(y, (x, w))), wanted, strict=True):
+        assert (a is None and b is None) or torch.allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,194 @@
+"""Calls that must be refused: the type of error, and a message with operation, argument, wanted and got."""
+
+import re
+
+import pytest
+import torch
+
+import imf_kernels as ik
+from imf_kernels import Dual
+from imf_kernels.testing import errors
+from imf_kernels.testing.cases import OPERATIONS, SMALL
+
+SDPA = ik.scaled_dot_product_attention
+
+
+def x(*shape):
+    """Ones of a shape, then perhaps a dtype or a device."""
+    *sizes, kind = (*shape, torch.float32) if not shape or isinstance(shape[-1], int) else shape
+    return torch.ones(sizes).to(kind)
+
+
+def transposed(*shape):
+    return x(*shape).mT
+
+
+HEADS = x(2, 3, 5, 8)
+BF16, FP64, INT, META = torch.bfloat16, torch.float64, torch.int64, "meta"
+V, T, N = ValueError, TypeError, NotImplementedError
+
+# (call, error, what the message says, with … for what stands between)
+BAD_CALLS = {
+    "linear": [
+        (lambda: ik.linear(x(2, 4), x(3, 5)), V, "weight must be [out, in] with in = 4 … got [3, 5]"),
+        (lambda: ik.linear(x(2, 4), x(4)), V, "weight must be [out, in] … got [4]"),
+        (lambda: ik.linear(x(), x(3, 1)), V, "weight must be [out, in] … x []"),
+        (lambda: ik.linear(x(2, 4), x(3, 4), x(4)), V, "bias must be [3] … got [4]"),
+        (lambda: ik.linear(x(2, 4), x(3, 4, BF16)), T, "weight must be torch.float32 … bfloat16"),
+        (lambda: ik.linear(x(2, 4, INT), x(3, 4)), T, "x must be of a floating-point … torch.int64"),
+        (lambda: ik.linear(x(2, 4), x(3, 4, INT)), T, "weight must be of a floating-point … int64"),
+        (lambda: ik.linear(x(2, 4), Dual(x(3, 4))), T, "weight carries no tangent … got a Dual"),
+        (lambda: ik.linear(x(2, 4), x(3, 4), Dual(x(3))), T, "bias carries no tangent … got a Dual"),
+        (lambda: ik.linear(x(2, 4), x(3, 4, META)), V, "weight must be on cpu … got meta"),
+        (lambda: ik.linear([1.0], x(3, 4)), T, "x must be a tensor or a Dual … got list"),
+        (lambda: ik.linear(x(2, 4), None), T, "weight must be a tensor … got NoneType"),
+        (lambda: ik.linear(Dual(x(4), x(3)), x(3, 4)), V, "x is a single row … [4] … got [3]"),
+    ],
+    "rms_norm": [
+        (lambda: ik.rms_norm(x(2, 4), x(5)), V, "weight must be [4] … x of shape [2, 4] … got [5]"),
+        (lambda: ik.rms_norm(x(), x()), V, "x must have at least one dimension … got a scalar"),
+        (lambda: ik.rms_norm(transposed(4, 2), x(4)), V, "last dimension of x … got [2, 4] … [1, 2]"),
+        (lambda: ik.rms_norm(Dual(x(2, 4), transposed(4, 2)), x(4)), V, "last dimension of x_dot"),
+        (lambda: ik.rms_norm(x(2, 4), x(4), dtype=FP64), T, "dtype must be that of x … got torch.float64"),
+        (lambda: ik.rms_norm(x(2, 4, BF16), x(4), dtype=torch.float32), T, "dtype must be that of x"),
+        (lambda: ik.rms_norm(x(2, 4, INT), x(4)), T, "x must be of a floating-point … torch.int64"),
+        (lambda: ik.rms_norm(x(2, 4), x(4, INT)), T, "weight must be of a floating-point … torch.int64"),
+        (lambda: ik.rms_norm(x(2, 4), Dual(x(4))), T, "weight carries no tangent … got a Dual"),
+        (lambda: ik.rms_norm(x(2, 4), x(4, META)), V, "weight must be on cpu … got meta"),
+        (lambda: ik.rms_norm(Dual(x(4), x(3)), x(4)), V, "x is a single row … [4] … got [3]"),
+    ],
+    "qk_norm_rope": [
+        (lambda: rope(q=x(2, 5, 8)), V, "q must be [B, H, L, D] … got [2, 5, 8]"),
+        (lambda: rope(q=x(2, 3, 5, 7)), V, "q must be [B, H, L, D] with an even D … got [2, 3, 5, 7]"),
+        (lambda: rope(k=x(2, 3, 6, 8)), V, "cos must be [6, 4] … k of shape [2, 3, 6, 8] … got [5, 4]"),
+        (lambda: rope(k_weight=x(4)), V, "k_weight must be [8] … got [4]"),
+        (lambda: rope(sin=x(5, 8)), V, "sin must be [5, 4] … got [5, 8]"),
+        (lambda: rope(q=HEADS.long()), T, "q must be of a floating-point … torch.int64"),
+        (lambda: rope(cos=x(5, 4, INT)), T, "cos must be of a floating-point … torch.int64"),
+        (lambda: rope(q_weight=Dual(x(8))), T, "q_weight carries no tangent … got a Dual"),
+        (lambda: rope(cos=x(5, 4, META)), V, "cos must be on cpu … got meta"),
+        (lambda: rope(k=transposed(2, 3, 8, 5)), V, "last dimension of k … got [2, 3, 5, 8]"),
+        (lambda: rope(k=Dual(HEADS, transposed(2, 3, 8, 5))), V, "last dimension of k_dot"),
+    ],
+    "scaled_dot_product_attention": [
+        (lambda: SDPA(x(2, 5, 8), HEADS, HEADS), V, "query must be [B, H, L, D] … got [2, 5, 8]"),
+        (lambda: SDPA(HEADS, x(2, 5, 3, 8), x(2, 5, 3, 8)), V,
+         "key must be [2, 3, L, 8] … query of shape … got [2, 5, 3, 8]; did you pass [B, L, H, D]?"),
+        (lambda: SDPA(HEADS, x(2, 3, 5, 4), HEADS), V, "key must be [2, 3, L, 8] … got [2, 3, 5, 4]"),
+        (lambda: SDPA(HEADS, x(1, 3, 5, 8), HEADS), V, "key must be [2, 3, L, 8] … got [1, 3, 5, 8]"),
+        (lambda: SDPA(HEADS, HEADS, x(2, 3, 6, 8)), V, "value must be [2, 3, 5, D] … got [2, 3, 6, 8]"),
+        (lambda: SDPA(HEADS, HEADS.bfloat16(), HEADS), T, "key must be torch.float32 … torch.bfloat16"),
+        (lambda: SDPA(HEADS, HEADS, HEADS.double()), T, "value must be torch.float32 … torch.float64"),
+        (lambda: SDPA(HEADS, HEADS, HEADS.long()), T, "value must be of a floating-point … torch.int64"),
+        (lambda: SDPA(HEADS, HEADS, HEADS.to("meta")), V, "value must be on cpu … got meta"),
+        (lambda: SDPA(transposed(2, 3, 8, 5), HEADS, HEADS), V, "last dimension of query … strides"),
+        (lambda: SDPA(HEADS, Dual(HEADS, transposed(2, 3, 8, 5)), HEADS), V, "dimension of key_dot"),
+        (lambda: SDPA(HEADS, HEADS, HEADS, x(5, 5)), N, "attn_mask is not supported"),
+        (lambda: SDPA(HEADS, HEADS, HEADS, None, 0.1), N, "dropout_p is not supported"),
+        (lambda: SDPA(HEADS, HEADS, HEADS, is_causal=True), N, "is_causal is not supported"),
+        (lambda: SDPA(HEADS, HEADS, HEADS, enable_gqa=True), N, "enable_gqa is not supported"),
+    ],
+    "swiglu": [
+        (lambda: ik.swiglu(x(2, 5)), V, "the last dimension of x … must be even … got [2, 5]"),
+        (lambda: ik.swiglu(x()), V, "the last dimension of x … got []"),
+        (lambda: ik.swiglu(transposed(4, 2)), V, "last dimension of x must be contiguous … got [2, 4]"),
+        (lambda: ik.swiglu(x(2, 4, INT)), T, "x must be of a floating-point … torch.int64"),
+        (lambda: ik.swiglu(Dual(x(4), x(3))), V, "x is a single row … [4] … got [3]"),
+    ],
+    "gated_residual": [
+        (lambda: ik.gated_residual(x(2, 4), x(4), x(4)), V, "branch must be [2, 4] … got [4]"),
+        (lambda: ik.gated_residual(x(2, 4), x(2, 4), x(2, 4)), V, "gate must be [4] … got [2, 4]"),
+        (lambda: ik.gated_residual(x(), x(), x()), V, "x must have at least one dimension"),
+        (lambda: ik.gated_residual(x(2, 4, BF16), x(2, 4), x(4)), T,
+         "branch must be of x's dtype … got torch.float32 beside torch.bfloat16"),
+        (lambda: ik.gated_residual(x(2, 4), x(2, 4), Dual(x(4))), T, "gate carries no tangent"),
+        (lambda: ik.gated_residual(x(2, 4), x(2, 4), x(4, INT)), T, "gate must be of a floating-point"),
+        (lambda: ik.gated_residual(x(2, 4), transposed(4, 2), x(4)), V, "last dimension of branch"),
+        (lambda: ik.gated_residual(x(2, 4), x(2, 4, META), x(4)), V, "branch must be on cpu"),
+        (lambda: ik.gated_residual(x(4), Dual(x(4), x(1)), x(4)), V, "branch is a single row … got [1]"),
+    ],
+    "silu": [
+        (lambda: ik.silu(x(4, INT)), T, "x must be of a floating-point … torch.int64"),
+        (lambda: ik.silu(x(4, torch.complex64)), T, "x must be of a floating-point … complex"),
+        (lambda: ik.silu(3.0), T, "x must be a tensor or a Dual … got float"),
+    ],
+    "sinusoidal_embedding": [
+        (lambda: ik.sinusoidal_embedding(x(2, 1), 8), V, "t must be [B] … got [2, 1]"),
+        (lambda: ik.sinusoidal_embedding(x(2), 7), V, "dim must be even and at least 2 … got 7"),
+        (lambda: ik.sinusoidal_embedding(x(2), 0), V, "dim must be even and at least 2 … got 0"),
+        (lambda: ik.sinusoidal_embedding(torch.arange(2), 8), T, "t must be of a floating-point … int64"),
+    ],
+    "prepend_tokens": [
+        (lambda: prepend(x(4, 8)), V, "x must be [B, N, d] … got [4, 8]"),
+        (lambda: prepend(tokens=x(2, 7)), V, "tokens of group 0 must be [n, 8] … got [2, 7]"),
+        (lambda: prepend(embedding=x(2, 8)), V, "embedding of group 0 must be [3, 8] … got [2, 8]"),
+        (lambda: prepend(tokens=x(2, 8, BF16)), T, "tokens of group 0 must be torch.float32 … bfloat16"),
+        (lambda: prepend(embedding=x(3, 8, FP64)), T, "embedding of group 0 must be … float64"),
+        (lambda: prepend(tokens=Dual(x(2, 8))), T, "tokens of group 0 carries no tangent … got a Dual"),
+        (lambda: prepend(embedding=x(3, 8, META)), V, "embedding of group 0 must be on cpu"),
+        (lambda: prepend(x(3, 4, 8, INT)), T, "x must be of a floating-point … torch.int64"),
+    ],
+}  # fmt: skip
+
+
+def rope(**arguments):
+    good = {"q": HEADS, "k": HEADS, "q_weight": x(8), "k_weight": x(8), "cos": x(5, 4), "sin": x(5, 4)}
+    return ik.qk_norm_rope(**good | arguments)
+
+
+def prepend(sequence=None, tokens=None, embedding=None):
+    given = (x(2, 8) if tokens is None else tokens, x(3, 8) if embedding is None else embedding)
+    return ik.prepend_tokens(x(3, 4, 8) if sequence is None else sequence, [given])
+
+
+def test_the_calls_above_are_good_but_for_one_thing():
+    assert set(BAD_CALLS) == set(OPERATIONS)
+    rope(), prepend(), SDPA(HEADS, HEADS, HEADS)
+
+
+@pytest.mark.parametrize(
+    ("operation", "call", "error", "said"),
+    [
+        pytest.param(operation, call, error, said.split(" … "), id=f"{operation}: {said.replace(' …', ',')}")
+        for operation, calls in BAD_CALLS.items()
+        for call, error, said in calls
+    ],
+)
+def test_refused(operation, call, error, said):
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    assert message.startswith(f"{operation}: ")
+    for part in said:
+        assert part in message
+        message = message.partition(part)[2]
+
+
+@pytest.mark.parametrize("case", {case.operation: case for case in SMALL}.values(), ids=str)
+def test_backends_that_cannot(case):
+    """An unknown backend, and the kernels on types and devices that they do not have, say so by name."""
+    p = errors.problem(case, case.dtypes[0])
+    start = re.escape(case.operation)
+    with pytest.raises(ValueError, match=f"{start}: backend must be one of 'cpu',.* 'reference', got 'gpu'"):
+        case.run(p.primals, "gpu")
+    doubles = {n: t.double() for n, t in p.primals.items()}
+    with pytest.raises(RuntimeError, match=f"{start}: backend 'cpu' cannot run: it takes float32 .* float64"):
+        case.run(doubles, "cpu")
+    for y in case.run(doubles, None):
+        assert y.dtype == torch.float64
+    meta = {n: t.to("meta") for n, t in p.primals.items()}
+    with pytest.raises(
+        RuntimeError, match=f"{start}: backend 'cpu' cannot run: it takes CPU tensors, .* meta"
+    ):
+        case.run(meta, "cpu")
+    assert [y.shape for y in case.run(meta, None)] == [torch.Size(shape) for shape in case.outputs]
+
+
+@pytest.mark.parametrize("name", ["sinusoidal_embedding dim 2", "prepend_tokens one group"])
+def test_operations_of_float32_only(name):
+    case = next(c for c in SMALL if str(c) == name)
+    primals = {n: t.bfloat16() for n, t in errors.problem(case, torch.float32).primals.items()}
+    with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run: it .* float32 .* only"):
+        case.run(primals, "cpu")
+    (y,) = case.run(primals, None)
+    assert y.dtype == torch.bfloat16

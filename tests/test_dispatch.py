@@ -1,0 +1,74 @@
+"""The choice of a backend: by name or the first that can, with its reasons, never in silence."""
+
+import logging
+
+import pytest
+import torch
+
+import imf_kernels as ik
+from imf_kernels import cpu, dispatch, info
+from imf_kernels.dispatch import Backend, always, choose
+
+X = torch.ones(2)
+FAST = Backend("fast", lambda: "fast", lambda tensors: "it is out of order")
+SLOW = Backend("slow", lambda: "slow", always)
+LAST = Backend("last", lambda: "last", always, default=False)
+
+
+@pytest.fixture(autouse=True)
+def nothing_logged_yet():
+    dispatch._log_once.cache_clear()
+
+
+def test_the_first_that_can_is_taken_and_the_reason_logged_once(caplog):
+    with caplog.at_level(logging.INFO, logger="imf_kernels"):
+        for _ in range(3):
+            assert choose("op", [FAST, SLOW, LAST], None, X) is SLOW
+    assert [r.message for r in caplog.records] == ["op runs on the slow backend (fast: it is out of order)"]
+
+
+def test_a_first_choice_is_not_worth_a_word(caplog):
+    with caplog.at_level(logging.INFO, logger="imf_kernels"):
+        assert choose("op", [SLOW, FAST], None, X) is SLOW
+    assert not caplog.records
+
+
+def test_a_backend_by_name_runs_or_says_why_not():
+    assert choose("op", [FAST, SLOW, LAST], "last", X) is LAST
+    with pytest.raises(RuntimeError, match="op: backend 'fast' cannot run: it is out of order"):
+        choose("op", [FAST, SLOW], "fast", X)
+    with pytest.raises(ValueError, match="op: backend must be one of 'fast', 'slow', got 'quick'"):
+        choose("op", [FAST, SLOW], "quick", X)
+
+
+def test_no_backend_left():
+    with pytest.raises(RuntimeError, match="op: no backend can run: fast: it is out of order"):
+        choose("op", [FAST, LAST], None, X)
+
+
+def test_a_reason_is_asked_about_the_tensors():
+    asked = []
+    picky = Backend("picky", lambda: None, lambda tensors: asked.extend(tensors))
+    assert choose("op", [picky], None, X, X + 1) is picky and [t[0].item() for t in asked] == [1, 2]
+
+
+def test_instruction_sets():
+    sets = cpu.instruction_sets()
+    assert sets[0] == "plain" and cpu.instruction_set() == sets[-1]
+    for name in sets:
+        with cpu.use_instruction_set(name):
+            assert cpu.instruction_set() == name
+    with pytest.raises(ZeroDivisionError), cpu.use_instruction_set("plain"):
+        _ = 1 / 0
+    assert cpu.instruction_set() == sets[-1]
+    with pytest.raises(ValueError, match="unknown instruction set 'sse9'; there are plain, avx2 and avx512"):
+        cpu.use_instruction_set("sse9").__enter__()
+
+
+def test_info_lists_every_operation_and_backend():
+    text = info.report()
+    assert cpu.instruction_set() in text and torch.__version__ in text
+    for operation in info.OPERATIONS:
+        assert operation in text
+        assert [b.name for b in info.backends(operation)][-1] == "reference"
+    assert len(info.OPERATIONS) == len(set(ik.__all__) - {"Dual", "linear_map", "primal", "rope_tables"})

@@ -1,0 +1,241 @@
+"""Memory orders, empty tensors, infinities and NaN, exact zeros: as PyTorch does it, on every backend."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import imf_kernels as ik
+from imf_kernels import Dual
+from imf_kernels.testing import errors
+from imf_kernels.testing.cases import FP32, SMALL
+
+NAMES = (
+    "linear square", "rms_norm width 33", "qk_norm_rope digits", "scaled_dot_product_attention heads first",
+    "swiglu width 37", "gated_residual width 45", "silu matrix", "prepend_tokens four groups",
+)  # fmt: skip
+CHOSEN = [next(case for case in SMALL if str(case) == name) for name in NAMES]
+
+
+def _sliced(x):
+    """Every other row of the second to last dimension, and not the whole last one, of a larger tensor."""
+    room = torch.full((*x.shape[:-2], 2 * x.shape[-2], x.shape[-1] + 3), math.nan, dtype=x.dtype)
+    view = room[..., ::2, 2 : 2 + x.shape[-1]]
+    return view.copy_(x)
+
+
+def _transposed(x):
+    """The first two dimensions swapped in memory."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def _misaligned(x):
+    """Begins one element into its memory."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+@pytest.mark.parametrize("layout", [_sliced, _transposed, _misaligned])
+@pytest.mark.parametrize("case", CHOSEN, ids=str)
+def test_memory_order_changes_nothing(case, layout, backend):
+    """Inputs, tangents and cotangents in another layout give the same results, and are left as they were."""
+    p = errors.problem(case, FP32)
+    moved = [{n: layout(x) if x.dim() > 1 else x for n, x in d.items()} for d in (p.primals, p.tangents)]
+    cotangents = tuple(layout(c) for c in p.cotangents)
+    got = errors.evaluate(case, *moved, cotangents, backend)
+    p.check(got)
+    for before, after in zip((p.primals, p.tangents), moved, strict=True):
+        assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+EXPANDED = [(3, 1, 24), (1, 5, 24), (1, 1, 24)]
+
+
+@pytest.mark.parametrize("shape", EXPANDED, ids=str)
+@pytest.mark.parametrize("operation", ["linear", "rms_norm", "swiglu", "silu", "gated_residual"])
+def test_broadcast_inputs(operation, shape, backend):
+    """Stride 0: inputs, tangents and cotangents that `expand` made give what their copies give."""
+    generator = torch.Generator().manual_seed(0)
+    weight = {"linear": (24, 24), "rms_norm": (24,), "gated_residual": (24,)}.get(operation)
+    weights = () if weight is None else (torch.randn(weight, generator=generator),)
+
+    def draw(width=24):
+        return torch.randn((*shape[:-1], width), generator=generator).expand(3, 5, width)
+
+    def call(x, x_dot, branch, dy):
+        x = x.requires_grad_()
+        extra = (branch,) if operation == "gated_residual" else ()
+        y = getattr(ik, operation)(Dual(x, x_dot), *extra, *weights, backend=backend)
+        return y.primal, y.tangent.detach(), torch.autograd.grad(y.primal, x, dy)[0]
+
+    x, x_dot, branch, dy = draw(), draw(), draw(), draw(12 if operation == "swiglu" else 24)
+    expected = call(x.clone(), x_dot.clone(), branch.clone(), dy.clone())
+    for got, wanted in zip(call(x.detach(), x_dot, branch, dy), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("dims", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
+def test_broadcast_attention(dims, backend):
+    def draw(length):
+        sizes = [2, 3, length, 8]
+        return torch.randn([1 if i in dims else n for i, n in enumerate(sizes)]).expand(sizes)
+
+    q, k, v, k_dot = draw(5), draw(7), draw(7), draw(7)
+
+    def call(*x):
+        y = ik.scaled_dot_product_attention(x[0], Dual(x[1], x[3]), x[2], backend=backend)
+        return torch.stack([y.primal, y.tangent])
+
+    assert torch.equal(call(q, k, v, k_dot), call(*(x.clone() for x in (q, k, v, k_dot))))
+
+
+def test_a_sum_over_rows_reaches_backward_with_stride_0(backend):
+    x, w = torch.randn(6, 33, requires_grad=True), torch.randn(33)
+    for operation in (lambda x: ik.rms_norm(x, w, backend=backend), lambda x: ik.silu(x, backend=backend)):
+        y = operation(x)
+        (wanted,) = torch.autograd.grad(y, x, w.repeat(6, 1), retain_graph=True)
+        (got,) = torch.autograd.grad((y.sum(0) * w).sum(), x)
+        assert torch.equal(got, wanted)
+
+
+EMPTY = {
+    "linear": lambda f, *b: f(torch.ones(*b, 4), torch.ones(3, 4), torch.ones(3)),
+    "rms_norm": lambda f, *b: f(torch.ones(*b, 4), torch.ones(4)),
+    "swiglu": lambda f, *b: f(torch.ones(*b, 4)),
+    "silu": lambda f, *b: f(torch.ones(*b, 4)),
+    "gated_residual": lambda f, *b: f(torch.ones(*b, 4), torch.ones(*b, 4), torch.ones(4)),
+}
+
+
+@pytest.mark.parametrize("lead", [(0,), (0, 3), (3, 0), (2, 0, 5)], ids=str)
+@pytest.mark.parametrize("operation", EMPTY)
+def test_no_rows(operation, lead, backend):
+    """Nothing in, nothing out; and the gradients of weights are zeros, not what was in memory."""
+
+    def call(x, *rest):
+        leaves = [t.requires_grad_() for t in (x, *rest)]
+        y = getattr(ik, operation)(Dual(x, torch.ones_like(x)), *rest, backend=backend)
+        assert y.shape[:-1] == y.tangent.shape[:-1] == lead
+        y.primal.sum().backward()
+        for leaf in leaves:
+            assert leaf.grad.shape == leaf.shape and not leaf.grad.any()
+
+    EMPTY[operation](call, *lead)
+
+
+def test_no_scalars_and_no_tokens(backend):
+    t = Dual(torch.ones(0), torch.ones(0))
+    assert ik.sinusoidal_embedding(t, 8, backend=backend).tangent.shape == (0, 8)
+    x = Dual(torch.ones(2, 0, 3), torch.ones(2, 0, 3))
+    groups = [(torch.ones(0, 3), torch.ones(2, 3)), (torch.ones(2, 3), torch.ones(2, 3))]
+    y = ik.prepend_tokens(x, groups, backend=backend)
+    assert torch.equal(y.primal, torch.full((2, 2, 3), 2.0)) and torch.equal(y.tangent, torch.zeros(2, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "queries", "keys", "width", "value_width"),
+    [(0, 2, 3, 4, 8, 8), (2, 0, 3, 4, 8, 8), (2, 2, 0, 4, 8, 8), (2, 2, 3, 4, 8, 0), (2, 2, 3, 4, 0, 8)],
+)
+def test_empty_attention(batch, heads, queries, keys, width, value_width, backend):
+    q, k, v = (
+        torch.randn(batch, heads, n, d, requires_grad=True)
+        for n, d in ((queries, width), (keys, width), (keys, value_width))
+    )
+    # What ran before leaves its numbers in the working memory.
+    used = torch.randn(2, 2, 40, 40, requires_grad=True)
+    ik.scaled_dot_product_attention(used, used, used, backend=backend).sum().backward()
+    out = ik.scaled_dot_product_attention(*(Dual(x, torch.randn_like(x)) for x in (q, k, v)), backend=backend)
+    assert out.shape == out.tangent.shape == (batch, heads, queries, value_width)
+    expected = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+    if width == 0:  # every key counts the same
+        torch.testing.assert_close(out.primal, expected)
+    cotangent = torch.ones_like(expected)
+    got = torch.autograd.grad(out.primal, (q, k, v), cotangent)
+    wanted = torch.autograd.grad(expected, (q, k, v), cotangent)
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g, w) if width == 0 else torch.testing.assert_close(g, 0 * g)
+
+
+def test_attention_over_no_keys_is_zero():
+    """As in PyTorch: an empty sum. The kernels say that they cannot; the default takes the reference."""
+    q, k = torch.ones(2, 2, 3, 8), torch.ones(2, 2, 0, 8)
+    out = ik.scaled_dot_product_attention(Dual(q, q), k, k)
+    assert torch.equal(out.primal, F.scaled_dot_product_attention(q, k, k)) and not out.tangent.any()
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run: it needs at least one key"):
+        ik.scaled_dot_product_attention(q, k, k, backend="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_to_one_key_has_no_derivative_along_logits(dtype, backend):
+    """softmax of one logit is 1: no gradient of q and k, no tangent from theirs, exactly."""
+    q, k, v = (torch.randn(3, 2, n, 40, dtype=dtype, requires_grad=True) for n in (50, 1, 1))
+    duals = Dual(q, torch.randn_like(q)), Dual(k, torch.randn_like(k))
+    out = ik.scaled_dot_product_attention(*duals, v, backend=backend)
+    assert torch.equal(out.primal, v.expand_as(out.primal)) and not out.tangent.any()
+    dq, dk, dv = torch.autograd.grad(out.primal, (q, k, v), torch.randn_like(out.primal))
+    assert not dq.any() and not dk.any() and dv.any()
+
+
+# Each operation as a function of [4, 6] rows, beside PyTorch's own.
+W = torch.linspace(0.5, 1.5, 6)
+BY_ROW = {
+    "linear": (lambda x, **o: ik.linear(x, W.diag(), **o), lambda x: F.linear(x, W.diag())),
+    "rms_norm": (lambda x, **o: ik.rms_norm(x, W, **o), lambda x: F.rms_norm(x, (6,), W, eps=1e-6)),
+    "swiglu": (ik.swiglu, lambda x: F.silu(x[..., :3]) * x[..., 3:]),
+    "silu": (ik.silu, F.silu),
+    "gated_residual": (lambda x, **o: ik.gated_residual(x, x, W, **o), lambda x: x + x * W),
+}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("operation", BY_ROW)
+def test_what_is_not_finite_stays_in_its_row(operation, value, backend):
+    """Row 1 gets what PyTorch gives it, NaN for NaN, primal and gradient; the others do not change."""
+    ours, pytorch = BY_ROW[operation]
+    x = torch.linspace(-2, 2, 24).view(4, 6)
+    clean = ours(Dual(x, x + 1), backend=backend)
+    x = x.clone()
+    x[1, 2] = value
+    x.requires_grad_()
+    y = ours(Dual(x, x.detach() + 1), backend=backend)
+    expected = pytorch(x)
+    torch.testing.assert_close(y.primal, expected, equal_nan=True)
+    got, wanted = (torch.autograd.grad(z, x, torch.ones_like(z))[0] for z in (y.primal, expected))
+    torch.testing.assert_close(got, wanted, equal_nan=True)
+    assert not y.tangent[1].isfinite().all() or operation in ("silu", "swiglu")
+    others = [0, 2, 3]
+    assert torch.equal(y.primal[others], clean.primal[others])
+    assert torch.equal(y.tangent[others].detach(), clean.tangent[others])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+def test_what_is_not_finite_in_attention(where, value, backend):
+    """Other heads and, for the query, other rows are untouched; the rest is as PyTorch's softmax has it."""
+    torch.manual_seed(0)
+    x = {n: torch.randn(2, 2, 20, 8) for n in ("query", "key", "value")}
+    clean = ik.scaled_dot_product_attention(*(Dual(t, t) for t in x.values()), backend=backend)
+    x[where][1, 0, 3, 4] = value
+    got = ik.scaled_dot_product_attention(*(Dual(t, t.nan_to_num()) for t in x.values()), backend=backend)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        torch.testing.assert_close(got.primal, F.scaled_dot_product_attention(**x), equal_nan=True)
+    touched = torch.zeros(2, 2, 20, dtype=torch.bool)
+    touched[(1, 0, 3) if where == "query" else (1, 0)] = True
+    assert torch.equal(got.primal[~touched], clean.primal[~touched])
+    assert torch.equal(got.tangent[~touched], clean.tangent[~touched])
+
+
+def test_logits_that_overflow_one_exponential(backend):
+    """Logits of ±1e4 leave a softmax of one 1 and zeros: value, tangent and gradients follow that key."""
+    q = torch.full((1, 1, 1, 1), 100.0)
+    k, v = (
+        torch.tensor([-100.0, 100.0, 0.0]).view(1, 1, 3, 1),
+        torch.arange(12.0).view(1, 1, 3, 4).requires_grad_(),
+    )
+    k_dot = torch.randn(1, 1, 3, 1)
+    out = ik.scaled_dot_product_attention(q, Dual(k, k_dot), Dual(v, v.detach() * 2), backend=backend)
+    assert torch.equal(out.primal, v[:, :, 1:2])
+    # The terms that cancel in the tangent are as large as q k_dot v = 1e3.
+    torch.testing.assert_close(out.tangent.detach(), 2 * v[:, :, 1:2].detach(), rtol=0, atol=1e-3)
+    (dv,) = torch.autograd.grad(out.primal.sum(), v)
+    assert torch.equal(dv[0, 0, :, 0], torch.tensor([0.0, 1.0, 0.0]))

@@ -1,0 +1,174 @@
+"""Every operation keeps the error rule on every backend; the reference is tied to PyTorch's own functions."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import BACKENDS, KERNELS
+
+import imf_kernels as ik
+from imf_kernels.testing import errors
+from imf_kernels.testing.cases import LARGE, OPERATIONS, SMALL
+
+CASES = [pytest.param(case, dtype, id=f"{case}, {str(dtype)[6:]}") for case in SMALL for dtype in case.dtypes]
+SDPA = "scaled_dot_product_attention"
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize(("case", "dtype"), CASES)
+def test_error_rule(case, dtype, backend):
+    errors.check_case(case, dtype, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", KERNELS, indirect=True)
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_error_rule_in_the_shapes_of_training(case, kernels):
+    errors.check_case(case, case.dtypes[-1], kernels)
+
+
+def _plain_rms_norm(x, weight):
+    return F.rms_norm(x, x.shape[-1:], weight, eps=1e-6)
+
+
+def _plain_rope(x, weight, cos, sin):
+    """Pairs as complex numbers, turned by multiplication."""
+    n = _plain_rms_norm(x, weight)
+    turned = torch.view_as_complex(n.unflatten(-1, (-1, 2)).contiguous()) * torch.complex(cos, sin)
+    return torch.view_as_real(turned).flatten(-2)
+
+
+def _plain_swiglu(x):
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def _plain_sinusoids(t, dim=256, max_period=10000.0):
+    rows = []
+    for scalar in t:
+        angles = [scalar * max_period ** (-i / (dim // 2)) for i in range(dim // 2)]
+        rows.append(torch.stack([a.cos() for a in angles] + [a.sin() for a in angles]))
+    return torch.stack(rows)
+
+
+def _plain_prepend(x, *groups):
+    rows = []
+    for b in range(x.shape[0]):
+        prefix = [
+            token + embedding[b]
+            for tokens, embedding in zip(groups[0::2], groups[1::2], strict=True)
+            for token in tokens
+        ]
+        rows.append(torch.stack([*prefix, *x[b]]))
+    return torch.stack(rows)
+
+
+PLAIN = {
+    "linear": F.linear,
+    "rms_norm": _plain_rms_norm,
+    "qk_norm_rope": lambda q, k, qw, kw, cos, sin: (
+        _plain_rope(q, qw, cos, sin),
+        _plain_rope(k, kw, cos, sin),
+    ),
+    SDPA: F.scaled_dot_product_attention,
+    "swiglu": _plain_swiglu,
+    "gated_residual": torch.addcmul,
+    "silu": F.silu,
+    "sinusoidal_embedding": _plain_sinusoids,
+    "prepend_tokens": _plain_prepend,
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_the_reference_is_what_pytorch_derives(case):
+    """In fp64: output, torch.func.jvp of plain functions, and autograd through them, to 1e-12."""
+    p = errors.problem(case, case.dtypes[0])
+    names = list(p.primals)
+    primals = [x.double().requires_grad_(n in case.differentiable) for n, x in p.primals.items()]
+    directions = [p.tangents[n].double() if n in p.tangents else torch.zeros_like(p.primals[n]).double()
+                  for n in names]  # fmt: skip
+
+    def plain(*arguments):
+        result = PLAIN[case.operation](*arguments, **case.options)
+        return result if isinstance(result, tuple) else (result,)
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        outputs, tangents = torch.func.jvp(plain, tuple(x.detach() for x in primals), tuple(directions))
+        wanted = [x for x in primals if x.requires_grad]
+        gradients = torch.autograd.grad(
+            plain(*primals), wanted, [c.double() for c in p.cotangents], materialize_grads=True
+        )
+    expected = {f"output {i}": y for i, y in enumerate(outputs)}
+    expected |= {f"tangent {i}": t for i, t in enumerate(tangents)}
+    expected |= {f"gradient of {n}": g for n, g in zip(case.differentiable, gradients, strict=True)}
+    for name, value in expected.items():
+        if name not in p.exact or not value.numel():  # a structural zero, or nothing
+            assert not value.any()
+            continue
+        # The reference of the tangent takes sums in another order: relative to the largest term of them.
+        size = max(1.0, value.abs().max().item(), 1e4 * (case.name == "logits of 1e4"))
+        torch.testing.assert_close(
+            p.exact[name], value, rtol=0, atol=1e-12 * size, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_every_public_operation_has_cases():
+    classes_and_helpers = {"Dual", "linear_map", "primal", "rope_tables"}
+    assert set(OPERATIONS) == set(ik.__all__) - classes_and_helpers == set(PLAIN)
+    assert {case.operation for case in LARGE} == set(OPERATIONS)
+
+
+def test_rope_tables_are_rotations():
+    cos, sin = ik.rope_tables(36, 64)
+    assert cos.shape == sin.shape == (36, 32) and cos.dtype == torch.float32
+    angles = torch.arange(36).double()[:, None] * 10000.0 ** (-torch.arange(32).double() / 32)
+    torch.testing.assert_close(cos.double(), angles.cos(), rtol=0, atol=1e-7)
+    torch.testing.assert_close(sin.double(), angles.sin(), rtol=0, atol=1e-7)
+
+
+def test_work_is_counted_by_the_tangents():
+    """What benchmarks divide by: 2, 4 and 6 products in attention, nothing for structural zeros."""
+    by_name = {case.name: case for case in SMALL if case.operation == SDPA}
+    case, q_only = by_name["digits"], by_name["offset 4 of keys, tangents of q"]
+    product = 2 * math.prod((2, 2, 36, 36, 64))
+    assert case.count_flops(dual=False) == 2 * product and case.count_flops(dual=True) == 6 * product
+    assert q_only.count_flops(dual=True) == 2 * q_only.count_flops(dual=False)
+    assert case.with_rows(0).count_flops(dual=True) == case.count_flops(dual=False)
+    assert case.count_bytes(torch.bfloat16, dual=False) == 4 * 2 * 2 * 2 * 36 * 64
+    assert case.count_bytes(torch.float32, dual=True) == 2 * case.count_bytes(torch.float32, dual=False)
+
+
+def test_the_error_rule_finds_errors():
+    """A wrong row, element or NaN, a result as coarse as bf16, anything where zero is exact: all are seen."""
+    case = next(c for c in SMALL if str(c) == "rms_norm width 128")
+    p = errors.problem(case, torch.float32)
+    good = p.evaluate("reference")
+    p.check(good)
+
+    def spoiled(change, name="output 0"):
+        return good | {name: change(good[name].clone())}
+
+    def wrong_row(x):
+        x[1, 2] *= 1.000001
+        return x
+
+    def wrong_element(x):
+        x[0, 0, 5] += 1e-4
+        return x
+
+    for name in good:
+        with pytest.raises(AssertionError, match=f"{name}: RMS error"):
+            p.check(spoiled(lambda x: x.bfloat16().float(), name))
+    with pytest.raises(AssertionError, match=r"output 0: row \[1, 2\] has RMS error"):
+        p.check(spoiled(wrong_row))
+    with pytest.raises(AssertionError, match=r"output 0: (RMS error|row \[0, 0\])"):
+        p.check(spoiled(wrong_element))
+    with pytest.raises(AssertionError, match=r"tangent 0: 1 of 18432 values are not finite, .* \[0, 0, 0\]"):
+        p.check(spoiled(lambda x: x.index_put((torch.tensor(0),) * 3, torch.tensor(math.nan)), "tangent 0"))
+    with pytest.raises(AssertionError, match=r"only one side has: .'tangent 0'"):
+        p.check({n: x for n, x in good.items() if n != "tangent 0"})
+    zero = torch.zeros(4, 4, dtype=torch.float64)
+    with pytest.raises(AssertionError, match=r"at most 0\.000e"):
+        errors.check("zero", torch.full((4, 4), 1e-30), zero, errors.Yardstick(0.0, 0.0))
