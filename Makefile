@@ -2,8 +2,8 @@
 # target to run makes .venv: on top of the PyTorch that is installed where there is one, else with TORCH.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-# Where TORCH comes from: PyTorch's CPU builds by default (the plain index has CUDA builds of several GB).
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Where TORCH is looked for beside PyPI, whose builds for Linux come with several GB of CUDA.
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),https://pypi.org/simple,https://download.pytorch.org/whl/cpu)
 ARGS ?=
 
 VENV := .venv

@@ -150,7 +150,7 @@ class Block(nn.Module):
         self.down = _block_weight(width, hidden)
 
     def forward(
-        self, x: Tensor | Dual, cos: Tensor, sin: Tensor, dtype: torch.dtype, backend: str | None
+        self, x: Tensor | Dual, cos: Tensor, sin: Tensor, dtype: torch.dtype | None, backend: str | None
     ) -> Any:
         y = ik.rms_norm(x, self.norm1, dtype=dtype, backend=backend)
         y = ik.linear(y, self.qkv, backend=backend)
@@ -189,9 +189,9 @@ class IMF(nn.Module):
 
     Attributes:
         config: its shape.
-        compute_dtype: of the operands of the blocks' products and of attention: torch.float32, or
-            torch.bfloat16. Weights, embedders, norms, the residual stream and the outputs are fp32 in
-            either case.
+        compute_dtype: of the operands of the blocks' products and of attention: torch.bfloat16, or `None`
+            for the weights' own. Weights, embedders, norms, the residual stream and the outputs are fp32
+            in either case (fp64 after `.double()`, on the `reference` backend).
         backend: of every operation: "cpu", "reference", or `None` for the best one that can run.
     """
 
@@ -201,7 +201,7 @@ class IMF(nn.Module):
     def __init__(self, config: IMFConfig) -> None:
         super().__init__()
         self.config = config
-        self.compute_dtype = torch.float32
+        self.compute_dtype: torch.dtype | None = None
         self.backend: str | None = None
         width, values = config.hidden_size, config.patch_size**2 * config.in_channels
 

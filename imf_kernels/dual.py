@@ -78,7 +78,7 @@ class Dual:
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        name = getattr(func, "__qualname__", None) or getattr(func, "__name__", repr(func))
+        name = torch.overrides.resolve_name(func) or repr(func)
         raise TypeError(
             f"{name} got a Dual. Use the operation of that name in imf_kernels where there is one; for a "
             "function that is linear and keeps batch rows apart, imf_kernels.linear_map(function, x)"

@@ -176,3 +176,13 @@ def test_one_network_in_ten_lines():
 def test_presets_are_the_published_ones():
     b, xl = PRESETS["iMF-B/2"], PRESETS["iMF-XL/2"]
     assert (b.tokens, b.mlp_width, xl.tokens, xl.mlp_width) == (276, 2048, 276, 2730)
+
+
+def test_fp64_network_equals_the_plain_one():
+    model, oracle = perturbed()
+    z, *scalars, y = (x.double() if x.is_floating_point() else x for x in inputs())
+    u, v = model.double()(z, *scalars, y, heads="uv")
+    expected_u, expected_v = oracle.double()(z, *scalars, y, heads="uv")
+    # The rotary tables are fp32.
+    torch.testing.assert_close(u, expected_u, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(v, expected_v, rtol=1e-6, atol=1e-7)
