@@ -3,8 +3,8 @@
 The network predicts the average velocity u(z, t, r) over [r, t] from z and h = t - r alone, conditioned on a
 guidance scale omega, a guidance interval [t_min, t_max] and a class label. A second head of the same trunk
 predicts the instantaneous velocity v(z, t). Every operation is an ordinary differentiable one, so
-`torch.func.jvp` works, in float64 too: a reference for faster implementations. Parameter names are those of the
-official checkpoints.
+`torch.func.jvp` works, in float64 too: a reference for faster implementations. Parameter names are those of
+the official checkpoints.
 
 Source: "Improved Mean Flows", arXiv 2512.02012, and its official JAX program.
 """
