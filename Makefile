@@ -24,7 +24,7 @@ $(VENV)/torch:
 	else \
 	  $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install -q "$(TORCH)" --extra-index-url $(TORCH_INDEX); \
 	fi
-	$(BIN)/python -c "import torch; print('PyTorch', torch.__version__)" > $@
+	$(BIN)/python -c "from importlib.metadata import version; print('PyTorch', version('torch'))" > $@
 
 # Installed again, and the edited sources compiled again, when any of these has changed.
 $(INSTALLED): $(VENV)/torch pyproject.toml setup.py CMakeLists.txt $(CPP)
