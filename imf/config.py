@@ -47,7 +47,7 @@ class TrainConfig:
     )
     runs: str = _option("runs", "folder that holds the runs")
 
-    steps: int = _option(600, "optimizer steps")
+    steps: int = _option(500, "optimizer steps")
     batch_size: int = _option(128, "images per optimizer step")
     accumulate: int = _option(
         1, "micro-batches per step; their gradients are averaged; divides the batch size"

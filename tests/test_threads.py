@@ -39,9 +39,14 @@ def one_thread_unless_said():
         yield
 
 
-def run_python(script, timeout=120):
+def run_python(script, *arguments, **environment):
+    """A process of its own, whose idle threads sleep: spinning ones starve each other on a busy machine."""
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=timeout
+        [sys.executable, "-c", textwrap.dedent(script), *arguments],
+        env={**os.environ, "OMP_WAIT_POLICY": "passive", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -139,10 +144,8 @@ def test_fresh_memory_of_the_kernels_is_not_read(tmp_path):
     results = []
     for value in ("0", "128"):  # filled with 0x7f bytes: 3.4e38
         path = tmp_path / value
-        subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(script), str(path)],
-            check=True, env={**os.environ, "MALLOC_PERTURB_": value},
-        )  # fmt: skip
+        result = run_python(script, str(path), MALLOC_PERTURB_=value)
+        assert result.returncode == 0, result.stderr
         results.append(torch.load(path))
     for a, b in zip(*results, strict=True):
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
