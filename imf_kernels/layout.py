@@ -16,16 +16,17 @@ def rows_of(x: Tensor) -> tuple[Tensor, int]:
     """
     if x.dim() == 1 or x.is_contiguous():
         return x, x.shape[-1]
-    stride, expected = 0, 0
+    stride: int | None = None  # 0 where rows are one row, expanded
+    expected = 0
     for size, step in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
         if size == 1:
             continue
-        if stride == 0:
+        if stride is None:
             stride = expected = step
         if step != expected:
             return x.contiguous(), x.shape[-1]
         expected = step * size
-    return x, stride or x.shape[-1]
+    return x, x.shape[-1] if stride is None else stride
 
 
 def last_contiguous(x: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def test_names_of_another_version_are_listed(place, name):
         ("--lr", "nan", "lr (--lr) must be finite, got nan"),
         ("--ema-decay", "1", "ema_decay (--ema-decay) must be in [0, 1), got 1.0"),
         ("--decay-fraction", "0", "decay_fraction (--decay-fraction) must be in (0, 1], got 0.0"),
-        ("--t-max", "1.5", "t_max (--t-max) must be in [t_min, 1] = [0, 1], got 1.5"),
+        ("--t-max", "1.5", "t_max (--t-max) must be in [t_min, 1] = [0.2, 1], got 1.5"),
         ("--omega", "0", "omega (--omega) must be at least 1, got 0.0"),
         ("--precision", "fp16", "argument --precision: invalid choice: 'fp16'"),
         ("--seed", "-1", "seed (--seed) must be at least 0, got -1"),

@@ -46,7 +46,7 @@ def test_two_micro_batches_give_the_average_of_their_gradients():
     for i in range(2):
         rows = data.batch_indices(len(images), 4, seed=0, step=i)
         x, y = images.images[rows], images.labels[rows]
-        out = improved_mean_flow(state.model, x, y, Draws.sample(x, seed=0, step=i))
+        out = improved_mean_flow(state.model, x, y, Draws.sample(x, seed=0, step=i, **c.draws))
         gradients.append(torch.autograd.grad(out.loss, parameters, allow_unused=True))
         losses.append([out.loss.item(), out.loss_u.item(), out.loss_v.item()])
     terms = train.training_step(state, images, c)
