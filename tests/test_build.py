@@ -75,7 +75,6 @@ def doc_of(folder: Path) -> str:
     ).stdout.strip()
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("pybind11") is None, reason="pybind11 is not installed")
 def test_second_build_and_edited_source(tmp_path):
     folder = copy_of_the_sources(tmp_path / "tree")

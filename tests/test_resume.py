@@ -101,7 +101,6 @@ def test_a_second_signal_acts_as_ever():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.slow
 def test_a_run_killed_by_the_system(tmp_path):
     def command(*options):
         return [sys.executable, "-m", "imf.train", *options]
