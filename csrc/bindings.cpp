@@ -163,11 +163,10 @@ void register_sinusoidal_embedding(py::module_& m) {
   using namespace imf;
   m.def(
       "sinusoidal_embedding_forward",
-      [](pointer t, pointer t_dot, pointer frequencies, pointer y, pointer y_dot, index_t rows,
+      [](int type, pointer t, pointer t_dot, pointer frequencies, pointer y, pointer y_dot, index_t rows,
          index_t tangent_rows, index_t half, int threads) {
-        IMF_CALL(sinusoidal_embedding_forward,
-                 {at<float>(t), at<float>(t_dot), at<float>(frequencies), at<float>(y), at<float>(y_dot),
-                  rows, tangent_rows, half, threads});
+        IMF_CALL(sinusoidal_embedding_forward, {DType(type), at(t), at(t_dot), at<float>(frequencies), at(y),
+                                                at(y_dot), rows, tangent_rows, half, threads});
       },
       unlocked());
 }
@@ -178,17 +177,17 @@ void register_prepend_tokens(py::module_& m) {
   using Group = std::tuple<pointer, pointer, pointer, index_t>;
   m.def(
       "prepend_tokens_forward",
-      [](const std::vector<Group>& groups, pointer x, pointer x_dot, pointer y, pointer y_dot, index_t batch,
-         index_t tangent_batch, index_t length, index_t width, int threads) {
+      [](int type, const std::vector<Group>& groups, pointer x, pointer x_dot, pointer y, pointer y_dot,
+         index_t batch, index_t tangent_batch, index_t length, index_t width, int threads) {
         std::vector<TokenGroup> list;
         index_t prefix = 0;
         for (const auto& [tokens, embedding, embedding_dot, count] : groups) {
-          list.push_back({at<float>(tokens), at<float>(embedding), at<float>(embedding_dot), count});
+          list.push_back({at(tokens), at(embedding), at(embedding_dot), count});
           prefix += count;
         }
         IMF_CALL(prepend_tokens_forward,
-                 {list.data(), static_cast<index_t>(list.size()), prefix, at<float>(x), at<float>(x_dot),
-                  at<float>(y), at<float>(y_dot), batch, tangent_batch, length, width, threads});
+                 {DType(type), list.data(), static_cast<index_t>(list.size()), prefix, at(x), at(x_dot),
+                  at(y), at(y_dot), batch, tangent_batch, length, width, threads});
       },
       unlocked());
 }

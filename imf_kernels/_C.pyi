@@ -165,6 +165,7 @@ def gated_residual_backward(
     /,
 ) -> None: ...
 def sinusoidal_embedding_forward(
+    type: int,
     t: int,
     t_dot: int,
     frequencies: int,
@@ -177,6 +178,7 @@ def sinusoidal_embedding_forward(
     /,
 ) -> None: ...
 def prepend_tokens_forward(
+    type: int,
     groups: list[tuple[int, int, int, int]],
     x: int,
     x_dot: int,

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from imf_kernels import _C
-from imf_kernels.layout import DTYPES
+from imf_kernels.layout import DTYPES, without_memory
 
 
 def unavailable(tensors: Sequence[Tensor]) -> str | None:
@@ -19,6 +19,8 @@ def unavailable(tensors: Sequence[Tensor]) -> str | None:
             return f"it takes CPU tensors, got one on {x.device}"
         if x.dtype not in DTYPES:
             return f"it takes float32 and bfloat16, got {str(x.dtype).removeprefix('torch.')}"
+        if reason := without_memory(x):
+            return f"it takes tensors that lie in memory, got {reason}"
     return None
 
 

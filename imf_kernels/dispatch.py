@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -53,7 +54,7 @@ def choose(operation: str, backends: Sequence[Backend], wanted: str | None, *ten
             if backend.name == wanted:
                 if reason := backend.unavailable(tensors):
                     raise RuntimeError(f"{operation}: backend {wanted!r} cannot run: {reason}")
-                return backend
+                return _outside_autocast(backend, tensors)
         names = ", ".join(repr(b.name) for b in backends)
         raise ValueError(f"{operation}: backend must be one of {names}, got {wanted!r}")
     refused: list[str] = []
@@ -63,9 +64,22 @@ def choose(operation: str, backends: Sequence[Backend], wanted: str | None, *ten
         if (reason := backend.unavailable(tensors)) is None:
             if refused:
                 _log_once(operation, backend.name, "; ".join(refused))
-            return backend
+            return _outside_autocast(backend, tensors)
         refused.append(f"{backend.name}: {reason}")
     raise RuntimeError(f"{operation}: no backend can run: {'; '.join(refused)}")
+
+
+def _outside_autocast(backend: Backend, tensors: Sequence[Tensor]) -> Backend:
+    """The backend, with `torch.autocast` off while it runs: the inputs' dtypes decide what it computes."""
+    kind = tensors[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return backend
+
+    def run(*arguments: Any) -> Any:
+        with torch.autocast(kind, enabled=False):
+            return backend.run(*arguments)
+
+    return dataclasses.replace(backend, run=run)
 
 
 @functools.cache

@@ -26,7 +26,7 @@ class Dual:
         TypeError: a primal or tangent that is no tensor, or no floating-point tensor.
     """
 
-    __slots__ = ("_tangent", "primal")
+    __slots__ = ("_primal", "_tangent")
 
     def __init__(self, primal: Tensor, tangent: Tensor | None = None) -> None:
         if not isinstance(primal, Tensor) or not primal.is_floating_point():
@@ -34,8 +34,13 @@ class Dual:
             raise TypeError(f"Dual: primal must be a floating-point tensor, got {got}")
         if tangent is not None:
             _check_tangent(primal, tangent)
-        self.primal = primal
+        self._primal = primal
         self._tangent = tangent
+
+    @property
+    def primal(self) -> Tensor:
+        """The tensor itself. Not assignable: kernels rely on the tangent's rows being the primal's last."""
+        return self._primal
 
     @property
     def tangent(self) -> Tensor | None:
@@ -190,15 +195,27 @@ def linear_map(function: Callable[[Tensor], Any], x: Tensor | Dual) -> Any:
     return pytree.tree_map(Dual, y, y_dot)
 
 
-def _flatten(x: Dual) -> tuple[list[Any], None]:
-    return [x.primal, x._tangent], None
+def _flatten(x: Dual) -> tuple[list[Any], tuple[int, int] | None]:
+    stored = x._tangent
+    short = stored is not None and stored.dim() > 0 and stored.shape[0] < x.primal.shape[0]
+    return [x.primal, stored], (x.primal.shape[0], stored.shape[0]) if short else None  # type: ignore
 
 
-def _unflatten(children: Any, context: None) -> Dual:
-    # Without checks: pytree maps put anything in the place of the tensors.
-    x = Dual.__new__(Dual)
-    x.primal, x._tangent = children
-    return x
+def _unflatten(children: Any, context: tuple[int, int] | None) -> Dual:
+    primal, tangent = children
+    if not isinstance(primal, Tensor) or not isinstance(tangent, Tensor):
+        # A pytree map may put anything in the place of the tensors.
+        x = Dual.__new__(Dual)
+        x._primal, x._tangent = primal, tangent
+        return x
+    if context is not None and (*primal.shape[:1], *tangent.shape[:1]) != context:
+        # The same slice of both would pair rows that do not belong together.
+        raise ValueError(
+            f"Dual: a function of tensors cannot change the rows of a Dual whose tangent is stored for "
+            f"the last {context[1]} of {context[0]} rows; complete it first: Dual(x.primal, "
+            "x.tangent.detach())"
+        )
+    return Dual(primal, tangent)
 
 
 pytree.register_pytree_node(Dual, _flatten, _unflatten, serialized_type_name="imf_kernels.Dual")

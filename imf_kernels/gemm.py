@@ -11,6 +11,7 @@ come first, so those of a run are complete after its first step.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -47,6 +48,7 @@ if ONEDNN_UNAVAILABLE is None:
 # A layer is measured with these numbers of rows; a call takes the choice of the nearer side of the border.
 _FEW, _BORDER, _MANY = 256, 1024, 2048
 _choices: dict[str, str] = {}
+_measuring = threading.Lock()
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -68,19 +70,28 @@ def _product(kind: str, operand: Tensor, out: int, width: int) -> Product:
     # bf16 products go to oneDNN in PyTorch already; other devices have their own library.
     if operand.dtype != torch.float32 or operand.device.type != "cpu" or len(_PRODUCTS) == 1:
         return _torch
+    if operand.shape[0] * out * width == 0:  # oneDNN refuses empty operands
+        return _torch
     layer = f"{out}x{width} threads={torch.get_num_threads()}"
-    if f"forward many {layer}" not in _choices:
-        _measure(layer, out, width)
-    return _PRODUCTS[_choices[f"{kind} {'few' if operand.shape[0] < _BORDER else 'many'} {layer}"]]
+    choice = f"{kind} {'few' if operand.shape[0] < _BORDER else 'many'} {layer}"
+    if choice not in _choices:
+        with _measuring:  # one thread at a time: the others take what the first one finds
+            if choice not in _choices:
+                _measure(layer, out, width)
+    return _PRODUCTS[_choices[choice]]
 
 
 def _measure(layer: str, out: int, width: int) -> None:
-    weight = torch.ones(out, width)
+    def ones(*shape: int) -> Tensor:
+        return torch.ones(shape, dtype=torch.float32, device="cpu")
+
+    weight = ones(out, width)
     for size, rows in (("few", _FEW), ("many", _MANY)):
-        x, dy = torch.ones(rows, width), torch.ones(rows, out)
-        _choices[f"grad_input {size} {layer}"] = _fastest(dy, weight.t())
-        _choices[f"grad_weight {size} {layer}"] = _fastest(dy.t(), x.t())
-        _choices[f"forward {size} {layer}"] = _fastest(x, weight)
+        x, dy = ones(rows, width), ones(rows, out)
+        operands = {"grad_input": (dy, weight.t()), "grad_weight": (dy.t(), x.t()), "forward": (x, weight)}
+        for kind, pair in operands.items():
+            if (choice := f"{kind} {size} {layer}") not in _choices:
+                _choices[choice] = _fastest(*pair)
 
 
 def _fastest(a: Tensor, b: Tensor, repeats: int = 3) -> str:
@@ -122,7 +133,7 @@ def fast_dtype() -> torch.dtype:
     m, k, n = 1024, 512, 512
     times = {}
     for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.ones(m, k, dtype=dtype), torch.ones(n, k, dtype=dtype)
+        a, b = (torch.ones(rows, k, dtype=dtype, device="cpu") for rows in (m, n))
         runs = _PRODUCTS.values() if dtype == torch.float32 else [_torch]
         for run in runs:
             run(a, b, None)

@@ -34,12 +34,31 @@ def last_contiguous(x: Tensor) -> Tensor:
     return x if x.dim() == 0 or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
+def without_memory(x: Tensor) -> str | None:
+    """Why a kernel cannot read `x` at its address; `None` where it can."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return "one inside a transform of torch.func"
+    if x.layout != torch.strided:
+        return f"a tensor of layout {x.layout}"
+    if x.is_neg():
+        return "a lazily negated tensor; call .resolve_neg()"
+    # A fake tensor's address is not asked for: PyTorch warns, and will raise.
+    if hasattr(x, "fake_mode") or (x.numel() and x.data_ptr() == 0):
+        return "a tensor without memory (fake, meta or symbolically zero)"
+    return None
+
+
 def pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+    """The address of a tensor, 0 for `None`: the one way by which memory reaches the kernels."""
+    if x is None:
+        return 0
+    if reason := without_memory(x):
+        raise RuntimeError(f"imf_kernels: the kernels take tensors that lie in memory, got {reason}")
+    return x.data_ptr()
 
 
 def count_rows(x: Tensor | None) -> int:
-    """The number of rows of a stored tangent: of everything but its last dimension."""
+    """The number of rows: the product of all dimensions but the last; 0 for `None`."""
     if x is None:
         return 0
     rows = 1

@@ -87,7 +87,7 @@ def test_second_derivatives_are_refused_by_the_kernels(case, kernels):
         outputs = case.run(leaves, kernels)
         cotangents = [c.clone().requires_grad_(cotangent_requires_grad) for c in p.cotangents]
         inputs = [leaves[n] for n in case.differentiable]
-        with pytest.raises(RuntimeError, match="CPU: create_graph=True asks for second derivatives"):
+        with pytest.raises(RuntimeError, match=rf"{case.operation}: create_graph=True asks"):
             torch.autograd.grad(outputs, inputs, cotangents, create_graph=True)
 
 
@@ -110,7 +110,8 @@ def test_transforms_are_refused_by_the_kernels(case, transform, kernels):
         return case.run(p.primals | {name: x}, kernels)[0]
 
     with pytest.raises(
-        (RuntimeError, NotImplementedError), match=r"setup_context|implement the jvp function"
+        (RuntimeError, NotImplementedError),
+        match=r"cannot run: it takes .* inside a transform of torch.func|implement the jvp function",
     ):
         match transform:
             case "jvp":
@@ -127,19 +128,20 @@ def test_transforms_are_refused_by_the_kernels(case, transform, kernels):
 
 
 @one_an_operation
-def test_forward_mode_through_the_reference_is_right(case):
-    """torch.func.jvp of the reference's primal, and of the primal of a Dual call, is its own tangent."""
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_forward_mode_through_the_reference_is_right(case, backend):
+    """torch.func.jvp of the primal, and of the primal of a Dual call, is the tangent; so by default."""
     p = errors.problem(case, FP32)
     names = list(p.tangents)
     primals, tangents = ([d[n].double() for n in names] for d in (p.primals, p.tangents))
     rest = {n: x.double() for n, x in p.primals.items()}
 
     def plain(*xs):
-        return case.run(rest | dict(zip(names, xs, strict=True)), "reference")
+        return case.run(rest | dict(zip(names, xs, strict=True)), backend)
 
     def dual(*xs):
         duals = {n: Dual(x, t) for n, x, t in zip(names, xs, tangents, strict=True)}
-        return tuple(y.primal for y in case.run(rest | duals, "reference"))
+        return tuple(y.primal for y in case.run(rest | duals, backend))
 
     for function in (plain, dual):
         _, got = torch.func.jvp(function, tuple(primals), tuple(tangents))

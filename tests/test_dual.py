@@ -93,6 +93,22 @@ def test_pytrees_see_through_a_dual():
     assert leaves[1] is None and pytree.tree_unflatten(leaves, spec).tangent is None
 
 
+def test_the_primal_stays_what_the_tangent_belongs_to():
+    d = Dual(ones(4, 2), ones(4, 2))
+    with pytest.raises(AttributeError):
+        d.primal = d.primal[:2]
+
+
+def test_pytrees_do_not_pair_rows_that_do_not_belong_together():
+    """A slice of both parts is a slice of the whole only where the tangent is stored whole."""
+    whole, short = Dual(ones(8, 2), ones(8, 2)), Dual(ones(8, 2), ones(4, 2))
+    assert pytree.tree_map(lambda t: t[2:4], whole).tangent_rows.shape == (2, 2)
+    with pytest.raises(ValueError, match="stored for the last 4 of 8 rows; complete it first"):
+        pytree.tree_map(lambda t: t[4:], short)
+    completed = Dual(short.primal, short.tangent)
+    assert pytree.tree_map(lambda t: t[4:], completed).tangent_rows.all()
+
+
 class TestLinearMap:
     def test_tensors_pass_through(self):
         assert torch.equal(linear_map(lambda t: t.flip(-1), torch.arange(3.0)), torch.tensor([2.0, 1, 0]))

@@ -1,5 +1,8 @@
 """The choice of a matrix product: every candidate is right, choices are measured once, kept and restored."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -76,3 +79,38 @@ def test_without_a_rival_and_in_bf16_nothing_is_measured(monkeypatch):
 
 def test_fast_dtype_is_one_of_the_two():
     assert gemm.fast_dtype() in (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", list(gemm._PRODUCTS))
+@pytest.mark.parametrize(("rows", "out", "width"), [(0, 3, 4), (5, 0, 4), (5, 3, 0)])
+def test_empty_layers_whatever_was_chosen(monkeypatch, name, rows, out, width):
+    monkeypatch.setattr(gemm, "_fastest", lambda a, b: name)
+    x, w = torch.randn(rows, width, requires_grad=True), torch.randn(out, width, requires_grad=True)
+    y = ik.linear(x, w, backend="cpu")
+    y.sum().backward()
+    assert y.shape == (rows, out) and not y.any() and x.grad.shape == x.shape and w.grad.shape == w.shape
+
+
+def test_choices_that_a_checkpoint_lacks_are_measured(monkeypatch):
+    x, w = torch.randn(8, 4), torch.randn(6, 4)
+    ik.linear(x, w, backend="cpu")
+    whole = gemm.choices()
+    kept = {key: name for key, name in whole.items() if "many" in key}
+    gemm.load_choices(kept)
+    ik.linear(x, w, backend="cpu")
+    assert gemm.choices().keys() == whole.keys() and kept.items() <= gemm.choices().items()
+
+
+def test_python_threads_measure_a_layer_once(monkeypatch):
+    measured = []
+
+    def slowly(a, b):
+        measured.append(a.shape)
+        time.sleep(0.01)
+        return "torch"
+
+    monkeypatch.setattr(gemm, "_fastest", slowly)
+    x, w = torch.randn(8, 4), torch.randn(6, 4)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: ik.linear(x, w, backend="cpu"), range(8)))
+    assert len(measured) == 6

@@ -5,8 +5,9 @@
 // transposed, V as it is, in fp32), then blocks of queries meet blocks of keys: S and S_dot, the
 // online softmax, and the products that are added to O and to A, where
 //   A = sum_j P (V_dot + (S_dot - shift) V),  O_dot = A / l - (M / l) (O / l),  M = sum_j P (S_dot - shift).
-// O_dot does not change when a constant is taken off a row of S_dot: `shift`, the mean of its first
-// block, keeps M / l O / l from cancelling against A / l where keys or values have an offset.
+// O_dot does not change when a constant is taken off a row of S_dot: `shift`, the mean of S_dot under the
+// softmax so far, keeps M / l O / l from cancelling against A / l where keys or values have an offset. A key
+// without weight has no part in it, however large.
 #include "cpu/attention.h"
 
 #include <algorithm>
@@ -50,7 +51,7 @@ struct QueryBlock {
 };
 
 // P = e^(S - max) in the place of S and P (S_dot - shift) in the place of S_dot; the sums so far are
-// brought to the new maximum. `dual` false: S_dot is zero.
+// brought to the new maximum and the new shift. `dual` false: S_dot is zero.
 inline void softmax_block(QueryBlock& b, index_t rows, index_t keys, index_t value_stride, bool first,
                           bool dual, bool has_out_dot) {
   const index_t columns = round_up(keys, Vec::width);
@@ -70,24 +71,36 @@ inline void softmax_block(QueryBlock& b, index_t rows, index_t keys, index_t val
       if (has_out_dot) scale_row(b.out_dot + i * value_stride, value_stride, factor);
     }
     b.max[i] = row_max;
-    if (first && dual) {
-      Vec total(0.0f);
-      for (index_t j = 0; j < columns; j += Vec::width) total += load(s_dot + j);
-      b.shift[i] = reduce_add(total) / static_cast<float>(keys);
-    }
     Vec sum(0.0f), dot(0.0f);
     for (index_t j = 0; j < columns; j += Vec::width) {
       const Vec p = exp(load(s + j) - Vec(offset));
       store(s + j, p);
       sum += p;
-      if (dual) {
-        const Vec p_s_dot = p * (load(s_dot + j) - Vec(b.shift[i]));
-        store(s_dot + j, p_s_dot);
-        dot += p_s_dot;
+      if (dual) dot = fma(p, load(s_dot + j), dot);
+    }
+    const float before = first ? 0.0f : b.sum[i];
+    b.sum[i] = before + reduce_add(sum);
+    if (!dual) continue;
+    // M with the old shift is `dot` + `before` times it. A row that nothing had weight in yet has no mean.
+    const float old_shift = first ? 0.0f : b.shift[i], old_dot = first ? 0.0f : b.dot[i];
+    const float total = old_dot + before * old_shift + reduce_add(dot);
+    const float shift = b.sum[i] > 0.0f ? total / b.sum[i] : old_shift;
+    Vec rest(0.0f);
+    for (index_t j = 0; j < columns; j += Vec::width) {
+      const Vec p_s_dot = load(s + j) * (load(s_dot + j) - Vec(shift));
+      store(s_dot + j, p_s_dot);
+      rest += p_s_dot;
+    }
+    if (!first && has_out_dot) {  // A = sum P S_dot V - shift O
+      float* out_dot = b.out_dot + i * value_stride;
+      const float* out = b.out + i * value_stride;
+      const Vec moved(old_shift - shift);
+      for (index_t j = 0; j < value_stride; j += Vec::width) {
+        store(out_dot + j, fma(moved, load(out + j), load(out_dot + j)));
       }
     }
-    b.sum[i] = (first ? 0.0f : b.sum[i]) + reduce_add(sum);
-    b.dot[i] = (first ? 0.0f : b.dot[i]) + reduce_add(dot);
+    b.dot[i] = old_dot + before * (old_shift - shift) + reduce_add(rest);
+    b.shift[i] = shift;
   }
 }
 
@@ -197,7 +210,8 @@ void forward(const AttentionForward& a) {
 // dQ = scale dS K, dK = dS^T (scale Q). A task is a head; dK and dV are summed over its blocks of queries.
 // The rounding of lse keeps the rows of P from summing to 1, so they are normalised again. delta is also
 // sum_d dO O, but taken from P and dP the rows of dS sum to zero as exactly as they can: an offset of the
-// keys must cancel in dQ. An offset of the values is taken off dP with its mean.
+// keys must cancel in dQ. It is taken in two steps, the second from dP less the first, so that an offset of
+// the values cancels too.
 template <typename T>
 void backward(const AttentionBackward& a) {
   const index_t heads = a.batch * a.heads;
@@ -228,6 +242,9 @@ void backward(const AttentionBackward& a) {
       const T* q_head = head_of<T>(a.q, b, h);
       const T* k_head = head_of<T>(a.k, b, h);
       const T* dout_head = head_of<T>(a.dout, b, h);
+      T* dq_head = head_of<T>(a.dq, b, h);
+      T* dk_head = head_of<T>(a.dk, b, h);
+      T* dv_head = head_of<T>(a.dv, b, h);
       pack_transposed(k_head, a.k.stride[2], a.keys, a.width, k_transposed);
       pack_transposed(head_of<T>(a.v, b, h), a.v.stride[2], a.keys, a.value_width, v_transposed);
       pack(k_head, a.k.stride[2], a.keys, a.width, k);
@@ -251,33 +268,41 @@ void backward(const AttentionBackward& a) {
           float* pi = p + i * key_stride;
           float* dsi = ds + i * key_stride;
           const Vec lse(a.lse[head * a.queries + q0 + i]);
-          Vec total(0.0f), sum(0.0f), dot(0.0f);
-          for (index_t j = 0; j < key_stride; j += Vec::width) total += load(dsi + j);
-          const Vec shift(reduce_add(total) / static_cast<float>(a.keys));
+          Vec sum(0.0f), dot(0.0f), rest(0.0f);
           for (index_t j = 0; j < key_stride; j += Vec::width) {
             const Vec pj = exp(load(pi + j) - lse);
             store(pi + j, pj);
             sum += pj;
-            dot = fma(pj, load(dsi + j) - shift, dot);
+            dot = fma(pj, load(dsi + j), dot);
           }
           const float inverse = 1.0f / reduce_add(sum);
-          const Vec normalize(inverse), delta(reduce_add(dot) * inverse);
+          const Vec delta(reduce_add(dot) * inverse), normalize(inverse);
           for (index_t j = 0; j < key_stride; j += Vec::width) {
-            const Vec pj = load(pi + j) * normalize;
+            const Vec pj = load(pi + j) * normalize, dsj = pj * (load(dsi + j) - delta);
             store(pi + j, pj);
-            store(dsi + j, pj * (load(dsi + j) - shift - delta));
+            store(dsi + j, dsj);
+            rest += dsj;
+          }
+          const Vec correction(reduce_add(rest));
+          for (index_t j = 0; j < key_stride; j += Vec::width) {
+            store(dsi + j, fma(Vec(0.0f) - load(pi + j), correction, load(dsi + j)));
           }
         }
         const bool first = q0 == 0;
-        product(a.keys, a.value_width, rows, {p, 1, key_stride}, dout_panels, 0, rows, dv, value_stride,
-                !first);
-        product(a.keys, a.width, rows, {ds, 1, key_stride}, q_panels, 0, rows, dk, stride, !first);
-        product(rows, a.width, a.keys, {ds, key_stride, 1}, k, 0, a.keys, dq, stride, false);
-        copy_rows(dq, stride, rows, a.width, a.scale, head_of<T>(a.dq, b, h) + q0 * a.dq.stride[2],
-                  a.dq.stride[2]);
+        if (dv_head) {
+          product(a.keys, a.value_width, rows, {p, 1, key_stride}, dout_panels, 0, rows, dv, value_stride,
+                  !first);
+        }
+        if (dk_head) {
+          product(a.keys, a.width, rows, {ds, 1, key_stride}, q_panels, 0, rows, dk, stride, !first);
+        }
+        if (dq_head) {
+          product(rows, a.width, a.keys, {ds, key_stride, 1}, k, 0, a.keys, dq, stride, false);
+          copy_rows(dq, stride, rows, a.width, a.scale, dq_head + q0 * a.dq.stride[2], a.dq.stride[2]);
+        }
       }
-      copy_rows(dk, stride, a.keys, a.width, 1.0f, head_of<T>(a.dk, b, h), a.dk.stride[2]);
-      copy_rows(dv, value_stride, a.keys, a.value_width, 1.0f, head_of<T>(a.dv, b, h), a.dv.stride[2]);
+      if (dk_head) copy_rows(dk, stride, a.keys, a.width, 1.0f, dk_head, a.dk.stride[2]);
+      if (dv_head) copy_rows(dv, value_stride, a.keys, a.value_width, 1.0f, dv_head, a.dv.stride[2]);
     }
   });
 }

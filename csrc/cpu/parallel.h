@@ -3,6 +3,8 @@
 // Work is divided by position alone, so results do not depend on timing.
 #pragma once
 
+#include <exception>
+
 #include "common/types.h"
 
 #if defined(_OPENMP)
@@ -23,16 +25,24 @@ inline int team_size(int threads, index_t elements, index_t tasks) {
   return n < 1 ? 1 : static_cast<int>(n);
 }
 
-// Calls body(thread) once on each of `team` threads.
+// Calls body(thread) once on each of `team` threads. What one of them throws (memory that cannot be had) is
+// thrown again when all are done: an exception must not leave a parallel region.
 template <typename Body>
 inline void on_each_thread(int team, Body body) {
 #if defined(_OPENMP)
   if (team > 1) {
+    std::exception_ptr thrown;
 #pragma omp parallel num_threads(team)
     {
-      // The runtime may grant fewer threads than asked for; every share must still be done.
-      for (int share = omp_get_thread_num(); share < team; share += omp_get_num_threads()) body(share);
+      try {
+        // The runtime may grant fewer threads than asked for; every share must still be done.
+        for (int share = omp_get_thread_num(); share < team; share += omp_get_num_threads()) body(share);
+      } catch (...) {
+#pragma omp critical(imf_exception)
+        thrown = std::current_exception();
+      }
     }
+    if (thrown) std::rethrow_exception(thrown);
     return;
   }
 #endif

@@ -7,20 +7,21 @@ namespace imf {
 
 // One group of condition tokens: rows tokens[i] + embedding[b] for i < count.
 struct TokenGroup {
-  const float* tokens;         // [count, width]
-  const float* embedding;      // [batch, width]
-  const float* embedding_dot;  // [tangent_batch, width], of the last samples; null: zero
+  const void* tokens;         // [count, width]
+  const void* embedding;      // [batch, width]
+  const void* embedding_dot;  // [tangent_batch, width], of the last samples; null: zero
   index_t count;
 };
 
-// y[b] = the groups' rows, then x[b]; in fp32.
+// y[b] = the groups' rows, then x[b].
 struct PrependTokensForward {
+  DType type;  // of everything
   const TokenGroup* groups;
   index_t group_count, prefix;  // prefix: the sum of the groups' counts
-  const float* x;               // [batch, length, width]
-  const float* x_dot;           // [tangent_batch, length, width]; null: zero
-  float* y;                     // [batch, prefix + length, width]
-  float* y_dot;                 // [tangent_batch, prefix + length, width]
+  const void* x;                // [batch, length, width]
+  const void* x_dot;            // [tangent_batch, length, width]; null: zero
+  void* y;                      // [batch, prefix + length, width]
+  void* y_dot;                  // [tangent_batch, prefix + length, width]
   index_t batch, tangent_batch, length, width;
   int threads;
 };

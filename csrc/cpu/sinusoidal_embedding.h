@@ -5,13 +5,14 @@
 
 namespace imf {
 
-// y = [cos(t f_0) ... cos(t f_{half-1}), sin(t f_0) ... sin(t f_{half-1})], in fp32.
+// y = [cos(t f_0) ... cos(t f_{half-1}), sin(t f_0) ... sin(t f_{half-1})].
 struct SinusoidalEmbeddingForward {
-  const float* t;            // [rows]
-  const float* t_dot;        // [tangent_rows], belonging to the last rows
+  DType type;                // of t, y and their tangents
+  const void* t;             // [rows]
+  const void* t_dot;         // [tangent_rows], belonging to the last rows
   const float* frequencies;  // [half]
-  float* y;                  // [rows, 2 half]
-  float* y_dot;              // [tangent_rows, 2 half]
+  void* y;                   // [rows, 2 half]
+  void* y_dot;               // [tangent_rows, 2 half]
   index_t rows, tangent_rows, half;
   int threads;
 };

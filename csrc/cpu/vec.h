@@ -21,6 +21,22 @@ namespace imf {
 namespace IMF_ISA {
 namespace {
 
+inline float to_float(bfloat16 x) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+}
+inline bfloat16 to_bfloat16(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (x != x) return {0x7fc0};
+  return {static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+inline float to_float(float x) { return x; }
+inline void store(float* p, float x) { *p = x; }
+inline void store(bfloat16* p, float x) { *p = to_bfloat16(x); }
+
 #if IMF_ISA_LEVEL == 3  // AVX-512
 
 struct Vec {
@@ -284,20 +300,6 @@ inline float reduce_max(Vec a) {
   return larger(larger(a.v[0], a.v[2]), larger(a.v[1], a.v[3]));
 }
 
-inline float to_float(bfloat16 x) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &bits, sizeof y);
-  return y;
-}
-inline bfloat16 to_bfloat16(float x) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if (x != x) return {0x7fc0};
-  return {static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
-}
-inline float to_float(float x) { return x; }
-
 template <typename T>
 inline Vec load(const T* p) {
   return each_lane([&](int i) { return to_float(p[i]); });
@@ -316,7 +318,6 @@ inline void store(bfloat16* p, Vec a, int n = Vec::width) {
 #endif
 
 inline Vec& operator+=(Vec& a, Vec b) { return a = a + b; }
-inline Vec& operator*=(Vec& a, Vec b) { return a = a * b; }
 
 // e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2; e^r by its Taylor polynomial of
 // degree 7, whose remainder there is below 6e-9 of the result. ln 2 is split so that n ln2_high is exact.

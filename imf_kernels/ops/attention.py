@@ -18,7 +18,7 @@ from torch import Tensor
 from imf_kernels import _C, cpu
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, align, no_gradient, pack, tail, unpack
-from imf_kernels.layout import DTYPES, last_contiguous
+from imf_kernels.layout import DTYPES, last_contiguous, pointer
 from imf_kernels.ops import check
 
 _NAME = "scaled_dot_product_attention"
@@ -100,12 +100,12 @@ def _check(
 
 def _heads(x: Tensor | None) -> tuple[int, int, int, int]:
     """A tensor as the compiled module takes it: pointer, strides of batch, head and position."""
-    return (0, 0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
+    return (0, 0, 0, 0) if x is None else (pointer(x), x.stride(0), x.stride(1), x.stride(2))
 
 
-def _positions_first(batch: int, heads: int, length: int, width: int, dtype: torch.dtype) -> Tensor:
-    """[B, H, L, D] in the memory order [B, L, H, D], as the projections around attention want it."""
-    return torch.empty((batch, length, heads, width), dtype=dtype).transpose(1, 2)
+def _positions_first(like: Tensor, rows: int, length: int, width: int) -> Tensor:
+    """An empty [rows, H, length, width] in the memory order [B, L, H, D] that projections want."""
+    return like.new_empty((rows, length, like.shape[1], width)).transpose(1, 2)
 
 
 class _AttentionCPU(torch.autograd.Function):
@@ -121,17 +121,17 @@ class _AttentionCPU(torch.autograd.Function):
         scale: float,
     ) -> tuple[Tensor, Tensor | None]:
         (batch, heads, queries, width), keys, value_width = q.shape, k.shape[2], v.shape[3]
-        out = _positions_first(batch, heads, queries, value_width, q.dtype)
-        lse = torch.empty((batch, heads, queries), dtype=torch.float32)
+        out = _positions_first(q, batch, queries, value_width)
+        lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
         stored = next((t for t in (q_dot, k_dot, v_dot) if t is not None), None)
         out_dot, rows = None, 0
         if stored is not None:
             rows = stored.shape[0]
-            out_dot = _positions_first(rows, heads, queries, value_width, q.dtype)
+            out_dot = _positions_first(q, rows, queries, value_width)
             no_gradient(ctx, out_dot)
         _C.attention_forward(
             *(DTYPES[q.dtype], _heads(q), _heads(k), _heads(v), _heads(out)),
-            *(_heads(q_dot), _heads(k_dot), _heads(v_dot), _heads(out_dot), lse.data_ptr()),
+            *(_heads(q_dot), _heads(k_dot), _heads(v_dot), _heads(out_dot), pointer(lse)),
             *(batch, rows, heads, queries, keys, width, value_width),
             scale,
             torch.get_num_threads(),
@@ -141,17 +141,18 @@ class _AttentionCPU(torch.autograd.Function):
         return out, out_dot
 
     @staticmethod
-    @check.once_differentiable
+    @check.backward_of(_NAME)
     def backward(ctx: Any, dout: Tensor, dout_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, lse = ctx.saved_tensors
         (batch, heads, queries, width), keys, value_width = q.shape, k.shape[2], v.shape[3]
         dout = last_contiguous(dout)
-        dq = torch.empty(q.shape, dtype=q.dtype)
-        dk = torch.empty(k.shape, dtype=k.dtype)
-        dv = _positions_first(batch, heads, keys, value_width, v.dtype)
+        need_q, _, need_k, _, need_v, *_ = ctx.needs_input_grad
+        dq = q.new_empty(q.shape) if need_q else None
+        dk = k.new_empty(k.shape) if need_k else None
+        dv = _positions_first(v, batch, keys, value_width) if need_v else None
         _C.attention_backward(
             *(DTYPES[q.dtype], _heads(q), _heads(k), _heads(v), _heads(dout)),
-            *(_heads(dq), _heads(dk), _heads(dv), lse.data_ptr()),
+            *(_heads(dq), _heads(dk), _heads(dv), pointer(lse)),
             *(batch, heads, queries, keys, width, value_width, ctx.scale, torch.get_num_threads()),
         )
         return dq, None, dk, None, dv, None, None
@@ -196,8 +197,8 @@ def scaled_dot_product_attention(
         backend: "cpu", "reference", or the best one that can run.
 
     Returns:
-        [B, H, L_q, D_v] of the query's dtype; a `Dual` if any of the three is one. The memory order is
-        [B, L_q, H, D_v], so that `.transpose(1, 2).flatten(2)` costs nothing.
+        [B, H, L_q, D_v] of the query's dtype; a `Dual` if any of the three is one. From the kernels it comes
+        in the memory order [B, L_q, H, D_v], so that `.transpose(1, 2).flatten(2)` costs nothing.
 
     Raises:
         NotImplementedError: for what is not supported yet.
@@ -207,7 +208,9 @@ def scaled_dot_product_attention(
     _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     (q, q_dot), (k, k_dot), (v, v_dot) = unpack(query), unpack(key), unpack(value)
     q_dot, k_dot, v_dot = align(q_dot, k_dot, v_dot)
-    if scale is None:
+    if scale is not None:
+        check.number(_NAME, -math.inf, scale=scale)
+    else:
         scale = 1.0 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
     run = choose(_NAME, _BACKENDS, backend, q, k, v).run
     return pack(*run(q, q_dot, k, k_dot, v, v_dot, float(scale)), query, key, value)

@@ -4,6 +4,7 @@ what came."""
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -69,21 +70,38 @@ def single_row_whole(operation: str, **arguments: Tensor | Dual) -> None:
             )
 
 
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward that says so where it would have to be differentiated itself.
+def number(operation: str, least: float, **arguments: Any) -> None:
+    """Python numbers, finite and not below `least`."""
+    for name, x in arguments.items():
+        if isinstance(x, bool) or not isinstance(x, (int, float)):
+            raise TypeError(f"{operation}: {name} must be a number, got {type(x).__name__}")
+        if not (math.isfinite(x) and x >= least):
+            bound = "" if least == -math.inf else f" and at least {least:g}"
+            raise ValueError(f"{operation}: {name} must be finite{bound}, got {x}")
 
-    `torch.autograd.function.once_differentiable` keeps silent where no cotangent requires grad, and second
-    derivatives are left out.
+
+def backward_of(operation: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What every kernel's backward has in common.
+
+    It says so where it would have to be differentiated itself (`once_differentiable` of PyTorch keeps silent
+    where no cotangent requires grad, and second derivatives are left out), passes a cotangent that is not
+    there on as none, and runs outside `torch.autocast`, as its forward did.
     """
 
-    @functools.wraps(backward)
-    def wrapper(ctx: Any, *cotangents: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            name = type(ctx).__name__.strip("_").removesuffix("Backward")
-            raise RuntimeError(
-                f"{name}: create_graph=True asks for second derivatives, which the kernels do not have; "
-                "backend='reference' does"
-            )
-        return backward(ctx, *cotangents)
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def wrapper(ctx: Any, *cotangents: Tensor | None) -> Any:
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"{operation}: create_graph=True asks for second derivatives, which the kernels do not "
+                    "have; backend='reference' does"
+                )
+            dy = cotangents[0]
+            if dy is None:
+                return (None,) * len(ctx.needs_input_grad)
+            with torch.autocast(dy.device.type, enabled=False):
+                return backward(ctx, *cotangents)
 
-    return wrapper
+        return wrapper
+
+    return decorate

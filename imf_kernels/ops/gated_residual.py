@@ -29,9 +29,9 @@ def _reference(
     if x_dot is None and branch_dot is None:
         return y, None
     with torch.no_grad():
-        x_part = 0 if x_dot is None else x_dot.to(exact)
-        branch_part = 0 if branch_dot is None else branch_dot.to(exact) * g
-        return y, torch.as_tensor(x_part + branch_part).to(dtype)
+        parts = [] if x_dot is None else [x_dot.to(exact)]
+        parts += [] if branch_dot is None else [branch_dot.to(exact) * g]
+        return y, sum(parts[1:], parts[0]).to(dtype)
 
 
 def _check(x: Tensor | Dual, branch: Tensor | Dual, gate: Tensor) -> None:
@@ -61,14 +61,14 @@ class _GatedResidualCPU(torch.autograd.Function):
         xt_rows, xt_stride = (None, 0) if x_dot is None else rows_of(x_dot)
         bt_rows, bt_stride = (None, 0) if branch_dot is None else rows_of(branch_dot)
         g = gate.float().contiguous()
-        y, y_dot = torch.empty(x.shape, dtype=x.dtype), None
+        y, y_dot = x.new_empty(x.shape), None
         tangent = x_dot if x_dot is not None else branch_dot
         if tangent is not None:
-            y_dot = torch.empty(tangent.shape, dtype=x.dtype)
+            y_dot = x.new_empty(tangent.shape)
             no_gradient(ctx, y_dot)
         _C.gated_residual_forward(
-            *(DTYPES[x.dtype], DTYPES[branch.dtype], x_rows.data_ptr(), pointer(xt_rows)),
-            *(b_rows.data_ptr(), pointer(bt_rows), g.data_ptr(), y.data_ptr(), pointer(y_dot)),
+            *(DTYPES[x.dtype], DTYPES[branch.dtype], pointer(x_rows), pointer(xt_rows)),
+            *(pointer(b_rows), pointer(bt_rows), pointer(g), pointer(y), pointer(y_dot)),
             *(count_rows(x), count_rows(tangent), x.shape[-1]),
             *(x_stride, xt_stride, b_stride, bt_stride, torch.get_num_threads()),
         )
@@ -76,18 +76,18 @@ class _GatedResidualCPU(torch.autograd.Function):
         return y, y_dot
 
     @staticmethod
-    @check.once_differentiable
+    @check.backward_of("gated_residual")
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         branch, gate = ctx.saved_tensors
         width, threads = branch.shape[-1], torch.get_num_threads()
         b_rows, b_stride = rows_of(branch)
         dy_rows, dy_stride = rows_of(last_contiguous(dy))
         g = gate.float().contiguous()
-        dbranch = torch.empty(branch.shape, dtype=branch.dtype)
-        dgate = torch.empty((threads, width), dtype=torch.float32)
+        dbranch = branch.new_empty(branch.shape)
+        dgate = branch.new_empty((threads, width), dtype=torch.float32)
         _C.gated_residual_backward(
-            *(DTYPES[dy.dtype], DTYPES[branch.dtype], dy_rows.data_ptr(), b_rows.data_ptr()),
-            *(g.data_ptr(), dbranch.data_ptr(), dgate.data_ptr()),
+            *(DTYPES[dy.dtype], DTYPES[branch.dtype], pointer(dy_rows), pointer(b_rows)),
+            *(pointer(g), pointer(dbranch), pointer(dgate)),
             *(count_rows(branch), width, dy_stride, b_stride, threads),
         )
         return dy, None, dbranch, None, dgate[0].to(gate.dtype)

@@ -72,7 +72,7 @@ class _LinearCPU(torch.autograd.Function):
         return y, y_dot
 
     @staticmethod
-    @check.once_differentiable
+    @check.backward_of("linear")
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         dx = dweight = dbias = None

@@ -9,7 +9,7 @@ Kernels: csrc/cpu/prepend_tokens.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from imf_kernels import _C, cpu
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, align, no_gradient, pack, unpack
-from imf_kernels.layout import pointer
+from imf_kernels.layout import DTYPES, pointer
 from imf_kernels.ops import check
 
 
@@ -44,7 +44,10 @@ def _check(x: Tensor | Dual, groups: Sequence[tuple[Tensor, Tensor | Dual]]) -> 
     x, _ = unpack(x)
     if x.dim() != 3:
         raise ValueError(f"{name}: x must be [B, N, d], got {list(x.shape)}")
-    for i, (tokens, embedding) in enumerate(groups):
+    for i, group in enumerate(groups):
+        if not isinstance(group, (tuple, list)) or len(group) != 2:
+            raise TypeError(f"{name}: groups must be (tokens, embedding) pairs, got {group!r} at {i}")
+        tokens, embedding = group
         check.is_tensor(name, **{f"tokens of group {i}": tokens})
         check.is_tensor_or_dual(name, **{f"embedding of group {i}": embedding})
         e, _ = unpack(embedding)
@@ -59,12 +62,6 @@ def _check(x: Tensor | Dual, groups: Sequence[tuple[Tensor, Tensor | Dual]]) -> 
         check.same_dtype(name, x, **arguments)
 
 
-def _cpu_unavailable(tensors: Any) -> str | None:
-    if reason := cpu.unavailable(tensors):
-        return reason
-    return None if tensors[0].dtype == torch.float32 else "it assembles float32 sequences only"
-
-
 class _PrependTokensCPU(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -76,24 +73,25 @@ class _PrependTokensCPU(torch.autograd.Function):
         batch, length, width = x.shape
         ctx.counts = [t.shape[0] for t in tokens]
         total = sum(ctx.counts) + length
-        y, y_dot, rows = torch.empty((batch, total, width)), None, 0
+        y, y_dot, rows = x.new_empty((batch, total, width)), None, 0
         stored = next((t for t in (x_dot, *embedding_dots) if t is not None), None)
         if stored is not None:
             rows = stored.shape[0]
-            y_dot = torch.empty((rows, total, width))
+            y_dot = x.new_empty((rows, total, width))
             no_gradient(ctx, y_dot)
         _C.prepend_tokens_forward(
+            DTYPES[x.dtype],
             [
-                (t.data_ptr(), e.data_ptr(), pointer(e_dot), t.shape[0])
+                (pointer(t), pointer(e), pointer(e_dot), t.shape[0])
                 for t, e, e_dot in zip(tokens, embeddings, embedding_dots, strict=True)
             ],
-            *(x.data_ptr(), pointer(x_dot), y.data_ptr(), pointer(y_dot)),
+            *(pointer(x), pointer(x_dot), pointer(y), pointer(y_dot)),
             *(batch, rows, length, width, torch.get_num_threads()),
         )
         return y, y_dot
 
     @staticmethod
-    @check.once_differentiable
+    @check.backward_of("prepend_tokens")
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         prefix = sum(ctx.counts)
         groups = dy[:, :prefix].split(ctx.counts, dim=1)
@@ -103,18 +101,18 @@ class _PrependTokensCPU(torch.autograd.Function):
 
 
 _BACKENDS = (
-    Backend("cpu", _PrependTokensCPU.apply, _cpu_unavailable),
+    Backend("cpu", _PrependTokensCPU.apply, cpu.unavailable),
     Backend("reference", _reference, always),
 )
 
 
 def prepend_tokens(
-    x: Tensor | Dual, groups: Sequence[tuple[Tensor, Tensor | Dual]], *, backend: str | None = None
+    x: Tensor | Dual, groups: Iterable[tuple[Tensor, Tensor | Dual]], *, backend: str | None = None
 ) -> Any:
     """Learned condition tokens, each plus its sample's embedding, put before a sequence, with the tangent.
 
     Args:
-        x: [B, N, d], float32 (`reference`: any floating-point type).
+        x: [B, N, d], float32 or bfloat16 (`reference`: any floating-point type).
         groups: (tokens, embedding) pairs in their order in the sequence: tokens [n, d] are weights, the
             embedding [B, d], a tensor or a `Dual`, is added to each of them.
         backend: "cpu", "reference", or the best one that can run.
@@ -126,6 +124,7 @@ def prepend_tokens(
         TypeError, ValueError: for arguments that do not fit.
         RuntimeError: when an explicit `backend` cannot run.
     """
+    groups = list(groups)
     _check(x, groups)
     primal, x_dot = unpack(x)
     pairs = [unpack(e) for _, e in groups]

@@ -24,9 +24,18 @@ from imf_kernels.ops import check
 
 
 def rope_tables(length: int, width: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each [length, width / 2] in float32, of the angles l · theta^(−2i / width)."""
-    frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+    """Cosines and sines, each [length, width / 2] in float32 on the CPU, of angles l · theta^(−2i / width).
+
+    Raises:
+        ValueError: a negative length, or a width that is not even and positive.
+    """
+    if length < 0 or width < 2 or width % 2:
+        raise ValueError(
+            f"rope_tables: length must be at least 0 and width even and positive, got {length}, {width}"
+        )
+    exact: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    frequencies = theta ** (-torch.arange(0, width, 2, **exact) / width)
+    angles = torch.arange(length, **exact)[:, None] * frequencies
     return angles.cos().float(), angles.sin().float()
 
 
@@ -73,16 +82,16 @@ class _QKNormRopeCPU(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         batch, heads, length, width = x.shape
         w, cos, sin = weight.float().contiguous(), cos.float().contiguous(), sin.float().contiguous()
-        y, y_dot, rows = torch.empty(x.shape, dtype=x.dtype), None, 0
+        y, y_dot, rows = x.new_empty(x.shape), None, 0
         t_strides: tuple[int, ...] = (0, 0, 0)
-        rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
+        rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
         if x_dot is not None:
             rows, t_strides = x_dot.shape[0], x_dot.stride()[:3]
-            y_dot = torch.empty(x_dot.shape, dtype=x.dtype)
+            y_dot = x.new_empty(x_dot.shape)
             no_gradient(ctx, y_dot)
         _C.qk_norm_rope_forward(
-            *(DTYPES[x.dtype], x.data_ptr(), pointer(x_dot), w.data_ptr(), cos.data_ptr()),
-            *(sin.data_ptr(), y.data_ptr(), pointer(y_dot), rstd.data_ptr()),
+            *(DTYPES[x.dtype], pointer(x), pointer(x_dot), pointer(w), pointer(cos)),
+            *(pointer(sin), pointer(y), pointer(y_dot), pointer(rstd)),
             *(batch, rows, heads, length, width),
             x.stride()[:3],
             t_strides,
@@ -93,17 +102,17 @@ class _QKNormRopeCPU(torch.autograd.Function):
         return y, y_dot
 
     @staticmethod
-    @check.once_differentiable
+    @check.backward_of("qk_norm_rope")
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, cos, sin, rstd = ctx.saved_tensors
         (batch, heads, length, width), threads = x.shape, torch.get_num_threads()
         w, dy = weight.float().contiguous(), last_contiguous(dy)
         # Positions before heads, as projections leave them.
-        dx = torch.empty((batch, length, heads, width), dtype=x.dtype).transpose(1, 2)
-        dweight = torch.empty((threads, width), dtype=torch.float32)
+        dx = x.new_empty((batch, length, heads, width)).transpose(1, 2)
+        dweight = x.new_empty((threads, width), dtype=torch.float32)
         _C.qk_norm_rope_backward(
-            *(DTYPES[x.dtype], x.data_ptr(), dy.data_ptr(), w.data_ptr(), cos.data_ptr(), sin.data_ptr()),
-            *(rstd.data_ptr(), dx.data_ptr(), dweight.data_ptr(), batch, heads, length, width),
+            *(DTYPES[x.dtype], pointer(x), pointer(dy), pointer(w), pointer(cos), pointer(sin)),
+            *(pointer(rstd), pointer(dx), pointer(dweight), batch, heads, length, width),
             *(x.stride()[:3], dy.stride()[:3], dx.stride()[:3], threads),
         )
         return dx, None, dweight[0].to(weight.dtype), None, None, None
@@ -143,6 +152,7 @@ def qk_norm_rope(
         TypeError, ValueError: for arguments that do not fit.
         RuntimeError: when an explicit `backend` cannot run.
     """
+    check.number("qk_norm_rope", 0.0, eps=eps)
     results = []
     for argument, x, weight in (("q", q, q_weight), ("k", k, k_weight)):
         _check(argument, x, weight, cos, sin)

@@ -61,16 +61,16 @@ class _RMSNormCPU(torch.autograd.Function):
         width = x.shape[-1]
         x_rows, x_stride = rows_of(x)
         w = weight.float().contiguous()
-        y = torch.empty(x.shape, dtype=dtype)
-        rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
+        y = x.new_empty(x.shape, dtype=dtype)
+        rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
         y_dot, t_rows, t_stride = None, None, 0
         if x_dot is not None:
             t_rows, t_stride = rows_of(x_dot)
-            y_dot = torch.empty(x_dot.shape, dtype=dtype)
+            y_dot = x.new_empty(x_dot.shape, dtype=dtype)
             no_gradient(ctx, y_dot)
         _C.rms_norm_forward(
-            *(DTYPES[x.dtype], DTYPES[dtype], x_rows.data_ptr(), pointer(t_rows)),
-            *(w.data_ptr(), y.data_ptr(), pointer(y_dot), rstd.data_ptr()),
+            *(DTYPES[x.dtype], DTYPES[dtype], pointer(x_rows), pointer(t_rows)),
+            *(pointer(w), pointer(y), pointer(y_dot), pointer(rstd)),
             *(count_rows(x), count_rows(t_rows), width, x_stride, t_stride),
             eps,
             torch.get_num_threads(),
@@ -79,18 +79,18 @@ class _RMSNormCPU(torch.autograd.Function):
         return y, y_dot
 
     @staticmethod
-    @check.once_differentiable
+    @check.backward_of("rms_norm")
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         width, threads = x.shape[-1], torch.get_num_threads()
         x_rows, x_stride = rows_of(x)
         dy_rows, dy_stride = rows_of(last_contiguous(dy))
         w = weight.float().contiguous()
-        dx = torch.empty(x.shape, dtype=x.dtype)
-        dweight = torch.empty((threads, width), dtype=torch.float32)
+        dx = x.new_empty(x.shape)
+        dweight = x.new_empty((threads, width), dtype=torch.float32)
         _C.rms_norm_backward(
-            *(DTYPES[x.dtype], DTYPES[dy.dtype], x_rows.data_ptr(), dy_rows.data_ptr()),
-            *(w.data_ptr(), rstd.data_ptr(), dx.data_ptr(), dweight.data_ptr()),
+            *(DTYPES[x.dtype], DTYPES[dy.dtype], pointer(x_rows), pointer(dy_rows)),
+            *(pointer(w), pointer(rstd), pointer(dx), pointer(dweight)),
             *(rstd.numel(), width, x_stride, dy_stride, threads),
         )
         return dx, None, dweight[0].to(weight.dtype), None, None
@@ -103,16 +103,16 @@ class _RMSNormCUDA(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         x_rows, x_stride = rows_of(x)
         w = weight.float().contiguous()
-        y = torch.empty(x.shape, dtype=dtype, device=x.device)
-        rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+        y = x.new_empty(x.shape, dtype=dtype)
+        rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
         y_dot, t_rows, t_stride = None, None, 0
         if x_dot is not None:
             t_rows, t_stride = rows_of(x_dot)
-            y_dot = torch.empty(x_dot.shape, dtype=dtype, device=x.device)
+            y_dot = x.new_empty(x_dot.shape, dtype=dtype)
             no_gradient(ctx, y_dot)
         _C.rms_norm_forward_cuda(
-            *(DTYPES[x.dtype], DTYPES[dtype], x_rows.data_ptr(), pointer(t_rows)),
-            *(w.data_ptr(), y.data_ptr(), pointer(y_dot), rstd.data_ptr()),
+            *(DTYPES[x.dtype], DTYPES[dtype], pointer(x_rows), pointer(t_rows)),
+            *(pointer(w), pointer(y), pointer(y_dot), pointer(rstd)),
             *(count_rows(x), count_rows(t_rows), x.shape[-1], x_stride, t_stride),
             eps,
             *cuda.launch(x),
@@ -121,17 +121,17 @@ class _RMSNormCUDA(torch.autograd.Function):
         return y, y_dot
 
     @staticmethod
-    @check.once_differentiable
+    @check.backward_of("rms_norm")
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         x_rows, x_stride = rows_of(x)
         dy_rows, dy_stride = rows_of(last_contiguous(dy))
         w = weight.float().contiguous()
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        dweight = torch.zeros(x.shape[-1], dtype=torch.float32, device=x.device)
+        dx = x.new_empty(x.shape)
+        dweight = x.new_zeros(x.shape[-1], dtype=torch.float32)
         _C.rms_norm_backward_cuda(
-            *(DTYPES[x.dtype], DTYPES[dy.dtype], x_rows.data_ptr(), dy_rows.data_ptr()),
-            *(w.data_ptr(), rstd.data_ptr(), dx.data_ptr(), dweight.data_ptr()),
+            *(DTYPES[x.dtype], DTYPES[dy.dtype], pointer(x_rows), pointer(dy_rows)),
+            *(pointer(w), pointer(rstd), pointer(dx), pointer(dweight)),
             *(count_rows(x), x.shape[-1], x_stride, dy_stride, *cuda.launch(x)),
         )
         return dx, None, dweight.to(weight.dtype), None, None
@@ -177,6 +177,7 @@ def rms_norm(
         RuntimeError: when an explicit `backend` cannot run.
     """
     _check(x, weight, dtype)
+    check.number("rms_norm", 0.0, eps=eps)
     primal, tangent = unpack(x)
     run = choose("rms_norm", _BACKENDS, backend, primal).run
     return pack(*run(primal, tangent, weight, eps, dtype or primal.dtype), x)

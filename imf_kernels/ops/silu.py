@@ -46,19 +46,19 @@ class _SiluCPU(torch.autograd.Function):
             y_dot, elements = torch.empty_like(x_dot), x_dot.numel()
             no_gradient(ctx, y_dot)
         _C.silu_forward(
-            *(DTYPES[x.dtype], x.data_ptr(), pointer(x_dot), y.data_ptr(), pointer(y_dot)),
+            *(DTYPES[x.dtype], pointer(x), pointer(x_dot), pointer(y), pointer(y_dot)),
             *(x.numel(), elements, torch.get_num_threads()),
         )
         ctx.save_for_backward(x)
         return y, y_dot
 
     @staticmethod
-    @check.once_differentiable
+    @check.backward_of("silu")
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         dy, dx = dy.contiguous(), torch.empty_like(x)
         _C.silu_backward(
-            *(DTYPES[x.dtype], x.data_ptr(), dy.data_ptr(), dx.data_ptr()),
+            *(DTYPES[x.dtype], pointer(x), pointer(dy), pointer(dx)),
             *(x.numel(), torch.get_num_threads()),
         )
         return dx, None

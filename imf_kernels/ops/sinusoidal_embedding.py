@@ -9,7 +9,6 @@ Kernels: csrc/cpu/sinusoidal_embedding.cpp.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -19,11 +18,10 @@ from torch import Tensor
 from imf_kernels import _C, cpu
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, tail, unpack
-from imf_kernels.layout import pointer
+from imf_kernels.layout import DTYPES, pointer
 from imf_kernels.ops import check
 
 
-@functools.lru_cache(maxsize=32)
 def _frequencies(half: int, max_period: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     steps = torch.arange(half, dtype=torch.float64, device=device)
     return torch.exp(steps * (-math.log(max_period) / half)).to(dtype)
@@ -43,19 +41,14 @@ def _reference(t: Tensor, t_dot: Tensor | None, dim: int, max_period: float) -> 
         return y, y_dot.to(dtype)
 
 
-def _check(t: Tensor | Dual, dim: int) -> None:
+def _check(t: Tensor | Dual, dim: int, max_period: float) -> None:
     check.is_tensor_or_dual("sinusoidal_embedding", t=t)
     t, _ = unpack(t)
     if t.dim() != 1:
         raise ValueError(f"sinusoidal_embedding: t must be [B], got {list(t.shape)}")
-    if dim < 2 or dim % 2:
-        raise ValueError(f"sinusoidal_embedding: dim must be even and at least 2, got {dim}")
-
-
-def _cpu_unavailable(tensors: Any) -> str | None:
-    if reason := cpu.unavailable(tensors):
-        return reason
-    return None if tensors[0].dtype == torch.float32 else "it embeds float32 scalars only"
+    if not isinstance(dim, int) or dim < 2 or dim % 2:
+        raise ValueError(f"sinusoidal_embedding: dim must be an even int of at least 2, got {dim!r}")
+    check.number("sinusoidal_embedding", 1.0, max_period=max_period)
 
 
 class _SinusoidalEmbeddingCPU(torch.autograd.Function):
@@ -64,30 +57,30 @@ class _SinusoidalEmbeddingCPU(torch.autograd.Function):
         ctx: Any, t: Tensor, t_dot: Tensor | None, dim: int, max_period: float
     ) -> tuple[Tensor, Tensor | None]:
         t = t.contiguous()
-        f = _frequencies(dim // 2, max_period, t.dtype, t.device)
-        y, y_dot, rows = torch.empty((t.numel(), dim)), None, 0
+        f = _frequencies(dim // 2, max_period, torch.float32, t.device)
+        y, y_dot, rows = t.new_empty((t.numel(), dim)), None, 0
         if t_dot is not None:
             t_dot = t_dot.contiguous()
             rows = t_dot.numel()
-            y_dot = torch.empty((rows, dim))
+            y_dot = t.new_empty((rows, dim))
             no_gradient(ctx, y_dot)
         _C.sinusoidal_embedding_forward(
-            *(t.data_ptr(), pointer(t_dot), f.data_ptr(), y.data_ptr(), pointer(y_dot)),
+            *(DTYPES[t.dtype], pointer(t), pointer(t_dot), pointer(f), pointer(y), pointer(y_dot)),
             *(t.numel(), rows, dim // 2, torch.get_num_threads()),
         )
-        ctx.save_for_backward(y, f)
+        ctx.save_for_backward(t, f)
         return y, y_dot
 
     @staticmethod
-    @check.once_differentiable
+    @check.backward_of("sinusoidal_embedding")
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
-        y, f = ctx.saved_tensors
-        (cos, sin), (dcos, dsin) = y.chunk(2, dim=-1), dy.chunk(2, dim=-1)
-        return (cos * dsin - sin * dcos) @ f, None, None, None
+        t, f = ctx.saved_tensors
+        angle, (dcos, dsin) = t[:, None].float() * f, dy.float().chunk(2, dim=-1)
+        return ((angle.cos() * dsin - angle.sin() * dcos) @ f).to(t.dtype), None, None, None
 
 
 _BACKENDS = (
-    Backend("cpu", _SinusoidalEmbeddingCPU.apply, _cpu_unavailable),
+    Backend("cpu", _SinusoidalEmbeddingCPU.apply, cpu.unavailable),
     Backend("reference", _reference, always),
 )
 
@@ -98,7 +91,7 @@ def sinusoidal_embedding(
     """Cosines and sines of scalars at geometrically spaced frequencies, with their tangent.
 
     Args:
-        t: [B], float32 (`reference`: any floating-point type); not scaled here.
+        t: [B], float32 or bfloat16 (`reference`: any floating-point type); not scaled here.
         dim: the width of the embedding, even: dim / 2 cosines, then as many sines.
         max_period: 2π times the longest period that the frequencies 1 … 1/max_period approach.
         backend: "cpu", "reference", or the best one that can run.
@@ -110,7 +103,7 @@ def sinusoidal_embedding(
         TypeError, ValueError: for arguments that do not fit.
         RuntimeError: when an explicit `backend` cannot run.
     """
-    _check(t, dim)
+    _check(t, dim, max_period)
     primal, tangent = unpack(t)
     run = choose("sinusoidal_embedding", _BACKENDS, backend, primal).run
     return pack(*run(primal, tangent, dim, float(max_period)), t)

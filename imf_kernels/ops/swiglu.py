@@ -50,28 +50,28 @@ class _SwigluCPU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
         width = x.shape[-1] // 2
         x_rows, x_stride = rows_of(x)
-        y = torch.empty((*x.shape[:-1], width), dtype=x.dtype)
+        y = x.new_empty((*x.shape[:-1], width))
         y_dot, t_rows, t_stride = None, None, 0
         if x_dot is not None:
             t_rows, t_stride = rows_of(x_dot)
-            y_dot = torch.empty((*x_dot.shape[:-1], width), dtype=x.dtype)
+            y_dot = x.new_empty((*x_dot.shape[:-1], width))
             no_gradient(ctx, y_dot)
         _C.swiglu_forward(
-            *(DTYPES[x.dtype], x_rows.data_ptr(), pointer(t_rows), y.data_ptr(), pointer(y_dot)),
+            *(DTYPES[x.dtype], pointer(x_rows), pointer(t_rows), pointer(y), pointer(y_dot)),
             *(count_rows(x), count_rows(t_rows), width, x_stride, t_stride, torch.get_num_threads()),
         )
         ctx.save_for_backward(x)
         return y, y_dot
 
     @staticmethod
-    @check.once_differentiable
+    @check.backward_of("swiglu")
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         x_rows, x_stride = rows_of(x)
         dy_rows, dy_stride = rows_of(last_contiguous(dy))
-        dx = torch.empty(x.shape, dtype=x.dtype)
+        dx = x.new_empty(x.shape)
         _C.swiglu_backward(
-            *(DTYPES[x.dtype], x_rows.data_ptr(), dy_rows.data_ptr(), dx.data_ptr()),
+            *(DTYPES[x.dtype], pointer(x_rows), pointer(dy_rows), pointer(dx)),
             *(count_rows(x), x.shape[-1] // 2, x_stride, dy_stride, torch.get_num_threads()),
         )
         return dx, None

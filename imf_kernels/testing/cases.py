@@ -28,6 +28,7 @@ class Input:
         shape: as the operation takes it.
         dtype: `None` for that of the case.
         offset, scale: mean and standard deviation of the values.
+        outlier: added to the last row.
         rounded: the operation rounds it, and its gradient, to the case's dtype whatever its own: it is
             drawn already rounded, and the gradient is held to the error of that dtype.
         positions_first: [B, H, L, D] in the memory order [B, L, H, D], as projections leave it.
@@ -38,6 +39,7 @@ class Input:
     dtype: torch.dtype | None = None
     offset: float = 0.0
     scale: float = 1.0
+    outlier: float = 0.0
     rounded: bool = False
     positions_first: bool = False
     differentiable: bool = True
@@ -45,6 +47,8 @@ class Input:
     def draw(self, generator: Generator, dtype: torch.dtype) -> Tensor:
         own = self.dtype or dtype
         x = torch.randn(self.shape, generator=generator, dtype=torch.float64) * self.scale + self.offset
+        if self.outlier:
+            x[..., -1, :] += self.outlier
         x = x.to(dtype if self.rounded else own).to(own)
         return x.transpose(1, 2).contiguous().transpose(1, 2) if self.positions_first else x
 
@@ -97,7 +101,9 @@ class Case:
         primals = {name: x.draw(generator, dtype) for name, x in self.inputs.items()}
         tangents = {}
         for name in self.tangents:
-            whole = replace(self.inputs[name], offset=0.0, scale=1.0, rounded=False).draw(generator, dtype)
+            whole = replace(self.inputs[name], offset=0.0, scale=1.0, outlier=0.0, rounded=False).draw(
+                generator, dtype
+            )
             rows = whole.shape[0] if self.tangent_rows is None else self.tangent_rows
             tangents[name] = whole[whole.shape[0] - rows :]
         return primals, tangents
@@ -253,7 +259,7 @@ def silu(name: str, *shape: int, x: Mapping[str, Any] | None = None, **more: Any
 
 def sinusoidal_embedding(name: str, batch: int, dim: int, scale: float = 1.0, **more: Any) -> Case:
     n, inputs = batch * dim, {"t": Input((batch,), scale=scale)}
-    more = {"options": {"dim": dim}, "tangents": ("t",), "dtypes": (FP32,), **more}
+    more = {"options": {"dim": dim}, "tangents": ("t",), **more}
     return Case("sinusoidal_embedding", name, inputs, ((batch, dim),), 2 * n, 2 * n, **more)
 
 
@@ -271,7 +277,7 @@ def prepend_tokens(
         inputs |= {f"tokens_{i}": Input((count, width)), f"embedding_{i}": Input((batch, width))}
     carriers = tuple(n for n in inputs if not n.startswith("tokens") and n not in without)
     total = sum(counts)
-    more = {"tangents": carriers, "dtypes": (FP32,), **more}
+    more = {"tangents": carriers, **more}
     shape = (batch, total + length, width)
     return Case("prepend_tokens", name, inputs, (shape,), batch * total * width, 0, **more)
 
@@ -279,6 +285,8 @@ def prepend_tokens(
 def _small() -> list[Case]:
     offset = {"offset": 2.0}, {"offset": 4.0}
     large = {"offset": 35.0, "scale": 0.2}
+    # Queries of one sign and a key far on the other: no weight at all on a row of huge values.
+    weightless: dict[str, Any] = {"q": offset[0], "k": {"outlier": -1e4}, "v": {"outlier": 1e5}}
     return [
         linear("square", 5, 3, width=16, out=16),
         linear("no bias", 7, width=33, out=5, bias=False),
@@ -309,6 +317,8 @@ def _small() -> list[Case]:
         attention("offset 4", 2, 2, 40, 64, k=offset[1], v=offset[1]),
         attention("offset 4, two blocks", 1, 2, 40, 64, keys=276, k=offset[1], v=offset[1]),
         attention("offset 4 of keys, tangents of q", 2, 2, 40, 64, tangents=("query",), k=offset[1]),
+        attention("outlier without weight", 2, 2, 20, 64, **weightless),
+        attention("outlier without weight, two blocks", 1, 2, 20, 64, keys=276, **weightless),
         attention("logits of 1e4", 2, 2, 20, 64, q=large, k=large),
         attention("logits far apart", 2, 2, 20, 16, q={"scale": 5.0}, k={"scale": 5.0}),
         attention("scale 0.3", 2, 2, 9, 16, options={"scale": 0.3}),
