@@ -13,6 +13,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -101,11 +102,21 @@ def how_to_go_on(folder: Path, checkpoints: list[Path]) -> str:
     return f"Last good checkpoint: {checkpoints[-1]}\nGo on with: {command}"
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within it an OSError gets the file's name: that of a write, on a full disk, has none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path}: could not be written: {error}") from error
+
+
 def write_json(path: Path, values: Any) -> None:
     """Write a JSON file whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(temporary, path)
+    with naming(path):
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
+        os.replace(temporary, path)
 
 
 def truncate_metrics(path: Path, step: int) -> None:
@@ -121,8 +132,9 @@ def truncate_metrics(path: Path, step: int) -> None:
             break
         kept.append(line + "\n")
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    with naming(path):
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
 
 
 class Readback:
@@ -167,12 +179,14 @@ class Log:
         self.elapsed = elapsed
         self._sums = [0.0] * len(TERMS)
         self._steps, self._since = 0, elapsed
-        self._file = (folder / "metrics.jsonl").open("a", buffering=1)  # by line: a killed run loses none
+        self._metrics, self._events = folder / "metrics.jsonl", folder / "tensorboard"
+        self._file = self._metrics.open("a", buffering=1)  # by line: a killed run loses none
         self._board = None
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # importing it takes a second
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            with naming(self._events):
+                self._board = SummaryWriter(str(self._events), purge_step=step + 1)
         self._bar = tqdm(
             total=config.steps,
             initial=step,
@@ -190,9 +204,13 @@ class Log:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         self._bar.close()
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        try:
+            with naming(self._metrics):
+                self._file.close()
+        finally:
+            if self._board is not None:
+                with naming(self._events):
+                    self._board.close()
 
     def add(self, step: int, terms: list[float]) -> None:
         """Count in the terms of the step that made `step` steps done; write a line where one is due."""
@@ -216,11 +234,13 @@ class Log:
             "images_per_second": round(images_per_second, 1),
             "elapsed": round(self.elapsed, 3),
         }
-        self._file.write(json.dumps(line) + "\n")
+        with naming(self._metrics):
+            self._file.write(json.dumps(line) + "\n")
         if self._board is not None:
-            for name, value in line.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, step)
+            with naming(self._events):
+                for name, value in line.items():
+                    if name != "step":
+                        self._board.add_scalar(name, value, step)
         self._bar.set_postfix_str(
             f"{images_per_second:.0f} images/s, loss_u {loss_u:.4f}, loss_v {loss_v:.4f}", refresh=False
         )

@@ -37,6 +37,7 @@ from imf.run import (
     choose_device,
     create_folder,
     how_to_go_on,
+    naming,
     newest,
     not_finite,
     truncate_metrics,
@@ -134,32 +135,48 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, found_inf: Tensor
 def fit(run: Run) -> int | None:
     """Train until `steps`, or until SIGINT or SIGTERM, and save; returns the signal's number if one came.
 
-    Raises: TrainingError at a step that is not finite, CheckpointError if a checkpoint cannot be written.
+    Raises: TrainingError at a step that is not finite; CheckpointError if a checkpoint cannot be written;
+    OSError if another file cannot, after a checkpoint.
     """
     config, state = run.config, run.state
-    arriving = Readback()
+    arriving, saved = Readback(), state.step
 
-    def check_and_log(log: Log, wait: bool = False) -> None:
+    def check(log: Log | None, wait: bool = False) -> None:
         for step, terms in arriving.pop(wait):
             if not all(map(math.isfinite, terms)):
                 raise TrainingError(not_finite(step, terms))
-            log.add(step, terms)
+            if log is not None:
+                log.add(step, terms)
 
-    with StopSignals() as stop, Log(run.folder, config, state.step, run.elapsed) as log:
-        while state.step < config.steps and stop.received is None:
-            began = time.perf_counter()
-            terms = training_step(state, run.data, config)
-            log.elapsed += time.perf_counter() - began
-            arriving.push(state.step, terms)
-            check_and_log(log)
+    def save_checked(log: Log | None) -> None:
+        nonlocal saved
+        check(log, wait=True)  # never a checkpoint of steps that were not checked
+        if state.step != saved:
+            save(run)
+            saved = state.step
 
-            ends = state.step == config.steps or stop.received is not None
-            if ends or _due(state.step, config.checkpoint_every):
-                check_and_log(log, wait=True)  # never a checkpoint of steps that were not checked
-                run.elapsed = log.elapsed
-                save(run)
-            if not ends and _due(state.step, config.sample_every):
-                draw(run, run.folder / "samples" / f"step-{state.step:08d}.png")
+    with StopSignals() as stop:
+        try:
+            with Log(run.folder, config, state.step, run.elapsed) as log:
+                while state.step < config.steps and stop.received is None:
+                    began = time.perf_counter()
+                    terms = training_step(state, run.data, config)
+                    run.elapsed = log.elapsed = run.elapsed + time.perf_counter() - began
+                    arriving.push(state.step, terms)
+                    check(log)
+
+                    if _due(state.step, config.checkpoint_every):
+                        save_checked(log)
+                    ends = state.step == config.steps or stop.received is not None
+                    if not ends and _due(state.step, config.sample_every):
+                        draw(run, run.folder / "samples" / f"step-{state.step:08d}.png")
+                save_checked(log)  # also when a signal came while a checkpoint or a picture was written
+        except OSError as error:  # a full disk met by the metrics or a picture: the steps are worth keeping
+            try:
+                save_checked(None)
+            except CheckpointError as second:
+                raise CheckpointError(f"{error}\n{second}") from error
+            raise
     return stop.received
 
 
@@ -183,7 +200,8 @@ def draw(run: Run, path: Path, steps: int = 1) -> None:
     """Write a grid of samples of the averaged network, a row per class, always from the same noise."""
     c = run.config
     picture = class_grid(run.state.ema, steps=steps, omega=c.omega, t_min=c.t_min, t_max=c.t_max, seed=c.seed)
-    picture.save(path)
+    with naming(path):
+        picture.save(path)
 
 
 def finish(run: Run) -> None:
@@ -235,7 +253,7 @@ def resume(path: Path, arguments: argparse.Namespace) -> Run:
     path: a run's folder, or the newest checkpoint in one.
     Raises: TrainingError for an argument that may not change or is wrong, CheckpointError for a bad file.
     """
-    path = checkpoint.find(path)
+    path = checkpoint.find(path).resolve()  # its folder says which run it is of
     metadata = checkpoint.read_metadata(path)
     folder = path.parent.parent  # <run>/checkpoints/<file>
     last = (checkpoint.list_all(folder) or [path])[-1]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,9 +61,12 @@ def cut(whole, tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("as_file", [False, True])
-def test_a_resumed_run_ends_with_the_same_bits(whole, cut, as_file):
-    run = resumed(checkpoint.path_of(cut, 4) if as_file else cut)
+@pytest.mark.parametrize("form", ["folder", "file", "name alone"])
+def test_a_resumed_run_ends_with_the_same_bits(whole, cut, form, monkeypatch):
+    path = checkpoint.path_of(cut, 4)
+    if form == "name alone":
+        monkeypatch.chdir(path.parent)
+    run = resumed({"folder": cut, "file": path, "name alone": Path(path.name)}[form])
     assert run.folder == cut and run.state.step == 6
     assert differing(final(cut), final(whole)) == []
     assert metrics(cut) == metrics(whole)  # no step twice, none missing, the same losses
@@ -91,6 +95,21 @@ def test_stopping_saves_and_says_how_to_go_on(number, whole, tmp_path, monkeypat
     assert resumed(folder).state.step == 6
     assert differing(final(folder), final(whole)) == []
     assert metrics(folder) == metrics(whole)
+
+
+def test_a_signal_while_a_grid_is_drawn_loses_nothing(tmp_path, monkeypatch):
+    real = train.draw
+
+    def draw(run, path, steps=1):
+        if run.state.step == 3:
+            signal.raise_signal(signal.SIGINT)
+        real(run, path, steps)
+
+    monkeypatch.setattr(train, "draw", draw)
+    options = arguments(runs=tmp_path, checkpoint_every=0, sample_every=1, log_every=2)
+    assert train.main(options) == 128 + signal.SIGINT
+    assert checkpoint.list_all(tmp_path / "digits") == [checkpoint.path_of(tmp_path / "digits", 3)]
+    assert resumed(tmp_path / "digits").state.step == 6
 
 
 def test_a_second_signal_acts_as_ever():

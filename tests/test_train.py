@@ -174,6 +174,42 @@ def test_a_full_disk_while_training(tmp_path, monkeypatch, capsys):
     assert checkpoint.read_metadata(last).step == 2
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard", "step-00000003.png"])
+def test_a_disk_that_fills_up_loses_no_step(name, tmp_path, monkeypatch, capsys):
+    """/dev/full takes nothing: whatever could not be written, the steps done are saved and it is named."""
+    real = train._write_configuration
+
+    def full(run):
+        real(run)
+        place = run.folder / ("samples" if name.endswith("png") else "") / name
+        place.symlink_to("/dev/full")
+
+    monkeypatch.setattr(train, "_write_configuration", full)
+    options = {"checkpoint_every": 0, "sample_every": 3, "log_every": 4, "tensorboard": name == "tensorboard"}
+    assert train.main(arguments(runs=tmp_path, **options)) == 1
+    folder, error = tmp_path / "digits", capsys.readouterr().err
+    (last,) = checkpoint.list_all(folder) or [None]
+    done = {"metrics.jsonl": 4, "tensorboard": 0, "step-00000003.png": 3}[name]
+    assert last == (checkpoint.path_of(folder, done) if done else None)
+    assert f"{name}: could not be written: " in error
+    assert (f"--resume {folder}" in error) == bool(done)
+
+
+def test_a_disk_too_full_for_the_checkpoint_too(tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    def full_from_now_on(run, path, steps=1):
+        monkeypatch.setattr(checkpoint, "save_file", full)
+        full()
+
+    monkeypatch.setattr(train, "draw", full_from_now_on)
+    assert train.main(arguments(runs=tmp_path, sample_every=3)) == 1
+    error, folder = capsys.readouterr().err, tmp_path / "digits"
+    assert "could not write the checkpoint of step 3: " in error
+    assert f"Last good checkpoint: {checkpoint.path_of(folder, 2)}" in error
+
+
 def test_a_whole_run_and_a_grid_from_its_checkpoint(tmp_path, capsys):
     options = arguments(runs=tmp_path, tensorboard=True, sample_every=2, log_every=4, keep_checkpoints=1)
     assert train.main(options) == 0
