@@ -34,6 +34,7 @@ class CMakeBuild(build_ext):
             f"-DPython_ROOT_DIR={sys.prefix}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DIMF_CUDA={os.environ.get('IMF_CUDA', 'auto')}",
+            f"-DIMF_WERROR={os.environ.get('IMF_WERROR', 'OFF')}",
         ]
         if architectures := os.environ.get("IMF_CUDA_ARCHITECTURES"):
             configure.append(f"-DIMF_CUDA_ARCHITECTURES={architectures}")

@@ -33,22 +33,25 @@ def threads(count):
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request):
+def backend(request, poisoned_memory):
     """Each backend in turn, the `cpu` one with each instruction set, on one thread."""
     with running_on(request.param) as name, threads(1):
         yield name
 
 
 @pytest.fixture(params=KERNELS)
-def kernels(request):
+def kernels(request, poisoned_memory):
     """The `cpu` backend with each instruction set in turn, on one thread."""
     with running_on(request.param) as name, threads(1):
         yield name
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def poisoned_memory():
-    """New tensors are full of NaN, so that whatever a kernel leaves unwritten is seen."""
+    """New tensors are full of NaN, so that whatever a kernel leaves unwritten is seen.
+
+    That needs PyTorch's deterministic algorithms, which training does not use: tests of runs are without.
+    """
     filled, deterministic = (
         torch.utils.deterministic.fill_uninitialized_memory,
         torch.are_deterministic_algorithms_enabled(),

@@ -34,7 +34,7 @@ on_big = pytest.mark.parametrize(
 
 
 @pytest.fixture(autouse=True)
-def one_thread_unless_said():
+def one_thread_unless_said(poisoned_memory):
     with threads(1):
         yield
 
