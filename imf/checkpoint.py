@@ -11,6 +11,7 @@ checkpoint of the highest step is always the one to resume from.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -20,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -103,18 +104,15 @@ def load(path: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim
     Raises: CheckpointError if the file is missing, truncated, foreign or of another network.
     """
     metadata, tensors = _read(path)
-    model_state = _select(tensors, "model.")
-    ema_state = _select(tensors, "ema.")
-    _check_same(path, model, model_state)
-    _check_same(path, ema, ema_state)
+    _check_same(path, tensors, _expected(model, ema, optimizer, metadata.step))
     optimizer_state = optimizer.state_dict()
     optimizer_state["state"] = {
         index: state
         for index, name in enumerate(_parameter_names(model, optimizer))
         if (state := _select(tensors, f"optimizer.{name}."))
     }
-    model.load_state_dict(model_state)
-    ema.load_state_dict(ema_state)
+    model.load_state_dict(_select(tensors, "model."))
+    ema.load_state_dict(_select(tensors, "ema."))
     optimizer.load_state_dict(optimizer_state)
     return metadata
 
@@ -126,9 +124,8 @@ def load_network(path: Path, weights: Literal["ema", "model"] = "ema") -> tuple[
     """
     metadata, tensors = _read(path, prefix=f"{weights}.")
     network = build(metadata.config.network)
-    state = _select(tensors, f"{weights}.")
-    _check_same(path, network, state)
-    network.load_state_dict(state)
+    _check_same(path, tensors, {f"{weights}.{name}": x for name, x in network.state_dict().items()})
+    network.load_state_dict(_select(tensors, f"{weights}."))
     network.compute_dtype = DTYPES[metadata.precision]
     return network.requires_grad_(False), metadata
 
@@ -186,6 +183,22 @@ def _tensors(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer)
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
+def _expected(
+    model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, step: int
+) -> dict[str, Tensor]:
+    """What a checkpoint of that step holds: tensors of its names, shapes and dtypes, with other values.
+
+    The loss reaches every weight, so AdamW knows all of them after a step, and none before.
+    """
+    expected = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    expected |= {f"ema.{name}": tensor for name, tensor in ema.state_dict().items()}
+    weights = dict(model.named_parameters())
+    for name in _parameter_names(model, optimizer) if step else ():
+        expected[f"optimizer.{name}.step"] = torch.zeros(())
+        expected |= {f"optimizer.{name}.{moment}": weights[name] for moment in ("exp_avg", "exp_avg_sq")}
+    return expected
+
+
 def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     """Names in the order of the optimizer's state: an index means nothing once a layer was added."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -216,26 +229,48 @@ def _read(path: Path, prefix: str | None = "") -> tuple[Metadata, dict[str, Tens
         if values.pop("format") != FORMAT:
             raise ValueError(f"this version reads format {FORMAT}")
         metadata = Metadata(**values)
+        _check_metadata(metadata)
         metadata = replace(metadata, config=from_dict(values["config"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: written by another version of imf.train: {error}") from error
     return metadata, tensors
 
 
-def _check_same(path: Path, network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """CheckpointError, listing the first differences, unless names and shapes are those of the network."""
-    wanted: dict[str, Any] = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
-    got: dict[str, Any] = {name: list(tensor.shape) for name, tensor in state.items()}
-    different = [
-        name for name in [*wanted, *(got.keys() - wanted.keys())] if wanted.get(name) != got.get(name)
-    ]
+def _check_metadata(metadata: Metadata) -> None:
+    """ValueError unless the values, all but the configuration's, are of the types that `Metadata` names."""
+    m, elapsed = metadata, metadata.elapsed
+    texts = {
+        name: isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+        for name, value in (("gemm_choices", m.gemm_choices), ("environment", m.environment))
+    }
+    threads = m.environment.get("threads", "") if texts["environment"] else ""
+    for name, fits, wanted in (
+        ("step", type(m.step) is int and m.step >= 0, "an integer of at least 0"),
+        ("elapsed", isinstance(elapsed, (int, float)) and 0 <= elapsed < math.inf, "seconds"),
+        ("precision", m.precision in tuple(DTYPES), f"one of {', '.join(DTYPES)}"),
+        ("gemm_choices", texts["gemm_choices"], "texts by name"),
+        ("environment", threads.isdecimal() and int(threads) > 0, "texts by name, threads a number"),
+    ):
+        if not fits:
+            raise ValueError(f"{name} must be {wanted}, got {getattr(m, name)!r}")
+
+
+def _check_same(path: Path, got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """CheckpointError, listing the first differences, unless names, shapes and dtypes are the expected."""
+    have, wanted = ({name: _form(tensor) for name, tensor in tensors.items()} for tensors in (got, expected))
+    names = [*wanted, *(have.keys() - wanted.keys())]
+    different = [name for name in names if wanted.get(name) != have.get(name)]
     if different:
         lines = [
-            f"  {name}: checkpoint {got.get(name, 'has none')}, network {wanted.get(name, 'has none')}"
+            f"  {name}: checkpoint {have.get(name, 'has none')}, network {wanted.get(name, 'has none')}"
             for name in different[:5]
         ]
         more = [f"  and {len(different) - 5} more"] if len(different) > 5 else []
         raise CheckpointError("\n".join([f"{path}: a checkpoint of another network:", *lines, *more]))
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _select(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> 
 class TrainConfig:
     """What a run does; with the code, the versions and the thread count it decides every bit of the result.
 
-    Raises ValueError, naming the argument, for a value out of range.
+    Raises ValueError, naming the argument, for a value out of range or of another type.
     """
 
     data: str = _option("digits", "data set", ("digits",))
@@ -95,7 +95,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for option in fields(self):
             choices = option.metadata.get("choices")
-            value = getattr(self, option.name)
+            value, kind = getattr(self, option.name), type(option.default)
+            kinds = (int, float) if kind is float else kind
+            fits = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
+            _require(fits, option.name, f"of type {kind.__name__}", value)
             _require(
                 not choices or value in choices, option.name, f"one of {', '.join(choices or ())}", value
             )
@@ -171,7 +174,7 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 def from_dict(values: dict[str, Any]) -> TrainConfig:
     """The configuration that `to_dict` gave; ValueError for a name that is unknown or missing."""
     _same_names("", values, TrainConfig)
-    _same_names("network.", values["network"], IMFConfig)
+    _same_names("network", values["network"], IMFConfig)
     return TrainConfig(**{**values, "network": IMFConfig(**values["network"])})
 
 
@@ -222,6 +225,8 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _same_names(prefix: str, values: Mapping[str, Any], kind: Any) -> None:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"configuration: {prefix or 'it'} must be names and values, got {values!r}")
     wanted, got = {option.name for option in fields(kind)}, set(values)
     if wanted != got:
         missing, unknown = sorted(wanted - got), sorted(got - wanted)
