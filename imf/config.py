@@ -174,7 +174,7 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 def from_dict(values: dict[str, Any]) -> TrainConfig:
     """The configuration that `to_dict` gave; ValueError for a name that is unknown or missing."""
     _same_names("", values, TrainConfig)
-    _same_names("network", values["network"], IMFConfig)
+    _same_names("network.", values["network"], IMFConfig)
     return TrainConfig(**{**values, "network": IMFConfig(**values["network"])})
 
 
@@ -226,7 +226,9 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 def _same_names(prefix: str, values: Mapping[str, Any], kind: Any) -> None:
     if not isinstance(values, Mapping):
-        raise ValueError(f"configuration: {prefix or 'it'} must be names and values, got {values!r}")
+        raise ValueError(
+            f"configuration: {prefix.rstrip('.') or 'all'} must be names and values, got {values!r}"
+        )
     wanted, got = {option.name for option in fields(kind)}, set(values)
     if wanted != got:
         missing, unknown = sorted(wanted - got), sorted(got - wanted)

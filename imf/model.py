@@ -59,7 +59,7 @@ class IMFConfig:
             "num_classes",
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ValueError(f"IMFConfig: {name} must be a positive integer, got {value!r}")
         if self.input_size % self.patch_size:
             raise ValueError(
@@ -71,13 +71,19 @@ class IMFConfig:
                 f"IMFConfig: hidden_size must be a multiple of twice num_heads {self.num_heads} (rotary "
                 f"positions turn pairs of channels), got {self.hidden_size}"
             )
-        if not 0 <= self.aux_head_depth <= self.depth:
+        if type(self.aux_head_depth) is not int or not 0 <= self.aux_head_depth <= self.depth:
             raise ValueError(
-                f"IMFConfig: aux_head_depth must be within 0 and depth {self.depth}, "
-                f"got {self.aux_head_depth}"
+                f"IMFConfig: aux_head_depth must be an integer within 0 and depth {self.depth}, "
+                f"got {self.aux_head_depth!r}"
             )
-        if self.mlp_width < 1:
-            raise ValueError(f"IMFConfig: mlp_ratio must be positive, got {self.mlp_ratio!r}")
+        if (
+            not isinstance(self.mlp_ratio, (int, float))
+            or not 0 < self.mlp_ratio < math.inf
+            or self.mlp_width < 1
+        ):
+            raise ValueError(
+                f"IMFConfig: mlp_ratio must be a number of at least 1 / hidden_size, got {self.mlp_ratio!r}"
+            )
 
     @property
     def mlp_width(self) -> int:

@@ -15,17 +15,18 @@ from imf.checkpoint import CheckpointError
 
 _one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
+CHOICES = {"forward few 48x16 threads=1": "torch", "forward many 48x16 threads=1": "torch"}
+
 
 def metadata(step=3, **changes):
     environment = checkpoint.environment(torch.device("cpu"))
-    return checkpoint.Metadata(step, 1.5, config(**changes), "bf16", {"shape": "choice"}, environment)
+    return checkpoint.Metadata(step, 1.5, config(**changes), "bf16", CHOICES, environment)
 
 
 def write(path, state, **changes):
     path.parent.mkdir(exist_ok=True)
-    checkpoint.save(
-        path, model=state.model, ema=state.ema, optimizer=state.optimizer, metadata=metadata(**changes)
-    )
+    about = metadata(**changes)
+    checkpoint.save(path, model=state.model, ema=state.ema, optimizer=state.optimizer, metadata=about)
 
 
 def read(path, state):
@@ -57,7 +58,7 @@ def test_all_of_a_state_comes_back(trained, path):
 
 def test_a_state_before_its_first_step(path):
     state, *_ = state_and_data()
-    write(path, state)
+    write(path, state, step=0)
     fresh, *_ = state_and_data(seed=1)
     read(path, fresh)
     assert differing(tensors(fresh), tensors(state)) == []
@@ -67,11 +68,7 @@ def test_the_metadata_say_what_the_run_is(trained, path):
     write(path, trained)
     with safe_open(path, framework="pt") as file:
         values = json.loads(file.metadata()["imf"])
-    assert (
-        values["step"] == 3
-        and values["precision"] == "bf16"
-        and values["gemm_choices"] == {"shape": "choice"}
-    )
+    assert values["step"] == 3 and values["precision"] == "bf16" and values["gemm_choices"] == CHOICES
     assert values["config"]["seed"] == 0 and values["config"]["network"] == dataclasses.asdict(NETWORK)
     assert values["environment"]["torch"] == torch.__version__
     assert values["environment"]["threads"] == str(torch.get_num_threads())
@@ -160,8 +157,8 @@ def test_a_checkpoint_of_another_network(trained, path):
         read(path, other)
     lines = str(error.value).splitlines()
     name, text = lines[1].strip().split(": ")
-    got, wanted = (dict(state.model.named_parameters())[name].shape for state in (trained, other))
-    assert text == f"checkpoint {list(got)}, network {list(wanted)}"
+    got, wanted = (tensors(state)[name].shape for state in (trained, other))
+    assert text == f"checkpoint {list(got)} float32, network {list(wanted)} float32"
     assert len(lines) == 7 and lines[-1].endswith("more")
     assert differing(before, tensors(other)) == []
 
@@ -176,8 +173,61 @@ def test_missing_and_additional_weights_are_named(trained, path):
     save_file(state, path, texts)
     with pytest.raises(CheckpointError) as error:
         read(path, trained)
-    assert f"  {name}: checkpoint has none, network [" in str(error.value)
-    assert "  more: checkpoint [" in str(error.value) and "network has none" in str(error.value)
+    assert f"  model.{name}: checkpoint has none, network [" in str(error.value)
+    assert "  model.more: checkpoint [" in str(error.value) and "network has none" in str(error.value)
+
+
+MOMENT = "optimizer.shared_blocks.0.qkv.exp_avg"
+SPOILED_TENSORS = {
+    "a moment of another shape": lambda state: state.update({MOMENT: torch.zeros(3)}),
+    "no moment of one weight": lambda state: state.pop(MOMENT),
+    "no moments": lambda state: [state.pop(name) for name in list(state) if name.startswith("optimizer.")],
+    "integer weights": lambda state: state.update({MOMENT: state[MOMENT].int()}),
+    "moments of a foreign weight": lambda state: state.update({"optimizer.more.exp_avg": torch.zeros(3)}),
+    "a foreign tensor": lambda state: state.update({"more": torch.zeros(3)}),
+    "integer average": lambda state: state.update({"ema.class_tokens": state["ema.class_tokens"].int()}),
+}
+SPOILED_METADATA = {
+    "step": ["4", -4, 4.0, True, None],
+    "elapsed": ["1", float("nan"), -1],
+    "precision": ["fp16", None, []],
+    "gemm_choices": [[1], {"forward few 48x16 threads=1": 1}, None],
+    "environment": [{}, {"threads": "many"}, {"threads": 2}, None],
+    "config": [None, {}, "digits"],
+}
+
+
+def spoil(path, change_tensors=lambda state: None, **changes):
+    with safe_open(path, framework="pt") as file:
+        values = json.loads(file.metadata()["imf"])
+    state = load_file(path)
+    change_tensors(state)
+    save_file(state, path, {"imf": json.dumps(values | changes)})
+
+
+@pytest.mark.parametrize("case", SPOILED_TENSORS)
+def test_nothing_is_loaded_unless_all_tensors_fit(case, trained, path):
+    write(path, trained)
+    spoil(path, SPOILED_TENSORS[case])
+    fresh, *_ = state_and_data(seed=1)
+    before = tensors(fresh)
+    with pytest.raises(CheckpointError, match=r"another network:\n  .*: checkpoint .*, network .*"):
+        read(path, fresh)
+    assert differing(before, tensors(fresh)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in SPOILED_METADATA.items() for value in values]
+)
+def test_metadata_of_other_types_are_named(name, value, trained, path):
+    write(path, trained)
+    spoil(path, **{name: value})
+    before = tensors(trained)
+    with pytest.raises(CheckpointError, match=rf"another version of imf\.train: {name}"):
+        read(path, trained)
+    with pytest.raises(CheckpointError, match=f"{name}"):
+        checkpoint.load_network(path)
+    assert differing(before, tensors(trained)) == []
 
 
 def test_the_newest_checkpoint_is_that_of_the_highest_step(trained, tmp_path):

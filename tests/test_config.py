@@ -53,6 +53,8 @@ def test_names_of_another_version_are_listed(place, name):
         ("--omega", "0", "omega (--omega) must be at least 1, got 0.0"),
         ("--precision", "fp16", "argument --precision: invalid choice: 'fp16'"),
         ("--seed", "-1", "seed (--seed) must be at least 0, got -1"),
+        ("--mlp-ratio", "inf", "mlp_ratio must be a number of at least 1 / hidden_size, got inf"),
+        ("--mlp-ratio", "nan", "mlp_ratio must be a number of at least 1 / hidden_size, got nan"),
         ("--name", "a/b", "name (--name) must be a plain folder name, got 'a/b'"),
     ],
 )
@@ -61,6 +63,21 @@ def test_wrong_values_are_named(option, value, message, tmp_path, capsys):
         train.main([*arguments(runs=tmp_path), f"{option}={value}"])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": "4"}, r"steps \(--steps\) must be of type int, got '4'"),
+        ({"steps": True}, "must be of type int, got True"),
+        ({"lr": "1"}, "must be of type float, got '1'"),
+        ({"tensorboard": 1}, "must be of type bool, got 1"),
+        ({"network": None}, "must be of type IMFConfig, got None"),
+    ],
+)
+def test_wrong_types_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        config(**change)
 
 
 @pytest.mark.parametrize(("device", "message"), [("tpu", "--device must be"), ("meta", "got 'meta'")])

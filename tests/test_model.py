@@ -158,10 +158,19 @@ def test_wrong_heads_and_configurations_are_refused():
         IMFConfig(input_size=7)
     with pytest.raises(ValueError, match="hidden_size must be a multiple of twice num_heads 12"):
         IMFConfig(hidden_size=780, num_heads=12)
-    with pytest.raises(ValueError, match="aux_head_depth must be within 0 and depth 4, got 8"):
+    with pytest.raises(ValueError, match="aux_head_depth must be an integer within 0 and depth 4, got 8"):
         IMFConfig(depth=4)
     with pytest.raises(ValueError, match="num_classes must be a positive integer, got 0"):
         IMFConfig(num_classes=0)
+    with pytest.raises(ValueError, match="depth must be a positive integer, got True"):
+        IMFConfig(depth=True, aux_head_depth=0)
+    with pytest.raises(
+        ValueError, match=r"aux_head_depth must be an integer within 0 and depth 12, got 1\.5"
+    ):
+        IMFConfig(aux_head_depth=1.5)
+    for ratio in ("4", float("inf"), float("nan"), 0.0, -1.0, 1e-9):
+        with pytest.raises(ValueError, match="mlp_ratio must be a number of at least 1 / hidden_size, got"):
+            IMFConfig(mlp_ratio=ratio)
 
 
 def test_one_network_in_ten_lines():
