@@ -1,8 +1,9 @@
 """The iMF network: a transformer with in-context conditioning and two heads, u and v.
 
 z, and the scalars that condition it, go in; the average velocity u over [r, t] and the instantaneous velocity
-v come out. Every input may be a `Dual`: then so is u, and its tangent is the derivative along theirs. One
-network serves training, the evaluations without gradient and sampling, always through its forward.
+v come out. z and h, the length of the interval, may each be a `Dual`: then so is u, and its tangent is the
+derivative along theirs. One network serves training, the evaluations without gradient and sampling, always
+through its forward.
 """
 
 from __future__ import annotations
@@ -201,9 +202,6 @@ class IMF(nn.Module):
         backend: of every operation: "cpu", "reference", or `None` for the best one that can run.
     """
 
-    cos: Tensor
-    sin: Tensor
-
     def __init__(self, config: IMFConfig) -> None:
         super().__init__()
         self.config = config
@@ -234,9 +232,8 @@ class IMF(nn.Module):
         self.u_final = FinalLayer(width, values)
         self.v_final = FinalLayer(width, values)
 
-        cos, sin = ik.rope_tables(config.tokens, width // config.num_heads)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        # No buffers: those would have no values after `to_empty`, and no checkpoint to get them from.
+        self._rope = _rope_tables(config, torch.device("cpu"))
 
     def forward(
         self,
@@ -253,9 +250,9 @@ class IMF(nn.Module):
         Args:
             z: [B, C, H, W] in float32, the noisy image; a `Dual` for its tangent.
             h: [B] in float32, t − r; a `Dual` for its tangent.
-            omega: [B] in float32, the guidance scale ω ≥ 1.
+            omega: [B] in float32, the guidance scale ω > 0, 1 for none.
             t_min, t_max: [B] in float32, the guidance interval.
-            y: [B] integers, labels; num_classes is the null label.
+            y: [B] in int64 or int32, labels; num_classes is the null label.
             heads: "u", "v" or "uv": which heads to evaluate.
 
         Returns:
@@ -263,7 +260,8 @@ class IMF(nn.Module):
             always a plain tensor, evaluated on the primal alone: nothing needs its tangent.
 
         Raises:
-            ValueError, TypeError: for inputs that do not fit; on a CPU also for labels out of range.
+            ValueError, TypeError: for inputs that do not fit; on a CPU also for labels and guidance scales
+                out of range.
         """
         if heads not in ("u", "v", "uv"):
             raise ValueError(f"IMF: heads must be 'u', 'v' or 'uv', got {heads!r}")
@@ -290,8 +288,10 @@ class IMF(nn.Module):
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def _blocks(self, blocks: nn.ModuleList, x: Tensor | Dual) -> Any:
+        if self._rope[0].device != x.device:
+            self._rope = _rope_tables(self.config, x.device)
         for block in blocks:
-            x = block(x, self.cos, self.sin, self.compute_dtype, self.backend)
+            x = block(x, *self._rope, self.compute_dtype, self.backend)
         return x
 
     def _head(self, blocks: nn.ModuleList, final: FinalLayer, x: Tensor | Dual) -> Any:
@@ -315,25 +315,44 @@ class IMF(nn.Module):
     def _check(
         self, z: Tensor | Dual, h: Tensor | Dual, omega: Tensor, t_min: Tensor, t_max: Tensor, y: Tensor
     ) -> None:
-        c = self.config
+        c, weight = self.config, self.x_embedder.weight
+        scalars = {"h": h, "omega": omega, "t_min": t_min, "t_max": t_max}
+        for name, value in {"z": z, **scalars, "y": y}.items():
+            if isinstance(value, Dual) and name not in ("z", "h"):
+                raise TypeError(f"IMF: {name} carries no tangent; pass a tensor, got a Dual")
+            if not isinstance(value, (Tensor, Dual)):
+                raise TypeError(f"IMF: {name} must be a tensor, got {type(value).__name__}")
+            if value.device != weight.device:
+                raise ValueError(
+                    f"IMF: {name} must be on {weight.device} like the weights, got {value.device}"
+                )
+            if name != "y" and value.dtype != weight.dtype:
+                raise TypeError(f"IMF: {name} must be {weight.dtype} like the weights, got {value.dtype}")
         image = (c.in_channels, c.input_size, c.input_size)
         if len(z.shape) != 4 or tuple(z.shape[1:]) != image:
             raise ValueError(f"IMF: z must be [B, {', '.join(map(str, image))}], got {list(z.shape)}")
-        for name, value in {"z": z, "h": h, "omega": omega, "t_min": t_min, "t_max": t_max}.items():
-            if value.dtype != self.x_embedder.weight.dtype:
-                raise TypeError(
-                    f"IMF: {name} must be {self.x_embedder.weight.dtype} like the weights, got {value.dtype}"
-                )
-            if name != "z" and tuple(value.shape) != (z.shape[0],):
-                raise ValueError(f"IMF: {name} must be [{z.shape[0]}], one a sample, got {list(value.shape)}")
-        if y.is_floating_point() or y.dtype == torch.bool or tuple(y.shape) != (z.shape[0],):
-            raise ValueError(f"IMF: y must be [{z.shape[0]}] integers, got {list(y.shape)} of {y.dtype}")
+        batch = z.shape[0]
+        for name, value in scalars.items():
+            if tuple(value.shape) != (batch,):
+                raise ValueError(f"IMF: {name} must be [{batch}], one a sample, got {list(value.shape)}")
+        if y.dtype not in (torch.int64, torch.int32) or tuple(y.shape) != (batch,):
+            raise ValueError(f"IMF: y must be [{batch}] in int64 or int32, got {list(y.shape)} in {y.dtype}")
         # On other devices looking would wait for the device; there the embedding's own check speaks.
-        if y.device.type == "cpu" and y.numel() and not (int(y.min()) >= 0 and int(y.max()) <= c.num_classes):
-            raise ValueError(
-                f"IMF: labels must be within 0 and {c.num_classes} (the null label), got {int(y.min())} to "
-                f"{int(y.max())}"
-            )
+        if y.device.type == "cpu" and y.numel():
+            if not (int(y.min()) >= 0 and int(y.max()) <= c.num_classes):
+                raise ValueError(
+                    f"IMF: labels must be within 0 and {c.num_classes} (the null label), "
+                    f"got {int(y.min())} to {int(y.max())}"
+                )
+            if not bool((omega > 0).all()):
+                raise ValueError(f"IMF: omega must be positive, got {float(omega.min())}")
+
+
+def _rope_tables(config: IMFConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary positions, fp32, fit for training whatever mode they are made in."""
+    with torch.inference_mode(False):
+        cos, sin = ik.rope_tables(config.tokens, config.hidden_size // config.num_heads)
+        return cos.to(device), sin.to(device)
 
 
 def _tokens(count: int, width: int) -> nn.Parameter:

@@ -139,7 +139,20 @@ def test_differentiating_the_tangent_raises():
         (2, torch.ones(3, 1), r"omega must be \[3\], one a sample, got \[3, 1\]"),
         (5, torch.tensor([0, 1, 6]), r"labels must be within 0 and 5 \(the null label\), got 0 to 6"),
         (5, torch.tensor([0, -1, 5]), "got -1 to 5"),
-        (5, torch.zeros(3), r"y must be \[3\] integers"),
+        (5, torch.zeros(3), r"y must be \[3\] in int64 or int32, got \[3\] in torch.float32"),
+        (
+            5,
+            torch.zeros(3, dtype=torch.uint8),
+            r"y must be \[3\] in int64 or int32, got \[3\] in torch.uint8",
+        ),
+        (5, torch.zeros(3, dtype=torch.int64, device="meta"), "y must be on cpu like the weights, got meta"),
+        (5, [0, 1, 2], "y must be a tensor, got list"),
+        (1, torch.zeros(3, device="meta"), "h must be on cpu like the weights, got meta"),
+        (0, torch.zeros(3, 3, 4, 4).numpy(), "z must be a tensor, got ndarray"),
+        (2, 1.0, "omega must be a tensor, got float"),
+        (2, Dual(torch.ones(3)), "omega carries no tangent; pass a tensor, got a Dual"),
+        (2, torch.tensor([1.0, 0, 2]), "omega must be positive, got 0.0"),
+        (2, torch.tensor([1.0, math.nan, 2]), "omega must be positive, got nan"),
     ],
 )
 def test_wrong_inputs_are_refused(position, value, message):
@@ -147,6 +160,37 @@ def test_wrong_inputs_are_refused(position, value, message):
     arguments[position] = value
     with pytest.raises((ValueError, TypeError), match=message):
         build(TINY)(*arguments)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_network_made_without_memory_gets_its_values_from_weights_alone(assign):
+    expected, _ = perturbed()
+    with torch.device("meta"):
+        model = build(TINY)
+    if not assign:
+        model.to_empty(device="cpu")
+    model.load_state_dict(expected.state_dict(), assign=assign)
+    for got, wanted in zip(model(*inputs()), expected(*inputs()), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_a_network_made_or_first_called_in_inference_mode_can_be_trained():
+    made = perturbed()[0]
+    with torch.inference_mode():
+        made(*inputs())
+        tables = build(TINY)._rope
+    assert not any(table.is_inference() for table in tables)
+    made(*inputs(), heads="u").sum().backward()
+
+
+def test_a_network_moves_its_tables_between_devices():
+    model, _ = perturbed("reference")
+    before = model(*inputs(), heads="u")
+    weights = model.state_dict()
+    model.to("meta")
+    assert model(*(x.to("meta") for x in inputs()), heads="u").device.type == "meta"
+    model.to_empty(device="cpu").load_state_dict(weights)
+    assert torch.equal(model(*inputs(), heads="u"), before)
 
 
 def test_wrong_heads_and_configurations_are_refused():
