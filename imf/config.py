@@ -9,6 +9,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
 from imf.model import IMFConfig
+from imf.objective import MAX_LOG_POWER
 
 # 8 x 8 images in patches of 2 x 2: 16 patch tokens beside the 20 condition tokens.
 DIGITS_NETWORK = IMFConfig(
@@ -122,6 +123,13 @@ class TrainConfig:
             _require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
         _require(self.time_std >= 0, "time_std", "at least 0", self.time_std)
         _require(self.omega_max >= 1, "omega_max", "at least 1", self.omega_max)
+        _require(
+            (1 - self.omega_exponent) * math.log(self.omega_max) <= MAX_LOG_POWER,
+            "omega_exponent",
+            f"such that omega_max ** (1 - omega_exponent) is at most e ** {MAX_LOG_POWER}",
+            self.omega_exponent,
+        )
+        _require(self.seed < 2**63, "seed", "below 2 ** 63", self.seed)
         _require(self.ema_warmup >= 1, "ema_warmup", "at least 1", self.ema_warmup)
         check_guidance(self.omega, self.t_min, self.t_max)
         name_is_plain = self.name not in (".", "..") and not set(self.name) & set("/\\\0")

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from imf_kernels import Dual
 
+MAX_LOG_POWER = 80  # omega_max ** (1 - omega_exponent) must stay finite in float32
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -45,25 +47,34 @@ class Draws:
     n_fm: int
 
     def __post_init__(self) -> None:
-        batch = self.noise.shape[0]
+        noise = self.noise
+        if not isinstance(noise, Tensor) or noise.dim() != 4 or not noise.is_floating_point():
+            raise ValueError(f"Draws: noise must be [B, C, H, W] of floating-point type, got {_form(noise)}")
+        batch = noise.shape[0]
         for name in ("t", "r", "omega", "t_min", "t_max", "drop"):
-            value = getattr(self, name)
-            if tuple(value.shape) != (batch,):
-                raise ValueError(f"Draws: {name} must be [{batch}] like noise, got {list(value.shape)}")
-        if self.drop.dtype != torch.bool:
-            raise TypeError(f"Draws: drop must be boolean, got {self.drop.dtype}")
-        if not isinstance(self.n_fm, int) or not 0 <= self.n_fm <= batch:
+            dtype = torch.bool if name == "drop" else noise.dtype
+            wanted, got = f"[{batch}] of {dtype} on {noise.device}", _form(getattr(self, name))
+            if got != wanted:
+                raise ValueError(f"Draws: {name} must be {wanted} like noise, got {got}")
+        if type(self.n_fm) is not int or not 0 <= self.n_fm <= batch:
             raise ValueError(
                 f"Draws: n_fm must be an int within 0 and the batch of {batch}, got {self.n_fm!r}"
             )
-        fm = slice(0, self.n_fm)
-        if self.t.device.type == "cpu":  # elsewhere a look would wait for the device
-            if not torch.equal(self.t[fm], self.r[fm]):
-                raise ValueError("Draws: r must equal t on the first n_fm rows")
-            if bool((self.r > self.t).any()) or bool((self.omega <= 0).any()):
-                raise ValueError("Draws: r must not exceed t, and omega must be positive")
-            if bool((self.t_min[fm] != 0).any()) or bool((self.t_max[fm] != 1).any()):
-                raise ValueError("Draws: the guidance interval of the first n_fm rows must be (0, 1)")
+        if noise.device.type == "cpu":  # elsewhere a look would wait for the device
+            t, r, omega, t_min, t_max = self.t, self.r, self.omega, self.t_min, self.t_max
+            fm = slice(0, self.n_fm)
+            for holds, rule in (
+                (t[fm] == r[fm], "r must equal t on the first n_fm rows"),
+                ((r >= 0) & (r <= t) & (t <= 1), "t and r must be 0 <= r <= t <= 1"),
+                ((omega > 0) & (omega < math.inf), "omega must be positive and finite"),
+                ((t_min >= 0) & (t_min <= t_max) & (t_max <= 1), "the guidance interval must lie in [0, 1]"),
+                (
+                    (t_min[fm] == 0) & (t_max[fm] == 1),
+                    "the guidance interval of the first n_fm rows must be (0, 1)",
+                ),
+            ):
+                if not bool(holds.all()):  # also where one is NaN
+                    raise ValueError(f"Draws: {rule}, not so in row {int((~holds).nonzero()[0])}")
 
     @staticmethod
     def sample(
@@ -87,7 +98,25 @@ class Draws:
             drop_probability: of a label; the rows dropped are the first ones, as in the official program.
             omega_max, omega_exponent: ω has density ∝ ω^(−omega_exponent) on [1, omega_max].
             mean, std: t and r are the larger and the smaller of two sigmoid(N(mean, std²)).
+
+        Raises:
+            ValueError: an argument out of range.
         """
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            raise ValueError(f"Draws.sample: x must be [B, C, H, W], got {_form(x)}")
+        for name, value in (("seed", seed), ("step", step), ("process", process)):
+            _require(type(value) is int and value >= 0, name, "an integer of at least 0", value)
+        for name, value in (("fm_fraction", fm_fraction), ("drop_probability", drop_probability)):
+            _require(0 <= value <= 1, name, "in [0, 1]", value)
+        _require(math.isfinite(mean), "mean", "finite", mean)
+        _require(0 <= std < math.inf, "std", "at least 0", std)
+        _require(1 <= omega_max < math.inf, "omega_max", "finite and at least 1", omega_max)
+        _require(
+            math.isfinite(omega_exponent) and (1 - omega_exponent) * math.log(omega_max) <= MAX_LOG_POWER,
+            "omega_exponent",
+            f"such that omega_max ** (1 - omega_exponent) is at most e ** {MAX_LOG_POWER}",
+            omega_exponent,
+        )
         generator = torch.Generator().manual_seed(_key(seed, step, process))
         batch = x.shape[0]
         n_fm = int(batch * fm_fraction)
@@ -117,6 +146,17 @@ class Draws:
     def to(self, device: torch.device | str) -> Draws:
         tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "n_fm"}
         return Draws(**tensors, n_fm=self.n_fm)
+
+
+def _require(condition: bool, name: str, wanted: str, got: Any) -> None:
+    if not condition:
+        raise ValueError(f"Draws.sample: {name} must be {wanted}, got {got!r}")
+
+
+def _form(x: Any) -> str:
+    if not isinstance(x, Tensor):
+        return f"a {type(x).__name__}"
+    return f"{list(x.shape)} of {x.dtype} on {x.device}"
 
 
 def _key(seed: int, step: int, process: int) -> int:
@@ -164,14 +204,18 @@ def improved_mean_flow(
         model: called as `model(z, h, omega, t_min, t_max, y, heads)`; its `config.num_classes` is the null
             label.
         x: [B, C, H, W] in float32, data.
-        y: [B] integers, labels.
+        y: [B] in int64 or int32, labels.
         draws: the step's random numbers.
         norm_eps, norm_p: c and p of the adaptive weights.
 
     Returns:
         A `Loss`; gradients flow through the primal u and v alone.
+
+    Raises:
+        ValueError, TypeError: for a batch that does not fit; on a CPU also for labels out of range, the null
+            label among them.
     """
-    _check(x, y, draws)
+    _check(model, x, y, draws)
     h, null = draws.t - draws.r, _null_label(model)
     n_fm, batch = draws.n_fm, x.shape[0]
     z, v_t = _interpolate(x, draws)
@@ -210,7 +254,7 @@ def improved_mean_flow_plain(
     Costs more and gives the same loss and gradients; here for comparison. Arguments and result as of
     `improved_mean_flow`, but `du_dt` is computed on every row.
     """
-    _check(x, y, draws)
+    _check(model, x, y, draws)
     t, h, null = draws.t, draws.t - draws.r, _null_label(model)
     z, v_t = _interpolate(x, draws)
     omega = _effective_omega(draws)
@@ -225,15 +269,20 @@ def improved_mean_flow_plain(
     return _loss(u.primal, v, h, u.tangent.detach(), v_g, norm_eps, norm_p)
 
 
-def _check(x: Tensor, y: Tensor, draws: Draws) -> None:
-    if draws.noise.shape != x.shape:
+def _check(model: nn.Module, x: Tensor, y: Tensor, draws: Draws) -> None:
+    if not isinstance(draws, Draws):
+        raise TypeError(f"improved_mean_flow: draws must be a Draws, got a {type(draws).__name__}")
+    noise, batch = draws.noise, draws.noise.shape[0]
+    if _form(x) != _form(noise):
+        raise ValueError(f"improved_mean_flow: x must be {_form(noise)} like draws.noise, got {_form(x)}")
+    wanted = [f"[{batch}] of {dtype} on {noise.device}" for dtype in (torch.int64, torch.int32)]
+    if _form(y) not in wanted:
+        raise ValueError(f"improved_mean_flow: y must be {wanted[0]} or int32, got {_form(y)}")
+    null = _null_label(model)
+    if y.device.type == "cpu" and y.numel() and not (int(y.min()) >= 0 and int(y.max()) < null):
         raise ValueError(
-            f"improved_mean_flow: draws.noise must have the shape of x, {list(x.shape)}, "
-            f"got {list(draws.noise.shape)}"
-        )
-    if tuple(y.shape) != (x.shape[0],):
-        raise ValueError(
-            f"improved_mean_flow: y must be [{x.shape[0]}], one label a row of x, got {list(y.shape)}"
+            f"improved_mean_flow: labels must be within 0 and {null - 1} (the null label is no label of "
+            f"data), got {int(y.min())} to {int(y.max())}"
         )
 
 

@@ -35,10 +35,13 @@ class TrainingError(RuntimeError):
 def create_folder(config: TrainConfig) -> Path:
     """A new, empty folder for a run: `<runs>/<name>`, or the data set's name with the first free number.
 
-    Raises: TrainingError if a name was given and its folder is taken.
+    Raises: TrainingError if a name was given and its folder is taken, or `runs` cannot be a folder.
     """
     runs = Path(config.runs)
-    runs.mkdir(parents=True, exist_ok=True)
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise TrainingError(f"--runs must be a folder or a path where one can be made, got {runs}") from error
     number = 1
     while True:
         folder = runs / (config.name or (config.data if number == 1 else f"{config.data}-{number}"))

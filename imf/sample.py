@@ -136,6 +136,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.columns < 1:
         parser.error(f"--columns must be at least 1, got {arguments.columns}")
+    if not 0 <= arguments.seed < 2**63:
+        parser.error(f"--seed must be at least 0 and below 2 ** 63, got {arguments.seed}")
     try:
         path = checkpoint.find(arguments.checkpoint)
         network, metadata = checkpoint.load_network(path, arguments.weights)

@@ -53,6 +53,8 @@ def test_names_of_another_version_are_listed(place, name):
         ("--omega", "0", "omega (--omega) must be at least 1, got 0.0"),
         ("--precision", "fp16", "argument --precision: invalid choice: 'fp16'"),
         ("--seed", "-1", "seed (--seed) must be at least 0, got -1"),
+        ("--seed", "9" * 23, f"seed (--seed) must be below 2 ** 63, got {'9' * 23}"),
+        ("--omega-exponent", "-1000", "omega_exponent (--omega-exponent) must be such that omega_max ** "),
         ("--mlp-ratio", "inf", "mlp_ratio must be a number of at least 1 / hidden_size, got inf"),
         ("--mlp-ratio", "nan", "mlp_ratio must be a number of at least 1 / hidden_size, got nan"),
         ("--name", "a/b", "name (--name) must be a plain folder name, got 'a/b'"),
@@ -101,6 +103,16 @@ def test_runs_get_folders_of_their_own(tmp_path):
     with pytest.raises(TrainingError, match=f"--resume {mine}, or choose another --name"):
         create_folder(config(runs=str(tmp_path / "runs"), name="mine"))
     assert (mine / "metrics.jsonl").read_text() == "kept"
+
+
+def test_runs_must_be_a_folder(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    for runs in (file, file / "below"):
+        assert train.main(arguments(runs=runs)) == 1
+        assert (
+            f"--runs must be a folder or a path where one can be made, got {runs}" in capsys.readouterr().err
+        )
 
 
 def test_truncating_metrics(tmp_path):

@@ -68,11 +68,13 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("batch", [1, 2, 5, 8])
 @pytest.mark.parametrize("case", CASES)
-def test_both_forms_equal_the_plain_program(case, batch):
+def test_both_forms_equal_the_plain_program(case, batch, backend):
     oracle = perturbed_oracle()
     model = build(CONFIG)
+    model.backend = backend
     model.load_state_dict(from_official(oracle.state_dict()))
     x, y = torch.randn(batch, 3, 4, 4), torch.randint(0, CONFIG.num_classes, (batch,))
     draws = draws_for(case, x)
@@ -177,10 +179,27 @@ def test_omega_has_the_density_it_is_given(exponent):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"t": torch.zeros(3)}, r"t must be \[4\] like noise, got \[3\]"),
-        ({"drop": torch.zeros(4)}, "drop must be boolean"),
+        ({"t": torch.zeros(3)}, r"t must be \[4\] of torch.float32 on cpu like noise, got \[3\] of"),
+        ({"t": [0.0] * 4}, r"t must be \[4\] of torch.float32 on cpu like noise, got a list"),
+        ({"r": torch.zeros(4, dtype=torch.int64)}, r"r must be .* got \[4\] of torch.int64"),
+        ({"drop": torch.zeros(4)}, r"drop must be \[4\] of torch.bool on cpu like noise, got .*float32"),
+        ({"drop": torch.zeros(4, dtype=torch.bool, device="meta")}, "drop must be .* on meta"),
+        ({"noise": torch.zeros(())}, r"noise must be \[B, C, H, W\] of floating-point type, got \[\]"),
+        ({"noise": torch.zeros(4, 2)}, r"noise must be \[B, C, H, W\]"),
+        ({"noise": torch.zeros(4, 1, 2, 2, dtype=torch.int64)}, "noise must be .*int64"),
         ({"n_fm": 5}, "n_fm must be an int within 0 and the batch of 4, got 5"),
-        ({"r": torch.zeros(4)}, "r must equal t on the first n_fm rows"),
+        ({"n_fm": True}, "n_fm must be an int within 0 and the batch of 4, got True"),
+        ({"r": torch.zeros(4)}, "r must equal t on the first n_fm rows, not so in row 0"),
+        ({"t": torch.full((4,), 5.0), "n_fm": 0}, "0 <= r <= t <= 1, not so in row 0"),
+        ({"t": torch.full((4,), math.nan), "n_fm": 0}, "0 <= r <= t <= 1"),
+        ({"r": torch.full((4,), -3.0), "n_fm": 0}, "0 <= r <= t <= 1"),
+        (
+            {"omega": torch.tensor([1.0, 1, math.nan, 1])},
+            "omega must be positive and finite, not so in row 2",
+        ),
+        ({"omega": torch.tensor([1.0, 0, 1, 1])}, "omega must be positive and finite, not so in row 1"),
+        ({"t_min": torch.full((4,), 2.0)}, "the guidance interval must lie in"),
+        ({"t_min": torch.ones(4), "t_max": torch.zeros(4), "n_fm": 0}, "the guidance interval must lie in"),
         ({"t_max": torch.full((4,), 0.5)}, r"the guidance interval of the first n_fm rows must be \(0, 1\)"),
     ],
 )
@@ -190,14 +209,44 @@ def test_draws_that_contradict_themselves_are_refused(change, message):
         dataclasses.replace(draws, **change)
 
 
-def test_batches_that_do_not_fit_are_refused():
-    model, x = build(CONFIG), torch.zeros(4, 3, 4, 4)
-    draws = Draws.sample(x, seed=0, step=0)
-    with pytest.raises(
-        ValueError, match=r"noise must have the shape of x, \[3, 3, 4, 4\], got \[4, 3, 4, 4\]"
-    ):
-        improved_mean_flow(model, x[:3], torch.zeros(3, dtype=torch.long), draws)
-    with pytest.raises(ValueError, match=r"y must be \[4\], one label a row of x, got \[3\]"):
-        improved_mean_flow(model, x, torch.zeros(3, dtype=torch.long), draws)
-    with pytest.raises(ValueError, match="labels must be within 0 and 5"):
-        improved_mean_flow(model, x, torch.full((4,), 6), draws)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"omega_max": 0.5}, "omega_max must be finite and at least 1, got 0.5"),
+        ({"omega_max": 0}, "omega_max must be finite and at least 1, got 0"),
+        ({"omega_exponent": -1000.0}, "omega_exponent must be such that .* e .* 80, got -1000.0"),
+        ({"drop_probability": 2}, r"drop_probability must be in \[0, 1\], got 2"),
+        ({"fm_fraction": 1.5}, r"fm_fraction must be in \[0, 1\], got 1.5"),
+        ({"fm_fraction": math.nan}, r"fm_fraction must be in \[0, 1\], got nan"),
+        ({"std": -1}, "std must be at least 0, got -1"),
+        ({"mean": math.nan}, "mean must be finite, got nan"),
+        ({"step": -1}, "step must be an integer of at least 0, got -1"),
+        ({"seed": 0.5}, "seed must be an integer of at least 0, got 0.5"),
+        ({"x": torch.zeros(4)}, r"x must be \[B, C, H, W\], got \[4\]"),
+    ],
+)
+def test_draws_from_arguments_out_of_range_are_refused(change, message):
+    with pytest.raises(ValueError, match=rf"Draws\.sample: {message}"):
+        Draws.sample(**{"x": torch.zeros(4, 1, 2, 2), "seed": 0, "step": 0, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 3, 4, 4)}, r"x must be \[4, 3, 4, 4\] .* like draws.noise, got \[3, 3, 4, 4\]"),
+        ({"x": torch.zeros(4, 3, 4, 4, dtype=torch.int64)}, "x must be .* got .*torch.int64"),
+        ({"x": torch.zeros(4, 3, 4, 4).numpy()}, "x must be .* got a ndarray"),
+        ({"y": torch.zeros(3, dtype=torch.int64)}, r"y must be \[4\] of torch.int64 .* got \[3\]"),
+        ({"y": torch.zeros(4, dtype=torch.uint8)}, r"y must be .* got \[4\] of torch.uint8"),
+        ({"y": [0, 0, 0, 0]}, "y must be .* got a list"),
+        ({"y": torch.full((4,), 5)}, "labels must be within 0 and 4 .* got 5 to 5"),
+        ({"y": torch.full((4,), -1)}, "labels must be within 0 and 4 .* got -1 to -1"),
+        ({"draws": None}, "draws must be a Draws, got a NoneType"),
+    ],
+)
+@pytest.mark.parametrize("form", [improved_mean_flow, improved_mean_flow_plain])
+def test_batches_that_do_not_fit_are_refused(form, change, message):
+    x = torch.zeros(4, 3, 4, 4)
+    batch = {"x": x, "y": torch.zeros(4, dtype=torch.int64), "draws": Draws.sample(x, seed=0, step=0)}
+    with pytest.raises((ValueError, TypeError), match=f"improved_mean_flow: {message}"):
+        form(build(CONFIG), **(batch | change))

@@ -100,6 +100,13 @@ def test_class_grid_has_a_row_per_class_and_keeps_its_noise():
     assert len({margin.tobytes() for margin in margins}) == 10  # and all of them different
 
 
+@pytest.mark.parametrize("seed", ["-1", "9" * 23])
+def test_command_refuses_seeds_out_of_range(seed, capsys):
+    with pytest.raises(SystemExit):
+        sample.main(["--checkpoint", "none", f"--seed={seed}"])
+    assert f"--seed must be at least 0 and below 2 ** 63, got {seed}" in capsys.readouterr().err
+
+
 def test_command_reports_a_missing_checkpoint(tmp_path, capsys):
     assert sample.main(["--checkpoint", str(tmp_path / "none"), "--out", str(tmp_path / "grid.png")]) == 1
     assert "no such file or folder" in capsys.readouterr().err
