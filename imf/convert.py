@@ -7,14 +7,14 @@ network holds them as one weight each. Values are copied, nothing is rounded.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# Official torch name (without "._flax_linear" and "._flax_embedding") → ours. {b} is a block.
+# Official torch name (without "._flax_linear" and "._flax_embedding") → ours, of a block.
 _BLOCK = {
     "attn_scale": "attn_scale",
     "mlp_scale": "mlp_scale",
@@ -30,25 +30,27 @@ _FUSED = {
     "qkv": ("attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight"),
     "gate_up": ("mlp.w1.weight", "mlp.w3.weight"),
 }
+_BLOCK_PARTS = (*_BLOCK, *(name for names in _FUSED.values() for name in names))
 _GROUPS = {"shared_blocks": "shared_blocks", "u_heads": "u_blocks", "v_heads": "v_blocks"}
-_PREFIXES = {
-    "x_embedder.proj.": "x_embedder.",
-    "y_embedder.embedding_table.": "y_embedder.",
-    "cfg_t_start_embedder.mlp.0.": "t_min_embedder.first.",
-    "cfg_t_start_embedder.mlp.2.": "t_min_embedder.last.",
-    "cfg_t_end_embedder.mlp.0.": "t_max_embedder.first.",
-    "cfg_t_end_embedder.mlp.2.": "t_max_embedder.last.",
-    "omega_embedder.mlp.0.": "omega_embedder.first.",
-    "omega_embedder.mlp.2.": "omega_embedder.last.",
-    "h_embedder.mlp.0.": "h_embedder.first.",
-    "h_embedder.mlp.2.": "h_embedder.last.",
-    "u_final_layer.linear.": "u_final.linear.",
-    "v_final_layer.linear.": "v_final.linear.",
+_LAYERS = {
+    "x_embedder.proj": "x_embedder",
+    "cfg_t_start_embedder.mlp.0": "t_min_embedder.first",
+    "cfg_t_start_embedder.mlp.2": "t_min_embedder.last",
+    "cfg_t_end_embedder.mlp.0": "t_max_embedder.first",
+    "cfg_t_end_embedder.mlp.2": "t_max_embedder.last",
+    "omega_embedder.mlp.0": "omega_embedder.first",
+    "omega_embedder.mlp.2": "omega_embedder.last",
+    "h_embedder.mlp.0": "h_embedder.first",
+    "h_embedder.mlp.2": "h_embedder.last",
+    "u_final_layer.linear": "u_final.linear",
+    "v_final_layer.linear": "v_final.linear",
 }
-_EXACT = {
+_OUTSIDE = {
+    **{f"{name}.{part}": f"{ours}.{part}" for name, ours in _LAYERS.items() for part in ("weight", "bias")},
     **{
         name: name for name in ("class_tokens", "omega_tokens", "t_min_tokens", "t_max_tokens", "time_tokens")
     },
+    "y_embedder.embedding_table.weight": "y_embedder.weight",
     "u_final_layer.norm.weight": "u_final.norm",
     "v_final_layer.norm.weight": "v_final.norm",
 }
@@ -66,45 +68,45 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         sampling) is lacking in it.
 
     Raises:
-        KeyError: a name that the official network does not have, or a part of q, k, v or w1, w3 missing.
+        KeyError: a name that the official network does not have, or a block without one of its weights.
+        TypeError: a value that is no tensor.
+        ValueError: no weights at all, or parts of q, k, v or w1, w3 of different shapes.
     """
-    plain = {
-        name.replace("._flax_linear", "").replace("._flax_embedding", ""): x for name, x in state.items()
-    }
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"from_official: {name!r} must be a tensor, got a {type(value).__name__}")
+    plain = {name.replace("._flax_linear", "").replace("._flax_embedding", ""): name for name in state}
+    return _convert("from_official", {name: (given, state[given]) for name, given in plain.items()})
+
+
+def _convert(caller: str, weights: dict[str, tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """weights: official torch name, without the Flax layers -> the name as it was given, and the value."""
+    if not weights:
+        raise ValueError(f"{caller}: wanted the weights of an official iMF network, got none")
     result: dict[str, Tensor] = {}
-    blocks: dict[str, dict[str, Tensor]] = {}
-    for name, value in plain.items():
-        if match := re.fullmatch(r"(shared_blocks|u_heads|v_heads)\.(\d+)\.(.+)", name):
-            group, index, part = match.groups()
-            blocks.setdefault(f"{_GROUPS[group]}.{index}", {})[part] = value
+    blocks: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for name, (given, value) in weights.items():
+        match = re.fullmatch(r"(shared_blocks|u_heads|v_heads)\.(\d+)\.(.+)", name)
+        if match and match[3] in _BLOCK_PARTS:
+            blocks.setdefault((match[1], match[2]), {})[match[3]] = value
+        elif name in _OUTSIDE:
+            result[_OUTSIDE[name]] = value.flatten(1) if name == "x_embedder.proj.weight" else value
         else:
-            result[_outer_name(name)] = value.flatten(1) if name == "x_embedder.proj.weight" else value
-    for block, parts in blocks.items():
-        result.update({f"{block}.{name}": value for name, value in _block(block, parts).items()})
-    return result
-
-
-def _outer_name(name: str) -> str:
-    if name in _EXACT:
-        return _EXACT[name]
-    for prefix, ours in _PREFIXES.items():
-        if name.startswith(prefix):
-            return ours + name.removeprefix(prefix)
-    raise KeyError(f"from_official: {name!r} is no weight of the official iMF network")
-
-
-def _block(block: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    result = {}
-    for ours, names in _FUSED.items():
-        missing = [name for name in names if name not in parts]
+            raise KeyError(f"{caller}: {given!r} is no weight of the official iMF network")
+    for (group, index), parts in blocks.items():
+        missing = [part for part in _BLOCK_PARTS if part not in parts]
         if missing:
-            raise KeyError(f"from_official: {block} lacks {', '.join(missing)}")
-        result[ours] = torch.cat([parts[name] for name in names])
-    for name, value in parts.items():
-        if name in _BLOCK:
-            result[_BLOCK[name]] = value
-        elif not any(name in names for names in _FUSED.values()):
-            raise KeyError(f"from_official: {name!r} is no weight of a block of the official iMF network")
+            raise KeyError(f"{caller}: {group}.{index} lacks {', '.join(missing)}")
+        block = f"{_GROUPS[group]}.{index}"
+        result |= {f"{block}.{ours}": parts[part] for part, ours in _BLOCK.items()}
+        for ours, names in _FUSED.items():
+            shapes = [list(parts[part].shape) for part in names]
+            if shapes != shapes[:1] * len(shapes):
+                raise ValueError(
+                    f"{caller}: {', '.join(names)} of {group}.{index} must have one shape, "
+                    f"got {', '.join(map(str, shapes))}"
+                )
+            result[f"{block}.{ours}"] = torch.cat([parts[part] for part in names])
     return result
 
 
@@ -112,26 +114,50 @@ def from_flax(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
     """The official JAX weights under this network's names.
 
     Args:
-        arrays: Flax path → array, the path's parts joined by "/", with or without a leading "params/" and
-            "net/" ("net/shared_blocks_0/attn/q_proj/_flax_linear/kernel" …). Gradients map likewise.
+        arrays: the tree of arrays as Flax gives it, nested, or flat with the parts of a path joined by "/";
+            with or without a leading "params" and "net"
+            ("net/shared_blocks_0/attn/q_proj/_flax_linear/kernel" …). Gradients map likewise.
 
     Returns:
         A state dict for `imf.model.IMF`, in the arrays' dtype.
 
     Raises:
-        KeyError: as `from_official`.
+        KeyError, ValueError: as `from_official`.
+        TypeError: a value that is no array of a floating-point type that PyTorch has.
     """
-    state = {}
-    for path, array in arrays.items():
+    weights = {}
+    for path, array in _flat(arrays):
         name = path.removeprefix("params/").removeprefix("net/")
-        value = torch.from_numpy(np.array(array))
+        value = _tensor(path, array)
         if name.endswith("/kernel") and value.dim() == 2:
             value = value.t()
         elif name.endswith("/kernel") and value.dim() == 4:  # (row, column, in, out) → (out, in, row, column)
             value = value.permute(3, 2, 0, 1)
+        name = re.sub(r"/_flax_(linear|embedding)(?=/)", "", name)
         name = re.sub(r"/(kernel|embedding)$", "/weight", name)
         name = re.sub(r"(shared_blocks|u_heads|v_heads|layers)_(\d+)", r"\1/\2", name).replace(
             "/layers/", "/"
         )
-        state[name.replace("/", ".")] = value.contiguous()
-    return from_official(state)
+        weights[name.replace("/", ".")] = (path, value.contiguous())
+    return _convert("from_flax", weights)
+
+
+def _flat(tree: Mapping[str, Any], root: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{root}{name}/")
+        else:
+            yield f"{root}{name}", value
+
+
+def _tensor(path: str, array: Any) -> Tensor:
+    """A copy of an array, also in JAX's bfloat16, which PyTorch does not take from NumPy."""
+    values = np.array(array)
+    if values.dtype.name == "bfloat16":
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+    if values.dtype.kind != "f":
+        raise TypeError(
+            f"from_flax: {path!r} must be an array of floating-point numbers, "
+            f"got a {type(array).__name__} of {values.dtype}"
+        )
+    return torch.from_numpy(values)

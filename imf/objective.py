@@ -106,8 +106,8 @@ class Draws:
             raise ValueError(f"Draws.sample: x must be [B, C, H, W], got {_form(x)}")
         for name, value in (("seed", seed), ("step", step), ("process", process)):
             _require(type(value) is int and value >= 0, name, "an integer of at least 0", value)
-        for name, value in (("fm_fraction", fm_fraction), ("drop_probability", drop_probability)):
-            _require(0 <= value <= 1, name, "in [0, 1]", value)
+        for name, share in (("fm_fraction", fm_fraction), ("drop_probability", drop_probability)):
+            _require(0 <= share <= 1, name, "in [0, 1]", share)
         _require(math.isfinite(mean), "mean", "finite", mean)
         _require(0 <= std < math.inf, "std", "at least 0", std)
         _require(1 <= omega_max < math.inf, "omega_max", "finite and at least 1", omega_max)

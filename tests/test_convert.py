@@ -1,6 +1,7 @@
 """Official weights by name."""
 
 import golden_imf
+import numpy as np
 import plain_imf
 import pytest
 import torch
@@ -44,12 +45,70 @@ def test_flax_paths_with_and_without_their_roots(prefix):
     build(CONFIG).load_state_dict(from_flax(arrays))
 
 
-def test_foreign_and_missing_weights_are_named():
+def test_flax_trees_as_flax_gives_them():
+    tree = {}
+    for path, array in golden_imf.weights().items():
+        *parts, last = ("params/" + path).split("/")
+        branch = tree
+        for part in parts:
+            branch = branch.setdefault(part, {})
+        branch[last] = array
+    expected = from_flax(golden_imf.weights())
+    got = from_flax(tree)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in got)
+
+
+def test_bfloat16_arrays_keep_their_bits():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    arrays = {name: x.astype(ml_dtypes.bfloat16) for name, x in golden_imf.weights().items()}
+    got, expected = from_flax(arrays), from_flax(golden_imf.weights())
+    assert all(torch.equal(got[name], expected[name].bfloat16()) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pos_embed",
+        "u_heads.0.attn.bias",
+        "h_embedder.mlp.0.bogus",
+        "x_embedder.proj.",
+        "y_embedder.embedding_table.bias",
+        "more.class_tokens",
+    ],
+)
+def test_foreign_weights_are_named(name):
+    with pytest.raises(KeyError, match=rf"from_official: '{name}' is no weight of the official iMF network"):
+        from_official({**official_state(), name: torch.zeros(1)})
+
+
+def test_foreign_arrays_are_named_by_their_path():
+    path = "net/h_embedder/mlp/layers_0/bogus"
+    with pytest.raises(KeyError, match=rf"from_flax: '{path}' is no weight of the official iMF network"):
+        from_flax({**golden_imf.weights(), path: np.zeros(1)})
+    with pytest.raises(TypeError, match=r"from_flax: 'net/class_tokens' must be an array .* got a str"):
+        from_flax({"net": {"class_tokens": "many"}})
+
+
+@pytest.mark.parametrize(
+    "part", ["attn.k_proj._flax_linear.weight", "mlp.w3._flax_linear.weight", "norm1.weight", "attn_scale"]
+)
+def test_what_a_block_lacks_is_named(part):
     state = official_state()
-    with pytest.raises(KeyError, match=r"'pos_embed' is no weight of the official iMF network"):
-        from_official({**state, "pos_embed": torch.zeros(1)})
-    with pytest.raises(KeyError, match=r"'attn.bias' is no weight of a block"):
-        from_official({**state, "u_heads.0.attn.bias": torch.zeros(1)})
-    del state["u_heads.0.attn.k_proj._flax_linear.weight"]
-    with pytest.raises(KeyError, match=r"u_blocks\.0 lacks attn\.k_proj\.weight"):
+    del state[f"u_heads.0.{part}"]
+    with pytest.raises(KeyError, match=rf"u_heads\.0 lacks {part.replace('._flax_linear', '')}"):
         from_official(state)
+
+
+def test_values_that_are_no_weights_are_refused():
+    state = official_state()
+    name = "u_heads.0.attn.k_proj._flax_linear.weight"
+    with pytest.raises(
+        ValueError, match=r"attn\.v_proj\.weight of u_heads\.0 must have one shape, got .*\[3, 64\]"
+    ):
+        from_official({**state, name: torch.zeros(3, 64)})
+    with pytest.raises(TypeError, match=rf"from_official: '{name}' must be a tensor, got a ndarray"):
+        from_official({**state, name: np.zeros((64, 64))})
+    for function in (from_official, from_flax):
+        with pytest.raises(ValueError, match=f"{function.__name__}: wanted the weights .* got none"):
+            function({})
