@@ -266,7 +266,9 @@ def _check_same(path: Path, got: Mapping[str, Tensor], expected: Mapping[str, Te
             for name in different[:5]
         ]
         more = [f"  and {len(different) - 5} more"] if len(different) > 5 else []
-        raise CheckpointError("\n".join([f"{path}: a checkpoint of another network:", *lines, *more]))
+        raise CheckpointError(
+            "\n".join([f"{path}: a checkpoint of another network, or not whole:", *lines, *more])
+        )
 
 
 def _form(tensor: Tensor) -> str:
