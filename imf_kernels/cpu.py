@@ -25,7 +25,8 @@ def unavailable(tensors: Sequence[Tensor]) -> str | None:
 
 
 def instruction_sets() -> list[str]:
-    """The instruction sets that this processor runs, slowest first: of "plain", "avx2", "avx512"."""
+    """The instruction sets that this processor runs, slowest first: of "plain", "avx2", "avx512",
+    "avx512_bf16" (AVX-512 with bf16 dot products)."""
     return _C.supported_isas()
 
 

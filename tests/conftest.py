@@ -7,7 +7,7 @@ import torch
 
 from imf_kernels import cpu
 
-ISAS = ("plain", "avx2", "avx512")
+ISAS = ("plain", "avx2", "avx512", "avx512_bf16")
 KERNELS = tuple(f"cpu-{isa}" for isa in ISAS)
 BACKENDS = ("reference", *KERNELS)
 

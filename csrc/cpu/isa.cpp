@@ -6,25 +6,35 @@
 namespace imf {
 namespace {
 
+struct Named {
+  Isa isa;
+  const char* name;
+};
+
+// Slowest first.
+constexpr Named all[] = {
+    {Isa::plain, "plain"}, {Isa::avx2, "avx2"}, {Isa::avx512, "avx512"}, {Isa::avx512_bf16, "avx512_bf16"}};
+
 bool processor_has(Isa isa) {
 #if defined(IMF_X86)
   __builtin_cpu_init();
-  if (isa == Isa::avx512) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  }
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if defined(IMF_AVX512_BF16)
+  if (isa == Isa::avx512_bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  if (isa == Isa::avx512) return avx512;
   if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return isa == Isa::plain;
 }
 
-const char* name_of(Isa isa) { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "plain"; }
-
 Isa best_isa() {
-  for (Isa isa : {Isa::avx512, Isa::avx2}) {
-    if (processor_has(isa)) return isa;
+  Isa best = Isa::plain;
+  for (const Named& known : all) {
+    if (processor_has(known.isa)) best = known.isa;
   }
-  return Isa::plain;
+  return best;
 }
 
 std::atomic<Isa>& selected() {
@@ -36,30 +46,32 @@ std::atomic<Isa>& selected() {
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
-  for (Isa isa : {Isa::plain, Isa::avx2, Isa::avx512}) {
-    if (processor_has(isa)) names.emplace_back(name_of(isa));
+  for (const Named& known : all) {
+    if (processor_has(known.isa)) names.emplace_back(known.name);
   }
   return names;
 }
 
 std::string isa_unavailable(const std::string& name) {
-  for (Isa isa : {Isa::plain, Isa::avx2, Isa::avx512}) {
-    if (name != name_of(isa)) continue;
-    if (processor_has(isa)) return "";
-    return "this processor does not support " + name;
+  std::string names;
+  for (const Named& known : all) {
+    if (name == known.name) {
+      return processor_has(known.isa) ? "" : "this processor does not support " + name;
+    }
+    names += (names.empty() ? "" : ", ") + std::string(known.name);
   }
-  return "unknown instruction set '" + name + "'; there are plain, avx2 and avx512";
+  return "unknown instruction set '" + name + "'; there are " + names;
 }
 
 void set_isa(const std::string& name) {
   const std::string reason = isa_unavailable(name);
   if (!reason.empty()) throw std::invalid_argument(reason);
-  for (Isa isa : {Isa::plain, Isa::avx2, Isa::avx512}) {
-    if (name == name_of(isa)) selected() = isa;
+  for (const Named& known : all) {
+    if (name == known.name) selected() = known.isa;
   }
 }
 
-std::string get_isa() { return name_of(current_isa()); }
+std::string get_isa() { return all[static_cast<int>(current_isa())].name; }
 
 Isa current_isa() { return selected().load(std::memory_order_relaxed); }
 

@@ -7,7 +7,7 @@
 
 namespace imf {
 
-enum class Isa { plain, avx2, avx512 };
+enum class Isa { plain, avx2, avx512, avx512_bf16 };
 
 // Sets that were compiled in and that this processor runs, the best one last.
 std::vector<std::string> supported_isas();
@@ -19,6 +19,18 @@ Isa current_isa();
 
 }  // namespace imf
 
+#if defined(IMF_AVX512_BF16)
+#define IMF_DECLARE_AVX512_BF16(...) \
+  namespace avx512_bf16 {            \
+  __VA_ARGS__;                       \
+  }
+#define IMF_CALL_AVX512_BF16(function, ...) \
+  ::imf::current_isa() == ::imf::Isa::avx512_bf16 ? avx512_bf16::function(__VA_ARGS__):
+#else
+#define IMF_DECLARE_AVX512_BF16(...)
+#define IMF_CALL_AVX512_BF16(function, ...)
+#endif
+
 #if defined(IMF_X86)
 #define IMF_DECLARE_PER_ISA(...) \
   namespace plain {              \
@@ -29,10 +41,12 @@ Isa current_isa();
   }                              \
   namespace avx512 {             \
   __VA_ARGS__;                   \
-  }
-#define IMF_CALL(function, ...)                                               \
-  (::imf::current_isa() == ::imf::Isa::avx512 ? avx512::function(__VA_ARGS__) \
-   : ::imf::current_isa() == ::imf::Isa::avx2 ? avx2::function(__VA_ARGS__)   \
+  }                              \
+  IMF_DECLARE_AVX512_BF16(__VA_ARGS__)
+#define IMF_CALL(function, ...)                                                          \
+  (IMF_CALL_AVX512_BF16(function, __VA_ARGS__)::imf::current_isa() == ::imf::Isa::avx512 \
+       ? avx512::function(__VA_ARGS__)                                                   \
+   : ::imf::current_isa() == ::imf::Isa::avx2 ? avx2::function(__VA_ARGS__)              \
                                               : plain::function(__VA_ARGS__))
 #else
 #define IMF_DECLARE_PER_ISA(...) \

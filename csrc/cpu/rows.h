@@ -47,7 +47,7 @@ inline void sum_over_rows(Range share, index_t width, float* total, Body body) {
   constexpr index_t rows_in_block = 64;
   const std::size_t bytes = static_cast<std::size_t>(width) * sizeof(float);
   Scratch scratch(width);
-  float* block = scratch.take(width);
+  float* block = scratch.take<float>(width);
   std::memset(total, 0, bytes);
   for (index_t first = share.begin; first < share.end; first += rows_in_block) {
     const index_t end = first + rows_in_block < share.end ? first + rows_in_block : share.end;

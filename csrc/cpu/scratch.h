@@ -25,12 +25,14 @@ class Scratch {
     next_ = block.data;
   }
 
-  float* take(index_t floats) {
+  // Room for `count` values of 32 bits.
+  template <typename T>
+  T* take(index_t count) {
+    static_assert(sizeof(T) == sizeof(float), "all pieces are counted in floats");
     const auto address = (reinterpret_cast<std::uintptr_t>(next_) + alignment * sizeof(float) - 1) /
                          (alignment * sizeof(float)) * (alignment * sizeof(float));
-    float* piece = reinterpret_cast<float*>(address);
-    next_ = piece + floats;
-    return piece;
+    next_ = reinterpret_cast<float*>(address) + count;
+    return reinterpret_cast<T*>(address);
   }
 
  private:

@@ -1,9 +1,10 @@
-// Small fp32 matrix products on packed operands: what attention is made of.
+// Small matrix products on packed operands: what attention is made of.
 //
-// C[m, n] = A[m, k] B[k, n], or added to C. A's elements are broadcast one by one, so A may have any
-// strides (a transpose costs nothing). B lies in panels of `panel_width` columns, each panel a
-// contiguous [k, panel_width] block (the last one as many whole vectors as it needs), zero-padded.
-// C's rows have room for n rounded up to whole vectors.
+// C[m, n] = A[m, k] B[k, n], or added to C, in fp32. The inner dimension is counted in units of 32 bits: a
+// float, or a pair of bf16 where the processor multiplies and adds those at once (twice as fast). A's units
+// are broadcast one by one, so A may have any strides (a transpose costs nothing). B lies in panels of
+// `panel_width` columns, each panel a contiguous [k, panel_width] block of units (the last one as many whole
+// vectors as it needs), zero-padded. C's rows have room for n rounded up to whole vectors.
 #pragma once
 
 #include "cpu/vec.h"
@@ -18,16 +19,77 @@ constexpr int block_vecs = Vec::width == 16 ? 4 : 2;
 constexpr int panel_width = block_vecs * Vec::width;
 
 inline index_t round_up(index_t n, index_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-// Floats that [k, n] takes in panels.
+// Units that [k, n] takes in panels, k in units.
 inline index_t packed_size(index_t k, index_t n) { return k * round_up(n, Vec::width); }
 
+#if IMF_ISA_LEVEL >= 4
+struct Bf16Pair {
+  bfloat16 even, odd;
+};
+#endif
+
+// What elements of type T are multiplied as.
+template <typename T>
+struct UnitOf {
+  using type = float;
+};
+#if IMF_ISA_LEVEL >= 4
+template <>
+struct UnitOf<bfloat16> {
+  using type = Bf16Pair;
+};
+#endif
+template <typename Unit>
+constexpr index_t elements_per_unit = 1;
+#if IMF_ISA_LEVEL >= 4
+template <>
+constexpr index_t elements_per_unit<Bf16Pair> = 2;
+#endif
+// Units that an inner dimension of n elements takes; the half of a pair that is not there is zero.
+template <typename Unit>
+inline index_t units(index_t n) {
+  return (n + elements_per_unit<Unit> - 1) / elements_per_unit<Unit>;
+}
+
+inline Vec load_units(const float* p) { return load(p); }
+inline Vec broadcast(const float* p) { return Vec(*p); }
+inline void store_units(float* p, Vec a) { store(p, a); }
+template <typename Unit>
+inline Vec multiply_add(Vec a, Vec b, Vec c) {
+  return fma(a, b, c);
+}
+#if IMF_ISA_LEVEL >= 4
+inline Vec load_units(const Bf16Pair* p) { return _mm512_loadu_ps(p); }
+inline Vec broadcast(const Bf16Pair* p) {
+  std::int32_t bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return _mm512_castsi512_ps(_mm512_set1_epi32(bits));
+}
+inline void store_units(Bf16Pair* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+template <>
+inline Vec multiply_add<Bf16Pair>(Vec a, Vec b, Vec c) {
+  return _mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v);
+}
+// Rounds both and puts them side by side, lane by lane.
+inline Vec pair(Vec even, Vec odd) {
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v);  // those of `even`, then of `odd`
+  alignas(64) static constexpr std::uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                          21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                          11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_load_si512(order), halves));
+}
+// As the products see it: denormals are zero. For operands alone; results are rounded by `store`.
+inline Vec round_to_bfloat16(Vec a) { return widen((__m256i)_mm512_cvtneps_pbh(a.v)); }
+#endif
+
+template <typename Unit>
 struct Strided {
-  const float* data;
+  const Unit* data;
   index_t row_stride, column_stride;
 };
 
-template <int rows, int vecs>
-inline void product_block(const float* a, index_t a_row, index_t a_column, const float* b, index_t b_row,
+template <int rows, int vecs, typename Unit>
+inline void product_block(const Unit* a, index_t a_row, index_t a_column, const Unit* b, index_t b_row,
                           float* c, index_t c_row, index_t k, bool add) {
   Vec sum[rows][vecs];
   for (int i = 0; i < rows; ++i) {
@@ -37,10 +99,10 @@ inline void product_block(const float* a, index_t a_row, index_t a_column, const
   }
   for (index_t p = 0; p < k; ++p) {
     Vec bp[vecs];
-    for (int j = 0; j < vecs; ++j) bp[j] = load(b + p * b_row + j * Vec::width);
+    for (int j = 0; j < vecs; ++j) bp[j] = load_units(b + p * b_row + j * Vec::width);
     for (int i = 0; i < rows; ++i) {
-      const Vec aip(a[i * a_row + p * a_column]);
-      for (int j = 0; j < vecs; ++j) sum[i][j] = fma(aip, bp[j], sum[i][j]);
+      const Vec aip = broadcast(a + i * a_row + p * a_column);
+      for (int j = 0; j < vecs; ++j) sum[i][j] = multiply_add<Unit>(aip, bp[j], sum[i][j]);
     }
   }
   for (int i = 0; i < rows; ++i) {
@@ -48,8 +110,8 @@ inline void product_block(const float* a, index_t a_row, index_t a_column, const
   }
 }
 
-template <int vecs, int rows = block_rows>
-inline void product_rows(index_t m, Strided a, const float* b, index_t b_row, float* c, index_t c_row,
+template <int vecs, typename Unit, int rows = block_rows>
+inline void product_rows(index_t m, Strided<Unit> a, const Unit* b, index_t b_row, float* c, index_t c_row,
                          index_t k, bool add) {
   for (; m >= rows; m -= rows) {
     product_block<rows, vecs>(a.data, a.row_stride, a.column_stride, b, b_row, c, c_row, k, add);
@@ -57,16 +119,18 @@ inline void product_rows(index_t m, Strided a, const float* b, index_t b_row, fl
     c += rows * c_row;
   }
   if constexpr (rows > 1) {
-    if (m > 0) product_rows<vecs, rows - 1>(m, a, b, b_row, c, c_row, k, add);
+    if (m > 0) product_rows<vecs, Unit, rows - 1>(m, a, b, b_row, c, c_row, k, add);
   }
 }
 
-// `b_first` of `b_total` packed rows of B are skipped: a product over a part of the inner dimension.
-inline void product(index_t m, index_t n, index_t k, Strided a, const float* b, index_t b_first,
+// `b_first` of `b_total` packed rows of B are skipped: a product over a part of the inner dimension. k,
+// b_first and b_total are in units.
+template <typename Unit>
+inline void product(index_t m, index_t n, index_t k, Strided<Unit> a, const Unit* b, index_t b_first,
                     index_t b_total, float* c, index_t c_row, bool add) {
   for (index_t j = 0; j < n; j += panel_width) {
     const index_t width = n - j < panel_width ? round_up(n - j, Vec::width) : panel_width;
-    const float* panel = b + j * b_total + b_first * width;
+    const Unit* panel = b + j * b_total + b_first * width;
     switch (width / Vec::width) {
       case 1:
         product_rows<1>(m, a, panel, width, c + j, c_row, k, add);
@@ -98,24 +162,66 @@ inline void pack(const T* x, index_t stride, index_t k, index_t n, float* packed
   }
 }
 
-// Packs the transpose of rows [n, k], row i at x + i stride, into panels of [k, n].
+// Elements p ... p + Vec::width - 1 of a row of k, zero beyond its end.
 template <typename T>
-inline void pack_transposed(const T* x, index_t stride, index_t n, index_t k, float* packed) {
+inline Vec load_row_units(const T* row, index_t p, index_t k, const float*) {
+  return k - p >= Vec::width ? load(row + p) : load(row + p, static_cast<int>(k - p));
+}
+
+#if IMF_ISA_LEVEL >= 4
+inline void pack(const bfloat16* x, index_t stride, index_t k, index_t n, Bf16Pair* packed) {
+  for (index_t j = 0; j < n; j += panel_width) {
+    const index_t columns = n - j < panel_width ? n - j : panel_width;
+    const index_t width = round_up(columns, Vec::width);
+    for (index_t p = 0; p < k; p += 2, packed += width) {
+      for_each_vec(columns, [&](index_t i, int lanes) {
+        const bfloat16* row = x + p * stride + j + i;
+        const Vec odd = p + 1 < k ? load_lanes(row + stride, lanes) : Vec(0.0f);
+        store_units(packed + i, pair(load_lanes(row, lanes), odd));
+      });
+    }
+  }
+}
+
+// Units p ... p + 15 of a row of k elements, zero beyond its end.
+inline Vec load_row_units(const bfloat16* row, index_t p, index_t k, const Bf16Pair*) {
+  const index_t left = k - 2 * p;
+  const __mmask32 mask = left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
+  return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, row + 2 * p));
+}
+#endif
+
+// Packs the transpose of rows [n, k], row i at x + i stride, into panels of [k, n].
+template <typename T, typename Unit>
+inline void pack_transposed(const T* x, index_t stride, index_t n, index_t k, Unit* packed) {
+  const index_t inner = units<Unit>(k);
   for (index_t j = 0; j < n; j += panel_width) {
     const index_t columns = n - j < panel_width ? n - j : panel_width;
     const index_t width = round_up(columns, Vec::width);
     for (index_t i = 0; i < width; i += Vec::width) {
       const T* rows = x + (j + i) * stride;
-      for_each_vec(k, [&](index_t p, int lanes) {
+      for_each_vec(inner, [&](index_t p, int lanes) {
         Vec block[Vec::width];
         for (int r = 0; r < Vec::width; ++r) {
-          block[r] = i + r < columns ? load_lanes(rows + r * stride + p, lanes) : Vec(0.0f);
+          block[r] = i + r < columns ? load_row_units(rows + r * stride, p, k, packed) : Vec(0.0f);
         }
         transpose(block);
-        for (int r = 0; r < lanes; ++r) store(packed + (p + r) * width + i, block[r]);
+        for (int r = 0; r < lanes; ++r) store_units(packed + (p + r) * width + i, block[r]);
       });
     }
-    packed += k * width;
+    packed += inner * width;
+  }
+}
+
+// Copies rows [m, n] into units, one row after the other.
+template <typename T, typename Unit>
+inline void copy_to_units(const T* x, index_t stride, index_t m, index_t n, Unit* out) {
+  const index_t width = units<Unit>(n);
+  for (index_t i = 0; i < m; ++i) {
+    for_each_vec(width, [&](index_t p, int lanes) {
+      const Vec x_p = load_row_units(x + i * stride, p, n, out);
+      store_lanes(reinterpret_cast<float*>(out) + i * width + p, x_p, lanes);
+    });
   }
 }
 

@@ -1,6 +1,6 @@
-// SIMD vectors of floats: one interface, three implementations, picked by the flags that the file
-// is compiled with (see isa.h). All arithmetic of the CPU kernels is fp32; bf16 exists in memory
-// only, and is rounded to nearest even when stored, NaN staying NaN.
+// SIMD vectors of floats: one interface, implemented for AVX-512, AVX2 and plain C++, picked by the flags
+// that the file is compiled with (see isa.h). All arithmetic of the CPU kernels is fp32; bf16 exists in
+// memory only, and is rounded to nearest even when stored, NaN staying NaN.
 //
 // Contract of exp: relative error at most 2 ulp on [-87.3, 88.7]; below it 0 (results that would
 // be denormal are flushed), above it inf; NaN propagates. tests/test_vec.py enforces just that.
@@ -15,7 +15,7 @@
 #include <immintrin.h>
 #endif
 
-// Internal linkage: the three compilations of a header must never be merged by the linker, or a
+// Internal linkage: the compilations of a header must never be merged by the linker, or a
 // processor without AVX-512 would be handed AVX-512 code.
 namespace imf {
 namespace IMF_ISA {
@@ -37,7 +37,7 @@ inline float to_float(float x) { return x; }
 inline void store(float* p, float x) { *p = x; }
 inline void store(bfloat16* p, float x) { *p = to_bfloat16(x); }
 
-#if IMF_ISA_LEVEL == 3  // AVX-512
+#if IMF_ISA_LEVEL >= 3  // AVX-512, with bf16 dot products from 4 on
 
 struct Vec {
   static constexpr int width = 16;
@@ -55,6 +55,7 @@ inline Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
 inline Vec operator/(Vec a, Vec b) { return _mm512_div_ps(a.v, b.v); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 inline Vec sqrt(Vec a) { return _mm512_sqrt_ps(a.v); }
+inline Vec abs(Vec a) { return _mm512_abs_ps(a.v); }
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }  // b where either is NaN
 inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
 inline Vec round(Vec a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -62,6 +63,10 @@ inline Vec scale_by_power_of_two(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.
 // where a < b: yes, else (also where either is NaN) no
 inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v);
+}
+// The first n lanes, and `other` in the rest
+inline Vec keep_lanes(Vec a, int n, float other) {
+  return _mm512_mask_mov_ps(_mm512_set1_ps(other), first_lanes(n), a.v);
 }
 inline Vec swap_pairs(Vec a) { return _mm512_permute_ps(a.v, 0xB1); }
 inline Vec duplicate_lower(Vec a) {  // lanes 0 0 1 1 2 2 ...
@@ -136,6 +141,7 @@ inline Vec operator*(Vec a, Vec b) { return _mm256_mul_ps(a.v, b.v); }
 inline Vec operator/(Vec a, Vec b) { return _mm256_div_ps(a.v, b.v); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 inline Vec sqrt(Vec a) { return _mm256_sqrt_ps(a.v); }
+inline Vec abs(Vec a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v); }
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a.v, b.v); }  // b where either is NaN
 inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a.v, b.v); }
 inline Vec round(Vec a) { return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -150,6 +156,9 @@ inline Vec scale_by_power_of_two(Vec a, Vec n) {
 }
 inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
   return _mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ));
+}
+inline Vec keep_lanes(Vec a, int n, float other) {
+  return _mm256_blendv_ps(_mm256_set1_ps(other), a.v, _mm256_castsi256_ps(first_lanes(n)));
 }
 inline Vec swap_pairs(Vec a) { return _mm256_permute_ps(a.v, 0xB1); }
 inline Vec duplicate_lower(Vec a) {  // lanes 0 0 1 1 2 2 ...
@@ -249,6 +258,9 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 inline Vec sqrt(Vec a) {
   return each_lane([&](int i) { return ::sqrtf(a.v[i]); });
 }
+inline Vec abs(Vec a) {
+  return each_lane([&](int i) { return ::fabsf(a.v[i]); });
+}
 inline Vec max(Vec a, Vec b) {
   return each_lane([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
@@ -278,6 +290,9 @@ inline Vec scale_by_power_of_two(Vec a, Vec n) {
 }
 inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
   return each_lane([&](int i) { return a.v[i] < b.v[i] ? yes.v[i] : no.v[i]; });
+}
+inline Vec keep_lanes(Vec a, int n, float other) {
+  return each_lane([&](int i) { return i < n ? a.v[i] : other; });
 }
 inline Vec swap_pairs(Vec a) {
   return each_lane([&](int i) { return a.v[i ^ 1]; });
