@@ -411,18 +411,17 @@ void backward(const AttentionBackward& a) {
   });
 }
 
-// Calls body with the element type and with what its products are made of. Heads of a few channels are
-// multiplied in fp32: pairs gain nothing there, and too few errors meet in a sum to cancel.
-template <typename Body>
-void with_units(DType type, index_t width, index_t value_width, Body body) {
-  constexpr index_t narrow = 16;
-  with_type(type, [&](auto t) {
-    using T = decltype(t);
-    using Unit = typename UnitOf<T>::type;
-    if (width < narrow || value_width < narrow) {
+// Calls body with the element type and with what its products are made of. Where one of the inner dimensions
+// is short they are in fp32: pairs gain nothing there, and too few rounding errors meet in a sum to cancel.
+template <typename Shape, typename Body>
+void with_units(const Shape& a, Body body) {
+  constexpr index_t enough = 16;
+  const bool fp32 = a.width < enough || a.value_width < enough || a.queries < enough || a.keys < enough;
+  with_type(a.type, [&](auto t) {
+    if (fp32) {
       body(t, float{});
     } else {
-      body(t, Unit{});
+      body(t, typename UnitOf<decltype(t)>::type{});
     }
   });
 }
@@ -430,13 +429,11 @@ void with_units(DType type, index_t width, index_t value_width, Body body) {
 }  // namespace
 
 void attention_forward(const AttentionForward& a) {
-  with_units(a.type, a.width, a.value_width,
-             [&](auto t, auto unit) { forward<decltype(t), decltype(unit)>(a); });
+  with_units(a, [&](auto t, auto unit) { forward<decltype(t), decltype(unit)>(a); });
 }
 
 void attention_backward(const AttentionBackward& a) {
-  with_units(a.type, a.width, a.value_width,
-             [&](auto t, auto unit) { backward<decltype(t), decltype(unit)>(a); });
+  with_units(a, [&](auto t, auto unit) { backward<decltype(t), decltype(unit)>(a); });
 }
 
 }  // namespace IMF_ISA
