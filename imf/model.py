@@ -161,7 +161,7 @@ class Block(nn.Module):
     ) -> Any:
         y = ik.rms_norm(x, self.norm1, dtype=dtype, backend=backend)
         y = ik.linear(y, self.qkv, backend=backend)
-        q, k, v = ik.linear_map(lambda a: a.unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2), y)
+        q, k, v = ik.linear_map(self._heads_of_qkv, y)
         q, k = ik.qk_norm_rope(q, k, self.q_norm, self.k_norm, cos, sin, backend=backend)
         y = ik.scaled_dot_product_attention(q, k, v, backend=backend)
         y = ik.linear_map(lambda a: a.transpose(1, 2).flatten(2), y)
@@ -170,6 +170,10 @@ class Block(nn.Module):
         y = ik.rms_norm(x, self.norm2, dtype=dtype, backend=backend)
         y = ik.swiglu(ik.linear(y, self.gate_up, backend=backend), backend=backend)
         return ik.gated_residual(x, ik.linear(y, self.down, backend=backend), self.mlp_scale, backend=backend)
+
+    def _heads_of_qkv(self, qkv: Tensor) -> list[Tensor]:
+        """[B, L, 3 H D] → q, k, v, each [B, H, L, D]; backward, one copy that lays them side by side."""
+        return [x.transpose(1, 2) for x in qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)]
 
 
 def _block_weight(out_features: int, in_features: int) -> nn.Parameter:
