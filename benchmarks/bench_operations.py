@@ -1,76 +1,130 @@
-"""Each operation at the shapes of training runs: ours with the tangent in one pass, the primal alone, and
-`torch.func.jvp` of the plain PyTorch formula. A group of the table is one operation, case and dtype; the
-result is held to the error rule before it is timed.
+"""Each operation at the shapes of training runs.
+
+A group of the table is one operation, case and dtype, and reads as ratios: ours with the tangent in one pass,
+the primal alone, the `reference` backend, and in plain PyTorch `torch.func.jvp` eager and compiled and
+central finite differences. Results are checked before they are timed; the bound from bytes and FLOPs is in
+the record (`--benchmark-json`), where report.py finds it.
 
     pytest benchmarks --benchmark-only                      the digits' shapes and iMF-B/2's attention
-    pytest benchmarks --benchmark-only --every-case         all of them
+    pytest benchmarks --benchmark-only --every-case         all shapes, and the compiled peer
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import peers
 import pytest
 import torch
+from torch import Tensor
 
 from imf_kernels import Dual
 from imf_kernels.testing import cases, errors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FORMS = ("dual", "primal", "dual reference", "torch.func.jvp", "compiled", "finite differences")
+COMPILED = "compiled"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     every = metafunc.config.getoption("--every-case")
     selected = []
     for case in cases.select(large=True):
-        default = case.name.startswith("digits") or case.operation == "scaled_dot_product_attention"
-        if every or (default and not case.name.startswith("head dim")):
-            for name, dtype in DTYPES.items():
-                if dtype in case.dtypes:
-                    selected.append(pytest.param(case, dtype, id=f"{case} {name}"))
-    metafunc.parametrize(("case", "dtype"), selected)
+        attention = case.operation == "scaled_dot_product_attention"
+        default = case.name.startswith("digits") or (attention and case.name == "B/2")
+        for name, dtype in DTYPES.items():
+            if not (every or default) or dtype not in case.dtypes:
+                continue
+            for form in FORMS:
+                # Differences of bf16 numbers are noise; compiling every case takes minutes.
+                left_out = form == "finite differences" and dtype == torch.bfloat16
+                if not left_out and (every or form != COMPILED):
+                    selected.append(pytest.param(case, dtype, form, id=f"{case} {name}, {form}"))
+    metafunc.parametrize(("case", "dtype", "form"), selected)
 
 
-def measure(benchmark: Any, case: cases.Case, dtype: torch.dtype, call: Any) -> None:
-    name = next(n for n, d in DTYPES.items() if d == dtype)
-    benchmark.group = f"{case} {name}"
-    benchmark.extra_info["flops"] = case.count_flops(dual=True)
-    benchmark.extra_info["bytes"] = case.count_bytes(dtype, dual=True)
-    benchmark.pedantic(call, rounds=7, warmup_rounds=1, iterations=1)
-
-
-def mixed(case: cases.Case) -> dict[str, Any]:
-    return {"dtype": case.output_dtype} if case.output_dtype else {}
-
-
-def test_dual(benchmark, case, dtype):
-    problem = errors.Problem.draw(case, dtype, 0)
-    exact = problem.evaluate(None)
-    for name, value in exact.items():
-        # Yardsticks of eight draws would take minutes at these sizes; one draw is the stricter rule.
-        fp32 = problem.evaluate("reference", dtype=torch.float32)[name]
-        argument = case.inputs.get(name.removeprefix("gradient of "))
-        rounded = dtype if argument and argument.rounded else None
-        yardstick = errors.Yardstick.of(fp32, problem.exact[name])
-        errors.check(f"{case}, {name}", value, problem.exact[name], yardstick, rounded)
+def ours(problem: errors.Problem, backend: str | None, dual: bool) -> Callable[[], Any]:
+    case = problem.case
     arguments = {
-        name: Dual(x, problem.tangents[name]) if name in problem.tangents else x
+        name: Dual(x, problem.tangents[name]) if dual and name in problem.tangents else x
         for name, x in problem.primals.items()
     }
-    measure(benchmark, case, dtype, lambda: case.run(arguments, None, **mixed(case)))
+    mixed = {"dtype": case.output_dtype} if case.output_dtype else {}
+    return lambda: case.run(arguments, backend, **mixed)
 
 
-def test_primal(benchmark, case, dtype):
-    primals, _ = case.draw(torch.Generator().manual_seed(0), dtype)
-    measure(benchmark, case, dtype, lambda: case.run(primals, None, **mixed(case)))
+def peer(problem: errors.Problem, form: str) -> Callable[[], list[Tensor]]:
+    """The tangents of a case's outputs by other means."""
+    case, names = problem.case, list(problem.tangents)
+    x, x_dot = tuple(problem.primals[n] for n in names), tuple(problem.tangents.values())
+
+    def formula(*moving: Tensor) -> tuple[Tensor, ...]:
+        return peers.plain(case, {**problem.primals, **dict(zip(names, moving, strict=True))})
+
+    def forward_mode(*both: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.jvp(formula, both[: len(x)], both[len(x) :])[1]
+
+    if form == "finite differences":
+        step = 1e-2
+
+        def differences() -> list[Tensor]:
+            above = formula(*(a + step * b for a, b in zip(x, x_dot, strict=True)))
+            below = formula(*(a - step * b for a, b in zip(x, x_dot, strict=True)))
+            return [(a - b) / (2 * step) for a, b in zip(above, below, strict=True)]
+
+        return differences
+    if form == COMPILED:
+        torch._dynamo.reset()
+        compiled = torch.compile(forward_mode, dynamic=False)
+        return lambda: compiled(*x, *x_dot)
+    return lambda: list(forward_mode(*x, *x_dot))
 
 
-def test_torch_func_jvp(benchmark, case, dtype):
-    primals, tangents = case.draw(torch.Generator().manual_seed(0), dtype)
+def test_operation(benchmark: Any, case: cases.Case, dtype: torch.dtype, form: str) -> None:
+    problem = errors.problem(case, dtype)
+    dual = form != "primal"
+    name = next(n for n, d in DTYPES.items() if d == dtype)
+    machine = peers.machine()
+    benchmark.group = f"{case} {name}"
+    benchmark.extra_info |= {
+        "operation": case.operation,
+        "case": case.name,
+        "dtype": name,
+        "form": form,
+        "flops": case.count_flops(dual),
+        "bytes": case.count_bytes(dtype, dual),
+        "bound": machine.bound(case, dtype, dual),
+        "copy bandwidth": machine.bandwidth,
+        "GEMM rate": machine.flops[dtype],
+    }
+    if form in ("dual", "primal", "dual reference"):
+        backend = "reference" if form == "dual reference" else None
+        call = ours(problem, backend, dual)
+        for key, value in problem.evaluate(backend, tangents=dual).items():
+            # Yardsticks of eight draws would take minutes at these sizes; one draw is the stricter rule.
+            fp32 = _fp32(problem)[key]
+            argument = case.inputs.get(key.removeprefix("gradient of "))
+            rounded = dtype if argument and argument.rounded else None
+            exact = problem.exact[key]
+            errors.check(f"{case}, {key}", value, exact, errors.Yardstick.of(fp32, exact), rounded)
+    else:
+        call = peer(problem, form)
+        worst = max(
+            peers.relative_error(t, problem.exact[f"tangent {i}"])
+            for i, t in enumerate(call())
+            if t is not None
+        )
+        benchmark.extra_info["relative error of the tangent"] = worst
+        assert worst < (0.1 if dtype == torch.bfloat16 or form == "finite differences" else 1e-4)
+    benchmark.pedantic(call, rounds=9, warmup_rounds=2, iterations=1)
 
-    def formula(*moving):
-        arguments = {**primals, **dict(zip(tangents, moving, strict=True))}
-        return case.run(arguments, "reference", **mixed(case))
 
-    moving = tuple(primals[name] for name in tangents)
-    measure(benchmark, case, dtype, lambda: torch.func.jvp(formula, moving, tuple(tangents.values())))
+_last: list[Any] = [None, None]
+
+
+def _fp32(problem: errors.Problem) -> errors.Results:
+    """PyTorch's results in fp32, kept while the forms of one case are measured."""
+    if _last[0] is not problem:
+        _last[:] = problem, problem.evaluate("reference", dtype=torch.float32)
+    return _last[1]

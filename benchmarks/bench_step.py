@@ -1,61 +1,229 @@
-"""One training step of the digits' network: ours, the same objective in the official program's form, and the
-official step written plainly with `torch.func.jvp`. Forward and backward, no optimizer.
+"""The whole training step, forward and backward, at three sizes: ours and what people would run instead.
+
+- `ours`: the exact less-work form with our operations.
+- `one forward and backward`: of the same network with both heads, our operations, no tangent: what a step
+  with no derivative and no guidance would cost.
+- `official`: the official step written plainly with `torch.func.jvp`, eager; its guidance calls compute the
+  v-head alone. `official, compiled`: by `torch.compile`. `official, our products`: eager, its linear layers'
+  fp32 products chosen as ours are, so that what they gain can be told from what kernels and less work gain.
+- `finite differences`: the official step with central differences in the place of the derivative.
+- `plain flow matching`: of the sampling network, without v-head, guidance and derivative, in stock PyTorch.
+
+    pytest benchmarks/bench_step.py --benchmark-only                     the digits
+    pytest benchmarks/bench_step.py --benchmark-only --every-case        all sizes, all forms, and the sweeps
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import plain_imf
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
-from imf.config import DIGITS_NETWORK
 from imf.convert import from_official
-from imf.model import build
-from imf.objective import Draws, improved_mean_flow, improved_mean_flow_plain
+from imf.model import IMFConfig, build
+from imf.objective import Draws, improved_mean_flow
+from imf_kernels import gemm
 
-BATCH = 128
+DIGITS = IMFConfig(
+    input_size=8,
+    patch_size=2,
+    in_channels=1,
+    hidden_size=128,
+    depth=6,
+    num_heads=2,
+    aux_head_depth=2,
+    num_classes=10,
+)
+SLICE = IMFConfig(hidden_size=768, depth=6, num_heads=12, aux_head_depth=2)
+LONG = IMFConfig(input_size=64, hidden_size=384, depth=4, num_heads=6, aux_head_depth=2)
+SIZES = {"digits": (DIGITS, 128), "slice": (SLICE, 4), "long": (LONG, 2)}
+# For the plots: over the sequence's length at long's width, over depth at slice's.
+SWEEPS = {
+    **{f"{n * n // 4 + 20} tokens": (dataclasses.replace(LONG, input_size=n), 2) for n in (16, 32, 64)},
+    **{f"depth {n}": (dataclasses.replace(SLICE, depth=n), 4) for n in (2, 4, 6)},
+}
+FORMS = (
+    "ours", "one forward and backward", "official", "official, our products", "official, compiled",
+    "finite differences", "plain flow matching", "plain flow matching, compiled",
+)  # fmt: skip
+SWEPT = ("ours", "official", "plain flow matching")
 
 
-def steps(precision: str) -> dict[str, Callable[[], Any]]:
-    """The step in each form, on the same weights and draws; a call returns the loss."""
+class _Product(torch.autograd.Function):
+    """x weightᵀ by the product that `imf_kernels.gemm` finds the fastest, also in forward mode."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return gemm.forward(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, x_dot: Tensor, weight_dot: Tensor | None) -> Tensor:
+        return _Product.apply(x_dot, ctx.saved_tensors[1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        rows = dy.reshape(-1, dy.shape[-1])
+        dx = gemm.grad_input(rows, weight).view(x.shape)
+        return dx, gemm.grad_weight(rows, x.reshape(-1, x.shape[-1]))
+
+
+def with_our_products(network: nn.Module) -> nn.Module:
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear):
+
+            def forward(x: Tensor, layer: nn.Linear = layer) -> Tensor:
+                y = _Product.apply(x, layer.weight)
+                return y if layer.bias is None else y + layer.bias
+
+            layer.forward = forward  # type: ignore[method-assign]
+    return network
+
+
+def make(form: str, size: tuple[IMFConfig, int], precision: str) -> Callable[[], float]:
+    """A step in this form, on the same weights, data and draws as every other; a call returns the loss."""
+    config, batch = size
     torch.manual_seed(0)
-    oracle = plain_imf.PlainIMF(**dataclasses.asdict(DIGITS_NETWORK))
+    oracle = plain_imf.PlainIMF(**dataclasses.asdict(config))
     with torch.no_grad():  # a fresh network's heads are zero, and so are its losses' differences
         for parameter in oracle.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    model = build(DIGITS_NETWORK)
-    model.load_state_dict(from_official(oracle.state_dict()))
-    model.compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    c = DIGITS_NETWORK
-    x = torch.randn(BATCH, c.in_channels, c.input_size, c.input_size)
-    y = torch.randint(0, c.num_classes, (BATCH,))
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    x = torch.randn(batch, config.in_channels, config.input_size, config.input_size)
+    y = torch.randint(0, config.num_classes, (batch,))
     draws = Draws.sample(x, seed=0, step=0)
+    t = draws.t[:, None, None, None]
+    z, h, v_t = (1 - t) * x + t * draws.noise, draws.t - draws.r, draws.noise - x
+    conditions = draws.omega, draws.t_min, draws.t_max
 
-    def step(form: Any, network: torch.nn.Module) -> Callable[[], Any]:
-        def run() -> float:
-            network.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16" and network is oracle):
-                loss = form(network, x, y, draws).loss
-            loss.backward()
-            return float(loss.detach())
+    network: nn.Module = oracle
+    if form in ("ours", "one forward and backward"):
+        network = build(config)
+        network.load_state_dict(from_official(oracle.state_dict()))
+        network.compute_dtype = torch.bfloat16 if precision == "bf16" else None  # type: ignore[assignment]
+    elif form == "official, our products":
+        with_our_products(oracle)
 
-        return run
+    def loss() -> Tensor:
+        if form == "ours":
+            return improved_mean_flow(network, x, y, draws).loss
+        if form == "one forward and backward":
+            u, v = network(z, h, *conditions, y)
+            return F.mse_loss(u, v_t) + F.mse_loss(v, v_t)
+        if form.startswith("plain flow matching"):
+            return F.mse_loss(network(z, h, *conditions, y, heads="u"), v_t)
+        derivative = finite_differences if form == "finite differences" else torch.func.jvp
+        return plain_imf.official_step(network, x, y, draws, derivative).loss  # type: ignore[arg-type]
 
+    torch._dynamo.reset()
+    compute = torch.compile(loss, dynamic=False) if form.endswith("compiled") else loss
+    autocast = precision == "bf16" and network is oracle
+
+    def step() -> float:
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value = compute()
+        value.backward()
+        return float(value.detach())
+
+    return step
+
+
+def finite_differences(
+    function: Any, primals: Any, tangents: Any, has_aux: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In the place of `torch.func.jvp`: u, du/dt by central differences, and v."""
+    step = 5e-3
+
+    def at(sign: float) -> Tensor:
+        with torch.no_grad():
+            return function(*(x + sign * step * d for x, d in zip(primals, tangents, strict=True)))[0]
+
+    u, v = function(*primals)
+    return u, (at(1.0) - at(-1.0)) / (2 * step), v
+
+
+KINDS = {
+    "GEMM": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::", "mkl::"),
+    "attention": ("_Attention", "aten::_softmax", "aten::_flash", "aten::_scaled_dot"),
+    "rows": (
+        "_RMSNorm",
+        "_QKNormRope",
+        "_Swiglu",
+        "_GatedResidual",
+        "_Silu",
+        "_Sinusoidal",
+        "_PrependTokens",
+    ),
+}
+
+
+def look(step: Callable[[], float]) -> dict[str, Any]:
+    """Peak memory and time by kind of one step: bytes of tensors above those there before, resident bytes."""
+    status = Path("/proc/self/status")
+    resident = None
+    if status.exists():
+        before = _status(status, "VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+        step()
+        resident = _status(status, "VmHWM") - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    held = peak = 0
+    results = record.profiler.kineto_results.events()  # type: ignore[union-attr]
+    for event in sorted((e for e in results if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    times = dict.fromkeys((*KINDS, "the rest"), 0.0)
+    for entry in record.key_averages():
+        kind = next((k for k, names in KINDS.items() if entry.key.startswith(names)), "the rest")
+        times[kind] += entry.self_cpu_time_total
+    total = sum(times.values())
     return {
-        "ours": step(improved_mean_flow, model),
-        "ours, official form": step(improved_mean_flow_plain, model),
-        "torch.func.jvp": step(plain_imf.official_step, oracle),
+        "peak tensor bytes": peak,
+        "peak resident bytes": resident,
+        "share of time": {kind: value / total for kind, value in times.items()},
     }
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("form", ["ours", "ours, official form", "torch.func.jvp"])
-def test_step(benchmark, form, precision):
-    benchmark.group = f"training step, digits, {precision}"
-    runs = steps(precision)
-    assert runs[form]() == pytest.approx(runs["torch.func.jvp"](), rel=1e-5 if precision == "fp32" else 1e-2)
-    benchmark.pedantic(runs[form], rounds=7, warmup_rounds=2, iterations=1)
+def _status(path: Path, name: str) -> int:
+    line = next(line for line in path.read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    every = metafunc.config.getoption("--every-case")
+    selected = []
+    for name in SIZES if every else ["digits"]:
+        for precision in ("fp32", "bf16"):
+            for form in FORMS:
+                if precision == "bf16" and form == "official, our products":
+                    continue  # PyTorch's own are ours there
+                if every or not (form.endswith("compiled") or form == "finite differences"):
+                    selected.append((name, precision, form))
+    if every:
+        selected += [(name, "fp32", form) for name in SWEEPS for form in SWEPT]
+    metafunc.parametrize(("size", "precision", "form"), selected, ids=lambda value: value)
+
+
+def test_step(benchmark: Any, size: str, precision: str, form: str) -> None:
+    step = make(form, {**SIZES, **SWEEPS}[size], precision)
+    benchmark.group = f"training step, {size}, {precision}"
+    loss = step()
+    if form == "ours" or form.startswith("official"):
+        wanted = make("official", {**SIZES, **SWEEPS}[size], precision)()
+        assert loss == pytest.approx(wanted, rel=1e-4 if precision == "fp32" else 2e-2)
+    benchmark.extra_info |= {"size": size, "dtype": precision, "form": form, "loss": loss, **look(step)}
+    benchmark.pedantic(step, rounds=5, warmup_rounds=1, iterations=1)

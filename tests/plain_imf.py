@@ -10,9 +10,9 @@ Source: "Improved Mean Flows", arXiv 2512.02012, and its official JAX program.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -299,11 +299,13 @@ def rows(s: Tensor) -> Tensor:
     return s[:, None, None, None]
 
 
-def official_step(model: PlainIMF, x: Tensor, y: Tensor, draws: Draws) -> StepResult:
+def official_step(
+    model: PlainIMF, x: Tensor, y: Tensor, draws: Draws, jvp: Callable[..., Any] = torch.func.jvp
+) -> StepResult:
     """One iMF training step on images [B, C, H, W] and labels [B], as the official program takes it.
 
     The v-head is evaluated with and without the label on all rows, and the JVP is taken on all rows. The
-    gradient of the loss flows through the primal u and v alone.
+    gradient of the loss flows through the primal u and v alone. `jvp`: for other derivatives.
     """
     t, r, omega = draws.t, draws.r, draws.omega
     null = torch.full_like(y, model.num_classes)
@@ -325,7 +327,7 @@ def official_step(model: PlainIMF, x: Tensor, y: Tensor, draws: Draws) -> StepRe
     def f(z: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         return model(z, t - r, omega, draws.t_min, draws.t_max, y_dropped, heads="uv")
 
-    u, du_dt, v = torch.func.jvp(f, (z, t, r), (v_c, one, zero), has_aux=True)
+    u, du_dt, v = jvp(f, (z, t, r), (v_c, one, zero), has_aux=True)
     du_dt = du_dt.detach()
     error_u = (u + rows(t - r) * du_dt - v_g).square()
     error_v = (v - v_g).square()

@@ -385,7 +385,10 @@ SMALL = _small()
 LARGE = [
     *_model("digits", 128, 36, 128, 2, 341),
     *_model("B/2", 4, 276, 768, 12, 2048),
+    *_model("XL/2", 2, 276, 1024, 16, 2730),
     *_model("head dim 72", 2, 276, 1152, 16, 3072),
+    attention("length 1024", 1, 12, 1024, 64, large=True),
+    attention("length 4096", 1, 2, 4096, 64, large=True),
 ]
 OPERATIONS = tuple(dict.fromkeys(case.operation for case in SMALL))
 

@@ -1,0 +1,127 @@
+"""What is measured beside our operations: the same computations in plain PyTorch, and their bounds."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from imf_kernels import gemm
+from imf_kernels.testing.cases import Case
+
+# Formulas as a training program has them: operands in their dtype, norms in fp32.
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, dtype: torch.dtype | None = None) -> Tensor:
+    y = x.float()
+    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight).to(dtype or x.dtype)
+
+
+def qk_norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    def one(x: Tensor, weight: Tensor) -> Tensor:
+        n = rms_norm(x.float(), weight)
+        even, odd = n[..., 0::2], n[..., 1::2]
+        turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+        return turned.flatten(-2).to(x.dtype)
+
+    return one(q, q_weight), one(k, k_weight)
+
+
+def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):  # the only one that torch.func.jvp goes through
+        return F.scaled_dot_product_attention(query, key, value)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    return x + (branch * gate).to(x.dtype)
+
+
+def silu(x: Tensor) -> Tensor:
+    return F.silu(x)
+
+
+def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
+    f = torch.exp(-math.log(10000.0) * torch.arange(dim // 2, dtype=torch.float32) / (dim // 2))
+    angle = t[:, None].float() * f
+    return torch.cat([angle.cos(), angle.sin()], dim=-1).to(t.dtype)
+
+
+def prepend_tokens(x: Tensor, *groups: Tensor) -> Tensor:
+    pairs = zip(groups[0::2], groups[1::2], strict=True)
+    return torch.cat([tokens + embedding[:, None] for tokens, embedding in pairs] + [x], dim=1)
+
+
+def plain(case: Case, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    """A case by its plain formula."""
+    call: Callable[..., Any] = globals()[case.operation]
+    if case.operation == "prepend_tokens":
+        return (call(*arguments.values()),)
+    mixed = {"dtype": case.output_dtype} if case.output_dtype else {}
+    result = call(**arguments, **case.options, **mixed)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    return float((got.double() - exact).norm() / exact.norm().clamp(min=1e-300))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this machine reaches: bytes a second, read and written, of a copy larger than its caches, and
+    multiplications and additions a second of the fastest of PyTorch's matrix products."""
+
+    bandwidth: float
+    flops: dict[torch.dtype, float]
+
+    def bound(self, case: Case, dtype: torch.dtype, dual: bool) -> float:
+        """Seconds that a case takes at least: its bytes or its FLOPs, whichever is more.
+
+        Products run at the rate of matrix products, everything else at that of memory.
+        """
+        by_bytes = case.count_bytes(dtype, dual) / self.bandwidth
+        if case.operation not in ("linear", "scaled_dot_product_attention"):
+            return by_bytes
+        return max(by_bytes, case.count_flops(dual) / self.flops[dtype])
+
+
+def _best(call: Callable[[], Any], repeats: int = 7) -> float:
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@functools.cache
+def machine() -> Machine:
+    """Measured once a process: a copy of 256 MB, and a product of 2048 rows, 1024 → 4096."""
+    source, target = torch.ones(1 << 26), torch.empty(1 << 26)
+    bandwidth = 2 * source.nbytes / _best(lambda: target.copy_(source))
+    flops = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = torch.ones(2048, 1024, dtype=dtype), torch.ones(4096, 1024, dtype=dtype)
+        products = gemm._PRODUCTS.values() if dtype == torch.float32 else [gemm._torch]
+        seconds = min(_best(functools.partial(run, x, w, None)) for run in products)
+        flops[dtype] = 2 * 2048 * 1024 * 4096 / seconds
+    return Machine(bandwidth, flops)

@@ -1,0 +1,112 @@
+"""From the record of `pytest benchmarks --benchmark-json FILE` to tables in Markdown and a plot.
+
+python benchmarks/report.py FILE                 the tables
+python benchmarks/report.py FILE --plot OUT.png  and the plot of the sweeps (needs matplotlib)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+OPERATION_FORMS = ("dual", "primal", "dual reference", "torch.func.jvp", "compiled", "finite differences")
+Record = dict[str, Any]
+
+
+def load(path: Path) -> list[Record]:
+    """Every benchmark of a record: its extra information and `seconds`, the median."""
+    benchmarks = json.loads(path.read_text())["benchmarks"]
+    return [{**b["extra_info"], "seconds": b["stats"]["median"]} for b in benchmarks]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"
+
+
+def operations(records: Sequence[Record]) -> str:
+    """A row an operation, case and dtype: our time with the tangent, its share of the bound, ratios to it."""
+    groups: dict[tuple[str, str, str], dict[str, Record]] = defaultdict(dict)
+    for record in records:
+        if "operation" in record:
+            groups[record["operation"], record["case"], record["dtype"]][record["form"]] = record
+    rows = []
+    for (operation, case, dtype), forms in groups.items():
+        if (ours := forms.get("dual")) is None:
+            continue
+        ratios = [
+            f"{forms[f]['seconds'] / ours['seconds']:.2f}×" if f in forms else "" for f in OPERATION_FORMS[1:]
+        ]
+        bound = f"{ours['bound'] / ours['seconds']:.0%}"
+        rows.append([f"{operation} {case}", dtype, milliseconds(ours["seconds"]), bound, *ratios])
+    return table(["operation", "dtype", "dual, ours", "of its bound", *OPERATION_FORMS[1:]], rows)
+
+
+def steps(records: Sequence[Record]) -> str:
+    """A row a form of the training step: time, ratio to ours, memory, and where the time goes."""
+    groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        if "share of time" in record:
+            groups[record["size"], record["dtype"]].append(record)
+    rows = []
+    for (size, dtype), forms in groups.items():
+        ours = next((r for r in forms if r["form"] == "ours"), None)
+        if ours is None:
+            continue
+        for r in forms:
+            shares = ", ".join(f"{kind} {share:.0%}" for kind, share in r["share of time"].items())
+            memory = f"{r['peak tensor bytes'] / 2**20:.0f} MiB"
+            ratio = f"{r['seconds'] / ours['seconds']:.2f}×"
+            rows.append([f"{size}, {dtype}", r["form"], milliseconds(r["seconds"]), ratio, memory, shares])
+    return table(["step", "form", "time", "to ours", "peak tensor memory", "share of time"], rows)
+
+
+def plot(records: Sequence[Record], path: Path) -> None:
+    """Time and peak tensor memory of a step over the sequence's length and over depth."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(9, 7), layout="constrained")
+    for column, (word, label) in enumerate((("tokens", "tokens"), ("depth", "depth"))):
+        swept: dict[str, list[tuple[int, Record]]] = defaultdict(list)
+        for r in records:
+            if "share of time" in r and word in r["size"].split():
+                number = next(int(part) for part in r["size"].split() if part.isdigit())
+                swept[r["form"]].append((number, r))
+        for form, points in swept.items():
+            points.sort(key=lambda point: point[0])
+            x = [number for number, _ in points]
+            axes[0][column].plot(x, [r["seconds"] for _, r in points], marker="o", label=form)
+            memory = [r["peak tensor bytes"] / 2**30 for _, r in points]
+            axes[1][column].plot(x, memory, marker="o", label=form)
+        for row, name in enumerate(("seconds a step", "peak tensor memory, GiB")):
+            axes[row][column].set(xlabel=label, ylabel=name, ylim=(0, None))
+    axes[0][0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("record", type=Path)
+    parser.add_argument("--plot", type=Path, metavar="OUT.png")
+    arguments = parser.parse_args()
+    records = load(arguments.record)
+    print(operations(records), steps(records), sep="\n\n")
+    if arguments.plot:
+        plot(records, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
