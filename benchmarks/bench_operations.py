@@ -88,6 +88,8 @@ def test_operation(benchmark: Any, case: cases.Case, dtype: torch.dtype, form: s
     machine = peers.machine()
     benchmark.group = f"{case} {name}"
     benchmark.extra_info |= {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
         "operation": case.operation,
         "case": case.name,
         "dtype": name,

@@ -225,5 +225,13 @@ def test_step(benchmark: Any, size: str, precision: str, form: str) -> None:
     if form == "ours" or form.startswith("official"):
         wanted = make("official", {**SIZES, **SWEEPS}[size], precision)()
         assert loss == pytest.approx(wanted, rel=1e-4 if precision == "fp32" else 2e-2)
-    benchmark.extra_info |= {"size": size, "dtype": precision, "form": form, "loss": loss, **look(step)}
+    benchmark.extra_info |= {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "size": size,
+        "dtype": precision,
+        "form": form,
+        "loss": loss,
+        **look(step),
+    }
     benchmark.pedantic(step, rounds=5, warmup_rounds=1, iterations=1)

@@ -1,7 +1,10 @@
-"""From the record of `pytest benchmarks --benchmark-json FILE` to tables in Markdown and a plot.
+"""From what `pytest benchmarks --benchmark-json FILE` wrote to tables in Markdown, a plot, a record to keep.
 
-python benchmarks/report.py FILE                 the tables
-python benchmarks/report.py FILE --plot OUT.png  and the plot of the sweeps (needs matplotlib)
+    python benchmarks/report.py FILE                     the tables
+    python benchmarks/report.py FILE --record OUT.json   and every figure, with processor, versions and commit
+    python benchmarks/report.py FILE --plot OUT.png      and the plot of the sweeps (needs matplotlib)
+
+FILE may also be such a record.
 """
 
 from __future__ import annotations
@@ -17,10 +20,24 @@ OPERATION_FORMS = ("dual", "primal", "dual reference", "torch.func.jvp", "compil
 Record = dict[str, Any]
 
 
-def load(path: Path) -> list[Record]:
-    """Every benchmark of a record: its extra information and `seconds`, the median."""
-    benchmarks = json.loads(path.read_text())["benchmarks"]
-    return [{**b["extra_info"], "seconds": b["stats"]["median"]} for b in benchmarks]
+def load(path: Path) -> Record:
+    """What a run measured: `benchmarks`, each with its extra information, every round's seconds and, as
+    `seconds`, their median; processor, versions and commit. The machine's and its user's names stay out."""
+    values = json.loads(path.read_text())
+    if "machine_info" not in values:
+        return values
+    machine, commit = values["machine_info"], values["commit_info"]
+    return {
+        "processor": machine["cpu"].get("brand_raw", machine["processor"]),
+        "processors": machine["cpu"].get("count"),
+        "python": machine["python_version"],
+        "date": values["datetime"],
+        "commit": commit["id"] + (" and changes" if commit["dirty"] else ""),
+        "benchmarks": [
+            {**b["extra_info"], "seconds": b["stats"]["median"], "rounds": b["stats"]["data"]}
+            for b in values["benchmarks"]
+        ],
+    }
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -99,10 +116,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("record", type=Path)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--record", type=Path, metavar="OUT.json", dest="out")
     parser.add_argument("--plot", type=Path, metavar="OUT.png")
     arguments = parser.parse_args()
-    records = load(arguments.record)
+    run = load(arguments.file)
+    records = run["benchmarks"]
+    if arguments.out:
+        arguments.out.write_text(json.dumps(run, indent=1) + "\n")
     print(operations(records), steps(records), sep="\n\n")
     if arguments.plot:
         plot(records, arguments.plot)
