@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -175,6 +176,8 @@ def look(step: Callable[[], float]) -> dict[str, Any]:
     status = Path("/proc/self/status")
     resident = None
     if status.exists():
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # what earlier calls freed does not count as there before
         before = _status(status, "VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
         step()
