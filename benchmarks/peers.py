@@ -70,14 +70,18 @@ def prepend_tokens(x: Tensor, *groups: Tensor) -> Tensor:
     return torch.cat([tokens + embedding[:, None] for tokens, embedding in pairs] + [x], dim=1)
 
 
-def plain(case: Case, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
-    """A case by its plain formula."""
+def formula(case: Case) -> Callable[[dict[str, Any]], tuple[Tensor, ...]]:
+    """A case's plain formula, as a function of its arguments."""
     call: Callable[..., Any] = globals()[case.operation]
     if case.operation == "prepend_tokens":
-        return (call(*arguments.values()),)
-    mixed = {"dtype": case.output_dtype} if case.output_dtype else {}
-    result = call(**arguments, **case.options, **mixed)
-    return result if isinstance(result, tuple) else (result,)
+        return lambda arguments: (call(*arguments.values()),)
+    options = {**case.options, **({"dtype": case.output_dtype} if case.output_dtype else {})}
+
+    def run(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+        result = call(**arguments, **options)
+        return result if isinstance(result, tuple) else (result,)
+
+    return run
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
