@@ -129,7 +129,7 @@ def make(form: str, size: tuple[IMFConfig, int], precision: str) -> Callable[[],
         return plain_imf.official_step(network, x, y, draws, derivative).loss  # type: ignore[arg-type]
 
     torch._dynamo.reset()
-    compute = torch.compile(loss, dynamic=False) if form.endswith("compiled") else loss
+    compute = torch.compile(loss, dynamic=False, fullgraph=True) if form.endswith("compiled") else loss
     autocast = precision == "bf16" and network is oracle
 
     def step() -> float:
