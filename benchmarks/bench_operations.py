@@ -24,7 +24,6 @@ from imf_kernels.testing import cases, errors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FORMS = ("dual", "primal", "dual reference", "torch.func.jvp", "compiled", "finite differences")
-COMPILED = "compiled"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -39,7 +38,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for form in FORMS:
                 # Differences of bf16 numbers are noise; compiling every case takes minutes.
                 left_out = form == "finite differences" and dtype == torch.bfloat16
-                if not left_out and (every or form != COMPILED):
+                if not left_out and (every or form != "compiled"):
                     selected.append(pytest.param(case, dtype, form, id=f"{case} {name}, {form}"))
     metafunc.parametrize(("case", "dtype", "form"), selected)
 
@@ -50,8 +49,7 @@ def ours(problem: errors.Problem, backend: str | None, dual: bool) -> Callable[[
         name: Dual(x, problem.tangents[name]) if dual and name in problem.tangents else x
         for name, x in problem.primals.items()
     }
-    mixed = {"dtype": case.output_dtype} if case.output_dtype else {}
-    return lambda: case.run(arguments, backend, **mixed)
+    return lambda: case.run(arguments, backend, **case.output_options)
 
 
 Outputs = tuple[Tensor, ...]
@@ -79,7 +77,7 @@ def peer(problem: errors.Problem, form: str) -> Callable[[], tuple[Outputs, Outp
             return formula(*x), slopes
 
         return differences
-    if form == COMPILED:
+    if form == "compiled":
         torch._dynamo.reset()
         compiled = torch.compile(forward_mode, dynamic=False, fullgraph=True)  # or it falls back in silence
         return lambda: compiled(*x, *x_dot)
@@ -108,13 +106,8 @@ def test_operation(benchmark: Any, case: cases.Case, dtype: torch.dtype, form: s
     if form in ("dual", "primal", "dual reference"):
         backend = "reference" if form == "dual reference" else None
         call = ours(problem, backend, dual)
-        for key, value in problem.evaluate(backend, tangents=dual).items():
-            # Yardsticks of eight draws would take minutes at these sizes; one draw is the stricter rule.
-            fp32 = _fp32(problem)[key]
-            argument = case.inputs.get(key.removeprefix("gradient of "))
-            rounded = dtype if argument and argument.rounded else None
-            exact = problem.exact[key]
-            errors.check(f"{case}, {key}", value, exact, errors.Yardstick.of(fp32, exact), rounded)
+        # Yardsticks of eight draws would take minutes at these sizes; one draw is the stricter rule.
+        problem.check(problem.evaluate(backend, tangents=dual), tangents=dual, draws=1)
     else:
         call = peer(problem, form)
         worst = max(
@@ -125,13 +118,3 @@ def test_operation(benchmark: Any, case: cases.Case, dtype: torch.dtype, form: s
         benchmark.extra_info["relative error of the tangent"] = worst
         assert worst < (0.1 if dtype == torch.bfloat16 or form == "finite differences" else 1e-4)
     benchmark.pedantic(call, rounds=9, warmup_rounds=2, iterations=1)
-
-
-_last: list[Any] = [None, None]
-
-
-def _fp32(problem: errors.Problem) -> errors.Results:
-    """PyTorch's results in fp32, kept while the forms of one case are measured."""
-    if _last[0] is not problem:
-        _last[:] = problem, problem.evaluate("reference", dtype=torch.float32)
-    return _last[1]

@@ -75,7 +75,7 @@ def formula(case: Case) -> Callable[[dict[str, Any]], tuple[Tensor, ...]]:
     call: Callable[..., Any] = globals()[case.operation]
     if case.operation == "prepend_tokens":
         return lambda arguments: (call(*arguments.values()),)
-    options = {**case.options, **({"dtype": case.output_dtype} if case.output_dtype else {})}
+    options = {**case.options, **case.output_options}
 
     def run(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
         result = call(**arguments, **options)

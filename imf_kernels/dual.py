@@ -196,15 +196,17 @@ def linear_map(function: Callable[[Tensor], Any], x: Tensor | Dual) -> Any:
 
 
 def _flatten(x: Dual) -> tuple[list[Any], tuple[int, int] | None]:
-    stored = x._tangent
-    short = stored is not None and stored.dim() > 0 and stored.shape[0] < x.primal.shape[0]
-    return [x.primal, stored], (x.primal.shape[0], stored.shape[0]) if short else None  # type: ignore
+    primal, stored = x._primal, x._tangent
+    # A pytree map may have put anything in the place of the tensors.
+    if not isinstance(primal, Tensor) or not isinstance(stored, Tensor) or primal.dim() == 0:
+        return [primal, stored], None
+    rows, stored_rows = primal.shape[0], stored.shape[0]
+    return [primal, stored], (rows, stored_rows) if stored_rows < rows else None
 
 
 def _unflatten(children: Any, context: tuple[int, int] | None) -> Dual:
     primal, tangent = children
     if not isinstance(primal, Tensor) or not isinstance(tangent, Tensor):
-        # A pytree map may put anything in the place of the tensors.
         x = Dual.__new__(Dual)
         x._primal, x._tangent = primal, tangent
         return x

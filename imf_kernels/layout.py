@@ -52,9 +52,12 @@ def pointer(x: Tensor | None) -> int:
     """The address of a tensor, 0 for `None`: the one way by which memory reaches the kernels."""
     if x is None:
         return 0
-    if reason := without_memory(x):
-        raise RuntimeError(f"imf_kernels: the kernels take tensors that lie in memory, got {reason}")
-    return x.data_ptr()
+    address = x.data_ptr()  # of a tensor of another layout or inside a transform PyTorch refuses it
+    if x.is_neg() or (address == 0 and x.numel()):
+        raise RuntimeError(
+            f"imf_kernels: the kernels take tensors that lie in memory, got {without_memory(x)}"
+        )
+    return address
 
 
 def count_rows(x: Tensor | None) -> int:

@@ -27,10 +27,6 @@ def leaves_of(p):
     return {n: x.clone().requires_grad_(n in p.case.differentiable) for n, x in p.primals.items()}
 
 
-def mixed(case):
-    return {"dtype": case.output_dtype} if case.output_dtype else {}
-
-
 @each_case
 def test_backward_keeps_nothing_of_the_tangent(case, kernels):
     """The tensors saved with a tangent are those saved without, each of a primal's memory or new."""
@@ -41,7 +37,7 @@ def test_backward_keeps_nothing_of_the_tangent(case, kernels):
         leaves = leaves_of(p)
         duals = {n: Dual(x, tangents[n]) if n in tangents else x for n, x in leaves.items()}
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.detach()), lambda t: t):
-            case.run(duals, kernels, **mixed(case))
+            case.run(duals, kernels, **case.output_options)
         return kept
 
     with_tangent, without = saved(p.tangents), saved({})
@@ -57,7 +53,7 @@ def test_differentiating_a_tangent_is_loud(case, backend):
     p = errors.problem(case, case.dtypes[0])
     leaves = leaves_of(p)
     duals = {n: Dual(x, p.tangents[n]) if n in p.tangents else x for n, x in leaves.items()}
-    for y in case.run(duals, backend, **mixed(case)):
+    for y in case.run(duals, backend, **case.output_options):
         assert not y.tangent_rows.requires_grad
         with pytest.raises(RuntimeError, match="no gradient flows through tangents"):
             (y.primal.float().sum() + y.tangent.float().square().sum()).backward()

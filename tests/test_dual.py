@@ -89,6 +89,8 @@ def test_pytrees_see_through_a_dual():
     d = Dual(ones(3, 2), ones(1, 2))
     moved = pytree.tree_map(lambda t: t.double() * 2, {"x": [d]})["x"][0]
     assert isinstance(moved, Dual) and moved.dtype == torch.float64 and moved.tangent_rows.shape == (1, 2)
+    names = pytree.tree_map(lambda t: str(t.dtype), d)
+    assert pytree.tree_leaves(names) == ["torch.float32"] * 2
     leaves, spec = pytree.tree_flatten(Dual(ones(2)))
     assert leaves[1] is None and pytree.tree_unflatten(leaves, spec).tangent is None
 

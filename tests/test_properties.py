@@ -96,10 +96,11 @@ def test_tangents_of_the_last_rows_are_the_last_rows_of_the_tangents(case, dtype
 def test_no_tangent_at_all(case, dtype, backend):
     """A Dual without a tangent gives a Dual without one; tensors give tensors."""
     p = errors.problem(case, dtype)
-    mixed = {"dtype": case.output_dtype} if case.output_dtype else {}
     duals = {n: Dual(x) if n in p.tangents else x for n, x in p.primals.items()}
     for y, alone in zip(
-        case.run(duals, backend, **mixed), case.run(p.primals, backend, **mixed), strict=True
+        case.run(duals, backend, **case.output_options),
+        case.run(p.primals, backend, **case.output_options),
+        strict=True,
     ):
         assert isinstance(y, Dual) and y.tangent is None and y.tangent_rows is None
         assert isinstance(alone, torch.Tensor) and torch.equal(y.primal, alone)

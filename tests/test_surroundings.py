@@ -5,6 +5,7 @@ import contextlib
 
 import pytest
 import torch
+from conftest import threads
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import imf_kernels as ik
@@ -102,13 +103,8 @@ def test_memory_that_cannot_be_had():
     """An error of Python on any number of threads, not the end of the process."""
     q, k = torch.zeros(1, 2, 1, 64), torch.zeros(1, 1, 1, 64).expand(1, 2, 2**36, 64)
     for count in (1, 2):
-        before = torch.get_num_threads()
-        torch.set_num_threads(count)
-        try:
-            with pytest.raises(MemoryError):
-                ik.scaled_dot_product_attention(q, k, k, backend="cpu")
-        finally:
-            torch.set_num_threads(before)
+        with threads(count), pytest.raises(MemoryError):
+            ik.scaled_dot_product_attention(q, k, k, backend="cpu")
 
 
 def test_only_wanted_gradients_of_attention_are_computed():

@@ -76,7 +76,7 @@ inline void softmax_block(QueryBlock<Unit>& b, index_t rows, index_t keys, float
     Vec highest(first ? -INFINITY : b.max[i]);
     for_each_vec(keys, [&](index_t j, int lanes) {
       const Vec logit = load(s + j) * Vec(scale);
-      highest = max(highest, lanes == Vec::width ? logit : keep_lanes(logit, lanes, -INFINITY));
+      highest = max(highest, keep_lanes(logit, lanes, -INFINITY));
     });
     const float row_max = reduce_max(highest);
     // A row of nothing but -inf so far: any finite maximum leaves its sums at zero.
@@ -92,8 +92,7 @@ inline void softmax_block(QueryBlock<Unit>& b, index_t rows, index_t keys, float
     b.max[i] = row_max;
     Vec sum(0.0f), weight(0.0f), dot(0.0f);
     for_each_vec(keys, [&](index_t j, int lanes) {
-      Vec exact = exp(load(s + j) * Vec(scale) - Vec(offset));
-      if (lanes < Vec::width) exact = keep_lanes(exact, lanes, 0.0f);
+      const Vec exact = keep_lanes(exp(load(s + j) * Vec(scale) - Vec(offset)), lanes, 0.0f);
       const Vec pj = rounded(exact, p);
       sum += exact;
       weight += pj;
@@ -287,7 +286,7 @@ void backward(const AttentionBackward& a) {
     const index_t query_units = units<Unit>(query_block);
     Scratch scratch(packed_size(width, a.keys) + packed_size(value_units, a.keys) +
                     packed_size(all_keys, a.width) + a.keys * (stride + value_stride) +
-                    query_block * (width + value_units + 3 * stride + value_stride + 5 * key_stride) +
+                    query_block * (width + value_units + 2 * stride + value_stride + 4 * key_stride) +
                     stride + key_stride);
     Unit* k_transposed = scratch.take<Unit>(packed_size(width, a.keys));
     Unit* v_transposed = scratch.take<Unit>(packed_size(value_units, a.keys));
@@ -353,8 +352,7 @@ void backward(const AttentionBackward& a) {
           const Vec lse(a.lse[head * a.queries + q0 + i]);
           Vec sum(0.0f), dot(0.0f), rest(0.0f);
           for_each_vec(a.keys, [&](index_t j, int lanes) {
-            Vec pj = exp(load(pi + j) * Vec(a.scale) - lse);
-            if (lanes < Vec::width) pj = keep_lanes(pj, lanes, 0.0f);
+            const Vec pj = keep_lanes(exp(load(pi + j) * Vec(a.scale) - lse), lanes, 0.0f);
             store(pi + j, pj);
             sum += pj;
             dot = fma(pj, load(dsi + j), dot);

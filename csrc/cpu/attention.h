@@ -7,7 +7,7 @@ namespace imf {
 
 // A [batch, heads, length, width] tensor whose rows are contiguous; tangents hold the last samples only.
 struct HeadsTensor {
-  void* data;         // null: a structural zero, not there
+  void* data;         // null: a structural zero, or a gradient that is not wanted
   index_t stride[3];  // of batch, head, position
 };
 
@@ -25,7 +25,7 @@ struct AttentionForward {
 struct AttentionBackward {
   DType type;
   HeadsTensor q, k, v, dout;
-  HeadsTensor dq, dk, dv;  // null: not wanted
+  HeadsTensor dq, dk, dv;
   const float* lse;
   index_t batch, heads, queries, keys, width, value_width;
   float scale;

@@ -65,7 +65,7 @@ inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v);
 }
 // The first n lanes, and `other` in the rest
-inline Vec keep_lanes(Vec a, int n, float other) {
+inline Vec keep(Vec a, int n, float other) {
   return _mm512_mask_mov_ps(_mm512_set1_ps(other), first_lanes(n), a.v);
 }
 inline Vec swap_pairs(Vec a) { return _mm512_permute_ps(a.v, 0xB1); }
@@ -157,7 +157,7 @@ inline Vec scale_by_power_of_two(Vec a, Vec n) {
 inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
   return _mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ));
 }
-inline Vec keep_lanes(Vec a, int n, float other) {
+inline Vec keep(Vec a, int n, float other) {
   return _mm256_blendv_ps(_mm256_set1_ps(other), a.v, _mm256_castsi256_ps(first_lanes(n)));
 }
 inline Vec swap_pairs(Vec a) { return _mm256_permute_ps(a.v, 0xB1); }
@@ -291,7 +291,7 @@ inline Vec scale_by_power_of_two(Vec a, Vec n) {
 inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
   return each_lane([&](int i) { return a.v[i] < b.v[i] ? yes.v[i] : no.v[i]; });
 }
-inline Vec keep_lanes(Vec a, int n, float other) {
+inline Vec keep(Vec a, int n, float other) {
   return each_lane([&](int i) { return i < n ? a.v[i] : other; });
 }
 inline Vec swap_pairs(Vec a) {
@@ -357,7 +357,7 @@ inline Vec exp(Vec x) {
 }
 
 // Runs body(offset, lanes) over [0, n) a vector at a time; lanes < width in the last one only.
-// `load(p, lanes)` and `store(p, x, lanes)` below take the whole-vector path when they can.
+// `load_lanes`, `store_lanes` and `keep_lanes` below take the whole-vector path when they can.
 template <typename Body>
 inline void for_each_vec(index_t n, Body body) {
   index_t i = 0;
@@ -375,6 +375,9 @@ inline void store_lanes(T* p, Vec a, int lanes) {
   } else {
     store(p, a, lanes);
   }
+}
+inline Vec keep_lanes(Vec a, int lanes, float other) {
+  return lanes == Vec::width ? a : keep(a, lanes, other);
 }
 
 // An element as the kernels see it: with its tangent, or without.

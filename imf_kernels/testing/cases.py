@@ -93,6 +93,11 @@ class Case:
         return next(iter(self.inputs.values())).shape[0]
 
     @property
+    def output_options(self) -> dict[str, torch.dtype]:
+        """The keyword argument that asks for the output's dtype, where one is needed."""
+        return {"dtype": self.output_dtype} if self.output_dtype else {}
+
+    @property
     def differentiable(self) -> tuple[str, ...]:
         return tuple(name for name, x in self.inputs.items() if x.differentiable)
 
