@@ -1,5 +1,5 @@
 # `make train` and `make test` work on a fresh machine with Python >= 3.10 and a C++ compiler. The first
-# target to run makes .venv: on top of the PyTorch that is installed where there is one, else with TORCH.
+# target to run makes .venv: on top of the PyTorch that PYTHON has where there is one, else with TORCH.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # Where TORCH is looked for beside PyPI, whose builds for Linux come with several GB of CUDA.
@@ -18,11 +18,15 @@ help:
 	@echo "make bench      the benchmarks                    make lint       what CI checks; make format mends"
 	@echo "make info       which backends can run here"
 
+# The folders of PYTHON's packages go into .venv's path: PYTHON may itself belong to an environment, whose
+# packages --system-site-packages would not show.
+FOLDERS := import sys, torch; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")
 $(VENV)/torch:
-	if $(PYTHON) -c "import torch" 2>/dev/null; then \
-	  $(PYTHON) -m venv --system-site-packages $(VENV); \
+	$(PYTHON) -m venv $(VENV)
+	if folders=$$($(PYTHON) -c '$(FOLDERS)' 2>/dev/null); then \
+	  echo "$$folders" > $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/installed.pth; \
 	else \
-	  $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install -q "$(TORCH)" --extra-index-url $(TORCH_INDEX); \
+	  $(BIN)/python -m pip install -q "$(TORCH)" --extra-index-url $(TORCH_INDEX); \
 	fi
 	$(BIN)/python -c "from importlib.metadata import version; print('PyTorch', version('torch'))" > $@
 
