@@ -225,7 +225,7 @@ void register_qk_norm_rope(py::module_& m) {
       "qk_norm_rope_backward",
       [](int type, pointer x, pointer dy, pointer weight, pointer cos, pointer sin, pointer rstd, pointer dx,
          pointer dweight, index_t batch, index_t heads, index_t length, index_t width, Strides xs,
-         Strides dys, Strides dxs, int threads) {
+         Strides dys, int threads) {
         IMF_CALL(qk_norm_rope_backward, {DType(type),
                                          at(x),
                                          at(dy),
@@ -241,7 +241,6 @@ void register_qk_norm_rope(py::module_& m) {
                                          width,
                                          {xs[0], xs[1], xs[2]},
                                          {dys[0], dys[1], dys[2]},
-                                         {dxs[0], dxs[1], dxs[2]},
                                          threads});
       },
       unlocked());

@@ -228,7 +228,6 @@ def qk_norm_rope_backward(
     width: int,
     xs: tuple[int, ...],
     dys: tuple[int, ...],
-    dxs: tuple[int, ...],
     threads: int,
     /,
 ) -> None: ...

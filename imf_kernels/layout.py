@@ -34,6 +34,11 @@ def last_contiguous(x: Tensor) -> Tensor:
     return x if x.dim() == 0 or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
+def positions_first(like: Tensor, batch: int, length: int, width: int) -> Tensor:
+    """An empty [batch, H, length, width], H that of `like`, in the memory order [B, L, H, D] of projections."""
+    return like.new_empty((batch, length, like.shape[1], width)).transpose(1, 2)
+
+
 def without_memory(x: Tensor) -> str | None:
     """Why a kernel cannot read `x` at its address; `None` where it can."""
     if torch._C._functorch.is_functorch_wrapped_tensor(x):

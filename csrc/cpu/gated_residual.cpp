@@ -27,19 +27,24 @@ void forward(const GatedResidualForward& a) {
       const X* xi = x + row * a.x_stride;
       const B* bi = branch + row * a.branch_stride;
       X* yi = y + row * a.width;
-      for_each_vec(a.width, [&](index_t j, int lanes) {
-        const Vec g = load_lanes(a.gate + j, lanes);
+      const auto primal = [&](index_t j, int lanes, Vec g) {
         store_lanes(yi + j, fma(load_lanes(bi + j, lanes), g, load_lanes(xi + j, lanes)), lanes);
-      });
-      if (row < first_tangent) continue;
+      };
+      if (row < first_tangent) {
+        for_each_vec(a.width, [&](index_t j, int lanes) { primal(j, lanes, load_lanes(a.gate + j, lanes)); });
+        continue;
+      }
       // The map is linear for a given gate: the tangent is the same sum of the tangents.
       const index_t t = row - first_tangent;
+      const X* xti = x_dot + t * a.x_dot_stride;
+      const B* bti = branch_dot + t * a.branch_dot_stride;
       X* y_dot_i = y_dot + t * a.width;
       for_each_vec(a.width, [&](index_t j, int lanes) {
-        const Vec zero(0.0f);
-        const Vec xj = x_dot ? load_lanes(x_dot + t * a.x_dot_stride + j, lanes) : zero;
-        const Vec bj = branch_dot ? load_lanes(branch_dot + t * a.branch_dot_stride + j, lanes) : zero;
-        store_lanes(y_dot_i + j, fma(bj, load_lanes(a.gate + j, lanes), xj), lanes);
+        const Vec g = load_lanes(a.gate + j, lanes);
+        primal(j, lanes, g);
+        const Vec xj = x_dot ? load_lanes(xti + j, lanes) : Vec(0.0f);
+        const Vec bj = branch_dot ? load_lanes(bti + j, lanes) : Vec(0.0f);
+        store_lanes(y_dot_i + j, fma(bj, g, xj), lanes);
       });
     }
   });
@@ -54,7 +59,9 @@ void backward(const GatedResidualBackward& a) {
 
   on_each_thread(team, [&](int thread) {
     const Range share = share_of(a.rows, thread, team);
-    sum_over_rows(share, a.width, a.dgate + thread * a.width, [&](index_t row, float* dgate) {
+    Scratch scratch(a.width);
+    float* dgate = scratch.take<float>(a.width);
+    sum_over_rows(share, a.width, dgate, a.dgate + thread * a.width, [&](index_t row) {
       const X* dyi = dy + row * a.dy_stride;
       const B* bi = branch + row * a.branch_stride;
       B* dbi = dbranch + row * a.width;

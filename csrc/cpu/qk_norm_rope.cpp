@@ -10,31 +10,40 @@ namespace imf {
 namespace IMF_ISA {
 namespace {
 
-// The turn of one position, a vector of lanes at a time: y = c n + s swap(n), where c holds each
-// cosine twice and s each sine twice, first with a minus sign.
+// The turn of one position: y = c n + s swap(n), where c holds each cosine twice and s each sine twice, first
+// with a minus sign. Kept for all heads of the position.
 struct Rotation {
-  Vec c, s;
+  float *c, *s;
 
-  Rotation(const float* cos, const float* sin, index_t j, int lanes) {
+  Rotation(Scratch& scratch, index_t width) : c(scratch.take<float>(width)), s(scratch.take<float>(width)) {}
+  void set(const float* cos, const float* sin, index_t width) {
     alignas(64) static constexpr float signs[16] = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
-    c = duplicate_lower(load(cos + j / 2, lanes / 2));
-    s = duplicate_lower(load(sin + j / 2, lanes / 2)) * load(signs);
+    for_each_vec(width, [&](index_t j, int lanes) {
+      store_lanes(c + j, duplicate_lower(load(cos + j / 2, lanes / 2)), lanes);
+      store_lanes(s + j, duplicate_lower(load(sin + j / 2, lanes / 2)) * load(signs), lanes);
+    });
   }
-  Vec apply(Vec n) const { return fma(c, n, s * swap_pairs(n)); }
-  Dual<Vec> apply(Dual<Vec> n) const { return {apply(n.primal), apply(n.tangent)}; }
-  Vec transposed(Vec dy) const { return fma(c, dy, Vec(0.0f) - s * swap_pairs(dy)); }
+  Vec apply(Vec n, index_t j, int lanes) const {
+    return fma(load_lanes(c + j, lanes), n, load_lanes(s + j, lanes) * swap_pairs(n));
+  }
+  Dual<Vec> apply(Dual<Vec> n, index_t j, int lanes) const {
+    return {apply(n.primal, j, lanes), apply(n.tangent, j, lanes)};
+  }
+  Vec transposed(Vec dy, index_t j, int lanes) const {
+    return fma(load_lanes(c + j, lanes), dy, Vec(0.0f) - load_lanes(s + j, lanes) * swap_pairs(dy));
+  }
 };
 
-// Row (b, h, l), counted in this order.
+// Row (b, l, h), counted in this order, in which projections leave their results.
 struct RowPosition {
-  index_t b, h, l;
+  index_t b, l, h;
   RowPosition(index_t row, index_t heads, index_t length)
-      : b(row / (heads * length)), h(row / length % heads), l(row % length) {}
+      : b(row / (heads * length)), l(row / heads % length), h(row % heads) {}
   void next(index_t heads, index_t length) {
-    if (++l < length) return;
-    l = 0;
     if (++h < heads) return;
     h = 0;
+    if (++l < length) return;
+    l = 0;
     ++b;
   }
   // Where it begins; `first` is the b whose data comes first.
@@ -57,18 +66,22 @@ void forward(const QkNormRopeForward& a) {
 
   on_each_thread(team, [&](int thread) {
     const Range share = share_of_rows(rows, tangent_rows, thread, team);
+    Scratch scratch(2 * a.width);
+    Rotation rotation(scratch, a.width);
     RowPosition at(share.begin, a.heads, a.length);
     for (index_t row = share.begin; row < share.end; ++row, at.next(a.heads, a.length)) {
+      if (row == share.begin || at.h == 0) {
+        rotation.set(a.cos + at.l * (a.width / 2), a.sin + at.l * (a.width / 2), a.width);
+      }
       const T* xi = x + at.offset(a.x_stride);
-      const float* cos = a.cos + at.l * (a.width / 2);
-      const float* sin = a.sin + at.l * (a.width / 2);
       T* yi = y + row * a.width;
       if (row < first_tangent) {
         const float rstd = rsqrt(sum_of_squares(xi, a.width) * scale + a.eps);
         a.rstd[row] = rstd;
         for_each_vec(a.width, [&](index_t j, int lanes) {
+          prefetch(xi + j + a.x_stride[2]);
           const Vec n = load_lanes(xi + j, lanes) * Vec(rstd) * load_lanes(a.weight + j, lanes);
-          store_lanes(yi + j, Rotation(cos, sin, j, lanes).apply(n), lanes);
+          store_lanes(yi + j, rotation.apply(n, j, lanes), lanes);
         });
         continue;
       }
@@ -78,8 +91,10 @@ void forward(const QkNormRopeForward& a) {
       a.rstd[row] = rstd.primal;
       const Dual<Vec> r{Vec(rstd.primal), Vec(rstd.tangent)};
       for_each_vec(a.width, [&](index_t j, int lanes) {
+        prefetch(xi + j + a.x_stride[2]);
+        prefetch(ti + j + a.x_dot_stride[2]);
         const Dual<Vec> n = load_dual(xi + j, ti + j, lanes) * r * load_lanes(a.weight + j, lanes);
-        store_dual(yi + j, y_dot_i + j, Rotation(cos, sin, j, lanes).apply(n), lanes);
+        store_dual(yi + j, y_dot_i + j, rotation.apply(n, j, lanes), lanes);
       });
     }
   });
@@ -97,28 +112,33 @@ void backward(const QkNormRopeBackward& a) {
 
   on_each_thread(team, [&](int thread) {
     const Range share = share_of(rows, thread, team);
-    sum_over_rows(share, a.width, a.dweight + thread * a.width, [&](index_t row, float* dweight) {
+    Scratch scratch(4 * a.width);
+    Rotation rotation(scratch, a.width);
+    float* g = scratch.take<float>(a.width);  // dy turned back, times w
+    float* block = scratch.take<float>(a.width);
+    sum_over_rows(share, a.width, block, a.dweight + thread * a.width, [&](index_t row) {
       const RowPosition at(row, a.heads, a.length);
+      if (row == share.begin || at.h == 0) {
+        rotation.set(a.cos + at.l * (a.width / 2), a.sin + at.l * (a.width / 2), a.width);
+      }
       const T* xi = x + at.offset(a.x_stride);
       const T* dyi = dy + at.offset(a.dy_stride);
-      T* dxi = dx + at.offset(a.dx_stride);
-      const float* cos = a.cos + at.l * (a.width / 2);
-      const float* sin = a.sin + at.l * (a.width / 2);
+      T* dxi = dx + row * a.width;
       const Vec rstd(a.rstd[row]);
-      const auto unturned = [&](index_t j, int lanes) {
-        return Rotation(cos, sin, j, lanes).transposed(load_lanes(dyi + j, lanes));
-      };
       Vec dot(0.0f);
       for_each_vec(a.width, [&](index_t j, int lanes) {
-        const Vec dyn = unturned(j, lanes) * (load_lanes(xi + j, lanes) * rstd);
-        store_lanes(dweight + j, load_lanes(dweight + j, lanes) + dyn, lanes);
-        dot = fma(dyn, load_lanes(a.weight + j, lanes), dot);
+        prefetch(xi + j + a.x_stride[2]);
+        const Vec dn = rotation.transposed(load_lanes(dyi + j, lanes), j, lanes);
+        const Vec dyn = dn * (load_lanes(xi + j, lanes) * rstd);
+        const Vec w = load_lanes(a.weight + j, lanes);
+        store_lanes(block + j, load_lanes(block + j, lanes) + dyn, lanes);
+        store_lanes(g + j, dn * w, lanes);
+        dot = fma(dyn, w, dot);
       });
       const Vec mean(reduce_add(dot) * scale);
       for_each_vec(a.width, [&](index_t j, int lanes) {
-        const Vec g = unturned(j, lanes) * load_lanes(a.weight + j, lanes);
         const Vec n = load_lanes(xi + j, lanes) * rstd;
-        store_lanes(dxi + j, rstd * (g - n * mean), lanes);
+        store_lanes(dxi + j, rstd * (load_lanes(g + j, lanes) - n * mean), lanes);
       });
     });
   });

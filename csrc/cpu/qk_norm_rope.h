@@ -14,9 +14,9 @@ struct QkNormRopeForward {
   const float* weight;  // [width]
   const float* cos;     // [length, width / 2]
   const float* sin;     // [length, width / 2]
-  void* y;              // [batch, heads, length, width], contiguous
-  void* y_dot;          // [tangent_batch, heads, length, width], contiguous
-  float* rstd;          // [batch, heads, length]
+  void* y;              // [batch, length, heads, width], contiguous
+  void* y_dot;          // [tangent_batch, length, heads, width], contiguous
+  float* rstd;          // [batch, length, heads]
   index_t batch, tangent_batch, heads, length, width;
   index_t x_stride[3], x_dot_stride[3];  // of batch, head, position
   float eps;
@@ -31,10 +31,10 @@ struct QkNormRopeBackward {
   const float* cos;
   const float* sin;
   const float* rstd;
-  void* dx;        // [batch, heads, length, width]
+  void* dx;        // [batch, length, heads, width], contiguous
   float* dweight;  // [threads, width] scratch; the sum is left in the first row
   index_t batch, heads, length, width;
-  index_t x_stride[3], dy_stride[3], dx_stride[3];
+  index_t x_stride[3], dy_stride[3];
   int threads;
 };
 

@@ -40,19 +40,17 @@ inline void add_row(float* sum, const float* x, index_t width) {
   });
 }
 
-// Leaves in total[width] what body(row, block) adds to `block` over the rows of a share. A block takes
-// few rows before it is added to the total, which keeps the rounding errors of long sums small.
+// Leaves in total[width] what body(row) adds to block[width] over the rows of a share. A block takes few rows
+// before it is added to the total, which keeps the rounding errors of long sums small.
 template <typename Body>
-inline void sum_over_rows(Range share, index_t width, float* total, Body body) {
+inline void sum_over_rows(Range share, index_t width, float* block, float* total, Body body) {
   constexpr index_t rows_in_block = 64;
   const std::size_t bytes = static_cast<std::size_t>(width) * sizeof(float);
-  Scratch scratch(width);
-  float* block = scratch.take<float>(width);
   std::memset(total, 0, bytes);
   for (index_t first = share.begin; first < share.end; first += rows_in_block) {
     const index_t end = first + rows_in_block < share.end ? first + rows_in_block : share.end;
     std::memset(block, 0, bytes);
-    for (index_t row = first; row < end; ++row) body(row, block);
+    for (index_t row = first; row < end; ++row) body(row);
     add_row(total, block, width);
   }
 }

@@ -79,7 +79,7 @@ inline Vec pair(Vec even, Vec odd) {
   return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_load_si512(order), halves));
 }
 // As the products see it: denormals are zero. For operands alone; results are rounded by `store`.
-inline Vec round_to_bfloat16(Vec a) { return widen((__m256i)_mm512_cvtneps_pbh(a.v)); }
+inline Vec round_to_bfloat16(Vec a) { return widen(narrow(a)); }
 #endif
 
 template <typename Unit>

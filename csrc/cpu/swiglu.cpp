@@ -26,6 +26,8 @@ void forward(const SwigluForward& a) {
       T* yi = y + row * a.width;
       if (row < first_tangent) {
         for_each_vec(a.width, [&](index_t j, int lanes) {
+          prefetch(gate + j + a.x_stride);
+          prefetch(up + j + a.x_stride);
           store_lanes(yi + j, silu(load_lanes(gate + j, lanes)) * load_lanes(up + j, lanes), lanes);
         });
         continue;
@@ -34,6 +36,10 @@ void forward(const SwigluForward& a) {
       const T* up_dot = gate_dot + a.width;
       T* y_dot_i = y_dot + (row - first_tangent) * a.width;
       for_each_vec(a.width, [&](index_t j, int lanes) {
+        prefetch(gate + j + a.x_stride);
+        prefetch(up + j + a.x_stride);
+        prefetch(gate_dot + j + a.x_dot_stride);
+        prefetch(up_dot + j + a.x_dot_stride);
         const Dual<Vec> g = load_dual(gate + j, gate_dot + j, lanes);
         const Dual<Vec> u = load_dual(up + j, up_dot + j, lanes);
         store_dual(yi + j, y_dot_i + j, silu(g) * u, lanes);
@@ -56,6 +62,8 @@ void backward(const SwigluBackward& a) {
       const T* dyi = dy + row * a.dy_stride;
       T* dgate = dx + row * 2 * a.width;
       for_each_vec(a.width, [&](index_t j, int lanes) {
+        prefetch(gate + j + a.x_stride);
+        prefetch(gate + a.width + j + a.x_stride);
         const Vec g = load_lanes(gate + j, lanes);
         const Vec d = load_lanes(dyi + j, lanes);
         const Vec s = sigmoid(g);

@@ -1,6 +1,7 @@
 // SIMD vectors of floats: one interface, implemented for AVX-512, AVX2 and plain C++, picked by the flags
 // that the file is compiled with (see isa.h). All arithmetic of the CPU kernels is fp32; bf16 exists in
-// memory only, and is rounded to nearest even when stored, NaN staying NaN.
+// memory only, and is rounded to nearest even when stored, NaN staying NaN (by the processor's instruction, where
+// it has one, which takes denormals for zero).
 //
 // Contract of exp: relative error at most 2 ulp on [-87.3, 88.7]; below it 0 (results that would
 // be denormal are flushed), above it inf; NaN propagates. tests/test_vec.py enforces just that.
@@ -108,6 +109,9 @@ inline void store(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first_lanes
 inline Vec widen(__m256i bits) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
+#if IMF_ISA_LEVEL >= 4
+inline __m256i narrow(Vec a) { return (__m256i)_mm512_cvtneps_pbh(a.v); }
+#else
 inline __m256i narrow(Vec a) {
   const __m512i x = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
@@ -116,6 +120,7 @@ inline __m256i narrow(Vec a) {
   const __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0)));
 }
+#endif
 inline Vec load(const bfloat16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline Vec load(const bfloat16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
 inline void store(bfloat16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }
@@ -332,6 +337,9 @@ inline void store(bfloat16* p, Vec a, int n = Vec::width) {
 
 #endif
 
+// Asks for what the next row needs. The hardware follows streams without gaps by itself.
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
+
 inline Vec& operator+=(Vec& a, Vec b) { return a = a + b; }
 
 // e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2; e^r by its Taylor polynomial of
@@ -354,6 +362,32 @@ inline Vec exp(Vec x) {
   const Vec y = scale_by_power_of_two(p, n);
   const Vec overflowed = select_less(highest, x, Vec(INFINITY), y);
   return select_less(x, lowest, Vec(0.0f), overflowed);
+}
+
+// sin x and cos x of |x| <= 8192, to 2 ulp of 1. With n = round(2 x / pi) and r = x - n pi/2, |r| <= pi/4,
+// they are the sine and cosine of r, up to order and sign; those by their Taylor polynomials of degrees 9 and
+// 10, whose remainders are below 2e-9. pi/2 is split so that n times the first two parts is exact.
+inline void sin_cos(Vec x, Vec& sin, Vec& cos) {
+  const Vec n = round(x * Vec(0.636619772367581343f));
+  Vec r = fma(n, Vec(-1.5703125f), x);
+  r = fma(n, Vec(-4.837512969970703125e-4f), r);
+  r = fma(n, Vec(-7.54978995489188216e-8f), r);
+  const Vec z = r * r;
+  Vec s(1.0f / 362880.0f);
+  s = fma(s, z, Vec(-1.0f / 5040.0f));
+  s = fma(s, z, Vec(1.0f / 120.0f));
+  s = fma(s, z, Vec(-1.0f / 6.0f));
+  s = fma(s * z, r, r);
+  Vec c(-1.0f / 3628800.0f);
+  c = fma(c, z, Vec(1.0f / 40320.0f));
+  c = fma(c, z, Vec(-1.0f / 720.0f));
+  c = fma(c, z, Vec(1.0f / 24.0f));
+  c = fma(c, z, Vec(-0.5f));
+  c = fma(c, z, Vec(1.0f));
+  const Vec k = n - Vec(4.0f) * round(n * Vec(0.25f));  // quarter turns: -2, -1, 0, 1 or 2
+  const Vec even = Vec(1.0f) - abs(k);                  // 1 for none, -1 for two
+  sin = select_less(abs(even), Vec(0.5f), c * k, s * even);
+  cos = select_less(abs(even), Vec(0.5f), Vec(0.0f) - s * k, c * even);
 }
 
 // Runs body(offset, lanes) over [0, n) a vector at a time; lanes < width in the last one only.

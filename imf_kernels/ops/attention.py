@@ -18,7 +18,7 @@ from torch import Tensor
 from imf_kernels import _C, cpu
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, align, no_gradient, pack, tail, unpack
-from imf_kernels.layout import DTYPES, last_contiguous, pointer
+from imf_kernels.layout import DTYPES, last_contiguous, pointer, positions_first
 from imf_kernels.ops import check
 
 _NAME = "scaled_dot_product_attention"
@@ -103,11 +103,6 @@ def _heads(x: Tensor | None) -> tuple[int, int, int, int]:
     return (0, 0, 0, 0) if x is None else (pointer(x), x.stride(0), x.stride(1), x.stride(2))
 
 
-def _positions_first(like: Tensor, rows: int, length: int, width: int) -> Tensor:
-    """An empty [rows, H, length, width] in the memory order [B, L, H, D] that projections want."""
-    return like.new_empty((rows, length, like.shape[1], width)).transpose(1, 2)
-
-
 class _AttentionCPU(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -121,13 +116,13 @@ class _AttentionCPU(torch.autograd.Function):
         scale: float,
     ) -> tuple[Tensor, Tensor | None]:
         (batch, heads, queries, width), keys, value_width = q.shape, k.shape[2], v.shape[3]
-        out = _positions_first(q, batch, queries, value_width)
+        out = positions_first(q, batch, queries, value_width)
         lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
         stored = next((t for t in (q_dot, k_dot, v_dot) if t is not None), None)
         out_dot, rows = None, 0
         if stored is not None:
             rows = stored.shape[0]
-            out_dot = _positions_first(q, rows, queries, value_width)
+            out_dot = positions_first(q, rows, queries, value_width)
             no_gradient(ctx, out_dot)
         _C.attention_forward(
             *(DTYPES[q.dtype], _heads(q), _heads(k), _heads(v), _heads(out)),
@@ -147,9 +142,9 @@ class _AttentionCPU(torch.autograd.Function):
         (batch, heads, queries, width), keys, value_width = q.shape, k.shape[2], v.shape[3]
         dout = last_contiguous(dout)
         need_q, _, need_k, _, need_v, *_ = ctx.needs_input_grad
-        dq = q.new_empty(q.shape) if need_q else None
-        dk = k.new_empty(k.shape) if need_k else None
-        dv = _positions_first(v, batch, keys, value_width) if need_v else None
+        dq = positions_first(q, batch, queries, width) if need_q else None
+        dk = positions_first(k, batch, keys, width) if need_k else None
+        dv = positions_first(v, batch, keys, value_width) if need_v else None
         _C.attention_backward(
             *(DTYPES[q.dtype], _heads(q), _heads(k), _heads(v), _heads(dout)),
             *(_heads(dq), _heads(dk), _heads(dv), pointer(lse)),

@@ -19,7 +19,7 @@ from torch import Tensor
 from imf_kernels import _C, cpu
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, no_gradient, pack, tail, unpack
-from imf_kernels.layout import DTYPES, last_contiguous, pointer
+from imf_kernels.layout import DTYPES, last_contiguous, pointer, positions_first
 from imf_kernels.ops import check
 
 
@@ -82,12 +82,12 @@ class _QKNormRopeCPU(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         batch, heads, length, width = x.shape
         w, cos, sin = weight.float().contiguous(), cos.float().contiguous(), sin.float().contiguous()
-        y, y_dot, rows = x.new_empty(x.shape), None, 0
+        y, y_dot, rows = positions_first(x, batch, length, width), None, 0
         t_strides: tuple[int, ...] = (0, 0, 0)
-        rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+        rstd = x.new_empty((batch, length, heads), dtype=torch.float32)
         if x_dot is not None:
             rows, t_strides = x_dot.shape[0], x_dot.stride()[:3]
-            y_dot = x.new_empty(x_dot.shape)
+            y_dot = positions_first(x, rows, length, width)
             no_gradient(ctx, y_dot)
         _C.qk_norm_rope_forward(
             *(DTYPES[x.dtype], pointer(x), pointer(x_dot), pointer(w), pointer(cos)),
@@ -107,13 +107,12 @@ class _QKNormRopeCPU(torch.autograd.Function):
         x, weight, cos, sin, rstd = ctx.saved_tensors
         (batch, heads, length, width), threads = x.shape, torch.get_num_threads()
         w, dy = weight.float().contiguous(), last_contiguous(dy)
-        # Positions before heads, as projections leave them.
-        dx = x.new_empty((batch, length, heads, width)).transpose(1, 2)
+        dx = positions_first(x, batch, length, width)
         dweight = x.new_empty((threads, width), dtype=torch.float32)
         _C.qk_norm_rope_backward(
             *(DTYPES[x.dtype], pointer(x), pointer(dy), pointer(w), pointer(cos), pointer(sin)),
             *(pointer(rstd), pointer(dx), pointer(dweight), batch, heads, length, width),
-            *(x.stride()[:3], dy.stride()[:3], dx.stride()[:3], threads),
+            *(x.stride()[:3], dy.stride()[:3], threads),
         )
         return dx, None, dweight[0].to(weight.dtype), None, None, None
 
@@ -146,7 +145,8 @@ def qk_norm_rope(
         backend: "cpu", "reference", or the best one that can run.
 
     Returns:
-        The new q and k, contiguous, each a `Dual` if it came as one. Computed in fp32, rounded once.
+        The new q and k, each a `Dual` if it came as one. From the kernels they come in the memory order
+        [B, L, H, D]. Computed in fp32, rounded once.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit.
