@@ -2,11 +2,12 @@
 
 A group of the table is one operation, case and dtype, and reads as ratios: ours with the tangent in one pass,
 the primal alone, the `reference` backend, and in plain PyTorch `torch.func.jvp` eager and compiled and
-central finite differences. Results are checked before they are timed; the bound from bytes and FLOPs is in
-the record (`--benchmark-json`), where report.py finds it.
+central finite differences; and with the backward of the primal after it. What bounds a row operation is in
+the table too, a copy of as many bytes; the bound of products, from FLOPs, is in the record
+(`--benchmark-json`), where report.py finds it. Results are checked before they are timed.
 
-    pytest benchmarks --benchmark-only                      the digits' shapes and iMF-B/2's attention
-    pytest benchmarks --benchmark-only --every-case         all shapes, and the compiled peer
+    pytest benchmarks --benchmark-only                      the digits, attention of iMF-B/2, large rows
+    pytest benchmarks --benchmark-only --every-case         all shapes, and the compiled peers
 """
 
 from __future__ import annotations
@@ -23,43 +24,65 @@ from imf_kernels import Dual
 from imf_kernels.testing import cases, errors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-FORMS = ("dual", "primal", "dual reference", "torch.func.jvp", "compiled", "finite differences")
+OURS = ("dual", "dual and backward", "primal", "dual reference")
+EAGER = ("torch.func.jvp", "torch.func.jvp and backward", "finite differences")
+COMPILED = ("compiled", "compiled and backward")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     every = metafunc.config.getoption("--every-case")
     selected = []
     for case in cases.select(large=True):
-        attention = case.operation == "scaled_dot_product_attention"
-        default = case.name.startswith("digits") or (attention and case.name == "B/2")
+        rows = case.operation not in peers.PRODUCTS
+        default = case.name in ("digits", "digits qkv") or case.name == (
+            "beyond the cache" if rows else "B/2"
+        )
         for name, dtype in DTYPES.items():
             if not (every or default) or dtype not in case.dtypes:
                 continue
-            for form in FORMS:
-                # Differences of bf16 numbers are noise; compiling every case takes minutes.
-                left_out = form == "finite differences" and dtype == torch.bfloat16
-                if not left_out and (every or form != "compiled"):
+            # Compiling every case takes minutes; differences of bf16 numbers are noise.
+            for form in (*OURS, *EAGER, *(COMPILED if every else ()), *(["copy"] if rows else [])):
+                if form != "finite differences" or dtype != torch.bfloat16:
                     selected.append(pytest.param(case, dtype, form, id=f"{case} {name}, {form}"))
     metafunc.parametrize(("case", "dtype", "form"), selected)
-
-
-def ours(problem: errors.Problem, backend: str | None, dual: bool) -> Callable[[], Any]:
-    case = problem.case
-    arguments = {
-        name: Dual(x, problem.tangents[name]) if dual and name in problem.tangents else x
-        for name, x in problem.primals.items()
-    }
-    return lambda: case.run(arguments, backend, **case.output_options)
 
 
 Outputs = tuple[Tensor, ...]
 
 
+def ours(problem: errors.Problem, form: str) -> Callable[[], Any]:
+    case, backend = problem.case, "reference" if form == "dual reference" else None
+    leaves = _leaves(problem) if form.endswith("backward") else problem.primals
+    arguments = {
+        name: Dual(x, problem.tangents[name]) if form != "primal" and name in problem.tangents else x
+        for name, x in leaves.items()
+    }
+
+    def call() -> Any:
+        return case.run(arguments, backend, **case.output_options)
+
+    if not form.endswith("backward"):
+        return call
+    return lambda: _gradients(problem, leaves, tuple(y.primal for y in call()))
+
+
+def _leaves(problem: errors.Problem) -> dict[str, Tensor]:
+    """The primals, those that are differentiated as leaves of a graph."""
+    names = problem.case.differentiable
+    return {n: x.clone().requires_grad_() if n in names else x for n, x in problem.primals.items()}
+
+
+def _gradients(problem: errors.Problem, leaves: dict[str, Tensor], outputs: Outputs) -> Outputs:
+    wanted = [leaves[name] for name in problem.case.differentiable]
+    return torch.autograd.grad(outputs, wanted, problem.cotangents)
+
+
 def peer(problem: errors.Problem, form: str) -> Callable[[], tuple[Outputs, Outputs]]:
     """A case's outputs and their tangents by other means: both, as ours gives both."""
     case, names = problem.case, list(problem.tangents)
-    x, x_dot = tuple(problem.primals[n] for n in names), tuple(problem.tangents.values())
-    plain, rest = peers.formula(case), problem.primals
+    rest = _leaves(problem) if form.endswith("backward") else problem.primals
+    x, x_dot = tuple(rest[n] for n in names), tuple(problem.tangents.values())
+    plain = peers.formula(case)
 
     def formula(*moving: Tensor) -> Outputs:
         return plain({**rest, **dict(zip(names, moving, strict=True))})
@@ -77,18 +100,28 @@ def peer(problem: errors.Problem, form: str) -> Callable[[], tuple[Outputs, Outp
             return formula(*x), slopes
 
         return differences
-    if form == "compiled":
+    if form.startswith("compiled"):
         torch._dynamo.reset()
-        compiled = torch.compile(forward_mode, dynamic=False, fullgraph=True)  # or it falls back in silence
-        return lambda: compiled(*x, *x_dot)
-    return lambda: forward_mode(*x, *x_dot)
+        forward_mode = torch.compile(
+            forward_mode, dynamic=False, fullgraph=True
+        )  # or it falls back in silence
+    if not form.endswith("backward"):
+        return lambda: forward_mode(*x, *x_dot)
+
+    def and_backward() -> tuple[Outputs, Outputs]:
+        outputs, tangents = forward_mode(*x, *x_dot)
+        _gradients(problem, rest, outputs)
+        return outputs, tangents
+
+    return and_backward
 
 
 def test_operation(benchmark: Any, case: cases.Case, dtype: torch.dtype, form: str) -> None:
     problem = errors.problem(case, dtype)
-    dual = form != "primal"
     name = next(n for n, d in DTYPES.items() if d == dtype)
-    machine = peers.machine()
+    size, flops = case.count_bytes(dtype, form != "primal"), case.count_flops(form != "primal")
+    if form.endswith("backward"):
+        size, flops = size + case.count_backward_bytes(dtype), flops + case.backward_flops
     benchmark.group = f"{case} {name}"
     benchmark.extra_info |= {
         "torch": torch.__version__,
@@ -97,17 +130,18 @@ def test_operation(benchmark: Any, case: cases.Case, dtype: torch.dtype, form: s
         "case": case.name,
         "dtype": name,
         "form": form,
-        "flops": case.count_flops(dual),
-        "bytes": case.count_bytes(dtype, dual),
-        "bound": machine.bound(case, dtype, dual),
-        "copy bandwidth": machine.bandwidth,
-        "GEMM rate": machine.flops[dtype],
+        "bytes": size,
     }
-    if form in ("dual", "primal", "dual reference"):
-        backend = "reference" if form == "dual reference" else None
-        call = ours(problem, backend, dual)
+    if case.operation in peers.PRODUCTS:
+        rate = peers.gemm_rate(dtype)
+        benchmark.extra_info |= {"flops": flops, "GEMM rate": rate, "bound": flops / rate}
+    if form == "copy":
+        call = peers.copy(size)
+    elif form in OURS:
+        call = ours(problem, form)
         # Yardsticks of eight draws would take minutes at these sizes; one draw is the stricter rule.
-        problem.check(problem.evaluate(backend, tangents=dual), tangents=dual, draws=1)
+        backend, tangents = "reference" if form == "dual reference" else None, form != "primal"
+        problem.check(problem.evaluate(backend, tangents=tangents), tangents=tangents, draws=1)
     else:
         call = peer(problem, form)
         worst = max(

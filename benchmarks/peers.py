@@ -6,7 +6,6 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -85,26 +84,16 @@ def formula(case: Case) -> Callable[[dict[str, Any]], tuple[Tensor, ...]]:
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact).norm() / exact.norm().clamp(min=1e-300))
+    return float((got.detach().double() - exact).norm() / exact.norm().clamp(min=1e-300))
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What this machine reaches: bytes a second, read and written, of a copy larger than its caches, and
-    multiplications and additions a second of the fastest of PyTorch's matrix products."""
+PRODUCTS = ("linear", "scaled_dot_product_attention")  # bound by multiplications, the others by memory
 
-    bandwidth: float
-    flops: dict[torch.dtype, float]
 
-    def bound(self, case: Case, dtype: torch.dtype, dual: bool) -> float:
-        """Seconds that a case takes at least: its bytes or its FLOPs, whichever is more.
-
-        Products run at the rate of matrix products, everything else at that of memory.
-        """
-        by_bytes = case.count_bytes(dtype, dual) / self.bandwidth
-        if case.operation not in ("linear", "scaled_dot_product_attention"):
-            return by_bytes
-        return max(by_bytes, case.count_flops(dual) / self.flops[dtype])
+def copy(size: int) -> Callable[[], Any]:
+    """Reads and writes `size` bytes in all: what an operation bound by memory is held against."""
+    source, target = torch.ones(size // 2, dtype=torch.uint8), torch.empty(size // 2, dtype=torch.uint8)
+    return lambda: target.copy_(source)
 
 
 def _best(call: Callable[[], Any], repeats: int = 7) -> float:
@@ -118,14 +107,9 @@ def _best(call: Callable[[], Any], repeats: int = 7) -> float:
 
 
 @functools.cache
-def machine() -> Machine:
-    """Measured once a process: a copy of 256 MB, and a product of 2048 rows, 1024 → 4096."""
-    source, target = torch.ones(1 << 26), torch.empty(1 << 26)
-    bandwidth = 2 * source.nbytes / _best(lambda: target.copy_(source))
-    flops = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, w = torch.ones(2048, 1024, dtype=dtype), torch.ones(4096, 1024, dtype=dtype)
-        products = gemm._PRODUCTS.values() if dtype == torch.float32 else [gemm._torch]
-        seconds = min(_best(functools.partial(run, x, w, None)) for run in products)
-        flops[dtype] = 2 * 2048 * 1024 * 4096 / seconds
-    return Machine(bandwidth, flops)
+def gemm_rate(dtype: torch.dtype) -> float:
+    """FLOPs a second of the fastest of PyTorch's products of 2048 rows, 1024 → 4096."""
+    x, w = torch.ones(2048, 1024, dtype=dtype), torch.ones(4096, 1024, dtype=dtype)
+    products = gemm._PRODUCTS.values() if dtype == torch.float32 else [gemm._torch]
+    seconds = min(_best(functools.partial(run, x, w, None)) for run in products)
+    return 2 * 2048 * 1024 * 4096 / seconds

@@ -31,7 +31,7 @@ def backends(operation: str) -> tuple[Backend, ...]:
 
 def report() -> str:
     """Versions, instruction sets, libraries, and each operation's backends."""
-    product = "torch, onednn (the faster one for each layer)"
+    product = f"{', '.join(gemm._PRODUCTS)} (the fastest one for each layer)"
     if gemm.ONEDNN_UNAVAILABLE:
         product = f"torch (onednn: {gemm.ONEDNN_UNAVAILABLE})"
     lines = [

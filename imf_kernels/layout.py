@@ -35,7 +35,7 @@ def last_contiguous(x: Tensor) -> Tensor:
 
 
 def positions_first(like: Tensor, batch: int, length: int, width: int) -> Tensor:
-    """An empty [batch, H, length, width], H that of `like`, in the memory order [B, L, H, D] of projections."""
+    """An empty [batch, H, length, width], H that of `like`, in projections' memory order [B, L, H, D]."""
     return like.new_empty((batch, length, like.shape[1], width)).transpose(1, 2)
 
 

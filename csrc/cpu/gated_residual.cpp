@@ -59,9 +59,9 @@ void backward(const GatedResidualBackward& a) {
 
   on_each_thread(team, [&](int thread) {
     const Range share = share_of(a.rows, thread, team);
-    Scratch scratch(a.width);
-    float* dgate = scratch.take<float>(a.width);
-    sum_over_rows(share, a.width, dgate, a.dgate + thread * a.width, [&](index_t row) {
+    Scratch scratch(sum_over_rows_scratch(a.width));
+    float* total = a.dgate + thread * a.width;
+    sum_over_rows(share, a.width, scratch, total, [&](index_t row, float* dgate) {
       const X* dyi = dy + row * a.dy_stride;
       const B* bi = branch + row * a.branch_stride;
       B* dbi = dbranch + row * a.width;

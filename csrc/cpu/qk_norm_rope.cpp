@@ -112,11 +112,11 @@ void backward(const QkNormRopeBackward& a) {
 
   on_each_thread(team, [&](int thread) {
     const Range share = share_of(rows, thread, team);
-    Scratch scratch(4 * a.width);
+    Scratch scratch(3 * a.width + sum_over_rows_scratch(a.width));
     Rotation rotation(scratch, a.width);
     float* g = scratch.take<float>(a.width);  // dy turned back, times w
-    float* block = scratch.take<float>(a.width);
-    sum_over_rows(share, a.width, block, a.dweight + thread * a.width, [&](index_t row) {
+    float* total = a.dweight + thread * a.width;
+    sum_over_rows(share, a.width, scratch, total, [&](index_t row, float* dweight) {
       const RowPosition at(row, a.heads, a.length);
       if (row == share.begin || at.h == 0) {
         rotation.set(a.cos + at.l * (a.width / 2), a.sin + at.l * (a.width / 2), a.width);
@@ -131,7 +131,7 @@ void backward(const QkNormRopeBackward& a) {
         const Vec dn = rotation.transposed(load_lanes(dyi + j, lanes), j, lanes);
         const Vec dyn = dn * (load_lanes(xi + j, lanes) * rstd);
         const Vec w = load_lanes(a.weight + j, lanes);
-        store_lanes(block + j, load_lanes(block + j, lanes) + dyn, lanes);
+        store_lanes(dweight + j, load_lanes(dweight + j, lanes) + dyn, lanes);
         store_lanes(g + j, dn * w, lanes);
         dot = fma(dyn, w, dot);
       });

@@ -56,9 +56,9 @@ void backward(const RmsNormBackward& a) {
 
   on_each_thread(team, [&](int thread) {
     const Range share = share_of(a.rows, thread, team);
-    Scratch scratch(a.width);
-    float* dweight = scratch.take<float>(a.width);
-    sum_over_rows(share, a.width, dweight, a.dweight + thread * a.width, [&](index_t row) {
+    Scratch scratch(sum_over_rows_scratch(a.width));
+    float* total = a.dweight + thread * a.width;
+    sum_over_rows(share, a.width, scratch, total, [&](index_t row, float* dweight) {
       const X* xi = x + row * a.x_stride;
       const Y* dyi = dy + row * a.dy_stride;
       X* dxi = dx + row * a.width;

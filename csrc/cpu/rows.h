@@ -33,31 +33,41 @@ inline Dual<float> sum_of_squares(const T* x, const T* x_dot, index_t n) {
   return {reduce_add(sum), 2.0f * reduce_add(dot)};
 }
 
-// sum[width] += x[width]
-inline void add_row(float* sum, const float* x, index_t width) {
-  for_each_vec(width, [&](index_t j, int lanes) {
-    store_lanes(sum + j, load_lanes(sum + j, lanes) + load_lanes(x + j, lanes), lanes);
-  });
-}
+// The floats of scratch that sum_over_rows takes.
+inline index_t sum_over_rows_scratch(index_t width) { return 2 * width; }
 
-// Leaves in total[width] what body(row) adds to block[width] over the rows of a share. A block takes few rows
-// before it is added to the total, which keeps the rounding errors of long sums small.
+// Leaves in total[width] what body(row, block) adds to `block` over the rows of a share. Few rows are added
+// up before their sum goes into the total, whose rounding errors are carried along (Kahan): the error of a
+// weight's gradient does not grow with the rows.
 template <typename Body>
-inline void sum_over_rows(Range share, index_t width, float* block, float* total, Body body) {
+inline void sum_over_rows(Range share, index_t width, Scratch& scratch, float* total, Body body) {
   constexpr index_t rows_in_block = 64;
   const std::size_t bytes = static_cast<std::size_t>(width) * sizeof(float);
+  float *block = scratch.take<float>(width), *excess = scratch.take<float>(width);
   std::memset(total, 0, bytes);
+  std::memset(excess, 0, bytes);
   for (index_t first = share.begin; first < share.end; first += rows_in_block) {
     const index_t end = first + rows_in_block < share.end ? first + rows_in_block : share.end;
     std::memset(block, 0, bytes);
-    for (index_t row = first; row < end; ++row) body(row);
-    add_row(total, block, width);
+    for (index_t row = first; row < end; ++row) body(row, block);
+    for_each_vec(width, [&](index_t j, int lanes) {
+      const Vec before = load_lanes(total + j, lanes);
+      const Vec added = load_lanes(block + j, lanes) - load_lanes(excess + j, lanes);
+      const Vec sum = before + added;
+      store_lanes(total + j, sum, lanes);
+      store_lanes(excess + j, (sum - before) - added, lanes);
+    });
   }
 }
 
 // Leaves the sum of the rows of partial[rows, width] in the first, adding in the order of the rows.
 inline void add_up_rows(float* partial, int rows, index_t width) {
-  for (int row = 1; row < rows; ++row) add_row(partial, partial + row * width, width);
+  for (int row = 1; row < rows; ++row) {
+    const float* next = partial + row * width;
+    for_each_vec(width, [&](index_t j, int lanes) {
+      store_lanes(partial + j, load_lanes(partial + j, lanes) + load_lanes(next + j, lanes), lanes);
+    });
+  }
 }
 
 }  // namespace

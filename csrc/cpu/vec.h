@@ -1,7 +1,7 @@
 // SIMD vectors of floats: one interface, implemented for AVX-512, AVX2 and plain C++, picked by the flags
 // that the file is compiled with (see isa.h). All arithmetic of the CPU kernels is fp32; bf16 exists in
-// memory only, and is rounded to nearest even when stored, NaN staying NaN (by the processor's instruction, where
-// it has one, which takes denormals for zero).
+// memory only, and is rounded to nearest even when stored, NaN staying NaN (by the processor's instruction,
+// where it has one, which takes denormals for zero).
 //
 // Contract of exp: relative error at most 2 ulp on [-87.3, 88.7]; below it 0 (results that would
 // be denormal are flushed), above it inf; NaN propagates. tests/test_vec.py enforces just that.

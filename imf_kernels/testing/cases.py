@@ -69,6 +69,9 @@ class Case:
         tangent_rows: for the last how many rows of the batch; `None`: all.
         dtypes: those that the case exists in; the first one is the natural one.
         output_dtype: where it is not that of the first input: a keyword argument `dtype`.
+        backward_flops: of the primal's backward, products alone.
+        backward_inputs: what the backward reads besides the cotangents, and whose gradients it writes;
+            `None`: every input.
         large: of a training run's size, for benchmarks.
     """
 
@@ -83,6 +86,8 @@ class Case:
     tangent_rows: int | None = None
     dtypes: tuple[torch.dtype, ...] = (FP32, BF16)
     output_dtype: torch.dtype | None = None
+    backward_flops: int = 0
+    backward_inputs: tuple[str, ...] | None = None
     large: bool = False
 
     def __str__(self) -> str:
@@ -133,12 +138,21 @@ class Case:
 
     def count_bytes(self, dtype: torch.dtype, dual: bool) -> int:
         """What must be read and written at least: every input and output once."""
-        sizes = {n: math.prod(x.shape) * (x.dtype or dtype).itemsize for n, x in self.inputs.items()}
-        out_dtype = self.output_dtype or next(iter(self.inputs.values())).dtype or dtype
-        out = sum(math.prod(shape) for shape in self.outputs) * out_dtype.itemsize
+        sizes, out = self._sizes(dtype)
         share = 1.0 if self.tangent_rows is None else self.tangent_rows / self.batch
         moved = sum(sizes.values()) + out
         return moved + (round((sum(sizes[n] for n in self.tangents) + out) * share) if dual else 0)
+
+    def count_backward_bytes(self, dtype: torch.dtype) -> int:
+        sizes, out = self._sizes(dtype)
+        inputs = self.inputs if self.backward_inputs is None else self.backward_inputs
+        return out + sum(sizes[n] * (2 if self.inputs[n].differentiable else 1) for n in inputs)
+
+    def _sizes(self, dtype: torch.dtype) -> tuple[dict[str, int], int]:
+        """Bytes of each input, and of all outputs."""
+        sizes = {n: math.prod(x.shape) * (x.dtype or dtype).itemsize for n, x in self.inputs.items()}
+        out_dtype = self.output_dtype or next(iter(self.inputs.values())).dtype or dtype
+        return sizes, sum(math.prod(shape) for shape in self.outputs) * out_dtype.itemsize
 
 
 def _weight(*shape: int, dtype: torch.dtype | None = FP32) -> Input:
@@ -153,7 +167,8 @@ def linear(
     if bias:
         inputs["bias"] = Input((out,), dtype, rounded=True)
     flops = 2 * rows * width * out
-    return Case("linear", name, inputs, ((*lead, out),), flops, flops, tangents=("x",), **more)
+    more = {"tangents": ("x",), "backward_flops": 2 * flops, **more}
+    return Case("linear", name, inputs, ((*lead, out),), flops, flops, **more)
 
 
 def rms_norm(
@@ -232,6 +247,7 @@ def attention(
         pairs * (width + value_width),
         pairs * products,
         tangents=tuple(tangents),
+        backward_flops=pairs * (3 * width + 2 * value_width),
         **more,
     )
 
@@ -252,7 +268,8 @@ def gated_residual(
     shape = (*lead, width)
     inputs = {"x": Input(shape, stream), "branch": Input(shape), "gate": _weight(width)}
     n = math.prod(shape)
-    return Case("gated_residual", name, inputs, (shape,), 2 * n, 2 * n, tangents=tuple(tangents), **more)
+    more = {"tangents": tuple(tangents), "backward_inputs": ("branch", "gate"), **more}
+    return Case("gated_residual", name, inputs, (shape,), 2 * n, 2 * n, **more)
 
 
 def silu(name: str, *shape: int, x: Mapping[str, Any] | None = None, **more: Any) -> Case:
@@ -282,7 +299,7 @@ def prepend_tokens(
         inputs |= {f"tokens_{i}": Input((count, width)), f"embedding_{i}": Input((batch, width))}
     carriers = tuple(n for n in inputs if not n.startswith("tokens") and n not in without)
     total = sum(counts)
-    more = {"tangents": carriers, **more}
+    more = {"tangents": carriers, "backward_inputs": (), **more}
     shape = (batch, total + length, width)
     return Case("prepend_tokens", name, inputs, (shape,), batch * total * width, 0, **more)
 
@@ -305,6 +322,7 @@ def _small() -> list[Case]:
         rms_norm("fp32 stream", 4, 9, width=72, stream=FP32, dtypes=(BF16,), output_dtype=BF16),
         rms_norm("offset", 4, 5, width=64, x={"offset": 4.0}),
         rms_norm("small values", 3, 4, width=40, x={"scale": 1e-3}),
+        rms_norm("many rows", 150_000, width=4, dtypes=(FP32,)),
         qk_norm_rope("width 2", 2, 3, 4, 2),
         qk_norm_rope("digits", 2, 2, 36, 64),
         qk_norm_rope("fewer heads of k", 3, 4, 5, 72, k_heads=1),
@@ -355,6 +373,22 @@ def _small() -> list[Case]:
     ]
 
 
+def _rows(name: str, batch: int, length: int, width: int, heads: int, mlp: int) -> list[Case]:
+    """A block's operations that are bound by memory, in the shapes that they have there."""
+    d = width // heads
+    big: dict[str, Any] = {"large": True}
+    stream: dict[str, Any] = {"stream": FP32, "dtypes": (BF16,), **big}
+    return [
+        rms_norm(f"{name}", batch, length, width=width, **big),
+        rms_norm(f"{name} fp32 stream", batch, length, width=width, output_dtype=BF16, **stream),
+        qk_norm_rope(f"{name}", batch, heads, length, d, **big),
+        swiglu(f"{name}", batch, length, width=mlp, **big),
+        gated_residual(f"{name}", batch, length, width=width, **big),
+        gated_residual(f"{name} fp32 stream", batch, length, width=width, **stream),
+        prepend_tokens(f"{name}", batch, length - 20, width, (8, 4, 2, 2, 4), **big),
+    ]
+
+
 def _model(name: str, batch: int, length: int, width: int, heads: int, mlp: int) -> list[Case]:
     """The operations of a network's block and embeddings, in the shapes they have there."""
     d = width // heads
@@ -363,26 +397,11 @@ def _model(name: str, batch: int, length: int, width: int, heads: int, mlp: int)
         linear(f"{name} qkv", batch, length, width=width, out=3 * width, bias=False, **big),
         linear(f"{name} mlp in", batch, length, width=width, out=2 * mlp, bias=False, **big),
         linear(f"{name} mlp out", batch, length, width=mlp, out=width, bias=False, **big),
-        rms_norm(f"{name}", batch, length, width=width, **big),
-        rms_norm(
-            f"{name} fp32 stream",
-            batch,
-            length,
-            width=width,
-            stream=FP32,
-            output_dtype=BF16,
-            dtypes=(BF16,),
-            **big,
-        ),
-        qk_norm_rope(f"{name}", batch, heads, length, d, **big),
         attention(f"{name}", batch, heads, length, d, **big),
         attention(f"{name} tangents of q", batch, heads, length, d, tangents=("query",), **big),
-        swiglu(f"{name}", batch, length, width=mlp, **big),
-        gated_residual(f"{name}", batch, length, width=width, **big),
-        gated_residual(f"{name} fp32 stream", batch, length, width=width, stream=FP32, dtypes=(BF16,), **big),
+        *_rows(name, batch, length, width, heads, mlp),
         silu(f"{name}", batch, width, **big),
         sinusoidal_embedding(f"{name}", batch, 256, **big),
-        prepend_tokens(f"{name}", batch, length - 20, width, (8, 4, 2, 2, 4), **big),
     ]
 
 
@@ -392,6 +411,7 @@ LARGE = [
     *_model("B/2", 4, 276, 768, 12, 2048),
     *_model("XL/2", 2, 276, 1024, 16, 2730),
     *_model("head dim 72", 2, 276, 1152, 16, 3072),
+    *_rows("beyond the cache", 48, 256, 768, 12, 1024),
     attention("length 1024", 1, 12, 1024, 64, large=True),
     attention("length 4096", 1, 2, 4096, 64, large=True),
 ]
