@@ -88,7 +88,8 @@ def peer(problem: errors.Problem, form: str) -> Callable[[], tuple[Outputs, Outp
         return plain({**rest, **dict(zip(names, moving, strict=True))})
 
     def forward_mode(*both: Tensor) -> tuple[Outputs, Outputs]:
-        return torch.func.jvp(formula, both[: len(x)], both[len(x) :])
+        outputs, tangents = torch.func.jvp(formula, both[: len(x)], both[len(x) :])
+        return outputs, tuple(t.detach() for t in tangents)  # as training does: no gradient goes through them
 
     if form == "finite differences":
         step = 1e-2

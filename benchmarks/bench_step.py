@@ -8,16 +8,21 @@
   fp32 products chosen as ours are, so that what they gain can be told from what kernels and less work gain.
 - `finite differences`: the official step with central differences in the place of the derivative.
 - `plain flow matching`: of the sampling network, without v-head, guidance and derivative, in stock PyTorch.
+- `official, JAX`: the official program itself, compiled by `jax.jit`, in a process beside; official_jax.py.
 
     pytest benchmarks/bench_step.py --benchmark-only                     the digits
     pytest benchmarks/bench_step.py --benchmark-only --every-case        all sizes, all forms, and the sweeps
+    ... --official-jax DIR [--jax-python PYTHON]                         and the official program
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
-from collections.abc import Callable
+import json
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +58,7 @@ SWEEPS = {
 }
 FORMS = (
     "ours", "one forward and backward", "official", "official, our products", "official, compiled",
-    "finite differences", "plain flow matching", "plain flow matching, compiled",
+    "finite differences", "plain flow matching", "plain flow matching, compiled", "official, JAX",
 )  # fmt: skip
 SWEPT = ("ours", "official", "plain flow matching")
 
@@ -207,13 +212,18 @@ def _status(path: Path, name: str) -> int:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    every = metafunc.config.getoption("--every-case")
+    config = metafunc.config
+    every = config.getoption("--every-case")
     selected = []
     for name in SIZES if every else ["digits"]:
         for precision in ("fp32", "bf16"):
             for form in FORMS:
                 if precision == "bf16" and form == "official, our products":
                     continue  # PyTorch's own are ours there
+                if form == "official, JAX" and (
+                    precision == "bf16" or not config.getoption("--official-jax")
+                ):
+                    continue  # it has no other precision
                 if every or not (form.endswith("compiled") or form == "finite differences"):
                     selected.append((name, precision, form))
     if every:
@@ -221,20 +231,45 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("size", "precision", "form"), selected, ids=lambda value: value)
 
 
-def test_step(benchmark: Any, size: str, precision: str, form: str) -> None:
-    step = make(form, {**SIZES, **SWEEPS}[size], precision)
+@contextlib.contextmanager
+def official_jax(size: tuple[IMFConfig, int], config: pytest.Config) -> Iterator[Callable[[], float]]:
+    """A call runs one step of the official program, in a process of its own, and returns the loss."""
+    fields = dataclasses.asdict(size[0])
+    script = str(Path(__file__).with_name("official_jax.py"))
+    command = [config.getoption("--jax-python"), script, config.getoption("--official-jax")]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*command, json.dumps(fields), str(size[1])], **pipes) as process:
+        assert process.stdout.readline() == "ready\n", (
+            "the official program did not start: see its output above"
+        )
+
+        def step() -> float:
+            process.stdin.write("\n")
+            process.stdin.flush()
+            return float(process.stdout.readline())
+
+        yield step
+        process.stdin.close()
+
+
+def test_step(benchmark: Any, request: Any, size: str, precision: str, form: str) -> None:
     benchmark.group = f"training step, {size}, {precision}"
-    loss = step()
-    if form == "ours" or form.startswith("official, "):
-        wanted = make("official", {**SIZES, **SWEEPS}[size], precision)()
-        assert loss == pytest.approx(wanted, rel=1e-4 if precision == "fp32" else 2e-2)
+    shape = {**SIZES, **SWEEPS}[size]
     benchmark.extra_info |= {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "size": size,
         "dtype": precision,
         "form": form,
-        "loss": loss,
-        **look(step),
     }
+    if form == "official, JAX":
+        with official_jax(shape, request.config) as step:
+            benchmark.pedantic(step, rounds=5, warmup_rounds=1, iterations=1)
+        return
+    step = make(form, shape, precision)
+    loss = step()
+    if form == "ours" or form.startswith("official, "):
+        wanted = make("official", shape, precision)()
+        assert loss == pytest.approx(wanted, rel=1e-4 if precision == "fp32" else 2e-2)
+    benchmark.extra_info |= {"loss": loss, **look(step)}
     benchmark.pedantic(step, rounds=5, warmup_rounds=1, iterations=1)

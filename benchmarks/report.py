@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-OPERATION_FORMS = ("dual", "primal", "dual reference", "torch.func.jvp", "compiled", "finite differences")
+FORWARD = ("primal", "dual reference", "torch.func.jvp", "compiled", "finite differences")
+BACKWARD = ("torch.func.jvp and backward", "compiled and backward")
 Record = dict[str, Any]
 
 
@@ -50,28 +51,40 @@ def milliseconds(seconds: float) -> str:
 
 
 def operations(records: Sequence[Record]) -> str:
-    """A row an operation, case and dtype: our time with the tangent, its share of the bound, ratios to it."""
+    """A row an operation, case and dtype: our time with the tangent, what share of its bound that reaches (the
+    FLOPs at the rate of matrix products, or a copy of as many bytes), and the other forms' times over ours;
+    then the same with the backward of the primal after it."""
     groups: dict[tuple[str, str, str], dict[str, Record]] = defaultdict(dict)
     for record in records:
         if "operation" in record:
             groups[record["operation"], record["case"], record["dtype"]][record["form"]] = record
     rows = []
     for (operation, case, dtype), forms in groups.items():
-        if (ours := forms.get("dual")) is None:
+        if "dual" not in forms:
             continue
-        ratios = [
-            f"{forms[f]['seconds'] / ours['seconds']:.2f}×" if f in forms else "" for f in OPERATION_FORMS[1:]
-        ]
-        bound = f"{ours['bound'] / ours['seconds']:.0%}"
-        rows.append([f"{operation} {case}", dtype, milliseconds(ours["seconds"]), bound, *ratios])
-    return table(["operation", "dtype", "dual, ours", "of its bound", *OPERATION_FORMS[1:]], rows)
+        row = [f"{operation} {case}", dtype]
+        for ours, others in (("dual", FORWARD), ("dual and backward", BACKWARD)):
+            seconds = forms[ours]["seconds"]
+            row += [milliseconds(seconds), f"{bound(forms, ours) / seconds:.0%}"]
+            row += [f"{forms[f]['seconds'] / seconds:.2f}×" if f in forms else "" for f in others]
+        rows.append(row)
+    header = ["operation", "dtype", "dual, ours", "of its bound", *FORWARD]
+    return table([*header, "dual and backward, ours", "of its bound", *BACKWARD], rows)
+
+
+def bound(forms: dict[str, Record], form: str) -> float:
+    """Seconds that a form takes at least."""
+    if "bound" in forms[form]:
+        return forms[form]["bound"]
+    copy = forms["copy"]
+    return copy["seconds"] * forms[form]["bytes"] / copy["bytes"]
 
 
 def steps(records: Sequence[Record]) -> str:
     """A row a form of the training step: time, ratio to ours, memory, and where the time goes."""
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
-        if "share of time" in record:
+        if "size" in record:
             groups[record["size"], record["dtype"]].append(record)
     rows = []
     for (size, dtype), forms in groups.items():
@@ -79,11 +92,16 @@ def steps(records: Sequence[Record]) -> str:
         if ours is None:
             continue
         for r in forms:
-            shares = ", ".join(f"{kind} {share:.0%}" for kind, share in r["share of time"].items())
-            memory = f"{r['peak tensor bytes'] / 2**20:.0f} MiB"
+            shares = ", ".join(f"{kind} {share:.0%}" for kind, share in r.get("share of time", {}).items())
+            memory = [mebibytes(r.get(f"peak {kind} bytes")) for kind in ("tensor", "resident")]
             ratio = f"{r['seconds'] / ours['seconds']:.2f}×"
-            rows.append([f"{size}, {dtype}", r["form"], milliseconds(r["seconds"]), ratio, memory, shares])
-    return table(["step", "form", "time", "to ours", "peak tensor memory", "share of time"], rows)
+            rows.append([f"{size}, {dtype}", r["form"], milliseconds(r["seconds"]), ratio, *memory, shares])
+    memory = ["peak tensor memory", "peak resident memory"]
+    return table(["step", "form", "time", "to ours", *memory, "share of time"], rows)
+
+
+def mebibytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:.0f} MiB"
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
