@@ -51,9 +51,9 @@ def milliseconds(seconds: float) -> str:
 
 
 def operations(records: Sequence[Record]) -> str:
-    """A row an operation, case and dtype: our time with the tangent, which share of its bound it reaches, FLOPs
-    at the rate of matrix products or a copy of as many bytes, and the times of other forms over ours; then
-    the same with the backward of the primal after it."""
+    """A row an operation, case and dtype: our time with the tangent, which share of its bound it reaches
+    (FLOPs at the rate of matrix products, or a copy of as many bytes), and the times of other forms over
+    ours; then the same with the backward of the primal after it."""
     groups: dict[tuple[str, str, str], dict[str, Record]] = defaultdict(dict)
     for record in records:
         if "operation" in record:
