@@ -13,6 +13,9 @@ from torch import Tensor
 
 from imf_kernels.dual import Dual, unpack
 
+# What may stand beside float32: branches beside a residual stream, operands made from it.
+HALVES = (torch.bfloat16, torch.float16)
+
 
 def is_tensor(operation: str, **arguments: Any) -> None:
     """A plain tensor, where a `Dual` has no meaning: weights carry no tangent."""
