@@ -20,7 +20,8 @@ def _forward(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < WIDTH)
-    sample, position = row // (PREFIX + length), row % (PREFIX + length)
+    index = row.to(rows.dtype)  # 64-bit division only if `rows` needs it
+    sample, position = (index // (PREFIX + length)).to(tl.int64), index % (PREFIX + length)
     in_x = inside & (position >= PREFIX)
     out = tl.load(x + (sample * length + position - PREFIX) * WIDTH + column, mask=in_x, other=0.0)
     start = 0

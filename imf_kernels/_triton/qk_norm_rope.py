@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from imf_kernels._triton.rms_norm import inverse_rms, normalized_backward, normalized_dot
-from imf_kernels._triton.rows import Tile
+from imf_kernels._triton.rows import Tile, in_units
 from imf_kernels.layout import count_rows
 
 
@@ -21,41 +21,48 @@ def _rotate(n, cos, sin):
 
 
 @triton.jit
-def _offset(row, heads, length, strides):
-    """Where row (b, h, l), counted in this order, begins."""
-    position, head, sample = row % length, row // length % heads, row // length // heads
-    return sample * strides[0] + head * strides[1] + position * strides[2]
+def _place(row, rows, heads, length):
+    """Sample, head and position of rows, counted in this order; 64-bit division only if `rows` needs it."""
+    row = row.to(rows.dtype)
+    sample, head, position = row // length // heads, row // length % heads, row % length
+    return sample.to(tl.int64), head.to(tl.int64), position.to(tl.int64)
 
 
 @triton.jit
-def _table(table, row, rows, length, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """The row of a table [length, WIDTH / 2] for each row's position."""
+def _offset(place, strides, UNIT: tl.constexpr):
+    return (place[0] * strides[0] + place[1] * strides[1] + place[2] * strides[2]) * UNIT
+
+
+@triton.jit
+def _table(table, position, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The row of a table [length, WIDTH / 2] for each position."""
     pair = tl.arange(0, BLOCK // 2)[None, :]
-    inside = (row < rows) & (pair < WIDTH // 2)
-    return tl.load(table + row % length * (WIDTH // 2) + pair, mask=inside, other=0.0)
+    return tl.load(table + position * (WIDTH // 2) + pair, mask=inside & (pair < WIDTH // 2), other=0.0)
 
 
 @triton.jit(do_not_specialize=["rows", "first_tangent", "length"])
 def _forward(
     x, x_dot, weight, cos, sin, y, y_dot, rstd,
     first_tangent, heads, length, x_strides, x_dot_strides, eps, rows,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    UNIT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < WIDTH)
     w = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-    c = _table(cos, row, rows, length, WIDTH, BLOCK)
-    s = _table(sin, row, rows, length, WIDTH, BLOCK)
-    at = x + _offset(row, heads, length, x_strides) + column
+    place = _place(row, rows, heads, length)
+    c = _table(cos, place[2], row < rows, WIDTH, BLOCK)
+    s = _table(sin, place[2], row < rows, WIDTH, BLOCK)
+    at = x + _offset(place, x_strides, UNIT) + column
     xi = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     r = inverse_rms(xi, WIDTH, eps)
     tl.store(rstd + row, r, mask=row < rows)
     tl.store(y + row * WIDTH + column, _rotate(xi * r * w, c, s), mask=inside)
     if x_dot is not None:
-        t_row = row - first_tangent
+        t_row = row - first_tangent.to(tl.int64) * heads * length
         inside &= t_row >= 0
-        at = x_dot + _offset(t_row, heads, length, x_dot_strides) + column
+        place = place[0] - first_tangent, place[1], place[2]
+        at = x_dot + _offset(place, x_dot_strides, UNIT) + column
         ti = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         n_dot = normalized_dot(xi, ti, r, WIDTH) * w
         tl.store(y_dot + t_row * WIDTH + column, _rotate(n_dot, c, s), mask=inside)
@@ -65,7 +72,7 @@ def _forward(
 def _backward(
     x, dy, weight, cos, sin, rstd, dx,
     heads, length, x_strides, dy_strides, dx_strides, dweight, rows, share,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    UNIT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)[None, :]
@@ -74,19 +81,27 @@ def _backward(
     for start in range(0, share, ROWS):
         row = program * share + start + tl.arange(0, ROWS)[:, None]
         inside = (row < rows) & (column < WIDTH)
-        c = _table(cos, row, rows, length, WIDTH, BLOCK)
-        s = _table(sin, row, rows, length, WIDTH, BLOCK)
+        place = _place(row, rows, heads, length)
+        c = _table(cos, place[2], row < rows, WIDTH, BLOCK)
+        s = _table(sin, place[2], row < rows, WIDTH, BLOCK)
         r = tl.load(rstd + row, mask=row < rows, other=0.0)
-        at = x + _offset(row, heads, length, x_strides) + column
+        at = x + _offset(place, x_strides, UNIT) + column
         n = tl.load(at, mask=inside, other=0.0).to(tl.float32) * r
-        at = dy + _offset(row, heads, length, dy_strides) + column
+        at = dy + _offset(place, dy_strides, UNIT) + column
         # The turn is orthogonal: its transpose turns back.
         dn = _rotate(tl.load(at, mask=inside, other=0.0).to(tl.float32), c, -s)
         dw += dn * n
-        at = dx + _offset(row, heads, length, dx_strides) + column
+        at = dx + _offset(place, dx_strides, UNIT) + column
         tl.store(at, normalized_backward(dn * w, n, r, WIDTH), mask=inside)
     dw = tl.sum(dw, axis=0, keep_dims=True)
     tl.store(dweight + program * WIDTH + column, dw, mask=column < WIDTH)
+
+
+def _in_units(*tensors: Tensor | None) -> tuple[int, list[tuple[int, ...]]]:
+    """The unit of the strides of samples, heads and positions, and for each tensor these strides."""
+    strides = [(0, 0, 0) if x is None else x.stride()[:3] for x in tensors]
+    unit, flat = in_units(*(stride for each in strides for stride in each))
+    return unit, [tuple(flat[i : i + 3]) for i in range(0, len(flat), 3)]
 
 
 def forward(
@@ -100,11 +115,13 @@ def forward(
     rstd: Tensor,
     eps: float,
 ) -> None:
-    _, heads, length, width = x.shape
-    rows, x_dot_strides = count_rows(x), None if x_dot is None else x_dot.stride()[:3]
+    batch, heads, length, width = x.shape
+    first_tangent = batch - (0 if x_dot is None else x_dot.shape[0])
+    unit, (x_strides, x_dot_strides) = _in_units(x, x_dot)
     Tile.whole_rows(width).launch(
-        *(_forward, rows, x, x_dot, weight.contiguous(), cos, sin, y, y_dot, rstd),
-        *(rows - count_rows(x_dot), heads, length, x.stride()[:3], x_dot_strides, eps),
+        *(_forward, count_rows(x), x, x_dot, weight.contiguous(), cos, sin, y, y_dot, rstd),
+        *(first_tangent, heads, length, x_strides, x_dot_strides, eps),
+        UNIT=unit,
     )
 
 
@@ -113,7 +130,8 @@ def backward(
 ) -> Tensor:
     """Fills dx; the gradient of the weight in fp32."""
     _, heads, length, width = x.shape
+    unit, strides = _in_units(x, dy, dx)
     return Tile.whole_rows(width).sum_over_rows(
-        *(_backward, count_rows(x), x, dy, weight.contiguous(), cos, sin, rstd, dx, heads, length),
-        *(x.stride()[:3], dy.stride()[:3], dx.stride()[:3]),
+        *(_backward, count_rows(x), x, dy, weight.contiguous(), cos, sin, rstd, dx, heads, length, *strides),
+        UNIT=unit,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,16 @@ _ELEMENTS, _ELEMENTS_OF_A_WARP = 2048, 512
 
 # Sums over rows are taken in at most so many shares, then over the shares. It does not depend on the GPU.
 _SHARES = 512
+
+
+def in_units(*strides: int) -> tuple[int, list[int]]:
+    """The largest power of two up to 16 that divides all strides, and the strides in units of it.
+
+    A kernel multiplies the two again. The unit is a constant there, by which the compiler knows where rows
+    begin and reads several elements at once; of strides that are not multiples of 16 it knows nothing else.
+    """
+    unit = math.gcd(16, *strides)
+    return unit, [stride // unit for stride in strides]
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,7 @@ class Tile:
         """Runs `kernel(*arguments, rows, …)` on every tile."""
         self._launch(kernel, triton.cdiv(rows, self.rows), *arguments, rows, **constants)
 
-    def sum_over_rows(self, kernel: Any, rows: int, *arguments: Any) -> Tensor:
+    def sum_over_rows(self, kernel: Any, rows: int, *arguments: Any, **constants: Any) -> Tensor:
         """Runs `kernel(*arguments, sums, rows, share, …)` on shares of the rows; the sum of their sums.
 
         Program i of the first axis takes the rows from i · share on and writes their sums [WIDTH] to sums[i],
@@ -56,7 +67,7 @@ class Tile:
         share = max(1, triton.cdiv(rows, _SHARES * self.rows)) * self.rows
         shares = triton.cdiv(rows, share)
         sums = arguments[0].new_empty((shares, self.width), dtype=torch.float32)
-        self._launch(kernel, shares, *arguments, sums, rows, share)
+        self._launch(kernel, shares, *arguments, sums, rows, share, **constants)
         return sums.sum(0)
 
     def _launch(self, kernel: Any, tiles_of_rows: int, *arguments: Any, **constants: Any) -> None:
