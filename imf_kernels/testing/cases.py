@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 
 import imf_kernels
 
-FP32, BF16 = torch.float32, torch.bfloat16
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Input:
 
     def draw(self, generator: Generator, dtype: torch.dtype) -> Tensor:
         own = self.dtype or dtype
-        x = torch.randn(self.shape, generator=generator, dtype=torch.float64) * self.scale + self.offset
+        x = torch.randn(self.shape, generator=generator, dtype=torch.float64, device="cpu")
+        x = x * self.scale + self.offset
         if self.outlier:
             x[..., -1, :] += self.outlier
         x = x.to(dtype if self.rounded else own).to(own)
@@ -81,7 +82,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     tangents: tuple[str, ...] = ()
     tangent_rows: int | None = None
-    dtypes: tuple[torch.dtype, ...] = (FP32, BF16)
+    dtypes: tuple[torch.dtype, ...] = (FP32, BF16, FP16)
     output_dtype: torch.dtype | None = None
     large: bool = False
 
@@ -303,6 +304,7 @@ def _small() -> list[Case]:
         rms_norm("width 128", 4, 36, width=128),
         rms_norm("weights of x's dtype", 4, 2, width=48, weights=None),
         rms_norm("fp32 stream", 4, 9, width=72, stream=FP32, dtypes=(BF16,), output_dtype=BF16),
+        rms_norm("fp32 stream to fp16", 4, 9, width=72, stream=FP32, dtypes=(FP16,), output_dtype=FP16),
         rms_norm("offset", 4, 5, width=64, x={"offset": 4.0}),
         rms_norm("small values", 3, 4, width=40, x={"scale": 1e-3}),
         qk_norm_rope("width 2", 2, 3, 4, 2),
@@ -337,7 +339,7 @@ def _small() -> list[Case]:
         swiglu("wide values", 4, 8, width=64, x={"scale": 30.0}),
         gated_residual("width 1", 5, width=1),
         gated_residual("width 45", 3, 4, width=45),
-        gated_residual("fp32 stream", 4, 9, width=128, stream=FP32, dtypes=(BF16,)),
+        gated_residual("fp32 stream", 4, 9, width=128, stream=FP32, dtypes=(BF16, FP16)),
         gated_residual("only x", 3, 4, width=24, tangents=("x",)),
         gated_residual("only branch", 3, 4, width=24, tangents=("branch",)),
         gated_residual("fp32 stream, only branch", 3, 4, width=24, stream=FP32, tangents=("branch",)),
