@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BACKENDS, KERNELS
+from conftest import BACKENDS, KERNELS, dtypes_of
 
 import imf_kernels as ik
 from imf_kernels.testing import errors
@@ -25,7 +25,7 @@ def test_error_rule(case, dtype, backend):
 @pytest.mark.parametrize("kernels", KERNELS, indirect=True)
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_error_rule_in_the_shapes_of_training(case, kernels):
-    errors.check_case(case, case.dtypes[-1], kernels)
+    errors.check_case(case, dtypes_of(case, kernels)[-1], kernels)
 
 
 def _plain_rms_norm(x, weight):
