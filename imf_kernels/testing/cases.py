@@ -33,6 +33,7 @@ class Input:
             drawn already rounded, and the gradient is held to the error of that dtype.
         positions_first: [B, H, L, D] in the memory order [B, L, H, D], as projections leave it.
         differentiable: False for tables of constants.
+        true: for a mask of bool: the share of True. Where it has several rows the first is False.
     """
 
     shape: tuple[int, ...]
@@ -43,9 +44,15 @@ class Input:
     rounded: bool = False
     positions_first: bool = False
     differentiable: bool = True
+    true: float | None = None
 
     def draw(self, generator: Generator, dtype: torch.dtype) -> Tensor:
         own = self.dtype or dtype
+        if self.true is not None:
+            mask = torch.rand(self.shape, generator=generator, device="cpu") < self.true
+            if self.shape[-2] > 1:
+                mask[..., 0, :] = False
+            return mask
         x = torch.randn(self.shape, generator=generator, dtype=torch.float64, device="cpu")
         x = x * self.scale + self.offset
         if self.outlier:
@@ -71,6 +78,7 @@ class Case:
         dtypes: those that the case exists in; the first one is the natural one.
         output_dtype: where it is not that of the first input: a keyword argument `dtype`.
         large: of a training run's size, for benchmarks.
+        refused_by: the backends that say that they cannot run it.
     """
 
     operation: str
@@ -85,6 +93,7 @@ class Case:
     dtypes: tuple[torch.dtype, ...] = (FP32, BF16, FP16)
     output_dtype: torch.dtype | None = None
     large: bool = False
+    refused_by: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.operation} {self.name}"
@@ -212,17 +221,30 @@ def attention(
     q: Mapping[str, Any] | None = None,
     k: Mapping[str, Any] | None = None,
     v: Mapping[str, Any] | None = None,
+    kv_heads: int | None = None,
+    mask: Input | None = None,
+    is_causal: bool = False,
     **more: Any,
 ) -> Case:
     keys = queries if keys is None else keys
     value_width = width if value_width is None else value_width
+    kv_heads = heads if kv_heads is None else kv_heads
     first: dict[str, Any] = {"positions_first": positions_first}
     inputs = {
         "query": Input((batch, heads, queries, width), **first, **(q or {})),
-        "key": Input((batch, heads, keys, width), **first, **(k or {})),
-        "value": Input((batch, heads, keys, value_width), **first, **(v or {})),
+        "key": Input((batch, kv_heads, keys, width), **first, **(k or {})),
+        "value": Input((batch, kv_heads, keys, value_width), **first, **(v or {})),
     }
-    pairs = 2 * batch * heads * queries * keys
+    if mask is not None:
+        inputs["attn_mask"] = replace(mask, differentiable=False)
+    options = {"is_causal": True} if is_causal else {}
+    if kv_heads != heads:
+        options["enable_gqa"] = True
+    if mask is not None or options:
+        more["refused_by"] = ("cpu",)
+    more["options"] = options | more.get("options", {})
+    seen = sum(min(i + 1, keys) for i in range(queries)) if is_causal else queries * keys
+    pairs = 2 * batch * heads * seen
     logits = sum(name in tangents for name in ("query", "key"))
     products = width * logits + value_width * ((logits > 0) + ("value" in tangents))
     return Case(
@@ -292,7 +314,7 @@ def _small() -> list[Case]:
     offset = {"offset": 2.0}, {"offset": 4.0}
     large = {"offset": 35.0, "scale": 0.2}
     # Queries of one sign and a key far on the other: no weight at all on a row of huge values.
-    weightless: dict[str, Any] = {"q": offset[0], "k": {"outlier": -1e4}, "v": {"outlier": 1e5}}
+    weightless: dict[str, Any] = {"q": offset[0], "k": {"outlier": -1e4}, "v": {"outlier": 3e4}}
     return [
         linear("square", 5, 3, width=16, out=16),
         linear("no bias", 7, width=33, out=5, bias=False),
@@ -329,6 +351,17 @@ def _small() -> list[Case]:
         attention("logits of 1e4", 2, 2, 20, 64, q=large, k=large),
         attention("logits far apart", 2, 2, 20, 16, q={"scale": 5.0}, k={"scale": 5.0}),
         attention("scale 0.3", 2, 2, 9, 16, options={"scale": 0.3}),
+        attention("causal", 1, 2, 40, 16, is_causal=True),
+        attention("causal, more queries", 1, 1, 100, 24, keys=70, is_causal=True),
+        attention("causal, more keys", 1, 1, 40, 24, keys=100, is_causal=True, tangents=("query",)),
+        attention("causal, offset 4", 1, 1, 100, 64, is_causal=True, k=offset[1], v=offset[1]),
+        attention("mask of bool", 2, 3, 21, 24, keys=37, mask=Input((2, 3, 21, 37), true=0.7)),
+        attention("mask of bool for keys", 2, 1, 21, 24, keys=70, mask=Input((2, 1, 1, 70), true=0.7)),
+        attention("mask added", 1, 3, 21, 24, keys=37, mask=Input((3, 21, 37), scale=2.0)),
+        attention("mask added, in fp32", 1, 2, 70, 24, keys=40, mask=Input((70, 1), FP32, scale=2.0)),
+        attention("fewer heads of keys", 1, 6, 21, 24, keys=37, value_width=40, kv_heads=2),
+        attention("one head of keys, causal", 2, 2, 40, 72, kv_heads=1, is_causal=True, tangents=("key",)),
+        attention("fewer heads of keys, mask", 1, 6, 9, 8, keys=5, kv_heads=3, mask=Input((9, 5), true=0.7)),
         *(
             attention(f"tangents of {'+'.join(names)}", 3, 2, 21, 24, keys=18, value_width=16, tangents=names)
             for names in (("query",), ("key",), ("value",), ("query", "key"), ("key", "value"))
@@ -396,6 +429,9 @@ LARGE = [
     *_model("head dim 72", 2, 276, 1152, 16, 3072),
     attention("length 1024", 1, 12, 1024, 64, large=True),
     attention("length 4096", 1, 2, 4096, 64, large=True),
+    attention("length 1024, causal", 1, 12, 1024, 64, is_causal=True, large=True),
+    attention("length 1024, 3 heads of keys", 1, 12, 1024, 64, kv_heads=3, large=True),
+    attention("B/2 with a mask", 4, 12, 276, 64, mask=Input((4, 1, 1, 276), true=0.8), large=True),
 ]
 OPERATIONS = tuple(dict.fromkeys(case.operation for case in SMALL))
 

@@ -117,7 +117,7 @@ def evaluate(
     """
 
     def convert(x: Tensor) -> Tensor:
-        return x.detach().to(dtype or x.dtype)
+        return x.detach().to(dtype or x.dtype) if x.is_floating_point() else x
 
     leaves = {name: convert(x) for name, x in primals.items()}
     if cotangents is not None:
