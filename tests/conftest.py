@@ -49,11 +49,12 @@ def _exists(call):
     operation = case.operation if case else parameters.get("operation", "rms_norm")
     if backend == "triton":
         large = case is not None and case.large  # hours in the interpreter
-        return _has_triton(operation) and not (large and not ON_GPU) and _takes(case, dtype, backend)
+        return has_triton(operation) and not (large and not ON_GPU) and _takes(case, dtype, backend)
     return _takes(case, dtype, backend)
 
 
-def _has_triton(operation):
+def has_triton(operation):
+    """Whether an operation has Triton kernels."""
     file = "attention" if operation == "scaled_dot_product_attention" else operation
     return any(backend.name == "triton" for backend in info.backends(file))
 

@@ -12,7 +12,7 @@ from imf_kernels.triton_backend import launch
 @triton.jit
 def sigmoid(x):
     """1 / (1 + e^(−x)): 0 where e^(−x) overflows."""
-    return tl.div_rn(1.0, 1.0 + tl.exp(-x))
+    return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
