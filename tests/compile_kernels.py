@@ -42,7 +42,7 @@ def launches(case, dtype, target):
 
 
 def resources(kernel, target):
-    """What a compiled kernel asks of the GPU: registers and, for those spilled, bytes of stack of a thread."""
+    """What a compiled kernel asks of the GPU: registers and, for those spilled, bytes of stack a thread."""
     if target.startswith("hip"):
         text = kernel.asm["amdgcn"]
 

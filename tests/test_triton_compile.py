@@ -1,4 +1,4 @@
-"""The Triton kernels compile for the GPUs they are meant for, without one, and keep their values in registers."""
+"""The Triton kernels compile for the GPUs they are meant for, without one, and spill no registers."""
 
 import json
 import os

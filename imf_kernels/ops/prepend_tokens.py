@@ -129,7 +129,7 @@ def prepend_tokens(
     """Learned condition tokens, each plus its sample's embedding, put before a sequence, with the tangent.
 
     Args:
-        x: [B, N, d], float32 or bfloat16 (`reference`: any floating-point type).
+        x: [B, N, d], float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu`: not float16).
         groups: (tokens, embedding) pairs in their order in the sequence: tokens [n, d] are weights, the
             embedding [B, d], a tensor or a `Dual`, is added to each of them.
         backend: "cpu", "triton", "reference", or the best one that can run.

@@ -173,8 +173,9 @@ def qk_norm_rope(
     """RMSNorm over the head dimension, then rotary positions, of queries and of keys, with their tangents.
 
     Args:
-        q, k: [B, H, L, D] of one length, D even, any strides with the last dimension contiguous; float32 or
-            bfloat16 (`reference`: any floating-point type). The numbers of heads may differ.
+        q, k: [B, H, L, D] of one length, D even, any strides with the last dimension contiguous; float32,
+            bfloat16 or float16 (`reference`: any floating-point type; `cpu`: not float16). The numbers of
+            heads may differ.
         q_weight, k_weight: [D], weights of the norms.
         cos, sin: [L, D / 2] in float32, from `rope_tables`; pair (2i, 2i + 1) is turned by angle i.
         eps: added to the mean square.

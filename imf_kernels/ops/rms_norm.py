@@ -3,8 +3,7 @@
 Tangent:  ẏ = (ẋ · r + x · ṙ) · w with ṙ = −r³ · mean(x ẋ).
 Backward: with g = dy · w and n = x · r:  dx = r · (g − n · mean(g n)),  dw = Σ_rows dy · n.
 Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
-Kernels: csrc/cpu/rms_norm.cpp, imf_kernels/_triton/rms_norm.py, csrc/cuda/rms_norm.cu. The latter two have not
-run on hardware yet.
+Kernels: csrc/cpu/rms_norm.cpp, imf_kernels/_triton/rms_norm.py, csrc/cuda/rms_norm.cu.
 
 This file is the exemplar: every operation's file has these parts in this order.
 """

@@ -88,7 +88,8 @@ def silu(x: TensorOrDual, *, backend: str | None = None) -> TensorOrDual:
     """x / (1 + e^(−x)), with its tangent.
 
     Args:
-        x: any shape and strides, float32 or bfloat16 (`reference`: any floating-point type).
+        x: any shape and strides, float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu`:
+            not float16).
         backend: "cpu", "triton", "reference", or the best one that can run.
 
     Returns:

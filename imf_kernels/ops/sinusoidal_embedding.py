@@ -103,7 +103,8 @@ def sinusoidal_embedding(
     """Cosines and sines of scalars at geometrically spaced frequencies, with their tangent.
 
     Args:
-        t: [B], float32 or bfloat16 (`reference`: any floating-point type); not scaled here.
+        t: [B], float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu`: not float16); not
+            scaled here.
         dim: the width of the embedding, even: dim / 2 cosines, then as many sines.
         max_period: 2π times the longest period that the frequencies 1 … 1/max_period approach.
         backend: "cpu", "triton", "reference", or the best one that can run.

@@ -98,8 +98,8 @@ def swiglu(x: TensorOrDual, *, backend: str | None = None) -> TensorOrDual:
     """silu(gate) · up for x = [gate | up], with its tangent.
 
     Args:
-        x: [..., 2d], gate in the first half of the last dimension, up in the second; float32 or bfloat16
-            (`reference`: any floating-point type), the last dimension contiguous.
+        x: [..., 2d], gate in the first half of the last dimension, up in the second; float32, bfloat16 or
+            float16 (`reference`: any floating-point type; `cpu`: not float16), the last dimension contiguous.
         backend: "cpu", "triton", "reference", or the best one that can run.
 
     Returns:
