@@ -390,7 +390,7 @@ def _small() -> list[Case]:
     ]
 
 
-def _model(name: str, batch: int, length: int, width: int, heads: int, mlp: int) -> list[Case]:
+def model(name: str, batch: int, length: int, width: int, heads: int, mlp: int) -> list[Case]:
     """The operations of a network's block and embeddings, in the shapes they have there."""
     d = width // heads
     big: dict[str, Any] = {"large": True}
@@ -423,10 +423,10 @@ def _model(name: str, batch: int, length: int, width: int, heads: int, mlp: int)
 
 SMALL = _small()
 LARGE = [
-    *_model("digits", 128, 36, 128, 2, 341),
-    *_model("B/2", 4, 276, 768, 12, 2048),
-    *_model("XL/2", 2, 276, 1024, 16, 2730),
-    *_model("head dim 72", 2, 276, 1152, 16, 3072),
+    *model("digits", 128, 36, 128, 2, 341),
+    *model("B/2", 4, 276, 768, 12, 2048),
+    *model("XL/2", 2, 276, 1024, 16, 2730),
+    *model("head dim 72", 2, 276, 1152, 16, 3072),
     attention("length 1024", 1, 12, 1024, 64, large=True),
     attention("length 4096", 1, 2, 4096, 64, large=True),
     attention("length 1024, causal", 1, 12, 1024, 64, is_causal=True, large=True),
