@@ -61,12 +61,11 @@ def _load(
         rows = tl.arange(0, ROWS)[:, None]
         first = x[0] + tl.cast(start, tl.int64) * x[1] * ALIGN
         for i in tl.static_range(len(PIECES)):
-            FROM: tl.constexpr = 0 if i == 0 else PIECES[0]
-            columns = FROM + tl.arange(0, PIECES[i])[None, :]
+            columns = i * PIECES[0] + tl.arange(0, PIECES[i])[None, :]
             pointers = first + (rows * x[1] * ALIGN + columns)
             if length is not None:
                 piece = tl.load(pointers, mask=(start + rows < length) & (columns < WIDTH), other=0.0)
-            elif FROM + PIECES[i] > WIDTH:
+            elif i * PIECES[0] + PIECES[i] > WIDTH:
                 piece = tl.load(pointers, mask=columns < WIDTH, other=0.0)
             else:
                 piece = tl.load(pointers)
@@ -79,8 +78,7 @@ def _store(x, tile, start, length, ROWS: tl.constexpr, WIDTH: tl.constexpr, ALIG
     rows = tl.arange(0, ROWS)[:, None]
     first = x[0] + tl.cast(start, tl.int64) * x[1] * ALIGN
     for i in tl.static_range(len(tile)):
-        FROM: tl.constexpr = 0 if i == 0 else tile[0].shape[1]
-        columns = FROM + tl.arange(0, tile[i].shape[1])[None, :]
+        columns = i * tile[0].shape[1] + tl.arange(0, tile[i].shape[1])[None, :]
         mask = (start + rows < length) & (columns < WIDTH)
         tl.store(first + (rows * x[1] * ALIGN + columns), tile[i].to(x[0].dtype.element_ty), mask=mask)
 
