@@ -3,10 +3,10 @@
     python benchmarks/bench_gpu.py OUT.json              all cases, bf16 and fp32
     python benchmarks/bench_gpu.py OUT.json --only swiglu --dtype bf16
 
-A case is checked by the error rule before it is timed; one that breaks it is left out of the figures, with the
-reason. `seconds` is a call as Python makes it, launches included, median of rounds in which all forms take turns;
-`device seconds` is the replay of the call as a CUDA graph, the GPU's work alone. Bounds are from bytes at the
-measured rate of a copy and from FLOPs at that of PyTorch's matrix product. It needs no more than PyTorch.
+A case is checked by the error rule before it is timed; one that breaks it is left out, with the reason.
+`seconds` is a call as Python makes it, launches included, median of rounds in which all forms take turns;
+`device seconds` is the replay of the call as a CUDA graph. Bounds are from bytes at the measured
+rate of a copy and from FLOPs at that of PyTorch's matrix product. It needs no more than PyTorch.
 """
 
 from __future__ import annotations
