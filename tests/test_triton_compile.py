@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(triton_backend.missing() is not None, reason=str
 
 # Bytes of shared memory that a program may have.
 SHARED = {"cuda:80": 163 << 10, "cuda:90": 227 << 10, "cuda:100": 227 << 10, "hip:gfx942": 64 << 10}
-# Bytes of stack that are no cost: sines of large angles are brought near zero in local memory; and ptxas keeps one
+# Bytes of stack that are no cost: sines of large angles are brought near zero in local memory; ptxas keeps an
 # address of prepend_tokens there rather than take a 65th register (sm_80, fp32).
 STACK = {"sinusoidal_embedding": 64, "prepend_tokens": 8}
 
