@@ -40,9 +40,11 @@ def qk_norm_rope(
     return one(q, q_weight), one(k, k_weight)
 
 
-def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: bool
+) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH):  # the only one that torch.func.jvp goes through
-        return F.scaled_dot_product_attention(query, key, value)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
 
 
 def swiglu(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -71,15 +72,24 @@ def choose(operation: str, backends: Sequence[Backend], wanted: str | None, *ten
 
 def _outside_autocast(backend: Backend, tensors: Sequence[Tensor]) -> Backend:
     """The backend, with `torch.autocast` off while it runs: the inputs' dtypes decide what it computes."""
-    kind = tensors[0].device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    device = tensors[0].device
+    if not _autocasts(device):
         return backend
 
     def run(*arguments: Any) -> Any:
-        with torch.autocast(kind, enabled=False):
+        with without_autocast(device):
             return backend.run(*arguments)
 
     return dataclasses.replace(backend, run=run)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Turns `torch.autocast` off where it is on."""
+    return torch.autocast(device.type, enabled=False) if _autocasts(device) else contextlib.nullcontext()
+
+
+def _autocasts(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from imf_kernels import _C, cpu, cuda, gemm
+from imf_kernels import _C, cpu, cuda, gemm, triton_backend
 from imf_kernels.dispatch import Backend
 
 OPERATIONS = (
@@ -40,6 +40,7 @@ def report() -> str:
         f"instruction sets    {', '.join(cpu.instruction_sets())}; in use: {cpu.instruction_set()}",
         f"OpenMP              {'yes' if _C.openmp else 'no: the kernels run on one thread'}",
         f"fp32 products       {product}",
+        f"Triton kernels      {triton_status()}",
         f"CUDA kernels        {cuda_status()}",
         "",
         "operation             backends, the default first",
@@ -48,6 +49,20 @@ def report() -> str:
         names = (b.name if b.default else f"{b.name} (on request)" for b in backends(operation))
         lines.append(f"{operation:<21} {', '.join(names)}")
     return "\n".join(lines)
+
+
+def triton_status() -> str:
+    """Triton's version, where its kernels run, and on what they have been verified."""
+    if reason := triton_backend.missing():
+        return f"cannot run: {reason}"
+    version = f"Triton {importlib.import_module('triton').__version__}"
+    verified = ", ".join(sorted(triton_backend.VERIFIED)) or "no GPU yet"
+    if triton_backend.interpreted():
+        return f"{version}, in its interpreter on the CPU; verified on {verified}"
+    if not torch.cuda.is_available():
+        return f"{version}; cannot run: PyTorch finds no GPU; verified on {verified}"
+    architecture = triton_backend.architecture(torch.empty(0, device="cuda"))
+    return f"{version} on {torch.cuda.get_device_name()} ({architecture}); verified on {verified}"
 
 
 def cuda_status() -> str:

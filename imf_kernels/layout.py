@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # the values of imf::DType, csrc/common/types.h
 
 
-def rows_of(x: Tensor) -> tuple[Tensor, int]:
+def rows_of(x: Tensor | None) -> tuple[Any, int]:
     """`x` as rows at one distance from each other: a tensor, itself where possible, and that distance.
 
     The last dimension must be contiguous. A tensor whose leading dimensions do not collapse into
-    equally spaced rows is copied.
+    equally spaced rows is copied. `None` and 0 for `None`.
     """
+    if x is None:
+        return None, 0
     if x.dim() == 1 or x.is_contiguous():
         return x, x.shape[-1]
     stride: int | None = None  # 0 where rows are one row, expanded

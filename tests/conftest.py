@@ -1,24 +1,83 @@
-"""What the tests of the operations share: backends, poisoned memory, one thread unless a test says more."""
+"""What the tests of the operations share: backends, poisoned memory, one thread unless a test says more.
+
+On a machine with a GPU the `triton` backend runs on it, elsewhere in Triton's interpreter, on the CPU.
+"""
 
 import contextlib
+import os
 
 import pytest
 import torch
 
-from imf_kernels import cpu
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:  # before Triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic products ask for
+
+from imf_kernels import cpu, info, triton_backend  # noqa: E402
+from imf_kernels.testing.cases import Case  # noqa: E402
 
 ISAS = ("plain", "avx2", "avx512", "avx512_bf16")
-KERNELS = tuple(f"cpu-{isa}" for isa in ISAS)
+KERNELS = (*(f"cpu-{isa}" for isa in ISAS), "triton")
 BACKENDS = ("reference", *KERNELS)
+
+_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "triton": triton_backend.DTYPES if ON_GPU else (torch.float32, torch.float16),
+    "reference": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+def dtypes_of(case, backend):
+    """The dtypes of a case that a backend takes here; the natural one first."""
+    return [dtype for dtype in case.dtypes if dtype in _DTYPES[backend.partition("-")[0]]]
+
+
+def pytest_collection_modifyitems(items):
+    """Of tests of each case, dtype and backend, leaves out the combinations that do not exist."""
+    items[:] = [item for item in items if _exists(getattr(item, "callspec", None))]
+
+
+def _exists(call):
+    parameters = call.params if call else {}
+    backend = parameters.get("backend", parameters.get("kernels"))
+    if backend not in BACKENDS:
+        return True
+    case, dtype = parameters.get("case"), parameters.get("dtype")
+    if not isinstance(case, Case):
+        case = None
+    operation = case.operation if case else parameters.get("operation", "rms_norm")
+    if backend == "triton":
+        large = case is not None and case.large  # hours in the interpreter
+        return has_triton(operation) and not (large and not ON_GPU) and _takes(case, dtype, backend)
+    return _takes(case, dtype, backend)
+
+
+def has_triton(operation):
+    """Whether an operation has Triton kernels."""
+    file = "attention" if operation == "scaled_dot_product_attention" else operation
+    return any(backend.name == "triton" for backend in info.backends(file))
+
+
+def _takes(case, dtype, backend):
+    if case is None:
+        return True
+    return dtype in dtypes_of(case, backend) if dtype else bool(dtypes_of(case, backend))
 
 
 @contextlib.contextmanager
 def running_on(name):
-    """The name to pass as `backend`, with the instruction set of "cpu-avx2" chosen meanwhile."""
+    """The name to pass as `backend`, with the instruction set of "cpu-avx2" chosen meanwhile, or the GPU."""
     backend, _, isa = name.partition("-")
     if isa and isa not in cpu.instruction_sets():
         pytest.skip(f"this processor has no {isa}")
-    with cpu.use_instruction_set(isa) if isa else contextlib.nullcontext():
+    if backend == "triton" and (reason := triton_backend.missing()):
+        pytest.skip(reason)
+    with contextlib.ExitStack() as stack:
+        if isa:
+            stack.enter_context(cpu.use_instruction_set(isa))
+        if backend == "triton" and ON_GPU:
+            stack.enter_context(torch.device("cuda"))
         yield backend
 
 
@@ -41,7 +100,7 @@ def backend(request, poisoned_memory):
 
 @pytest.fixture(params=KERNELS)
 def kernels(request, poisoned_memory):
-    """The `cpu` backend with each instruction set in turn, on one thread."""
+    """The `cpu` backend with each instruction set in turn, and `triton`, on one thread."""
     with running_on(request.param) as name, threads(1):
         yield name
 

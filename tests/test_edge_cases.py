@@ -55,12 +55,12 @@ EXPANDED = [(3, 1, 24), (1, 5, 24), (1, 1, 24)]
 @pytest.mark.parametrize("operation", ["linear", "rms_norm", "swiglu", "silu", "gated_residual"])
 def test_broadcast_inputs(operation, shape, backend):
     """Stride 0: inputs, tangents and cotangents that `expand` made give what their copies give."""
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     weight = {"linear": (24, 24), "rms_norm": (24,), "gated_residual": (24,)}.get(operation)
-    weights = () if weight is None else (torch.randn(weight, generator=generator),)
+    weights = () if weight is None else (torch.randn(weight),)
 
     def draw(width=24):
-        return torch.randn((*shape[:-1], width), generator=generator).expand(3, 5, width)
+        return torch.randn(*shape[:-1], width).expand(3, 5, width)
 
     def call(x, x_dot, branch, dy):
         x = x.requires_grad_()
@@ -177,13 +177,16 @@ def test_attention_to_one_key_has_no_derivative_along_logits(dtype, backend):
 
 
 # Each operation as a function of [4, 6] rows, beside PyTorch's own.
-W = torch.linspace(0.5, 1.5, 6)
+def w():
+    return torch.linspace(0.5, 1.5, 6)
+
+
 BY_ROW = {
-    "linear": (lambda x, **o: ik.linear(x, W.diag(), **o), lambda x: F.linear(x, W.diag())),
-    "rms_norm": (lambda x, **o: ik.rms_norm(x, W, **o), lambda x: F.rms_norm(x, (6,), W, eps=1e-6)),
+    "linear": (lambda x, **o: ik.linear(x, w().diag(), **o), lambda x: F.linear(x, w().diag())),
+    "rms_norm": (lambda x, **o: ik.rms_norm(x, w(), **o), lambda x: F.rms_norm(x, (6,), w(), eps=1e-6)),
     "swiglu": (ik.swiglu, lambda x: F.silu(x[..., :3]) * x[..., 3:]),
     "silu": (ik.silu, F.silu),
-    "gated_residual": (lambda x, **o: ik.gated_residual(x, x, W, **o), lambda x: x + x * W),
+    "gated_residual": (lambda x, **o: ik.gated_residual(x, x, w(), **o), lambda x: x + x * w()),
 }
 
 

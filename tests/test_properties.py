@@ -1,20 +1,17 @@
 """What holds for any data: zero, linear, short and missing tangents, the adjoint, repeatability."""
 
-import dataclasses
-
 import pytest
 import torch
-from conftest import BACKENDS, threads
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import BACKENDS
 
-from imf_kernels import Dual, cpu
-from imf_kernels.testing import cases, errors
-from imf_kernels.testing.cases import BF16, FP32, SMALL
+from imf_kernels import Dual
+from imf_kernels.testing import errors
+from imf_kernels.testing.cases import FP32, SMALL
 
 # One case an operation and data type, with a batch of several rows.
 NAMES = {
-    "linear square", "rms_norm width 33", "rms_norm fp32 stream", "qk_norm_rope digits", "swiglu width 37",
+    "linear square", "rms_norm width 33", "rms_norm fp32 stream", "rms_norm fp32 stream to fp16",
+    "qk_norm_rope digits", "swiglu width 37",
     "scaled_dot_product_attention other value width", "scaled_dot_product_attention offset 4",
     "gated_residual width 45", "gated_residual fp32 stream", "silu matrix", "sinusoidal_embedding dim 256",
     "prepend_tokens four groups",
@@ -152,39 +149,3 @@ def test_tangents_of_the_arguments_add_up(name, kernels):
     whole = split(run(p, kernels, p.tangents, False))[0]["tangent 0"]
     parts = [split(run(p, kernels, {n: t}, False))[0]["tangent 0"] for n, t in p.tangents.items()]
     torch.testing.assert_close(sum(parts), whole, rtol=0, atol=2e-6 * offset_loss(case))
-
-
-few, many = st.integers(1, 4), st.integers(1, 70)
-
-
-@st.composite
-def any_case(draw):
-    b, h, n, width, other = (draw(s) for s in (few, few, many, many, many))
-    make = draw(
-        st.sampled_from(
-            [
-                lambda: cases.linear("any", b, n, width=width, out=other),
-                lambda: cases.rms_norm("any", b, n, width=width),
-                lambda: cases.swiglu("any", b, n, width=width),
-                lambda: cases.gated_residual("any", b, n, width=width),
-                lambda: cases.silu("any", b, n, width),
-                lambda: cases.qk_norm_rope("any", b, h, n, 2 * width),
-                lambda: cases.attention(
-                    *("any", b, h, n, width, draw(st.integers(1, 300)), other),
-                    tangents=draw(st.lists(st.sampled_from(["query", "key", "value"]), unique=True)),
-                ),
-            ]
-        )
-    )
-    return dataclasses.replace(make(), tangent_rows=draw(st.integers(0, b)))
-
-
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
-@given(case=any_case())
-def test_any_shape(case):
-    """Shapes nobody thought of, in bf16, where rounding outweighs what luck PyTorch's fp32 has."""
-    with threads(1):
-        p = errors.Problem.draw(case, BF16, seed=0)
-        for isa in cpu.instruction_sets():
-            with cpu.use_instruction_set(isa):
-                p.check(p.evaluate("cpu"))

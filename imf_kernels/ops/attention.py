@@ -4,24 +4,32 @@ Tangent:  Ȯ = P V̇ + (P ∘ Ṡ) V − μ ∘ O with Ṡ = c (Q̇ Kᵀ + Q K̇
 Backward: dV = Pᵀ dO,  dS = P ∘ (dP − δ) with dP = dO Vᵀ, δ_i = Σ_j P_ij dP_ij,  dQ = c dS K,  dK = c dSᵀ Q.
 Source: Vaswani et al., "Attention Is All You Need" (2017); the online softmax and the recomputing backward of
 Dao et al., "FlashAttention" (2022), extended to the tangent.
-Kernels: csrc/cpu/attention.cpp.
+Kernels: csrc/cpu/attention.cpp, _triton/attention.py.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from imf_kernels import _C, cpu
+from imf_kernels import _C, cpu, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, align, no_gradient, pack, tail, unpack
 from imf_kernels.layout import DTYPES, last_contiguous, pointer, positions_first
 from imf_kernels.ops import check
+from imf_kernels.triton_backend import Kernels
 
 _NAME = "scaled_dot_product_attention"
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Along the last dimension; a row of nothing but -inf gives zeros, and zero gradients."""
+    empty = (logits == -math.inf).all(-1, keepdim=True)
+    return torch.softmax(logits.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
 
 
 def _reference(
@@ -31,11 +39,20 @@ def _reference(
     k_dot: Tensor | None,
     v: Tensor,
     v_dot: Tensor | None,
+    mask: Tensor | None,
+    is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor | None]:
     dtype, exact = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    group = _group(q, k)
+    k, k_dot, v, v_dot = (_repeated(x, group) for x in (k, k_dot, v, v_dot))
     q, k, v = q.to(exact), k.to(exact), v.to(exact)
-    p = torch.softmax(scale * (q @ k.mT), dim=-1)
+    s = scale * (q @ k.mT)
+    if is_causal:
+        mask = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril()
+    if mask is not None:
+        s = s.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else s + mask
+    p = _softmax(s)
     o = p @ v
     out = o.to(dtype)
     stored = next((t for t in (q_dot, k_dot, v_dot) if t is not None), None)
@@ -55,40 +72,45 @@ def _reference(
         return out, out_dot.to(dtype)
 
 
+def _group(q: Tensor, k: Tensor) -> int:
+    """How many heads of the query share one of the keys and values."""
+    return q.shape[1] // max(k.shape[1], 1)
+
+
+def _repeated(x: Any, group: int) -> Any:
+    return x if x is None or group == 1 else x.repeat_interleave(group, dim=1)
+
+
 def _check(
     query: Tensor | Dual,
     key: Tensor | Dual,
     value: Tensor | Dual,
-    attn_mask: Any,
     dropout_p: float,
-    is_causal: bool,
     enable_gqa: bool,
 ) -> None:
-    refused = {
-        "attn_mask": attn_mask is not None,
-        "dropout_p": dropout_p != 0.0,
-        "is_causal": is_causal,
-        "enable_gqa": enable_gqa,
-    }
-    for argument, given in refused.items():
-        if given:
-            raise NotImplementedError(f"{_NAME}: {argument} is not supported yet")
+    if dropout_p != 0.0:
+        raise NotImplementedError(f"{_NAME}: dropout_p is not supported yet")
     arguments = {"query": query, "key": key, "value": value}
     check.is_tensor_or_dual(_NAME, **arguments)
     for name, x in arguments.items():
         if len(x.shape) != 4:
             raise ValueError(f"{_NAME}: {name} must be [B, H, L, D], got {list(x.shape)}")
     q, k, v = (unpack(x)[0] for x in arguments.values())
-    hint = "; did you pass [B, L, H, D]?" if q.shape[1] != k.shape[1] else ""
     batch, heads, keys, width = q.shape[0], q.shape[1], k.shape[2], q.shape[3]
-    if tuple(k.shape) != (batch, heads, keys, width):
+    kv_heads = k.shape[1] if enable_gqa and k.shape[1] and heads % k.shape[1] == 0 else heads
+    if tuple(k.shape) != (batch, kv_heads, keys, width):
+        hint = ""
+        if heads != k.shape[1]:
+            hint = (
+                f"; with enable_gqa H must divide {heads}" if enable_gqa else "; did you pass [B, L, H, D]?"
+            )
         raise ValueError(
             f"{_NAME}: key must be [{batch}, {heads}, L, {width}] for query of shape {list(q.shape)}, "
             f"got {list(k.shape)}{hint}"
         )
-    if tuple(v.shape[:3]) != (batch, heads, keys):
+    if tuple(v.shape[:3]) != (batch, kv_heads, keys):
         raise ValueError(
-            f"{_NAME}: value must be [{batch}, {heads}, {keys}, D] for key of shape {list(k.shape)}, "
+            f"{_NAME}: value must be [{batch}, {kv_heads}, {keys}, D] for key of shape {list(k.shape)}, "
             f"got {list(v.shape)}"
         )
     check.same_device(_NAME, q, key=k, value=v)
@@ -98,32 +120,98 @@ def _check(
         check.last_contiguous(_NAME, **{name: x_primal, f"{name}_dot": x_dot})
 
 
+def _check_mask(attn_mask: Any, is_causal: bool, q: Tensor, k: Tensor) -> Tensor | None:
+    """The mask as one of all logits, [B, H, L_q, L_k], in the memory that it has."""
+    if attn_mask is None:
+        return None
+    if is_causal:
+        raise ValueError(f"{_NAME}: is_causal is a mask already; pass attn_mask or is_causal=True, not both")
+    if isinstance(attn_mask, Dual):
+        raise TypeError(f"{_NAME}: attn_mask carries no tangent; pass a tensor, got a Dual")
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"{_NAME}: attn_mask must be a tensor, got {type(attn_mask).__name__}")
+    if attn_mask.dtype not in (torch.bool, torch.float32, q.dtype):
+        raise TypeError(
+            f"{_NAME}: attn_mask must be bool (True: the key takes part) or, to be added to the logits, "
+            f"float32 or {q.dtype} like the query; got {attn_mask.dtype}"
+        )
+    if attn_mask.requires_grad:
+        raise ValueError(
+            f"{_NAME}: attn_mask requires grad, but no gradient flows to a mask; pass attn_mask.detach()"
+        )
+    check.same_device(_NAME, q, attn_mask=attn_mask)
+    shape = (*q.shape[:3], k.shape[2])
+    try:
+        return attn_mask.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{_NAME}: attn_mask must broadcast to [B, H, L_q, L_k] = {list(shape)}, "
+            f"got {list(attn_mask.shape)}"
+        ) from None
+
+
 def _heads(x: Tensor | None) -> tuple[int, int, int, int]:
     """A tensor as the compiled module takes it: pointer, strides of batch, head and position."""
     return (0, 0, 0, 0) if x is None else (pointer(x), x.stride(0), x.stride(1), x.stride(2))
 
 
-class _AttentionCPU(torch.autograd.Function):
+class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        kernels: Any,
         q: Tensor,
         q_dot: Tensor | None,
         k: Tensor,
         k_dot: Tensor | None,
         v: Tensor,
         v_dot: Tensor | None,
+        mask: Tensor | None,
+        is_causal: bool,
         scale: float,
     ) -> tuple[Tensor, Tensor | None]:
-        (batch, heads, queries, width), keys, value_width = q.shape, k.shape[2], v.shape[3]
-        out = positions_first(q, batch, queries, value_width)
-        lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
+        out, out_dot = positions_first(q, q.shape[0], q.shape[2], v.shape[3]), None
         stored = next((t for t in (q_dot, k_dot, v_dot) if t is not None), None)
-        out_dot, rows = None, 0
         if stored is not None:
-            rows = stored.shape[0]
-            out_dot = positions_first(q, rows, queries, value_width)
+            out_dot = positions_first(q, stored.shape[0], q.shape[2], v.shape[3])
             no_gradient(ctx, out_dot)
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        kernels.forward(q, k, v, q_dot, k_dot, v_dot, mask, out, out_dot, lse, scale, is_causal)
+        ctx.save_for_backward(q, k, v, mask, lse)
+        ctx.kernels, ctx.scale, ctx.is_causal = kernels, scale, is_causal
+        return out, out_dot
+
+    @staticmethod
+    @check.backward_of(_NAME)
+    def backward(ctx: Any, dout: Tensor, dout_dot: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, lse = ctx.saved_tensors
+        _, need_q, _, need_k, _, need_v, *_ = ctx.needs_input_grad
+        dq = positions_first(q, q.shape[0], q.shape[2], q.shape[3]) if need_q else None
+        dk = positions_first(k, k.shape[0], k.shape[2], k.shape[3]) if need_k else None
+        dv = positions_first(v, v.shape[0], v.shape[2], v.shape[3]) if need_v else None
+        dout = last_contiguous(dout)
+        ctx.kernels.backward(q, k, v, mask, lse, dout, dq, dk, dv, ctx.scale, ctx.is_causal)
+        return None, dq, None, dk, None, dv, None, None, None, None
+
+
+class _CPU:
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_dot: Tensor | None,
+        k_dot: Tensor | None,
+        v_dot: Tensor | None,
+        mask: None,
+        out: Tensor,
+        out_dot: Tensor | None,
+        lse: Tensor,
+        scale: float,
+        is_causal: bool,
+    ) -> None:
+        (batch, heads, queries, width), keys, value_width = q.shape, k.shape[2], v.shape[3]
+        rows = 0 if out_dot is None else out_dot.shape[0]
         _C.attention_forward(
             *(DTYPES[q.dtype], _heads(q), _heads(k), _heads(v), _heads(out)),
             *(_heads(q_dot), _heads(k_dot), _heads(v_dot), _heads(out_dot), pointer(lse)),
@@ -131,37 +219,58 @@ class _AttentionCPU(torch.autograd.Function):
             scale,
             torch.get_num_threads(),
         )
-        ctx.save_for_backward(q, k, v, lse)
-        ctx.scale = scale
-        return out, out_dot
 
     @staticmethod
-    @check.backward_of(_NAME)
-    def backward(ctx: Any, dout: Tensor, dout_dot: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, lse = ctx.saved_tensors
+    def backward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: None,
+        lse: Tensor,
+        dout: Tensor,
+        dq: Tensor | None,
+        dk: Tensor | None,
+        dv: Tensor | None,
+        scale: float,
+        is_causal: bool,
+    ) -> None:
         (batch, heads, queries, width), keys, value_width = q.shape, k.shape[2], v.shape[3]
-        dout = last_contiguous(dout)
-        need_q, _, need_k, _, need_v, *_ = ctx.needs_input_grad
-        dq = positions_first(q, batch, queries, width) if need_q else None
-        dk = positions_first(k, batch, keys, width) if need_k else None
-        dv = positions_first(v, batch, keys, value_width) if need_v else None
         _C.attention_backward(
             *(DTYPES[q.dtype], _heads(q), _heads(k), _heads(v), _heads(dout)),
             *(_heads(dq), _heads(dk), _heads(dv), pointer(lse)),
-            *(batch, heads, queries, keys, width, value_width, ctx.scale, torch.get_num_threads()),
+            *(batch, heads, queries, keys, width, value_width),
+            scale,
+            torch.get_num_threads(),
         )
-        return dq, None, dk, None, dv, None, None
 
 
 def _cpu_unavailable(tensors: Any) -> str | None:
-    _, key, _ = tensors
-    return cpu.unavailable(tensors) or ("it needs at least one key" if key.shape[2] == 0 else None)
+    query, key, _ = tensors
+    if reason := cpu.unavailable(tensors):
+        return reason
+    if query.shape[1] != key.shape[1]:
+        return f"it has no grouped heads, got {query.shape[1]} of the query and {key.shape[1]} of the key"
+    return "it needs at least one key" if key.shape[2] == 0 else None
 
 
-_BACKENDS = (
-    Backend("cpu", _AttentionCPU.apply, _cpu_unavailable),
+def _cpu_unmasked(tensors: Any) -> str:
+    return "it has no masks and no is_causal"
+
+
+def _triton_unavailable(tensors: Any) -> str | None:
+    if reason := triton_backend.unavailable(tensors):
+        return reason
+    width = max(x.shape[3] for x in tensors)  # a program keeps whole rows in its registers
+    return None if width <= 256 else f"it takes head dims of at most 256, got {width}"
+
+
+_ON_CPU = partial(_Attention.apply, _CPU)
+_OTHERS = (
+    Backend("triton", partial(_Attention.apply, Kernels("attention")), _triton_unavailable),
     Backend("reference", _reference, always),
 )
+_BACKENDS = (Backend("cpu", _ON_CPU, _cpu_unavailable), *_OTHERS)
+_MASKED_BACKENDS = (Backend("cpu", _ON_CPU, _cpu_unmasked), *_OTHERS)
 
 
 def scaled_dot_product_attention(
@@ -182,30 +291,37 @@ def scaled_dot_product_attention(
     alone cost 4 matrix products instead of 6).
 
     Args:
-        query: [B, H, L_q, D], any strides with the last dimension contiguous; float32 or bfloat16
-            (`reference`: any floating-point type).
-        key: [B, H, L_k, D].
-        value: [B, H, L_k, D_v].
-        attn_mask, dropout_p, is_causal, enable_gqa: as in `torch.nn.functional`; not supported yet, and
-            refused unless left at their defaults.
+        query: [B, H, L_q, D], any strides with the last dimension contiguous; float32 or bfloat16, for
+            `triton` float16 too (`reference`: any floating-point type).
+        key: [B, H, L_k, D], or fewer heads with `enable_gqa`.
+        value: [B, H, L_k, D_v], as many heads as the key.
+        attn_mask: broadcasts to [B, H, L_q, L_k] and is never made that large in memory; of bool (True: the
+            key takes part) or, added to the scaled logits, of float32 or the query's dtype. It carries no
+            tangent and gets no gradient. A query that sees no key gives zero, its tangent too. Not for `cpu`.
+        dropout_p: not supported yet, and refused unless 0.
+        is_causal: query i sees the keys 0 to i; excludes `attn_mask`. Not for `cpu`.
         scale: 1 / √D by default.
-        backend: "cpu", "reference", or the best one that can run.
+        enable_gqa: the heads of query are a multiple of those of key and value, each of which is shared by
+            that many neighbouring ones. Not for `cpu`.
+        backend: "cpu", "triton", "reference", or the best one that can run.
 
     Returns:
         [B, H, L_q, D_v] of the query's dtype; a `Dual` if any of the three is one. From the kernels it comes
         in the memory order [B, L_q, H, D_v], so that `.transpose(1, 2).flatten(2)` costs nothing.
 
     Raises:
-        NotImplementedError: for what is not supported yet.
+        NotImplementedError: for dropout.
         TypeError, ValueError: for arguments that do not fit.
         RuntimeError: when an explicit `backend` cannot run.
     """
-    _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    _check(query, key, value, dropout_p, enable_gqa)
     (q, q_dot), (k, k_dot), (v, v_dot) = unpack(query), unpack(key), unpack(value)
+    mask = _check_mask(attn_mask, is_causal, q, k)
     q_dot, k_dot, v_dot = align(q_dot, k_dot, v_dot)
     if scale is not None:
         check.number(_NAME, -math.inf, scale=scale)
     else:
         scale = 1.0 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
-    run = choose(_NAME, _BACKENDS, backend, q, k, v).run
-    return pack(*run(q, q_dot, k, k_dot, v, v_dot, float(scale)), query, key, value)
+    backends = _BACKENDS if mask is None and not is_causal else _MASKED_BACKENDS
+    run = choose(_NAME, backends, backend, q, k, v).run
+    return pack(*run(q, q_dot, k, k_dot, v, v_dot, mask, is_causal, float(scale)), query, key, value)

@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imf_kernels.dispatch import without_autocast
 from imf_kernels.dual import Dual, unpack
+
+# What may stand beside float32: branches beside a residual stream, operands made from it.
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def is_tensor(operation: str, **arguments: Any) -> None:
@@ -99,7 +103,7 @@ def backward_of(operation: str) -> Callable[[Callable[..., Any]], Callable[..., 
             dy = cotangents[0]
             if dy is None:
                 return (None,) * len(ctx.needs_input_grad)
-            with torch.autocast(dy.device.type, enabled=False):
+            with without_autocast(dy.device):
                 return backward(ctx, *cotangents)
 
         return wrapper

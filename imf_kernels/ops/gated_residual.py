@@ -3,21 +3,23 @@
 Tangent:  ẏ = ẋ + ḃ · g (the gate is a weight and carries no tangent).
 Backward: dx = dy,  db = dy · g,  dg = Σ_rows dy · b.
 Source: the residual scales of iMF's blocks (Geng et al., "Improved Mean Flows", 2025, arXiv 2512.02012).
-Kernels: csrc/cpu/gated_residual.cpp.
+Kernels: csrc/cpu/gated_residual.cpp, imf_kernels/_triton/gated_residual.py.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from imf_kernels import _C, cpu
+from imf_kernels import _C, cpu, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, align, no_gradient, pack, unpack
 from imf_kernels.layout import DTYPES, count_rows, last_contiguous, pointer, rows_of
 from imf_kernels.ops import check
+from imf_kernels.triton_backend import Kernels
 
 
 def _reference(
@@ -44,57 +46,82 @@ def _check(x: Tensor | Dual, branch: Tensor | Dual, gate: Tensor) -> None:
     check.has_shape("gated_residual", "branch", branch, x.shape, " like x")
     check.has_shape("gated_residual", "gate", gate, x.shape[-1:], ", one gate a channel")
     check.same_device("gated_residual", x, branch=branch, gate=gate)
-    if branch.dtype != x.dtype and not (x.dtype == torch.float32 and branch.dtype == torch.bfloat16):
+    if branch.dtype != x.dtype and not (x.dtype == torch.float32 and branch.dtype in check.HALVES):
         raise TypeError(
-            "gated_residual: branch must be of x's dtype, or bfloat16 beside x of float32; "
+            "gated_residual: branch must be of x's dtype, or bfloat16 or float16 beside x of float32; "
             f"got {branch.dtype} beside {x.dtype}"
         )
     check.last_contiguous("gated_residual", x=x, x_dot=x_dot, branch=branch, branch_dot=branch_dot)
 
 
-class _GatedResidualCPU(torch.autograd.Function):
+class _GatedResidual(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, x_dot: Tensor | None, branch: Tensor, branch_dot: Tensor | None, gate: Tensor
+        ctx: Any,
+        kernels: Any,
+        x: Tensor,
+        x_dot: Tensor | None,
+        branch: Tensor,
+        branch_dot: Tensor | None,
+        gate: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        (x_rows, x_stride), (b_rows, b_stride) = rows_of(x), rows_of(branch)
-        xt_rows, xt_stride = (None, 0) if x_dot is None else rows_of(x_dot)
-        bt_rows, bt_stride = (None, 0) if branch_dot is None else rows_of(branch_dot)
-        g = gate.float().contiguous()
         y, y_dot = x.new_empty(x.shape), None
         tangent = x_dot if x_dot is not None else branch_dot
         if tangent is not None:
             y_dot = x.new_empty(tangent.shape)
             no_gradient(ctx, y_dot)
-        _C.gated_residual_forward(
-            *(DTYPES[x.dtype], DTYPES[branch.dtype], pointer(x_rows), pointer(xt_rows)),
-            *(pointer(b_rows), pointer(bt_rows), pointer(g), pointer(y), pointer(y_dot)),
-            *(count_rows(x), count_rows(tangent), x.shape[-1]),
-            *(x_stride, xt_stride, b_stride, bt_stride, torch.get_num_threads()),
-        )
+        kernels.forward(x, x_dot, branch, branch_dot, gate, y, y_dot)
         ctx.save_for_backward(branch, gate)
+        ctx.kernels = kernels
         return y, y_dot
 
     @staticmethod
     @check.backward_of("gated_residual")
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         branch, gate = ctx.saved_tensors
-        width, threads = branch.shape[-1], torch.get_num_threads()
-        b_rows, b_stride = rows_of(branch)
-        dy_rows, dy_stride = rows_of(last_contiguous(dy))
-        g = gate.float().contiguous()
         dbranch = branch.new_empty(branch.shape)
+        dgate = ctx.kernels.backward(last_contiguous(dy), branch, gate, dbranch)
+        return None, dy, None, dbranch, None, dgate.to(gate.dtype)
+
+
+class _CPU:
+    @staticmethod
+    def forward(
+        x: Tensor,
+        x_dot: Tensor | None,
+        branch: Tensor,
+        branch_dot: Tensor | None,
+        gate: Tensor,
+        y: Tensor,
+        y_dot: Tensor | None,
+    ) -> None:
+        (x_rows, x_stride), (xt_rows, xt_stride) = rows_of(x), rows_of(x_dot)
+        (b_rows, b_stride), (bt_rows, bt_stride) = rows_of(branch), rows_of(branch_dot)
+        g = gate.float().contiguous()
+        _C.gated_residual_forward(
+            *(DTYPES[x.dtype], DTYPES[branch.dtype], pointer(x_rows), pointer(xt_rows)),
+            *(pointer(b_rows), pointer(bt_rows), pointer(g), pointer(y), pointer(y_dot)),
+            *(count_rows(x), count_rows(y_dot), x.shape[-1]),
+            *(x_stride, xt_stride, b_stride, bt_stride, torch.get_num_threads()),
+        )
+
+    @staticmethod
+    def backward(dy: Tensor, branch: Tensor, gate: Tensor, dbranch: Tensor) -> Tensor:
+        width, threads = branch.shape[-1], torch.get_num_threads()
+        (dy_rows, dy_stride), (b_rows, b_stride) = rows_of(dy), rows_of(branch)
+        g = gate.float().contiguous()
         dgate = branch.new_empty((threads, width), dtype=torch.float32)
         _C.gated_residual_backward(
             *(DTYPES[dy.dtype], DTYPES[branch.dtype], pointer(dy_rows), pointer(b_rows)),
             *(pointer(g), pointer(dbranch), pointer(dgate)),
             *(count_rows(branch), width, dy_stride, b_stride, threads),
         )
-        return dy, None, dbranch, None, dgate[0].to(gate.dtype)
+        return dgate[0]
 
 
 _BACKENDS = (
-    Backend("cpu", _GatedResidualCPU.apply, cpu.unavailable),
+    Backend("cpu", partial(_GatedResidual.apply, _CPU), cpu.unavailable),
+    Backend("triton", partial(_GatedResidual.apply, Kernels("gated_residual")), triton_backend.unavailable),
     Backend("reference", _reference, always),
 )
 
@@ -105,10 +132,11 @@ def gated_residual(
     """x + branch · gate, with its tangent.
 
     Args:
-        x: [..., d], the residual stream; float32 or bfloat16 (`reference`: any floating-point type).
-        branch: like x; bfloat16 may be added to a stream of float32.
+        x: [..., d], the residual stream; float32, bfloat16 or float16 (`reference`: any floating-point type;
+            `cpu`: not float16).
+        branch: like x; bfloat16 and float16 may be added to a stream of float32.
         gate: [d], one gate a channel, of any floating-point type.
-        backend: "cpu", "reference", or the best one that can run.
+        backend: "cpu", "triton", "reference", or the best one that can run.
 
     Returns:
         Like x; a `Dual` if `x` or `branch` is one. Computed in fp32, rounded once.

@@ -4,22 +4,24 @@ A group g has n_g learned tokens T_g [n_g, d], to each of which the sample's emb
 Tangent:  ẏ[b] = [ė_1[b] n_1 times; …; ẋ[b]].
 Backward: dT_g = Σ_b dc_g[b],  de_g[b] = Σ_i dc_g[b, i],  dx = the rest of dy.
 Source: the in-context conditioning of iMF (Geng et al., "Improved Mean Flows", 2025, arXiv 2512.02012).
-Kernels: csrc/cpu/prepend_tokens.cpp.
+Kernels: csrc/cpu/prepend_tokens.cpp, imf_kernels/_triton/prepend_tokens.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from imf_kernels import _C, cpu
+from imf_kernels import _C, cpu, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, align, no_gradient, pack, unpack
 from imf_kernels.layout import DTYPES, pointer
 from imf_kernels.ops import check
+from imf_kernels.triton_backend import Kernels
 
 
 def _reference(x: Tensor, x_dot: Tensor | None, count: int, *groups: Any) -> tuple[Tensor, Tensor | None]:
@@ -62,10 +64,10 @@ def _check(x: Tensor | Dual, groups: Sequence[tuple[Tensor, Tensor | Dual]]) -> 
         check.same_dtype(name, x, **arguments)
 
 
-class _PrependTokensCPU(torch.autograd.Function):
+class _PrependTokens(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, x_dot: Tensor | None, count: int, *groups: Any
+        ctx: Any, kernels: Any, x: Tensor, x_dot: Tensor | None, count: int, *groups: Any
     ) -> tuple[Tensor, Tensor | None]:
         x, x_dot = x.contiguous(), None if x_dot is None else x_dot.contiguous()
         groups = tuple(None if t is None else t.contiguous() for t in groups)
@@ -73,21 +75,12 @@ class _PrependTokensCPU(torch.autograd.Function):
         batch, length, width = x.shape
         ctx.counts = [t.shape[0] for t in tokens]
         total = sum(ctx.counts) + length
-        y, y_dot, rows = x.new_empty((batch, total, width)), None, 0
+        y, y_dot = x.new_empty((batch, total, width)), None
         stored = next((t for t in (x_dot, *embedding_dots) if t is not None), None)
         if stored is not None:
-            rows = stored.shape[0]
-            y_dot = x.new_empty((rows, total, width))
+            y_dot = x.new_empty((stored.shape[0], total, width))
             no_gradient(ctx, y_dot)
-        _C.prepend_tokens_forward(
-            DTYPES[x.dtype],
-            [
-                (pointer(t), pointer(e), pointer(e_dot), t.shape[0])
-                for t, e, e_dot in zip(tokens, embeddings, embedding_dots, strict=True)
-            ],
-            *(pointer(x), pointer(x_dot), pointer(y), pointer(y_dot)),
-            *(batch, rows, length, width, torch.get_num_threads()),
-        )
+        kernels.forward(x, x_dot, tokens, embeddings, embedding_dots, y, y_dot)
         return y, y_dot
 
     @staticmethod
@@ -97,11 +90,35 @@ class _PrependTokensCPU(torch.autograd.Function):
         groups = dy[:, :prefix].split(ctx.counts, dim=1)
         dtokens = [g.sum(dim=0) for g in groups]
         dembeddings = [g.sum(dim=1) for g in groups]
-        return dy[:, prefix:], None, None, *dtokens, *dembeddings, *([None] * len(groups))
+        return None, dy[:, prefix:], None, None, *dtokens, *dembeddings, *([None] * len(groups))
+
+
+class _CPU:
+    @staticmethod
+    def forward(
+        x: Tensor,
+        x_dot: Tensor | None,
+        tokens: Sequence[Tensor],
+        embeddings: Sequence[Tensor],
+        embedding_dots: Sequence[Tensor | None],
+        y: Tensor,
+        y_dot: Tensor | None,
+    ) -> None:
+        batch, length, width = x.shape
+        _C.prepend_tokens_forward(
+            DTYPES[x.dtype],
+            [
+                (pointer(t), pointer(e), pointer(e_dot), t.shape[0])
+                for t, e, e_dot in zip(tokens, embeddings, embedding_dots, strict=True)
+            ],
+            *(pointer(x), pointer(x_dot), pointer(y), pointer(y_dot)),
+            *(batch, 0 if y_dot is None else y_dot.shape[0], length, width, torch.get_num_threads()),
+        )
 
 
 _BACKENDS = (
-    Backend("cpu", _PrependTokensCPU.apply, cpu.unavailable),
+    Backend("cpu", partial(_PrependTokens.apply, _CPU), cpu.unavailable),
+    Backend("triton", partial(_PrependTokens.apply, Kernels("prepend_tokens")), triton_backend.unavailable),
     Backend("reference", _reference, always),
 )
 
@@ -112,10 +129,10 @@ def prepend_tokens(
     """Learned condition tokens, each plus its sample's embedding, put before a sequence, with the tangent.
 
     Args:
-        x: [B, N, d], float32 or bfloat16 (`reference`: any floating-point type).
+        x: [B, N, d], float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu`: not float16).
         groups: (tokens, embedding) pairs in their order in the sequence: tokens [n, d] are weights, the
             embedding [B, d], a tensor or a `Dual`, is added to each of them.
-        backend: "cpu", "reference", or the best one that can run.
+        backend: "cpu", "triton", "reference", or the best one that can run.
 
     Returns:
         [B, Σn + N, d] of x's dtype; a `Dual` if `x` or an embedding is one.

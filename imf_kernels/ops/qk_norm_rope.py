@@ -6,21 +6,23 @@ Tangent:  ẏ = R_l ṅ, ṅ as in rms_norm.
 Backward: dn = R_lᵀ dy, then as in rms_norm.
 Source: Su et al., "RoFormer" (2021), interleaved pairs; Dehghani et al., "Scaling Vision Transformers to 22
 Billion Parameters" (2023), for the normalisation.
-Kernels: csrc/cpu/qk_norm_rope.cpp.
+Kernels: csrc/cpu/qk_norm_rope.cpp, imf_kernels/_triton/qk_norm_rope.py.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from imf_kernels import _C, cpu
+from imf_kernels import _C, cpu, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, no_gradient, pack, tail, unpack
 from imf_kernels.layout import DTYPES, last_contiguous, pointer, positions_first
 from imf_kernels.ops import check
+from imf_kernels.triton_backend import Kernels
 
 
 def rope_tables(length: int, width: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
@@ -75,20 +77,55 @@ def _check(argument: str, x: Tensor | Dual, weight: Tensor, cos: Tensor, sin: Te
     check.last_contiguous(name, **{argument: x, f"{argument}_dot": x_dot})
 
 
-class _QKNormRopeCPU(torch.autograd.Function):
+class _QKNormRope(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, x_dot: Tensor | None, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+        ctx: Any,
+        kernels: Any,
+        x: Tensor,
+        x_dot: Tensor | None,
+        weight: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        eps: float,
     ) -> tuple[Tensor, Tensor | None]:
         batch, heads, length, width = x.shape
-        w, cos, sin = weight.float().contiguous(), cos.float().contiguous(), sin.float().contiguous()
-        y, y_dot, rows = positions_first(x, batch, length, width), None, 0
-        t_strides: tuple[int, ...] = (0, 0, 0)
+        cos, sin = cos.float().contiguous(), sin.float().contiguous()
+        y, y_dot = positions_first(x, batch, length, width), None
         rstd = x.new_empty((batch, length, heads), dtype=torch.float32)
         if x_dot is not None:
-            rows, t_strides = x_dot.shape[0], x_dot.stride()[:3]
-            y_dot = positions_first(x, rows, length, width)
+            y_dot = positions_first(x, x_dot.shape[0], length, width)
             no_gradient(ctx, y_dot)
+        kernels.forward(x, x_dot, weight, cos, sin, y, y_dot, rstd, eps)
+        ctx.save_for_backward(x, weight, cos, sin, rstd)
+        ctx.kernels = kernels
+        return y, y_dot
+
+    @staticmethod
+    @check.backward_of("qk_norm_rope")
+    def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, cos, sin, rstd = ctx.saved_tensors
+        dx = positions_first(x, x.shape[0], x.shape[2], x.shape[3])
+        dweight = ctx.kernels.backward(x, last_contiguous(dy), weight, cos, sin, rstd, dx)
+        return None, dx, None, dweight.to(weight.dtype), None, None, None
+
+
+class _CPU:
+    @staticmethod
+    def forward(
+        x: Tensor,
+        x_dot: Tensor | None,
+        weight: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        y: Tensor,
+        y_dot: Tensor | None,
+        rstd: Tensor,
+        eps: float,
+    ) -> None:
+        batch, heads, length, width = x.shape
+        rows, t_strides = (0, (0, 0, 0)) if x_dot is None else (x_dot.shape[0], x_dot.stride()[:3])
+        w = weight.float().contiguous()
         _C.qk_norm_rope_forward(
             *(DTYPES[x.dtype], pointer(x), pointer(x_dot), pointer(w), pointer(cos)),
             *(pointer(sin), pointer(y), pointer(y_dot), pointer(rstd)),
@@ -98,27 +135,25 @@ class _QKNormRopeCPU(torch.autograd.Function):
             eps,
             torch.get_num_threads(),
         )
-        ctx.save_for_backward(x, weight, cos, sin, rstd)
-        return y, y_dot
 
     @staticmethod
-    @check.backward_of("qk_norm_rope")
-    def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, cos, sin, rstd = ctx.saved_tensors
+    def backward(
+        x: Tensor, dy: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor, dx: Tensor
+    ) -> Tensor:
         (batch, heads, length, width), threads = x.shape, torch.get_num_threads()
-        w, dy = weight.float().contiguous(), last_contiguous(dy)
-        dx = positions_first(x, batch, length, width)
+        w = weight.float().contiguous()
         dweight = x.new_empty((threads, width), dtype=torch.float32)
         _C.qk_norm_rope_backward(
             *(DTYPES[x.dtype], pointer(x), pointer(dy), pointer(w), pointer(cos), pointer(sin)),
             *(pointer(rstd), pointer(dx), pointer(dweight), batch, heads, length, width),
             *(x.stride()[:3], dy.stride()[:3], threads),
         )
-        return dx, None, dweight[0].to(weight.dtype), None, None, None
+        return dweight[0]
 
 
 _BACKENDS = (
-    Backend("cpu", _QKNormRopeCPU.apply, cpu.unavailable),
+    Backend("cpu", partial(_QKNormRope.apply, _CPU), cpu.unavailable),
+    Backend("triton", partial(_QKNormRope.apply, Kernels("qk_norm_rope")), triton_backend.unavailable),
     Backend("reference", _reference, always),
 )
 
@@ -137,12 +172,13 @@ def qk_norm_rope(
     """RMSNorm over the head dimension, then rotary positions, of queries and of keys, with their tangents.
 
     Args:
-        q, k: [B, H, L, D] of one length, D even, any strides with the last dimension contiguous; float32 or
-            bfloat16 (`reference`: any floating-point type). The numbers of heads may differ.
+        q, k: [B, H, L, D] of one length, D even, any strides with the last dimension contiguous; float32,
+            bfloat16 or float16 (`reference`: any floating-point type; `cpu`: not float16). The numbers of
+            heads may differ.
         q_weight, k_weight: [D], weights of the norms.
         cos, sin: [L, D / 2] in float32, from `rope_tables`; pair (2i, 2i + 1) is turned by angle i.
         eps: added to the mean square.
-        backend: "cpu", "reference", or the best one that can run.
+        backend: "cpu", "triton", "reference", or the best one that can run.
 
     Returns:
         The new q and k, each a `Dual` if it came as one. From the kernels they come in the memory order

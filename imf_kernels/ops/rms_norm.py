@@ -3,23 +3,25 @@
 Tangent:  ẏ = (ẋ · r + x · ṙ) · w with ṙ = −r³ · mean(x ẋ).
 Backward: with g = dy · w and n = x · r:  dx = r · (g − n · mean(g n)),  dw = Σ_rows dy · n.
 Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
-Kernels: csrc/cpu/rms_norm.cpp; csrc/cuda/rms_norm.cu (for sm_80, sm_90, sm_100; has not run on hardware yet).
+Kernels: csrc/cpu/rms_norm.cpp, imf_kernels/_triton/rms_norm.py, csrc/cuda/rms_norm.cu.
 
 This file is the exemplar: every operation's file has these parts in this order.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from imf_kernels import _C, cpu, cuda
+from imf_kernels import _C, cpu, cuda, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, tail, unpack
 from imf_kernels.layout import DTYPES, count_rows, last_contiguous, pointer, rows_of
 from imf_kernels.ops import check
+from imf_kernels.triton_backend import Kernels
 
 
 def _reference(
@@ -47,94 +49,105 @@ def _check(x: Tensor | Dual, weight: Tensor, dtype: torch.dtype | None) -> None:
     check.has_shape("rms_norm", "weight", weight, x.shape[-1:], f" for x of shape {list(x.shape)}")
     check.same_device("rms_norm", x, weight=weight)
     check.last_contiguous("rms_norm", x=x, x_dot=x_dot)
-    if dtype not in (None, x.dtype) and not (x.dtype == torch.float32 and dtype == torch.bfloat16):
+    if dtype not in (None, x.dtype) and not (x.dtype == torch.float32 and dtype in check.HALVES):
         raise TypeError(
-            f"rms_norm: dtype must be that of x, or bfloat16 for x of float32; got {dtype} for {x.dtype}"
+            "rms_norm: dtype must be that of x, or bfloat16 or float16 for x of float32; "
+            f"got {dtype} for {x.dtype}"
         )
 
 
-class _RMSNormCPU(torch.autograd.Function):
+class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, x_dot: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+        ctx: Any,
+        kernels: Any,
+        x: Tensor,
+        x_dot: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
-        width = x.shape[-1]
-        x_rows, x_stride = rows_of(x)
-        w = weight.float().contiguous()
-        y = x.new_empty(x.shape, dtype=dtype)
+        y, y_dot = x.new_empty(x.shape, dtype=dtype), None
         rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
-        y_dot, t_rows, t_stride = None, None, 0
         if x_dot is not None:
-            t_rows, t_stride = rows_of(x_dot)
             y_dot = x.new_empty(x_dot.shape, dtype=dtype)
             no_gradient(ctx, y_dot)
-        _C.rms_norm_forward(
-            *(DTYPES[x.dtype], DTYPES[dtype], pointer(x_rows), pointer(t_rows)),
-            *(pointer(w), pointer(y), pointer(y_dot), pointer(rstd)),
-            *(count_rows(x), count_rows(t_rows), width, x_stride, t_stride),
-            eps,
-            torch.get_num_threads(),
-        )
+        kernels.forward(x, x_dot, weight, y, y_dot, rstd, eps)
         ctx.save_for_backward(x, weight, rstd)
+        ctx.kernels = kernels
         return y, y_dot
 
     @staticmethod
     @check.backward_of("rms_norm")
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        width, threads = x.shape[-1], torch.get_num_threads()
-        x_rows, x_stride = rows_of(x)
-        dy_rows, dy_stride = rows_of(last_contiguous(dy))
-        w = weight.float().contiguous()
         dx = x.new_empty(x.shape)
-        dweight = x.new_empty((threads, width), dtype=torch.float32)
-        _C.rms_norm_backward(
-            *(DTYPES[x.dtype], DTYPES[dy.dtype], pointer(x_rows), pointer(dy_rows)),
-            *(pointer(w), pointer(rstd), pointer(dx), pointer(dweight)),
-            *(rstd.numel(), width, x_stride, dy_stride, threads),
-        )
-        return dx, None, dweight[0].to(weight.dtype), None, None
+        dweight = ctx.kernels.backward(x, last_contiguous(dy), weight, rstd, dx)
+        return None, dx, None, dweight.to(weight.dtype), None, None
 
 
-class _RMSNormCUDA(torch.autograd.Function):
+class _CPU:
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, x_dot: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor | None]:
-        x_rows, x_stride = rows_of(x)
-        w = weight.float().contiguous()
-        y = x.new_empty(x.shape, dtype=dtype)
-        rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
-        y_dot, t_rows, t_stride = None, None, 0
-        if x_dot is not None:
-            t_rows, t_stride = rows_of(x_dot)
-            y_dot = x.new_empty(x_dot.shape, dtype=dtype)
-            no_gradient(ctx, y_dot)
-        _C.rms_norm_forward_cuda(
-            *(DTYPES[x.dtype], DTYPES[dtype], pointer(x_rows), pointer(t_rows)),
-            *(pointer(w), pointer(y), pointer(y_dot), pointer(rstd)),
-            *(count_rows(x), count_rows(t_rows), x.shape[-1], x_stride, t_stride),
-            eps,
-            *cuda.launch(x),
-        )
-        ctx.save_for_backward(x, weight, rstd)
-        return y, y_dot
+    def forward(*arguments: Any) -> None:
+        _forward(_C.rms_norm_forward, (torch.get_num_threads(),), *arguments)
 
     @staticmethod
-    @check.backward_of("rms_norm")
-    def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, rstd = ctx.saved_tensors
-        x_rows, x_stride = rows_of(x)
-        dy_rows, dy_stride = rows_of(last_contiguous(dy))
-        w = weight.float().contiguous()
-        dx = x.new_empty(x.shape)
+    def backward(x: Tensor, *arguments: Tensor) -> Tensor:
+        threads = torch.get_num_threads()
+        dweight = x.new_empty((threads, x.shape[-1]), dtype=torch.float32)
+        _backward(_C.rms_norm_backward, (threads,), dweight, x, *arguments)
+        return dweight[0]
+
+
+class _CUDA:
+    @staticmethod
+    def forward(x: Tensor, *arguments: Any) -> None:
+        _forward(_C.rms_norm_forward_cuda, cuda.launch(x), x, *arguments)
+
+    @staticmethod
+    def backward(x: Tensor, *arguments: Tensor) -> Tensor:
         dweight = x.new_zeros(x.shape[-1], dtype=torch.float32)
-        _C.rms_norm_backward_cuda(
-            *(DTYPES[x.dtype], DTYPES[dy.dtype], pointer(x_rows), pointer(dy_rows)),
-            *(pointer(w), pointer(rstd), pointer(dx), pointer(dweight)),
-            *(count_rows(x), x.shape[-1], x_stride, dy_stride, *cuda.launch(x)),
-        )
-        return dx, None, dweight.to(weight.dtype), None, None
+        _backward(_C.rms_norm_backward_cuda, cuda.launch(x), dweight, x, *arguments)
+        return dweight
+
+
+def _forward(
+    function: Any,
+    runs_on: tuple[int, ...],
+    x: Tensor,
+    x_dot: Tensor | None,
+    weight: Tensor,
+    y: Tensor,
+    y_dot: Tensor | None,
+    rstd: Tensor,
+    eps: float,
+) -> None:
+    (x_rows, x_stride), (t_rows, t_stride) = rows_of(x), rows_of(x_dot)
+    w = weight.float().contiguous()
+    function(
+        *(DTYPES[x.dtype], DTYPES[y.dtype], pointer(x_rows), pointer(t_rows)),
+        *(pointer(w), pointer(y), pointer(y_dot), pointer(rstd)),
+        *(count_rows(x), count_rows(t_rows), x.shape[-1], x_stride, t_stride, eps, *runs_on),
+    )
+
+
+def _backward(
+    function: Any,
+    runs_on: tuple[int, ...],
+    dweight: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    dx: Tensor,
+) -> None:
+    (x_rows, x_stride), (dy_rows, dy_stride) = rows_of(x), rows_of(dy)
+    w = weight.float().contiguous()
+    function(
+        *(DTYPES[x.dtype], DTYPES[dy.dtype], pointer(x_rows), pointer(dy_rows)),
+        *(pointer(w), pointer(rstd), pointer(dx), pointer(dweight)),
+        *(rstd.numel(), x.shape[-1], x_stride, dy_stride, *runs_on),
+    )
 
 
 def _cuda_unavailable(tensors: Any) -> str | None:
@@ -144,9 +157,17 @@ def _cuda_unavailable(tensors: Any) -> str | None:
     return None if width <= 12288 else f"it takes rows of at most 12288, got {width}"
 
 
+def _triton_unavailable(tensors: Any) -> str | None:
+    if reason := triton_backend.unavailable(tensors):
+        return reason
+    width = tensors[0].shape[-1]  # a program keeps a whole row in its registers
+    return None if width <= 16384 else f"it takes rows of at most 16384, got {width}"
+
+
 _BACKENDS = (
-    Backend("cpu", _RMSNormCPU.apply, cpu.unavailable),
-    Backend("cuda", _RMSNormCUDA.apply, _cuda_unavailable, default=False),
+    Backend("cpu", partial(_RMSNorm.apply, _CPU), cpu.unavailable),
+    Backend("triton", partial(_RMSNorm.apply, Kernels("rms_norm")), _triton_unavailable),
+    Backend("cuda", partial(_RMSNorm.apply, _CUDA), _cuda_unavailable, default=False),
     Backend("reference", _reference, always),
 )
 
@@ -162,12 +183,12 @@ def rms_norm(
     """x · (mean(x²) + eps)^(−½) · weight over the last dimension, with its tangent.
 
     Args:
-        x: [..., d], float32 or bfloat16 (`reference`: any floating-point type), the last dimension
-            contiguous.
+        x: [..., d], float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu` and `cuda`: not
+            float16), the last dimension contiguous.
         weight: [d], of any floating-point type.
         eps: added to the mean square.
-        dtype: of the result; x's by default. An fp32 stream may be normalised into bf16 operands.
-        backend: "cpu", "cuda" (on request only), "reference", or the best one that can run.
+        dtype: of the result; x's by default. An fp32 stream may be normalised into bf16 or fp16 operands.
+        backend: "cpu", "triton", "cuda" (on request only), "reference", or the best one that can run.
 
     Returns:
         [..., d]; a `Dual` if `x` is one. Statistics are computed in fp32, the result rounded once.
@@ -179,5 +200,7 @@ def rms_norm(
     _check(x, weight, dtype)
     check.number("rms_norm", 0.0, eps=eps)
     primal, tangent = unpack(x)
-    run = choose("rms_norm", _BACKENDS, backend, primal).run
-    return pack(*run(primal, tangent, weight, eps, dtype or primal.dtype), x)
+    dtype = dtype or primal.dtype
+    results = (primal,) if dtype == primal.dtype else (primal, primal.new_empty(0, dtype=dtype))
+    run = choose("rms_norm", _BACKENDS, backend, *results).run
+    return pack(*run(primal, tangent, weight, eps, dtype), x)

@@ -3,21 +3,23 @@
 Tangent:  ẏ = s (1 + x (1 − s)) ẋ.
 Backward: dx = s (1 + x (1 − s)) dy.
 Source: Hendrycks and Gimpel, "Gaussian Error Linear Units" (2016); as `torch.nn.functional.silu`.
-Kernels: csrc/cpu/silu.cpp.
+Kernels: csrc/cpu/silu.cpp, imf_kernels/_triton/silu.py.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from imf_kernels import _C, cpu
+from imf_kernels import _C, cpu, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, tail, unpack
 from imf_kernels.layout import DTYPES, pointer
 from imf_kernels.ops import check
+from imf_kernels.triton_backend import Kernels
 
 
 def _reference(x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -36,36 +38,48 @@ def _check(x: Tensor | Dual) -> None:
     check.is_tensor_or_dual("silu", x=x)
 
 
-class _SiluCPU(torch.autograd.Function):
+class _Silu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Any, kernels: Any, x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
         x = x.contiguous()
-        y, y_dot, elements = torch.empty_like(x), None, 0
+        y, y_dot = torch.empty_like(x), None
         if x_dot is not None:
             x_dot = x_dot.contiguous()
-            y_dot, elements = torch.empty_like(x_dot), x_dot.numel()
+            y_dot = torch.empty_like(x_dot)
             no_gradient(ctx, y_dot)
-        _C.silu_forward(
-            *(DTYPES[x.dtype], pointer(x), pointer(x_dot), pointer(y), pointer(y_dot)),
-            *(x.numel(), elements, torch.get_num_threads()),
-        )
+        kernels.forward(x, x_dot, y, y_dot)
         ctx.save_for_backward(x)
+        ctx.kernels = kernels
         return y, y_dot
 
     @staticmethod
     @check.backward_of("silu")
-    def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        dy, dx = dy.contiguous(), torch.empty_like(x)
+        dx = torch.empty_like(x)
+        ctx.kernels.backward(x, dy.contiguous(), dx)
+        return None, dx, None
+
+
+class _CPU:
+    @staticmethod
+    def forward(x: Tensor, x_dot: Tensor | None, y: Tensor, y_dot: Tensor | None) -> None:
+        _C.silu_forward(
+            *(DTYPES[x.dtype], pointer(x), pointer(x_dot), pointer(y), pointer(y_dot)),
+            *(x.numel(), 0 if x_dot is None else x_dot.numel(), torch.get_num_threads()),
+        )
+
+    @staticmethod
+    def backward(x: Tensor, dy: Tensor, dx: Tensor) -> None:
         _C.silu_backward(
             *(DTYPES[x.dtype], pointer(x), pointer(dy), pointer(dx)),
             *(x.numel(), torch.get_num_threads()),
         )
-        return dx, None
 
 
 _BACKENDS = (
-    Backend("cpu", _SiluCPU.apply, cpu.unavailable),
+    Backend("cpu", partial(_Silu.apply, _CPU), cpu.unavailable),
+    Backend("triton", partial(_Silu.apply, Kernels("silu")), triton_backend.unavailable),
     Backend("reference", _reference, always),
 )
 
@@ -74,8 +88,9 @@ def silu(x: TensorOrDual, *, backend: str | None = None) -> TensorOrDual:
     """x / (1 + e^(−x)), with its tangent.
 
     Args:
-        x: any shape and strides, float32 or bfloat16 (`reference`: any floating-point type).
-        backend: "cpu", "reference", or the best one that can run.
+        x: any shape and strides, float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu`:
+            not float16).
+        backend: "cpu", "triton", "reference", or the best one that can run.
 
     Returns:
         As x in shape and dtype; a `Dual` if `x` is one. Computed in fp32, rounded once.

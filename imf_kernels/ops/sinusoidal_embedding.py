@@ -4,22 +4,24 @@ f_i = P^(−i/n), n = dim / 2.
 Tangent:  ẏ = [−sin(t f_i) f_i ṫ, cos(t f_i) f_i ṫ].
 Backward: dt = Σ_i f_i (cos(t f_i) dy_{n+i} − sin(t f_i) dy_i).
 Source: Vaswani et al., "Attention Is All You Need" (2017), in the form of ADM and DiT: cosines first.
-Kernels: csrc/cpu/sinusoidal_embedding.cpp.
+Kernels: csrc/cpu/sinusoidal_embedding.cpp, imf_kernels/_triton/sinusoidal_embedding.py.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from imf_kernels import _C, cpu
+from imf_kernels import _C, cpu, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, tail, unpack
 from imf_kernels.layout import DTYPES, pointer
 from imf_kernels.ops import check
+from imf_kernels.triton_backend import Kernels
 
 
 def _frequencies(half: int, max_period: float, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -51,23 +53,19 @@ def _check(t: Tensor | Dual, dim: int, max_period: float) -> None:
     check.number("sinusoidal_embedding", 1.0, max_period=max_period)
 
 
-class _SinusoidalEmbeddingCPU(torch.autograd.Function):
+class _SinusoidalEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, t: Tensor, t_dot: Tensor | None, dim: int, max_period: float
+        ctx: Any, kernels: Any, t: Tensor, t_dot: Tensor | None, dim: int, max_period: float
     ) -> tuple[Tensor, Tensor | None]:
         t = t.contiguous()
         f = _frequencies(dim // 2, max_period, torch.float32, t.device)
-        y, y_dot, rows = t.new_empty((t.numel(), dim)), None, 0
+        y, y_dot = t.new_empty((t.numel(), dim)), None
         if t_dot is not None:
             t_dot = t_dot.contiguous()
-            rows = t_dot.numel()
-            y_dot = t.new_empty((rows, dim))
+            y_dot = t.new_empty((t_dot.numel(), dim))
             no_gradient(ctx, y_dot)
-        _C.sinusoidal_embedding_forward(
-            *(DTYPES[t.dtype], pointer(t), pointer(t_dot), pointer(f), pointer(y), pointer(y_dot)),
-            *(t.numel(), rows, dim // 2, torch.get_num_threads()),
-        )
+        kernels.forward(t, t_dot, f, y, y_dot)
         ctx.save_for_backward(t, f)
         return y, y_dot
 
@@ -76,11 +74,25 @@ class _SinusoidalEmbeddingCPU(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         t, f = ctx.saved_tensors
         angle, (dcos, dsin) = t[:, None].float() * f, dy.float().chunk(2, dim=-1)
-        return ((angle.cos() * dsin - angle.sin() * dcos) @ f).to(t.dtype), None, None, None
+        return None, ((angle.cos() * dsin - angle.sin() * dcos) @ f).to(t.dtype), None, None, None
+
+
+class _CPU:
+    @staticmethod
+    def forward(t: Tensor, t_dot: Tensor | None, f: Tensor, y: Tensor, y_dot: Tensor | None) -> None:
+        _C.sinusoidal_embedding_forward(
+            *(DTYPES[t.dtype], pointer(t), pointer(t_dot), pointer(f), pointer(y), pointer(y_dot)),
+            *(t.numel(), 0 if t_dot is None else t_dot.numel(), f.numel(), torch.get_num_threads()),
+        )
 
 
 _BACKENDS = (
-    Backend("cpu", _SinusoidalEmbeddingCPU.apply, cpu.unavailable),
+    Backend("cpu", partial(_SinusoidalEmbedding.apply, _CPU), cpu.unavailable),
+    Backend(
+        "triton",
+        partial(_SinusoidalEmbedding.apply, Kernels("sinusoidal_embedding")),
+        triton_backend.unavailable,
+    ),
     Backend("reference", _reference, always),
 )
 
@@ -91,10 +103,11 @@ def sinusoidal_embedding(
     """Cosines and sines of scalars at geometrically spaced frequencies, with their tangent.
 
     Args:
-        t: [B], float32 or bfloat16 (`reference`: any floating-point type); not scaled here.
+        t: [B], float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu`: not float16); not
+            scaled here.
         dim: the width of the embedding, even: dim / 2 cosines, then as many sines.
         max_period: 2π times the longest period that the frequencies 1 … 1/max_period approach.
-        backend: "cpu", "reference", or the best one that can run.
+        backend: "cpu", "triton", "reference", or the best one that can run.
 
     Returns:
         [B, dim] of t's dtype; a `Dual` if `t` is one.

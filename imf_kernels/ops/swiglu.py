@@ -3,21 +3,23 @@
 Tangent:  ẏ = silu'(g) ġ · u + silu(g) · u̇ with silu'(g) = s (1 + g (1 − s)), s = 1 / (1 + e^(−g)).
 Backward: dg = dy · u · silu'(g),  du = dy · silu(g).
 Source: Shazeer, "GLU Variants Improve Transformer" (2020).
-Kernels: csrc/cpu/swiglu.cpp.
+Kernels: csrc/cpu/swiglu.cpp, imf_kernels/_triton/swiglu.py.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from imf_kernels import _C, cpu
+from imf_kernels import _C, cpu, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, tail, unpack
 from imf_kernels.layout import DTYPES, count_rows, last_contiguous, pointer, rows_of
 from imf_kernels.ops import check
+from imf_kernels.triton_backend import Kernels
 
 
 def _reference(x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -45,40 +47,49 @@ def _check(x: Tensor | Dual) -> None:
     check.last_contiguous("swiglu", x=x, x_dot=x_dot)
 
 
-class _SwigluCPU(torch.autograd.Function):
+class _Swiglu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Any, kernels: Any, x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
         width = x.shape[-1] // 2
-        x_rows, x_stride = rows_of(x)
-        y = x.new_empty((*x.shape[:-1], width))
-        y_dot, t_rows, t_stride = None, None, 0
+        y, y_dot = x.new_empty((*x.shape[:-1], width)), None
         if x_dot is not None:
-            t_rows, t_stride = rows_of(x_dot)
             y_dot = x.new_empty((*x_dot.shape[:-1], width))
             no_gradient(ctx, y_dot)
-        _C.swiglu_forward(
-            *(DTYPES[x.dtype], pointer(x_rows), pointer(t_rows), pointer(y), pointer(y_dot)),
-            *(count_rows(x), count_rows(t_rows), width, x_stride, t_stride, torch.get_num_threads()),
-        )
+        kernels.forward(x, x_dot, y, y_dot)
         ctx.save_for_backward(x)
+        ctx.kernels = kernels
         return y, y_dot
 
     @staticmethod
     @check.backward_of("swiglu")
-    def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        x_rows, x_stride = rows_of(x)
-        dy_rows, dy_stride = rows_of(last_contiguous(dy))
         dx = x.new_empty(x.shape)
+        ctx.kernels.backward(x, last_contiguous(dy), dx)
+        return None, dx, None
+
+
+class _CPU:
+    @staticmethod
+    def forward(x: Tensor, x_dot: Tensor | None, y: Tensor, y_dot: Tensor | None) -> None:
+        (x_rows, x_stride), (t_rows, t_stride) = rows_of(x), rows_of(x_dot)
+        _C.swiglu_forward(
+            *(DTYPES[x.dtype], pointer(x_rows), pointer(t_rows), pointer(y), pointer(y_dot)),
+            *(count_rows(x), count_rows(x_dot), y.shape[-1], x_stride, t_stride, torch.get_num_threads()),
+        )
+
+    @staticmethod
+    def backward(x: Tensor, dy: Tensor, dx: Tensor) -> None:
+        (x_rows, x_stride), (dy_rows, dy_stride) = rows_of(x), rows_of(dy)
         _C.swiglu_backward(
             *(DTYPES[x.dtype], pointer(x_rows), pointer(dy_rows), pointer(dx)),
-            *(count_rows(x), x.shape[-1] // 2, x_stride, dy_stride, torch.get_num_threads()),
+            *(count_rows(x), dy.shape[-1], x_stride, dy_stride, torch.get_num_threads()),
         )
-        return dx, None
 
 
 _BACKENDS = (
-    Backend("cpu", _SwigluCPU.apply, cpu.unavailable),
+    Backend("cpu", partial(_Swiglu.apply, _CPU), cpu.unavailable),
+    Backend("triton", partial(_Swiglu.apply, Kernels("swiglu")), triton_backend.unavailable),
     Backend("reference", _reference, always),
 )
 
@@ -87,9 +98,9 @@ def swiglu(x: TensorOrDual, *, backend: str | None = None) -> TensorOrDual:
     """silu(gate) · up for x = [gate | up], with its tangent.
 
     Args:
-        x: [..., 2d], gate in the first half of the last dimension, up in the second; float32 or bfloat16
-            (`reference`: any floating-point type), the last dimension contiguous.
-        backend: "cpu", "reference", or the best one that can run.
+        x: [..., 2d], gate in the first half of the last dimension, up in the second; float32, bfloat16 or
+            float16 (`reference`: any floating-point type; `cpu`: not float16), the last dimension contiguous.
+        backend: "cpu", "triton", "reference", or the best one that can run.
 
     Returns:
         [..., d] of x's dtype; a `Dual` if `x` is one. Computed in fp32, rounded once.

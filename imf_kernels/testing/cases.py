@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 
 import imf_kernels
 
-FP32, BF16 = torch.float32, torch.bfloat16
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Input:
             drawn already rounded, and the gradient is held to the error of that dtype.
         positions_first: [B, H, L, D] in the memory order [B, L, H, D], as projections leave it.
         differentiable: False for tables of constants.
+        true: for a mask of bool: the share of True. Where it has several rows the first is False.
     """
 
     shape: tuple[int, ...]
@@ -43,10 +44,17 @@ class Input:
     rounded: bool = False
     positions_first: bool = False
     differentiable: bool = True
+    true: float | None = None
 
     def draw(self, generator: Generator, dtype: torch.dtype) -> Tensor:
         own = self.dtype or dtype
-        x = torch.randn(self.shape, generator=generator, dtype=torch.float64) * self.scale + self.offset
+        if self.true is not None:
+            mask = torch.rand(self.shape, generator=generator, device="cpu") < self.true
+            if self.shape[-2] > 1:
+                mask[..., 0, :] = False
+            return mask
+        x = torch.randn(self.shape, generator=generator, dtype=torch.float64, device="cpu")
+        x = x * self.scale + self.offset
         if self.outlier:
             x[..., -1, :] += self.outlier
         x = x.to(dtype if self.rounded else own).to(own)
@@ -73,6 +81,7 @@ class Case:
         backward_inputs: what the backward reads besides the cotangents, and whose gradients it writes;
             `None`: every input.
         large: of a training run's size, for benchmarks.
+        refused_by: the backends that say that they cannot run it.
     """
 
     operation: str
@@ -84,11 +93,12 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     tangents: tuple[str, ...] = ()
     tangent_rows: int | None = None
-    dtypes: tuple[torch.dtype, ...] = (FP32, BF16)
+    dtypes: tuple[torch.dtype, ...] = (FP32, BF16, FP16)
     output_dtype: torch.dtype | None = None
     backward_flops: int = 0
     backward_inputs: tuple[str, ...] | None = None
     large: bool = False
+    refused_by: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.operation} {self.name}"
@@ -226,17 +236,30 @@ def attention(
     q: Mapping[str, Any] | None = None,
     k: Mapping[str, Any] | None = None,
     v: Mapping[str, Any] | None = None,
+    kv_heads: int | None = None,
+    mask: Input | None = None,
+    is_causal: bool = False,
     **more: Any,
 ) -> Case:
     keys = queries if keys is None else keys
     value_width = width if value_width is None else value_width
+    kv_heads = heads if kv_heads is None else kv_heads
     first: dict[str, Any] = {"positions_first": positions_first}
     inputs = {
         "query": Input((batch, heads, queries, width), **first, **(q or {})),
-        "key": Input((batch, heads, keys, width), **first, **(k or {})),
-        "value": Input((batch, heads, keys, value_width), **first, **(v or {})),
+        "key": Input((batch, kv_heads, keys, width), **first, **(k or {})),
+        "value": Input((batch, kv_heads, keys, value_width), **first, **(v or {})),
     }
-    pairs = 2 * batch * heads * queries * keys
+    if mask is not None:
+        inputs["attn_mask"] = replace(mask, differentiable=False)
+    options = {"is_causal": True} if is_causal else {}
+    if kv_heads != heads:
+        options["enable_gqa"] = True
+    if mask is not None or options:
+        more["refused_by"] = ("cpu",)
+    more["options"] = options | more.get("options", {})
+    seen = sum(min(i + 1, keys) for i in range(queries)) if is_causal else queries * keys
+    pairs = 2 * batch * heads * seen
     logits = sum(name in tangents for name in ("query", "key"))
     products = width * logits + value_width * ((logits > 0) + ("value" in tangents))
     return Case(
@@ -308,7 +331,7 @@ def _small() -> list[Case]:
     offset = {"offset": 2.0}, {"offset": 4.0}
     large = {"offset": 35.0, "scale": 0.2}
     # Queries of one sign and a key far on the other: no weight at all on a row of huge values.
-    weightless: dict[str, Any] = {"q": offset[0], "k": {"outlier": -1e4}, "v": {"outlier": 1e5}}
+    weightless: dict[str, Any] = {"q": offset[0], "k": {"outlier": -1e4}, "v": {"outlier": 3e4}}
     return [
         linear("square", 5, 3, width=16, out=16),
         linear("no bias", 7, width=33, out=5, bias=False),
@@ -320,6 +343,7 @@ def _small() -> list[Case]:
         rms_norm("width 128", 4, 36, width=128),
         rms_norm("weights of x's dtype", 4, 2, width=48, weights=None),
         rms_norm("fp32 stream", 4, 9, width=72, stream=FP32, dtypes=(BF16,), output_dtype=BF16),
+        rms_norm("fp32 stream to fp16", 4, 9, width=72, stream=FP32, dtypes=(FP16,), output_dtype=FP16),
         rms_norm("offset", 4, 5, width=64, x={"offset": 4.0}),
         rms_norm("small values", 3, 4, width=40, x={"scale": 1e-3}),
         rms_norm("many rows", 150_000, width=4, dtypes=(FP32,)),
@@ -345,6 +369,17 @@ def _small() -> list[Case]:
         attention("logits of 1e4", 2, 2, 20, 64, q=large, k=large),
         attention("logits far apart", 2, 2, 20, 16, q={"scale": 5.0}, k={"scale": 5.0}),
         attention("scale 0.3", 2, 2, 9, 16, options={"scale": 0.3}),
+        attention("causal", 1, 2, 40, 16, is_causal=True),
+        attention("causal, more queries", 1, 1, 100, 24, keys=70, is_causal=True),
+        attention("causal, more keys", 1, 1, 40, 24, keys=100, is_causal=True, tangents=("query",)),
+        attention("causal, offset 4", 1, 1, 100, 64, is_causal=True, k=offset[1], v=offset[1]),
+        attention("mask of bool", 2, 3, 21, 24, keys=37, mask=Input((2, 3, 21, 37), true=0.7)),
+        attention("mask of bool for keys", 2, 1, 21, 24, keys=70, mask=Input((2, 1, 1, 70), true=0.7)),
+        attention("mask added", 1, 3, 21, 24, keys=37, mask=Input((3, 21, 37), scale=2.0)),
+        attention("mask added, in fp32", 1, 2, 70, 24, keys=40, mask=Input((70, 1), FP32, scale=2.0)),
+        attention("fewer heads of keys", 1, 6, 21, 24, keys=37, value_width=40, kv_heads=2),
+        attention("one head of keys, causal", 2, 2, 40, 72, kv_heads=1, is_causal=True, tangents=("key",)),
+        attention("fewer heads of keys, mask", 1, 6, 9, 8, keys=5, kv_heads=3, mask=Input((9, 5), true=0.7)),
         *(
             attention(f"tangents of {'+'.join(names)}", 3, 2, 21, 24, keys=18, value_width=16, tangents=names)
             for names in (("query",), ("key",), ("value",), ("query", "key"), ("key", "value"))
@@ -355,7 +390,7 @@ def _small() -> list[Case]:
         swiglu("wide values", 4, 8, width=64, x={"scale": 30.0}),
         gated_residual("width 1", 5, width=1),
         gated_residual("width 45", 3, 4, width=45),
-        gated_residual("fp32 stream", 4, 9, width=128, stream=FP32, dtypes=(BF16,)),
+        gated_residual("fp32 stream", 4, 9, width=128, stream=FP32, dtypes=(BF16, FP16)),
         gated_residual("only x", 3, 4, width=24, tangents=("x",)),
         gated_residual("only branch", 3, 4, width=24, tangents=("branch",)),
         gated_residual("fp32 stream, only branch", 3, 4, width=24, stream=FP32, tangents=("branch",)),
@@ -373,7 +408,7 @@ def _small() -> list[Case]:
     ]
 
 
-def _rows(name: str, batch: int, length: int, width: int, heads: int, mlp: int) -> list[Case]:
+def rows(name: str, batch: int, length: int, width: int, heads: int, mlp: int) -> list[Case]:
     """A block's operations that are bound by memory, in the shapes that they have there."""
     d = width // heads
     big: dict[str, Any] = {"large": True}
@@ -389,7 +424,7 @@ def _rows(name: str, batch: int, length: int, width: int, heads: int, mlp: int) 
     ]
 
 
-def _model(name: str, batch: int, length: int, width: int, heads: int, mlp: int) -> list[Case]:
+def model(name: str, batch: int, length: int, width: int, heads: int, mlp: int) -> list[Case]:
     """The operations of a network's block and embeddings, in the shapes they have there."""
     d = width // heads
     big: dict[str, Any] = {"large": True}
@@ -399,7 +434,7 @@ def _model(name: str, batch: int, length: int, width: int, heads: int, mlp: int)
         linear(f"{name} mlp out", batch, length, width=mlp, out=width, bias=False, **big),
         attention(f"{name}", batch, heads, length, d, **big),
         attention(f"{name} tangents of q", batch, heads, length, d, tangents=("query",), **big),
-        *_rows(name, batch, length, width, heads, mlp),
+        *rows(name, batch, length, width, heads, mlp),
         silu(f"{name}", batch, width, **big),
         sinusoidal_embedding(f"{name}", batch, 256, **big),
     ]
@@ -407,13 +442,16 @@ def _model(name: str, batch: int, length: int, width: int, heads: int, mlp: int)
 
 SMALL = _small()
 LARGE = [
-    *_model("digits", 128, 36, 128, 2, 341),
-    *_model("B/2", 4, 276, 768, 12, 2048),
-    *_model("XL/2", 2, 276, 1024, 16, 2730),
-    *_model("head dim 72", 2, 276, 1152, 16, 3072),
-    *_rows("beyond the cache", 48, 256, 768, 12, 1024),
+    *model("digits", 128, 36, 128, 2, 341),
+    *model("B/2", 4, 276, 768, 12, 2048),
+    *model("XL/2", 2, 276, 1024, 16, 2730),
+    *model("head dim 72", 2, 276, 1152, 16, 3072),
+    *rows("beyond the cache", 48, 256, 768, 12, 1024),
     attention("length 1024", 1, 12, 1024, 64, large=True),
     attention("length 4096", 1, 2, 4096, 64, large=True),
+    attention("length 1024, causal", 1, 12, 1024, 64, is_causal=True, large=True),
+    attention("length 1024, 3 heads of keys", 1, 12, 1024, 64, kv_heads=3, large=True),
+    attention("B/2 with a mask", 4, 12, 276, 64, mask=Input((4, 1, 1, 276), true=0.8), large=True),
 ]
 OPERATIONS = tuple(dict.fromkeys(case.operation for case in SMALL))
 

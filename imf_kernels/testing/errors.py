@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -117,7 +117,7 @@ def evaluate(
     """
 
     def convert(x: Tensor) -> Tensor:
-        return x.detach().to(dtype or x.dtype)
+        return x.detach().to(dtype or x.dtype) if x.is_floating_point() else x
 
     leaves = {name: convert(x) for name, x in primals.items()}
     if cotangents is not None:
@@ -156,15 +156,28 @@ class Problem:
 
     @classmethod
     def draw(cls, case: Case, dtype: torch.dtype, seed: int) -> Problem:
-        generator = torch.Generator().manual_seed(seed)
+        """On the CPU, so that a seed gives the same data everywhere."""
+        generator = torch.Generator("cpu").manual_seed(seed)
         primals, tangents = case.draw(generator, dtype)
         out_dtype = case.output_dtype or next(iter(primals.values())).dtype
         cotangents = tuple(
-            torch.randn(shape, generator=generator, dtype=torch.float64).to(out_dtype)
+            torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(out_dtype)
             for shape in case.outputs
         )
         exact = evaluate(case, primals, tangents, cotangents, "reference", torch.float64)
         return cls(case, dtype, seed, primals, tangents, cotangents, exact)
+
+    def to(self, device: torch.device) -> Problem:
+        def move(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: x.to(device) for name, x in tensors.items()}
+
+        return replace(
+            self,
+            primals=move(self.primals),
+            tangents=move(self.tangents),
+            cotangents=tuple(c.to(device) for c in self.cotangents),
+            exact=move(self.exact),
+        )
 
     def evaluate(
         self, backend: str | None, *, tangents: bool = True, dtype: torch.dtype | None = None
@@ -186,10 +199,14 @@ class Problem:
             check(f"{self.case}, {name}", got, self.exact[name], pytorch[name], rounded)
 
 
-@functools.lru_cache(maxsize=4)
 def problem(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
-    """The case with data of `dtype`, and its exact results."""
-    return Problem.draw(case, dtype, seed)
+    """The case with data of `dtype` and its exact results, on PyTorch's default device."""
+    return _problem(case, dtype, seed, torch.get_default_device())
+
+
+@functools.lru_cache(maxsize=4)
+def _problem(case: Case, dtype: torch.dtype, seed: int, device: torch.device) -> Problem:
+    return Problem.draw(case, dtype, seed).to(device)
 
 
 @functools.cache

@@ -1,0 +1,534 @@
+"""Attention with its tangent in one pass, and its primal backward. The formulas are in ops/attention.py.
+
+Forward: a tile of queries of one head meets the keys tile by tile. With the logits S, their tangent S_dot and
+P = e^(S - max) it sums, all rescaled whenever the maximum of a row grows,
+    O = sum_j P V,  A = sum_j P V_dot + P (S_dot - shift) V,  M = sum_j P (S_dot - shift),  W = sum_j P,
+and O_dot = A / W - (M / W) (O / W). It does not change when a constant is taken off a row of S_dot: `shift`,
+the mean of S_dot under the softmax so far, keeps an offset of keys or values from cancelling between the two
+terms. A key without weight has no part in it, however large. P and P (S_dot - shift) are rounded for their
+products, so M and W are sums of the rounded values; lse is that of the unrounded ones.
+
+Backward: dQ is such a tangent too, of attention over the values K along the logits' tangent dP = dO V^T:
+    dQ = scale sum_j P (dP - delta) K,  delta = sum_j P dP.
+Its kernel finds delta on the way and keeps it, with the sums of the rows of P, for the kernel of dK and dV,
+in which a tile of keys meets the queries. Each sum is made by one program, so that results repeat bitwise.
+
+Widths are cut into at most two pieces of 16, 32, 64, ...: 72 is 64 + 16, not 128. Keys come in whole tiles of
+BLOCK_N, without a bound to check, and where they end (or the diagonal is, if causal) in tiles of EDGE_N: 276
+keys are 4 tiles of 64 and 1 of 32.
+"""
+
+# Triton's tuples grow by `+` alone, and every length is a type of its own.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment,misc"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from imf_kernels import triton_backend
+from imf_kernels._triton.attention_tiles import tiles_for
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+
+# A tensor reaches a kernel as (pointer, strides of batch, head, position), or None. Strides are in units of
+# ALIGN elements, 16 bytes where all of them allow it, so that the compiler knows where rows begin. Inside, a
+# head is (pointer, stride of position), or () where there is none; a tile is a tuple of its pieces along the
+# width.
+
+
+@triton.jit
+def _head(x, b, h, ALIGN: tl.constexpr):
+    if x is None:
+        return ()
+    else:
+        return x[0] + (b * x[1] + h * x[2]) * ALIGN, x[3]
+
+
+@triton.jit
+def _load(
+    x, start, length, ROWS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, ALIGN: tl.constexpr
+):
+    """Rows from `start` on, zeros from `length` on and beyond WIDTH. No `length`: all the rows are there."""
+    tile = ()
+    if len(x) > 0:
+        rows = tl.arange(0, ROWS)[:, None]
+        first = x[0] + tl.cast(start, tl.int64) * x[1] * ALIGN
+        for i in tl.static_range(len(PIECES)):
+            columns = i * PIECES[0] + tl.arange(0, PIECES[i])[None, :]
+            pointers = first + (rows * x[1] * ALIGN + columns)
+            if length is not None:
+                piece = tl.load(pointers, mask=(start + rows < length) & (columns < WIDTH), other=0.0)
+            elif i * PIECES[0] + PIECES[i] > WIDTH:
+                piece = tl.load(pointers, mask=columns < WIDTH, other=0.0)
+            else:
+                piece = tl.load(pointers)
+            tile = tile + (piece,)
+    return tile
+
+
+@triton.jit
+def _store(x, tile, start, length, ROWS: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr):
+    rows = tl.arange(0, ROWS)[:, None]
+    first = x[0] + tl.cast(start, tl.int64) * x[1] * ALIGN
+    for i in tl.static_range(len(tile)):
+        columns = i * tile[0].shape[1] + tl.arange(0, tile[i].shape[1])[None, :]
+        mask = (start + rows < length) & (columns < WIDTH)
+        tl.store(first + (rows * x[1] * ALIGN + columns), tile[i].to(x[0].dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _inverse(x):
+    """1 / x, and 0 for 0."""
+    return tl.where(x == 0, 0.0, 1.0 / tl.where(x == 0, 1.0, x))
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, PIECES: tl.constexpr):
+    tile = ()
+    for i in tl.static_range(len(PIECES)):
+        tile = tile + (tl.zeros([ROWS, PIECES[i]], tl.float32),)
+    return tile
+
+
+@triton.jit
+def _scaled(tile, rows):
+    return [piece * rows[:, None] for piece in tile]
+
+
+@triton.jit
+def _plus(tile, rows, other):
+    """tile + rows other, with a number for each row."""
+    result = ()
+    for i in tl.static_range(len(tile)):
+        result = result + (tl.fma(other[i], rows[:, None], tile[i]),)
+    return result
+
+
+@triton.jit
+def _dot_rows(a, b, total):
+    """total + a bᵀ"""
+    for i in tl.static_range(len(a)):
+        total = tl.dot(a[i], tl.trans(b[i]), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _dot_columns(a, b, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr):
+    """The transpose of a bᵀ. In fp32 it has the last bits of a bᵀ too, on which large logits depend."""
+    if a[0].dtype == tl.float32:
+        return tl.trans(_dot_rows(a, b, tl.zeros([A_ROWS, B_ROWS], tl.float32)))
+    else:
+        return _dot_rows(b, a, tl.zeros([B_ROWS, A_ROWS], tl.float32))
+
+
+@triton.jit
+def _add_dot(total, weights, rows):
+    """total + weights rows"""
+    result = ()
+    for i in tl.static_range(len(total)):
+        result = result + (tl.dot(weights, rows[i], total[i], input_precision="ieee"),)
+    return result
+
+
+@triton.jit
+def _bias(mask, b, h, rows, columns, queries, keys, CAUSAL: tl.constexpr, EDGE: tl.constexpr):
+    """What is added to the logits, in units of ln 2: -inf where a key takes no part; () for nothing.
+
+    Rows and columns number queries and keys, [n, 1] and [1, m] or transposed. EDGE: some of the keys may lie
+    beyond the last one or the diagonal.
+    """
+    bias = ()
+    if EDGE:
+        seen = columns < keys
+        if CAUSAL:
+            seen = seen & (columns <= rows)
+        bias = (tl.where(seen, 0.0, -float("inf")),)
+    if mask is not None:
+        offsets = b * mask[1] + h * mask[2] + tl.cast(rows, tl.int64) * mask[3] + columns * mask[4]
+        values = tl.load(mask[0] + offsets, mask=(rows < queries) & (columns < keys), other=0)
+        if mask[0].dtype.element_ty == tl.uint8:
+            values = tl.where(values != 0, 0.0, -float("inf"))
+        else:
+            values = values.to(tl.float32) * _LOG2E
+        bias = (values + bias[0],) if EDGE else (values,)
+    return bias
+
+
+@triton.jit
+def _logits(s, scale, bias, less):
+    """scale s + bias - less in units of ln 2, rounded once; -inf where the bias is, whatever s is."""
+    if len(bias) > 0:
+        return tl.where(bias[0] == -float("inf"), bias[0], tl.fma(s, scale * _LOG2E, bias[0] - less))
+    else:
+        return tl.fma(s, scale * _LOG2E, -less)
+
+
+@triton.jit
+def _centred(p, s_dot, scale, before, dot, shift, dtype: tl.constexpr):
+    """P (S_dot - shift) of a tile as it is multiplied, and W, M and shift with the tile.
+
+    The new shift is the mean of S_dot so far. It has gone down by `moved`: that times O is to be added to A.
+    `before`, `dot` and `shift` are W, M and shift without the tile.
+    """
+    weight = before + tl.sum(p, 1)
+    total = dot + before * shift + scale * tl.sum(p * s_dot, 1)
+    # Where nothing has had weight there is no mean.
+    mean = tl.where(weight > 0, total / tl.where(weight > 0, weight, 1.0), shift)
+    moved = shift - mean
+    centred = (p * tl.fma(s_dot, scale, -mean[:, None])).to(dtype)
+    dot = dot + before * moved + tl.sum(centred.to(tl.float32), 1)
+    return centred, weight, dot, mean, moved
+
+
+@triton.jit
+def _extent(first, keys, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """How many keys, in whole tiles, all queries from `first` on see, and how many any of them sees."""
+    if CAUSAL:
+        end = tl.minimum(keys, first + BLOCK_M)
+        return tl.minimum(keys, first + 1) // BLOCK_N * BLOCK_N, end
+    else:
+        return keys // BLOCK_N * BLOCK_N, keys
+
+
+@triton.jit
+def _program(tiles, heads, CAUSAL: tl.constexpr):
+    """Tile, row of the batch, head. Along a diagonal the longest tiles come first."""
+    tile, head = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
+    if CAUSAL:
+        tile = tiles - 1 - tile
+    return tile, head // heads, head % heads
+
+
+@triton.jit
+def _forward_tile(
+    state, start, q, q_dot, k, k_dot, v, v_dot, mask, b, h, rows, queries, keys, scale,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, PIECES: tl.constexpr, VALUE_PIECES: tl.constexpr,
+    ALIGN: tl.constexpr, CAUSAL: tl.constexpr, TILE: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    highest, total, before, dot, shift, out, out_dot = state
+    length = keys if EDGE else None
+    k_tile = _load(k, start, length, TILE, WIDTH, PIECES, ALIGN)
+    zeros = tl.zeros([rows.shape[0], TILE], tl.float32)
+    columns = start + tl.arange(0, TILE)
+    s = _dot_rows(q, k_tile, zeros)
+    bias = _bias(mask, b, h, rows[:, None], columns[None, :], queries, keys, CAUSAL, EDGE)
+
+    maximum = tl.maximum(highest, tl.max(_logits(s, scale, bias, 0.0), 1))
+    offset = tl.where(maximum == -float("inf"), 0.0, maximum)  # any finite one leaves a row of -inf at zero
+    p = tl.exp2(_logits(s, scale, bias, offset[:, None]))
+    decay = tl.exp2(highest - offset)
+    total = total * decay + tl.sum(p, 1)
+    before, dot = before * decay, dot * decay
+
+    v_tile = _load(v, start, length, TILE, VALUE_WIDTH, VALUE_PIECES, ALIGN)
+    dtype: tl.constexpr = v_tile[0].dtype
+    weights = p.to(dtype)
+    if len(q_dot) + len(k_dot) > 0:
+        s_dot = _dot_rows(q_dot, k_tile, zeros)
+        if len(k_dot) > 0:
+            s_dot = _dot_rows(q, _load(k_dot, start, length, TILE, WIDTH, PIECES, ALIGN), s_dot)
+        weights_dot, weight, dot, shift, moved = _centred(
+            weights.to(tl.float32), s_dot, scale, before, dot, shift, dtype
+        )
+        out_dot = _add_dot(_plus(_scaled(out_dot, decay), decay * moved, out), weights_dot, v_tile)
+    else:
+        weight = before + tl.sum(weights.to(tl.float32), 1)
+        out_dot = _scaled(out_dot, decay)
+    if len(v_dot) > 0:
+        v_dot_tile = _load(v_dot, start, length, TILE, VALUE_WIDTH, VALUE_PIECES, ALIGN)
+        out_dot = _add_dot(out_dot, weights, v_dot_tile)
+    out = _add_dot(_scaled(out, decay), weights, v_tile)
+    return maximum, total, weight, dot, shift, out, out_dot
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, q_dot, k_dot, v_dot, out, out_dot, mask, lse, scale, heads, group, queries, keys,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, PIECES: tl.constexpr, VALUE_PIECES: tl.constexpr,
+    ALIGN: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
+):  # fmt: skip
+    """out, lse and, where there are tangents, out_dot: a tile of queries of a head."""
+    tile, b, h = _program(tl.cdiv(queries, BLOCK_M), heads, CAUSAL)
+    first = tile * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)
+    q_tile = _load(_head(q, b, h, ALIGN), first, queries, BLOCK_M, WIDTH, PIECES, ALIGN)
+    q_dot_tile = _load(_head(q_dot, b, h, ALIGN), first, queries, BLOCK_M, WIDTH, PIECES, ALIGN)
+    k_head, k_dot_head = _head(k, b, h // group, ALIGN), _head(k_dot, b, h // group, ALIGN)
+    v_head, v_dot_head = _head(v, b, h // group, ALIGN), _head(v_dot, b, h // group, ALIGN)
+
+    nothing = tl.zeros([BLOCK_M], tl.float32)
+    sums = _zeros(BLOCK_M, VALUE_PIECES)
+    state = (
+        nothing - float("inf"),
+        nothing,
+        nothing,
+        nothing,
+        nothing,
+        sums,
+        () if out_dot is None else sums,
+    )
+    whole, end = _extent(first, keys, CAUSAL, BLOCK_M, BLOCK_N)
+    for start in range(0, whole, BLOCK_N):
+        state = _forward_tile(
+            state, start, q_tile, q_dot_tile, k_head, k_dot_head, v_head, v_dot_head, mask, b, h, rows,
+            queries, keys, scale, WIDTH, VALUE_WIDTH, PIECES, VALUE_PIECES, ALIGN, CAUSAL, BLOCK_N, False,
+        )  # fmt: skip
+    for start in range(whole, end, EDGE_N):
+        state = _forward_tile(
+            state, start, q_tile, q_dot_tile, k_head, k_dot_head, v_head, v_dot_head, mask, b, h, rows,
+            queries, keys, scale, WIDTH, VALUE_WIDTH, PIECES, VALUE_PIECES, ALIGN, CAUSAL, EDGE_N, True,
+        )  # fmt: skip
+    highest, total, weight, dot, _, sums, sums_dot = state
+
+    inverse = _inverse(weight)
+    o = _scaled(sums, inverse)
+    _store(_head(out, b, h, ALIGN), o, first, queries, BLOCK_M, VALUE_WIDTH, ALIGN)
+    if out_dot is not None:
+        o_dot = _plus(_scaled(sums_dot, inverse), -dot * inverse, o)
+        _store(_head(out_dot, b, h, ALIGN), o_dot, first, queries, BLOCK_M, VALUE_WIDTH, ALIGN)
+    tl.store(lse + (b * heads + h) * queries + rows, highest * _LN2 + tl.log(total), mask=rows < queries)
+
+
+@triton.jit
+def _load_lse(lse, rows, queries):
+    """In units of ln 2. Rows that are not there get no weight from it, nor do those that see no key."""
+    values = tl.load(lse + rows, mask=rows < queries, other=float("inf"))
+    return tl.where(values == -float("inf"), 0.0, values * _LOG2E)
+
+
+@triton.jit
+def _backward_q_tile(
+    state, start, q, k, v, dout, mask, b, h, rows, lse, queries, keys, scale,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, PIECES: tl.constexpr, VALUE_PIECES: tl.constexpr,
+    ALIGN: tl.constexpr, CAUSAL: tl.constexpr, TILE: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    total, before, dot, shift, mean_k, dq = state
+    length = keys if EDGE else None
+    k_tile = _load(k, start, length, TILE, WIDTH, PIECES, ALIGN)
+    zeros = tl.zeros([rows.shape[0], TILE], tl.float32)
+    columns = start + tl.arange(0, TILE)
+    s = _dot_rows(q, k_tile, zeros)
+    bias = _bias(mask, b, h, rows[:, None], columns[None, :], queries, keys, CAUSAL, EDGE)
+    p = tl.exp2(_logits(s, scale, bias, lse[:, None]))
+
+    dp = _dot_rows(dout, _load(v, start, length, TILE, VALUE_WIDTH, VALUE_PIECES, ALIGN), zeros)
+    dtype: tl.constexpr = k_tile[0].dtype
+    weights = p.to(dtype)
+    ds, weight, dot, shift, moved = _centred(weights.to(tl.float32), dp, 1.0, before, dot, shift, dtype)
+    dq = _add_dot(_plus(dq, moved, mean_k), ds, k_tile)
+    mean_k = _add_dot(mean_k, weights, k_tile)
+    return total + tl.sum(p, 1), weight, dot, shift, mean_k, dq
+
+
+@triton.jit
+def backward_q_kernel(
+    q, k, v, dout, dq, mask, lse, inverses, deltas, scale, heads, group, queries, keys,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, PIECES: tl.constexpr, VALUE_PIECES: tl.constexpr,
+    ALIGN: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
+):  # fmt: skip
+    """dq, unless it is None, and for each query delta and 1 / sum_j P: a tile of queries of a head.
+
+    That sum is 1 but for the rounding of lse, which large logits make large.
+    """
+    tile, b, h = _program(tl.cdiv(queries, BLOCK_M), heads, CAUSAL)
+    first = tile * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)
+    q_tile = _load(_head(q, b, h, ALIGN), first, queries, BLOCK_M, WIDTH, PIECES, ALIGN)
+    dout_tile = _load(_head(dout, b, h, ALIGN), first, queries, BLOCK_M, VALUE_WIDTH, VALUE_PIECES, ALIGN)
+    k_head, v_head = _head(k, b, h // group, ALIGN), _head(v, b, h // group, ALIGN)
+    of_head = (b * heads + h) * queries
+    row_lse = _load_lse(lse + of_head, rows, queries)
+
+    nothing = tl.zeros([BLOCK_M], tl.float32)
+    sums = () if dq is None else _zeros(BLOCK_M, PIECES)
+    state = (nothing, nothing, nothing, nothing, sums, sums)
+    whole, end = _extent(first, keys, CAUSAL, BLOCK_M, BLOCK_N)
+    for start in range(0, whole, BLOCK_N):
+        state = _backward_q_tile(
+            state, start, q_tile, k_head, v_head, dout_tile, mask, b, h, rows, row_lse, queries, keys, scale,
+            WIDTH, VALUE_WIDTH, PIECES, VALUE_PIECES, ALIGN, CAUSAL, BLOCK_N, False,
+        )  # fmt: skip
+    for start in range(whole, end, EDGE_N):
+        state = _backward_q_tile(
+            state, start, q_tile, k_head, v_head, dout_tile, mask, b, h, rows, row_lse, queries, keys, scale,
+            WIDTH, VALUE_WIDTH, PIECES, VALUE_PIECES, ALIGN, CAUSAL, EDGE_N, True,
+        )  # fmt: skip
+    total, weight, dot, shift, mean_k, sums = state
+
+    inverse = _inverse(weight)
+    mean = dot * inverse
+    tl.store(inverses + of_head + rows, _inverse(total), mask=rows < queries)
+    tl.store(deltas + of_head + rows, shift + mean, mask=rows < queries)
+    if dq is not None:
+        sums = _scaled(_plus(sums, -mean, mean_k), inverse * scale)
+        _store(_head(dq, b, h, ALIGN), sums, first, queries, BLOCK_M, WIDTH, ALIGN)
+
+
+@triton.jit
+def backward_kv_kernel(
+    q, k, v, dout, dk, dv, mask, lse, inverses, deltas, scale, kv_heads, group, queries, keys,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, PIECES: tl.constexpr, VALUE_PIECES: tl.constexpr,
+    ALIGN: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dk and dv, unless None: a tile of keys, over the queries of every head that shares them."""
+    tile, b, kv_h = _program(tl.cdiv(keys, BLOCK_N), kv_heads, False)
+    first = tile * BLOCK_N
+    columns = first + tl.arange(0, BLOCK_N)
+    k_tile = _load(_head(k, b, kv_h, ALIGN), first, keys, BLOCK_N, WIDTH, PIECES, ALIGN)
+    v_tile = _load(_head(v, b, kv_h, ALIGN), first, keys, BLOCK_N, VALUE_WIDTH, VALUE_PIECES, ALIGN)
+    dk_sums = () if dk is None else _zeros(BLOCK_N, PIECES)
+    dv_sums = () if dv is None else _zeros(BLOCK_N, VALUE_PIECES)
+    dtype: tl.constexpr = k_tile[0].dtype
+    begin = first // BLOCK_M * BLOCK_M if CAUSAL else 0
+    for i in range(group):
+        h = kv_h * group + i
+        q_head, dout_head = _head(q, b, h, ALIGN), _head(dout, b, h, ALIGN)
+        of_head = (b * kv_heads * group + h) * queries
+        for start in range(begin, queries, BLOCK_M):
+            rows = start + tl.arange(0, BLOCK_M)
+            q_tile = _load(q_head, start, queries, BLOCK_M, WIDTH, PIECES, ALIGN)
+            dout_tile = _load(dout_head, start, queries, BLOCK_M, VALUE_WIDTH, VALUE_PIECES, ALIGN)
+            s = _dot_columns(q_tile, k_tile, BLOCK_M, BLOCK_N)
+            bias = _bias(mask, b, h, rows[None, :], columns[:, None], queries, keys, CAUSAL, CAUSAL)
+            p = tl.exp2(_logits(s, scale, bias, _load_lse(lse + of_head, rows, queries)[None, :]))
+            p *= tl.load(inverses + of_head + rows, mask=rows < queries, other=0.0)[None, :]
+            dv_sums = _add_dot(dv_sums, p.to(dtype), dout_tile)
+            if dk is not None:
+                delta = tl.load(deltas + of_head + rows, mask=rows < queries, other=0.0)
+                ds = p * (_dot_columns(dout_tile, v_tile, BLOCK_M, BLOCK_N) - delta[None, :])
+                dk_sums = _add_dot(dk_sums, ds.to(dtype), q_tile)
+    if dk is not None:
+        scales = tl.zeros([BLOCK_N], tl.float32) + scale
+        _store(_head(dk, b, kv_h, ALIGN), _scaled(dk_sums, scales), first, keys, BLOCK_N, WIDTH, ALIGN)
+    if dv is not None:
+        _store(_head(dv, b, kv_h, ALIGN), dv_sums, first, keys, BLOCK_N, VALUE_WIDTH, ALIGN)
+
+
+def _pieces(width: int) -> tuple[int, ...]:
+    """One or two powers of 2, from 16 on, that hold a width: (64,) for 64, (64, 16) for 72."""
+    whole = max(16, triton.next_power_of_2(width))
+    first = whole // 2
+    rest = max(16, triton.next_power_of_2(width - first))
+    return (first, rest) if first >= 16 and first + rest < whole else (whole,)
+
+
+def _strided(x: Tensor | None, align: int) -> Any:
+    """A tensor as the kernels take it."""
+    return None if x is None else (x, *(x.stride(i) // align for i in range(3)))
+
+
+def _masking(mask: Tensor | None) -> Any:
+    """A mask of the shape of the logits, with any strides, as the kernels take it."""
+    if mask is None:
+        return None
+    return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask, *mask.stride())
+
+
+def _alignment(*tensors: Tensor | None) -> int:
+    """How many elements all strides are multiples of: those of 16 bytes, or 1."""
+    present = [x for x in tensors if x is not None]
+    wide = 16 // present[0].element_size()
+    return wide if all(x.stride(i) % wide == 0 for x in present for i in range(3)) else 1
+
+
+def _constants(q: Tensor, v: Tensor, align: int, is_causal: bool) -> dict[str, Any]:
+    width, value_width = q.shape[3], v.shape[3]
+    pieces = {"PIECES": _pieces(width), "VALUE_PIECES": _pieces(value_width)}
+    return {"WIDTH": width, "VALUE_WIDTH": value_width, **pieces, "ALIGN": align, "CAUSAL": is_causal}
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_dot: Tensor | None,
+    k_dot: Tensor | None,
+    v_dot: Tensor | None,
+    mask: Tensor | None,
+    out: Tensor,
+    out_dot: Tensor | None,
+    lse: Tensor,
+    scale: float,
+    is_causal: bool,
+) -> None:
+    """Fills out [B, H, L_q, D_v], lse [B, H, L_q] (natural, -inf where nothing is seen) and out_dot.
+
+    Tangents belong to the last rows of the batch, `out_dot.shape[0]` of them. The others have a launch of
+    their own: with registers for tangents fewer programs would share a processor.
+    """
+    (_, heads, queries, _), (_, kv_heads, keys, _) = q.shape, k.shape
+    align = _alignment(q, k, v, q_dot, k_dot, v_dot, out, out_dot)
+    tiles = tiles_for("forward", q, v, keys)
+
+    def launch(rows: slice, *tangents: Tensor | None) -> None:
+        primals = (x[rows] for x in (q, k, v))
+        triton_backend.launch(
+            forward_kernel,
+            (len(lse[rows]) * heads * triton.cdiv(queries, tiles["BLOCK_M"]),),
+            *(_strided(x, align) for x in (*primals, *tangents[:3], out[rows], tangents[3])),
+            *(_masking(None if mask is None else mask[rows]), lse[rows], scale),
+            *(heads, heads // max(kv_heads, 1), queries, keys),
+            **_constants(q, v, align, is_causal),
+            **tiles,
+        )
+
+    first = q.shape[0] - (0 if out_dot is None else out_dot.shape[0])
+    launch(slice(0, first), None, None, None, None)
+    launch(slice(first, None), q_dot, k_dot, v_dot, out_dot)
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    lse: Tensor,
+    dout: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    scale: float,
+    is_causal: bool,
+) -> None:
+    """Fills those of dq, dk and dv that are not None."""
+    (batch, heads, queries, _), (_, kv_heads, keys, _) = q.shape, k.shape
+    group = heads // max(kv_heads, 1)
+    align = _alignment(q, k, v, dout, dq, dk, dv)
+    constants = _constants(q, v, align, is_causal)
+    inputs = [_strided(x, align) for x in (q, k, v, dout)]
+    inverses, deltas = torch.empty_like(lse), torch.empty_like(lse)
+    if keys == 1:  # P is 1 whatever the logits are: exact zeros, not what is left of dP - delta
+        for x in (dq, dk):
+            if x is not None:
+                x.zero_()
+        dq = dk = None
+
+    tiles = tiles_for("backward q", q, v, keys)
+    triton_backend.launch(
+        backward_q_kernel,
+        (batch * heads * triton.cdiv(queries, tiles["BLOCK_M"]),),
+        *(*inputs, _strided(dq, align), _masking(mask), lse, inverses, deltas),
+        *(scale, heads, group, queries, keys),
+        **constants,
+        **tiles,
+    )
+    if dk is None and dv is None:
+        return
+    tiles = tiles_for("backward kv", q, v, queries)
+    triton_backend.launch(
+        backward_kv_kernel,
+        (batch * kv_heads * triton.cdiv(keys, tiles["BLOCK_N"]),),
+        *(*inputs, _strided(dk, align), _strided(dv, align), _masking(mask), lse, inverses, deltas),
+        *(scale, kv_heads, group, queries, keys),
+        **constants,
+        **tiles,
+    )

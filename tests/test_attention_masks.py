@@ -1,0 +1,132 @@
+"""Attention with masks, causal, with grouped heads: as PyTorch does it; and what a mask must not do."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import imf_kernels as ik
+from imf_kernels import Dual
+from imf_kernels.testing import errors
+from imf_kernels.testing.cases import FP32, SMALL, attention
+
+SDPA = ik.scaled_dot_product_attention
+masking = pytest.mark.parametrize("backend", ["reference", "triton"], indirect=True)
+
+
+def draw(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+MASKS = {
+    "bool": lambda: draw(2, 4, 5, 7) > 0.5,
+    "bool for heads": lambda: draw(4, 1, 7) > 0.5,
+    "bool for keys": lambda: draw(7) > 0.0,
+    "added": lambda: draw(2, 1, 5, 7),
+    "added, -inf": lambda: draw(5, 7).masked_fill(draw(5, 7) > 0.3, -math.inf),
+    "nothing seen": lambda: torch.zeros(5, 1, dtype=torch.bool),
+}
+CALLS = [
+    *({"attn_mask": name} for name in MASKS),
+    {"is_causal": True},
+    {"enable_gqa": True},
+    {"enable_gqa": True, "is_causal": True, "scale": -0.3},
+    {"enable_gqa": True, "attn_mask": "bool"},
+]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("options", CALLS, ids=str)
+def test_as_pytorch_derives_it(options):
+    """In fp64: output, torch.func.jvp and gradients of PyTorch's own function, to 1e-13."""
+    options = {n: MASKS[v]() if n == "attn_mask" else v for n, v in options.items()}
+    heads = 2 if "enable_gqa" in options else 4
+    primals = [draw(2, 4, 5, 8), draw(2, heads, 7, 8), draw(2, heads, 7, 6)]
+    dots = [draw(*x.shape) + 1 for x in primals]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        wanted, wanted_dot = torch.func.jvp(
+            lambda *x: F.scaled_dot_product_attention(*x, **options), tuple(primals), tuple(dots)
+        )
+        leaves = [x.clone().requires_grad_() for x in primals]
+        dout = draw(*wanted.shape)
+        gradients = torch.autograd.grad(F.scaled_dot_product_attention(*leaves, **options), leaves, dout)
+    duals = [Dual(x, t) for x, t in zip(leaves, dots, strict=True)]
+    got = SDPA(*duals, **options, backend="reference")
+    close = {"rtol": 0, "atol": 1e-13}
+    torch.testing.assert_close(got.primal, wanted, **close)
+    # Where nothing is seen PyTorch's forward mode makes 0 / 0.
+    torch.testing.assert_close(got.tangent.detach(), wanted_dot.nan_to_num(nan=0.0), **close)
+    for ours, theirs in zip(torch.autograd.grad(got.primal, leaves, dout), gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, **close)
+
+
+@masking
+def test_what_a_mask_hides_does_not_matter(backend):
+    """However large the hidden keys and values are: the same bits."""
+    q, k, v = (torch.randn(2, 2, 40, 16) for _ in range(3))
+    mask = torch.arange(40) < 37
+    spoiled_k, spoiled_v = k.clone(), v.clone()
+    spoiled_k[..., 37:, :], spoiled_v[..., 37:, :] = 1e4, 1e30
+    run = lambda k, v: SDPA(Dual(q, q), k, Dual(v, v), mask, backend=backend)  # noqa: E731
+    got, wanted = run(spoiled_k, spoiled_v), run(k, v)
+    assert torch.equal(got.primal, wanted.primal) and torch.equal(got.tangent, wanted.tangent)
+
+
+@masking
+def test_a_query_that_sees_nothing_gives_zeros(backend):
+    q, k, v = (torch.randn(2, 2, 40, 16, requires_grad=True) for _ in range(3))
+    mask = torch.ones(40, 40, dtype=torch.bool)
+    mask[3] = False
+    for hidden in (mask, torch.zeros(40, 40).masked_fill(~mask, -math.inf)):
+        out = SDPA(*(Dual(x, torch.randn_like(x)) for x in (q, k, v)), hidden, backend=backend)
+        assert not out.primal[:, :, 3].any() and not out.tangent[:, :, 3].any()
+        dq, dk, dv = torch.autograd.grad(out.primal.sum(), (q, k, v))
+        assert not dq[:, :, 3].any() and dk.isfinite().all() and dv.isfinite().all()
+
+
+@masking
+def test_a_mask_is_read_where_it_lies(backend):
+    """Expanded, transposed, every other element: as its copy, and it is not written to."""
+    q, k, v = (torch.randn(2, 3, n, 16) for n in (21, 40, 40))
+    room = torch.randn(80, 42)
+    for mask in (room[::2, ::2].T, room[:40, 0].expand(3, 21, 40), room[0, :21, None] > 0):
+        before = mask.clone()
+        got, wanted = (SDPA(q, k, v, m, backend=backend) for m in (mask, before.contiguous()))
+        assert torch.equal(got, wanted) and torch.equal(mask, before)
+
+
+@masking
+def test_the_primal_does_not_feel_the_tangent_behind_a_mask(backend):
+    case = next(c for c in SMALL if str(c).endswith("fewer heads of keys, mask"))
+    p = errors.problem(case, FP32)
+    alone, whole = p.evaluate(backend, tangents=False), p.evaluate(backend)
+    assert all(torch.equal(alone[name], whole[name]) for name in alone)
+
+
+def test_the_cpu_kernels_refuse_and_the_default_goes_on():
+    x = torch.randn(2, 4, 5, 8)
+    for options, reason in (
+        ({"is_causal": True}, "it has no masks and no is_causal"),
+        ({"attn_mask": torch.ones(5, 5)}, "it has no masks and no is_causal"),
+        ({"enable_gqa": True}, "it has no grouped heads, got 4 of the query and 2 of the key"),
+    ):
+        k = x[:, :2] if "enable_gqa" in options else x
+        with pytest.raises(RuntimeError, match=f"'cpu' cannot run: {reason}"):
+            SDPA(x, k, k, **options, backend="cpu")
+        torch.testing.assert_close(
+            SDPA(x, k, k, **options), F.scaled_dot_product_attention(x, k, k, **options)
+        )
+
+
+def test_tiles_of_another_size(monkeypatch):
+    """Keys in whole tiles and in smaller ones at the end and along the diagonal, more than one of each."""
+    tiles = pytest.importorskip("imf_kernels._triton.attention_tiles")
+    if not ik.triton_backend.interpreted():
+        pytest.skip("the tiles of a GPU are those of its table")
+    monkeypatch.setitem(tiles.TABLE["interpreter"], "forward", {"fp32": (32, 64, 16, 4, 1)})
+    monkeypatch.setitem(tiles.TABLE["interpreter"], "backward q", {"fp32": (32, 64, 16, 4, 1)})
+    monkeypatch.setitem(tiles.TABLE["interpreter"], "backward kv", {"fp32": (64, 32, 0, 4, 1)})
+    for causal in (False, True):
+        p = errors.problem(attention("tiles", 1, 1, 50, 24, keys=101, is_causal=causal), FP32)
+        p.check(p.evaluate("triton"))

@@ -1,0 +1,65 @@
+"""The Triton kernels compile for the GPUs they are meant for, without one, and spill no registers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import has_triton
+
+from imf_kernels import triton_backend
+from imf_kernels.testing.cases import LARGE
+
+pytestmark = pytest.mark.skipif(triton_backend.missing() is not None, reason=str(triton_backend.missing()))
+
+# Bytes of shared memory that a program may have.
+SHARED = {"cuda:80": 163 << 10, "cuda:90": 227 << 10, "cuda:100": 227 << 10, "hip:gfx942": 64 << 10}
+# Bytes of stack that are no cost: sines of large angles are brought near zero in local memory; ptxas keeps an
+# address of prepend_tokens there rather than take a 65th register (sm_80, fp32).
+STACK = {"sinusoidal_embedding": 64, "prepend_tokens": 8}
+
+ATTENTION = [case for case in LARGE if case.operation == "scaled_dot_product_attention"]
+ROWS = [case for case in LARGE if case not in ATTENTION and has_triton(case.operation)]
+CASES = {"rows": ROWS, "attention": ATTENTION if has_triton("scaled_dot_product_attention") else []}
+kinds = pytest.mark.parametrize("kind", CASES)
+
+
+def compiled(target, dtype, cases):
+    """What the launches of these cases need, from a process in which Triton does not interpret."""
+    names = [str(case) for case in cases if dtype in (str(d).removeprefix("torch.") for d in case.dtypes)]
+    script = Path(__file__).parent / "compile_kernels.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, script, target, dtype, *names],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    launches = [json.loads(line) for line in run.stdout.splitlines()]
+    assert {launch["case"] for launch in launches} == set(names)
+    return launches
+
+
+def check(target, dtype, cases):
+    operations = {str(case): case.operation for case in cases}
+    for launch in compiled(target, dtype, cases):
+        operation = operations[launch["case"]]
+        assert launch["stack"] <= STACK.get(operation, 0), f"spilled registers: {launch}"
+        assert launch["shared"] <= SHARED[target], launch
+        attention = operation == "scaled_dot_product_attention"
+        assert not attention or launch["matrix instructions"] or dtype == "float32", launch
+
+
+@kinds
+@pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
+def test_a_block_of_a_network_in_bfloat16(target, kind):
+    check(target, "bfloat16", [case for case in CASES[kind] if case.name.startswith("head dim 72")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@kinds
+@pytest.mark.parametrize("target", SHARED)
+def test_every_shape_of_training(target, kind, dtype):
+    check(target, dtype, CASES[kind])
