@@ -151,8 +151,8 @@ def _bias(mask, b, h, rows, columns, queries, keys, CAUSAL: tl.constexpr, EDGE: 
             seen = seen & (columns <= rows)
         bias = (tl.where(seen, 0.0, -float("inf")),)
     if mask is not None:
-        offsets = b * mask[1] + h * mask[2] + tl.cast(rows, tl.int64) * mask[3] + columns * mask[4]
-        values = tl.load(mask[0] + offsets, mask=(rows < queries) & (columns < keys), other=0)
+        of_rows = mask[0] + (b * mask[1] + h * mask[2] + tl.cast(rows, tl.int64) * mask[3])
+        values = tl.load(of_rows + columns * mask[4], mask=(rows < queries) & (columns < keys), other=0)
         if mask[0].dtype.element_ty == tl.uint8:
             values = tl.where(values != 0, 0.0, -float("inf"))
         else:
@@ -467,7 +467,7 @@ def forward(
     """
     (_, heads, queries, _), (_, kv_heads, keys, _) = q.shape, k.shape
     align = _alignment(q, k, v, q_dot, k_dot, v_dot, out, out_dot)
-    tiles = tiles_for("forward", q, v, keys)
+    tiles = tiles_for("forward", q, v, keys, mask is not None)
 
     def launch(rows: slice, *tangents: Tensor | None) -> None:
         primals = (x[rows] for x in (q, k, v))
@@ -512,7 +512,7 @@ def backward(
                 x.zero_()
         dq = dk = None
 
-    tiles = tiles_for("backward q", q, v, keys)
+    tiles = tiles_for("backward q", q, v, keys, mask is not None)
     triton_backend.launch(
         backward_q_kernel,
         (batch * heads * triton.cdiv(queries, tiles["BLOCK_M"]),),
@@ -523,7 +523,7 @@ def backward(
     )
     if dk is None and dv is None:
         return
-    tiles = tiles_for("backward kv", q, v, queries)
+    tiles = tiles_for("backward kv", q, v, queries, mask is not None)
     triton_backend.launch(
         backward_kv_kernel,
         (batch * kv_heads * triton.cdiv(keys, tiles["BLOCK_N"]),),

@@ -14,15 +14,16 @@ WIDTHS = (64, 80, 128, 256)
 SHORT = 512
 
 
-def shape_classes(q: Tensor, v: Tensor, length: int) -> tuple[str, str]:
+def shape_classes(q: Tensor, v: Tensor, length: int, masked: bool) -> tuple[str, str]:
     """The rows of the table that fit, the closer one first: ("64 short", "64"), ("128 fp32", "fp32").
 
-    `length` is how far a program walks: the number of keys, for dk and dv that of queries.
+    `length` is how far a program walks: the number of keys, for dk and dv that of queries. A mask takes
+    registers of its own, whatever the length.
     """
     width = next(width for width in WIDTHS if max(q.shape[3], v.shape[3]) <= width)
     if q.dtype == torch.float32:
         return f"{width} fp32", "fp32"
-    return f"{width} {'short' if length <= SHORT else 'long'}", f"{width}"
+    return f"{width} {'masked' if masked else 'short' if length <= SHORT else 'long'}", f"{width}"
 
 
 def architecture_class(name: str) -> str:
@@ -34,9 +35,10 @@ def architecture_class(name: str) -> str:
     return "sm_100" if name.startswith("sm_10") else "sm_80"
 
 
-def tiles_for(kernel: str, q: Tensor, v: Tensor, length: int) -> dict[str, Any]:
+def tiles_for(kernel: str, q: Tensor, v: Tensor, length: int, masked: bool) -> dict[str, Any]:
     """Constants and options of a launch of "forward", "backward q" or "backward kv"."""
     rows = TABLE[architecture_class(triton_backend.architecture(q))][kernel]
-    m, n, edge, warps, stages = next(rows[name] for name in shape_classes(q, v, length) if name in rows)
+    names = shape_classes(q, v, length, masked)
+    m, n, edge, warps, stages = next(rows[name] for name in names if name in rows)
     tiles = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
     return tiles if kernel == "backward kv" else tiles | {"EDGE_N": edge}
