@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,14 +89,13 @@ def steps(records: Sequence[Record]) -> str:
             groups[record["size"], record["dtype"]].append(record)
     rows = []
     for (size, dtype), forms in groups.items():
-        ours = next((r for r in forms if r["form"] == "ours"), None)
-        if ours is None:
-            continue
         for r in forms:
             shares = ", ".join(f"{kind} {share:.0%}" for kind, share in r.get("share of time", {}).items())
             memory = [mebibytes(r.get(f"peak {kind} bytes")) for kind in ("tensor", "resident")]
-            ratio = f"{r['seconds'] / ours['seconds']:.2f}×"
-            rows.append([f"{size}, {dtype}", r["form"], milliseconds(r["seconds"]), ratio, *memory, shares])
+            beside = r.get("ours beside", r["rounds"])  # round by round
+            ratio = statistics.median(a / b for a, b in zip(r["rounds"], beside, strict=True))
+            times = [milliseconds(r["seconds"]), f"{ratio:.2f}×"]
+            rows.append([f"{size}, {dtype}", r["form"], *times, *memory, shares])
     memory = ["peak tensor memory", "peak resident memory"]
     return table(["step", "form", "time", "to ours", *memory, "share of time"], rows)
 
