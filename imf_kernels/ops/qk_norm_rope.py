@@ -141,12 +141,12 @@ class _CPU:
     def backward(
         x: Tensor, dy: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor, dx: Tensor
     ) -> Tensor:
-        width, threads = x.shape[-1], torch.get_num_threads()
+        (batch, heads, length, width), threads = x.shape, torch.get_num_threads()
         w = weight.float().contiguous()
         dweight = x.new_empty((threads, width), dtype=torch.float32)
         _C.qk_norm_rope_backward(
             *(DTYPES[x.dtype], pointer(x), pointer(dy), pointer(w), pointer(cos), pointer(sin)),
-            *(pointer(rstd), pointer(dx), pointer(dweight), *x.shape),
+            *(pointer(rstd), pointer(dx), pointer(dweight), batch, heads, length, width),
             *(x.stride()[:3], dy.stride()[:3], dx.stride()[:3], threads),
         )
         return dweight[0]
