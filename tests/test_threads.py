@@ -29,7 +29,11 @@ BIG = [
 ]
 on_big = pytest.mark.parametrize(
     ("case", "dtype"),
-    [pytest.param(case, dtype, id=f"{case}, {str(dtype)[6:]}") for case in BIG for dtype in dtypes_of(case, "cpu")],
+    [
+        pytest.param(case, dtype, id=f"{case}, {str(dtype)[6:]}")
+        for case in BIG
+        for dtype in dtypes_of(case, "cpu")
+    ],
 )
 
 
