@@ -90,10 +90,15 @@ def _inverse(x):
 
 
 @triton.jit
+def _zeros_piece(ROWS: tl.constexpr, SIZE: tl.constexpr):
+    return tl.zeros([ROWS, SIZE], tl.float32)
+
+
+@triton.jit
 def _zeros(ROWS: tl.constexpr, PIECES: tl.constexpr):
     tile = ()
     for i in tl.static_range(len(PIECES)):
-        tile = tile + (tl.zeros([ROWS, PIECES[i]], tl.float32),)
+        tile = tile + (_zeros_piece(ROWS, PIECES[i]),)  # Triton 3.6 has no list with an element of a tuple
     return tile
 
 

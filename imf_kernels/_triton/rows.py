@@ -12,8 +12,9 @@ from torch import Tensor
 
 from imf_kernels.triton_backend import launch
 
-# Elements of a tile, 16 a thread: what a dual needs of them fits in registers several times over.
-_ELEMENTS, _ELEMENTS_OF_A_WARP = 2048, 512
+# Elements of a tile, 8 a thread: 16 bytes in half precision, and few enough that nothing spills from
+# registers where rows begin at odd places and each element is read by itself.
+_ELEMENTS, _ELEMENTS_OF_A_WARP = 2048, 256
 
 # Sums over rows are taken in at most so many shares, then over the shares. It does not depend on the GPU.
 _SHARES = 512
