@@ -61,7 +61,7 @@ def has_triton(operation):
 
 def _takes(case, dtype, backend):
     if case is None:
-        return True
+        return dtype is None or dtype in _DTYPES[backend.partition("-")[0]]
     return dtype in dtypes_of(case, backend) if dtype else bool(dtypes_of(case, backend))
 
 

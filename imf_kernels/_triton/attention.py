@@ -167,27 +167,30 @@ def _bias(mask, b, h, rows, columns, queries, keys, CAUSAL: tl.constexpr, EDGE: 
 
 
 @triton.jit
-def _logits(s, scale, bias, less):
-    """scale s + bias - less in units of ln 2, rounded once; -inf where the bias is, whatever s is."""
+def _logits(s, scale, bias):
+    """scale s + bias in units of ln 2; -inf where the bias is, whatever s is.
+
+    The largest of a row less the maximum must be exactly 0, so what is subtracted is no part of it.
+    """
     if len(bias) > 0:
-        return tl.where(bias[0] == -float("inf"), bias[0], tl.fma(s, scale * _LOG2E, bias[0] - less))
+        return tl.where(bias[0] == -float("inf"), bias[0], tl.fma(s, scale * _LOG2E, bias[0]))
     else:
-        return tl.fma(s, scale * _LOG2E, -less)
+        return s * (scale * _LOG2E)
 
 
 @triton.jit
-def _centred(p, s_dot, scale, before, dot, shift, dtype: tl.constexpr):
+def _centred(p, s_dot, before, dot, shift, dtype: tl.constexpr):
     """P (S_dot - shift) of a tile as it is multiplied, and W, M and shift with the tile.
 
     The new shift is the mean of S_dot so far. It has gone down by `moved`: that times O is to be added to A.
     `before`, `dot` and `shift` are W, M and shift without the tile.
     """
     weight = before + tl.sum(p, 1)
-    total = dot + before * shift + scale * tl.sum(p * s_dot, 1)
+    total = dot + before * shift + tl.sum(p * s_dot, 1)
     # Where nothing has had weight there is no mean.
     mean = tl.where(weight > 0, total / tl.where(weight > 0, weight, 1.0), shift)
     moved = shift - mean
-    centred = (p * tl.fma(s_dot, scale, -mean[:, None])).to(dtype)
+    centred = (p * (s_dot - mean[:, None])).to(dtype)
     dot = dot + before * moved + tl.sum(centred.to(tl.float32), 1)
     return centred, weight, dot, mean, moved
 
@@ -225,9 +228,10 @@ def _forward_tile(
     s = _dot_rows(q, k_tile, zeros)
     bias = _bias(mask, b, h, rows[:, None], columns[None, :], queries, keys, CAUSAL, EDGE)
 
-    maximum = tl.maximum(highest, tl.max(_logits(s, scale, bias, 0.0), 1))
+    logits = _logits(s, scale, bias)
+    maximum = tl.maximum(highest, tl.max(logits, 1))
     offset = tl.where(maximum == -float("inf"), 0.0, maximum)  # any finite one leaves a row of -inf at zero
-    p = tl.exp2(_logits(s, scale, bias, offset[:, None]))
+    p = tl.exp2(logits - offset[:, None])
     decay = tl.exp2(highest - offset)
     total = total * decay + tl.sum(p, 1)
     before, dot = before * decay, dot * decay
@@ -240,7 +244,7 @@ def _forward_tile(
         if len(k_dot) > 0:
             s_dot = _dot_rows(q, _load(k_dot, start, length, TILE, WIDTH, PIECES, ALIGN), s_dot)
         weights_dot, weight, dot, shift, moved = _centred(
-            weights.to(tl.float32), s_dot, scale, before, dot, shift, dtype
+            weights.to(tl.float32), s_dot * scale, before, dot, shift, dtype
         )
         out_dot = _add_dot(_plus(_scaled(out_dot, decay), decay * moved, out), weights_dot, v_tile)
     else:
@@ -322,12 +326,12 @@ def _backward_q_tile(
     columns = start + tl.arange(0, TILE)
     s = _dot_rows(q, k_tile, zeros)
     bias = _bias(mask, b, h, rows[:, None], columns[None, :], queries, keys, CAUSAL, EDGE)
-    p = tl.exp2(_logits(s, scale, bias, lse[:, None]))
+    p = tl.exp2(_logits(s, scale, bias) - lse[:, None])
 
     dp = _dot_rows(dout, _load(v, start, length, TILE, VALUE_WIDTH, VALUE_PIECES, ALIGN), zeros)
     dtype: tl.constexpr = k_tile[0].dtype
     weights = p.to(dtype)
-    ds, weight, dot, shift, moved = _centred(weights.to(tl.float32), dp, 1.0, before, dot, shift, dtype)
+    ds, weight, dot, shift, moved = _centred(weights.to(tl.float32), dp, before, dot, shift, dtype)
     dq = _add_dot(_plus(dq, moved, mean_k), ds, k_tile)
     mean_k = _add_dot(mean_k, weights, k_tile)
     return total + tl.sum(p, 1), weight, dot, shift, mean_k, dq
@@ -404,7 +408,7 @@ def backward_kv_kernel(
             dout_tile = _load(dout_head, start, queries, BLOCK_M, VALUE_WIDTH, VALUE_PIECES, ALIGN)
             s = _dot_columns(q_tile, k_tile, BLOCK_M, BLOCK_N)
             bias = _bias(mask, b, h, rows[None, :], columns[:, None], queries, keys, CAUSAL, CAUSAL)
-            p = tl.exp2(_logits(s, scale, bias, _load_lse(lse + of_head, rows, queries)[None, :]))
+            p = tl.exp2(_logits(s, scale, bias) - _load_lse(lse + of_head, rows, queries)[None, :])
             p *= tl.load(inverses + of_head + rows, mask=rows < queries, other=0.0)[None, :]
             dv_sums = _add_dot(dv_sums, p.to(dtype), dout_tile)
             if dk is not None:
