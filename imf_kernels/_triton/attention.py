@@ -119,7 +119,7 @@ def _plus(tile, rows, other):
 
 @triton.constexpr_function
 def _precision():
-    """How fp32 is multiplied. On NVIDIA's GPUs as three products of TF32, which keep the error rule.
+    """How fp32 is multiplied. On NVIDIA's GPUs as three TF32 products: simulated, they keep the error rule.
 
     They have no matrix instructions for plain fp32 products, and what those unroll to makes the compiler of
     Triton 3.9 abort for sm_90.
