@@ -124,9 +124,9 @@ def test_tiles_of_another_size(monkeypatch):
     tiles = pytest.importorskip("imf_kernels._triton.attention_tiles")
     if not ik.triton_backend.interpreted():
         pytest.skip("the tiles of a GPU are those of its table")
-    monkeypatch.setitem(tiles.TABLE["interpreter"], "forward", {"fp32": (32, 64, 16, 4, 1)})
-    monkeypatch.setitem(tiles.TABLE["interpreter"], "backward q", {"fp32": (32, 64, 16, 4, 1)})
-    monkeypatch.setitem(tiles.TABLE["interpreter"], "backward kv", {"fp32": (64, 32, 0, 4, 1)})
+    monkeypatch.setitem(tiles.TABLE["interpreter"], "forward", {"64": (32, 64, 16, 4, 1)})
+    monkeypatch.setitem(tiles.TABLE["interpreter"], "backward q", {"64": (32, 64, 16, 4, 1)})
+    monkeypatch.setitem(tiles.TABLE["interpreter"], "backward kv", {"64": (64, 32, 0, 4, 1)})
     for causal in (False, True):
-        p = errors.problem(attention("tiles", 1, 1, 50, 24, keys=101, is_causal=causal), FP32)
+        p = errors.problem(attention("tiles", 1, 1, 50, 24, keys=101, is_causal=causal), torch.float16)
         p.check(p.evaluate("triton"))

@@ -4,21 +4,22 @@ By architecture, kernel and shape class: BLOCK_M, BLOCK_N, EDGE_N (0 where the k
 num_stages. None has been timed yet. They are reasoned from registers and shared memory: the sums take twice
 BLOCK_M times the head dim, logits and their tangent twice BLOCK_M times BLOCK_N, in fp32, spread over 32
 num_warps threads of at most 255 registers, and addresses of what is being loaded 2 for each 16 bytes.
-None may spill. Matrix instructions of sm_90 and sm_100 want 64 rows; float32 has none, and keeps its operands
-in registers too. The interpreter's tiles are small, to meet many edges.
+Matrix instructions of sm_90 and sm_100 want 64 rows; those of float32 keep both halves of their operands in
+registers. The interpreter's tiles are small, to meet many edges.
 """
 
 TABLE: dict[str, dict[str, dict[str, tuple[int, int, int, int, int]]]] = {
     "sm_80": {
         "forward": {
             "128 masked": (32, 16, 16, 8, 1),
-            "64": (64, 64, 32, 4, 2),
+            "64": (64, 32, 16, 4, 2),
             "64 masked": (64, 16, 16, 4, 1),
             "80 masked": (64, 16, 16, 4, 1),
             "80": (64, 32, 32, 4, 2),
             "128": (32, 32, 32, 8, 2),
             "256": (16, 32, 32, 8, 1),
             "fp32": (16, 16, 16, 8, 1),
+            "64 fp32": (16, 16, 16, 4, 1),
         },
         "backward q": {
             "64": (64, 32, 32, 4, 2),
@@ -28,6 +29,7 @@ TABLE: dict[str, dict[str, dict[str, tuple[int, int, int, int, int]]]] = {
             "128": (64, 32, 32, 8, 2),
             "256": (32, 32, 32, 8, 1),
             "fp32": (16, 16, 16, 8, 1),
+            "64 fp32": (16, 16, 16, 4, 1),
         },
         "backward kv": {
             "64": (32, 64, 0, 4, 2),
@@ -35,7 +37,8 @@ TABLE: dict[str, dict[str, dict[str, tuple[int, int, int, int, int]]]] = {
             "80 masked": (16, 64, 0, 4, 2),
             "128": (32, 64, 0, 8, 2),
             "256": (64, 32, 0, 8, 1),
-            "fp32": (16, 16, 0, 4, 1),
+            "fp32": (16, 16, 0, 8, 1),
+            "64 fp32": (16, 16, 0, 4, 1),
         },
     },
     "sm_90": {
@@ -48,6 +51,7 @@ TABLE: dict[str, dict[str, dict[str, tuple[int, int, int, int, int]]]] = {
             "128": (64, 16, 16, 4, 1),
             "256": (16, 32, 32, 8, 1),
             "fp32": (16, 16, 16, 8, 1),
+            "64 fp32": (16, 16, 16, 4, 1),
         },
         "backward q": {
             "64": (64, 64, 32, 4, 2),
@@ -57,13 +61,15 @@ TABLE: dict[str, dict[str, dict[str, tuple[int, int, int, int, int]]]] = {
             "128": (64, 32, 32, 8, 2),
             "256": (32, 32, 32, 8, 1),
             "fp32": (16, 16, 16, 8, 1),
+            "64 fp32": (16, 16, 16, 4, 1),
         },
         "backward kv": {
             "64": (64, 64, 0, 4, 2),
             "80": (32, 64, 0, 4, 2),
             "128": (32, 64, 0, 8, 2),
             "256": (64, 32, 0, 8, 1),
-            "fp32": (16, 16, 0, 4, 1),
+            "fp32": (16, 16, 0, 8, 1),
+            "64 fp32": (16, 16, 0, 4, 1),
         },
     },
     "sm_100": {
@@ -76,6 +82,7 @@ TABLE: dict[str, dict[str, dict[str, tuple[int, int, int, int, int]]]] = {
             "128": (64, 16, 16, 4, 1),
             "256": (16, 32, 32, 8, 1),
             "fp32": (16, 16, 16, 8, 1),
+            "64 fp32": (16, 16, 16, 4, 1),
         },
         "backward q": {
             "64 masked": (64, 16, 16, 4, 1),
@@ -85,13 +92,15 @@ TABLE: dict[str, dict[str, dict[str, tuple[int, int, int, int, int]]]] = {
             "128": (64, 32, 32, 4, 2),
             "256": (32, 32, 32, 8, 1),
             "fp32": (16, 16, 16, 8, 1),
+            "64 fp32": (16, 16, 16, 4, 1),
         },
         "backward kv": {
             "64": (64, 64, 0, 4, 2),
             "80": (32, 64, 0, 4, 2),
             "128": (32, 64, 0, 8, 2),
             "256": (64, 32, 0, 8, 1),
-            "fp32": (16, 16, 0, 4, 1),
+            "fp32": (16, 16, 0, 8, 1),
+            "64 fp32": (16, 16, 0, 4, 1),
         },
     },
     "gfx942": {
