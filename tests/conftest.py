@@ -34,8 +34,16 @@ def dtypes_of(case, backend):
 
 
 def pytest_collection_modifyitems(items):
-    """Of tests of each case, dtype and backend, leaves out the combinations that do not exist."""
+    """Of tests of each case, dtype and backend, leaves out the combinations that do not exist, and keeps the
+    properties of attention in Triton's interpreter, seconds each, to one dtype unless all is tested."""
     items[:] = [item for item in items if _exists(getattr(item, "callspec", None))]
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        interpreted = parameters.get("backend") == "triton" and not ON_GPU
+        attention = "scaled_dot_product_attention" in str(parameters.get("case"))
+        half = parameters.get("dtype") == torch.float16
+        if interpreted and attention and half and item.path.name == "test_properties.py":
+            item.add_marker(pytest.mark.slow)
 
 
 def _exists(call):

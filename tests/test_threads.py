@@ -142,6 +142,8 @@ def test_fresh_memory_of_the_kernels_is_not_read(tmp_path):
         for isa in cpu.instruction_sets():
             with cpu.use_instruction_set(isa):
                 for case in select("scaled_dot_product_attention")[::3] + select("rms_norm")[::3]:
+                    if "cpu" in case.refused_by:
+                        continue
                     results.append(errors.Problem.draw(case, torch.float32, 0).evaluate("cpu"))
         torch.save(results, sys.argv[1])
     """
