@@ -65,6 +65,7 @@ TABLE: dict[str, dict[str, dict[str, tuple[int, int, int, int, int]]]] = {
         },
         "backward kv": {
             "64": (64, 64, 0, 4, 2),
+            "64 long": (32, 64, 0, 4, 2),
             "80": (32, 64, 0, 4, 2),
             "128": (32, 64, 0, 8, 2),
             "256": (64, 32, 0, 8, 1),
