@@ -18,6 +18,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,22 @@ CASES = [
 ]
 
 
-def measure_machine() -> peers.Machine:
+@dataclass(frozen=True)
+class Machine:
+    """Bytes a second, read and written, of a copy, and FLOPs a second of products."""
+
+    bandwidth: float
+    flops: dict[torch.dtype, float]
+
+    def bound(self, case: cases.Case, dtype: torch.dtype, dual: bool) -> float:
+        """Seconds that a case takes at least: its bytes or, of products, its FLOPs, whichever is more."""
+        by_bytes = case.count_bytes(dtype, dual) / self.bandwidth
+        if case.operation not in peers.PRODUCTS:
+            return by_bytes
+        return max(by_bytes, case.count_flops(dual) / self.flops[dtype])
+
+
+def measure_machine() -> Machine:
     """A copy of 4 GiB, and products of 8192 rows, 4096 → 4096, fp32 without TF32."""
     source = torch.ones(1 << 29)
     target = torch.empty_like(source)
@@ -53,7 +69,7 @@ def measure_machine() -> peers.Machine:
     for dtype in DTYPES.values():
         x, w = torch.ones(8192, 4096, dtype=dtype), torch.ones(4096, 4096, dtype=dtype)
         flops[dtype] = 2 * 8192 * 4096 * 4096 / best(functools.partial(F.linear, x, w))
-    return peers.Machine(bandwidth, flops)
+    return Machine(bandwidth, flops)
 
 
 def best(call: Call) -> float:
@@ -148,7 +164,7 @@ def replay_of(call: Call) -> Call:
     return graph.replay
 
 
-def measure(case: cases.Case, name: str, machine: peers.Machine, compiled: bool) -> list[dict[str, Any]]:
+def measure(case: cases.Case, name: str, machine: Machine, compiled: bool) -> list[dict[str, Any]]:
     """A figure a form; one that cannot run gives its reason in the place of times."""
     problem = errors.problem(case, DTYPES[name])
     # One draw of the yardsticks is the strictest, and quick.
