@@ -331,7 +331,9 @@ def _small() -> list[Case]:
     offset = {"offset": 2.0}, {"offset": 4.0}
     large = {"offset": 35.0, "scale": 0.2}
     # Queries of one sign and a key far on the other: no weight at all on a row of huge values.
-    weightless: dict[str, Any] = {"q": offset[0], "k": {"outlier": -1e4}, "v": {"outlier": 3e4}}
+    weightless: dict[str, Any] = {"q": offset[0], "k": {"outlier": -1e4}, "v": {"outlier": 1e5}}
+    in_fp16 = {**weightless, "v": {"outlier": 3e4}, "dtypes": (FP16,)}
+    weightless["dtypes"] = (FP32, BF16)
     return [
         linear("square", 5, 3, width=16, out=16),
         linear("no bias", 7, width=33, out=5, bias=False),
@@ -365,6 +367,8 @@ def _small() -> list[Case]:
         attention("offset 4 of keys, tangents of q", 2, 2, 40, 64, tangents=("query",), k=offset[1]),
         attention("outlier without weight", 2, 2, 20, 64, **weightless),
         attention("outlier without weight, two blocks", 1, 2, 20, 64, keys=276, **weightless),
+        attention("outlier without weight, fp16", 2, 2, 20, 64, **in_fp16),
+        attention("outlier without weight, two blocks, fp16", 1, 2, 20, 64, keys=276, **in_fp16),
         attention("logits of 1e4", 2, 2, 20, 64, q=large, k=large),
         attention("logits far apart", 2, 2, 20, 16, q={"scale": 5.0}, k={"scale": 5.0}),
         attention("scale 0.3", 2, 2, 9, 16, options={"scale": 0.3}),
