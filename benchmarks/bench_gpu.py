@@ -25,7 +25,6 @@ from typing import Any
 import peers
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from imf_kernels import Dual, triton_backend
@@ -88,28 +87,12 @@ def calls(problem: errors.Problem, compiled: bool) -> dict[str, Call]:
     forms = {"dual": ours(None, True), "primal": ours(None, False), "dual reference": ours("reference", True)}
     if case.operation == "scaled_dot_product_attention" and (case.options or "attn_mask" in x):
         return forms
-    moving, directions, plain = tuple(x[n] for n in x_dot), tuple(x_dot.values()), peers.formula(case)
-
-    def formula(*arguments: Tensor) -> tuple[Tensor, ...]:
-        return plain(x | dict(zip(x_dot, arguments, strict=True)))
-
-    def forward_mode(*both: Tensor) -> Any:
-        return torch.func.jvp(formula, both[: len(moving)], both[len(moving) :])
-
-    def differences() -> Any:
-        step = 1e-2
-        above = formula(*(a + step * b for a, b in zip(moving, directions, strict=True)))
-        below = formula(*(a - step * b for a, b in zip(moving, directions, strict=True)))
-        return formula(*moving), [(a - b) / (2 * step) for a, b in zip(above, below, strict=True)]
-
-    forms["torch.func.jvp"] = lambda: forward_mode(*moving, *directions)
-    forms["primal, plain"] = lambda: formula(*moving)
-    if problem.dtype == torch.float32:  # differences of bf16 numbers are noise
-        forms["finite differences"] = differences
-    if compiled:
-        torch._dynamo.reset()
-        whole = torch.compile(forward_mode, dynamic=False, fullgraph=True)
-        forms["compiled"] = lambda: whole(*moving, *directions)
+    plain = peers.formula(case)
+    forms["primal, plain"] = lambda: plain(x)
+    # Differences of bf16 numbers are noise.
+    differences = ["finite differences"] if problem.dtype == torch.float32 else []
+    for means in ("torch.func.jvp", *differences, *(["compiled"] if compiled else [])):
+        forms[means] = peers.derivative(problem, means)
     if case.operation == "scaled_dot_product_attention":
         forms |= attention_peers(problem)
     return forms

@@ -47,9 +47,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("case", "dtype", "form"), selected)
 
 
-Outputs = tuple[Tensor, ...]
-
-
 def ours(problem: errors.Problem, form: str) -> Callable[[], Any]:
     case, backend = problem.case, "reference" if form == "dual reference" else None
     leaves = _leaves(problem) if form.endswith("backward") else problem.primals
@@ -72,46 +69,21 @@ def _leaves(problem: errors.Problem) -> dict[str, Tensor]:
     return {n: x.clone().requires_grad_() if n in names else x for n, x in problem.primals.items()}
 
 
-def _gradients(problem: errors.Problem, leaves: dict[str, Tensor], outputs: Outputs) -> Outputs:
+def _gradients(problem: errors.Problem, leaves: dict[str, Tensor], outputs: peers.Outputs) -> peers.Outputs:
     wanted = [leaves[name] for name in problem.case.differentiable]
     return torch.autograd.grad(outputs, wanted, problem.cotangents)
 
 
-def peer(problem: errors.Problem, form: str) -> Callable[[], tuple[Outputs, Outputs]]:
-    """A case's outputs and their tangents by other means: both, as ours gives both."""
-    case, names = problem.case, list(problem.tangents)
-    rest = _leaves(problem) if form.endswith("backward") else problem.primals
-    x, x_dot = tuple(rest[n] for n in names), tuple(problem.tangents.values())
-    plain = peers.formula(case)
+def peer(problem: errors.Problem, form: str) -> Callable[[], tuple[peers.Outputs, peers.Outputs]]:
+    """A case's outputs and their tangents by other means, and with the backward of the primal after it."""
+    if not form.endswith("and backward"):
+        return peers.derivative(problem, form)
+    leaves = _leaves(problem)
+    both = peers.derivative(problem, form.removesuffix(" and backward"), leaves)
 
-    def formula(*moving: Tensor) -> Outputs:
-        return plain({**rest, **dict(zip(names, moving, strict=True))})
-
-    def forward_mode(*both: Tensor) -> tuple[Outputs, Outputs]:
-        outputs, tangents = torch.func.jvp(formula, both[: len(x)], both[len(x) :])
-        return outputs, tuple(t.detach() for t in tangents)  # as training does: no gradient goes through them
-
-    if form == "finite differences":
-        step = 1e-2
-
-        def differences() -> tuple[Outputs, Outputs]:
-            above = formula(*(a + step * b for a, b in zip(x, x_dot, strict=True)))
-            below = formula(*(a - step * b for a, b in zip(x, x_dot, strict=True)))
-            slopes = tuple((a - b) / (2 * step) for a, b in zip(above, below, strict=True))
-            return formula(*x), slopes
-
-        return differences
-    if form.startswith("compiled"):
-        torch._dynamo.reset()
-        forward_mode = torch.compile(
-            forward_mode, dynamic=False, fullgraph=True
-        )  # or it falls back in silence
-    if not form.endswith("backward"):
-        return lambda: forward_mode(*x, *x_dot)
-
-    def and_backward() -> tuple[Outputs, Outputs]:
-        outputs, tangents = forward_mode(*x, *x_dot)
-        _gradients(problem, rest, outputs)
+    def and_backward() -> tuple[peers.Outputs, peers.Outputs]:
+        outputs, tangents = both()
+        _gradients(problem, leaves, outputs)
         return outputs, tangents
 
     return and_backward

@@ -15,6 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from imf_kernels import gemm
 from imf_kernels.testing.cases import Case
+from imf_kernels.testing.errors import Problem
+
+Outputs = tuple[Tensor, ...]
 
 # Formulas as a training program has them: operands in their dtype, norms in fp32.
 
@@ -71,18 +74,53 @@ def prepend_tokens(x: Tensor, *groups: Tensor) -> Tensor:
     return torch.cat([tokens + embedding[:, None] for tokens, embedding in pairs] + [x], dim=1)
 
 
-def formula(case: Case) -> Callable[[dict[str, Any]], tuple[Tensor, ...]]:
+def formula(case: Case) -> Callable[[dict[str, Any]], Outputs]:
     """A case's plain formula, as a function of its arguments."""
     call: Callable[..., Any] = globals()[case.operation]
     if case.operation == "prepend_tokens":
         return lambda arguments: (call(*arguments.values()),)
     options = {**case.options, **case.output_options}
 
-    def run(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    def run(arguments: dict[str, Any]) -> Outputs:
         result = call(**arguments, **options)
         return result if isinstance(result, tuple) else (result,)
 
     return run
+
+
+def derivative(
+    problem: Problem, means: str, primals: dict[str, Tensor] | None = None
+) -> Callable[[], tuple[Outputs, Outputs]]:
+    """A case's outputs and their tangents by other means: both, as ours gives both.
+
+    Args:
+        problem: what is computed.
+        means: "torch.func.jvp", "compiled" (the same, as one graph) or "finite differences" (central ones).
+        primals: in the place of the problem's, such as leaves of a graph.
+    """
+    primals, names = primals or problem.primals, list(problem.tangents)
+    x, x_dot = tuple(primals[n] for n in names), tuple(problem.tangents.values())
+    plain = formula(problem.case)
+
+    def of(*moving: Tensor) -> Outputs:
+        return plain({**primals, **dict(zip(names, moving, strict=True))})
+
+    def forward_mode(*both: Tensor) -> tuple[Outputs, Outputs]:
+        outputs, tangents = torch.func.jvp(of, both[: len(x)], both[len(x) :])
+        return outputs, tuple(t.detach() for t in tangents)  # as training does: no gradient goes through them
+
+    def differences() -> tuple[Outputs, Outputs]:
+        step = 1e-2
+        above = of(*(a + step * b for a, b in zip(x, x_dot, strict=True)))
+        below = of(*(a - step * b for a, b in zip(x, x_dot, strict=True)))
+        return of(*x), tuple((a - b) / (2 * step) for a, b in zip(above, below, strict=True))
+
+    if means == "finite differences":
+        return differences
+    if means == "compiled":
+        torch._dynamo.reset()
+        forward_mode = torch.compile(forward_mode, dynamic=False, fullgraph=True)  # else it may stay eager
+    return lambda: forward_mode(*x, *x_dot)
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:

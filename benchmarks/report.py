@@ -115,8 +115,8 @@ def plot(records: Sequence[Record], path: Path) -> None:
     for column, (word, label) in enumerate((("tokens", "tokens"), ("depth", "depth"))):
         swept: dict[str, list[tuple[int, Record]]] = defaultdict(list)
         for r in records:
-            if "share of time" in r and word in r["size"].split():
-                number = next(int(part) for part in r["size"].split() if part.isdigit())
+            if word in (point := r.get("point", "").split()):
+                number = next(int(part) for part in point if part.isdigit())
                 swept[r["form"]].append((number, r))
         for form, points in swept.items():
             points.sort(key=lambda point: point[0])

@@ -16,9 +16,10 @@ pytestmark = pytest.mark.skipif(triton_backend.missing() is not None, reason=str
 
 # Bytes of shared memory that a program may have.
 SHARED = {"cuda:80": 163 << 10, "cuda:90": 227 << 10, "cuda:100": 227 << 10, "hip:gfx942": 64 << 10}
-# Bytes of stack that are no cost: sines of large angles are brought near zero in local memory; ptxas keeps an
-# address of prepend_tokens there rather than take a 65th register (sm_80, fp32).
-STACK = {"sinusoidal_embedding": 64, "prepend_tokens": 8}
+# Bytes of stack that are no cost: ptxas keeps an address there now and then, in other kernels with each
+# release of Triton; sines of large angles are brought near zero in local memory.
+ADDRESS = 8
+STACK = {"sinusoidal_embedding": 64}
 # Attention in fp32 keeps its operands in registers on NVIDIA GPUs, and from a head dim of 72 on it spills.
 SPILLING_FP32 = {"scaled_dot_product_attention": 512}
 
@@ -48,7 +49,7 @@ def check(target, dtype, cases):
     for launch in compiled(target, dtype, cases):
         operation = operations[launch["case"]]
         spills = SPILLING_FP32.get(operation, 0) if dtype == "float32" else 0
-        assert launch["stack"] <= max(spills, STACK.get(operation, 0)), f"spilled registers: {launch}"
+        assert launch["stack"] <= max(spills, STACK.get(operation, ADDRESS)), f"spilled registers: {launch}"
         assert launch["shared"] <= SHARED[target], launch
         attention = operation == "scaled_dot_product_attention"
         assert not attention or launch["matrix instructions"] or dtype == "float32", launch
