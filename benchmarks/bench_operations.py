@@ -12,7 +12,8 @@ the table too, a copy of as many bytes; the bound of products, from FLOPs, is in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import peers
@@ -27,6 +28,25 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OURS = ("dual", "dual and backward", "primal", "dual reference")
 EAGER = ("torch.func.jvp", "torch.func.jvp and backward", "finite differences")
 COMPILED = ("compiled", "compiled and backward")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def freed_memory_is_kept() -> Iterator[None]:
+    """What was freed stays with the process, ready for the next result. Blocks of more than 32 MB otherwise
+    come from the system anew each time, and zeroing their pages takes several times as long as a row
+    operation: everyone's time would be that of the page faults. The benchmarks of the whole step, where what
+    is allocated is a part of the price, run in memory as it is by default."""
+    libc = ctypes.CDLL(None)
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
+    if has_mallopt := hasattr(libc, "mallopt"):  # glibc
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)
+    yield
+    if has_mallopt:  # where glibc's own thresholds, which follow what is freed, end up
+        libc.mallopt(mmap_max, 65536)
+        libc.mallopt(mmap_threshold, 32 << 20)
+        libc.mallopt(trim_threshold, 64 << 20)
+        libc.malloc_trim(0)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -135,7 +135,10 @@ def make(form: str, size: tuple[IMFConfig, int], precision: str) -> Callable[[],
         derivative = finite_differences if form == "finite differences" else torch.func.jvp
         return plain_imf.official_step(network, x, y, draws, derivative).loss
 
-    compute = torch.compile(loss, dynamic=False, fullgraph=True) if form.endswith("compiled") else loss
+    compute = loss
+    if form.endswith("compiled"):
+        torch._dynamo.reset()  # a function can be compiled for so many networks only
+        compute = torch.compile(loss, dynamic=False, fullgraph=True)
     autocast = precision == "bf16" and network is oracle
 
     def step() -> float:
