@@ -4,7 +4,9 @@ Every operation takes tensors or `Dual`s (a primal and its tangent), computes bo
 gradients flow through the primal alone.
 """
 
+from imf_kernels.checkpoint import checkpoint
 from imf_kernels.dual import Dual, linear_map, primal
+from imf_kernels.forward import explain, jvp
 from imf_kernels.ops.attention import scaled_dot_product_attention
 from imf_kernels.ops.gated_residual import gated_residual
 from imf_kernels.ops.linear import linear
@@ -17,7 +19,10 @@ from imf_kernels.ops.swiglu import swiglu
 
 __all__ = [
     "Dual",
+    "checkpoint",
+    "explain",
     "gated_residual",
+    "jvp",
     "linear",
     "linear_map",
     "prepend_tokens",

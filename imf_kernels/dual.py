@@ -52,9 +52,7 @@ class Dual:
         if self._tangent is None:
             return None
         tangent = complete(self._tangent, self.primal.shape[0] if self.primal.dim() else 1)
-        if torch.is_grad_enabled() and self.primal.requires_grad:
-            return _Guard.apply(tangent, self.primal)
-        return tangent
+        return guarded(tangent, self.primal)
 
     @property
     def tangent_rows(self) -> Tensor | None:
@@ -109,6 +107,13 @@ def _check_tangent(primal: Tensor, tangent: Tensor) -> None:
         raise ValueError(
             "Dual: tangent requires grad, but no gradient flows through tangents; pass tangent.detach()"
         )
+
+
+def guarded(tangent: Tensor, primal: Tensor) -> Tensor:
+    """The tangent as it is handed out: differentiating it raises where the primal carries gradients."""
+    if torch.is_grad_enabled() and primal.requires_grad:
+        return _Guard.apply(tangent, primal)
+    return tangent
 
 
 class _Guard(torch.autograd.Function):

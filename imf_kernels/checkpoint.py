@@ -1,0 +1,126 @@
+"""Activation checkpointing that knows tangents: they are computed once, backward recomputes the primal alone.
+
+`torch.utils.checkpoint` runs the function again in backward with all it did before. Nothing of a tangent is
+needed there, and what is saved differs between a run with tangents and one without, which it refuses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as fwAD
+import torch.utils.checkpoint
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from imf_kernels.dual import Dual
+from imf_kernels.forward import unpack
+
+
+def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = False, **kwargs: Any) -> Any:
+    """function(*args, **kwargs) without keeping what its backward needs: that recomputes it.
+
+    The signature is that of `torch.utils.checkpoint.checkpoint`, to be handed to networks that checkpoint
+    their blocks by a function of one's choice. With tangents (inside `jvp`, or arguments that are `Dual`s)
+    the first run computes them without a graph, and backward recomputes the primal alone; otherwise this is
+    PyTorch's own.
+
+    Args:
+        function: takes tensors, and gives the same each time (random numbers are repeated).
+        args, kwargs: of `function`; gradients reach tensors among them, at any depth.
+        use_reentrant: of PyTorch's own. With tangents backward is always run from within: `.backward()` on
+            the loss works, `torch.autograd.grad` with regard to weights does not see into `function`.
+    """
+    leaves, structure = pytree.tree_flatten((args, kwargs), is_leaf=_is_dual)
+    with_tangents = fwAD._current_level >= 0 or any(map(_is_dual, leaves))
+    if not with_tangents or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=use_reentrant, **kwargs)
+    again = _Again(function, [_primal_of(x) for x in leaves], structure)
+    with torch.no_grad():
+        outputs, result_structure = pytree.tree_flatten(function(*args, **kwargs), is_leaf=_is_dual)
+    moving = [i for i, y in enumerate(outputs) if isinstance(y, (Tensor, Dual)) and y.dtype.is_floating_point]
+    anchor = torch.ones((), requires_grad=True)  # backward must come even if only weights inside require grad
+    primals = _Recompute.apply(
+        again, anchor, len(moving), *(_primal_of(outputs[i]) for i in moving), *again.tensors
+    )
+    for i, primal in zip(moving, primals, strict=True):
+        outputs[i] = _with_tangent_of(outputs[i], primal)
+    return pytree.tree_unflatten(outputs, result_structure)
+
+
+def _is_dual(x: Any) -> bool:
+    return isinstance(x, Dual)
+
+
+def _primal_of(x: Any) -> Any:
+    if isinstance(x, Dual):
+        return x.primal
+    return unpack(x)[0] if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _with_tangent_of(y: Tensor | Dual, primal: Tensor) -> Tensor | Dual:
+    if isinstance(y, Dual):
+        return Dual(primal, y.tangent_rows)
+    tangent = unpack(y)[1]
+    return primal if tangent is None else fwAD.make_dual(primal, tangent)
+
+
+class _Again:
+    """The function with the primals of its arguments, and under what it ran: random states and autocast."""
+
+    def __init__(self, function: Callable[..., Any], leaves: list[Any], structure: Any) -> None:
+        self.function, self.structure = function, structure
+        self.leaves = [None if isinstance(x, Tensor) else x for x in leaves]
+        self.places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
+        self.tensors = [leaves[i] for i in self.places]
+        self.devices = sorted({x.device.type for x in self.tensors} | {"cpu"})
+        self.autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in self.devices]
+        self.cpu_state = torch.get_rng_state()
+        self.device_states = torch.utils.checkpoint.get_device_states(*self.tensors)
+
+    def forget_tensors(self) -> None:
+        self.tensors = []
+
+    def __call__(self, tensors: tuple[Tensor, ...]) -> list[Any]:
+        leaves = list(self.leaves)
+        for i, x in zip(self.places, tensors, strict=True):
+            leaves[i] = x
+        args, kwargs = pytree.tree_unflatten(leaves, self.structure)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng([x.device for x in tensors if x.is_cuda]))
+            torch.set_rng_state(self.cpu_state)
+            torch.utils.checkpoint.set_device_states(*self.device_states)
+            for device, enabled, dtype in self.autocast:
+                stack.enter_context(torch.autocast(device, dtype, enabled))
+            return pytree.tree_leaves(self.function(*args, **kwargs), is_leaf=_is_dual)
+
+
+class _Recompute(torch.autograd.Function):
+    """Hands outputs that were computed without a graph on; backward runs the function again with one."""
+
+    @staticmethod
+    def forward(ctx: Any, again: _Again, anchor: Tensor, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.again = again
+        ctx.save_for_backward(*tensors[count:])
+        again.forget_tensors()
+        return tuple(y.view_as(y) for y in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
+        inputs = [
+            x.detach().requires_grad_(x.requires_grad) if x.requires_grad else x for x in ctx.saved_tensors
+        ]
+        with torch.enable_grad(), fwAD._set_fwd_grad_enabled(False):
+            outputs = [y for y in ctx.again(tuple(inputs)) if isinstance(y, Tensor) and y.is_floating_point()]
+        pairs = [(y, dy) for y, dy in zip(outputs, dys, strict=True) if y.requires_grad]
+        torch.autograd.backward([y for y, _ in pairs], [dy for _, dy in pairs])
+        return (
+            None,
+            None,
+            None,
+            *(None for _ in dys),
+            *(x.grad if x.requires_grad else None for x in inputs),
+        )

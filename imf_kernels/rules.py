@@ -1,0 +1,236 @@
+"""Which calls of PyTorch the operations of this library serve inside `imf_kernels.jvp`, and when.
+
+A rule has the signature of the function that it serves. It is asked where an argument carries a tangent, gets
+a `Dual` in the place of each such tensor and gives its result in the same form; or `NotImplemented`, where
+PyTorch's own forward-mode rule must serve. Each hands over only what its operation takes as PyTorch does:
+PyTorch's own errors stay PyTorch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from imf_kernels.dual import Dual, linear_map, unpack
+from imf_kernels.ops.attention import scaled_dot_product_attention
+from imf_kernels.ops.linear import linear
+from imf_kernels.ops.rms_norm import rms_norm
+from imf_kernels.ops.silu import silu
+
+Rule = Callable[..., Any]
+RULES: dict[Any, Rule] = {}
+
+# What is handed over. Other dtypes, float64 first of all, stay with PyTorch.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def serves(*functions: Any) -> Callable[[Rule], Rule]:
+    def register(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(functions, rule))
+        return rule
+
+    return register
+
+
+def _plain(*tensors: Any, like: Tensor | None = None) -> bool:
+    """Tensors (or `None`) that a rule may hand to an operation: of no subclass, without a tangent."""
+    return all(
+        x is None or (type(x) in (Tensor, torch.nn.Parameter) and (like is None or x.dtype == like.dtype))
+        for x in tensors
+    )
+
+
+def _autocast_to(device: torch.device) -> torch.dtype | None:
+    """What `torch.autocast` makes of the operands of products on this device; `None` where it is off."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def _cast(x: Any, dtype: torch.dtype | None) -> Any:
+    if x is None or dtype is None or x.dtype not in _DTYPES or x.dtype == dtype:
+        return x
+    return linear_map(lambda t: t.to(dtype), x)
+
+
+@serves(F.linear)
+def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    if not isinstance(input, Dual) or not _plain(weight, bias) or weight.dim() != 2:
+        return NotImplemented
+    dtype = _autocast_to(input.device)
+    x, w, b = _cast(input, dtype), _cast(weight, dtype), _cast(bias, dtype)
+    if x.dtype not in _DTYPES or not _plain(w, b, like=x.primal) or input.shape[-1:] != weight.shape[1:]:
+        return NotImplemented
+    return linear(x, w, b)
+
+
+@serves(F.scaled_dot_product_attention)
+def _scaled_dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    dtype = _autocast_to(query.device)
+    q, k, v = (_cast(x, dtype) for x in (query, key, value))
+    if attn_mask is not None and (not _plain(attn_mask) or attn_mask.requires_grad):
+        return NotImplemented
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, q.dtype):
+        return NotImplemented
+    if dropout_p or (is_causal and attn_mask is not None) or q.dtype not in _DTYPES:
+        return NotImplemented
+    dims = len(q.shape)
+    if dims not in (3, 4) or any(len(x.shape) != dims or x.dtype != q.dtype for x in (k, v)):
+        return NotImplemented
+    if any(x.shape[:-3] != q.shape[:-3] for x in (k, v)) or k.shape[-3] != v.shape[-3]:
+        return NotImplemented
+    if k.shape[-3] != q.shape[-3] and not (enable_gqa and dims == 4):
+        return NotImplemented
+    q, k, v = (linear_map(_whole_rows, x) for x in (q, k, v))
+    if dims == 3:  # [H, L, D]: one batch row
+        q, k, v = (linear_map(lambda t: t.unsqueeze(0), x) for x in (q, k, v))
+    out = scaled_dot_product_attention(
+        q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    return linear_map(lambda t: t.squeeze(0), out) if dims == 3 else out
+
+
+def _whole_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+@serves(F.silu)
+def _silu(input: Any, inplace: bool = False) -> Any:
+    if inplace or input.dtype not in _DTYPES:
+        return NotImplemented
+    return silu(input)
+
+
+@serves(F.rms_norm, torch.rms_norm)
+def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+    if not isinstance(input, Dual) or not _plain(weight, like=input.primal) or eps is None:
+        return NotImplemented
+    if tuple(normalized_shape) != tuple(input.shape[-1:]) or input.dtype not in _DTYPES:
+        return NotImplemented
+    if weight is None:
+        weight = input.primal.new_ones(input.shape[-1])
+    return rms_norm(linear_map(_whole_rows, input), weight, eps)
+
+
+@serves(F.group_norm)
+def _group_norm(input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
+    """ẏ = (ẋ r + (x − m) ṙ − ṁ r) w by group: PyTorch's rule fails on inputs that are not contiguous."""
+    if not isinstance(input, Dual) or not _plain(weight, bias):
+        return NotImplemented
+    y = F.group_norm(input.primal, num_groups, weight, bias, eps)
+    with torch.no_grad():
+        exact = torch.promote_types(input.dtype, torch.float32)
+        groups = (input.shape[0], num_groups, -1)
+        x, x_dot = (part.reshape(groups).to(exact) for part in unpack(input) if part is not None)
+        centred = x - x.mean(-1, keepdim=True)
+        r = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+        n = centred * r
+        moved = x_dot - x_dot.mean(-1, keepdim=True)
+        n_dot = r * (moved - n * (n * moved).mean(-1, keepdim=True))
+        y_dot = n_dot.reshape(input.shape)
+        if weight is not None:
+            y_dot = y_dot * weight.view(-1, *[1] * (y_dot.dim() - 2))
+        return Dual(y, y_dot.to(y.dtype))
+
+
+# What PyTorch's forward mode, and so torch.func.jvp, gets wrong without a word: found by
+# tests/test_jvp_sweep.py, and refused here. Not every release of PyTorch has all of these functions.
+_WITHOUT_DERIVATIVE = [
+    *("airy_ai", "bessel_j0", "bessel_j1", "bessel_y0", "bessel_y1", "spherical_bessel_j0"),
+    *("modified_bessel_i0", "modified_bessel_i1", "modified_bessel_k0", "modified_bessel_k1"),
+    *("scaled_modified_bessel_k0", "scaled_modified_bessel_k1"),
+    *(f"chebyshev_polynomial_{kind}" for kind in "tuvw"),
+    *(f"shifted_chebyshev_polynomial_{kind}" for kind in "tuvw"),
+    *("hermite_polynomial_h", "hermite_polynomial_he", "laguerre_polynomial_l", "legendre_polynomial_p"),
+]
+_STATISTICS = (
+    "native_layer_norm",
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_batch_norm_with_update",
+)
+_WRITES_TRUTH_VALUES = ("logical_not_", "logical_and_", "logical_or_", "logical_xor_")
+
+
+def _refuses(reason: str, *functions: Any) -> None:
+    """Registers a rule that raises wherever an argument carries a tangent."""
+
+    def rule(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"imf_kernels.jvp: {reason}")
+
+    serves(*(f for f in functions if f is not None))(rule)
+
+
+def _named(module: Any, *names: str) -> Iterator[tuple[str, Any]]:
+    return ((name, getattr(module, name)) for name in names if hasattr(module, name))
+
+
+for _name, _function in _named(torch.special, *_WITHOUT_DERIVATIVE):
+    _refuses(f"torch.special.{_name} has no derivative in PyTorch, which would give zeros", _function)
+for _module in (torch, torch.ops.aten):
+    for _name, _function in _named(_module, *_STATISTICS):
+        _refuses(
+            f"{_name} gives its statistics no tangent; use the function of torch.nn.functional", _function
+        )
+for _name, _function in _named(Tensor, *_WRITES_TRUTH_VALUES):
+    _refuses(f"torch.Tensor.{_name} would keep the tangent of what it overwrites", _function)
+for _name, _function in _named(F, "linear_cross_entropy"):
+    _refuses(f"torch.nn.functional.{_name} has no forward-mode rule; cross_entropy(linear(x)) has", _function)
+_refuses(
+    "torch.normal gives no tangent to its parameters; mean + std * torch.randn_like(mean) does", torch.normal
+)
+
+
+@serves(torch.scatter_reduce, Tensor.scatter_reduce, Tensor.scatter_reduce_)
+def _scatter_reduce(input: Any, dim: int, index: Any, src: Any, reduce: str, **options: Any) -> Any:
+    if reduce == "prod":
+        raise NotImplementedError(
+            "imf_kernels.jvp: scatter_reduce with reduce='prod' has no tangent in PyTorch, which would give "
+            "zeros"
+        )
+    return NotImplemented
+
+
+@serves(torch.linalg.lstsq)
+def _lstsq(A: Any, B: Any, rcond: Any = None, *, driver: str | None = None) -> Any:
+    if driver in ("gelss", "gelsd"):
+        raise NotImplementedError(
+            f"imf_kernels.jvp: linalg.lstsq with driver={driver!r} gives its singular values no tangent; the "
+            "other drivers return none"
+        )
+    return NotImplemented
+
+
+@serves(F.nll_loss, F.cross_entropy)
+def _class_weights(input: Any, target: Any, weight: Any = None, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(weight, Dual):
+        raise NotImplementedError(
+            "imf_kernels.jvp: PyTorch would leave out the tangent of a loss's class weights; detach the "
+            "weights, or write the weighted sum"
+        )
+    return NotImplemented
+
+
+@serves(F.embedding)
+def _embedding(
+    input: Any, weight: Any, padding_idx: Any = None, max_norm: float | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    if max_norm is not None:
+        raise NotImplementedError(
+            "imf_kernels.jvp: embedding with max_norm scales its table in place, which PyTorch leaves out of "
+            "its tangent"
+        )
+    return NotImplemented
