@@ -268,7 +268,7 @@ def twice(x: torch.Tensor) -> torch.Tensor:
         (twice, "imf_kernels_tests::twice has no forward-mode rule"),
         (torch.ops.imf_kernels_tests.twice, "imf_kernels_tests::twice has no forward-mode rule"),
         (lambda x: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*[x[None]] * 3)[0], "flash"),
-        (lambda x: torch.cdist(x, x), r"imf_kernels\.jvp: torch.cdist has no forward-mode rule in PyTorch"),
+        (lambda x: torch.cdist(x, x), r"cdist has no forward-mode rule in PyTorch"),
         (lambda x: torch.special.bessel_j0(x), r"torch\.special\.bessel_j0 has no derivative in PyTorch"),
     ],
     ids=["autograd.Function", "custom_op", "torch.ops", "flash", "cdist", "bessel_j0"],
