@@ -38,7 +38,9 @@ _WITH_ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forwar
 def unpack(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Primal and tangent of a dual tensor of PyTorch; a tangent that is known to be zero is `None`."""
     primal, tangent = fwAD.unpack_dual(x)
-    return (primal, None) if tangent is None or tangent._is_zerotensor() else (primal, tangent)
+    if tangent is not None and not torch.compiler.is_compiling() and tangent._is_zerotensor():
+        tangent = None
+    return primal, tangent
 
 
 def carries_tangent(x: Any) -> bool:
@@ -199,7 +201,7 @@ def _jvp(
         )
     with fwAD.dual_level():
         duals = [x if x_dot is None else fwAD.make_dual(x, x_dot) for x, x_dot in pairs]
-        with _compiled_parts_run_eagerly(), _fsdp_passes_tangents_on(), calls:
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else _surroundings(), calls:
             result = func(*pytree.tree_unflatten(duals, structure))
         aux: tuple[Any, ...] = ()
         if has_aux:
@@ -275,28 +277,21 @@ def _about(x: Any) -> str:
     return f"a tuple of {len(x)}" if isinstance(x, tuple) else type(x).__name__
 
 
-def _compiled_parts_run_eagerly() -> contextlib.AbstractContextManager[Any]:
-    """Code that torch.compile made knows nothing of tangents, and would drop them."""
-    if torch.compiler.is_compiling() or "torch._dynamo" not in sys.modules:
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
-
-
 @contextlib.contextmanager
-def _fsdp_passes_tangents_on() -> Iterator[None]:
-    """FSDP2 sends what enters a module through a function that returns it as it is. Forward mode wants a view
-    of the tangent there, while PyTorch's rule gives the tangent itself (2.13) or does not exist (2.11)."""
-    module = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param_group")
-    if module is None:
+def _surroundings() -> Iterator[None]:
+    """What eager PyTorch needs around `func`, as far as it is loaded."""
+    fsdp = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param_group")
+    with contextlib.ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:
+            # Code that torch.compile made knows nothing of tangents, and would drop them.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if fsdp is not None:
+            # FSDP2 sends what enters a module through a function that returns it as it is. Forward mode wants a
+            # view of the tangent there; PyTorch's rule gives the tangent itself (2.13) or does not exist (2.11).
+            function = fsdp.RegisterPostBackwardFunction
+            stack.callback(setattr, function, "jvp", staticmethod(function.jvp))
+            function.jvp = staticmethod(_views)
         yield
-        return
-    function = module.RegisterPostBackwardFunction
-    before = function.jvp
-    function.jvp = staticmethod(_views)
-    try:
-        yield
-    finally:
-        function.jvp = staticmethod(before)
 
 
 def _views(ctx: Any, param_group: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
