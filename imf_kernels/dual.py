@@ -47,14 +47,13 @@ class Dual:
         """The whole tangent, of the primal's shape, or `None` where it is a structural zero.
 
         Where the primal carries gradients, differentiating what this returns raises an error instead of
-        leaving a gradient out in silence; `.tangent.detach()` is the plain tensor.
+        leaving a gradient out in silence; `.tangent.detach()` is the plain tensor. Inside `torch.compile` there
+        is no such guard: what this returns is a constant there, as if detached.
         """
         if self._tangent is None:
             return None
         tangent = complete(self._tangent, self.primal.shape[0] if self.primal.dim() else 1)
-        if torch.is_grad_enabled() and self.primal.requires_grad:
-            return _Guard.apply(tangent, self.primal)
-        return tangent
+        return tangent if torch.compiler.is_compiling() else guarded(tangent, self.primal)
 
     @property
     def tangent_rows(self) -> Tensor | None:
@@ -115,7 +114,7 @@ class _Guard(torch.autograd.Function):
     """Hands a tangent out. Its backward is never right, so it raises."""
 
     @staticmethod
-    def forward(ctx: Any, tangent: Tensor, primal: Tensor) -> Tensor:
+    def forward(ctx: Any, tangent: Tensor, *sources: Tensor) -> Tensor:
         return tangent.view_as(tangent)
 
     @staticmethod
@@ -124,6 +123,13 @@ class _Guard(torch.autograd.Function):
             "imf_kernels: backward reached a tangent, but no gradient flows through tangents. Call "
             ".detach() on it before it enters the loss; torch.func.jvp differentiates tangents, at its price"
         )
+
+
+def guarded(tangent: Tensor, *sources: Tensor) -> Tensor:
+    """A tangent as it is handed out: where a gradient would flow through it to `sources`, backward raises."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in sources):
+        return _Guard.apply(tangent, *sources)
+    return tangent
 
 
 # What an operation takes and gives back: one or the other.

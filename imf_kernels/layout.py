@@ -44,11 +44,13 @@ def positions_first(like: Tensor, batch: int, length: int, width: int) -> Tensor
 
 
 def without_memory(x: Tensor) -> str | None:
-    """Why a kernel cannot read `x` at its address; `None` where it can."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+    """Why a kernel cannot read `x` at its address; `None` where it can, or will, in the graph being traced."""
+    if torch._C._are_functorch_transforms_active():
         return "one inside a transform of torch.func"
     if x.layout != torch.strided:
         return f"a tensor of layout {x.layout}"
+    if torch.compiler.is_compiling():
+        return None
     if x.is_neg():
         return "a lazily negated tensor; call .resolve_neg()"
     # A fake tensor's address is not asked for: PyTorch warns, and will raise.
