@@ -25,8 +25,8 @@ class Backend:
         eager: the implementation; takes what the operation's public function hands it.
         unavailable: why it cannot run on these tensors; `None` where it can.
         default: False for one that runs on request only.
-        traced: what stands for it in the graphs of `torch.compile` and `torch.export`; `None` for plain PyTorch,
-            which they trace as it is.
+        traced: what stands for it in the graphs of `torch.compile` and `torch.export`; `None` for plain
+            PyTorch, which they trace as it is.
     """
 
     name: str
@@ -90,15 +90,23 @@ def _log_once(operation: str, chosen: str, refused: str) -> None:
     logger.info("%s runs on the %s backend (%s)", operation, chosen, refused)
 
 
+def constant(function: Callable[[], Answer]) -> Callable[[], Answer]:
+    """Marks a question about the process, which `torch.compile` asks while it traces: no part of a graph.
+
+    It is `torch.compiler.assume_constant_result` without the import of the compiler, which takes a second.
+    """
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
 def fact(function: Callable[[], Answer]) -> Callable[[], Answer]:
-    """What is true of the whole process is found out once; `torch.compile` asks while it traces, and takes the
-    answer for a constant."""
+    """What is true as long as the process lives: found out once, a constant for `torch.compile`."""
     find = functools.cache(function)
 
+    @constant
     @functools.wraps(function)
     def answer() -> Answer:
         return find()
 
-    # What torch.compiler.assume_constant_result does, which would import the compiler: a second.
-    vars(answer).update(_dynamo_marked_constant=True, cache_clear=find.cache_clear)
+    vars(answer)["cache_clear"] = find.cache_clear
     return answer

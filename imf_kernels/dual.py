@@ -47,8 +47,8 @@ class Dual:
         """The whole tangent, of the primal's shape, or `None` where it is a structural zero.
 
         Where the primal carries gradients, differentiating what this returns raises an error instead of
-        leaving a gradient out in silence; `.tangent.detach()` is the plain tensor. Inside `torch.compile` there
-        is no such guard: what this returns is a constant there, as if detached.
+        leaving a gradient out in silence; `.tangent.detach()` is the plain tensor. Inside `torch.compile`
+        there is no such guard: what this returns there is a constant, as if detached.
         """
         if self._tangent is None:
             return None
@@ -159,7 +159,7 @@ def no_gradient(ctx: Any, tangent: Tensor) -> None:
 
 def align(*tangents: Tensor | None) -> list[Tensor | None]:
     """Stored tangents of several arguments, all with as many rows as the longest; `None` stays `None`."""
-    rows = max((t.shape[0] for t in tangents if t is not None and t.dim()), default=0)
+    rows = max([0, *(t.shape[0] for t in tangents if t is not None and t.dim())])
     return [None if t is None else complete(t, rows) for t in tangents]
 
 

@@ -1,7 +1,7 @@
 """Operations on the dual tensors of PyTorch's own forward mode, `torch.autograd.forward_ad`.
 
-Inside a `dual_level` the tangent of an argument is taken out, the operation called with a `Dual`, and its result
-made a dual tensor again. Like every tangent of this library it is data: differentiating it raises.
+Inside a `dual_level` the tangent of an argument is taken out, the operation called with a `Dual`, and its
+result made a dual tensor again. Like every tangent of this library it is data: differentiating it raises.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
+from imf_kernels.dispatch import constant
 from imf_kernels.dual import Dual, guarded
 
 Call = TypeVar("Call", bound=Callable[..., Any])
@@ -29,22 +30,35 @@ def takes_dual_tensors(operation: Call) -> Call:
 
     @functools.wraps(operation)
     def call(*arguments: Any, **options: Any) -> Any:
-        if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        compiling = torch.compiler.is_compiling()
+        if not compiling and forward_ad._current_level < 0:
             return operation(*arguments, **options)
         if options.get("backend") == "reference" or torch._C._are_functorch_transforms_active():
             return operation(*arguments, **options)
-        return _at_dual_level(operation, arguments, options)
+        if not compiling:
+            return _on_dual_tensors(operation, arguments, options)
+        # Asked twice: the first sees a level that the graph itself enters; the second lets no graph that was
+        # made outside be called at a level.
+        if _at_dual_level() or forward_ad._current_level >= 0:
+            raise RuntimeError(
+                f"{operation.__name__}: torch.compile loses the tangents of torch.autograd.forward_ad; call "
+                "torch.func.jvp inside what is compiled, or pass a Dual"
+            )
+        return operation(*arguments, **options)
 
     return call  # type: ignore[return-value]
 
 
-def _at_dual_level(operation: Callable[..., Any], arguments: Any, options: Any) -> Any:
+@constant
+def _at_dual_level() -> bool:
+    return forward_ad._current_level >= 0
+
+
+@torch._disable_dynamo  # else what falls back to eager mode here would be compiled function by function
+def _on_dual_tensors(operation: Callable[..., Any], arguments: Any, options: Any) -> Any:
     leaves, structure = pytree.tree_flatten((arguments, options), is_leaf=_is_dual)
-    tangents = {
-        i: tangent
-        for i, x in enumerate(leaves)
-        if isinstance(x, Tensor) and (tangent := forward_ad.unpack_dual(x).tangent) is not None
-    }
+    unpacked = [forward_ad.unpack_dual(x) if isinstance(x, Tensor) else None for x in leaves]
+    tangents = [x.tangent for x in unpacked if x is not None and x.tangent is not None]
     if not tangents:
         return operation(*arguments, **options)
     if any(map(_is_dual, leaves)):
@@ -52,14 +66,16 @@ def _at_dual_level(operation: Callable[..., Any], arguments: Any, options: Any) 
             f"{operation.__name__}: arguments must be Duals or dual tensors of torch.autograd.forward_ad, "
             "got both"
         )
-    for i, tangent in tangents.items():
-        leaves[i] = Dual(forward_ad.unpack_dual(leaves[i]).primal, tangent.detach())
+    leaves = [
+        x if both is None or both.tangent is None else Dual(both.primal, both.tangent.detach())
+        for x, both in zip(leaves, unpacked, strict=True)
+    ]
     arguments, options = pytree.tree_unflatten(leaves, structure)
 
     def dual_tensor(y: Tensor | Dual) -> Tensor:
         if not isinstance(y, Dual):
             return y
-        return forward_ad.make_dual(y.primal, guarded(y.tangent_rows, y.primal, *tangents.values()))
+        return forward_ad.make_dual(y.primal, guarded(y.tangent_rows, y.primal, *tangents))
 
     return pytree.tree_map(dual_tensor, operation(*arguments, **options), is_leaf=_is_dual)
 

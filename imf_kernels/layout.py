@@ -44,7 +44,7 @@ def positions_first(like: Tensor, batch: int, length: int, width: int) -> Tensor
 
 
 def without_memory(x: Tensor) -> str | None:
-    """Why a kernel cannot read `x` at its address; `None` where it can, or will, in the graph being traced."""
+    """Why a kernel cannot read `x` at its address; `None` where it can, or will in a graph being traced."""
     if torch._C._are_functorch_transforms_active():
         return "one inside a transform of torch.func"
     if x.layout != torch.strided:

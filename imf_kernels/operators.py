@@ -29,7 +29,7 @@ class Operation:
     Args:
         name: of the operation.
         function: its `autograd.Function`. `forward` takes kernels and what `schema` lists, and returns the
-            result and its tangent or `None`. A list, which may stand last in the schema, it takes as that many
+            result and its tangent or `None`. A list, which may stand last in the schema, it takes as so many
             arguments. All work is PyTorch's or done by the functions of the kernels.
         schema: "(Tensor x, Tensor? x_dot, …)".
         kernels: the functions of the kernels by name, as schemas: Tensor(a!), Tensor(b!) … are those filled.

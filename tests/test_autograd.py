@@ -95,8 +95,8 @@ def test_second_derivatives_of_the_reference():
     )
 
 
-# Transforms of a plain tensor: the kernels must not answer with a zero tangent. tests/test_forward_ad.py: without
-# torch.func, and the default backend.
+# Transforms of a plain tensor: the kernels must not answer with a zero tangent. tests/test_forward_ad.py has
+# forward mode without torch.func, and the default backend.
 @one_an_operation
 @pytest.mark.parametrize("transform", ["jvp", "vmap", "grad", "vjp"])
 def test_transforms_are_refused_by_the_kernels(case, transform, kernels):

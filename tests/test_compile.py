@@ -91,7 +91,9 @@ def test_operators_do_what_their_schemas_say(case, monkeypatch):
     with Record():
         results_of(caller(case), p, p.tangents)
     monkeypatch.undo()
-    assert {str(operator).partition(".")[2] for operator, _, _ in calls} >= {f"{case.operation}_forward.default"}
+    assert {str(operator).partition(".")[2] for operator, _, _ in calls} >= {
+        f"{case.operation}_forward.default"
+    }
     for operator, args, kwargs in calls:
         torch.library.opcheck(operator, args, kwargs, test_utils=("test_schema", "test_faketensor"))
 
@@ -219,7 +221,7 @@ def test_the_whole_network(compiler):
     wanted = results(model)
     assert all(x.any() for x in wanted)
     for a, b in zip(results(torch.compile(model, fullgraph=True, backend=compiler)), wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(b.abs().max()))
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(b.detach().abs().max()))
 
 
 def test_one_tensor_for_several_arguments():
@@ -264,7 +266,9 @@ def test_autocast_does_not_reach_into_a_graph_either(inside):
 
 
 def test_bad_calls_keep_their_words():
-    compiled = torch.compile(lambda x, **o: ik.rms_norm(x, torch.ones(4), **o), fullgraph=True, backend="eager")
+    compiled = torch.compile(
+        lambda x, **o: ik.rms_norm(x, torch.ones(4), **o), fullgraph=True, backend="eager"
+    )
     with pytest.raises(Exception, match=r"rms_norm: weight must be \[5\]"):
         compiled(torch.ones(2, 5))
     with pytest.raises(Exception, match="backend 'cpu' cannot run: it takes float32 and bfloat16"):
@@ -285,7 +289,7 @@ def test_transforms_in_a_graph_take_the_reference(case, transform):
         if transform == "jvp":
             return torch.func.jvp(function, (x,), (x_dot,))[1]
         if transform == "grad":
-            return torch.func.grad(lambda x: function(x).square().sum())(x)
+            return torch.func.grad(lambda x: (function(x) ** 3).sum())(x)
         return torch.func.vmap(function)(torch.stack([x, x_dot]))
 
     x, x_dot = p.primals[name], p.tangents[name]

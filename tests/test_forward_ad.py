@@ -1,4 +1,4 @@
-"""Inside PyTorch's own forward mode, and the transforms of torch.func: exact, or an error, never a silent zero."""
+"""In PyTorch's own forward mode, and in transforms of torch.func: exact or an error, never a silent zero."""
 
 import pytest
 import torch

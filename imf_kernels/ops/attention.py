@@ -268,11 +268,11 @@ def _triton_unavailable(tensors: Any) -> str | None:
 _OPERATION = Operation(
     "scaled_dot_product_attention",
     _Attention,
-    "(Tensor q, Tensor? q_dot, Tensor k, Tensor? k_dot, Tensor v, Tensor? v_dot, Tensor? mask, bool is_causal, "
-    "float scale)",
+    "(Tensor q, Tensor? q_dot, Tensor k, Tensor? k_dot, Tensor v, Tensor? v_dot, Tensor? mask, "
+    "bool is_causal, float scale)",
     {
-        "forward": "(Tensor q, Tensor k, Tensor v, Tensor? q_dot, Tensor? k_dot, Tensor? v_dot, Tensor? mask, "
-        "Tensor(a!) out, Tensor(b!)? out_dot, Tensor(c!) lse, float scale, bool is_causal) -> ()",
+        "forward": "(Tensor q, Tensor k, Tensor v, Tensor? q_dot, Tensor? k_dot, Tensor? v_dot, "
+        "Tensor? mask, Tensor(a!) out, Tensor(b!)? out_dot, Tensor(c!) lse, float scale, bool is_causal) -> ()",
         "backward": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor lse, Tensor dout, Tensor(a!)? dq, "
         "Tensor(b!)? dk, Tensor(c!)? dv, float scale, bool is_causal) -> ()",
     },

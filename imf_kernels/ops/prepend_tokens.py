@@ -122,8 +122,8 @@ _OPERATION = Operation(
     _PrependTokens,
     "(Tensor x, Tensor? x_dot, int count, Tensor?[] groups)",
     {
-        "forward": "(Tensor x, Tensor? x_dot, Tensor[] tokens, Tensor[] embeddings, Tensor?[] embedding_dots, "
-        "Tensor(a!) y, Tensor(b!)? y_dot) -> ()"
+        "forward": "(Tensor x, Tensor? x_dot, Tensor[] tokens, Tensor[] embeddings, "
+        "Tensor?[] embedding_dots, Tensor(a!) y, Tensor(b!)? y_dot) -> ()"
     },
 )
 _BACKENDS = (

@@ -159,8 +159,8 @@ _OPERATION = Operation(
     {
         "forward": "(Tensor x, Tensor? x_dot, Tensor weight, Tensor cos, Tensor sin, Tensor(a!) y, "
         "Tensor(b!)? y_dot, Tensor(c!) rstd, float eps) -> ()",
-        "backward": "(Tensor x, Tensor dy, Tensor weight, Tensor cos, Tensor sin, Tensor rstd, Tensor(a!) dx) "
-        "-> Tensor",
+        "backward": "(Tensor x, Tensor dy, Tensor weight, Tensor cos, Tensor sin, Tensor rstd, "
+        "Tensor(a!) dx) -> Tensor",
     },
     {"backward": lambda x, dy, weight, *_: weight.new_empty(weight.shape, dtype=torch.float32)},
 )

@@ -170,8 +170,8 @@ _OPERATION = Operation(
     _RMSNorm,
     "(Tensor x, Tensor? x_dot, Tensor weight, float eps, ScalarType dtype)",
     {
-        "forward": "(Tensor x, Tensor? x_dot, Tensor weight, Tensor(a!) y, Tensor(b!)? y_dot, Tensor(c!) rstd, "
-        "float eps) -> ()",
+        "forward": "(Tensor x, Tensor? x_dot, Tensor weight, Tensor(a!) y, Tensor(b!)? y_dot, "
+        "Tensor(c!) rstd, float eps) -> ()",
         "backward": "(Tensor x, Tensor dy, Tensor weight, Tensor rstd, Tensor(a!) dx) -> Tensor",
     },
     {"backward": lambda x, dy, weight, rstd, dx: weight.new_empty(weight.shape, dtype=torch.float32)},
