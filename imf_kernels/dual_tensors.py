@@ -75,6 +75,7 @@ def _on_dual_tensors(operation: Callable[..., Any], arguments: Any, options: Any
     def dual_tensor(y: Tensor | Dual) -> Tensor:
         if not isinstance(y, Dual):
             return y
+        assert y.tangent_rows is not None  # only arguments with a tangent were made a Dual
         return forward_ad.make_dual(y.primal, guarded(y.tangent_rows, y.primal, *tangents))
 
     return pytree.tree_map(dual_tensor, operation(*arguments, **options), is_leaf=_is_dual)

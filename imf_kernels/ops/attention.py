@@ -272,7 +272,8 @@ _OPERATION = Operation(
     "bool is_causal, float scale)",
     {
         "forward": "(Tensor q, Tensor k, Tensor v, Tensor? q_dot, Tensor? k_dot, Tensor? v_dot, "
-        "Tensor? mask, Tensor(a!) out, Tensor(b!)? out_dot, Tensor(c!) lse, float scale, bool is_causal) -> ()",
+        "Tensor? mask, Tensor(a!) out, Tensor(b!)? out_dot, Tensor(c!) lse, float scale, "
+        "bool is_causal) -> ()",
         "backward": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor lse, Tensor dout, Tensor(a!)? dq, "
         "Tensor(b!)? dk, Tensor(c!)? dv, float scale, bool is_causal) -> ()",
     },
