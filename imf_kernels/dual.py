@@ -173,9 +173,19 @@ def primal(x: Tensor | Dual) -> Tensor:
     return x.primal if isinstance(x, Dual) else x
 
 
+def _unchecked(primal: Any, tangent: Any) -> Dual:
+    """A Dual of what is known to fit."""
+    x = Dual.__new__(Dual)
+    x._primal, x._tangent = primal, tangent
+    return x
+
+
 def pack(y: Tensor, y_dot: Tensor | None, *inputs: object) -> Any:
     """A result of the kind of the inputs: a `Dual` if any of them is one, else the tensor."""
-    return Dual(y, y_dot) if any(isinstance(x, Dual) for x in inputs) else y
+    for x in inputs:
+        if isinstance(x, Dual):
+            return _unchecked(y, y_dot)
+    return y
 
 
 def linear_map(function: Callable[[Tensor], Any], x: Tensor | Dual) -> Any:
@@ -213,9 +223,7 @@ def _flatten(x: Dual) -> tuple[list[Any], tuple[int, int] | None]:
 def _unflatten(children: Any, context: tuple[int, int] | None) -> Dual:
     primal, tangent = children
     if not isinstance(primal, Tensor) or not isinstance(tangent, Tensor):
-        x = Dual.__new__(Dual)
-        x._primal, x._tangent = primal, tangent
-        return x
+        return _unchecked(primal, tangent)
     if context is not None and (*primal.shape[:1], *tangent.shape[:1]) != context:
         # The same slice of both would pair rows that do not belong together.
         raise ValueError(

@@ -17,7 +17,7 @@ from imf_kernels import _C, cpu, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, align, no_gradient, pack, unpack
 from imf_kernels.dual_tensors import takes_dual_tensors
-from imf_kernels.layout import DTYPES, count_rows, last_contiguous, pointer, rows_of
+from imf_kernels.layout import DTYPES, contiguous_like, count_rows, last_contiguous, pointer, rows_of
 from imf_kernels.operators import Operation
 from imf_kernels.ops import check
 from imf_kernels.triton_backend import Kernels
@@ -66,10 +66,10 @@ class _GatedResidual(torch.autograd.Function):
         branch_dot: Tensor | None,
         gate: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        y, y_dot = x.new_empty(x.shape), None
+        y, y_dot = contiguous_like(x), None
         tangent = x_dot if x_dot is not None else branch_dot
         if tangent is not None:
-            y_dot = x.new_empty(tangent.shape)
+            y_dot = contiguous_like(tangent, x.dtype)
             no_gradient(ctx, y_dot)
         kernels.forward(x, x_dot, branch, branch_dot, gate, y, y_dot)
         ctx.save_for_backward(branch, gate)
@@ -80,7 +80,7 @@ class _GatedResidual(torch.autograd.Function):
     @check.backward_of("gated_residual")
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         branch, gate = ctx.saved_tensors
-        dbranch = branch.new_empty(branch.shape)
+        dbranch = contiguous_like(branch)
         dgate = ctx.kernels.backward(last_contiguous(dy), branch, gate, dbranch)
         return None, dy, None, dbranch, None, dgate.to(gate.dtype)
 

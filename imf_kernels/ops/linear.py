@@ -46,9 +46,7 @@ def _check(x: Tensor | Dual, weight: Tensor, bias: Tensor | None) -> None:
     parameters = {"weight": weight}
     if bias is not None:
         check.is_tensor("linear", bias=bias)
-        check.has_shape(
-            "linear", "bias", bias, weight.shape[:1], f" for weight of shape {list(weight.shape)}"
-        )
+        check.has_shape("linear", "bias", bias, weight.shape[:1], weight=weight)
         parameters["bias"] = bias
     check.same_device("linear", x, **parameters)
     for name, parameter in parameters.items():

@@ -70,10 +70,9 @@ def _check(argument: str, x: Tensor | Dual, weight: Tensor, cos: Tensor, sin: Te
     if x.dim() != 4 or x.shape[-1] % 2:
         raise ValueError(f"{name}: {argument} must be [B, H, L, D] with an even D, got {list(x.shape)}")
     length, width = x.shape[2:]
-    check.has_shape(name, f"{argument}_weight", weight, (width,), f" for {argument} of shape {list(x.shape)}")
+    check.has_shape(name, f"{argument}_weight", weight, (width,), **{argument: x})
     for table, values in (("cos", cos), ("sin", sin)):
-        wanted = (length, width // 2)
-        check.has_shape(name, table, values, wanted, f" for {argument} of shape {list(x.shape)}")
+        check.has_shape(name, table, values, (length, width // 2), **{argument: x})
     check.same_device(name, x, **{f"{argument}_weight": weight, "cos": cos, "sin": sin})
     check.last_contiguous(name, **{argument: x, f"{argument}_dot": x_dot})
 

@@ -17,7 +17,7 @@ from imf_kernels import _C, cpu, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, tail, unpack
 from imf_kernels.dual_tensors import takes_dual_tensors
-from imf_kernels.layout import DTYPES, count_rows, last_contiguous, pointer, rows_of
+from imf_kernels.layout import DTYPES, contiguous_like, count_rows, last_contiguous, pointer, rows_of
 from imf_kernels.operators import Operation
 from imf_kernels.ops import check
 from imf_kernels.triton_backend import Kernels
@@ -65,7 +65,7 @@ class _Swiglu(torch.autograd.Function):
     @check.backward_of("swiglu")
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        dx = x.new_empty(x.shape)
+        dx = contiguous_like(x)
         ctx.kernels.backward(x, last_contiguous(dy), dx)
         return None, dx, None
 
