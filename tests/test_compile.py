@@ -13,6 +13,7 @@ from imf_kernels.testing import errors
 from imf_kernels.testing.cases import FP32, OPERATIONS, SMALL
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+slow = pytest.mark.slow
 
 NAMES = (
     "linear square", "linear weights of x's dtype", "rms_norm width 33", "rms_norm fp32 stream",
@@ -64,7 +65,7 @@ def assert_equal(got, wanted):
             assert a is None or (a.dtype == b.dtype and torch.equal(a, b))
 
 
-@pytest.mark.parametrize("tangents", [True, False], ids=["dual", "primal"])
+@pytest.mark.parametrize("tangents", [True, pytest.param(False, marks=slow)], ids=["dual", "primal"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_kernels_in_a_graph_are_those_of_eager_mode(case, tangents):
     """Bitwise: outputs, tangents and gradients."""
@@ -104,11 +105,17 @@ def test_every_kernel_has_an_operator():
             assert (backend.traced is None) == (backend.name == "reference")
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-@each_operation
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [
+        pytest.param(case, backend, marks=() if case.operation in ("rms_norm", "prepend_tokens") else slow)
+        for case in CASES
+        for backend in ("reference", "triton")
+        if FP32 in case.dtypes and (case.operation, backend) != ("linear", "triton")
+    ],
+    ids=str,
+)
 def test_other_backends_in_a_graph(case, backend):
-    if case.operation == "linear" and backend == "triton":
-        pytest.skip("it has no such kernels")
     p = errors.problem(case, FP32)
     call = caller(case, backend)
     got = results_of(torch.compile(call, fullgraph=True, backend="aot_eager"), p, p.tangents)
@@ -143,7 +150,7 @@ def of_chain(module, x, x_dot):
     return [y.primal, y.tangent.detach(), *gradients]
 
 
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", pytest.param("inductor", marks=slow)])
 @pytest.mark.parametrize("rows", [None, 1])
 def test_a_dual_in_and_out_of_a_compiled_module(compiler, rows):
     module, x, x_dot = Chain(), torch.randn(3, 5, 12), torch.randn(3, 5, 12)[:rows]
@@ -202,7 +209,7 @@ def test_changing_lengths_compile_at_most_twice(mark):
     assert counter.frame_count <= (1 if mark else 2)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=slow)])
 def test_the_whole_network(compiler):
     """u with its tangent, v, and the gradient of every weight."""
     torch.manual_seed(0)
@@ -276,7 +283,9 @@ def test_bad_calls_keep_their_words():
 
 
 @each_operation
-@pytest.mark.parametrize("transform", ["jvp", "grad", "vmap"])
+@pytest.mark.parametrize(
+    "transform", ["jvp", pytest.param("grad", marks=slow), pytest.param("vmap", marks=slow)]
+)
 def test_transforms_in_a_graph_take_the_reference(case, transform):
     """torch.func inside torch.compile: exact, never a tangent that is silently zero."""
     p = errors.problem(case, FP32)
