@@ -234,4 +234,16 @@ def _unflatten(children: Any, context: tuple[int, int] | None) -> Dual:
     return Dual(primal, tangent)
 
 
-pytree.register_pytree_node(Dual, _flatten, _unflatten, serialized_type_name="imf_kernels.Dual")
+def _flatten_with_keys(x: Dual) -> tuple[list[tuple[Any, Any]], tuple[int, int] | None]:
+    children, context = _flatten(x)
+    keys = pytree.GetAttrKey("primal"), pytree.GetAttrKey("tangent")
+    return list(zip(keys, children, strict=True)), context
+
+
+pytree.register_pytree_node(
+    Dual,
+    _flatten,
+    _unflatten,
+    serialized_type_name="imf_kernels.Dual",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
