@@ -264,8 +264,8 @@ class IMF(nn.Module):
             always a plain tensor, evaluated on the primal alone: nothing needs its tangent.
 
         Raises:
-            ValueError, TypeError: for inputs that do not fit; on a CPU also for labels and guidance scales
-                out of range.
+            ValueError, TypeError: for inputs that do not fit; on a CPU, unless compiled, also for labels and
+                guidance scales out of range.
         """
         if heads not in ("u", "v", "uv"):
             raise ValueError(f"IMF: heads must be 'u', 'v' or 'uv', got {heads!r}")
@@ -341,8 +341,9 @@ class IMF(nn.Module):
                 raise ValueError(f"IMF: {name} must be [{batch}], one a sample, got {list(value.shape)}")
         if y.dtype not in (torch.int64, torch.int32) or tuple(y.shape) != (batch,):
             raise ValueError(f"IMF: y must be [{batch}] in int64 or int32, got {list(y.shape)} in {y.dtype}")
-        # On other devices looking would wait for the device; there the embedding's own check speaks.
-        if y.device.type == "cpu" and y.numel():
+        # On other devices looking would wait for the device, and no graph has values to look at; there the
+        # embedding's own check speaks.
+        if y.device.type == "cpu" and y.numel() and not torch.compiler.is_compiling():
             if not (int(y.min()) >= 0 and int(y.max()) <= c.num_classes):
                 raise ValueError(
                     f"IMF: labels must be within 0 and {c.num_classes} (the null label), "

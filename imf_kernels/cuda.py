@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from imf_kernels import _C
+from imf_kernels.dispatch import fact
 from imf_kernels.layout import DTYPES
 
 
-@functools.cache
+@fact
 def missing() -> str | None:
     """Why no CUDA kernel can run in this process; `None` where they can."""
     if not _C.cuda_architectures:

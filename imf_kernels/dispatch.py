@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger("imf_kernels")
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,26 @@ class Backend:
 
     Attributes:
         name: "reference", "cpu", "triton" or "cuda".
-        run: the implementation; takes what the operation's public function hands it.
+        eager: the implementation; takes what the operation's public function hands it.
         unavailable: why it cannot run on these tensors; `None` where it can.
         default: False for one that runs on request only.
+        traced: what stands for it in the graphs of `torch.compile` and `torch.export`; `None` for plain
+            PyTorch, which they trace as it is.
     """
 
     name: str
-    run: Callable[..., Any]
+    eager: Callable[..., Any]
     unavailable: Callable[[Sequence[Tensor]], str | None]
     default: bool = True
+    traced: Callable[..., Any] | None = None
+
+    def run(self, x: Tensor, *arguments: Any) -> Any:
+        """The operation, with `torch.autocast` off meanwhile: the inputs' dtypes decide what it computes."""
+        call = self.eager if self.traced is None or not torch.compiler.is_compiling() else self.traced
+        if not _autocasts(x.device):
+            return call(x, *arguments)
+        with without_autocast(x.device):
+            return call(x, *arguments)
 
 
 def always(tensors: Sequence[Tensor]) -> str | None:
@@ -45,17 +56,12 @@ def choose(operation: str, backends: Sequence[Backend], wanted: str | None, *ten
         ValueError: no backend of that name.
         RuntimeError: the wanted backend cannot run, with the reason.
     """
-    if torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"{operation}: the operations of imf_kernels cannot be traced by torch.compile yet; "
-            "wrap the call in torch.compiler.disable"
-        )
     if wanted is not None:
         for backend in backends:
             if backend.name == wanted:
                 if reason := backend.unavailable(tensors):
                     raise RuntimeError(f"{operation}: backend {wanted!r} cannot run: {reason}")
-                return _outside_autocast(backend, tensors)
+                return backend
         names = ", ".join(repr(b.name) for b in backends)
         raise ValueError(f"{operation}: backend must be one of {names}, got {wanted!r}")
     refused: list[str] = []
@@ -63,24 +69,11 @@ def choose(operation: str, backends: Sequence[Backend], wanted: str | None, *ten
         if not backend.default:
             continue
         if (reason := backend.unavailable(tensors)) is None:
-            if refused:
+            if refused and not torch.compiler.is_compiling():
                 _log_once(operation, backend.name, "; ".join(refused))
-            return _outside_autocast(backend, tensors)
+            return backend
         refused.append(f"{backend.name}: {reason}")
     raise RuntimeError(f"{operation}: no backend can run: {'; '.join(refused)}")
-
-
-def _outside_autocast(backend: Backend, tensors: Sequence[Tensor]) -> Backend:
-    """The backend, with `torch.autocast` off while it runs: the inputs' dtypes decide what it computes."""
-    device = tensors[0].device
-    if not _autocasts(device):
-        return backend
-
-    def run(*arguments: Any) -> Any:
-        with without_autocast(device):
-            return backend.run(*arguments)
-
-    return dataclasses.replace(backend, run=run)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -89,9 +82,33 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 
 def _autocasts(device: torch.device) -> bool:
+    if not torch._C._is_any_autocast_enabled():  # mostly not: one question instead of three
+        return False
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 @functools.cache
 def _log_once(operation: str, chosen: str, refused: str) -> None:
     logger.info("%s runs on the %s backend (%s)", operation, chosen, refused)
+
+
+def constant(function: Callable[[], Answer]) -> Callable[[], Answer]:
+    """Marks a question about the process, which `torch.compile` asks while it traces: no part of a graph.
+
+    It is `torch.compiler.assume_constant_result` without the import of the compiler, which takes a second.
+    """
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
+def fact(function: Callable[[], Answer]) -> Callable[[], Answer]:
+    """What is true as long as the process lives: found out once, a constant for `torch.compile`."""
+    find = functools.cache(function)
+
+    @constant
+    @functools.wraps(function)
+    def answer() -> Answer:
+        return find()
+
+    vars(answer)["cache_clear"] = find.cache_clear
+    return answer

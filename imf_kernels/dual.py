@@ -47,12 +47,13 @@ class Dual:
         """The whole tangent, of the primal's shape, or `None` where it is a structural zero.
 
         Where the primal carries gradients, differentiating what this returns raises an error instead of
-        leaving a gradient out in silence; `.tangent.detach()` is the plain tensor.
+        leaving a gradient out in silence; `.tangent.detach()` is the plain tensor. Inside `torch.compile`
+        there is no such guard: what this returns there is a constant, as if detached.
         """
         if self._tangent is None:
             return None
         tangent = complete(self._tangent, self.primal.shape[0] if self.primal.dim() else 1)
-        return guarded(tangent, self.primal)
+        return tangent if torch.compiler.is_compiling() else guarded(tangent, self.primal)
 
     @property
     def tangent_rows(self) -> Tensor | None:
@@ -109,18 +110,11 @@ def _check_tangent(primal: Tensor, tangent: Tensor) -> None:
         )
 
 
-def guarded(tangent: Tensor, primal: Tensor) -> Tensor:
-    """The tangent as it is handed out: differentiating it raises where the primal carries gradients."""
-    if torch.is_grad_enabled() and primal.requires_grad:
-        return _Guard.apply(tangent, primal)
-    return tangent
-
-
 class _Guard(torch.autograd.Function):
     """Hands a tangent out. Its backward is never right, so it raises."""
 
     @staticmethod
-    def forward(ctx: Any, tangent: Tensor, primal: Tensor) -> Tensor:
+    def forward(ctx: Any, tangent: Tensor, *sources: Tensor) -> Tensor:
         return tangent.view_as(tangent)
 
     @staticmethod
@@ -129,6 +123,13 @@ class _Guard(torch.autograd.Function):
             "imf_kernels: backward reached a tangent, but no gradient flows through tangents. Call "
             ".detach() on it before it enters the loss; torch.func.jvp differentiates tangents, at its price"
         )
+
+
+def guarded(tangent: Tensor, *sources: Tensor) -> Tensor:
+    """A tangent as it is handed out: where a gradient would flow through it to `sources`, backward raises."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in sources):
+        return _Guard.apply(tangent, *sources)
+    return tangent
 
 
 # What an operation takes and gives back: one or the other.
@@ -158,7 +159,7 @@ def no_gradient(ctx: Any, tangent: Tensor) -> None:
 
 def align(*tangents: Tensor | None) -> list[Tensor | None]:
     """Stored tangents of several arguments, all with as many rows as the longest; `None` stays `None`."""
-    rows = max((t.shape[0] for t in tangents if t is not None and t.dim()), default=0)
+    rows = max([0, *(t.shape[0] for t in tangents if t is not None and t.dim())])
     return [None if t is None else complete(t, rows) for t in tangents]
 
 
@@ -172,9 +173,19 @@ def primal(x: Tensor | Dual) -> Tensor:
     return x.primal if isinstance(x, Dual) else x
 
 
+def _unchecked(primal: Any, tangent: Any) -> Dual:
+    """A Dual of what is known to fit."""
+    x = Dual.__new__(Dual)
+    x._primal, x._tangent = primal, tangent
+    return x
+
+
 def pack(y: Tensor, y_dot: Tensor | None, *inputs: object) -> Any:
     """A result of the kind of the inputs: a `Dual` if any of them is one, else the tensor."""
-    return Dual(y, y_dot) if any(isinstance(x, Dual) for x in inputs) else y
+    for x in inputs:
+        if isinstance(x, Dual):
+            return _unchecked(y, y_dot)
+    return y
 
 
 def linear_map(function: Callable[[Tensor], Any], x: Tensor | Dual) -> Any:
@@ -212,9 +223,7 @@ def _flatten(x: Dual) -> tuple[list[Any], tuple[int, int] | None]:
 def _unflatten(children: Any, context: tuple[int, int] | None) -> Dual:
     primal, tangent = children
     if not isinstance(primal, Tensor) or not isinstance(tangent, Tensor):
-        x = Dual.__new__(Dual)
-        x._primal, x._tangent = primal, tangent
-        return x
+        return _unchecked(primal, tangent)
     if context is not None and (*primal.shape[:1], *tangent.shape[:1]) != context:
         # The same slice of both would pair rows that do not belong together.
         raise ValueError(
@@ -225,4 +234,16 @@ def _unflatten(children: Any, context: tuple[int, int] | None) -> Dual:
     return Dual(primal, tangent)
 
 
-pytree.register_pytree_node(Dual, _flatten, _unflatten, serialized_type_name="imf_kernels.Dual")
+def _flatten_with_keys(x: Dual) -> tuple[list[tuple[Any, Any]], tuple[int, int] | None]:
+    children, context = _flatten(x)
+    keys = pytree.GetAttrKey("primal"), pytree.GetAttrKey("tangent")
+    return list(zip(keys, children, strict=True)), context
+
+
+pytree.register_pytree_node(
+    Dual,
+    _flatten,
+    _unflatten,
+    serialized_type_name="imf_kernels.Dual",
+    flatten_with_keys_fn=_flatten_with_keys,
+)

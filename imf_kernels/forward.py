@@ -29,18 +29,11 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
 from imf_kernels.dual import Dual, guarded
+from imf_kernels.dual_tensors import unpack
 from imf_kernels.rules import RULES
 
 # Attention's plain form is the only one of PyTorch's that has a derivative.
 _WITH_ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
-
-
-def unpack(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Primal and tangent of a dual tensor of PyTorch; a tangent that is known to be zero is `None`."""
-    primal, tangent = fwAD.unpack_dual(x)
-    if tangent is not None and not torch.compiler.is_compiling() and tangent._is_zerotensor():
-        tangent = None
-    return primal, tangent
 
 
 def carries_tangent(x: Any) -> bool:
@@ -266,7 +259,8 @@ def _parts(y: Tensor, strict: bool) -> tuple[Tensor, Tensor]:
                 f"shape {list(y.shape)} does not"
             )
         tangent = torch.zeros_like(primal)
-    return primal, guarded(tangent.detach(), primal)
+    tangent = tangent.detach()
+    return primal, tangent if torch.compiler.is_compiling() else guarded(tangent, primal)
 
 
 def _primal_of(x: Tensor) -> Tensor:
@@ -286,8 +280,8 @@ def _surroundings() -> Iterator[None]:
             # Code that torch.compile made knows nothing of tangents, and would drop them.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if fsdp is not None:
-            # FSDP2 sends what enters a module through a function that returns it as it is. Forward mode wants a
-            # view of the tangent there; PyTorch's rule gives the tangent itself (2.13) or does not exist (2.11).
+            # FSDP2 sends what enters a module through a function that returns it as it is. Forward mode wants
+            # a view of the tangent there; its rule gives the tangent itself (2.13) or does not exist (2.11).
             function = fsdp.RegisterPostBackwardFunction
             stack.callback(setattr, function, "jvp", staticmethod(function.jvp))
             function.jvp = staticmethod(_views)

@@ -38,17 +38,24 @@ def last_contiguous(x: Tensor) -> Tensor:
     return x if x.dim() == 0 or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
+def contiguous_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty tensor of the shape of `x`, and of its dtype unless told; twice as fast as `new_empty`."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
 def positions_first(like: Tensor, batch: int, length: int, width: int) -> Tensor:
     """An empty [batch, H, length, width], H that of `like`, in projections' memory order [B, L, H, D]."""
     return like.new_empty((batch, length, like.shape[1], width)).transpose(1, 2)
 
 
 def without_memory(x: Tensor) -> str | None:
-    """Why a kernel cannot read `x` at its address; `None` where it can."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+    """Why a kernel cannot read `x` at its address; `None` where it can, or will in a graph being traced."""
+    if torch._C._are_functorch_transforms_active():
         return "one inside a transform of torch.func"
     if x.layout != torch.strided:
         return f"a tensor of layout {x.layout}"
+    if torch.compiler.is_compiling():
+        return None
     if x.is_neg():
         return "a lazily negated tensor; call .resolve_neg()"
     # A fake tensor's address is not asked for: PyTorch warns, and will raise.

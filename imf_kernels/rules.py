@@ -9,6 +9,7 @@ PyTorch's own errors stay PyTorch's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -16,13 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imf_kernels.dual import Dual, linear_map, unpack
-from imf_kernels.ops.attention import scaled_dot_product_attention
-from imf_kernels.ops.linear import linear
-from imf_kernels.ops.rms_norm import rms_norm
-from imf_kernels.ops.silu import silu
+from imf_kernels.ops import attention, linear, rms_norm, silu
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
+
+# The operations on `Dual`s: PyTorch's dual tensors are taken apart before a rule is asked.
+_linear_of_dual = unwrap(linear.linear)
+_attention_of_duals = unwrap(attention.scaled_dot_product_attention)
+_rms_norm_of_dual = unwrap(rms_norm.rms_norm)
+_silu_of_dual = unwrap(silu.silu)
 
 # What is handed over. Other dtypes, float64 first of all, stay with PyTorch.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -65,7 +69,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     x, w, b = _cast(input, dtype), _cast(weight, dtype), _cast(bias, dtype)
     if x.dtype not in _DTYPES or not _plain(w, b, like=x.primal) or input.shape[-1:] != weight.shape[1:]:
         return NotImplemented
-    return linear(x, w, b)
+    return _linear_of_dual(x, w, b)
 
 
 @serves(F.scaled_dot_product_attention)
@@ -97,9 +101,7 @@ def _scaled_dot_product_attention(
     q, k, v = (linear_map(_whole_rows, x) for x in (q, k, v))
     if dims == 3:  # [H, L, D]: one batch row
         q, k, v = (linear_map(lambda t: t.unsqueeze(0), x) for x in (q, k, v))
-    out = scaled_dot_product_attention(
-        q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+    out = _attention_of_duals(q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
     return linear_map(lambda t: t.squeeze(0), out) if dims == 3 else out
 
 
@@ -111,7 +113,7 @@ def _whole_rows(x: Tensor) -> Tensor:
 def _silu(input: Any, inplace: bool = False) -> Any:
     if inplace or input.dtype not in _DTYPES:
         return NotImplemented
-    return silu(input)
+    return _silu_of_dual(input)
 
 
 @serves(F.rms_norm, torch.rms_norm)
@@ -122,7 +124,7 @@ def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float 
         return NotImplemented
     if weight is None:
         weight = input.primal.new_ones(input.shape[-1])
-    return rms_norm(linear_map(_whole_rows, input), weight, eps)
+    return _rms_norm_of_dual(linear_map(_whole_rows, input), weight, eps)
 
 
 @serves(F.group_norm)

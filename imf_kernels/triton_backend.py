@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imf_kernels.dispatch import fact
 from imf_kernels.layout import without_memory
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,7 +29,7 @@ _target: Any = None
 _compiled: list[Any] = []
 
 
-@functools.cache
+@fact
 def missing() -> str | None:
     """Why Triton cannot be used in this process; `None` where it can."""
     try:
@@ -38,7 +39,7 @@ def missing() -> str | None:
     return None
 
 
-@functools.cache
+@fact
 def interpreted() -> bool:
     """Whether the kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET was set at first use."""
     if "TRITON_INTERPRET" not in os.environ or missing():

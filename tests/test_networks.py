@@ -202,8 +202,8 @@ def test_tangents_and_gradients(case):
 
 @pytest.mark.parametrize("name", sorted(NETWORKS.keys() - {"flux"}))
 def test_tangents_are_central_differences(name):
-    """Along z alone: networks embed times in float32, whose steps such differences would see, and flux rotates
-    queries and keys in float32."""
+    """Along z alone: networks embed times in float32, whose steps such differences would see; flux rotates
+    queries and keys in it."""
     network, of, (z, t), (z_dot, _) = made(name)
     double, step = of(network.double()), 1e-6
     z, t, z_dot = z.double(), t.double(), z_dot.double()

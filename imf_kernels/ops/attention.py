@@ -10,7 +10,6 @@ Kernels: csrc/cpu/attention.cpp, _triton/attention.py.
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,9 @@ from torch import Tensor
 from imf_kernels import _C, cpu, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, align, no_gradient, pack, tail, unpack
+from imf_kernels.dual_tensors import takes_dual_tensors
 from imf_kernels.layout import DTYPES, last_contiguous, pointer, positions_first
+from imf_kernels.operators import Operation
 from imf_kernels.ops import check
 from imf_kernels.triton_backend import Kernels
 
@@ -264,15 +265,28 @@ def _triton_unavailable(tensors: Any) -> str | None:
     return None if width <= 256 else f"it takes head dims of at most 256, got {width}"
 
 
-_ON_CPU = partial(_Attention.apply, _CPU)
+_OPERATION = Operation(
+    "scaled_dot_product_attention",
+    _Attention,
+    "(Tensor q, Tensor? q_dot, Tensor k, Tensor? k_dot, Tensor v, Tensor? v_dot, Tensor? mask, "
+    "bool is_causal, float scale)",
+    {
+        "forward": "(Tensor q, Tensor k, Tensor v, Tensor? q_dot, Tensor? k_dot, Tensor? v_dot, "
+        "Tensor? mask, Tensor(a!) out, Tensor(b!)? out_dot, Tensor(c!) lse, float scale, "
+        "bool is_causal) -> ()",
+        "backward": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor lse, Tensor dout, Tensor(a!)? dq, "
+        "Tensor(b!)? dk, Tensor(c!)? dv, float scale, bool is_causal) -> ()",
+    },
+)
 _OTHERS = (
-    Backend("triton", partial(_Attention.apply, Kernels("attention")), _triton_unavailable),
+    _OPERATION.backend("triton", Kernels("attention"), _triton_unavailable),
     Backend("reference", _reference, always),
 )
-_BACKENDS = (Backend("cpu", _ON_CPU, _cpu_unavailable), *_OTHERS)
-_MASKED_BACKENDS = (Backend("cpu", _ON_CPU, _cpu_unmasked), *_OTHERS)
+_BACKENDS = (_OPERATION.backend("cpu", _CPU, _cpu_unavailable), *_OTHERS)
+_MASKED_BACKENDS = (_OPERATION.backend("cpu", _CPU, _cpu_unmasked), *_OTHERS)
 
 
+@takes_dual_tensors
 def scaled_dot_product_attention(
     query: Tensor | Dual,
     key: Tensor | Dual,

@@ -37,8 +37,13 @@ def is_tensor_or_dual(operation: str, **arguments: Any) -> None:
             raise TypeError(f"{operation}: {name} must be of a floating-point type, got {x.dtype}")
 
 
-def has_shape(operation: str, name: str, x: Tensor, wanted: tuple[int, ...], why: str = "") -> None:
-    if tuple(x.shape) != tuple(wanted):
+def has_shape(
+    operation: str, name: str, x: Tensor, wanted: tuple[int, ...], why: str = "", /, **beside: Tensor
+) -> None:
+    """`why` the shape is wanted: words, or the tensor beside which it is."""
+    if x.shape != wanted:
+        for other, tensor in beside.items():
+            why += f" for {other} of shape {list(tensor.shape)}"
         raise ValueError(f"{operation}: {name} must be {list(wanted)}{why}, got {list(x.shape)}")
 
 
@@ -56,7 +61,9 @@ def same_dtype(operation: str, like: Tensor, **arguments: Tensor) -> None:
 
 def last_contiguous(operation: str, **arguments: Tensor | None) -> None:
     for name, x in arguments.items():
-        if x is not None and x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
+        if x is None or x.is_contiguous():
+            continue
+        if x.shape[-1] > 1 and x.stride(-1) != 1:
             raise ValueError(
                 f"{operation}: the last dimension of {name} must be contiguous, got {list(x.shape)} with "
                 f"strides {list(x.stride())}; call .contiguous()"
@@ -79,7 +86,7 @@ def number(operation: str, least: float, **arguments: Any) -> None:
     for name, x in arguments.items():
         if isinstance(x, bool) or not isinstance(x, (int, float)):
             raise TypeError(f"{operation}: {name} must be a number, got {type(x).__name__}")
-        if not (math.isfinite(x) and x >= least):
+        if not (abs(x) < math.inf and x >= least):
             bound = "" if least == -math.inf else f" and at least {least:g}"
             raise ValueError(f"{operation}: {name} must be finite{bound}, got {x}")
 

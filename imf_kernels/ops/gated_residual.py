@@ -8,7 +8,6 @@ Kernels: csrc/cpu/gated_residual.cpp, imf_kernels/_triton/gated_residual.py.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,9 @@ from torch import Tensor
 from imf_kernels import _C, cpu, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, align, no_gradient, pack, unpack
-from imf_kernels.layout import DTYPES, count_rows, last_contiguous, pointer, rows_of
+from imf_kernels.dual_tensors import takes_dual_tensors
+from imf_kernels.layout import DTYPES, contiguous_like, count_rows, last_contiguous, pointer, rows_of
+from imf_kernels.operators import Operation
 from imf_kernels.ops import check
 from imf_kernels.triton_backend import Kernels
 
@@ -65,10 +66,10 @@ class _GatedResidual(torch.autograd.Function):
         branch_dot: Tensor | None,
         gate: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        y, y_dot = x.new_empty(x.shape), None
+        y, y_dot = contiguous_like(x), None
         tangent = x_dot if x_dot is not None else branch_dot
         if tangent is not None:
-            y_dot = x.new_empty(tangent.shape)
+            y_dot = contiguous_like(tangent, x.dtype)
             no_gradient(ctx, y_dot)
         kernels.forward(x, x_dot, branch, branch_dot, gate, y, y_dot)
         ctx.save_for_backward(branch, gate)
@@ -79,7 +80,7 @@ class _GatedResidual(torch.autograd.Function):
     @check.backward_of("gated_residual")
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         branch, gate = ctx.saved_tensors
-        dbranch = branch.new_empty(branch.shape)
+        dbranch = contiguous_like(branch)
         dgate = ctx.kernels.backward(last_contiguous(dy), branch, gate, dbranch)
         return None, dy, None, dbranch, None, dgate.to(gate.dtype)
 
@@ -119,13 +120,25 @@ class _CPU:
         return dgate[0]
 
 
+_OPERATION = Operation(
+    "gated_residual",
+    _GatedResidual,
+    "(Tensor x, Tensor? x_dot, Tensor branch, Tensor? branch_dot, Tensor gate)",
+    {
+        "forward": "(Tensor x, Tensor? x_dot, Tensor branch, Tensor? branch_dot, Tensor gate, Tensor(a!) y, "
+        "Tensor(b!)? y_dot) -> ()",
+        "backward": "(Tensor dy, Tensor branch, Tensor gate, Tensor(a!) dbranch) -> Tensor",
+    },
+    {"backward": lambda dy, branch, gate, dbranch: gate.new_empty(gate.shape, dtype=torch.float32)},
+)
 _BACKENDS = (
-    Backend("cpu", partial(_GatedResidual.apply, _CPU), cpu.unavailable),
-    Backend("triton", partial(_GatedResidual.apply, Kernels("gated_residual")), triton_backend.unavailable),
+    _OPERATION.backend("cpu", _CPU, cpu.unavailable),
+    _OPERATION.backend("triton", Kernels("gated_residual"), triton_backend.unavailable),
     Backend("reference", _reference, always),
 )
 
 
+@takes_dual_tensors
 def gated_residual(
     x: Tensor | Dual, branch: Tensor | Dual, gate: Tensor, *, backend: str | None = None
 ) -> Any:

@@ -16,7 +16,9 @@ from torch import Tensor
 from imf_kernels import cpu, gemm
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, unpack
+from imf_kernels.dual_tensors import takes_dual_tensors
 from imf_kernels.layout import count_rows
+from imf_kernels.operators import Operation
 from imf_kernels.ops import check
 
 
@@ -44,9 +46,7 @@ def _check(x: Tensor | Dual, weight: Tensor, bias: Tensor | None) -> None:
     parameters = {"weight": weight}
     if bias is not None:
         check.is_tensor("linear", bias=bias)
-        check.has_shape(
-            "linear", "bias", bias, weight.shape[:1], f" for weight of shape {list(weight.shape)}"
-        )
+        check.has_shape("linear", "bias", bias, weight.shape[:1], weight=weight)
         parameters["bias"] = bias
     check.same_device("linear", x, **parameters)
     for name, parameter in parameters.items():
@@ -54,21 +54,22 @@ def _check(x: Tensor | Dual, weight: Tensor, bias: Tensor | None) -> None:
             raise TypeError(f"linear: {name} must be {x.dtype} like x, or float32; got {parameter.dtype}")
 
 
-class _LinearCPU(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, x_dot: Tensor | None, weight: Tensor, bias: Tensor | None
+        ctx: Any, products: Any, x: Tensor, x_dot: Tensor | None, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         w = weight.to(x.dtype)
         b = None if bias is None else bias.to(x.dtype)
         width, out = x.shape[-1], weight.shape[0]
-        y = gemm.forward(x.reshape(count_rows(x), width), w, b).view(*x.shape[:-1], out)
+        y = products.forward(x.reshape(count_rows(x), width), w, b).view(*x.shape[:-1], out)
         y_dot = None
         if x_dot is not None:
-            y_dot = gemm.forward(x_dot.reshape(count_rows(x_dot), width), w)
+            y_dot = products.forward(x_dot.reshape(count_rows(x_dot), width), w, None)
             y_dot = y_dot.view(*x_dot.shape[:-1], out)
             no_gradient(ctx, y_dot)
         ctx.save_for_backward(x, weight, bias)
+        ctx.products = products
         return y, y_dot
 
     @staticmethod
@@ -78,21 +79,37 @@ class _LinearCPU(torch.autograd.Function):
         dx = dweight = dbias = None
         count = count_rows(dy)
         rows = dy.reshape(count, dy.shape[-1])
-        if ctx.needs_input_grad[0]:
-            dx = gemm.grad_input(rows, weight.to(x.dtype)).view(x.shape)
-        if ctx.needs_input_grad[2]:
-            dweight = gemm.grad_weight(rows, x.reshape(count, x.shape[-1])).to(weight.dtype)
+        if ctx.needs_input_grad[1]:
+            dx = ctx.products.grad_input(rows, weight.to(x.dtype)).view(x.shape)
         if ctx.needs_input_grad[3]:
+            dweight = ctx.products.grad_weight(rows, x.reshape(count, x.shape[-1])).to(weight.dtype)
+        if ctx.needs_input_grad[4]:
             dbias = rows.sum(0, dtype=torch.float32).to(bias.dtype)
-        return dx, None, dweight, dbias
+        return None, dx, None, dweight, dbias
 
 
+_OPERATION = Operation(
+    "linear",
+    _Linear,
+    "(Tensor x, Tensor? x_dot, Tensor weight, Tensor? bias)",
+    {
+        "forward": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+        "grad_input": "(Tensor dy, Tensor weight) -> Tensor",
+        "grad_weight": "(Tensor dy, Tensor x) -> Tensor",
+    },
+    {
+        "forward": lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
+        "grad_input": lambda dy, weight: dy.new_empty(dy.shape[0], weight.shape[1]),
+        "grad_weight": lambda dy, x: dy.new_empty(dy.shape[1], x.shape[1]),
+    },
+)
 _BACKENDS = (
-    Backend("cpu", _LinearCPU.apply, cpu.unavailable),
+    _OPERATION.backend("cpu", gemm, cpu.unavailable),
     Backend("reference", _reference, always),
 )
 
 
+@takes_dual_tensors
 def linear(
     x: TensorOrDual, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
 ) -> TensorOrDual:

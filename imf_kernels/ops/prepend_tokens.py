@@ -10,7 +10,6 @@ Kernels: csrc/cpu/prepend_tokens.cpp, imf_kernels/_triton/prepend_tokens.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,9 @@ from torch import Tensor
 from imf_kernels import _C, cpu, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, align, no_gradient, pack, unpack
+from imf_kernels.dual_tensors import takes_dual_tensors
 from imf_kernels.layout import DTYPES, pointer
+from imf_kernels.operators import Operation
 from imf_kernels.ops import check
 from imf_kernels.triton_backend import Kernels
 
@@ -116,13 +117,23 @@ class _CPU:
         )
 
 
+_OPERATION = Operation(
+    "prepend_tokens",
+    _PrependTokens,
+    "(Tensor x, Tensor? x_dot, int count, Tensor?[] groups)",
+    {
+        "forward": "(Tensor x, Tensor? x_dot, Tensor[] tokens, Tensor[] embeddings, "
+        "Tensor?[] embedding_dots, Tensor(a!) y, Tensor(b!)? y_dot) -> ()"
+    },
+)
 _BACKENDS = (
-    Backend("cpu", partial(_PrependTokens.apply, _CPU), cpu.unavailable),
-    Backend("triton", partial(_PrependTokens.apply, Kernels("prepend_tokens")), triton_backend.unavailable),
+    _OPERATION.backend("cpu", _CPU, cpu.unavailable),
+    _OPERATION.backend("triton", Kernels("prepend_tokens"), triton_backend.unavailable),
     Backend("reference", _reference, always),
 )
 
 
+@takes_dual_tensors
 def prepend_tokens(
     x: Tensor | Dual, groups: Iterable[tuple[Tensor, Tensor | Dual]], *, backend: str | None = None
 ) -> Any:

@@ -11,7 +11,6 @@ Kernels: csrc/cpu/qk_norm_rope.cpp, imf_kernels/_triton/qk_norm_rope.py.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,9 @@ from torch import Tensor
 from imf_kernels import _C, cpu, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, no_gradient, pack, tail, unpack
+from imf_kernels.dual_tensors import takes_dual_tensors
 from imf_kernels.layout import DTYPES, last_contiguous, pointer, positions_first
+from imf_kernels.operators import Operation
 from imf_kernels.ops import check
 from imf_kernels.triton_backend import Kernels
 
@@ -69,10 +70,9 @@ def _check(argument: str, x: Tensor | Dual, weight: Tensor, cos: Tensor, sin: Te
     if x.dim() != 4 or x.shape[-1] % 2:
         raise ValueError(f"{name}: {argument} must be [B, H, L, D] with an even D, got {list(x.shape)}")
     length, width = x.shape[2:]
-    check.has_shape(name, f"{argument}_weight", weight, (width,), f" for {argument} of shape {list(x.shape)}")
+    check.has_shape(name, f"{argument}_weight", weight, (width,), **{argument: x})
     for table, values in (("cos", cos), ("sin", sin)):
-        wanted = (length, width // 2)
-        check.has_shape(name, table, values, wanted, f" for {argument} of shape {list(x.shape)}")
+        check.has_shape(name, table, values, (length, width // 2), **{argument: x})
     check.same_device(name, x, **{f"{argument}_weight": weight, "cos": cos, "sin": sin})
     check.last_contiguous(name, **{argument: x, f"{argument}_dot": x_dot})
 
@@ -151,13 +151,26 @@ class _CPU:
         return dweight[0]
 
 
+_OPERATION = Operation(
+    "qk_norm_rope",
+    _QKNormRope,
+    "(Tensor x, Tensor? x_dot, Tensor weight, Tensor cos, Tensor sin, float eps)",
+    {
+        "forward": "(Tensor x, Tensor? x_dot, Tensor weight, Tensor cos, Tensor sin, Tensor(a!) y, "
+        "Tensor(b!)? y_dot, Tensor(c!) rstd, float eps) -> ()",
+        "backward": "(Tensor x, Tensor dy, Tensor weight, Tensor cos, Tensor sin, Tensor rstd, "
+        "Tensor(a!) dx) -> Tensor",
+    },
+    {"backward": lambda x, dy, weight, *_: weight.new_empty(weight.shape, dtype=torch.float32)},
+)
 _BACKENDS = (
-    Backend("cpu", partial(_QKNormRope.apply, _CPU), cpu.unavailable),
-    Backend("triton", partial(_QKNormRope.apply, Kernels("qk_norm_rope")), triton_backend.unavailable),
+    _OPERATION.backend("cpu", _CPU, cpu.unavailable),
+    _OPERATION.backend("triton", Kernels("qk_norm_rope"), triton_backend.unavailable),
     Backend("reference", _reference, always),
 )
 
 
+@takes_dual_tensors
 def qk_norm_rope(
     q: Tensor | Dual,
     k: Tensor | Dual,

@@ -10,7 +10,6 @@ This file is the exemplar: every operation's file has these parts in this order.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,9 @@ from torch import Tensor
 from imf_kernels import _C, cpu, cuda, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, tail, unpack
-from imf_kernels.layout import DTYPES, count_rows, last_contiguous, pointer, rows_of
+from imf_kernels.dual_tensors import takes_dual_tensors
+from imf_kernels.layout import DTYPES, contiguous_like, count_rows, last_contiguous, pointer, rows_of
+from imf_kernels.operators import Operation
 from imf_kernels.ops import check
 from imf_kernels.triton_backend import Kernels
 
@@ -46,7 +47,7 @@ def _check(x: Tensor | Dual, weight: Tensor, dtype: torch.dtype | None) -> None:
     x, x_dot = unpack(x)
     if x.dim() == 0:
         raise ValueError("rms_norm: x must have at least one dimension, got a scalar")
-    check.has_shape("rms_norm", "weight", weight, x.shape[-1:], f" for x of shape {list(x.shape)}")
+    check.has_shape("rms_norm", "weight", weight, x.shape[-1:], x=x)
     check.same_device("rms_norm", x, weight=weight)
     check.last_contiguous("rms_norm", x=x, x_dot=x_dot)
     if dtype not in (None, x.dtype) and not (x.dtype == torch.float32 and dtype in check.HALVES):
@@ -67,10 +68,10 @@ class _RMSNorm(torch.autograd.Function):
         eps: float,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
-        y, y_dot = x.new_empty(x.shape, dtype=dtype), None
+        y, y_dot = contiguous_like(x, dtype), None
         rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
         if x_dot is not None:
-            y_dot = x.new_empty(x_dot.shape, dtype=dtype)
+            y_dot = contiguous_like(x_dot, dtype)
             no_gradient(ctx, y_dot)
         kernels.forward(x, x_dot, weight, y, y_dot, rstd, eps)
         ctx.save_for_backward(x, weight, rstd)
@@ -81,7 +82,7 @@ class _RMSNorm(torch.autograd.Function):
     @check.backward_of("rms_norm")
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        dx = x.new_empty(x.shape)
+        dx = contiguous_like(x)
         dweight = ctx.kernels.backward(x, last_contiguous(dy), weight, rstd, dx)
         return None, dx, None, dweight.to(weight.dtype), None, None
 
@@ -164,14 +165,26 @@ def _triton_unavailable(tensors: Any) -> str | None:
     return None if width <= 16384 else f"it takes rows of at most 16384, got {width}"
 
 
+_OPERATION = Operation(
+    "rms_norm",
+    _RMSNorm,
+    "(Tensor x, Tensor? x_dot, Tensor weight, float eps, ScalarType dtype)",
+    {
+        "forward": "(Tensor x, Tensor? x_dot, Tensor weight, Tensor(a!) y, Tensor(b!)? y_dot, "
+        "Tensor(c!) rstd, float eps) -> ()",
+        "backward": "(Tensor x, Tensor dy, Tensor weight, Tensor rstd, Tensor(a!) dx) -> Tensor",
+    },
+    {"backward": lambda x, dy, weight, rstd, dx: weight.new_empty(weight.shape, dtype=torch.float32)},
+)
 _BACKENDS = (
-    Backend("cpu", partial(_RMSNorm.apply, _CPU), cpu.unavailable),
-    Backend("triton", partial(_RMSNorm.apply, Kernels("rms_norm")), _triton_unavailable),
-    Backend("cuda", partial(_RMSNorm.apply, _CUDA), _cuda_unavailable, default=False),
+    _OPERATION.backend("cpu", _CPU, cpu.unavailable),
+    _OPERATION.backend("triton", Kernels("rms_norm"), _triton_unavailable),
+    _OPERATION.backend("cuda", _CUDA, _cuda_unavailable, default=False),
     Backend("reference", _reference, always),
 )
 
 
+@takes_dual_tensors
 def rms_norm(
     x: TensorOrDual,
     weight: Tensor,

@@ -8,7 +8,6 @@ Kernels: csrc/cpu/silu.cpp, imf_kernels/_triton/silu.py.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,9 @@ from torch import Tensor
 from imf_kernels import _C, cpu, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, tail, unpack
+from imf_kernels.dual_tensors import takes_dual_tensors
 from imf_kernels.layout import DTYPES, pointer
+from imf_kernels.operators import Operation
 from imf_kernels.ops import check
 from imf_kernels.triton_backend import Kernels
 
@@ -77,13 +78,23 @@ class _CPU:
         )
 
 
+_OPERATION = Operation(
+    "silu",
+    _Silu,
+    "(Tensor x, Tensor? x_dot)",
+    {
+        "forward": "(Tensor x, Tensor? x_dot, Tensor(a!) y, Tensor(b!)? y_dot) -> ()",
+        "backward": "(Tensor x, Tensor dy, Tensor(a!) dx) -> ()",
+    },
+)
 _BACKENDS = (
-    Backend("cpu", partial(_Silu.apply, _CPU), cpu.unavailable),
-    Backend("triton", partial(_Silu.apply, Kernels("silu")), triton_backend.unavailable),
+    _OPERATION.backend("cpu", _CPU, cpu.unavailable),
+    _OPERATION.backend("triton", Kernels("silu"), triton_backend.unavailable),
     Backend("reference", _reference, always),
 )
 
 
+@takes_dual_tensors
 def silu(x: TensorOrDual, *, backend: str | None = None) -> TensorOrDual:
     """x / (1 + e^(−x)), with its tangent.
 

@@ -10,7 +10,6 @@ Kernels: csrc/cpu/sinusoidal_embedding.cpp, imf_kernels/_triton/sinusoidal_embed
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,9 @@ from torch import Tensor
 from imf_kernels import _C, cpu, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, tail, unpack
+from imf_kernels.dual_tensors import takes_dual_tensors
 from imf_kernels.layout import DTYPES, pointer
+from imf_kernels.operators import Operation
 from imf_kernels.ops import check
 from imf_kernels.triton_backend import Kernels
 
@@ -86,17 +87,20 @@ class _CPU:
         )
 
 
+_OPERATION = Operation(
+    "sinusoidal_embedding",
+    _SinusoidalEmbedding,
+    "(Tensor t, Tensor? t_dot, SymInt dim, float max_period)",
+    {"forward": "(Tensor t, Tensor? t_dot, Tensor f, Tensor(a!) y, Tensor(b!)? y_dot) -> ()"},
+)
 _BACKENDS = (
-    Backend("cpu", partial(_SinusoidalEmbedding.apply, _CPU), cpu.unavailable),
-    Backend(
-        "triton",
-        partial(_SinusoidalEmbedding.apply, Kernels("sinusoidal_embedding")),
-        triton_backend.unavailable,
-    ),
+    _OPERATION.backend("cpu", _CPU, cpu.unavailable),
+    _OPERATION.backend("triton", Kernels("sinusoidal_embedding"), triton_backend.unavailable),
     Backend("reference", _reference, always),
 )
 
 
+@takes_dual_tensors
 def sinusoidal_embedding(
     t: TensorOrDual, dim: int, max_period: float = 10000.0, *, backend: str | None = None
 ) -> TensorOrDual:

@@ -8,7 +8,6 @@ Kernels: csrc/cpu/swiglu.cpp, imf_kernels/_triton/swiglu.py.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,9 @@ from torch import Tensor
 from imf_kernels import _C, cpu, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, tail, unpack
-from imf_kernels.layout import DTYPES, count_rows, last_contiguous, pointer, rows_of
+from imf_kernels.dual_tensors import takes_dual_tensors
+from imf_kernels.layout import DTYPES, contiguous_like, count_rows, last_contiguous, pointer, rows_of
+from imf_kernels.operators import Operation
 from imf_kernels.ops import check
 from imf_kernels.triton_backend import Kernels
 
@@ -64,7 +65,7 @@ class _Swiglu(torch.autograd.Function):
     @check.backward_of("swiglu")
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        dx = x.new_empty(x.shape)
+        dx = contiguous_like(x)
         ctx.kernels.backward(x, last_contiguous(dy), dx)
         return None, dx, None
 
@@ -87,13 +88,23 @@ class _CPU:
         )
 
 
+_OPERATION = Operation(
+    "swiglu",
+    _Swiglu,
+    "(Tensor x, Tensor? x_dot)",
+    {
+        "forward": "(Tensor x, Tensor? x_dot, Tensor(a!) y, Tensor(b!)? y_dot) -> ()",
+        "backward": "(Tensor x, Tensor dy, Tensor(a!) dx) -> ()",
+    },
+)
 _BACKENDS = (
-    Backend("cpu", partial(_Swiglu.apply, _CPU), cpu.unavailable),
-    Backend("triton", partial(_Swiglu.apply, Kernels("swiglu")), triton_backend.unavailable),
+    _OPERATION.backend("cpu", _CPU, cpu.unavailable),
+    _OPERATION.backend("triton", Kernels("swiglu"), triton_backend.unavailable),
     Backend("reference", _reference, always),
 )
 
 
+@takes_dual_tensors
 def swiglu(x: TensorOrDual, *, backend: str | None = None) -> TensorOrDual:
     """silu(gate) · up for x = [gate | up], with its tangent.
 

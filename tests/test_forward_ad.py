@@ -1,0 +1,173 @@
+"""In PyTorch's own forward mode, and in transforms of torch.func: exact or an error, never a silent zero."""
+
+import pytest
+import torch
+from conftest import dtypes_of
+from torch.autograd import forward_ad
+
+import imf_kernels as ik
+from imf_kernels import Dual
+from imf_kernels.testing import errors
+from imf_kernels.testing.cases import FP32, OPERATIONS, SMALL
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+each_operation = pytest.mark.parametrize(
+    "case", [next(c for c in SMALL if c.operation == name and c.batch > 1) for name in OPERATIONS], ids=str
+)
+
+
+def at_dual_level(case, leaves, tangents, backend):
+    """The operation on PyTorch's dual tensors; primals and tangents of its results."""
+    with forward_ad.dual_level():
+        arguments = {
+            n: forward_ad.make_dual(x, tangents[n]) if n in tangents else x for n, x in leaves.items()
+        }
+        results = [forward_ad.unpack_dual(y) for y in case.run(arguments, backend, **case.output_options)]
+    return [y.primal for y in results], [y.tangent for y in results]
+
+
+@each_operation
+def test_dual_tensors_give_what_duals_give(case, kernels):
+    """Bitwise, as do the gradients of the primal; by the kernels, which are asked for by name."""
+    p = errors.problem(case, dtypes_of(case, kernels)[0])
+    leaves = {n: x.clone().requires_grad_(n in case.differentiable) for n, x in p.primals.items()}
+    primals, tangents = at_dual_level(case, leaves, p.tangents, kernels)
+    wanted = p.evaluate(kernels)
+    gradients = torch.autograd.grad(primals, [leaves[n] for n in case.differentiable], p.cotangents)
+    for i, (y, y_dot) in enumerate(zip(primals, tangents, strict=True)):
+        assert torch.equal(y, wanted[f"output {i}"]) and torch.equal(y_dot.detach(), wanted[f"tangent {i}"])
+    for name, got in zip(case.differentiable, gradients, strict=True):
+        assert torch.equal(got, wanted[f"gradient of {name}"])
+
+
+@each_operation
+def test_the_reference_is_left_to_pytorch(case):
+    """It differentiates along every argument, weights too, and its tangents can be differentiated."""
+    p = errors.problem(case, FP32)
+    doubles = {n: x.double() for n, x in p.primals.items()}
+    names = case.differentiable
+    directions = {n: torch.randn_like(doubles[n]) for n in names}
+    leaves = {n: x.clone().requires_grad_(n in names) for n, x in doubles.items()}
+    _, tangents = at_dual_level(case, leaves, directions, "reference")
+    _, wanted = torch.func.jvp(
+        lambda *x: case.run(doubles | dict(zip(names, x, strict=True)), "reference"),
+        tuple(doubles[n] for n in names),
+        tuple(directions[n] for n in names),
+    )
+    for got, exact in zip(tangents, wanted, strict=True):
+        torch.testing.assert_close(got, exact)
+        assert got.requires_grad or case.operation == "prepend_tokens"
+
+
+def test_between_modules_of_pytorch():
+    """A chain of PyTorch's layers and operations against torch.func.jvp in float64."""
+    torch.manual_seed(0)
+    first, last, norm = torch.nn.Linear(6, 8), torch.nn.Linear(8, 3), torch.rand(8) + 0.5
+
+    def chain(x):
+        return last(ik.silu(ik.rms_norm(first(x), norm.to(x.dtype))) * 2)
+
+    x, x_dot = torch.randn(5, 6), torch.randn(5, 6)
+    with forward_ad.dual_level():
+        y, y_dot = forward_ad.unpack_dual(chain(forward_ad.make_dual(x, x_dot)))
+    first, last = first.double(), last.double()
+    exact, exact_dot = torch.func.jvp(chain, (x.double(),), (x_dot.double(),))
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(y_dot.double(), exact_dot, rtol=1e-5, atol=1e-6)
+
+
+def test_differentiating_such_a_tangent_is_loud():
+    """Also where only the incoming tangent requires grad; the primal's gradient still flows."""
+    x, x_dot = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
+    for primal, tangent in ((x, x_dot.detach()), (x.detach(), x_dot), (x, x_dot)):
+        with forward_ad.dual_level():
+            y, y_dot = forward_ad.unpack_dual(ik.silu(forward_ad.make_dual(primal, tangent)))
+        with pytest.raises(RuntimeError, match=r"no gradient flows through tangents. Call \.detach\(\)"):
+            (3 * y_dot).sum().backward()
+        if primal.requires_grad:
+            (got,) = torch.autograd.grad((y * y_dot.detach()).sum(), primal)
+            (wanted,) = torch.autograd.grad((torch.nn.functional.silu(x) * y_dot.detach()).sum(), x)
+            torch.testing.assert_close(got, wanted)
+
+
+def test_a_weight_with_a_tangent_is_refused_by_name():
+    x, w = torch.randn(3, 4), torch.randn(4)
+    with forward_ad.dual_level(), pytest.raises(TypeError, match="rms_norm: weight carries no tangent"):
+        ik.rms_norm(x, forward_ad.make_dual(w, w))
+
+
+def test_both_kinds_of_duals_at_once_are_refused():
+    x = torch.randn(3, 4)
+    with forward_ad.dual_level(), pytest.raises(TypeError, match=r"gated_residual: .* Duals or dual tensors"):
+        ik.gated_residual(Dual(x, x), forward_ad.make_dual(x, x), torch.ones(4))
+    # A tangent of a tangent: PyTorch's part of it would be lost.
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        ik.silu(Dual(forward_ad.make_dual(x, x), x))
+
+
+def test_what_carries_no_tangent_is_left_alone():
+    x = torch.randn(3, 4)
+    with forward_ad.dual_level():
+        assert forward_ad.unpack_dual(ik.silu(x)).tangent is None
+        y = ik.silu(Dual(x, x))
+    assert torch.equal(y.tangent, ik.silu(Dual(x, x)).tangent)
+
+
+@each_operation
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jacrev", "jvp of vmap"])
+def test_transforms_are_right(case, transform):
+    """On the default backend in float32, against autograd, loops and torch.func.jvp in float64."""
+    p = errors.problem(case, FP32)
+    name = next(iter(p.tangents))
+    x, x_dot = p.primals[name], p.tangents[name]
+
+    def call(x):
+        return case.run({n: t.to(x.dtype) for n, t in p.primals.items()} | {name: x}, None)[0]
+
+    def loss(x):
+        return call(x).square().sum()
+
+    def jvp(function, x, x_dot):
+        return torch.func.jvp(function, (x,), (x_dot,))[1]
+
+    both, exact, exact_dot = torch.stack([x, x_dot]), x.double(), x_dot.double()
+    if transform == "grad":
+        leaf = exact.clone().requires_grad_()
+        got, wanted = torch.func.grad(loss)(x), torch.autograd.grad(loss(leaf), leaf)[0]
+    elif transform == "vmap":
+        got, wanted = torch.func.vmap(call)(both), torch.stack([call(exact), call(exact_dot)])
+    elif transform == "jacrev":
+        got = torch.tensordot(torch.func.jacrev(call)(x), x_dot, x.dim())
+        wanted = jvp(call, exact, exact_dot)
+    else:
+        got = jvp(torch.func.vmap(call), both, both.flip(0))
+        wanted = torch.stack([jvp(call, exact, exact_dot), jvp(call, exact_dot, exact)])
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("order", ["level in graph", "graph in level", "graph in jvp"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode_and_compile_are_exact_or_loud(order, requires_grad):
+    torch._dynamo.reset()
+    x, x_dot = torch.randn(3, 8, requires_grad=requires_grad), torch.randn(3, 8)
+    w = torch.rand(8)
+
+    def chain(x):
+        return ik.silu(ik.rms_norm(x, w)) * 2
+
+    def at_level(function, x, x_dot):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(function(forward_ad.make_dual(x, x_dot))).tangent
+
+    _, wanted = torch.func.jvp(chain, (x,), (x_dot,))
+    try:
+        if order == "level in graph":
+            got = torch.compile(lambda x, x_dot: at_level(chain, x, x_dot), backend="aot_eager")(x, x_dot)
+        elif order == "graph in level":
+            got = at_level(torch.compile(chain, backend="aot_eager"), x, x_dot)
+        else:
+            _, got = torch.func.jvp(torch.compile(chain, backend="aot_eager"), (x,), (x_dot,))
+    except (RuntimeError, NotImplementedError) as error:
+        assert "jvp" in str(error) or "forward" in str(error), error
+        return
+    torch.testing.assert_close(got, wanted)
