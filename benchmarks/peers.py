@@ -31,6 +31,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, dtype: torch.dtype | 
     return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight).to(dtype or x.dtype)
 
 
+def layer_norm(
+    x: Tensor,
+    normalized_shape: tuple[int, ...],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    return F.layer_norm(x.float(), normalized_shape, weight, bias, eps).to(x.dtype)
+
+
+def layer_norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    n = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
+    return (n * (1 + scale[:, None]) + shift[:, None]).to(dtype or x.dtype)
+
+
 def qk_norm_rope(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -56,7 +73,11 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    return x + (branch * gate).to(x.dtype)
+    return x + (branch * (gate if gate.dim() == 1 else gate[:, None])).to(x.dtype)
+
+
+def gelu(x: Tensor, approximate: str) -> Tensor:
+    return F.gelu(x, approximate=approximate)
 
 
 def silu(x: Tensor) -> Tensor:

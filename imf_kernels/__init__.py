@@ -7,6 +7,9 @@ gradients flow through the primal alone.
 from imf_kernels.dual import Dual, linear_map, primal
 from imf_kernels.ops.attention import scaled_dot_product_attention
 from imf_kernels.ops.gated_residual import gated_residual
+from imf_kernels.ops.gelu import gelu
+from imf_kernels.ops.layer_norm import layer_norm
+from imf_kernels.ops.layer_norm_modulate import layer_norm_modulate
 from imf_kernels.ops.linear import linear
 from imf_kernels.ops.prepend_tokens import prepend_tokens
 from imf_kernels.ops.qk_norm_rope import qk_norm_rope, rope_tables
@@ -18,6 +21,9 @@ from imf_kernels.ops.swiglu import swiglu
 __all__ = [
     "Dual",
     "gated_residual",
+    "gelu",
+    "layer_norm",
+    "layer_norm_modulate",
     "linear",
     "linear_map",
     "prepend_tokens",

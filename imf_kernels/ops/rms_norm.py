@@ -49,11 +49,7 @@ def _check(x: Tensor | Dual, weight: Tensor, dtype: torch.dtype | None) -> None:
     check.has_shape("rms_norm", "weight", weight, x.shape[-1:], f" for x of shape {list(x.shape)}")
     check.same_device("rms_norm", x, weight=weight)
     check.last_contiguous("rms_norm", x=x, x_dot=x_dot)
-    if dtype not in (None, x.dtype) and not (x.dtype == torch.float32 and dtype in check.HALVES):
-        raise TypeError(
-            "rms_norm: dtype must be that of x, or bfloat16 or float16 for x of float32; "
-            f"got {dtype} for {x.dtype}"
-        )
+    check.result_dtype("rms_norm", x, dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -157,7 +153,7 @@ def _cuda_unavailable(tensors: Any) -> str | None:
     return None if width <= 12288 else f"it takes rows of at most 12288, got {width}"
 
 
-def _triton_unavailable(tensors: Any) -> str | None:
+def triton_unavailable(tensors: Any) -> str | None:
     if reason := triton_backend.unavailable(tensors):
         return reason
     width = tensors[0].shape[-1]  # a program keeps a whole row in its registers
@@ -166,7 +162,7 @@ def _triton_unavailable(tensors: Any) -> str | None:
 
 _BACKENDS = (
     Backend("cpu", partial(_RMSNorm.apply, _CPU), cpu.unavailable),
-    Backend("triton", partial(_RMSNorm.apply, Kernels("rms_norm")), _triton_unavailable),
+    Backend("triton", partial(_RMSNorm.apply, Kernels("rms_norm")), triton_unavailable),
     Backend("cuda", partial(_RMSNorm.apply, _CUDA), _cuda_unavailable, default=False),
     Backend("reference", _reference, always),
 )
