@@ -41,9 +41,7 @@ def layer_norm(
     return F.layer_norm(x.float(), normalized_shape, weight, bias, eps).to(x.dtype)
 
 
-def layer_norm_modulate(
-    x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype | None = None
-) -> Tensor:
+def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     n = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
     return (n * (1 + scale[:, None]) + shift[:, None]).to(dtype or x.dtype)
 

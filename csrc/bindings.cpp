@@ -106,10 +106,26 @@ void register_layer_norm(py::module_& m) {
          pointer shift_dot, pointer y, pointer y_dot, pointer statistics, index_t rows, index_t tangent_rows,
          index_t length, index_t width, index_t x_stride, index_t x_dot_stride, float one, float eps,
          int threads) {
-        IMF_CALL(layer_norm_forward,
-                 {DType(x_type), DType(y_type), at(x), at(x_dot), at<float>(scale), at<float>(scale_dot),
-                  at<float>(shift), at<float>(shift_dot), at(y), at(y_dot), at<float>(statistics), rows,
-                  tangent_rows, length, width, x_stride, x_dot_stride, one, eps, threads});
+        IMF_CALL(layer_norm_forward, {DType(x_type),
+                                      DType(y_type),
+                                      at(x),
+                                      at(x_dot),
+                                      at<float>(scale),
+                                      at<float>(scale_dot),
+                                      at<float>(shift),
+                                      at<float>(shift_dot),
+                                      at(y),
+                                      at(y_dot),
+                                      at<float>(statistics),
+                                      rows,
+                                      tangent_rows,
+                                      length,
+                                      width,
+                                      x_stride,
+                                      x_dot_stride,
+                                      one,
+                                      eps,
+                                      threads});
       },
       unlocked());
   m.def(

@@ -81,9 +81,9 @@ def count_rows(x: Tensor | None) -> int:
 
 
 def groups_of(parameter: Tensor | None, x: Tensor) -> tuple[int, int]:
-    """How many groups of rows of x [B, ..., d] have a row of `parameter` in common, and of how many rows each.
+    """How many groups of rows of x [B, ..., d] have a row of `parameter` in common, and the rows of each.
 
-    Of [B, d] the rows of a sample have one; of [d], and of what is not there, all rows.
+    Of [B, d] a sample's rows have one; of [d], and of what is not there, all rows.
     """
     if parameter is None or parameter.dim() == 1:
         return 1, count_rows(x)

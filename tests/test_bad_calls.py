@@ -149,7 +149,7 @@ BAD_CALLS = {
         (lambda: ik.gated_residual(x(2, 4), x(2, 4), x(3, 4)), V,
          "gate must be [4] or, a row a sample, [2, 4], … x of shape [2, 4]; got [3, 4]"),
         (lambda: ik.gated_residual(x(4), x(4), x(4, 4)), V, "gate must be [4], … got [4, 4]"),
-        (lambda: ik.gated_residual(x(2, 3, 4), x(2, 3, 4), Dual(x(2, 3, 4))), V, "gate must be [4] … got [2, 3, 4]"),
+        (lambda: ik.gated_residual(HEADS, HEADS, Dual(HEADS)), V, "gate must be [8] … got [2, 3, 5, 8]"),
         (lambda: ik.gated_residual(x(), x(), x()), V, "x must have at least one dimension"),
         (lambda: ik.gated_residual(x(2, 4, BF16), x(2, 4), x(4)), T,
          "branch must be of x's dtype … got torch.float32 beside torch.bfloat16"),
@@ -192,8 +192,8 @@ BAD_CALLS = {
 
 
 def modulate(sequence=None, shift=None, scale=None, **options):
-    given = (x(3, 2, 4) if sequence is None else sequence, *(x(3, 4) if p is None else p for p in (shift, scale)))
-    return ik.layer_norm_modulate(*given, **options)
+    rows = (x(3, 4) if row is None else row for row in (shift, scale))
+    return ik.layer_norm_modulate(x(3, 2, 4) if sequence is None else sequence, *rows, **options)
 
 
 def rope(**arguments):

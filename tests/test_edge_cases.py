@@ -77,7 +77,8 @@ def test_broadcast_inputs(operation, shape, backend):
         y = OF_SAMPLES[operation](Dual(x, x_dot), branch, row, backend=backend)
         return y.primal, y.tangent.detach(), torch.autograd.grad(y.primal, x, dy)[0]
 
-    drawn = draw(), draw(), draw(), torch.randn(1, 24).expand(3, 24), draw(12 if operation == "swiglu" else 24)
+    row, dy = torch.randn(1, 24).expand(3, 24), draw(12 if operation == "swiglu" else 24)
+    drawn = draw(), draw(), draw(), row, dy
     expected = call(*(t.clone() for t in drawn))
     for got, wanted in zip(call(*drawn), expected, strict=True):
         torch.testing.assert_close(got, wanted)
@@ -227,8 +228,8 @@ BY_ROW = {
         lambda x: F.layer_norm(x, (6,), eps=1e-6) * (1 + x) + x,
     ),
     "swiglu": (ik.swiglu, lambda x: F.silu(x[..., :3]) * x[..., 3:]),
-    "gelu": (ik.gelu, F.gelu),
-    "gelu tanh": (
+    "gelu": (ik.gelu, lambda x: F.gelu(x.double()).float()),  # of inf in float32 oneDNN makes NaN
+    "gelu, tanh": (
         lambda x, **o: ik.gelu(x, approximate="tanh", **o),
         lambda x: F.gelu(x, approximate="tanh"),
     ),

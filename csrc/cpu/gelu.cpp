@@ -22,8 +22,8 @@ struct Normal {
   }
 };
 
-// (1 + tanh(v / 2)) / 2 = 1 / (1 + e^-v). Of e^-|v|, which cannot overflow, both s(|v|) = 1 / (1 + e^-|v|) and
-// s(-|v|) = e^-|v| s(|v|) are made without cancellation; their product is s' on either side.
+// (1 + tanh(v / 2)) / 2 = 1 / (1 + e^-v). Of e^-|v|, which cannot overflow, both s(|v|) = 1 / (1 + e^-|v|)
+// and s(-|v|) = e^-|v| s(|v|) are made without cancellation; their product is s' on either side.
 struct ByTanh {
   Gate operator()(Vec x) const {
     const Vec twice(1.59576912160573071f), cubic(0.044715f);  // 2 sqrt(2 / pi)
@@ -94,15 +94,12 @@ inline void with_gate(bool by_tanh, Body body) {
 }  // namespace
 
 void gelu_forward(const GeluForward& a) {
-  with_gate(a.by_tanh, [&](auto gate) {
-    with_type(a.type, [&](auto t) { forward<decltype(t)>(a, gate); });
-  });
+  with_gate(a.by_tanh, [&](auto gate) { with_type(a.type, [&](auto t) { forward<decltype(t)>(a, gate); }); });
 }
 
 void gelu_backward(const GeluBackward& a) {
-  with_gate(a.by_tanh, [&](auto gate) {
-    with_type(a.type, [&](auto t) { backward<decltype(t)>(a, gate); });
-  });
+  with_gate(a.by_tanh,
+            [&](auto gate) { with_type(a.type, [&](auto t) { backward<decltype(t)>(a, gate); }); });
 }
 
 }  // namespace IMF_ISA

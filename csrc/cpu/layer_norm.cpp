@@ -26,9 +26,9 @@ inline void normalize(index_t width, float eps, float* statistics, Row x, Gain g
   Number sum{};
   for_each_vec(width, [&](index_t j, int lanes) { sum = sum + x(j, lanes); });
   const auto mean = reduce_add(sum) * scale;
-  // The mean of values with an offset is off by some of their ulps. What it leaves of them corrects it, and the
-  // variance: the two-pass algorithm of Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance"
-  // (1983).
+  // The mean of values with an offset is off by some of their ulps. What it leaves of them corrects it, and
+  // the variance: the two-pass algorithm of Chan, Golub and LeVeque, "Algorithms for Computing the Sample
+  // Variance" (1983).
   Number rest{}, squares{};
   for_each_vec(width, [&](index_t j, int lanes) {
     const Number centered = keep_lanes(x(j, lanes) - broadcast(mean), lanes, 0.0f);
@@ -65,9 +65,7 @@ void forward(const LayerNormForward& a) {
       const auto primal_gain = [&](index_t j, int lanes) {
         return Vec(a.one) + load_or_zero(a.scale, group + j, lanes);
       };
-      const auto primal_shift = [&](index_t j, int lanes) {
-        return load_or_zero(a.shift, group + j, lanes);
-      };
+      const auto primal_shift = [&](index_t j, int lanes) { return load_or_zero(a.shift, group + j, lanes); };
       if (row < first_tangent) {
         normalize(a.width, a.eps, a.statistics + 3 * row, primal_x, primal_gain, primal_shift,
                   [&](index_t j, Vec part, int lanes) { store_lanes(yi + j, part, lanes); });

@@ -70,9 +70,10 @@ inline void add_up_rows(float* partial, int rows, index_t width) {
   }
 }
 
-// Leaves in sums[groups, width] what body(row, block) adds to `block` over the rows of each group, `length` of
-// them. `sums` has room for groups + team - 1 rows: what thread adds for group lies in row group + thread, and
-// in that row nothing else, since both grow along the rows; a team has no more threads than there are rows.
+// Leaves in sums[groups, width] what body(row, block) adds to `block` over the rows of each group, `length`
+// of them. `sums` has room for groups + team - 1 rows: what thread adds for group lies in row group + thread,
+// and in that row nothing else, since both grow along the rows; a team has no more threads than there are
+// rows.
 template <typename Body>
 inline void sum_over_groups(index_t groups, index_t length, index_t width, int team, float* sums, Body body) {
   const std::size_t bytes = static_cast<std::size_t>(width) * sizeof(float);

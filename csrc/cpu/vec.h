@@ -391,12 +391,11 @@ inline void sin_cos(Vec x, Vec& sin, Vec& cos) {
 }
 
 // The normal distribution, the integral of e^(-u^2/2) / sqrt(2 pi) up to x, and its derivative, the density.
-// Contract: the distribution's error is at most 2 ulp for x >= 0 and 5 + x^2 / 2 ulp below, where it is made
-// without cancellation (which it is in (1 + erf) / 2), down to x = -13.2; from there on it is 0. The density's is
-// at most 3 + x^2 / 2 ulp. tests/test_vec.py enforces it.
-// At -|x| it is e^(-x^2/2) t P(t) with t = 1 / (1 + 0.34 |x|) and P the polynomial of degree 8 that is closest
-// to it, relatively, for |x| <= 13.3: by at most 2.5e-8 (fitted by weighted least squares, for which the
-// weights are made heavier where the error is largest until it is the same everywhere).
+// Contract: relative error of the distribution at most 3 ulp for x >= 0 and, below, 3 + x^2 / 2 ulp down to
+// -13.2, from where on both are 0; the derivative of x times it, distribution + x density, to 2 ulp of 1. In
+// (1 + erf) / 2 the former would cancel below 0. NaN propagates. tests/test_vec.py enforces just that.
+// At -|x| it is e^(-x^2/2) t P(t) with t = 1 / (1 + 0.34 |x|), where P is the polynomial of degree 8 of least
+// relative error for |x| <= 13.3, 2.5e-8.
 inline void normal(Vec x, Vec& distribution, Vec& density) {
   const Vec e = exp(x * x * Vec(-0.5f));
   const Vec t = Vec(1.0f) / fma(abs(x), Vec(0.34f), Vec(1.0f));

@@ -39,7 +39,8 @@ def _forward(
             out_dot = tl.fma(tl.load(at, mask=inside, other=0.0).to(tl.float32), g, out_dot)
         if gate_dot is not None:
             t_group = group - first_tangent // length
-            out_dot = tl.fma(b, row_of_group(gate_dot, t_group, gate_dot_stride * UNIT, column, WIDTH), out_dot)
+            g_dot = row_of_group(gate_dot, t_group, gate_dot_stride * UNIT, column, WIDTH)
+            out_dot = tl.fma(b, g_dot, out_dot)
         tl.store(y_dot + t_row * WIDTH + column, out_dot, mask=inside)
 
 
@@ -77,9 +78,9 @@ def forward(
     groups, length = groups_of(gate, x)
     gates = [None if g is None else last_contiguous(g) for g in (gate, gate_dot)]
     rows, strides = zip(*(rows_of(t) for t in (x, x_dot, branch, branch_dot, *gates)), strict=True)
-    unit, strides = in_units(*strides)
+    unit, in_unit = in_units(*strides)
     Tile.part_of_rows(x.shape[-1]).launch(
-        *(_forward, length, *rows, y, y_dot, count_rows(x) - count_rows(y_dot), *strides),
+        *(_forward, length, *rows, y, y_dot, count_rows(x) - count_rows(y_dot), *in_unit),
         groups=groups,
         UNIT=unit,
     )
@@ -89,7 +90,7 @@ def backward(dy: Tensor, branch: Tensor, gate: Tensor, dbranch: Tensor) -> Tenso
     """Fills dbranch; the gradient of the gate, [groups, d] in fp32."""
     groups, length = groups_of(gate, branch)
     rows, strides = zip(*(rows_of(t) for t in (dy, branch, last_contiguous(gate))), strict=True)
-    unit, strides = in_units(*strides)
+    unit, in_unit = in_units(*strides)
     return Tile.part_of_rows(dy.shape[-1]).sum_over_groups(
-        *(_backward, groups, length, 1, *rows, dbranch, *strides), UNIT=unit
+        *(_backward, groups, length, 1, *rows, dbranch, *in_unit), UNIT=unit
     )[:, 0]

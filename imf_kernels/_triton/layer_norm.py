@@ -109,10 +109,10 @@ def forward(
     tensors = [x, x_dot]
     tensors += [None if p is None else last_contiguous(p) for p in (scale, scale_dot, shift, shift_dot)]
     rows, strides = zip(*(rows_of(t) for t in tensors), strict=True)
-    unit, strides = in_units(*strides)
+    unit, in_unit = in_units(*strides)
     Tile.whole_rows(x.shape[-1]).launch(
         *(_forward, length, *rows, y, y_dot, statistics, count_rows(x) - count_rows(y_dot)),
-        *(*strides, one, eps),
+        *(*in_unit, one, eps),
         groups=groups,
         UNIT=unit,
     )

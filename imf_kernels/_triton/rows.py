@@ -33,8 +33,8 @@ def in_units(*strides: int) -> tuple[int, list[int]]:
 
 @triton.jit
 def group_and_position(length, share):
-    """The group of a program, and the first of the `share` rows of it that are the program's, where each group
-    of `length` rows has as many programs as it takes."""
+    """The group of this program, and the first of its rows that are this program's: `share` of the group's
+    `length` rows, or what is left of them."""
     programs = tl.cdiv(length, share)
     program = tl.program_id(0)
     return (program // programs).to(tl.int64), program % programs * share
@@ -42,12 +42,12 @@ def group_and_position(length, share):
 
 @triton.jit
 def row_of_group(parameter, group, stride, column, WIDTH: tl.constexpr):
-    """A group's row of a parameter, fp32; zeros where there is no parameter, and of a group before the first."""
+    """A group's row of a parameter, in fp32; zeros without a parameter, and for a group before the first."""
     if parameter is None:
         row = tl.zeros(column.shape, tl.float32)
     else:
-        inside = (column < WIDTH) & (group >= 0)
-        row = tl.load(parameter + group * stride + column, mask=inside, other=0.0).to(tl.float32)
+        columns = tl.where(group >= 0, WIDTH, 0)
+        row = tl.load(parameter + group * stride + column, mask=column < columns, other=0.0).to(tl.float32)
     return row
 
 
@@ -77,7 +77,7 @@ class Tile:
         return max(1, min(_ELEMENTS // self.block, 32))
 
     def launch(self, kernel: Any, rows: int, *arguments: Any, groups: int = 1, **constants: Any) -> None:
-        """Runs `kernel(*arguments, rows, …)` on every tile of groups of so many rows; none is of two groups."""
+        """Runs `kernel(*arguments, rows, …)` on every tile of groups of so many rows, none of two groups."""
         self._launch(kernel, groups * triton.cdiv(rows, self.rows), *arguments, rows, **constants)
 
     def sum_over_rows(self, kernel: Any, rows: int, *arguments: Any, **constants: Any) -> Tensor:
@@ -87,10 +87,10 @@ class Tile:
     def sum_over_groups(
         self, kernel: Any, groups: int, rows: int, count: int, *arguments: Any, **constants: Any
     ) -> Tensor:
-        """Runs `kernel(*arguments, sums, rows, share, …)` on shares of each group's rows; the sums of their sums,
-        [groups, count, WIDTH] in fp32.
+        """Runs `kernel(*arguments, sums, rows, share, …)` on shares of each group's rows; the sums of their
+        sums, [groups, count, WIDTH] in fp32.
 
-        Program i of the first axis takes up to `share` rows of its group and writes their sums, [count, WIDTH],
+        Program i of the first axis takes up to `share` rows of its group and writes their `count` sums [WIDTH]
         to sums[i]. Every sum is taken in the same order every time: atomic additions would not do that.
         """
         tiles = min(triton.cdiv(groups * rows, _SHARES * self.rows), triton.cdiv(rows, self.rows))

@@ -3,8 +3,8 @@
 Tangent:  ẏ = ṅ · w with ṅ = r · (ẋ − mean(ẋ) − n · mean(n ẋ)).
 Backward: with g = dy · w:  dx = r · (g − mean(g) − n · mean(g n)),  dw = Σ_rows dy · n,  db = Σ_rows dy.
 Source: Ba, Kiros and Hinton, "Layer Normalization" (2016); as `torch.nn.functional.layer_norm`.
-Kernels: csrc/cpu/layer_norm.cpp, imf_kernels/_triton/layer_norm.py, which layer_norm_modulate.py has too: w and b
-are to them the scale and the shift of a single group of rows.
+Kernels: csrc/cpu/layer_norm.cpp, imf_kernels/_triton/layer_norm.py. They are layer_norm_modulate's too, whose
+scale and shift w and b are, of all rows.
 """
 
 from __future__ import annotations
@@ -48,15 +48,11 @@ def _reference(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    y, y_dot = normalize(x, x_dot, eps)
-    if weight is not None:
-        y = y * weight.to(y.dtype)
-    if bias is not None:
-        y = y + bias.to(y.dtype)
-    if y_dot is None:
-        return y.to(dtype), None
+    n, n_dot = normalize(x, x_dot, eps)
+    w = n.new_ones(()) if weight is None else weight.to(n.dtype)
+    y = (n * w if bias is None else n * w + bias.to(n.dtype)).to(dtype)
     with torch.no_grad():
-        return y.to(dtype), (y_dot if weight is None else y_dot * weight.to(y_dot.dtype)).to(dtype)
+        return y, None if n_dot is None else (n_dot * w).to(dtype)
 
 
 def _check(
@@ -138,12 +134,13 @@ class CPU:
         eps: float,
     ) -> None:
         (x_rows, x_stride), (t_rows, t_stride) = rows_of(x), rows_of(x_dot)
-        parameters = (scale, scale_dot, shift, shift_dot)
-        floats = [None if p is None else p.float().contiguous() for p in parameters]
+        s, s_dot, b, b_dot = (
+            None if p is None else p.float().contiguous() for p in (scale, scale_dot, shift, shift_dot)
+        )
         _, length = groups_of(scale, x)
         _C.layer_norm_forward(
             *(DTYPES[x.dtype], DTYPES[y.dtype], pointer(x_rows), pointer(t_rows)),
-            *(pointer(p) for p in floats),
+            *(pointer(s), pointer(s_dot), pointer(b), pointer(b_dot)),
             *(pointer(y), pointer(y_dot), pointer(statistics)),
             *(count_rows(x), count_rows(y_dot), length, x.shape[-1], x_stride, t_stride),
             *(one, eps, torch.get_num_threads()),
@@ -161,7 +158,9 @@ class CPU:
         _C.layer_norm_backward(
             *(DTYPES[x.dtype], DTYPES[dy.dtype], pointer(x_rows), pointer(dy_rows)),
             *(pointer(s), pointer(statistics), pointer(dx), pointer(sums)),
-            *(groups, length, width, x_stride, dy_stride, one, threads),
+            *(groups, length, width, x_stride, dy_stride),
+            one,
+            threads,
         )
         return sums[:groups]
 
@@ -195,8 +194,8 @@ def layer_norm(
         backend: "cpu", "triton", "reference", or the best one that can run.
 
     Returns:
-        [..., d]; a `Dual` if `x` is one. Statistics are computed in fp32, of rows with an offset as exactly as
-        of others; the result is rounded once.
+        [..., d]; a `Dual` if `x` is one. Statistics are computed in fp32, no less exactly of values with an
+        offset; the result is rounded once.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit.

@@ -2,9 +2,10 @@
 r = (variance(x) + ε)^(−½), over the last dimension, and a row of scale s and shift b a sample.
 
 Tangent:  ẏ = ṅ · (1 + s) + n · ṡ + ḃ with ṅ = r · (ẋ − mean(ẋ) − n · mean(n ẋ)).
-Backward: with g = dy · (1 + s):  dx = r · (g − mean(g) − n · mean(g n)),  ds = Σ dy · n and db = Σ dy over the
-positions of the sample.
-Source: the adaLN of DiT (Peebles and Xie, "Scalable Diffusion Models with Transformers", 2022, arXiv 2212.09748).
+Backward: with g = dy · (1 + s):  dx = r · (g − mean(g) − n · mean(g n)),  ds = Σ dy · n,  db = Σ dy over the
+positions of a sample.
+Source: the adaLN of DiT (Peebles and Xie, "Scalable Diffusion Models with Transformers", 2022, arXiv
+2212.09748).
 Kernels: csrc/cpu/layer_norm.cpp, imf_kernels/_triton/layer_norm.py.
 """
 
@@ -50,19 +51,15 @@ def _reference(
         return y, sum(parts[1:], parts[0]).to(dtype) if parts else None
 
 
-def _check(
-    x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual, dtype: torch.dtype | None
-) -> None:
+def _check(x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual, dtype: torch.dtype | None) -> None:
     check.is_tensor_or_dual("layer_norm_modulate", x=x, shift=shift, scale=scale)
     x, x_dot = unpack(x)
     if x.dim() < 2:
         raise ValueError(f"layer_norm_modulate: x must be [B, ..., d], got {list(x.shape)}")
+    wanted, why = (x.shape[0], x.shape[-1]), f", a row a sample, for x of shape {list(x.shape)}"
     for name, argument in (("shift", shift), ("scale", scale)):
         parameter, _ = unpack(argument)
-        wanted = (x.shape[0], x.shape[-1])
-        check.has_shape(
-            "layer_norm_modulate", name, parameter, wanted, f", a row a sample, for x of shape {list(x.shape)}"
-        )
+        check.has_shape("layer_norm_modulate", name, parameter, wanted, why)
         check.same_device("layer_norm_modulate", x, **{name: parameter})
     check.last_contiguous("layer_norm_modulate", x=x, x_dot=x_dot)
     check.result_dtype("layer_norm_modulate", x, dtype)
@@ -119,21 +116,21 @@ def layer_norm_modulate(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Any:
-    """(x − mean(x)) · (variance(x) + eps)^(−½) · (1 + scale) + shift over the last dimension, with its tangent.
+    """(x − mean(x)) · (variance(x) + eps)^(−½) · (1 + scale) + shift over the last dimension, and its tangent.
 
-    What DiT's `modulate(norm(x), shift, scale)` is with a LayerNorm without weight and bias.
+    DiT's `modulate(norm(x), shift, scale)`, the norm a LayerNorm without weight and bias.
 
     Args:
-        x: [B, ..., d], float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu`: not float16),
-            the last dimension contiguous.
+        x: [B, ..., d], float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu`: not
+            float16), the last dimension contiguous.
         shift, scale: [B, d], a row for all positions of a sample, each of any of these types.
         eps: added to the variance.
         dtype: of the result; x's by default. An fp32 stream may be normalised into bf16 or fp16 operands.
         backend: "cpu", "triton", "reference", or the best one that can run.
 
     Returns:
-        [B, ..., d]; a `Dual` if any argument is one. Statistics are computed in fp32, of rows with an offset as
-        exactly as of others; the result is rounded once.
+        [B, ..., d]; a `Dual` if any argument is one. Statistics are computed in fp32, no less exactly of values
+        with an offset; the result is rounded once.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit.

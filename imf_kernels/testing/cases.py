@@ -377,6 +377,7 @@ def _small() -> list[Case]:
     large = {"offset": 35.0, "scale": 0.2}
     # Queries of one sign and a key far on the other: no weight at all on a row of huge values.
     weightless: dict[str, Any] = {"q": offset[0], "k": {"outlier": -1e4}, "v": {"outlier": 1e5}}
+    own_gates: dict[str, Any] = {"gate_a_sample": True}
     in_fp16 = {**weightless, "v": {"outlier": 3e4}, "dtypes": (FP16,)}
     weightless["dtypes"] = (FP32, BF16)
     return [
@@ -458,9 +459,9 @@ def _small() -> list[Case]:
         gated_residual("only x", 3, 4, width=24, tangents=("x",)),
         gated_residual("only branch", 3, 4, width=24, tangents=("branch",)),
         gated_residual("fp32 stream, only branch", 3, 4, width=24, stream=FP32, tangents=("branch",)),
-        gated_residual("a gate a sample", 3, 4, width=45, gate_a_sample=True, tangents=("x", "branch", "gate")),
-        gated_residual("one position", 5, width=24, gate_a_sample=True, tangents=("branch", "gate")),
-        gated_residual("a gate a sample, only its tangent", 3, 4, width=24, gate_a_sample=True, tangents=("gate",)),
+        gated_residual("a gate a sample", 3, 4, width=45, tangents=("x", "branch", "gate"), **own_gates),
+        gated_residual("one position", 5, width=24, tangents=("branch", "gate"), **own_gates),
+        gated_residual("only a sample's gate", 3, 4, width=24, tangents=("gate",), **own_gates),
         gelu("vector", 67),
         gelu("matrix", 5, 128),
         gelu("wide values", 8, 50, x={"scale": 30.0}),
