@@ -5,19 +5,19 @@
 
 namespace imf {
 
-// y = x + branch gate, with one gate a channel. The rows of a group, one after another, have a row of gates
-// in common.
+// y = x + branch gate, with one gate a channel. The rows of a group, `length` one after another, have a row
+// of gates in common.
 struct GatedResidualForward {
   DType x_type, branch_type;
-  const void* x;                              // [rows, width]; row i begins at x + i x_stride
-  const void* x_dot;                          // [tangent_rows, width], belonging to the last rows; null: zero
-  const void* branch;                         // [rows, width]
-  const void* branch_dot;                     // [tangent_rows, width]; null: zero
-  const float* gate;                          // [rows / length, width]
-  const float* gate_dot;                      // [tangent_rows / length, width]; null: zero
-  void* y;                                    // [rows, width], contiguous, of x's type
-  void* y_dot;                                // [tangent_rows, width], contiguous
-  index_t rows, tangent_rows, length, width;  // length: rows of a group
+  const void* x;           // [rows, width]; row i begins at x + i x_stride
+  const void* x_dot;       // [tangent_rows, width], belonging to the last rows; null: zero
+  const void* branch;      // [rows, width]
+  const void* branch_dot;  // [tangent_rows, width]; null: zero
+  const float* gate;       // [rows / length, width]
+  const float* gate_dot;   // [tangent_rows / length, width]; null: zero
+  void* y;                 // [rows, width], contiguous, of x's type
+  void* y_dot;             // [tangent_rows, width], contiguous
+  index_t rows, tangent_rows, length, width;
   index_t x_stride, x_dot_stride, branch_stride, branch_dot_stride;
   int threads;
 };

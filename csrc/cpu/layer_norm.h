@@ -6,7 +6,7 @@
 namespace imf {
 
 // y = (x - mean) rstd (one + scale) + shift, rstd = 1 / sqrt(variance + eps), over rows of `width` elements.
-// The rows of a group, one after another, have a row of scale and one of shift in common.
+// The rows of a group, `length` one after another, have a row of scale and one of shift in common.
 struct LayerNormForward {
   DType x_type, y_type;
   const void* x;           // [rows, width]; row i begins at x + i x_stride
@@ -18,7 +18,7 @@ struct LayerNormForward {
   void* y;                 // [rows, width], contiguous
   void* y_dot;             // [tangent_rows, width], contiguous
   float* statistics;       // [rows, 3]: the mean as first computed, what it lacks, rstd
-  index_t rows, tangent_rows, length, width, x_stride, x_dot_stride;  // length: rows of a group
+  index_t rows, tangent_rows, length, width, x_stride, x_dot_stride;
   float one, eps;
   int threads;
 };

@@ -90,7 +90,7 @@ class Tile:
         """Runs `kernel(*arguments, sums, rows, share, …)` on shares of each group's rows; the sums of their
         sums, [groups, count, WIDTH] in fp32.
 
-        Program i of the first axis takes up to `share` rows of its group and writes their `count` sums [WIDTH]
+        Program i of the first axis takes up to `share` rows of its group and writes their sums, each [WIDTH],
         to sums[i]. Every sum is taken in the same order every time: atomic additions would not do that.
         """
         tiles = min(triton.cdiv(groups * rows, _SHARES * self.rows), triton.cdiv(rows, self.rows))

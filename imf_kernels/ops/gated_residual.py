@@ -3,7 +3,7 @@
 Tangent:  ẏ = ẋ + ḃ · g + b · ġ (a gate for all rows is a weight and carries no tangent).
 Backward: dx = dy,  db = dy · g,  dg = Σ dy · b over the rows that have the gate in common.
 Source: the residual scales of iMF's blocks (Geng et al., "Improved Mean Flows", 2025, arXiv 2512.02012); a
-sample's own in DiT's (Peebles and Xie, "Scalable Diffusion Models with Transformers", 2022, arXiv 2212.09748).
+sample's own in DiT (Peebles and Xie, "Scalable Diffusion Models with Transformers", 2022, arXiv 2212.09748).
 Kernels: csrc/cpu/gated_residual.cpp, imf_kernels/_triton/gated_residual.py.
 """
 

@@ -116,9 +116,9 @@ def layer_norm_modulate(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Any:
-    """(x − mean(x)) · (variance(x) + eps)^(−½) · (1 + scale) + shift over the last dimension, and its tangent.
+    """LayerNorm(x) · (1 + scale) + shift over the last dimension, with its tangent.
 
-    DiT's `modulate(norm(x), shift, scale)`, the norm a LayerNorm without weight and bias.
+    The norm is (x − mean(x)) · (variance(x) + eps)^(−½). DiT writes `modulate(norm(x), shift, scale)`.
 
     Args:
         x: [B, ..., d], float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu`: not
@@ -129,8 +129,8 @@ def layer_norm_modulate(
         backend: "cpu", "triton", "reference", or the best one that can run.
 
     Returns:
-        [B, ..., d]; a `Dual` if any argument is one. Statistics are computed in fp32, no less exactly of values
-        with an offset; the result is rounded once.
+        [B, ..., d]; a `Dual` if any argument is one. Statistics are computed in fp32, no less exactly of
+        values with an offset; the result is rounded once.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit.

@@ -514,7 +514,7 @@ def model(name: str, batch: int, length: int, width: int, heads: int, mlp: int) 
 
 
 def adaln(name: str, batch: int, length: int, width: int) -> list[Case]:
-    """What a block of a DiT has beside products and attention: a sample's condition shifts, scales and gates."""
+    """What a block of a DiT has beside products and attention: a sample shifts, scales and gates it."""
     big: dict[str, Any] = {"large": True}
     stream: dict[str, Any] = {"stream": FP32, "dtypes": (BF16,), "output_dtype": BF16, **big}
     gates: dict[str, Any] = {"gate_a_sample": True, "tangents": ("x", "branch", "gate"), **big}
