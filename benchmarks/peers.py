@@ -32,18 +32,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, dtype: torch.dtype | 
 
 
 def layer_norm(
-    x: Tensor,
-    normalized_shape: tuple[int, ...],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
+    x: Tensor, normalized_shape: tuple[int, ...], weight: Tensor, bias: Tensor, eps: float = 1e-5
 ) -> Tensor:
-    return F.layer_norm(x.float(), normalized_shape, weight, bias, eps).to(x.dtype)
+    return (_normalized(x, eps) * weight + bias).to(x.dtype)
+
+
+def _normalized(x: Tensor, eps: float) -> Tensor:
+    """In the place of F.layer_norm, whose torch.func.jvp PyTorch 2.13 cannot compile."""
+    centered = x.float() - x.float().mean(-1, keepdim=True)
+    return centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
 
 
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    n = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
-    return (n * (1 + scale[:, None]) + shift[:, None]).to(dtype or x.dtype)
+    return (_normalized(x, 1e-6) * (1 + scale[:, None]) + shift[:, None]).to(dtype or x.dtype)
 
 
 def qk_norm_rope(

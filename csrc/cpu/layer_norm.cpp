@@ -33,7 +33,7 @@ inline void normalize(index_t width, float eps, float* statistics, Row x, Gain g
   for_each_vec(width, [&](index_t j, int lanes) {
     const Number centered = keep_lanes(x(j, lanes) - broadcast(mean), lanes, 0.0f);
     rest = rest + centered;
-    squares = fma(centered, centered, squares);
+    squares = squares + centered * centered;
   });
   const auto correction = reduce_add(rest) * scale;
   const auto rstd = rsqrt(at_least_zero(reduce_add(squares) * scale - correction * correction) + eps);
