@@ -37,13 +37,14 @@ inline void normalize(index_t width, float eps, float* statistics, Row x, Gain g
   });
   const auto correction = reduce_add(rest) * scale;
   const auto rstd = rsqrt(at_least_zero(reduce_add(squares) * scale - correction * correction) + eps);
+  const auto offset = correction * rstd * -1.0f;
   for_each_vec(width, [&](index_t j, int lanes) {
-    const Number n = (x(j, lanes) - broadcast(mean) - broadcast(correction)) * broadcast(rstd);
+    const Number n = fma(x(j, lanes) - broadcast(mean), broadcast(rstd), broadcast(offset));
     write(j, fma(n, gain(j, lanes), shift(j, lanes)), lanes);
   });
   statistics[0] = primal(mean);
-  statistics[1] = primal(correction);
-  statistics[2] = primal(rstd);
+  statistics[1] = primal(rstd);
+  statistics[2] = primal(offset);
 }
 
 template <typename X, typename Y>
@@ -107,9 +108,9 @@ void backward(const LayerNormBackward& a) {
     float* dshift = dscale + a.width;
     const index_t group = row / a.length * a.width;
     const float* statistics = a.statistics + 3 * row;
-    const Vec mean(statistics[0]), correction(statistics[1]), rstd(statistics[2]);
+    const Vec mean(statistics[0]), rstd(statistics[1]), offset(statistics[2]);
     const auto normalized = [&](index_t j, int lanes) {
-      return (load_lanes(xi + j, lanes) - mean - correction) * rstd;
+      return fma(load_lanes(xi + j, lanes) - mean, rstd, offset);
     };
     const auto gain = [&](index_t j, int lanes) {
       return Vec(a.one) + load_or_zero(a.scale, group + j, lanes);
