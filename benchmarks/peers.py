@@ -31,6 +31,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, dtype: torch.dtype | 
     return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight).to(dtype or x.dtype)
 
 
+def layer_norm(
+    x: Tensor, normalized_shape: tuple[int, ...], weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> Tensor:
+    return (_normalized(x, eps) * weight + bias).to(x.dtype)
+
+
+def _normalized(x: Tensor, eps: float) -> Tensor:
+    """In the place of F.layer_norm, whose torch.func.jvp PyTorch 2.13 cannot compile."""
+    centered = x.float() - x.float().mean(-1, keepdim=True)
+    return centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
+
+
+def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return (_normalized(x, 1e-6) * (1 + scale[:, None]) + shift[:, None]).to(dtype or x.dtype)
+
+
 def qk_norm_rope(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -56,7 +72,11 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    return x + (branch * gate).to(x.dtype)
+    return x + (branch * (gate if gate.dim() == 1 else gate[:, None])).to(x.dtype)
+
+
+def gelu(x: Tensor, approximate: str) -> Tensor:
+    return F.gelu(x, approximate=approximate)
 
 
 def silu(x: Tensor) -> Tensor:

@@ -8,7 +8,9 @@
 
 #include "cpu/attention.h"
 #include "cpu/gated_residual.h"
+#include "cpu/gelu.h"
 #include "cpu/isa.h"
+#include "cpu/layer_norm.h"
 #include "cpu/prepend_tokens.h"
 #include "cpu/qk_norm_rope.h"
 #include "cpu/rms_norm.h"
@@ -96,6 +98,66 @@ void register_rms_norm(py::module_& m) {
 #endif
 }
 
+void register_layer_norm(py::module_& m) {
+  using namespace imf;
+  m.def(
+      "layer_norm_forward",
+      [](int x_type, int y_type, pointer x, pointer x_dot, pointer scale, pointer scale_dot, pointer shift,
+         pointer shift_dot, pointer y, pointer y_dot, pointer statistics, index_t rows, index_t tangent_rows,
+         index_t length, index_t width, index_t x_stride, index_t x_dot_stride, float one, float eps,
+         int threads) {
+        IMF_CALL(layer_norm_forward, {DType(x_type),
+                                      DType(y_type),
+                                      at(x),
+                                      at(x_dot),
+                                      at<float>(scale),
+                                      at<float>(scale_dot),
+                                      at<float>(shift),
+                                      at<float>(shift_dot),
+                                      at(y),
+                                      at(y_dot),
+                                      at<float>(statistics),
+                                      rows,
+                                      tangent_rows,
+                                      length,
+                                      width,
+                                      x_stride,
+                                      x_dot_stride,
+                                      one,
+                                      eps,
+                                      threads});
+      },
+      unlocked());
+  m.def(
+      "layer_norm_backward",
+      [](int x_type, int y_type, pointer x, pointer dy, pointer scale, pointer statistics, pointer dx,
+         pointer sums, index_t groups, index_t length, index_t width, index_t x_stride, index_t dy_stride,
+         float one, int threads) {
+        IMF_CALL(layer_norm_backward,
+                 {DType(x_type), DType(y_type), at(x), at(dy), at<float>(scale), at<float>(statistics),
+                  at(dx), at<float>(sums), groups, length, width, x_stride, dy_stride, one, threads});
+      },
+      unlocked());
+}
+
+void register_gelu(py::module_& m) {
+  using namespace imf;
+  m.def(
+      "gelu_forward",
+      [](int type, pointer x, pointer x_dot, pointer y, pointer y_dot, index_t elements,
+         index_t tangent_elements, bool by_tanh, int threads) {
+        IMF_CALL(gelu_forward, {DType(type), at(x), at(x_dot), at(y), at(y_dot), elements, tangent_elements,
+                                by_tanh, threads});
+      },
+      unlocked());
+  m.def(
+      "gelu_backward",
+      [](int type, pointer x, pointer dy, pointer dx, index_t elements, bool by_tanh, int threads) {
+        IMF_CALL(gelu_backward, {DType(type), at(x), at(dy), at(dx), elements, by_tanh, threads});
+      },
+      unlocked());
+}
+
 void register_silu(py::module_& m) {
   using namespace imf;
   m.def(
@@ -139,22 +201,23 @@ void register_gated_residual(py::module_& m) {
   m.def(
       "gated_residual_forward",
       [](int x_type, int branch_type, pointer x, pointer x_dot, pointer branch, pointer branch_dot,
-         pointer gate, pointer y, pointer y_dot, index_t rows, index_t tangent_rows, index_t width,
-         index_t x_stride, index_t x_dot_stride, index_t branch_stride, index_t branch_dot_stride,
-         int threads) {
+         pointer gate, pointer gate_dot, pointer y, pointer y_dot, index_t rows, index_t tangent_rows,
+         index_t length, index_t width, index_t x_stride, index_t x_dot_stride, index_t branch_stride,
+         index_t branch_dot_stride, int threads) {
         IMF_CALL(gated_residual_forward,
                  {DType(x_type), DType(branch_type), at(x), at(x_dot), at(branch), at(branch_dot),
-                  at<float>(gate), at(y), at(y_dot), rows, tangent_rows, width, x_stride, x_dot_stride,
-                  branch_stride, branch_dot_stride, threads});
+                  at<float>(gate), at<float>(gate_dot), at(y), at(y_dot), rows, tangent_rows, length, width,
+                  x_stride, x_dot_stride, branch_stride, branch_dot_stride, threads});
       },
       unlocked());
   m.def(
       "gated_residual_backward",
       [](int x_type, int branch_type, pointer dy, pointer branch, pointer gate, pointer dbranch,
-         pointer dgate, index_t rows, index_t width, index_t dy_stride, index_t branch_stride, int threads) {
+         pointer dgate, index_t groups, index_t length, index_t width, index_t dy_stride,
+         index_t branch_stride, int threads) {
         IMF_CALL(gated_residual_backward,
                  {DType(x_type), DType(branch_type), at(dy), at(branch), at<float>(gate), at(dbranch),
-                  at<float>(dgate), rows, width, dy_stride, branch_stride, threads});
+                  at<float>(dgate), groups, length, width, dy_stride, branch_stride, threads});
       },
       unlocked());
 }
@@ -285,6 +348,8 @@ PYBIND11_MODULE(_C, m) {
   register_isa(m);
   register_attention(m);
   register_gated_residual(m);
+  register_gelu(m);
+  register_layer_norm(m);
   register_prepend_tokens(m);
   register_qk_norm_rope(m);
   register_rms_norm(m);

@@ -9,6 +9,9 @@ from imf_kernels.dual import Dual, linear_map, primal
 from imf_kernels.forward import explain, jvp
 from imf_kernels.ops.attention import scaled_dot_product_attention
 from imf_kernels.ops.gated_residual import gated_residual
+from imf_kernels.ops.gelu import gelu
+from imf_kernels.ops.layer_norm import layer_norm
+from imf_kernels.ops.layer_norm_modulate import layer_norm_modulate
 from imf_kernels.ops.linear import linear
 from imf_kernels.ops.prepend_tokens import prepend_tokens
 from imf_kernels.ops.qk_norm_rope import qk_norm_rope, rope_tables
@@ -22,7 +25,10 @@ __all__ = [
     "checkpoint",
     "explain",
     "gated_residual",
+    "gelu",
     "jvp",
+    "layer_norm",
+    "layer_norm_modulate",
     "linear",
     "linear_map",
     "prepend_tokens",

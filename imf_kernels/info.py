@@ -14,10 +14,13 @@ from imf_kernels.dispatch import Backend
 OPERATIONS = (
     "linear",
     "rms_norm",
+    "layer_norm",
+    "layer_norm_modulate",
     "qk_norm_rope",
     "attention",
     "swiglu",
     "gated_residual",
+    "gelu",
     "silu",
     "sinusoidal_embedding",
     "prepend_tokens",

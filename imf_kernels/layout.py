@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -84,3 +85,20 @@ def count_rows(x: Tensor | None) -> int:
     for size in x.shape[:-1]:
         rows *= size
     return rows
+
+
+def groups_of(parameter: Tensor | None, x: Tensor) -> tuple[int, int]:
+    """How many groups of rows of x [B, ..., d] have a row of `parameter` in common, and the rows of each.
+
+    Of [B, d] a sample's rows have one; of [d], and of what is not there, all rows.
+    """
+    if parameter is None or parameter.dim() == 1:
+        return 1, count_rows(x)
+    return x.shape[0], math.prod(x.shape[1:-1])
+
+
+def beside(parameter: Tensor, x: Tensor) -> Tensor:
+    """[B, d] as [B, 1, ..., 1, d], which broadcasts over the positions of x [B, ..., d]; [d] as it is."""
+    if parameter.dim() == 1:
+        return parameter
+    return parameter.reshape(parameter.shape[0], *(1,) * (x.dim() - 2), parameter.shape[-1])

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imf_kernels.dual import Dual, linear_map, unpack
-from imf_kernels.ops import attention, linear, rms_norm, silu
+from imf_kernels.ops import attention, gelu, layer_norm, linear, rms_norm, silu
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
@@ -25,6 +25,8 @@ RULES: dict[Any, Rule] = {}
 # The operations on `Dual`s: PyTorch's dual tensors are taken apart before a rule is asked.
 _linear_of_dual = unwrap(linear.linear)
 _attention_of_duals = unwrap(attention.scaled_dot_product_attention)
+_gelu_of_dual = unwrap(gelu.gelu)
+_layer_norm_of_dual = unwrap(layer_norm.layer_norm)
 _rms_norm_of_dual = unwrap(rms_norm.rms_norm)
 _silu_of_dual = unwrap(silu.silu)
 
@@ -114,6 +116,25 @@ def _silu(input: Any, inplace: bool = False) -> Any:
     if inplace or input.dtype not in _DTYPES:
         return NotImplemented
     return _silu_of_dual(input)
+
+
+@serves(F.gelu)
+def _gelu(input: Any, approximate: str = "none") -> Any:
+    return _gelu_of_dual(input, approximate=approximate) if input.dtype in _DTYPES else NotImplemented
+
+
+@serves(F.layer_norm)
+def _layer_norm(
+    input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Any:
+    """In float64 too: PyTorch's own rule cannot be traced by torch.compile."""
+    if not isinstance(input, Dual) or not _plain(weight, bias, like=input.primal):
+        return NotImplemented
+    if tuple(normalized_shape) != tuple(input.shape[-1:]):
+        return NotImplemented
+    if _autocast_to(input.device) is not None and input.dtype != torch.float32:  # it may be widened
+        return NotImplemented
+    return _layer_norm_of_dual(linear_map(_whole_rows, input), list(normalized_shape), weight, bias, eps)
 
 
 @serves(F.rms_norm, torch.rms_norm)

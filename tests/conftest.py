@@ -54,7 +54,8 @@ def _exists(call):
     case, dtype = parameters.get("case"), parameters.get("dtype")
     if not isinstance(case, Case):
         case = None
-    operation = case.operation if case else parameters.get("operation", "rms_norm")
+    # "gelu, tanh" is an operation and its variant
+    operation = case.operation if case else parameters.get("operation", "rms_norm").partition(",")[0]
     if backend == "triton":
         large = case is not None and case.large  # hours in the interpreter
         return has_triton(operation) and not (large and not ON_GPU) and _takes(case, dtype, backend)

@@ -21,8 +21,14 @@ def any_case(draw):
             [
                 lambda: cases.linear("any", b, n, width=width, out=other),
                 lambda: cases.rms_norm("any", b, n, width=width),
+                lambda: cases.layer_norm("any", b, n, width=width),
+                lambda: cases.layer_norm_modulate("any", b, n, width=width),
                 lambda: cases.swiglu("any", b, n, width=width),
                 lambda: cases.gated_residual("any", b, n, width=width),
+                lambda: cases.gated_residual(
+                    *("any", b, n), width=width, gate_a_sample=True, tangents=("x", "branch", "gate")
+                ),
+                lambda: cases.gelu("any", b, n, width),
                 lambda: cases.silu("any", b, n, width),
                 lambda: cases.qk_norm_rope("any", b, h, n, 2 * width),
                 lambda: cases.attention(

@@ -59,6 +59,39 @@ BAD_CALLS = {
         (lambda: ik.rms_norm(x(2, 4), x(4), "a"), T, "eps must be a number, got str"),
         (lambda: ik.rms_norm(Dual(x(4), x(3)), x(4)), V, "x is a single row … [4] … got [3]"),
     ],
+    "layer_norm": [
+        (lambda: ik.layer_norm(x(2, 4), [5]), V, "normalized_shape must be [4] … x of shape [2, 4], got [5]"),
+        (lambda: ik.layer_norm(x(2, 4), (2, 4)), V, "normalized_shape must be [4] … got (2, 4); flatten x"),
+        (lambda: ik.layer_norm(x(2, 4), 4), V, "normalized_shape must be [4] … got 4"),
+        (lambda: ik.layer_norm(x(2, 4), x(4)), V, "normalized_shape must be [4] … got tensor"),
+        (lambda: ik.layer_norm(x(), []), V, "x must have at least one dimension … got a scalar"),
+        (lambda: ik.layer_norm(x(2, 4), [4], x(5)), V, "weight must be [4] … x of shape [2, 4] … got [5]"),
+        (lambda: ik.layer_norm(x(2, 4), [4], x(4), x(2, 4)), V, "bias must be [4] … got [2, 4]"),
+        (lambda: ik.layer_norm(x(2, 4), [4], Dual(x(4))), T, "weight carries no tangent … got a Dual"),
+        (lambda: ik.layer_norm(x(2, 4), [4], None, Dual(x(4))), T, "bias carries no tangent … got a Dual"),
+        (lambda: ik.layer_norm(x(2, 4), [4], x(4, INT)), T, "weight must be of a floating-point … int64"),
+        (lambda: ik.layer_norm(x(2, 4), [4], x(4), x(4, META)), V, "bias must be on cpu … got meta"),
+        (lambda: ik.layer_norm(x(2, 4, INT), [4]), T, "x must be of a floating-point … torch.int64"),
+        (lambda: ik.layer_norm(transposed(4, 2), [4]), V, "last dimension of x … got [2, 4] … [1, 2]"),
+        (lambda: ik.layer_norm(Dual(x(2, 4), transposed(4, 2)), [4]), V, "last dimension of x_dot"),
+        (lambda: ik.layer_norm(Dual(x(4), x(3)), [4]), V, "x is a single row … [4] … got [3]"),
+        (lambda: ik.layer_norm(x(2, 4), [4], eps=-5), V, "eps must be finite and at least 0, got -5"),
+        (lambda: ik.layer_norm(x(2, 4), [4], dtype=FP64), T, "dtype must be that of x … got torch.float64"),
+    ],
+    "layer_norm_modulate": [
+        (lambda: modulate(x(4)), V, "x must be [B, ..., d], got [4]"),
+        (lambda: modulate(shift=x(4)), V, "shift must be [3, 4] … x of shape [3, 2, 4], got [4]"),
+        (lambda: modulate(scale=x(3, 2, 4)), V, "scale must be [3, 4], a row a sample … got [3, 2, 4]"),
+        (lambda: modulate(scale=Dual(x(2, 4))), V, "scale must be [3, 4] … got [2, 4]"),
+        (lambda: modulate(scale=1.0), T, "scale must be a tensor or a Dual, got float"),
+        (lambda: modulate(shift=x(3, 4, INT)), T, "shift must be of a floating-point … int64"),
+        (lambda: modulate(shift=x(3, 4, META)), V, "shift must be on cpu … got meta"),
+        (lambda: modulate(x(3, 2, 4, INT)), T, "x must be of a floating-point … torch.int64"),
+        (lambda: modulate(transposed(3, 4, 2)), V, "last dimension of x … got [3, 2, 4]"),
+        (lambda: modulate(Dual(x(3, 2, 4), transposed(3, 4, 2))), V, "last dimension of x_dot"),
+        (lambda: modulate(eps="a"), T, "eps must be a number, got str"),
+        (lambda: modulate(x(3, 2, 4, BF16), dtype=torch.float32), T, "dtype must be that of x"),
+    ],
     "qk_norm_rope": [
         (lambda: rope(q=x(2, 5, 8)), V, "q must be [B, H, L, D] … got [2, 5, 8]"),
         (lambda: rope(q=x(2, 3, 5, 7)), V, "q must be [B, H, L, D] with an even D … got [2, 3, 5, 7]"),
@@ -113,7 +146,10 @@ BAD_CALLS = {
     ],
     "gated_residual": [
         (lambda: ik.gated_residual(x(2, 4), x(4), x(4)), V, "branch must be [2, 4] … got [4]"),
-        (lambda: ik.gated_residual(x(2, 4), x(2, 4), x(2, 4)), V, "gate must be [4] … got [2, 4]"),
+        (lambda: ik.gated_residual(x(2, 4), x(2, 4), x(3, 4)), V,
+         "gate must be [4] or, a row a sample, [2, 4], … x of shape [2, 4]; got [3, 4]"),
+        (lambda: ik.gated_residual(x(4), x(4), x(4, 4)), V, "gate must be [4], … got [4, 4]"),
+        (lambda: ik.gated_residual(HEADS, HEADS, Dual(HEADS)), V, "gate must be [8] … got [2, 3, 5, 8]"),
         (lambda: ik.gated_residual(x(), x(), x()), V, "x must have at least one dimension"),
         (lambda: ik.gated_residual(x(2, 4, BF16), x(2, 4), x(4)), T,
          "branch must be of x's dtype … got torch.float32 beside torch.bfloat16"),
@@ -122,6 +158,12 @@ BAD_CALLS = {
         (lambda: ik.gated_residual(x(2, 4), transposed(4, 2), x(4)), V, "last dimension of branch"),
         (lambda: ik.gated_residual(x(2, 4), x(2, 4, META), x(4)), V, "branch must be on cpu"),
         (lambda: ik.gated_residual(x(4), Dual(x(4), x(1)), x(4)), V, "branch is a single row … got [1]"),
+    ],
+    "gelu": [
+        (lambda: ik.gelu(x(4, INT)), T, "x must be of a floating-point … torch.int64"),
+        (lambda: ik.gelu([1.0]), T, "x must be a tensor or a Dual … got list"),
+        (lambda: ik.gelu(x(4), approximate="erf"), V, "approximate must be 'none' or 'tanh', got 'erf'"),
+        (lambda: ik.gelu(x(4), approximate=True), V, "approximate must be 'none' or 'tanh', got True"),
     ],
     "silu": [
         (lambda: ik.silu(x(4, INT)), T, "x must be of a floating-point … torch.int64"),
@@ -149,6 +191,11 @@ BAD_CALLS = {
 }  # fmt: skip
 
 
+def modulate(sequence=None, shift=None, scale=None, **options):
+    rows = (x(3, 4) if row is None else row for row in (shift, scale))
+    return ik.layer_norm_modulate(x(3, 2, 4) if sequence is None else sequence, *rows, **options)
+
+
 def rope(**arguments):
     good = {"q": HEADS, "k": HEADS, "q_weight": x(8), "k_weight": x(8), "cos": x(5, 4), "sin": x(5, 4)}
     return ik.qk_norm_rope(**good | arguments)
@@ -161,7 +208,7 @@ def prepend(sequence=None, tokens=None, embedding=None):
 
 def test_the_calls_above_are_good_but_for_one_thing():
     assert set(BAD_CALLS) == set(OPERATIONS)
-    rope(), prepend(), SDPA(HEADS, HEADS, HEADS)
+    rope(), prepend(), modulate(), SDPA(HEADS, HEADS, HEADS)
 
 
 @pytest.mark.parametrize(

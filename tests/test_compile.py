@@ -21,6 +21,8 @@ NAMES = (
     "scaled_dot_product_attention tangents of query", "scaled_dot_product_attention heads first",
     "swiglu width 37", "gated_residual width 45", "gated_residual only branch", "silu matrix",
     "sinusoidal_embedding dim 256", "prepend_tokens four groups", "prepend_tokens one embedding without",
+    "layer_norm width 33", "layer_norm no weights", "layer_norm_modulate width 33",
+    "gated_residual a gate a sample", "gelu tanh",
 )  # fmt: skip
 CASES = [next(c for c in SMALL if str(c) == name) for name in NAMES]
 each_operation = pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from imf_kernels.testing.cases import FP32, SMALL
 
 NAMES = (
     "linear square", "rms_norm width 33", "qk_norm_rope digits", "scaled_dot_product_attention heads first",
-    "swiglu width 37", "gated_residual width 45", "silu matrix", "prepend_tokens four groups",
+    "layer_norm width 33", "layer_norm_modulate width 33", "swiglu width 37", "gated_residual width 45",
+    "gated_residual a gate a sample", "gelu matrix", "silu matrix", "prepend_tokens four groups",
 )  # fmt: skip
 CHOSEN = [next(case for case in SMALL if str(case) == name) for name in NAMES]
 
@@ -48,29 +49,38 @@ def test_memory_order_changes_nothing(case, layout, backend):
         assert all(torch.equal(before[n], after[n]) for n in before)
 
 
-EXPANDED = [(3, 1, 24), (1, 5, 24), (1, 1, 24)]
+# Each operation of x [3, 5, 24], a branch like it, and a row [3, 24] for each sample.
+OF_SAMPLES = {
+    "linear": lambda x, b, r, **o: ik.linear(x, torch.linspace(-1, 1, 576).view(24, 24), **o),
+    "rms_norm": lambda x, b, r, **o: ik.rms_norm(x, torch.linspace(0.5, 1.5, 24), **o),
+    "layer_norm": lambda x, b, r, **o: ik.layer_norm(x, [24], **o),
+    "layer_norm_modulate": lambda x, b, r, **o: ik.layer_norm_modulate(x, r, Dual(r, r), **o),
+    "swiglu": lambda x, b, r, **o: ik.swiglu(x, **o),
+    "gelu": lambda x, b, r, **o: ik.gelu(x, **o),
+    "silu": lambda x, b, r, **o: ik.silu(x, **o),
+    "gated_residual": lambda x, b, r, **o: ik.gated_residual(x, b, torch.linspace(0.5, 1.5, 24), **o),
+    "gated_residual, a gate a sample": lambda x, b, r, **o: ik.gated_residual(x, b, Dual(r, r), **o),
+}
 
 
-@pytest.mark.parametrize("shape", EXPANDED, ids=str)
-@pytest.mark.parametrize("operation", ["linear", "rms_norm", "swiglu", "silu", "gated_residual"])
+@pytest.mark.parametrize("shape", [(3, 1, 24), (1, 5, 24), (1, 1, 24)], ids=str)
+@pytest.mark.parametrize("operation", OF_SAMPLES)
 def test_broadcast_inputs(operation, shape, backend):
     """Stride 0: inputs, tangents and cotangents that `expand` made give what their copies give."""
     torch.manual_seed(0)
-    weight = {"linear": (24, 24), "rms_norm": (24,), "gated_residual": (24,)}.get(operation)
-    weights = () if weight is None else (torch.randn(weight),)
 
     def draw(width=24):
         return torch.randn(*shape[:-1], width).expand(3, 5, width)
 
-    def call(x, x_dot, branch, dy):
-        x = x.requires_grad_()
-        extra = (branch,) if operation == "gated_residual" else ()
-        y = getattr(ik, operation)(Dual(x, x_dot), *extra, *weights, backend=backend)
+    def call(x, x_dot, branch, row, dy):
+        x.requires_grad_()
+        y = OF_SAMPLES[operation](Dual(x, x_dot), branch, row, backend=backend)
         return y.primal, y.tangent.detach(), torch.autograd.grad(y.primal, x, dy)[0]
 
-    x, x_dot, branch, dy = draw(), draw(), draw(), draw(12 if operation == "swiglu" else 24)
-    expected = call(x.clone(), x_dot.clone(), branch.clone(), dy.clone())
-    for got, wanted in zip(call(x.detach(), x_dot, branch, dy), expected, strict=True):
+    row, dy = torch.randn(1, 24).expand(3, 24), draw(12 if operation == "swiglu" else 24)
+    drawn = draw(), draw(), draw(), row, dy
+    expected = call(*(t.clone() for t in drawn))
+    for got, wanted in zip(call(*drawn), expected, strict=True):
         torch.testing.assert_close(got, wanted)
 
 
@@ -98,12 +108,17 @@ def test_a_sum_over_rows_reaches_backward_with_stride_0(backend):
         assert torch.equal(got, wanted)
 
 
+# Operations of x [..., 4], and the shapes of what they take beside x [*b, 4].
 EMPTY = {
-    "linear": lambda f, *b: f(torch.ones(*b, 4), torch.ones(3, 4), torch.ones(3)),
-    "rms_norm": lambda f, *b: f(torch.ones(*b, 4), torch.ones(4)),
-    "swiglu": lambda f, *b: f(torch.ones(*b, 4)),
-    "silu": lambda f, *b: f(torch.ones(*b, 4)),
-    "gated_residual": lambda f, *b: f(torch.ones(*b, 4), torch.ones(*b, 4), torch.ones(4)),
+    "linear": (ik.linear, lambda *b: [(3, 4), (3,)]),
+    "rms_norm": (ik.rms_norm, lambda *b: [(4,)]),
+    "layer_norm": (lambda x, *wb, **o: ik.layer_norm(x, [4], *wb, **o), lambda *b: [(4,), (4,)]),
+    "layer_norm_modulate": (ik.layer_norm_modulate, lambda *b: [(b[0], 4), (b[0], 4)]),
+    "swiglu": (ik.swiglu, lambda *b: []),
+    "gelu": (ik.gelu, lambda *b: []),
+    "silu": (ik.silu, lambda *b: []),
+    "gated_residual": (ik.gated_residual, lambda *b: [(*b, 4), (4,)]),
+    "gated_residual, a gate a sample": (ik.gated_residual, lambda *b: [(*b, 4), (b[0], 4)]),
 }
 
 
@@ -111,16 +126,36 @@ EMPTY = {
 @pytest.mark.parametrize("operation", EMPTY)
 def test_no_rows(operation, lead, backend):
     """Nothing in, nothing out; and the gradients of weights are zeros, not what was in memory."""
+    function, shapes = EMPTY[operation]
+    x, *rest = leaves = [torch.ones(shape, requires_grad=True) for shape in ((*lead, 4), *shapes(*lead))]
+    y = function(Dual(x, torch.ones(*lead, 4)), *rest, backend=backend)
+    assert y.shape[:-1] == y.tangent.shape[:-1] == lead
+    y.primal.sum().backward()
+    for leaf in leaves:
+        assert leaf.grad.shape == leaf.shape and not leaf.grad.any()
 
-    def call(x, *rest):
-        leaves = [t.requires_grad_() for t in (x, *rest)]
-        y = getattr(ik, operation)(Dual(x, torch.ones_like(x)), *rest, backend=backend)
-        assert y.shape[:-1] == y.tangent.shape[:-1] == lead
-        y.primal.sum().backward()
-        for leaf in leaves:
-            assert leaf.grad.shape == leaf.shape and not leaf.grad.any()
 
-    EMPTY[operation](call, *lead)
+def test_layer_norm_without_weight_or_bias_has_ones_and_zeros(backend):
+    x, x_dot, dy = (torch.randn(3, 5, 24) for _ in range(3))
+    ones, zeros = torch.ones(24), torch.zeros(24)
+
+    def call(*affine):
+        leaf = x.clone().requires_grad_()
+        y = ik.layer_norm(Dual(leaf, x_dot), (24,), *affine, backend=backend)
+        return y.primal, y.tangent.detach(), torch.autograd.grad(y.primal, leaf, dy)[0]
+
+    wanted = call(ones, zeros)
+    for affine in ((), (None, zeros), (ones,)):
+        assert all(torch.equal(a, b) for a, b in zip(call(*affine), wanted, strict=True))
+
+
+def test_layer_norm_of_a_constant_row_is_its_shift(backend):
+    """Also where fp32 cannot tell the mean from the values, and eps is small beside what that leaves."""
+    for value in (0.1, 100.0, 1e7):
+        x = torch.full((4, 1152), value)
+        y = ik.layer_norm_modulate(Dual(x, torch.ones_like(x)), torch.ones(4, 1152), x * 0, backend=backend)
+        for got, wanted in ((y.primal, 1.0), (y.tangent, 0.0)):
+            torch.testing.assert_close(got, torch.full_like(x, wanted), rtol=0, atol=1e-3)
 
 
 def test_no_scalars_and_no_tokens(backend):
@@ -184,9 +219,26 @@ def w():
 BY_ROW = {
     "linear": (lambda x, **o: ik.linear(x, w().diag(), **o), lambda x: F.linear(x, w().diag())),
     "rms_norm": (lambda x, **o: ik.rms_norm(x, w(), **o), lambda x: F.rms_norm(x, (6,), w(), eps=1e-6)),
+    "layer_norm": (
+        lambda x, **o: ik.layer_norm(x, (6,), w(), **o),
+        lambda x: F.layer_norm(x, (6,), w()),
+    ),
+    "layer_norm_modulate": (
+        lambda x, **o: ik.layer_norm_modulate(x, x, x, 1e-6, **o),
+        lambda x: F.layer_norm(x, (6,), eps=1e-6) * (1 + x) + x,
+    ),
     "swiglu": (ik.swiglu, lambda x: F.silu(x[..., :3]) * x[..., 3:]),
+    "gelu": (ik.gelu, lambda x: F.gelu(x.double()).float()),  # of inf in float32 oneDNN makes NaN
+    "gelu, tanh": (
+        lambda x, **o: ik.gelu(x, approximate="tanh", **o),
+        lambda x: F.gelu(x, approximate="tanh"),
+    ),
     "silu": (ik.silu, F.silu),
     "gated_residual": (lambda x, **o: ik.gated_residual(x, x, w(), **o), lambda x: x + x * w()),
+    "gated_residual, a gate a sample": (
+        lambda x, **o: ik.gated_residual(x, x, x, **o),
+        lambda x: x + x * x,
+    ),
 }
 
 

@@ -36,6 +36,16 @@ def _plain_rms_norm(x, weight):
     return F.rms_norm(x, x.shape[-1:], weight, eps=1e-6)
 
 
+def _over_positions(row, x):
+    """[B, d] beside x [B, ..., d]; [d] as it is."""
+    return row[(slice(None), *(None,) * (x.dim() - 2))] if row.dim() == 2 else row
+
+
+def _plain_modulate(x, shift, scale):
+    n = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return n * (1 + _over_positions(scale, x)) + _over_positions(shift, x)
+
+
 def _plain_rope(x, weight, cos, sin):
     """Pairs as complex numbers, turned by multiplication."""
     n = _plain_rms_norm(x, weight)
@@ -71,13 +81,16 @@ def _plain_prepend(x, *groups):
 PLAIN = {
     "linear": F.linear,
     "rms_norm": _plain_rms_norm,
+    "layer_norm": lambda x, *affine, normalized_shape: F.layer_norm(x, normalized_shape, *affine),
+    "layer_norm_modulate": _plain_modulate,
     "qk_norm_rope": lambda q, k, qw, kw, cos, sin: (
         _plain_rope(q, qw, cos, sin),
         _plain_rope(k, kw, cos, sin),
     ),
     SDPA: F.scaled_dot_product_attention,
     "swiglu": _plain_swiglu,
-    "gated_residual": torch.addcmul,
+    "gated_residual": lambda x, branch, gate: torch.addcmul(x, branch, _over_positions(gate, x)),
+    "gelu": F.gelu,
     "silu": F.silu,
     "sinusoidal_embedding": _plain_sinusoids,
     "prepend_tokens": _plain_prepend,
@@ -121,7 +134,7 @@ def test_the_reference_is_what_pytorch_derives(case):
 
 
 def test_every_public_operation_has_cases():
-    classes_and_helpers = {"Dual", "linear_map", "primal", "rope_tables"}
+    classes_and_helpers = {"Dual", "checkpoint", "explain", "jvp", "linear_map", "primal", "rope_tables"}
     assert set(OPERATIONS) == set(ik.__all__) - classes_and_helpers == set(PLAIN)
     assert {case.operation for case in LARGE} == set(OPERATIONS)
 

@@ -11,9 +11,11 @@ from imf_kernels.testing.cases import FP32, SMALL
 # One case an operation and data type, with a batch of several rows.
 NAMES = {
     "linear square", "rms_norm width 33", "rms_norm fp32 stream", "rms_norm fp32 stream to fp16",
+    "layer_norm width 33", "layer_norm_modulate width 33", "layer_norm_modulate fp32 stream",
     "qk_norm_rope digits", "swiglu width 37",
     "scaled_dot_product_attention other value width", "scaled_dot_product_attention offset 4",
-    "gated_residual width 45", "gated_residual fp32 stream", "silu matrix", "sinusoidal_embedding dim 256",
+    "gated_residual width 45", "gated_residual fp32 stream", "gated_residual a gate a sample", "gelu matrix",
+    "gelu tanh", "silu matrix", "sinusoidal_embedding dim 256",
     "prepend_tokens four groups",
 }  # fmt: skip
 CHOSEN = [case for case in SMALL if str(case) in NAMES]

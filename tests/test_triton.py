@@ -93,8 +93,11 @@ def test_unverified_hardware_is_warned_of_once(monkeypatch):
 
 SUMS = [
     cases.rms_norm("shares", 3, 67, width=24),
+    cases.layer_norm("shares", 3, 67, width=24),
+    cases.layer_norm_modulate("shares", 2, 200, width=24),
     cases.qk_norm_rope("shares", 2, 3, 21, 24),
     cases.gated_residual("shares", 3, 67, width=24),
+    cases.gated_residual("shares, a gate a sample", 2, 200, width=24, gate_a_sample=True),
 ]
 
 

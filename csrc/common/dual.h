@@ -34,6 +34,11 @@ IMF_HOST_DEVICE Dual<T> operator+(Dual<T> a, Dual<T> b) {
 }
 
 template <typename T>
+IMF_HOST_DEVICE Dual<T> operator-(Dual<T> a, Dual<T> b) {
+  return {a.primal - b.primal, a.tangent - b.tangent};
+}
+
+template <typename T>
 IMF_HOST_DEVICE Dual<T> operator+(Dual<T> a, T constant) {
   return {a.primal + constant, a.tangent};
 }
@@ -47,6 +52,12 @@ IMF_HOST_DEVICE Dual<T> operator*(Dual<T> a, Dual<T> b) {
 template <typename T>
 IMF_HOST_DEVICE Dual<T> operator*(Dual<T> a, T constant) {
   return {a.primal * constant, a.tangent * constant};
+}
+
+// d(a b + c) = a_dot b + a b_dot + c_dot
+template <typename T>
+IMF_HOST_DEVICE Dual<T> fma(Dual<T> a, Dual<T> b, Dual<T> c) {
+  return {fma(a.primal, b.primal, c.primal), fma(a.tangent, b.primal, fma(a.primal, b.tangent, c.tangent))};
 }
 
 // 1/sqrt(x); d = -x_dot / (2 x sqrt(x))

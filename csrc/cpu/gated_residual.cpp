@@ -26,25 +26,28 @@ void forward(const GatedResidualForward& a) {
     for (index_t row = share.begin; row < share.end; ++row) {
       const X* xi = x + row * a.x_stride;
       const B* bi = branch + row * a.branch_stride;
+      const index_t group = row / a.length * a.width;
+      const float* gate = a.gate + group;
       X* yi = y + row * a.width;
-      const auto primal = [&](index_t j, int lanes, Vec g) {
-        store_lanes(yi + j, fma(load_lanes(bi + j, lanes), g, load_lanes(xi + j, lanes)), lanes);
+      const auto primal = [&](index_t j, int lanes, Vec b, Vec g) {
+        store_lanes(yi + j, fma(b, g, load_lanes(xi + j, lanes)), lanes);
       };
       if (row < first_tangent) {
-        for_each_vec(a.width, [&](index_t j, int lanes) { primal(j, lanes, load_lanes(a.gate + j, lanes)); });
+        for_each_vec(a.width, [&](index_t j, int lanes) {
+          primal(j, lanes, load_lanes(bi + j, lanes), load_lanes(gate + j, lanes));
+        });
         continue;
       }
-      // The map is linear for a given gate: the tangent is the same sum of the tangents.
       const index_t t = row - first_tangent;
-      const X* xti = x_dot + t * a.x_dot_stride;
-      const B* bti = branch_dot + t * a.branch_dot_stride;
+      const index_t xt = t * a.x_dot_stride, bt = t * a.branch_dot_stride;
+      const index_t gt = group - first_tangent / a.length * a.width;
       X* y_dot_i = y_dot + t * a.width;
       for_each_vec(a.width, [&](index_t j, int lanes) {
-        const Vec g = load_lanes(a.gate + j, lanes);
-        primal(j, lanes, g);
-        const Vec xj = x_dot ? load_lanes(xti + j, lanes) : Vec(0.0f);
-        const Vec bj = branch_dot ? load_lanes(bti + j, lanes) : Vec(0.0f);
-        store_lanes(y_dot_i + j, fma(bj, g, xj), lanes);
+        const Vec b = load_lanes(bi + j, lanes), g = load_lanes(gate + j, lanes);
+        primal(j, lanes, b, g);
+        Vec tangent = fma(load_or_zero(branch_dot, bt + j, lanes), g, load_or_zero(x_dot, xt + j, lanes));
+        if (a.gate_dot) tangent = fma(b, load_lanes(a.gate_dot + gt + j, lanes), tangent);
+        store_lanes(y_dot_i + j, tangent, lanes);
       });
     }
   });
@@ -55,24 +58,20 @@ void backward(const GatedResidualBackward& a) {
   const X* dy = static_cast<const X*>(a.dy);
   const B* branch = static_cast<const B*>(a.branch);
   B* dbranch = static_cast<B*>(a.dbranch);
-  const int team = team_size(a.threads, 2 * a.rows * a.width, a.rows);
+  const index_t rows = a.groups * a.length;
+  const int team = team_size(a.threads, 2 * rows * a.width, rows);
 
-  on_each_thread(team, [&](int thread) {
-    const Range share = share_of(a.rows, thread, team);
-    Scratch scratch(sum_over_rows_scratch(a.width));
-    float* total = a.dgate + thread * a.width;
-    sum_over_rows(share, a.width, scratch, total, [&](index_t row, float* dgate) {
-      const X* dyi = dy + row * a.dy_stride;
-      const B* bi = branch + row * a.branch_stride;
-      B* dbi = dbranch + row * a.width;
-      for_each_vec(a.width, [&](index_t j, int lanes) {
-        const Vec d = load_lanes(dyi + j, lanes);
-        store_lanes(dbi + j, d * load_lanes(a.gate + j, lanes), lanes);
-        store_lanes(dgate + j, fma(d, load_lanes(bi + j, lanes), load_lanes(dgate + j, lanes)), lanes);
-      });
+  sum_over_groups(a.groups, a.length, a.width, team, a.dgate, [&](index_t row, float* dgate) {
+    const X* dyi = dy + row * a.dy_stride;
+    const B* bi = branch + row * a.branch_stride;
+    const float* gate = a.gate + row / a.length * a.width;
+    B* dbi = dbranch + row * a.width;
+    for_each_vec(a.width, [&](index_t j, int lanes) {
+      const Vec d = load_lanes(dyi + j, lanes);
+      store_lanes(dbi + j, d * load_lanes(gate + j, lanes), lanes);
+      store_lanes(dgate + j, fma(d, load_lanes(bi + j, lanes), load_lanes(dgate + j, lanes)), lanes);
     });
   });
-  add_up_rows(a.dgate, team, a.width);
 }
 
 }  // namespace

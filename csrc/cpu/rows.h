@@ -70,6 +70,43 @@ inline void add_up_rows(float* partial, int rows, index_t width) {
   }
 }
 
+// Leaves in sums[groups, width] what body(row, block) adds to `block` over the rows of each group, `length`
+// of them. `sums` has room for groups + team - 1 rows: what thread adds for group lies in row group + thread,
+// and in that row nothing else, since both grow along the rows; a team has no more threads than there are
+// rows.
+template <typename Body>
+inline void sum_over_groups(index_t groups, index_t length, index_t width, int team, float* sums, Body body) {
+  const std::size_t bytes = static_cast<std::size_t>(width) * sizeof(float);
+  if (length == 0) {
+    std::memset(sums, 0, static_cast<std::size_t>(groups) * bytes);
+    return;
+  }
+  on_each_thread(team, [&](int thread) {
+    Range rows = share_of(groups * length, thread, team);
+    while (rows.begin < rows.end) {
+      const index_t group = rows.begin / length, next = (group + 1) * length;
+      const index_t end = next < rows.end ? next : rows.end;
+      Scratch scratch(sum_over_rows_scratch(width));
+      sum_over_rows({rows.begin, end}, width, scratch, sums + (group + thread) * width, body);
+      rows.begin = end;
+    }
+  });
+  for (int thread = 1; thread < team; ++thread) {  // what thread 0 added lies where it belongs
+    const Range rows = share_of(groups * length, thread, team);
+    for (index_t group = rows.begin / length; group * length < rows.end; ++group) {
+      float* total = sums + group * width;
+      const float* part = sums + (group + thread) * width;
+      if (rows.begin <= group * length) {  // the group's first rows are this thread's
+        std::memcpy(total, part, bytes);
+        continue;
+      }
+      for_each_vec(width, [&](index_t j, int lanes) {
+        store_lanes(total + j, load_lanes(total + j, lanes) + load_lanes(part + j, lanes), lanes);
+      });
+    }
+  }
+}
+
 }  // namespace
 }  // namespace IMF_ISA
 }  // namespace imf

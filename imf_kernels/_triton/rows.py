@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from imf_kernels.triton_backend import launch
@@ -28,6 +29,26 @@ def in_units(*strides: int) -> tuple[int, list[int]]:
     """
     unit = math.gcd(16, *strides)
     return unit, [stride // unit for stride in strides]
+
+
+@triton.jit
+def group_and_position(length, share):
+    """The group of this program, and the first of its rows that are this program's: `share` of the group's
+    `length` rows, or what is left of them."""
+    programs = tl.cdiv(length, share)
+    program = tl.program_id(0)
+    return (program // programs).to(tl.int64), program % programs * share
+
+
+@triton.jit
+def row_of_group(parameter, group, stride, column, WIDTH: tl.constexpr):
+    """A group's row of a parameter, in fp32; zeros without a parameter, and for a group before the first."""
+    if parameter is None:
+        row = tl.zeros(column.shape, tl.float32)
+    else:
+        columns = tl.where(group >= 0, WIDTH, 0)
+        row = tl.load(parameter + group * stride + column, mask=column < columns, other=0.0).to(tl.float32)
+    return row
 
 
 @dataclass(frozen=True)
@@ -55,21 +76,29 @@ class Tile:
     def rows(self) -> int:
         return max(1, min(_ELEMENTS // self.block, 32))
 
-    def launch(self, kernel: Any, rows: int, *arguments: Any, **constants: Any) -> None:
-        """Runs `kernel(*arguments, rows, …)` on every tile."""
-        self._launch(kernel, triton.cdiv(rows, self.rows), *arguments, rows, **constants)
+    def launch(self, kernel: Any, rows: int, *arguments: Any, groups: int = 1, **constants: Any) -> None:
+        """Runs `kernel(*arguments, rows, …)` on every tile of groups of so many rows, none of two groups."""
+        self._launch(kernel, groups * triton.cdiv(rows, self.rows), *arguments, rows, **constants)
 
     def sum_over_rows(self, kernel: Any, rows: int, *arguments: Any, **constants: Any) -> Tensor:
-        """Runs `kernel(*arguments, sums, rows, share, …)` on shares of the rows; the sum of their sums.
+        """`sum_over_groups` of a single group with one sum, [WIDTH]."""
+        return self.sum_over_groups(kernel, 1, rows, 1, *arguments, **constants)[0, 0]
 
-        Program i of the first axis takes the rows from i · share on and writes their sums [WIDTH] to sums[i],
-        in fp32. Every sum is taken in the same order every time: atomic additions would not do that.
+    def sum_over_groups(
+        self, kernel: Any, groups: int, rows: int, count: int, *arguments: Any, **constants: Any
+    ) -> Tensor:
+        """Runs `kernel(*arguments, sums, rows, share, …)` on shares of each group's rows; the sums of their
+        sums, [groups, count, WIDTH] in fp32.
+
+        Program i of the first axis takes up to `share` rows of its group and writes their sums, each [WIDTH],
+        to sums[i]. Every sum is taken in the same order every time: atomic additions would not do that.
         """
-        share = max(1, triton.cdiv(rows, _SHARES * self.rows)) * self.rows
+        tiles = min(triton.cdiv(groups * rows, _SHARES * self.rows), triton.cdiv(rows, self.rows))
+        share = max(1, tiles) * self.rows
         shares = triton.cdiv(rows, share)
-        sums = arguments[0].new_empty((shares, self.width), dtype=torch.float32)
-        self._launch(kernel, shares, *arguments, sums, rows, share, **constants)
-        return sums.sum(0)
+        sums = arguments[0].new_empty((groups, shares, count, self.width), dtype=torch.float32)
+        self._launch(kernel, groups * shares, *arguments, sums, rows, share, **constants)
+        return sums.sum(1)
 
     def _launch(self, kernel: Any, tiles_of_rows: int, *arguments: Any, **constants: Any) -> None:
         launch(

@@ -59,6 +59,14 @@ def same_dtype(operation: str, like: Tensor, **arguments: Tensor) -> None:
             raise TypeError(f"{operation}: {name} must be {like.dtype} like the input, got {x.dtype}")
 
 
+def result_dtype(operation: str, x: Tensor, dtype: torch.dtype | None) -> None:
+    if dtype not in (None, x.dtype) and not (x.dtype == torch.float32 and dtype in HALVES):
+        raise TypeError(
+            f"{operation}: dtype must be that of x, or bfloat16 or float16 for x of float32; "
+            f"got {dtype} for {x.dtype}"
+        )
+
+
 def last_contiguous(operation: str, **arguments: Tensor | None) -> None:
     for name, x in arguments.items():
         if x is None or x.is_contiguous():

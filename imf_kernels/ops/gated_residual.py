@@ -1,8 +1,9 @@
-"""Gated residual: y = x + b · g with one gate a channel.
+"""Gated residual: y = x + b · g with one gate a channel, the same for all rows or each sample's own.
 
-Tangent:  ẏ = ẋ + ḃ · g (the gate is a weight and carries no tangent).
-Backward: dx = dy,  db = dy · g,  dg = Σ_rows dy · b.
-Source: the residual scales of iMF's blocks (Geng et al., "Improved Mean Flows", 2025, arXiv 2512.02012).
+Tangent:  ẏ = ẋ + ḃ · g + b · ġ (a gate for all rows is a weight and carries no tangent).
+Backward: dx = dy,  db = dy · g,  dg = Σ dy · b over the rows that have the gate in common.
+Source: the residual scales of iMF's blocks (Geng et al., "Improved Mean Flows", 2025, arXiv 2512.02012); a
+sample's own in DiT (Peebles and Xie, "Scalable Diffusion Models with Transformers", 2022, arXiv 2212.09748).
 Kernels: csrc/cpu/gated_residual.cpp, imf_kernels/_triton/gated_residual.py.
 """
 
@@ -15,38 +16,62 @@ from torch import Tensor
 
 from imf_kernels import _C, cpu, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
-from imf_kernels.dual import Dual, align, no_gradient, pack, unpack
+from imf_kernels.dual import Dual, align, no_gradient, pack, tail, unpack
 from imf_kernels.dual_tensors import takes_dual_tensors
-from imf_kernels.layout import DTYPES, contiguous_like, count_rows, last_contiguous, pointer, rows_of
+from imf_kernels.layout import (
+    DTYPES,
+    beside,
+    contiguous_like,
+    count_rows,
+    groups_of,
+    last_contiguous,
+    pointer,
+    rows_of,
+)
 from imf_kernels.operators import Operation
 from imf_kernels.ops import check
 from imf_kernels.triton_backend import Kernels
 
 
 def _reference(
-    x: Tensor, x_dot: Tensor | None, branch: Tensor, branch_dot: Tensor | None, gate: Tensor
+    x: Tensor,
+    x_dot: Tensor | None,
+    branch: Tensor,
+    branch_dot: Tensor | None,
+    gate: Tensor,
+    gate_dot: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     dtype, exact = x.dtype, torch.promote_types(x.dtype, torch.float32)
-    g = gate.to(exact)
-    y = (x.to(exact) + branch.to(exact) * g).to(dtype)
-    if x_dot is None and branch_dot is None:
-        return y, None
+    b, g = branch.to(exact), beside(gate.to(exact), x)
+    y = (x.to(exact) + b * g).to(dtype)
+    parts = []
     with torch.no_grad():
-        parts = [] if x_dot is None else [x_dot.to(exact)]
-        parts += [] if branch_dot is None else [branch_dot.to(exact) * g]
-        return y, sum(parts[1:], parts[0]).to(dtype)
+        if x_dot is not None:
+            parts.append(x_dot.to(exact))
+        if branch_dot is not None:
+            parts.append(branch_dot.to(exact) * (g if gate.dim() == 1 else tail(g, branch_dot)))
+        if gate_dot is not None:
+            parts.append(tail(b, gate_dot) * beside(gate_dot.to(exact), x))
+        return y, sum(parts[1:], parts[0]).to(dtype) if parts else None
 
 
-def _check(x: Tensor | Dual, branch: Tensor | Dual, gate: Tensor) -> None:
-    check.is_tensor_or_dual("gated_residual", x=x, branch=branch)
-    check.is_tensor("gated_residual", gate=gate)
+def _check(x: Tensor | Dual, branch: Tensor | Dual, gate: Tensor | Dual) -> None:
+    check.is_tensor_or_dual("gated_residual", x=x, branch=branch, gate=gate)
     check.single_row_whole("gated_residual", x=x, branch=branch)
-    (x, x_dot), (branch, branch_dot) = unpack(x), unpack(branch)
+    (x, x_dot), (branch, branch_dot), (g, _) = unpack(x), unpack(branch), unpack(gate)
     if x.dim() == 0:
         raise ValueError("gated_residual: x must have at least one dimension, got a scalar")
     check.has_shape("gated_residual", "branch", branch, x.shape, " like x")
-    check.has_shape("gated_residual", "gate", gate, x.shape[-1:], ", one gate a channel")
-    check.same_device("gated_residual", x, branch=branch, gate=gate)
+    wanted = [x.shape[-1:]] if x.dim() == 1 else [x.shape[-1:], (x.shape[0], x.shape[-1])]
+    if g.shape not in wanted:
+        shapes = " or, a row a sample, ".join(str(list(shape)) for shape in wanted)
+        raise ValueError(
+            f"gated_residual: gate must be {shapes}, one gate a channel of x of shape {list(x.shape)}; "
+            f"got {list(g.shape)}"
+        )
+    if g.dim() == 1:
+        check.is_tensor("gated_residual", gate=gate)
+    check.same_device("gated_residual", x, branch=branch, gate=g)
     if branch.dtype != x.dtype and not (x.dtype == torch.float32 and branch.dtype in check.HALVES):
         raise TypeError(
             "gated_residual: branch must be of x's dtype, or bfloat16 or float16 beside x of float32; "
@@ -65,13 +90,14 @@ class _GatedResidual(torch.autograd.Function):
         branch: Tensor,
         branch_dot: Tensor | None,
         gate: Tensor,
+        gate_dot: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         y, y_dot = contiguous_like(x), None
-        tangent = x_dot if x_dot is not None else branch_dot
-        if tangent is not None:
-            y_dot = contiguous_like(tangent, x.dtype)
+        stored = next((t for t in (x_dot, branch_dot, gate_dot) if t is not None), None)
+        if stored is not None:
+            y_dot = contiguous_like(x[x.shape[0] - stored.shape[0] :])
             no_gradient(ctx, y_dot)
-        kernels.forward(x, x_dot, branch, branch_dot, gate, y, y_dot)
+        kernels.forward(x, x_dot, branch, branch_dot, gate, gate_dot, y, y_dot)
         ctx.save_for_backward(branch, gate)
         ctx.kernels = kernels
         return y, y_dot
@@ -82,7 +108,7 @@ class _GatedResidual(torch.autograd.Function):
         branch, gate = ctx.saved_tensors
         dbranch = contiguous_like(branch)
         dgate = ctx.kernels.backward(last_contiguous(dy), branch, gate, dbranch)
-        return None, dy, None, dbranch, None, dgate.to(gate.dtype)
+        return None, dy, None, dbranch, None, dgate.view(gate.shape).to(gate.dtype), None
 
 
 class _CPU:
@@ -93,43 +119,50 @@ class _CPU:
         branch: Tensor,
         branch_dot: Tensor | None,
         gate: Tensor,
+        gate_dot: Tensor | None,
         y: Tensor,
         y_dot: Tensor | None,
     ) -> None:
         (x_rows, x_stride), (xt_rows, xt_stride) = rows_of(x), rows_of(x_dot)
         (b_rows, b_stride), (bt_rows, bt_stride) = rows_of(branch), rows_of(branch_dot)
-        g = gate.float().contiguous()
+        g, g_dot = (None if t is None else t.float().contiguous() for t in (gate, gate_dot))
+        _, length = groups_of(gate, x)
         _C.gated_residual_forward(
             *(DTYPES[x.dtype], DTYPES[branch.dtype], pointer(x_rows), pointer(xt_rows)),
-            *(pointer(b_rows), pointer(bt_rows), pointer(g), pointer(y), pointer(y_dot)),
-            *(count_rows(x), count_rows(y_dot), x.shape[-1]),
+            *(pointer(b_rows), pointer(bt_rows), pointer(g), pointer(g_dot), pointer(y), pointer(y_dot)),
+            *(count_rows(x), count_rows(y_dot), length, x.shape[-1]),
             *(x_stride, xt_stride, b_stride, bt_stride, torch.get_num_threads()),
         )
 
     @staticmethod
     def backward(dy: Tensor, branch: Tensor, gate: Tensor, dbranch: Tensor) -> Tensor:
-        width, threads = branch.shape[-1], torch.get_num_threads()
+        """Fills dbranch; the gradient of the gate, [groups, d] in fp32."""
+        (groups, length), width, threads = groups_of(gate, branch), branch.shape[-1], torch.get_num_threads()
         (dy_rows, dy_stride), (b_rows, b_stride) = rows_of(dy), rows_of(branch)
         g = gate.float().contiguous()
-        dgate = branch.new_empty((threads, width), dtype=torch.float32)
+        dgate = branch.new_empty((groups + threads - 1, width), dtype=torch.float32)
         _C.gated_residual_backward(
             *(DTYPES[dy.dtype], DTYPES[branch.dtype], pointer(dy_rows), pointer(b_rows)),
             *(pointer(g), pointer(dbranch), pointer(dgate)),
-            *(count_rows(branch), width, dy_stride, b_stride, threads),
+            *(groups, length, width, dy_stride, b_stride, threads),
         )
-        return dgate[0]
+        return dgate[:groups]
 
 
 _OPERATION = Operation(
     "gated_residual",
     _GatedResidual,
-    "(Tensor x, Tensor? x_dot, Tensor branch, Tensor? branch_dot, Tensor gate)",
+    "(Tensor x, Tensor? x_dot, Tensor branch, Tensor? branch_dot, Tensor gate, Tensor? gate_dot)",
     {
-        "forward": "(Tensor x, Tensor? x_dot, Tensor branch, Tensor? branch_dot, Tensor gate, Tensor(a!) y, "
-        "Tensor(b!)? y_dot) -> ()",
+        "forward": "(Tensor x, Tensor? x_dot, Tensor branch, Tensor? branch_dot, Tensor gate, "
+        "Tensor? gate_dot, Tensor(a!) y, Tensor(b!)? y_dot) -> ()",
         "backward": "(Tensor dy, Tensor branch, Tensor gate, Tensor(a!) dbranch) -> Tensor",
     },
-    {"backward": lambda dy, branch, gate, dbranch: gate.new_empty(gate.shape, dtype=torch.float32)},
+    {
+        "backward": lambda dy, branch, gate, dbranch: gate.new_empty(
+            (groups_of(gate, branch)[0], branch.shape[-1]), dtype=torch.float32
+        )
+    },
 )
 _BACKENDS = (
     _OPERATION.backend("cpu", _CPU, cpu.unavailable),
@@ -140,7 +173,7 @@ _BACKENDS = (
 
 @takes_dual_tensors
 def gated_residual(
-    x: Tensor | Dual, branch: Tensor | Dual, gate: Tensor, *, backend: str | None = None
+    x: Tensor | Dual, branch: Tensor | Dual, gate: Tensor | Dual, *, backend: str | None = None
 ) -> Any:
     """x + branch · gate, with its tangent.
 
@@ -148,18 +181,20 @@ def gated_residual(
         x: [..., d], the residual stream; float32, bfloat16 or float16 (`reference`: any floating-point type;
             `cpu`: not float16).
         branch: like x; bfloat16 and float16 may be added to a stream of float32.
-        gate: [d], one gate a channel, of any floating-point type.
+        gate: [d], one gate a channel, of any floating-point type and without a tangent; or, of x [B, ..., d],
+            [B, d], a row for all positions of a sample, of any of x's types.
         backend: "cpu", "triton", "reference", or the best one that can run.
 
     Returns:
-        Like x; a `Dual` if `x` or `branch` is one. Computed in fp32, rounded once.
+        Like x; a `Dual` if any argument is one. Computed in fp32, rounded once.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit.
         RuntimeError: when an explicit `backend` cannot run.
     """
     _check(x, branch, gate)
-    (x_primal, x_dot), (b_primal, b_dot) = unpack(x), unpack(branch)
-    x_dot, b_dot = align(x_dot, b_dot)
-    run = choose("gated_residual", _BACKENDS, backend, x_primal, b_primal).run
-    return pack(*run(x_primal, x_dot, b_primal, b_dot, gate), x, branch)
+    (x_primal, x_dot), (b_primal, b_dot), (g_primal, g_dot) = unpack(x), unpack(branch), unpack(gate)
+    x_dot, b_dot, g_dot = align(x_dot, b_dot, g_dot)
+    tensors = (x_primal, b_primal) if g_primal.dim() == 1 else (x_primal, b_primal, g_primal)
+    run = choose("gated_residual", _BACKENDS, backend, *tensors).run
+    return pack(*run(x_primal, x_dot, b_primal, b_dot, g_primal, g_dot), x, branch, gate)

@@ -50,11 +50,7 @@ def _check(x: Tensor | Dual, weight: Tensor, dtype: torch.dtype | None) -> None:
     check.has_shape("rms_norm", "weight", weight, x.shape[-1:], x=x)
     check.same_device("rms_norm", x, weight=weight)
     check.last_contiguous("rms_norm", x=x, x_dot=x_dot)
-    if dtype not in (None, x.dtype) and not (x.dtype == torch.float32 and dtype in check.HALVES):
-        raise TypeError(
-            "rms_norm: dtype must be that of x, or bfloat16 or float16 for x of float32; "
-            f"got {dtype} for {x.dtype}"
-        )
+    check.result_dtype("rms_norm", x, dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -158,7 +154,7 @@ def _cuda_unavailable(tensors: Any) -> str | None:
     return None if width <= 12288 else f"it takes rows of at most 12288, got {width}"
 
 
-def _triton_unavailable(tensors: Any) -> str | None:
+def triton_unavailable(tensors: Any) -> str | None:
     if reason := triton_backend.unavailable(tensors):
         return reason
     width = tensors[0].shape[-1]  # a program keeps a whole row in its registers
@@ -178,7 +174,7 @@ _OPERATION = Operation(
 )
 _BACKENDS = (
     _OPERATION.backend("cpu", _CPU, cpu.unavailable),
-    _OPERATION.backend("triton", Kernels("rms_norm"), _triton_unavailable),
+    _OPERATION.backend("triton", Kernels("rms_norm"), triton_unavailable),
     _OPERATION.backend("cuda", _CUDA, _cuda_unavailable, default=False),
     Backend("reference", _reference, always),
 )

@@ -197,6 +197,40 @@ def rms_norm(
     )
 
 
+def layer_norm(
+    name: str,
+    *lead: int,
+    width: int,
+    stream: torch.dtype | None = None,
+    weights: torch.dtype | None = FP32,
+    affine: Sequence[str] = ("weight", "bias"),
+    x: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> Case:
+    parameters = {"weight": _weight(width, dtype=weights), "bias": Input((width,), weights)}
+    inputs = {"x": Input((*lead, width), stream, **(x or {}))} | {n: parameters[n] for n in affine}
+    n = math.prod(lead) * width
+    more = {"options": {"normalized_shape": (width,)}, "tangents": ("x",), **more}
+    return Case("layer_norm", name, inputs, ((*lead, width),), 8 * n, 10 * n, **more)
+
+
+def layer_norm_modulate(
+    name: str,
+    *lead: int,
+    width: int,
+    stream: torch.dtype | None = None,
+    modulation: torch.dtype | None = None,
+    tangents: Sequence[str] = ("x", "shift", "scale"),
+    x: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> Case:
+    row = Input((lead[0], width), modulation, scale=0.5)
+    inputs = {"x": Input((*lead, width), stream, **(x or {})), "shift": row, "scale": row}
+    n = math.prod(lead) * width
+    more = {"tangents": tuple(tangents), "backward_inputs": ("x", "scale"), **more}
+    return Case("layer_norm_modulate", name, inputs, ((*lead, width),), 8 * n, 12 * n, **more)
+
+
 def qk_norm_rope(
     name: str,
     batch: int,
@@ -285,14 +319,25 @@ def gated_residual(
     *lead: int,
     width: int,
     stream: torch.dtype | None = None,
+    gate_a_sample: bool = False,
     tangents: Sequence[str] = ("x", "branch"),
     **more: Any,
 ) -> Case:
     shape = (*lead, width)
-    inputs = {"x": Input(shape, stream), "branch": Input(shape), "gate": _weight(width)}
+    gate = Input((lead[0], width)) if gate_a_sample else _weight(width)
+    inputs = {"x": Input(shape, stream), "branch": Input(shape), "gate": gate}
     n = math.prod(shape)
+    flops = 2 * n * (1 + ("gate" in tangents))
     more = {"tangents": tuple(tangents), "backward_inputs": ("branch", "gate"), **more}
-    return Case("gated_residual", name, inputs, (shape,), 2 * n, 2 * n, **more)
+    return Case("gated_residual", name, inputs, (shape,), 2 * n, flops, **more)
+
+
+def gelu(
+    name: str, *shape: int, approximate: str = "none", x: Mapping[str, Any] | None = None, **more: Any
+) -> Case:
+    n, inputs = math.prod(shape), {"x": Input(shape, **(x or {}))}
+    more = {"options": {"approximate": approximate}, "tangents": ("x",), **more}
+    return Case("gelu", name, inputs, (shape,), 4 * n, 5 * n, **more)
 
 
 def silu(name: str, *shape: int, x: Mapping[str, Any] | None = None, **more: Any) -> Case:
@@ -332,6 +377,7 @@ def _small() -> list[Case]:
     large = {"offset": 35.0, "scale": 0.2}
     # Queries of one sign and a key far on the other: no weight at all on a row of huge values.
     weightless: dict[str, Any] = {"q": offset[0], "k": {"outlier": -1e4}, "v": {"outlier": 1e5}}
+    own_gates: dict[str, Any] = {"gate_a_sample": True}
     in_fp16 = {**weightless, "v": {"outlier": 3e4}, "dtypes": (FP16,)}
     weightless["dtypes"] = (FP32, BF16)
     return [
@@ -348,6 +394,22 @@ def _small() -> list[Case]:
         rms_norm("fp32 stream to fp16", 4, 9, width=72, stream=FP32, dtypes=(FP16,), output_dtype=FP16),
         rms_norm("offset", 4, 5, width=64, x={"offset": 4.0}),
         rms_norm("small values", 3, 4, width=40, x={"scale": 1e-3}),
+        layer_norm("width 1", 5, width=1),
+        layer_norm("width 33", 3, 7, width=33),
+        layer_norm("weights of x's dtype", 4, 2, width=48, weights=None),
+        layer_norm("no bias", 4, 5, width=40, affine=("weight",)),
+        layer_norm("no weights", 3, 7, width=24, affine=()),
+        layer_norm("fp32 stream", 4, 9, width=72, stream=FP32, dtypes=(BF16,), output_dtype=BF16),
+        layer_norm("offset 4", 4, 5, width=64, x={"offset": 4.0}),
+        layer_norm("offset 100", 4, 5, width=600, x={"offset": 100.0}),
+        layer_norm("small values", 3, 4, width=40, x={"scale": 1e-3}),
+        layer_norm_modulate("width 1", 5, 2, width=1),
+        layer_norm_modulate("width 33", 3, 7, width=33),
+        layer_norm_modulate("one position", 5, width=40),
+        layer_norm_modulate("positions in two dimensions", 2, 3, 4, width=24, modulation=FP32),
+        layer_norm_modulate("fp32 stream", 4, 9, width=72, stream=FP32, dtypes=(BF16,), output_dtype=BF16),
+        layer_norm_modulate("offset 100", 3, 5, width=600, x={"offset": 100.0}),
+        *(layer_norm_modulate(f"only {n}", 3, 4, width=24, tangents=(n,)) for n in ("x", "shift", "scale")),
         qk_norm_rope("width 2", 2, 3, 4, 2),
         qk_norm_rope("digits", 2, 2, 36, 64),
         qk_norm_rope("fewer heads of k", 3, 4, 5, 72, k_heads=1),
@@ -397,6 +459,14 @@ def _small() -> list[Case]:
         gated_residual("only x", 3, 4, width=24, tangents=("x",)),
         gated_residual("only branch", 3, 4, width=24, tangents=("branch",)),
         gated_residual("fp32 stream, only branch", 3, 4, width=24, stream=FP32, tangents=("branch",)),
+        gated_residual("a gate a sample", 3, 4, width=45, tangents=("x", "branch", "gate"), **own_gates),
+        gated_residual("one position", 5, width=24, tangents=("branch", "gate"), **own_gates),
+        gated_residual("only a sample's gate", 3, 4, width=24, tangents=("gate",), **own_gates),
+        gelu("vector", 67),
+        gelu("matrix", 5, 128),
+        gelu("wide values", 8, 50, x={"scale": 30.0}),
+        gelu("tanh", 5, 128, approximate="tanh"),
+        gelu("tanh, wide values", 8, 50, approximate="tanh", x={"scale": 30.0}),
         silu("vector", 67),
         silu("matrix", 5, 128),
         silu("wide values", 8, 50, x={"scale": 30.0}),
@@ -443,6 +513,21 @@ def model(name: str, batch: int, length: int, width: int, heads: int, mlp: int) 
     ]
 
 
+def adaln(name: str, batch: int, length: int, width: int) -> list[Case]:
+    """What a block of a DiT has beside products and attention: a sample shifts, scales and gates it."""
+    big: dict[str, Any] = {"large": True}
+    stream: dict[str, Any] = {"stream": FP32, "dtypes": (BF16,), "output_dtype": BF16, **big}
+    gates: dict[str, Any] = {"gate_a_sample": True, "tangents": ("x", "branch", "gate"), **big}
+    return [
+        layer_norm(f"{name}", batch, length, width=width, **big),
+        layer_norm_modulate(f"{name}", batch, length, width=width, **big),
+        layer_norm_modulate(f"{name} fp32 stream", batch, length, width=width, **stream),
+        gated_residual(f"{name}", batch, length, width=width, **gates),
+        gelu(f"{name}", batch, length, 4 * width, **big),
+        gelu(f"{name} tanh", batch, length, 4 * width, approximate="tanh", **big),
+    ]
+
+
 SMALL = _small()
 LARGE = [
     *model("digits", 128, 36, 128, 2, 341),
@@ -450,6 +535,8 @@ LARGE = [
     *model("XL/2", 2, 276, 1024, 16, 2730),
     *model("head dim 72", 2, 276, 1152, 16, 3072),
     *rows("beyond the cache", 48, 256, 768, 12, 1024),
+    *adaln("DiT-XL/2", 4, 256, 1152),
+    *adaln("DiT-S/2", 4, 256, 384),
     attention("length 1024", 1, 12, 1024, 64, large=True),
     attention("length 4096", 1, 2, 4096, 64, large=True),
     attention("length 1024, causal", 1, 12, 1024, 64, is_causal=True, large=True),

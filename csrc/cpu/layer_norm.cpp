@@ -1,0 +1,147 @@
+// LayerNorm with its tangent, and its primal backward. The formulas are in imf_kernels/ops/layer_norm.py and
+// imf_kernels/ops/layer_norm_modulate.py.
+#include "cpu/layer_norm.h"
+
+#include "cpu/dtypes.h"
+#include "cpu/parallel.h"
+#include "cpu/rows.h"
+
+namespace imf {
+namespace IMF_ISA {
+namespace {
+
+inline float primal(float x) { return x; }
+inline float primal(Dual<float> x) { return x.primal; }
+// What rounding made of a variance; NaN stays.
+inline float at_least_zero(float x) { return x < 0.0f ? 0.0f : x; }
+inline Dual<float> at_least_zero(Dual<float> x) { return {at_least_zero(x.primal), x.tangent}; }
+
+// One row: hands each part of n gain + shift to write(j, part, lanes). x, gain and shift are functions of
+// (j, lanes) whose values are Vec, or Dual<Vec> where the row has a tangent.
+template <typename Row, typename Gain, typename Shift, typename Write>
+inline void normalize(index_t width, float eps, float* statistics, Row x, Gain gain, Shift shift,
+                      Write write) {
+  using Number = decltype(x(0, 0));
+  const float scale = 1.0f / static_cast<float>(width);
+  Number sum{};
+  for_each_vec(width, [&](index_t j, int lanes) { sum = sum + x(j, lanes); });
+  const auto mean = reduce_add(sum) * scale;
+  // The mean of values with an offset is off by some of their ulps. What it leaves of them corrects it, and
+  // the variance: the two-pass algorithm of Chan, Golub and LeVeque, "Algorithms for Computing the Sample
+  // Variance" (1983).
+  Number rest{}, squares{};
+  for_each_vec(width, [&](index_t j, int lanes) {
+    const Number centered = keep_lanes(x(j, lanes) - broadcast(mean), lanes, 0.0f);
+    rest = rest + centered;
+    squares = squares + centered * centered;
+  });
+  const auto correction = reduce_add(rest) * scale;
+  const auto rstd = rsqrt(at_least_zero(reduce_add(squares) * scale - correction * correction) + eps);
+  const auto offset = correction * rstd * -1.0f;
+  for_each_vec(width, [&](index_t j, int lanes) {
+    const Number n = fma(x(j, lanes) - broadcast(mean), broadcast(rstd), broadcast(offset));
+    write(j, fma(n, gain(j, lanes), shift(j, lanes)), lanes);
+  });
+  statistics[0] = primal(mean);
+  statistics[1] = primal(rstd);
+  statistics[2] = primal(offset);
+}
+
+template <typename X, typename Y>
+void forward(const LayerNormForward& a) {
+  const X* x = static_cast<const X*>(a.x);
+  const X* x_dot = static_cast<const X*>(a.x_dot);
+  Y* y = static_cast<Y*>(a.y);
+  Y* y_dot = static_cast<Y*>(a.y_dot);
+  const index_t first_tangent = a.rows - a.tangent_rows;
+  const int team = team_size(a.threads, (a.rows + a.tangent_rows) * a.width, a.rows);
+
+  on_each_thread(team, [&](int thread) {
+    const Range share = share_of_rows(a.rows, a.tangent_rows, thread, team);
+    for (index_t row = share.begin; row < share.end; ++row) {
+      const X* xi = x + row * a.x_stride;
+      Y* yi = y + row * a.width;
+      const index_t group = row / a.length * a.width;
+      const auto primal_x = [&](index_t j, int lanes) { return load_lanes(xi + j, lanes); };
+      const auto primal_gain = [&](index_t j, int lanes) {
+        return Vec(a.one) + load_or_zero(a.scale, group + j, lanes);
+      };
+      const auto primal_shift = [&](index_t j, int lanes) { return load_or_zero(a.shift, group + j, lanes); };
+      if (row < first_tangent) {
+        normalize(a.width, a.eps, a.statistics + 3 * row, primal_x, primal_gain, primal_shift,
+                  [&](index_t j, Vec part, int lanes) { store_lanes(yi + j, part, lanes); });
+        continue;
+      }
+      const index_t t = row - first_tangent, t_row = t * a.x_dot_stride;
+      const index_t t_group = group - first_tangent / a.length * a.width;
+      Y* y_dot_i = y_dot + t * a.width;
+      normalize(
+          a.width, a.eps, a.statistics + 3 * row,
+          [&](index_t j, int lanes) {
+            return Dual<Vec>{primal_x(j, lanes), load_or_zero(x_dot, t_row + j, lanes)};
+          },
+          [&](index_t j, int lanes) {
+            return Dual<Vec>{primal_gain(j, lanes), load_or_zero(a.scale_dot, t_group + j, lanes)};
+          },
+          [&](index_t j, int lanes) {
+            return Dual<Vec>{primal_shift(j, lanes), load_or_zero(a.shift_dot, t_group + j, lanes)};
+          },
+          [&](index_t j, Dual<Vec> part, int lanes) { store_dual(yi + j, y_dot_i + j, part, lanes); });
+    }
+  });
+}
+
+// With g = dy (one + scale): dx = rstd (g - mean(g) - n mean(g n)); summed over the rows of a group,
+// dscale = dy n and dshift = dy.
+template <typename X, typename Y>
+void backward(const LayerNormBackward& a) {
+  const X* x = static_cast<const X*>(a.x);
+  const Y* dy = static_cast<const Y*>(a.dy);
+  X* dx = static_cast<X*>(a.dx);
+  const float scale = 1.0f / static_cast<float>(a.width);
+  const int team = team_size(a.threads, 2 * a.groups * a.length * a.width, a.groups * a.length);
+
+  sum_over_groups(a.groups, a.length, 2 * a.width, team, a.sums, [&](index_t row, float* dscale) {
+    const X* xi = x + row * a.x_stride;
+    const Y* dyi = dy + row * a.dy_stride;
+    X* dxi = dx + row * a.width;
+    float* dshift = dscale + a.width;
+    const index_t group = row / a.length * a.width;
+    const float* statistics = a.statistics + 3 * row;
+    const Vec mean(statistics[0]), rstd(statistics[1]), offset(statistics[2]);
+    const auto normalized = [&](index_t j, int lanes) {
+      return fma(load_lanes(xi + j, lanes) - mean, rstd, offset);
+    };
+    const auto gain = [&](index_t j, int lanes) {
+      return Vec(a.one) + load_or_zero(a.scale, group + j, lanes);
+    };
+    Vec sum(0.0f), dot(0.0f);
+    for_each_vec(a.width, [&](index_t j, int lanes) {
+      const Vec d = load_lanes(dyi + j, lanes);
+      const Vec n = normalized(j, lanes);
+      const Vec g = d * gain(j, lanes);
+      store_lanes(dscale + j, fma(d, n, load_lanes(dscale + j, lanes)), lanes);
+      store_lanes(dshift + j, load_lanes(dshift + j, lanes) + d, lanes);
+      sum += g;
+      dot = fma(g, n, dot);
+    });
+    const Vec mean_g(reduce_add(sum) * scale), mean_gn(reduce_add(dot) * scale);
+    for_each_vec(a.width, [&](index_t j, int lanes) {
+      const Vec g = load_lanes(dyi + j, lanes) * gain(j, lanes);
+      store_lanes(dxi + j, rstd * (g - mean_g - normalized(j, lanes) * mean_gn), lanes);
+    });
+  });
+}
+
+}  // namespace
+
+void layer_norm_forward(const LayerNormForward& a) {
+  with_types(a.x_type, a.y_type, [&](auto x, auto y) { forward<decltype(x), decltype(y)>(a); });
+}
+
+void layer_norm_backward(const LayerNormBackward& a) {
+  with_types(a.x_type, a.y_type, [&](auto x, auto y) { backward<decltype(x), decltype(y)>(a); });
+}
+
+}  // namespace IMF_ISA
+}  // namespace imf

@@ -1,0 +1,128 @@
+"""LayerNorm with its tangent, and its primal backward: n · (one + scale) + shift. The formulas are in
+imf_kernels/ops/layer_norm.py and imf_kernels/ops/layer_norm_modulate.py."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from imf_kernels._triton.rows import Tile, group_and_position, in_units, row_of_group
+from imf_kernels.layout import count_rows, groups_of, last_contiguous, rows_of
+
+
+@triton.jit
+def _center(x, inside, width: tl.constexpr):
+    """Of rows of x [ROWS, BLOCK]: the mean, what it lacks, being rounded, and x less both; 0 outside."""
+    mean = tl.sum(x, axis=1, keep_dims=True) * (1.0 / width)
+    x = tl.where(inside, x - mean, 0.0)
+    correction = tl.sum(x, axis=1, keep_dims=True) * (1.0 / width)
+    return mean, correction, tl.where(inside, x - correction, 0.0)
+
+
+@triton.jit(do_not_specialize=["length", "first_tangent"])
+def _forward(
+    x, x_dot, scale, scale_dot, shift, shift_dot, y, y_dot, statistics, first_tangent,
+    x_stride, x_dot_stride, scale_stride, scale_dot_stride, shift_stride, shift_dot_stride, one, eps, length,
+    UNIT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    group, first = group_and_position(length, ROWS)
+    position = first + tl.arange(0, ROWS)[:, None]
+    row = group * length + position
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (position < length) & (column < WIDTH)
+    gain = one + row_of_group(scale, group, scale_stride * UNIT, column, WIDTH)
+    xi = tl.load(x + row * (x_stride * UNIT) + column, mask=inside, other=0.0).to(tl.float32)
+    mean, correction, c = _center(xi, inside, WIDTH)
+    r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(c * c, axis=1, keep_dims=True) * (1.0 / WIDTH) + eps))
+    tl.store(statistics + row * 3, mean, mask=position < length)
+    tl.store(statistics + row * 3 + 1, r, mask=position < length)
+    tl.store(statistics + row * 3 + 2, -correction * r, mask=position < length)
+    n = c * r
+    out = tl.fma(n, gain, row_of_group(shift, group, shift_stride * UNIT, column, WIDTH))
+    tl.store(y + row * WIDTH + column, out, mask=inside)
+    if y_dot is not None:
+        t_row = row - first_tangent
+        t_group = group - first_tangent // length
+        inside &= t_row >= 0
+        out_dot = tl.zeros((ROWS, BLOCK), tl.float32)
+        out_dot += row_of_group(shift_dot, t_group, shift_dot_stride * UNIT, column, WIDTH)
+        if scale_dot is not None:
+            gain_dot = row_of_group(scale_dot, t_group, scale_dot_stride * UNIT, column, WIDTH)
+            out_dot = tl.fma(n, gain_dot, out_dot)
+        if x_dot is not None:
+            at = x_dot + t_row * (x_dot_stride * UNIT) + column
+            _, _, c_dot = _center(tl.load(at, mask=inside, other=0.0).to(tl.float32), inside, WIDTH)
+            r_dot = -r * r * r * (tl.sum(c * c_dot, axis=1, keep_dims=True) * (1.0 / WIDTH))
+            out_dot = tl.fma(c_dot * r + c * r_dot, gain, out_dot)
+        tl.store(y_dot + t_row * WIDTH + column, out_dot, mask=inside)
+
+
+@triton.jit(do_not_specialize=["length", "share"])
+def _backward(
+    x, dy, scale, statistics, dx, x_stride, dy_stride, scale_stride, one, sums, length, share,
+    UNIT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    group, first = group_and_position(length, share)
+    column = tl.arange(0, BLOCK)[None, :]
+    gain = one + row_of_group(scale, group, scale_stride * UNIT, column, WIDTH)
+    dscale = tl.zeros((ROWS, BLOCK), tl.float32)
+    dshift = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, share, ROWS):
+        position = first + start + tl.arange(0, ROWS)[:, None]
+        row = group * length + position
+        inside = (position < length) & (column < WIDTH)
+        mean = tl.load(statistics + row * 3, mask=position < length, other=0.0)
+        r = tl.load(statistics + row * 3 + 1, mask=position < length, other=0.0)
+        offset = tl.load(statistics + row * 3 + 2, mask=position < length, other=0.0)
+        xi = tl.load(x + row * (x_stride * UNIT) + column, mask=inside, other=0.0).to(tl.float32)
+        n = tl.where(inside, tl.fma(xi - mean, r, offset), 0.0)
+        d = tl.load(dy + row * (dy_stride * UNIT) + column, mask=inside, other=0.0).to(tl.float32)
+        dscale += d * n
+        dshift += d
+        g = d * gain
+        mean_g = tl.sum(g, axis=1, keep_dims=True) * (1.0 / WIDTH)
+        mean_gn = tl.sum(g * n, axis=1, keep_dims=True) * (1.0 / WIDTH)
+        tl.store(dx + row * WIDTH + column, r * (g - mean_g - n * mean_gn), mask=inside)
+    at = sums + tl.program_id(0).to(tl.int64) * (2 * WIDTH) + column
+    tl.store(at, tl.sum(dscale, axis=0, keep_dims=True), mask=column < WIDTH)
+    tl.store(at + WIDTH, tl.sum(dshift, axis=0, keep_dims=True), mask=column < WIDTH)
+
+
+def forward(
+    x: Tensor,
+    x_dot: Tensor | None,
+    scale: Tensor | None,
+    scale_dot: Tensor | None,
+    shift: Tensor | None,
+    shift_dot: Tensor | None,
+    y: Tensor,
+    y_dot: Tensor | None,
+    statistics: Tensor,
+    one: float,
+    eps: float,
+) -> None:
+    groups, length = groups_of(scale, x)
+    tensors = [x, x_dot]
+    tensors += [None if p is None else last_contiguous(p) for p in (scale, scale_dot, shift, shift_dot)]
+    rows, strides = zip(*(rows_of(t) for t in tensors), strict=True)
+    unit, in_unit = in_units(*strides)
+    Tile.whole_rows(x.shape[-1]).launch(
+        *(_forward, length, *rows, y, y_dot, statistics, count_rows(x) - count_rows(y_dot)),
+        *(*in_unit, one, eps),
+        groups=groups,
+        UNIT=unit,
+    )
+
+
+def backward(
+    x: Tensor, dy: Tensor, scale: Tensor | None, statistics: Tensor, dx: Tensor, one: float
+) -> Tensor:
+    """Fills dx; the gradients of scale and shift, [groups, 2, d] in fp32."""
+    groups, length = groups_of(scale, x)
+    (x, x_stride), (dy, dy_stride) = rows_of(x), rows_of(dy)
+    scale, scale_stride = rows_of(None if scale is None else last_contiguous(scale))
+    unit, strides = in_units(x_stride, dy_stride, scale_stride)
+    return Tile.whole_rows(x.shape[-1]).sum_over_groups(
+        *(_backward, groups, length, 2, x, dy, scale, statistics, dx, *strides, one), UNIT=unit
+    )
