@@ -34,7 +34,7 @@ def takes_dual_tensors(operation: Call) -> Call:
     @functools.wraps(operation)
     def call(*arguments: Any, **options: Any) -> Any:
         compiling = torch.compiler.is_compiling()
-        if not compiling and forward_ad._current_level < 0 or options.get("backend") == "reference":
+        if (not compiling and forward_ad._current_level < 0) or options.get("backend") == "reference":
             return operation(*arguments, **options)
         transformed = torch._C._are_functorch_transforms_active()
         if compiling:
