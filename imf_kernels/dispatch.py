@@ -110,5 +110,4 @@ def fact(function: Callable[[], Answer]) -> Callable[[], Answer]:
     def answer() -> Answer:
         return find()
 
-    vars(answer)["cache_clear"] = find.cache_clear
     return answer
