@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from imf_kernels.dual import Dual
-from imf_kernels.dual_tensors import unpack
+from imf_kernels.forward import unpack
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = False, **kwargs: Any) -> Any:

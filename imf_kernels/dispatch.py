@@ -70,7 +70,7 @@ def choose(operation: str, backends: Sequence[Backend], wanted: str | None, *ten
             continue
         if (reason := backend.unavailable(tensors)) is None:
             if refused and not torch.compiler.is_compiling():
-                _log_once(operation, backend.name, "; ".join(refused))
+                log_once(operation, backend.name, "; ".join(refused))
             return backend
         refused.append(f"{backend.name}: {reason}")
     raise RuntimeError(f"{operation}: no backend can run: {'; '.join(refused)}")
@@ -88,7 +88,7 @@ def _autocasts(device: torch.device) -> bool:
 
 
 @functools.cache
-def _log_once(operation: str, chosen: str, refused: str) -> None:
+def log_once(operation: str, chosen: str, refused: str) -> None:
     logger.info("%s runs on the %s backend (%s)", operation, chosen, refused)
 
 
@@ -110,5 +110,4 @@ def fact(function: Callable[[], Answer]) -> Callable[[], Answer]:
     def answer() -> Answer:
         return find()
 
-    vars(answer)["cache_clear"] = find.cache_clear
     return answer

@@ -89,6 +89,10 @@ class Dual:
         )
 
 
+class NoTangent(TypeError):
+    """A `Dual` in the place of what carries no tangent here."""
+
+
 def _check_tangent(primal: Tensor, tangent: Tensor) -> None:
     if not isinstance(tangent, Tensor):
         raise TypeError(f"Dual: tangent must be a tensor or None, got {type(tangent).__name__}")
@@ -121,7 +125,8 @@ class _Guard(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(
             "imf_kernels: backward reached a tangent, but no gradient flows through tangents. Call "
-            ".detach() on it before it enters the loss; torch.func.jvp differentiates tangents, at its price"
+            ".detach() on it before it enters the loss; torch.func.jvp of backend='reference' differentiates "
+            "tangents, at its price"
         )
 
 

@@ -1,11 +1,13 @@
-"""Operations on the dual tensors of PyTorch's own forward mode, `torch.autograd.forward_ad`.
+"""Operations on the dual tensors of PyTorch's own forward mode, of `torch.autograd.forward_ad` and
+`torch.func.jvp`.
 
-Inside a `dual_level` the tangent of an argument is taken out, the operation called with a `Dual`, and its
-result made a dual tensor again. Like every tangent of this library it is data: differentiating it raises.
+The tangent of an argument is taken out, the operation called with a `Dual`, and its result made a dual tensor
+again. Like every tangent of this library it is data: differentiating it raises.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,8 +17,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from imf_kernels.dispatch import constant
-from imf_kernels.dual import Dual, guarded
+from imf_kernels.dispatch import constant, log_once
+from imf_kernels.dual import Dual, NoTangent, guarded, unpack
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 
@@ -25,36 +27,31 @@ def takes_dual_tensors(operation: Call) -> Call:
     """Lets an operation on `Dual`s take PyTorch's dual tensors, and return them then.
 
     `backend="reference"`, plain PyTorch, is left to PyTorch, which differentiates along weights too and whose
-    tangents can be differentiated; and so are calls inside transforms of `torch.func`.
+    tangents can be differentiated. So are calls in which a weight has a tangent, unless a backend is asked
+    for, and those inside other transforms of `torch.func` than a single `jvp`.
     """
 
     @functools.wraps(operation)
     def call(*arguments: Any, **options: Any) -> Any:
         compiling = torch.compiler.is_compiling()
-        if not compiling and forward_ad._current_level < 0:
+        if (not compiling and forward_ad._current_level < 0) or options.get("backend") == "reference":
             return operation(*arguments, **options)
-        if options.get("backend") == "reference" or torch._C._are_functorch_transforms_active():
+        transformed = torch._C._are_functorch_transforms_active()
+        if compiling:
+            # Asked twice: the first sees a level that the graph itself enters; the second lets no graph that
+            # was made outside be called at a level.
+            if not transformed and (_at_dual_level() or forward_ad._current_level >= 0):
+                raise RuntimeError(
+                    f"{operation.__name__}: torch.compile loses the tangents of torch.autograd.forward_ad; "
+                    "call torch.func.jvp inside what is compiled, or pass a Dual"
+                )
             return operation(*arguments, **options)
-        if not compiling:
-            return _on_dual_tensors(operation, arguments, options)
-        # Asked twice: the first sees a level that the graph itself enters; the second lets no graph that was
-        # made outside be called at a level.
-        if _at_dual_level() or forward_ad._current_level >= 0:
-            raise RuntimeError(
-                f"{operation.__name__}: torch.compile loses the tangents of torch.autograd.forward_ad; call "
-                "torch.func.jvp inside what is compiled, or pass a Dual"
-            )
-        return operation(*arguments, **options)
+        jvp = _single_jvp() if transformed else None
+        if transformed and jvp is None:
+            return operation(*arguments, **options)
+        return _on_dual_tensors(operation, arguments, options, jvp)
 
     return call  # type: ignore[return-value]
-
-
-def unpack(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Primal and tangent of a dual tensor; a tangent that PyTorch knows to be zero is `None`."""
-    primal, tangent = forward_ad.unpack_dual(x)
-    if tangent is not None and not torch.compiler.is_compiling() and tangent._is_zerotensor():
-        tangent = None
-    return primal, tangent
 
 
 @constant
@@ -62,31 +59,58 @@ def _at_dual_level() -> bool:
     return forward_ad._current_level >= 0
 
 
+def _single_jvp() -> Any:
+    """The interpreter of `torch.func.jvp` where it is the only transform, else `None`."""
+    from torch._functorch import pyfunctorch
+
+    innermost = pyfunctorch.retrieve_current_functorch_interpreter()
+    is_jvp = innermost.key() == torch._C._functorch.TransformType.Jvp
+    return innermost if is_jvp and innermost.level() == 1 else None
+
+
 @torch._disable_dynamo  # else what falls back to eager mode here would be compiled function by function
-def _on_dual_tensors(operation: Callable[..., Any], arguments: Any, options: Any) -> Any:
+def _on_dual_tensors(operation: Callable[..., Any], arguments: Any, options: Any, jvp: Any) -> Any:
+    """The operation at a dual level of `forward_ad`, or inside the transform `jvp`, which wraps tensors."""
+
+    def unwrapped(x: Any) -> Any:
+        wrapping = jvp is not None and isinstance(x, Tensor)
+        return torch._C._functorch._unwrap_for_grad(x, jvp.level()) if wrapping else x
+
+    def wrapped(x: Tensor) -> Tensor:
+        return x if jvp is None else torch._C._functorch._wrap_for_grad(x, jvp.level())
+
     leaves, structure = pytree.tree_flatten((arguments, options), is_leaf=_is_dual)
-    unpacked = [unpack(x) if isinstance(x, Tensor) else (x, None) for x in leaves]
-    tangents = [tangent for _, tangent in unpacked if tangent is not None]
-    if not tangents:
-        return operation(*arguments, **options)
+    parts = [forward_ad.unpack_dual(x) if isinstance(x, Tensor) else (x, None) for x in leaves]
+    primals, tangents = ([unwrapped(part) for part in both] for both in zip(*parts, strict=True))
+    sources = [t for t in tangents if t is not None]
     if any(map(_is_dual, leaves)):
-        raise TypeError(
-            f"{operation.__name__}: arguments must be Duals or dual tensors of torch.autograd.forward_ad, "
-            "got both"
-        )
-    leaves = [
-        x if tangent is None else Dual(primal, tangent.detach())
-        for x, (primal, tangent) in zip(leaves, unpacked, strict=True)
-    ]
-    arguments, options = pytree.tree_unflatten(leaves, structure)
+        if sources:
+            raise TypeError(
+                f"{operation.__name__}: arguments must be Duals or dual tensors of PyTorch's forward mode, "
+                "got both"
+            )
+        return operation(*arguments, **options)
 
-    def dual_tensor(y: Tensor | Dual) -> Tensor:
-        if not isinstance(y, Dual):
-            return y
-        assert y.tangent_rows is not None  # only arguments with a tangent were made a Dual
-        return forward_ad.make_dual(y.primal, guarded(y.tangent_rows, y.primal, *tangents))
+    def handed_out(y: Tensor | Dual) -> tuple[Tensor, Tensor | None]:
+        y, y_dot = unpack(y)
+        return y, None if y_dot is None else guarded(y_dot, y, *sources)
 
-    return pytree.tree_map(dual_tensor, operation(*arguments, **options), is_leaf=_is_dual)
+    try:
+        with contextlib.nullcontext() if jvp is None else jvp.lower():
+            duals = [x if t is None else Dual(x, t.detach()) for x, t in zip(primals, tangents, strict=True)]
+            plain_arguments, plain_options = pytree.tree_unflatten(duals, structure)
+            result = operation(*plain_arguments, **plain_options)
+            results = [handed_out(y) for y in (result if isinstance(result, tuple) else (result,))]
+    except NoTangent as error:
+        if options.get("backend") is not None:
+            raise
+        log_once(operation.__name__, "reference", str(error))
+        return operation(*arguments, **{**options, "backend": "reference"})
+    dual_tensors = tuple(
+        wrapped(y) if y_dot is None else forward_ad.make_dual(wrapped(y), wrapped(y_dot))
+        for y, y_dot in results
+    )
+    return dual_tensors if isinstance(result, tuple) else dual_tensors[0]
 
 
 def _is_dual(x: Any) -> bool:

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -29,11 +30,21 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
 from imf_kernels.dual import Dual, guarded
-from imf_kernels.dual_tensors import unpack
 from imf_kernels.rules import RULES
 
 # Attention's plain form is the only one of PyTorch's that has a derivative.
 _WITH_ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
+
+# Methods that PyTorch writes in Python: torch.compile follows the call of one, not the function.
+_PYTHON_METHODS = {f: name for name, f in vars(Tensor).items() if isinstance(f, FunctionType)}
+
+
+def unpack(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Primal and tangent of a dual tensor of PyTorch; a tangent that PyTorch knows to be zero is `None`."""
+    primal, tangent = fwAD.unpack_dual(x)
+    if tangent is not None and not torch.compiler.is_compiling() and tangent._is_zerotensor():
+        tangent = None
+    return primal, tangent
 
 
 def carries_tangent(x: Any) -> bool:
@@ -107,6 +118,8 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
 
 
 def _by_pytorch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if torch.compiler.is_compiling() and func in _PYTHON_METHODS:
+        return getattr(args[0], _PYTHON_METHODS[func])(*args[1:], **kwargs)
     if func in _WITH_ATTENTION:
         with sdpa_kernel(SDPBackend.MATH):
             return func(*args, **kwargs)

@@ -49,8 +49,8 @@ class Operation:
         self._kernels: dict[str, Any] = {}
         self._operator = _define(name, f"{schema} -> Tensor[]")
         _LIBRARY.impl(name, self._compose, "CompositeImplicitAutograd")
-        *single, last, _ = self._operator._schema.arguments
-        self._single = len(single) if isinstance(last.type, torch.ListType) else None
+        *single, last, _ = self._operator._schema.arguments  # the last one is the backend
+        self._before_list = len(single) if isinstance(last.type, torch.ListType) else None
         for kernel, kernel_schema in kernels.items():
             qualified = f"{name}_{kernel}"
             self._kernels[kernel] = _define(qualified, kernel_schema)
@@ -66,14 +66,14 @@ class Operation:
 
     def _traced(self, backend: str, *arguments: Any) -> tuple[Tensor, Tensor | None]:
         """The operator, called like the `autograd.Function`. An operator cannot return `None`."""
-        if self._single is not None:
-            arguments = (*arguments[: self._single], list(arguments[self._single :]))
+        if self._before_list is not None:
+            arguments = (*arguments[: self._before_list], list(arguments[self._before_list :]))
         y, *y_dot = self._operator(*arguments, backend=backend)
         return y, y_dot[0] if y_dot else None
 
     def _compose(self, *arguments: Any, backend: str) -> list[Tensor]:
-        if self._single is not None:
-            arguments = (*arguments[: self._single], *arguments[self._single])
+        if self._before_list is not None:
+            arguments = (*arguments[: self._before_list], *arguments[self._before_list])
         kernels = {name: partial(operator, backend=backend) for name, operator in self._kernels.items()}
         y, y_dot = self._function.apply(SimpleNamespace(**kernels), *arguments)
         return [y] if y_dot is None else [y, y_dot]

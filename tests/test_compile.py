@@ -12,7 +12,9 @@ from imf_kernels import Dual, info
 from imf_kernels.testing import errors
 from imf_kernels.testing.cases import FP32, OPERATIONS, SMALL
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning:torch", "ignore:.isinstance.treespec, LeafSpec:FutureWarning"
+)
 slow = pytest.mark.slow
 
 NAMES = (

@@ -17,7 +17,7 @@ LAST = Backend("last", lambda: "last", always, default=False)
 
 @pytest.fixture(autouse=True)
 def nothing_logged_yet():
-    dispatch._log_once.cache_clear()
+    dispatch.log_once.cache_clear()
 
 
 def test_the_first_that_can_is_taken_and_the_reason_logged_once(caplog):

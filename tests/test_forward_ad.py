@@ -11,27 +11,39 @@ from imf_kernels.testing import errors
 from imf_kernels.testing.cases import FP32, OPERATIONS, SMALL
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+each_mode = pytest.mark.parametrize("mode", ["forward_ad", "jvp"])
 each_operation = pytest.mark.parametrize(
     "case", [next(c for c in SMALL if c.operation == name and c.batch > 1) for name in OPERATIONS], ids=str
 )
 
 
-def at_dual_level(case, leaves, tangents, backend):
-    """The operation on PyTorch's dual tensors; primals and tangents of its results."""
+def forward_mode(mode, function, primals, tangents):
+    """Primals and tangents of the results of `function(*primals)`, by PyTorch's own forward mode."""
+    if mode == "jvp":
+        return torch.func.jvp(function, primals, tangents)
     with forward_ad.dual_level():
-        arguments = {
-            n: forward_ad.make_dual(x, tangents[n]) if n in tangents else x for n, x in leaves.items()
-        }
-        results = [forward_ad.unpack_dual(y) for y in case.run(arguments, backend, **case.output_options)]
-    return [y.primal for y in results], [y.tangent for y in results]
+        duals = [forward_ad.make_dual(x, t) for x, t in zip(primals, tangents, strict=True)]
+        return zip(*map(forward_ad.unpack_dual, function(*duals)), strict=True)
 
 
+def along(case, leaves, names, backend):
+    """The operation as a function of the arguments `names`, and their values."""
+
+    def function(*x):
+        arguments = leaves | dict(zip(names, x, strict=True))
+        return case.run(arguments, backend, **case.output_options)
+
+    return function, tuple(leaves[n] for n in names)
+
+
+@each_mode
 @each_operation
-def test_dual_tensors_give_what_duals_give(case, kernels):
+def test_dual_tensors_give_what_duals_give(case, mode, kernels):
     """Bitwise, as do the gradients of the primal; by the kernels, which are asked for by name."""
     p = errors.problem(case, dtypes_of(case, kernels)[0])
     leaves = {n: x.clone().requires_grad_(n in case.differentiable) for n, x in p.primals.items()}
-    primals, tangents = at_dual_level(case, leaves, p.tangents, kernels)
+    function, x = along(case, leaves, p.tangents, kernels)
+    primals, tangents = forward_mode(mode, function, x, tuple(p.tangents.values()))
     wanted = p.evaluate(kernels)
     gradients = torch.autograd.grad(primals, [leaves[n] for n in case.differentiable], p.cotangents)
     for i, (y, y_dot) in enumerate(zip(primals, tangents, strict=True)):
@@ -40,48 +52,59 @@ def test_dual_tensors_give_what_duals_give(case, kernels):
         assert torch.equal(got, wanted[f"gradient of {name}"])
 
 
+@each_mode
+@pytest.mark.parametrize("backend", [None, "reference"])
 @each_operation
-def test_the_reference_is_left_to_pytorch(case):
-    """It differentiates along every argument, weights too, and its tangents can be differentiated."""
+def test_a_weight_with_a_tangent_takes_the_reference(case, mode, backend):
+    """As asked for by name: it differentiates along every argument."""
     p = errors.problem(case, FP32)
-    doubles = {n: x.double() for n, x in p.primals.items()}
     names = case.differentiable
-    directions = {n: torch.randn_like(doubles[n]) for n in names}
-    leaves = {n: x.clone().requires_grad_(n in names) for n, x in doubles.items()}
-    _, tangents = at_dual_level(case, leaves, directions, "reference")
-    _, wanted = torch.func.jvp(
-        lambda *x: case.run(doubles | dict(zip(names, x, strict=True)), "reference"),
-        tuple(doubles[n] for n in names),
-        tuple(directions[n] for n in names),
-    )
-    for got, exact in zip(tangents, wanted, strict=True):
-        torch.testing.assert_close(got, exact)
-        assert got.requires_grad or case.operation == "prepend_tokens"
+    directions = tuple(torch.randn_like(p.primals[n]) for n in names)
+    leaves = {n: x.clone().requires_grad_(n in names) for n, x in p.primals.items()}
+    _, got = forward_mode(mode, *along(case, leaves, names, backend), directions)
+    doubles = {n: x.double() for n, x in p.primals.items()}
+    function, x = along(case, doubles, names, "reference")
+    _, wanted = torch.func.jvp(function, x, tuple(d.double() for d in directions))
+    for y_dot, exact in zip(got, wanted, strict=True):
+        torch.testing.assert_close(y_dot.double(), exact, rtol=1e-4, atol=1e-4)
 
 
-def test_between_modules_of_pytorch():
-    """A chain of PyTorch's layers and operations against torch.func.jvp in float64."""
+@each_mode
+def test_tangents_of_the_reference_can_be_differentiated(mode):
+    x, x_dot = torch.randn(4, dtype=torch.float64, requires_grad=True), torch.randn(4, dtype=torch.float64)
+
+    def gradient(silu):
+        _, (y_dot,) = forward_mode(mode, lambda x: (silu(x),), (x,), (x_dot,))
+        return torch.autograd.grad(y_dot.sum(), x)[0]
+
+    wanted = gradient(torch.nn.functional.silu)
+    torch.testing.assert_close(gradient(lambda x: ik.silu(x, backend="reference")), wanted)
+
+
+@each_mode
+def test_between_modules_of_pytorch(mode):
+    """A chain of PyTorch's layers and operations, and what has no tangent beside it, against float64."""
     torch.manual_seed(0)
     first, last, norm = torch.nn.Linear(6, 8), torch.nn.Linear(8, 3), torch.rand(8) + 0.5
 
     def chain(x):
-        return last(ik.silu(ik.rms_norm(first(x), norm.to(x.dtype))) * 2)
+        scale = norm.to(x.dtype)
+        return (last(ik.silu(ik.rms_norm(first(x), scale)) * ik.silu(scale)),)
 
     x, x_dot = torch.randn(5, 6), torch.randn(5, 6)
-    with forward_ad.dual_level():
-        y, y_dot = forward_ad.unpack_dual(chain(forward_ad.make_dual(x, x_dot)))
+    (y,), (y_dot,) = forward_mode(mode, chain, (x,), (x_dot,))
     first, last = first.double(), last.double()
-    exact, exact_dot = torch.func.jvp(chain, (x.double(),), (x_dot.double(),))
+    (exact,), (exact_dot,) = torch.func.jvp(chain, (x.double(),), (x_dot.double(),))
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(y_dot.double(), exact_dot, rtol=1e-5, atol=1e-6)
 
 
-def test_differentiating_such_a_tangent_is_loud():
+@each_mode
+def test_differentiating_such_a_tangent_is_loud(mode):
     """Also where only the incoming tangent requires grad; the primal's gradient still flows."""
     x, x_dot = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
     for primal, tangent in ((x, x_dot.detach()), (x.detach(), x_dot), (x, x_dot)):
-        with forward_ad.dual_level():
-            y, y_dot = forward_ad.unpack_dual(ik.silu(forward_ad.make_dual(primal, tangent)))
+        (y,), (y_dot,) = forward_mode(mode, lambda x: (ik.silu(x),), (primal,), (tangent,))
         with pytest.raises(RuntimeError, match=r"no gradient flows through tangents. Call \.detach\(\)"):
             (3 * y_dot).sum().backward()
         if primal.requires_grad:
@@ -90,10 +113,10 @@ def test_differentiating_such_a_tangent_is_loud():
             torch.testing.assert_close(got, wanted)
 
 
-def test_a_weight_with_a_tangent_is_refused_by_name():
+def test_kernels_refuse_a_weight_with_a_tangent_by_name():
     x, w = torch.randn(3, 4), torch.randn(4)
     with forward_ad.dual_level(), pytest.raises(TypeError, match="rms_norm: weight carries no tangent"):
-        ik.rms_norm(x, forward_ad.make_dual(w, w))
+        ik.rms_norm(x, forward_ad.make_dual(w, w), backend="cpu")
 
 
 def test_both_kinds_of_duals_at_once_are_refused():

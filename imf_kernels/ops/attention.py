@@ -17,7 +17,7 @@ from torch import Tensor
 
 from imf_kernels import _C, cpu, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
-from imf_kernels.dual import Dual, align, no_gradient, pack, tail, unpack
+from imf_kernels.dual import Dual, NoTangent, align, no_gradient, pack, tail, unpack
 from imf_kernels.dual_tensors import takes_dual_tensors
 from imf_kernels.layout import DTYPES, last_contiguous, pointer, positions_first
 from imf_kernels.operators import Operation
@@ -128,7 +128,7 @@ def _check_mask(attn_mask: Any, is_causal: bool, q: Tensor, k: Tensor) -> Tensor
     if is_causal:
         raise ValueError(f"{_NAME}: is_causal is a mask already; pass attn_mask or is_causal=True, not both")
     if isinstance(attn_mask, Dual):
-        raise TypeError(f"{_NAME}: attn_mask carries no tangent; pass a tensor, got a Dual")
+        raise NoTangent(f"{_NAME}: attn_mask carries no tangent; pass a tensor, got a Dual")
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"{_NAME}: attn_mask must be a tensor, got {type(attn_mask).__name__}")
     if attn_mask.dtype not in (torch.bool, torch.float32, q.dtype):

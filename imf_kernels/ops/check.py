@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from imf_kernels.dispatch import without_autocast
-from imf_kernels.dual import Dual, unpack
+from imf_kernels.dual import Dual, NoTangent, unpack
 
 # What may stand beside float32: branches beside a residual stream, operands made from it.
 HALVES = (torch.bfloat16, torch.float16)
@@ -22,7 +22,7 @@ def is_tensor(operation: str, **arguments: Any) -> None:
     """A plain tensor, where a `Dual` has no meaning: weights carry no tangent."""
     for name, x in arguments.items():
         if isinstance(x, Dual):
-            raise TypeError(f"{operation}: {name} carries no tangent; pass a tensor, got a Dual")
+            raise NoTangent(f"{operation}: {name} carries no tangent; pass a tensor, got a Dual")
         if not isinstance(x, Tensor):
             raise TypeError(f"{operation}: {name} must be a tensor, got {type(x).__name__}")
         if not x.is_floating_point():
