@@ -33,6 +33,21 @@ inline Dual<float> sum_of_squares(const T* x, const T* x_dot, index_t n) {
   return {reduce_add(sum), 2.0f * reduce_add(dot)};
 }
 
+// The sum of term(j, lanes) over a row, lane by lane; few terms are added up before their sum goes into the
+// total, so that the error does not grow with the row, not even of equal terms, whose errors are equal too.
+template <typename Number, typename Term>
+inline Number sum_in_blocks(index_t n, Term term) {
+  constexpr index_t block = 16 * Vec::width;
+  Number total{};
+  for (index_t first = 0; first < n; first += block) {
+    Number sum{};
+    for_each_vec(n - first < block ? n - first : block,
+                 [&](index_t j, int lanes) { sum = sum + term(first + j, lanes); });
+    total = total + sum;
+  }
+  return total;
+}
+
 // The floats of scratch that sum_over_rows takes.
 inline index_t sum_over_rows_scratch(index_t width) { return 2 * width; }
 
