@@ -12,9 +12,6 @@ namespace {
 
 inline float primal(float x) { return x; }
 inline float primal(Dual<float> x) { return x.primal; }
-// What rounding made of a variance; NaN stays.
-inline float at_least_zero(float x) { return x < 0.0f ? 0.0f : x; }
-inline Dual<float> at_least_zero(Dual<float> x) { return {at_least_zero(x.primal), x.tangent}; }
 
 // One row: hands each part of n gain + shift to write(j, part, lanes). x, gain and shift are functions of
 // (j, lanes) whose values are Vec, or Dual<Vec> where the row has a tangent.
@@ -23,12 +20,10 @@ inline void normalize(index_t width, float eps, float* statistics, Row x, Gain g
                       Write write) {
   using Number = decltype(x(0, 0));
   const float count = static_cast<float>(width);
-  Number sum{};
-  for_each_vec(width, [&](index_t j, int lanes) { sum = sum + x(j, lanes); });
-  const auto mean = reduce_add(sum) / count;
-  // The mean of values with an offset is off by some of their ulps. What it leaves of them corrects it,
-  // exactly where they are all the same, and the variance: the two-pass algorithm of Chan, Golub and LeVeque,
-  // "Algorithms for Computing the Sample Variance" (1983).
+  const auto mean = reduce_add(sum_in_blocks<Number>(width, x)) / count;
+  // Of values with an offset the mean is off by an ulp or so of theirs. What it leaves behind corrects it,
+  // exactly where the values are equal, and the variance, too small a correction for that to cancel: the
+  // two-pass algorithm of Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance" (1983).
   Number rest{};
   const Number squares = sum_in_blocks<Number>(width, [&](index_t j, int lanes) {
     const Number centered = keep_lanes(x(j, lanes) - broadcast(mean), lanes, 0.0f);
@@ -36,7 +31,7 @@ inline void normalize(index_t width, float eps, float* statistics, Row x, Gain g
     return centered * centered;
   });
   const auto correction = reduce_add(rest) / count;
-  const auto rstd = rsqrt(at_least_zero(reduce_add(squares) / count - correction * correction) + eps);
+  const auto rstd = rsqrt(reduce_add(squares) / count - correction * correction + eps);
   for_each_vec(width, [&](index_t j, int lanes) {
     const Number n = (x(j, lanes) - broadcast(mean) - broadcast(correction)) * broadcast(rstd);
     write(j, fma(n, gain(j, lanes), shift(j, lanes)), lanes);
