@@ -150,8 +150,8 @@ def test_layer_norm_without_weight_or_bias_has_ones_and_zeros(backend):
 
 
 def test_layer_norm_of_rows_that_are_almost_constant(kernels):
-    """Of equal values exactly zero; right where one differs in its last bit, though the mean, and the variance by
-    its square, can be off by more than that."""
+    """Of equal values exactly zero; right where one differs in its last bit, though the mean, and by its
+    square the variance, can be off by more than that."""
     x = torch.cat([torch.logspace(-3, 12, 20), -torch.logspace(3, 8, 6)])[:, None].repeat(1, 4096)
     y = ik.layer_norm(Dual(x, x), (4096,), eps=1e-6, backend=kernels)
     assert not y.primal.any() and not y.tangent.any()
