@@ -54,6 +54,11 @@ IMF_HOST_DEVICE Dual<T> operator*(Dual<T> a, T constant) {
   return {a.primal * constant, a.tangent * constant};
 }
 
+template <typename T>
+IMF_HOST_DEVICE Dual<T> operator/(Dual<T> a, T constant) {
+  return {a.primal / constant, a.tangent / constant};
+}
+
 // d(a b + c) = a_dot b + a b_dot + c_dot
 template <typename T>
 IMF_HOST_DEVICE Dual<T> fma(Dual<T> a, Dual<T> b, Dual<T> c) {

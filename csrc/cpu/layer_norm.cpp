@@ -12,9 +12,6 @@ namespace {
 
 inline float primal(float x) { return x; }
 inline float primal(Dual<float> x) { return x.primal; }
-// What rounding made of a variance; NaN stays.
-inline float at_least_zero(float x) { return x < 0.0f ? 0.0f : x; }
-inline Dual<float> at_least_zero(Dual<float> x) { return {at_least_zero(x.primal), x.tangent}; }
 
 // One row: hands each part of n gain + shift to write(j, part, lanes). x, gain and shift are functions of
 // (j, lanes) whose values are Vec, or Dual<Vec> where the row has a tangent.
@@ -22,29 +19,26 @@ template <typename Row, typename Gain, typename Shift, typename Write>
 inline void normalize(index_t width, float eps, float* statistics, Row x, Gain gain, Shift shift,
                       Write write) {
   using Number = decltype(x(0, 0));
-  const float scale = 1.0f / static_cast<float>(width);
-  Number sum{};
-  for_each_vec(width, [&](index_t j, int lanes) { sum = sum + x(j, lanes); });
-  const auto mean = reduce_add(sum) * scale;
-  // The mean of values with an offset is off by some of their ulps. What it leaves of them corrects it, and
-  // the variance: the two-pass algorithm of Chan, Golub and LeVeque, "Algorithms for Computing the Sample
-  // Variance" (1983).
-  Number rest{}, squares{};
-  for_each_vec(width, [&](index_t j, int lanes) {
+  const float count = static_cast<float>(width);
+  const auto mean = reduce_add(sum_in_blocks<Number>(width, x)) / count;
+  // Of values with an offset the mean is off by an ulp or so of theirs. What it leaves behind corrects it,
+  // exactly where the values are equal, and the variance, too small a correction for that to cancel: the
+  // two-pass algorithm of Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance" (1983).
+  Number rest{};
+  const Number squares = sum_in_blocks<Number>(width, [&](index_t j, int lanes) {
     const Number centered = keep_lanes(x(j, lanes) - broadcast(mean), lanes, 0.0f);
     rest = rest + centered;
-    squares = squares + centered * centered;
+    return centered * centered;
   });
-  const auto correction = reduce_add(rest) * scale;
-  const auto rstd = rsqrt(at_least_zero(reduce_add(squares) * scale - correction * correction) + eps);
-  const auto offset = correction * rstd * -1.0f;
+  const auto correction = reduce_add(rest) / count;
+  const auto rstd = rsqrt(reduce_add(squares) / count - correction * correction + eps);
   for_each_vec(width, [&](index_t j, int lanes) {
-    const Number n = fma(x(j, lanes) - broadcast(mean), broadcast(rstd), broadcast(offset));
+    const Number n = (x(j, lanes) - broadcast(mean) - broadcast(correction)) * broadcast(rstd);
     write(j, fma(n, gain(j, lanes), shift(j, lanes)), lanes);
   });
   statistics[0] = primal(mean);
-  statistics[1] = primal(rstd);
-  statistics[2] = primal(offset);
+  statistics[1] = primal(correction);
+  statistics[2] = primal(rstd);
 }
 
 template <typename X, typename Y>
@@ -108,9 +102,9 @@ void backward(const LayerNormBackward& a) {
     float* dshift = dscale + a.width;
     const index_t group = row / a.length * a.width;
     const float* statistics = a.statistics + 3 * row;
-    const Vec mean(statistics[0]), rstd(statistics[1]), offset(statistics[2]);
+    const Vec mean(statistics[0]), correction(statistics[1]), rstd(statistics[2]);
     const auto normalized = [&](index_t j, int lanes) {
-      return fma(load_lanes(xi + j, lanes) - mean, rstd, offset);
+      return (load_lanes(xi + j, lanes) - mean - correction) * rstd;
     };
     const auto gain = [&](index_t j, int lanes) {
       return Vec(a.one) + load_or_zero(a.scale, group + j, lanes);

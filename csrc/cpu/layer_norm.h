@@ -5,9 +5,9 @@
 
 namespace imf {
 
-// y = n (one + scale) + shift over rows of `width` elements, with n = (x - mean) rstd + offset,
-// rstd = 1 / sqrt(variance + eps); the offset corrects the mean, which has been rounded. The rows of a group,
-// `length` one after another, have a row of scale and one of shift in common.
+// y = n (one + scale) + shift over rows of `width` elements, with n = (x - mean - correction) rstd,
+// rstd = 1 / sqrt(variance + eps); the correction is what the mean, being rounded, lacks. The rows of a
+// group, `length` one after another, have a row of scale and one of shift in common.
 struct LayerNormForward {
   DType x_type, y_type;
   const void* x;           // [rows, width]; row i begins at x + i x_stride
@@ -18,7 +18,7 @@ struct LayerNormForward {
   const float* shift_dot;  // as scale_dot
   void* y;                 // [rows, width], contiguous
   void* y_dot;             // [tangent_rows, width], contiguous
-  float* statistics;       // [rows, 3]: mean, rstd, offset
+  float* statistics;       // [rows, 3]: mean, correction, rstd
   index_t rows, tangent_rows, length, width, x_stride, x_dot_stride;
   float one, eps;
   int threads;

@@ -33,6 +33,23 @@ inline Dual<float> sum_of_squares(const T* x, const T* x_dot, index_t n) {
   return {reduce_add(sum), 2.0f * reduce_add(dot)};
 }
 
+// The sum of term(j, lanes) over a row, lane by lane. Few terms are added up before their sum goes into the
+// total, whose rounding errors are carried along (Kahan): the error does not grow with the row.
+template <typename Number, typename Term>
+inline Number sum_in_blocks(index_t n, Term term) {
+  constexpr index_t block = 16 * Vec::width;
+  Number total{}, excess{};
+  for (index_t first = 0; first < n; first += block) {
+    Number sum{};
+    for_each_vec(n - first < block ? n - first : block,
+                 [&](index_t j, int lanes) { sum = sum + term(first + j, lanes); });
+    const Number added = sum - excess, next = total + added;
+    excess = (next - total) - added;
+    total = next;
+  }
+  return total;
+}
+
 // The floats of scratch that sum_over_rows takes.
 inline index_t sum_over_rows_scratch(index_t width) { return 2 * width; }
 

@@ -14,9 +14,9 @@ from imf_kernels.layout import count_rows, groups_of, last_contiguous, rows_of
 @triton.jit
 def _center(x, inside, width: tl.constexpr):
     """Of rows of x [ROWS, BLOCK]: the mean, what it lacks, being rounded, and x less both; 0 outside."""
-    mean = tl.sum(x, axis=1, keep_dims=True) * (1.0 / width)
+    mean = tl.div_rn(tl.sum(x, axis=1, keep_dims=True), 1.0 * width)
     x = tl.where(inside, x - mean, 0.0)
-    correction = tl.sum(x, axis=1, keep_dims=True) * (1.0 / width)
+    correction = tl.div_rn(tl.sum(x, axis=1, keep_dims=True), 1.0 * width)
     return mean, correction, tl.where(inside, x - correction, 0.0)
 
 
@@ -36,8 +36,8 @@ def _forward(
     mean, correction, c = _center(xi, inside, WIDTH)
     r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(c * c, axis=1, keep_dims=True) * (1.0 / WIDTH) + eps))
     tl.store(statistics + row * 3, mean, mask=position < length)
-    tl.store(statistics + row * 3 + 1, r, mask=position < length)
-    tl.store(statistics + row * 3 + 2, -correction * r, mask=position < length)
+    tl.store(statistics + row * 3 + 1, correction, mask=position < length)
+    tl.store(statistics + row * 3 + 2, r, mask=position < length)
     n = c * r
     out = tl.fma(n, gain, row_of_group(shift, group, shift_stride * UNIT, column, WIDTH))
     tl.store(y + row * WIDTH + column, out, mask=inside)
@@ -73,10 +73,10 @@ def _backward(
         row = group * length + position
         inside = (position < length) & (column < WIDTH)
         mean = tl.load(statistics + row * 3, mask=position < length, other=0.0)
-        r = tl.load(statistics + row * 3 + 1, mask=position < length, other=0.0)
-        offset = tl.load(statistics + row * 3 + 2, mask=position < length, other=0.0)
+        correction = tl.load(statistics + row * 3 + 1, mask=position < length, other=0.0)
+        r = tl.load(statistics + row * 3 + 2, mask=position < length, other=0.0)
         xi = tl.load(x + row * (x_stride * UNIT) + column, mask=inside, other=0.0).to(tl.float32)
-        n = tl.where(inside, tl.fma(xi - mean, r, offset), 0.0)
+        n = tl.where(inside, (xi - mean - correction) * r, 0.0)
         d = tl.load(dy + row * (dy_stride * UNIT) + column, mask=inside, other=0.0).to(tl.float32)
         dscale += d * n
         dshift += d

@@ -401,7 +401,7 @@ def _small() -> list[Case]:
         layer_norm("no weights", 3, 7, width=24, affine=()),
         layer_norm("fp32 stream", 4, 9, width=72, stream=FP32, dtypes=(BF16,), output_dtype=BF16),
         layer_norm("offset 4", 4, 5, width=64, x={"offset": 4.0}),
-        layer_norm("offset 100", 4, 5, width=600, x={"offset": 100.0}),
+        layer_norm("offset 100", 2, 3, width=4096, x={"offset": 100.0}),
         layer_norm("small values", 3, 4, width=40, x={"scale": 1e-3}),
         layer_norm_modulate("width 1", 5, 2, width=1),
         layer_norm_modulate("width 33", 3, 7, width=33),
