@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -34,9 +33,6 @@ from imf_kernels.rules import RULES
 
 # Attention's plain form is the only one of PyTorch's that has a derivative.
 _WITH_ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
-
-# Methods that PyTorch writes in Python: torch.compile follows the call of one, not the function.
-_PYTHON_METHODS = {f: name for name, f in vars(Tensor).items() if isinstance(f, FunctionType)}
 
 
 def unpack(x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -118,8 +114,9 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
 
 
 def _by_pytorch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if torch.compiler.is_compiling() and func in _PYTHON_METHODS:
-        return getattr(args[0], _PYTHON_METHODS[func])(*args[1:], **kwargs)
+    if torch.compiler.is_compiling() and getattr(func, "__module__", None) == "torch._tensor":
+        # A method that PyTorch writes in Python: torch.compile follows the call of one, not the function.
+        return getattr(args[0], func.__name__)(*args[1:], **kwargs)
     if func in _WITH_ATTENTION:
         with sdpa_kernel(SDPBackend.MATH):
             return func(*args, **kwargs)

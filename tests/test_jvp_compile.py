@@ -30,7 +30,8 @@ def test_a_training_step(backend):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+# How many elements a mask picks depends on data, which one graph cannot follow.
+@pytest.mark.parametrize("function", sorted({*FUNCTIONS} - {masks}, key=str), ids=lambda f: f.__name__)
 def test_calls_keep_their_meaning(function):
     wanted, wanted_dot = ik.jvp(function, (X,), (X_DOT,))
     y, y_dot = torch.compile(
