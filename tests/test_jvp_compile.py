@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_jvp import FUNCTIONS, X_DOT, Block, X
+from test_jvp import FUNCTIONS, X_DOT, Block, X, masks
 
 import imf_kernels as ik
 
