@@ -135,7 +135,7 @@ REFUSED = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("op", OPS, ids=lambda op: f"{op.name}.{op.variant_test_name}".rstrip("."))
 def test_right_or_refused(op):
-    found = outcomes(op, samples=2)
+    found = outcomes(op, samples=1)
     wrong = {name: result for name, result in found.items() if result.startswith("wrong")}
     assert not wrong
     refused = {name: result for name, result in found.items() if result.startswith("refused")}
