@@ -93,7 +93,7 @@ def test_what_a_transform_left_behind_is_no_kernels(transform):
     torch.func.jvp(loss, (x,), (x,)) if transform == "jvp" else torch.func.grad(loss)(x)
     torch.testing.assert_close(ik.silu(left[0]), torch.nn.functional.silu(x))
     with pytest.raises(
-        RuntimeError, match="cannot run: .* one that a transform of torch.func has left behind"
+        RuntimeError, match=r"cannot run: .* one that a transform of torch.func has left behind"
     ):
         ik.silu(left[0], backend="cpu")
 
