@@ -57,6 +57,8 @@ def without_memory(x: Tensor) -> str | None:
         return f"a tensor of layout {x.layout}"
     if torch.compiler.is_compiling():
         return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return "one that a transform of torch.func has left behind"
     if x.is_neg():
         return "a lazily negated tensor; call .resolve_neg()"
     # A fake tensor's address is not asked for: PyTorch warns, and will raise.

@@ -81,6 +81,23 @@ def test_tangents_of_the_reference_can_be_differentiated(mode):
     torch.testing.assert_close(gradient(lambda x: ik.silu(x, backend="reference")), wanted)
 
 
+@pytest.mark.parametrize("transform", ["jvp", "grad"])
+def test_what_a_transform_left_behind_is_no_kernels(transform):
+    left = []
+
+    def loss(x):
+        left.append(x)
+        return x.sum()
+
+    x = torch.randn(4)
+    torch.func.jvp(loss, (x,), (x,)) if transform == "jvp" else torch.func.grad(loss)(x)
+    torch.testing.assert_close(ik.silu(left[0]), torch.nn.functional.silu(x))
+    with pytest.raises(
+        RuntimeError, match=r"cannot run: .* one that a transform of torch.func has left behind"
+    ):
+        ik.silu(left[0], backend="cpu")
+
+
 @each_mode
 def test_between_modules_of_pytorch(mode):
     """A chain of PyTorch's layers and operations, and what has no tangent beside it, against float64."""
