@@ -6,6 +6,7 @@ from conftest import dtypes_of
 from torch.autograd import forward_ad
 
 import imf_kernels as ik
+from imf.model import IMFConfig, build
 from imf_kernels import Dual
 from imf_kernels.testing import errors
 from imf_kernels.testing.cases import FP32, OPERATIONS, SMALL
@@ -211,3 +212,27 @@ def test_forward_mode_and_compile_are_exact_or_loud(order, requires_grad):
         assert "jvp" in str(error) or "forward" in str(error), error
         return
     torch.testing.assert_close(got, wanted)
+
+
+@each_mode
+def test_the_whole_network(mode):
+    """u, its tangent and the gradients of u, as from Duals, which are given to the same kernels."""
+    torch.manual_seed(0)
+    model = build(IMFConfig(4, 2, 3, 32, 3, 2, 1, 8 / 3, 5))
+    with torch.no_grad():
+        for weight in model.parameters():  # scales and heads that are zero at the start
+            weight.add_(torch.randn_like(weight) * 0.1)
+    z, z_dot, y = torch.randn(3, 3, 4, 4), torch.randn(3, 3, 4, 4), torch.tensor([0, 3, 5])
+    h, omega, t_min, t_max = torch.rand(4, 3).add(0.5).unbind()
+
+    def u(z, h):
+        return (model(z, h, omega, t_min, t_max, y, heads="u"),)
+
+    (got,), (got_dot,) = forward_mode(mode, u, (z, h), (z_dot, torch.ones(3)))
+    (wanted,) = u(Dual(z, z_dot), Dual(h, torch.ones(3)))
+    assert torch.equal(got, wanted.primal) and torch.equal(got_dot.detach(), wanted.tangent.detach())
+    weights = [w for n, w in model.named_parameters() if not n.startswith("v_")]
+    for a, b in zip(
+        *(torch.autograd.grad(x.square().sum(), weights) for x in (got, wanted.primal)), strict=True
+    ):
+        assert torch.equal(a, b)
