@@ -146,14 +146,15 @@ void register_gelu(py::module_& m) {
       "gelu_forward",
       [](int type, pointer x, pointer x_dot, pointer y, pointer y_dot, index_t elements,
          index_t tangent_elements, bool by_tanh, int threads) {
-        IMF_CALL(gelu_forward, {DType(type), at(x), at(x_dot), at(y), at(y_dot), elements, tangent_elements,
-                                by_tanh, threads});
+        IMF_CALL(gelu_forward,
+                 {DType(type), at(x), at(x_dot), at(y), at(y_dot), elements, tangent_elements, threads},
+                 by_tanh);
       },
       unlocked());
   m.def(
       "gelu_backward",
       [](int type, pointer x, pointer dy, pointer dx, index_t elements, bool by_tanh, int threads) {
-        IMF_CALL(gelu_backward, {DType(type), at(x), at(dy), at(dx), elements, by_tanh, threads});
+        IMF_CALL(gelu_backward, {DType(type), at(x), at(dy), at(dx), elements, threads}, by_tanh);
       },
       unlocked());
 }

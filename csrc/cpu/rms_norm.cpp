@@ -54,30 +54,24 @@ void backward(const RmsNormBackward& a) {
   const float scale = 1.0f / static_cast<float>(a.width);
   const int team = team_size(a.threads, 2 * a.rows * a.width, a.rows);
 
-  on_each_thread(team, [&](int thread) {
-    const Range share = share_of(a.rows, thread, team);
-    Scratch scratch(sum_over_rows_scratch(a.width));
-    float* total = a.dweight + thread * a.width;
-    sum_over_rows(share, a.width, scratch, total, [&](index_t row, float* dweight) {
-      const X* xi = x + row * a.x_stride;
-      const Y* dyi = dy + row * a.dy_stride;
-      X* dxi = dx + row * a.width;
-      const Vec rstd(a.rstd[row]);
-      Vec dot(0.0f);
-      for_each_vec(a.width, [&](index_t j, int lanes) {
-        const Vec dyn = load_lanes(dyi + j, lanes) * (load_lanes(xi + j, lanes) * rstd);
-        store_lanes(dweight + j, load_lanes(dweight + j, lanes) + dyn, lanes);
-        dot = fma(dyn, load_lanes(a.weight + j, lanes), dot);
-      });
-      const Vec mean(reduce_add(dot) * scale);
-      for_each_vec(a.width, [&](index_t j, int lanes) {
-        const Vec g = load_lanes(dyi + j, lanes) * load_lanes(a.weight + j, lanes);
-        const Vec n = load_lanes(xi + j, lanes) * rstd;
-        store_lanes(dxi + j, rstd * (g - n * mean), lanes);
-      });
+  sum_over_groups(1, a.rows, a.width, team, a.dweight, [&](index_t row, float* dweight) {
+    const X* xi = x + row * a.x_stride;
+    const Y* dyi = dy + row * a.dy_stride;
+    X* dxi = dx + row * a.width;
+    const Vec rstd(a.rstd[row]);
+    Vec dot(0.0f);
+    for_each_vec(a.width, [&](index_t j, int lanes) {
+      const Vec dyn = load_lanes(dyi + j, lanes) * (load_lanes(xi + j, lanes) * rstd);
+      store_lanes(dweight + j, load_lanes(dweight + j, lanes) + dyn, lanes);
+      dot = fma(dyn, load_lanes(a.weight + j, lanes), dot);
+    });
+    const Vec mean(reduce_add(dot) * scale);
+    for_each_vec(a.width, [&](index_t j, int lanes) {
+      const Vec g = load_lanes(dyi + j, lanes) * load_lanes(a.weight + j, lanes);
+      const Vec n = load_lanes(xi + j, lanes) * rstd;
+      store_lanes(dxi + j, rstd * (g - n * mean), lanes);
     });
   });
-  add_up_rows(a.dweight, team, a.width);
 }
 
 }  // namespace
