@@ -18,11 +18,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import json
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,8 +29,8 @@ import plain_imf
 import pytest
 import torch
 import torch.nn.functional as F
+from observe import Beside, look
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from imf.convert import from_official
 from imf.model import IMFConfig, build
@@ -165,56 +163,6 @@ def finite_differences(
     return u, (at(1.0) - at(-1.0)) / (2 * step), v
 
 
-KINDS = {
-    "GEMM": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::", "mkl::"),
-    "attention": ("_Attention", "aten::_softmax", "aten::_flash", "aten::_scaled_dot"),
-    "rows": (
-        "_RMSNorm",
-        "_QKNormRope",
-        "_Swiglu",
-        "_GatedResidual",
-        "_Silu",
-        "_Sinusoidal",
-        "_PrependTokens",
-    ),
-}
-
-
-def look(step: Callable[[], float]) -> dict[str, Any]:
-    """Peak memory and time by kind of one step: bytes of tensors above those there before, resident bytes."""
-    status = Path("/proc/self/status")
-    resident = None
-    if status.exists():
-        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            libc.malloc_trim(0)  # what earlier calls freed does not count as there before
-        before = _status(status, "VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
-        step()
-        resident = _status(status, "VmHWM") - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        step()
-    held = peak = 0
-    results = record.profiler.kineto_results.events()
-    for event in sorted((e for e in results if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    times = dict.fromkeys((*KINDS, "the rest"), 0.0)
-    for entry in record.key_averages():
-        kind = next((k for k, names in KINDS.items() if entry.key.startswith(names)), "the rest")
-        times[kind] += entry.self_cpu_time_total
-    total = sum(times.values())
-    return {
-        "peak tensor bytes": peak,
-        "peak resident bytes": resident,
-        "share of time": {kind: value / total for kind, value in times.items()},
-    }
-
-
-def _status(path: Path, name: str) -> int:
-    line = next(line for line in path.read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
     every = config.getoption("--every-case")
@@ -283,15 +231,3 @@ def test_step(benchmark: Any, request: Any, size: str, precision: str, form: str
         benchmark.pedantic(step, setup=beside, rounds=5, warmup_rounds=1, iterations=1)
         if beside:
             benchmark.extra_info["ours beside"] = beside.seconds[-5:]
-
-
-class Beside:
-    """Called before each round: runs a step and keeps its time."""
-
-    def __init__(self, step: Callable[[], float]) -> None:
-        self.step, self.seconds = step, list[float]()
-
-    def __call__(self) -> None:
-        start = time.perf_counter()
-        self.step()
-        self.seconds.append(time.perf_counter() - start)
