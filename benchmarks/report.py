@@ -107,7 +107,8 @@ def networks(records: Sequence[Record]) -> str:
     others = [form for form in dict.fromkeys(f for forms in groups.values() for f in forms) if form != "ours"]
     rows = []
     for (network, dtype), forms in groups.items():
-        ours = forms["ours"]
+        if (ours := forms.get("ours")) is None:
+            continue
         row = [f"{network}, {dtype}", milliseconds(ours["seconds"]), mebibytes(ours["peak tensor bytes"])]
         for form in others:
             r = forms.get(form)
