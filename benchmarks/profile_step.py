@@ -1,8 +1,8 @@
 """Where the time of a training step goes, beside the least that it can take on this machine.
 
-The bound: matrix products and attention at the rate of the machine's fastest matrix product, row operations at
-the speed of a copy, nothing else, and no two of them at once. Counted is what the exact step needs: v_c on the
-rows with r < t and v_u on the guided ones, the primal pass, tangents of the rows with r < t, the backward.
+The bound: matrix products and attention at the rate of the machine's fastest matrix product, row operations
+at the speed of a copy, nothing else, and no two of them at once. Counted is what the exact step needs: v_c on
+the rows with r < t and v_u on the guided ones, the primal pass, tangents where r < t, the backward.
 
     python benchmarks/profile_step.py --size slice --precision bf16            a size of bench_step.py
     python benchmarks/profile_step.py --preset iMF-B/2 --batch 128             on a GPU where there is one
@@ -11,21 +11,23 @@ rows with r < t and v_u on the guided ones, the primal pass, tangents of the row
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from sizes import SIZES
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from imf.model import IMFConfig, build
 from imf.objective import Draws, improved_mean_flow
+from imf_kernels.testing.timer import side_by_side
 
 # What a profile calls the work of a kind: on a CPU operators, on a GPU kernels. The first that fits counts.
 NAMES = {
@@ -34,7 +36,10 @@ NAMES = {
         *("_RMSNorm", "_QKNormRope", "_Swiglu", "_GatedResidual", "_Silu", "_Sinusoidal", "_PrependTokens"),
         *("rms_norm", "qk_norm_rope", "swiglu", "gated_residual", "silu", "sinusoidal", "prepend_tokens"),
     ),
-    "products": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::", "mkl::", "gemm", "nvjet", "cutlass", "xmma"),
+    "products": (
+        *("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::", "mkl::"),
+        *("gemm", "nvjet", "cutlass", "xmma"),
+    ),
     "copies and additions": ("aten::copy_", "aten::add", "aten::sum", "Memcpy", "elementwise", "reduce"),
 }
 
@@ -48,9 +53,7 @@ class Work:
     rows: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(
-            self.products + other.products, self.attention + other.attention, self.rows + other.rows
-        )
+        return Work(self.products + other.products, self.attention + other.attention, self.rows + other.rows)
 
     def __mul__(self, factor: float) -> Work:
         return Work(self.products * factor, self.attention * factor, self.rows * factor)
@@ -59,9 +62,8 @@ class Work:
 def block_work(config: IMFConfig, size: int, *, tangent: bool = False, backward: bool = False) -> Work:
     """One block and one sample; size: bytes of an operand. The residual stream is fp32.
 
-    A tangent's pass has the primal's products, four products of L x L in attention in the place of two, and
-    reads of the primal what the primal's pass has read already. A backward has twice the products, and five of
-    attention's.
+    A tangent's pass has the primal's products, and four products of L x L in attention in the place of two;
+    what it reads of the primal the primal's pass has read. A backward has twice the products, five of L x L.
     """
     tokens, d, hidden = config.tokens, config.hidden_size, config.mlp_width
     products = 2 * tokens * (4 * d * d + 3 * d * hidden)
@@ -117,22 +119,10 @@ def step_of(
     return step, work
 
 
-def seconds_of(call: Callable[[], Any], device: torch.device, rounds: int = 7) -> float:
-    """Median of `rounds` calls."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    call()
-    times = []
-    for _ in range(rounds):
-        wait()
-        start = time.perf_counter()
-        call()
-        wait()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+    """Of a call, on the device."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    return side_by_side({"call": call}, rounds=7, seconds=0.0, synchronize=synchronize)["call"].median
 
 
 def rates(device: torch.device, precision: str) -> tuple[float, float]:
@@ -142,8 +132,7 @@ def rates(device: torch.device, precision: str) -> tuple[float, float]:
     best = 0.0
     for n in sizes:
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-        linear = torch.nn.functional.linear
-        best = max(best, 2 * n**3 / seconds_of(lambda a=a, b=b: linear(a, b), device))
+        best = max(best, 2 * n**3 / seconds_of(functools.partial(F.linear, a, b), device))
     source = torch.ones(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return best, 2 * source.numel() / seconds_of(lambda: target.copy_(source), device)
@@ -170,9 +159,14 @@ def measure(config: IMFConfig, batch: int, precision: str, device: torch.device)
     step, work = step_of(config, batch, precision, device)
     seconds = seconds_of(step, device)
     flops, bandwidth = rates(device, precision)
-    bounds = {"products": work.products / flops, "attention": work.attention / flops, "rows": work.rows / bandwidth}
+    bounds = {
+        "products": work.products / flops,
+        "attention": work.attention / flops,
+        "rows": work.rows / bandwidth,
+    }
     parts = {kind: share * seconds for kind, share in shares(step, device).items()}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability()
     return {
         "device": name,
         "torch": torch.__version__,
@@ -201,8 +195,6 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    from bench_step import SIZES
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
