@@ -348,6 +348,8 @@ def main(argv: list[str] | None = None) -> int:
 def _load_data(config: TrainConfig, device: torch.device) -> data.LabelledImages:
     """The data set on the device; TrainingError if the network was made for another shape."""
     images, network = data.load(config.data), config.network
+    if not isinstance(images, data.LabelledImages):
+        raise TrainingError(f"--data must be images that fit into memory, got {config.data}")
     wanted = (images.images.shape[1], images.images.shape[2], images.num_classes)
     got = (network.in_channels, network.input_size, network.num_classes)
     if got != wanted:
