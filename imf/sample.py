@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from imf import checkpoint
 from imf.config import check_guidance
-from imf.model import IMF
+from imf.model import IMF, IMFConfig, config_of, velocities
 
 
 @torch.no_grad()
@@ -46,13 +46,26 @@ def sample(
             f"sample: noise must be [B, C, H, W] and y [B], got {list(noise.shape)} and {list(y.shape)}"
         )
     check_guidance(omega, t_min, t_max)
+    _check_inputs(config_of(model), omega, t_min, t_max)
     rows = noise.new_ones(len(noise), dtype=torch.float32)
     times = torch.linspace(1, 0, steps + 1).tolist()
     z = noise.float()
     for t, r in pairwise(times):
-        u = model(z, rows * (t - r), rows * omega, rows * t_min, rows * t_max, y, heads="u")
+        guidance = rows * omega, rows * t_min, rows * t_max
+        u = velocities(model, z, rows * t, rows * (t - r), *guidance, y)
         z = z - (t - r) * u
     return z
+
+
+def _check_inputs(config: IMFConfig, omega: float, t_min: float, t_max: float) -> None:
+    """ValueError for guidance that is no input of the network: it would have no effect."""
+    if not config.omega_input and omega != 1:
+        raise ValueError(f"sample: omega must be 1, it is no input of this network, got {omega:g}")
+    if not config.interval_input and (t_min, t_max) != (0, 1):
+        raise ValueError(
+            "sample: t_min and t_max must be 0 and 1, the guidance interval is no input of this network, "
+            f"got {t_min:g} and {t_max:g}"
+        )
 
 
 def class_grid(
@@ -141,9 +154,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         path = checkpoint.find(arguments.checkpoint)
         network, metadata = checkpoint.load_network(path, arguments.weights)
-        config = metadata.config
-        omega = config.omega if arguments.omega is None else arguments.omega
-        t_min, t_max = arguments.interval or (config.t_min, config.t_max)
+        omega, *interval = metadata.config.sampling
+        omega = omega if arguments.omega is None else arguments.omega
+        t_min, t_max = arguments.interval or interval
         picture = class_grid(
             network,
             columns=arguments.columns,
