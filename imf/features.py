@@ -1,9 +1,9 @@
 """Feature extractors: what turns an image into the numbers that FID and IS are computed from.
 
 No file is unpickled by Python. `.pt` and `.ts` are TorchScript: PyTorch's own interpreter runs the program in
-them, so take one from a source that you trust. `.safetensors` and `.pth` (read with `weights_only`) are weights
-of torch-fidelity's Inception-v3, the one of the published figures. torch.export's `.pt2` is unpickled when it
-is read, and therefore refused.
+them, so take one from a source that you trust. `.safetensors` and `.pth` (read with `weights_only`) are
+weights of torch-fidelity's Inception-v3, the one of the published figures. torch.export's `.pt2` is unpickled
+when it is read, and therefore refused.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class TorchScript:
 
 
 class Inception:
-    """torch-fidelity's Inception-v3: 2,048 features and the logits without bias, as in the published figures."""
+    """torch-fidelity's Inception-v3: 2,048 features, and logits without bias, as in the published figures."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
         try:

@@ -24,7 +24,7 @@ KEYS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
 
 
 class StatisticsError(ValueError):
-    """A file of statistics that cannot be read, or does not fit; the message names the file and the reason."""
+    """A file of statistics that cannot be read; the message names the file and the reason."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,10 @@ class Moments:
     def update(self, features: Tensor) -> None:
         """Count in features [B, D]; ValueError if one is not finite or of another width."""
         if features.ndim != 2 or features.shape[1] != len(self.mean):
-            raise ValueError(f"features must be [B, {len(self.mean)}], got {list(features.shape)}")
+            raise ValueError(
+                f"features must be [B, {len(self.mean)}] like those before or of the reference, "
+                f"got {list(features.shape)}: of another extractor?"
+            )
         if not features.isfinite().all():
             raise ValueError("features must be finite; got inf or NaN: are the samples?")
         if len(features):
@@ -147,8 +150,8 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(
-            f"frechet_distance: statistics must be of one size, got {a.mean.size} and {b.mean.size} features: "
-            "of two extractors?"
+            f"frechet_distance: statistics must be of one size, got {a.mean.size} and {b.mean.size} features "
+            "(of two extractors?)"
         )
     # tr (A B)^(1/2) = tr (A^(1/2) B A^(1/2))^(1/2) = sum of the singular values of A^(1/2) B^(1/2): real and
     # at least 0 for singular matrices too, where a matrix square root of A B may fail or turn complex.

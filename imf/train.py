@@ -26,7 +26,6 @@ from imf.config import (
     to_dict,
     with_arguments,
 )
-from imf.evaluate import evaluate, table
 from imf.model import IMF, build
 from imf.objective import Draws, improved_mean_flow
 from imf.run import (
@@ -44,6 +43,7 @@ from imf.run import (
     write_json,
 )
 from imf.sample import class_grid
+from imf.scores import evaluate, table
 from imf_kernels import gemm
 
 

@@ -1,7 +1,7 @@
 """The autoencoder between images and latents: Stable Diffusion's, read by diffusers from a local folder.
 
-A latent as the networks see it is normalised per channel: (latent - MEAN) / STD, without the factor 0.18215 of
-Stable Diffusion itself. The constants belong to `sd-vae-ft-mse` at 256 x 256.
+A latent as the networks see it is normalised per channel: (latent - MEAN) / STD, without the factor 0.18215
+of Stable Diffusion itself. The constants belong to `sd-vae-ft-mse` at 256 x 256.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def load(path: Path, device: torch.device) -> Any:
         raise VAEError(f"{path}: an autoencoder needs diffusers: pip install 'imf-kernels[vae]'") from error
     if not (path / "config.json").is_file():
         raise VAEError(f"{path}: wanted the folder of an AutoencoderKL, there is no config.json in it")
+    options = {"local_files_only": True, "use_safetensors": True, "low_cpu_mem_usage": False}
     speaker = logging.getLogger("diffusers")
     level = speaker.level
     try:
@@ -43,12 +44,10 @@ def load(path: Path, device: torch.device) -> Any:
         name = AutoencoderKL.load_config(path).get("_class_name")
         if name != "AutoencoderKL":
             raise VAEError(f"{path}: wanted an AutoencoderKL, got a {name}")
-        vae, found = AutoencoderKL.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
-        )
+        vae, found = AutoencoderKL.from_pretrained(path, output_loading_info=True, **options)
+    except VAEError:
+        raise
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        if isinstance(error, VAEError):
-            raise
         raise VAEError(f"{path}: no AutoencoderKL can be read from it: {error}") from error
     finally:
         speaker.setLevel(level)
