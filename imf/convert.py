@@ -125,6 +125,11 @@ def from_flax(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
         KeyError, ValueError: as `from_official`.
         TypeError: a value that is no array of a floating-point type that PyTorch has.
     """
+    return _convert("from_flax", _torch_names(arrays))
+
+
+def _torch_names(arrays: Mapping[str, Any]) -> dict[str, tuple[str, Tensor]]:
+    """Official torch name, without the Flax layers -> the path as it was given, and PyTorch's value."""
     weights = {}
     for path, array in _flat(arrays):
         name = path.removeprefix("params/").removeprefix("net/")
@@ -139,7 +144,55 @@ def from_flax(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
             "/layers/", "/"
         )
         weights[name.replace("/", ".")] = (path, value.contiguous())
-    return _convert("from_flax", weights)
+    return weights
+
+
+# The official program of Mean Flows → `imf.dit.DiT`: modules, each with a weight and a bias.
+_MF_BLOCK = {
+    "attn.qkv": "qkv",
+    "attn.proj": "out",
+    "mlp.fc1": "up",
+    "mlp.fc2": "down",
+    "adaLN_modulation.1": "modulation.linear",
+}
+_MF_OUTSIDE = {
+    "x_embedder.proj": "x_embedder",
+    "t_embedder.mlp.0": "embedders.t.first",
+    "t_embedder.mlp.2": "embedders.t.last",
+    "h_embedder.mlp.0": "embedders.h.first",
+    "h_embedder.mlp.2": "embedders.h.last",
+    "y_embedder.embedding_table": "y_embedder",
+    "final_layer.linear": "u_final.linear",
+    "final_layer.adaLN_modulation.1": "u_final.modulation.linear",
+}
+
+
+def mean_flow_from_flax(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of the official JAX program of Mean Flows under the names of `imf.dit.DiT`.
+
+    Args:
+        arrays: as of `from_flax` ("net/blocks/layers_0/attn/qkv/_flax_linear/kernel" …). Gradients map
+            likewise.
+
+    Returns:
+        A state dict for the network of an MF preset, in the arrays' dtype.
+
+    Raises:
+        KeyError: a name that the official network does not have.
+        TypeError, ValueError: as `from_flax`.
+    """
+    result = {}
+    for name, (path, value) in _torch_names(arrays).items():
+        module, _, part = name.rpartition(".")
+        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
+        ours = _MF_BLOCK.get(block[2]) if block else _MF_OUTSIDE.get(module)
+        if ours is None or part not in ("weight", "bias"):
+            raise KeyError(f"mean_flow_from_flax: {path!r} is no weight of the official MF network")
+        ours = f"shared_blocks.{block[1]}.{ours}" if block else ours
+        result[f"{ours}.{part}"] = value.flatten(1) if name == "x_embedder.proj.weight" else value
+    if not result:
+        raise ValueError("mean_flow_from_flax: wanted the weights of an official MF network, got none")
+    return result
 
 
 def _flat(tree: Mapping[str, Any], root: str = "") -> Iterator[tuple[str, Any]]:
