@@ -9,14 +9,13 @@ when it is read, and therefore refused.
 from __future__ import annotations
 
 import io
-import pickle
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from imf.official import read_torch
 
 FORMS = "pixels, a TorchScript file (.pt, .ts), or weights of torch-fidelity's Inception (.pth, .safetensors)"
 
@@ -96,17 +95,14 @@ class Inception:
             ) from error
         self.path, self.device = path, device
         try:
-            if path.suffix == ".safetensors":
-                state = load_file(path)
-            else:
-                state = torch.load(path, map_location="cpu", weights_only=True)
+            state = read_torch(path)
             file = io.BytesIO()  # torch-fidelity unpickles what it is given: so it gets what was just checked
-            torch.save({str(name): value for name, value in state.items()}, file)
+            torch.save(state, file)
             file.seek(0)
             module: nn.Module = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=file
             )
-        except (OSError, SafetensorError, RuntimeError, AttributeError, pickle.UnpicklingError) as error:
+        except RuntimeError as error:
             raise ExtractorError(f"{path}: no weights of torch-fidelity's Inception: {error}") from error
         self.module = module.to(device)
 
