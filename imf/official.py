@@ -1,9 +1,8 @@
 """Checkpoint files of the official programs, read as arrays by name; nothing in them is unpickled by Python.
 
 The PyTorch program's `.pth` is read with `weights_only`. The JAX programs' folders are Flax's: either Orbax
-writes them (arrays in a folder `checkpoint_<step>`) or Flax itself (msgpack in a file of that name). Both hold
-a training state: `params`, `ema_params`, `step`, and AdamW's moments, which are not read where Orbax can leave
-them out.
+writes them (arrays in a folder `checkpoint_<step>`) or Flax itself (msgpack in a file of that name). Both
+hold a training state: `params`, `ema_params`, `step`, and AdamW's moments, which Orbax need not read.
 """
 
 from __future__ import annotations
@@ -99,7 +98,7 @@ def _read_jax(source: Path) -> Official:
 
 
 def _newest(source: Path) -> Path:
-    """The checkpoint in a folder: itself, the `checkpoint_<step>` of the highest step, or the one deeper down."""
+    """The checkpoint in a folder: itself, `checkpoint_<step>` of the highest step, or the one deeper down."""
     if source.is_file() or any((source / name).exists() for name in _ORBAX_FILES):
         return source
     inside = [path for path in source.iterdir() if not path.name.startswith(".")]
@@ -126,6 +125,9 @@ def _read_orbax(path: Path) -> Mapping[str, Any]:
     path = path.absolute()
     try:
         with ocp.PyTreeCheckpointer() as reader:
+            if (path / "checkpoint").is_file():  # its old form: one file holds all arrays
+                whole: Mapping[str, Any] = reader.restore(path)
+                return whole
             tree = reader.metadata(path).item_metadata.tree
             wanted = {name: tree[name] for name in ("params", "ema_params", "step") if name in tree}
             restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)

@@ -1,4 +1,4 @@
-"""Scores of samples of the digits, too small for FID: Fréchet distance of pixels, accuracy of a classifier."""
+"""Scores of samples of the digits, too small for FID: Fréchet distance of pixels, a classifier's accuracy."""
 
 from __future__ import annotations
 
