@@ -1,4 +1,4 @@
-"""Several processes that train one network: who takes part, and what they agree on.
+"""The processes of a run or an evaluation: which part is whose, what they agree on, how results come together.
 
 `torchrun` starts the processes and tells each its number by environment variables. What the hosts have to agree
 on (a signal, an error, a text) goes over gloo, from host to host, and waits for no GPU.
@@ -7,10 +7,10 @@ on (a signal, an error, a text) goes over gloo, from host to host, and waits for
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from imf.checkpoint import CheckpointError
-from imf.run import TrainingError
+from imf.run import TrainingError, choose_device
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _KINDS: tuple[type[Exception], ...] = (OSError, CheckpointError, TrainingError, Exception)
@@ -27,31 +27,39 @@ _TEXT = 2000  # bytes of an error's text that reach the other processes
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run, seen from one of them; one process alone needs nothing of torch.distributed.
+    """One of `count` processes, number `rank`, with its device; a process alone needs no torch.distributed.
 
-    rank: its number, from 0; the first one writes all files.  count: how many there are.
-    local_rank: its number on its machine, which is that of its GPU.  grouped: whether torchrun started it.
+    The first one, of rank 0, writes all files.  grouped: whether torchrun started them.
     """
 
     rank: int = 0
     count: int = 1
-    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
     grouped: bool = False
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
-    def share(self, value: Any) -> Any:
-        """The first process's value, of JSON's types, in every process."""
+    def slice(self, size: int) -> range:
+        """This one's part of `size` things: in the order of the ranks, without gaps, as equal as can be."""
+        return range(self.rank * size // self.count, (self.rank + 1) * size // self.count)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes on the first, an empty list on the others."""
+        if not self.grouped:
+            return [value]
+        values = [None] * self.count if self.first else None
+        dist.gather_object(value, values)
+        return values or []
+
+    def from_first(self, value: Any) -> Any:
+        """The first process's value, on all."""
         if not self.grouped:
             return value
-        text = torch.tensor(list(json.dumps(value if self.first else None).encode()), dtype=torch.uint8)
-        size = torch.tensor([len(text)])
-        dist.broadcast(size, 0)
-        text = text if self.first else torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(text, 0)
-        return json.loads(bytes(text.tolist()))
+        values = [value]
+        dist.broadcast_object_list(values, device=torch.device("cpu"))
+        return values[0]
 
     def largest(self, value: int) -> int:
         """The largest of the processes' values, in each."""
@@ -99,44 +107,63 @@ class Processes:
 
 
 @contextlib.contextmanager
-def processes(device: str, environment: Mapping[str, str] | None = None) -> Iterator[Processes]:
-    """The processes that torchrun started, connected while the context lasts; elsewhere this process alone.
+def joined(device: str, timeout: timedelta = timedelta(days=7)) -> Iterator[Processes]:
+    """Within it the processes that `torchrun` started know each other; alone without it.
 
-    device: that of --device; "auto" and "cuda" give each process the GPU of its number on its machine.
+    device: as `imf.run.choose_device` takes it; "cuda" and "auto" mean one GPU a process.
+    timeout: how long a process waits for another that lives; that one has died is seen at once.
     Raises: TrainingError if only some of torchrun's variables are set, or GPUs are too few.
     """
-    variables = os.environ if environment is None else environment
-    # MASTER_ADDR and MASTER_PORT alone, which clusters set for every job, ask for nothing.
-    if not any(name in variables for name in VARIABLES[:3]):
-        yield Processes()
+    place = _place()
+    chosen = choose_device(device)
+    if place is None:
+        yield Processes(device=chosen)
         return
-    missing = [name for name in VARIABLES if name not in variables]
+    rank, count, local_rank = place
+    if chosen.type == "cuda":
+        chosen = _own_gpu(chosen, local_rank, count)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
+    who = Processes(rank, count, chosen, grouped=True)
+    yield who
+    # Not after an exception, which waiting for processes that have left would hide.
+    who.largest(0)
+    dist.destroy_process_group()
+
+
+def _place() -> tuple[int, int, int] | None:
+    """Rank, number of processes and rank on this machine, as torchrun says; None where it says nothing."""
+    # MASTER_ADDR and MASTER_PORT alone, which clusters set for every job, ask for nothing.
+    if not any(name in os.environ for name in VARIABLES[:3]):
+        return None
+    found = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    shown = ", ".join(f"{name}={value}" for name, value in found.items())
+    missing = [name for name in VARIABLES if name not in found]
     if missing:
-        found = ", ".join(f"{name}={variables[name]}" for name in VARIABLES if name in variables)
         raise TrainingError(
-            f"the environment has {found} but not {', '.join(missing)}: start with torchrun, which sets all of "
-            f"them, or unset what is there to train in one process"
+            f"the environment has {shown} but not {', '.join(missing)}: start with torchrun, which sets all of "
+            f"them, or unset these for one process alone"
         )
-    numbers = [variables[name] for name in VARIABLES[:3]]
+    numbers = [found[name] for name in VARIABLES[:3]]
     if not all(number.isdecimal() for number in numbers) or not int(numbers[0]) < int(numbers[1]):
         raise TrainingError(
-            f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers with RANK < WORLD_SIZE, got {', '.join(numbers)}"
+            f"the environment must have numbers as RANK, WORLD_SIZE and LOCAL_RANK, RANK below WORLD_SIZE; "
+            f"got {shown}"
         )
     rank, count, local_rank = map(int, numbers)
-    on_gpu = device != "cpu" and torch.cuda.is_available()
-    if on_gpu:
-        if count > 1 and ":" in device:
-            raise TrainingError(
-                f"--device must be cuda with several processes, each of which takes a GPU, got {device}"
-            )
-        if local_rank >= torch.cuda.device_count():
-            raise TrainingError(
-                f"process {local_rank} of this machine has no GPU, PyTorch sees {torch.cuda.device_count()}: "
-                f"start torchrun with --nproc-per-node {torch.cuda.device_count()}"
-            )
-        torch.cuda.set_device(local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
-    yield Processes(rank, count, local_rank, grouped=True)
-    # Not after an exception: the others may be gone, and waiting for them would hide it.
-    dist.barrier(group=None) if not on_gpu else dist.all_reduce(torch.zeros(1))
-    dist.destroy_process_group()
+    return rank, count, local_rank
+
+
+def _own_gpu(device: torch.device, local_rank: int, count: int) -> torch.device:
+    if device.index is not None and count > 1:
+        raise TrainingError(
+            f"--device must be cuda with {count} processes, which take a GPU each, got {device}"
+        )
+    found = torch.cuda.device_count()
+    if local_rank >= found:
+        raise TrainingError(
+            f"process {local_rank} of this machine has no GPU of its own: PyTorch sees {found}; "
+            f"start torchrun with --nproc-per-node {found}, or with --device cpu"
+        )
+    own = torch.device("cuda", local_rank if device.index is None else device.index)
+    torch.cuda.set_device(own)
+    return own

@@ -27,7 +27,6 @@ from imf.config import (
     with_arguments,
 )
 from imf.draws import Draws
-from imf.evaluate import evaluate, table
 from imf.methods import objective
 from imf.model import IMF, build
 from imf.presets import PRESETS, preset_of
@@ -46,6 +45,7 @@ from imf.run import (
     write_json,
 )
 from imf.sample import class_grid
+from imf.scores import evaluate, table
 from imf_kernels import gemm
 
 

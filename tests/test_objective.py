@@ -7,8 +7,8 @@ import plain_imf
 import pytest
 import torch
 
-from imf.convert import from_official
 from imf.model import IMFConfig, build
+from imf.names import from_official
 from imf.objective import Draws, improved_mean_flow, improved_mean_flow_plain
 
 CONFIG = IMFConfig(
