@@ -16,7 +16,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -79,23 +79,17 @@ def save(
 
     Raises: CheckpointError, naming the bytes needed and free, if the file cannot be written (a full disk).
     """
-    tensors = _tensors(model, ema, optimizer)
-    values = {**vars(metadata), "config": to_dict(metadata.config), "format": FORMAT}
-    temporary = path.with_name(f".{path.name}.tmp")  # same folder, so the rename stays inside one file system
-    try:
-        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(values)})
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        needed = sum(tensor.nbytes for tensor in tensors.values())
-        raise CheckpointError(
-            f"{path}: could not write the checkpoint of step {metadata.step}: {error}; "
-            f"it needs {needed:,} bytes, {_free_bytes(path.parent)} are free"
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    _write(path, _tensors(model, ema, optimizer), metadata)
+
+
+def save_network(path: Path, networks: Mapping[str, Mapping[str, Tensor]], metadata: Metadata) -> None:
+    """Write weights without a run to `path`: `load_network` reads them, a run cannot go on from them.
+
+    networks: state dicts under "ema" and "model", or one of the two. Weights for sampling lack `v_blocks`.
+    Raises: CheckpointError as `save` does.
+    """
+    tensors = {f"{kind}.{name}": x for kind, state in networks.items() for name, x in state.items()}
+    _write(path, {name: x.detach().contiguous() for name, x in tensors.items()}, metadata)
 
 
 def load(path: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> Metadata:
@@ -120,10 +114,16 @@ def load(path: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim
 def load_network(path: Path, weights: Literal["ema", "model"] = "ema") -> tuple[IMF, Metadata]:
     """The network of a checkpoint, built from its own configuration, with its averaged or its latest weights.
 
+    Weights for sampling make a network without a v-head, which says so when the v-head is asked for.
     Raises: CheckpointError as `load` does.
     """
     metadata, tensors = _read(path, prefix=f"{weights}.")
+    if not tensors:
+        raise CheckpointError(f"{path}: there are no {weights!r} weights in it")
     network = build(metadata.config.network)
+    sampling = not any(name.startswith(f"{weights}.v_blocks.") for name in tensors)
+    if sampling and len(getattr(network, "v_blocks", ())):
+        network.v_blocks = _NoVHead()
     _check_same(path, tensors, {f"{weights}.{name}": x for name, x in network.state_dict().items()})
     network.load_state_dict(_select(tensors, f"{weights}."))
     network.compute_dtype = DTYPES[metadata.precision]
@@ -172,6 +172,33 @@ def remove_temporaries(run: Path) -> None:
     """Delete what a killed process left half-written; only for a run that no other process is writing."""
     for path in (run / "checkpoints").glob(".*"):  # safetensors has hidden temporary names of its own
         path.unlink()
+
+
+class _NoVHead(nn.ModuleList):
+    """In the place of the v-head's blocks where there are none."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        raise CheckpointError("the v-head was asked of a network whose weights are for sampling, without it")
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
+    """Write a file whole or not at all; CheckpointError if it cannot be written."""
+    values = {**vars(metadata), "config": to_dict(metadata.config), "format": FORMAT}
+    temporary = path.with_name(f".{path.name}.tmp")  # same folder, so the rename stays inside one file system
+    try:
+        save_file(dict(tensors), temporary, metadata={METADATA_KEY: json.dumps(values)})
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        needed = sum(tensor.nbytes for tensor in tensors.values())
+        raise CheckpointError(
+            f"{path}: could not write the checkpoint of step {metadata.step}: {error}; "
+            f"it needs {needed:,} bytes, {_free_bytes(path.parent)} are free"
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _tensors(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

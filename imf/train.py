@@ -26,9 +26,10 @@ from imf.config import (
     to_dict,
     with_arguments,
 )
-from imf.evaluate import evaluate, table
+from imf.draws import Draws
+from imf.methods import objective
 from imf.model import IMF, build
-from imf.objective import Draws, improved_mean_flow
+from imf.presets import PRESETS, preset_of
 from imf.run import (
     Log,
     Readback,
@@ -44,6 +45,7 @@ from imf.run import (
     write_json,
 )
 from imf.sample import class_grid
+from imf.scores import evaluate, table
 from imf_kernels import gemm
 
 
@@ -99,12 +101,13 @@ def initial_state(config: TrainConfig, precision: str, device: torch.device) -> 
 def training_step(state: State, images: data.LabelledImages, config: TrainConfig) -> Tensor:
     """One update of `state` in place; returns what `imf.run.TERMS` names, [4] fp32 on the device."""
     terms = torch.zeros(3, device=state.found_inf.device)
+    loss_of = objective(config.method, config.fixed_guidance)
     for micro_step in range(state.step * config.accumulate, (state.step + 1) * config.accumulate):
         rows = data.batch_indices(len(images), config.micro_batch_size, seed=config.seed, step=micro_step)
         x, y = images.images[rows], images.labels[rows]
 
         draws = Draws.sample(x, seed=config.seed, step=micro_step, **config.draws)
-        out = improved_mean_flow(state.model, x, y, draws)
+        out = loss_of(state.model, x, y, draws)
         (out.loss / config.accumulate).backward()
 
         terms += torch.stack([out.loss.detach(), out.loss_u, out.loss_v]) / config.accumulate
@@ -198,8 +201,10 @@ def save(run: Run) -> None:
 
 def draw(run: Run, path: Path, steps: int = 1) -> None:
     """Write a grid of samples of the averaged network, a row per class, always from the same noise."""
-    c = run.config
-    picture = class_grid(run.state.ema, steps=steps, omega=c.omega, t_min=c.t_min, t_max=c.t_max, seed=c.seed)
+    omega, t_min, t_max = run.config.sampling
+    picture = class_grid(
+        run.state.ema, steps=steps, omega=omega, t_min=t_min, t_max=t_max, seed=run.config.seed
+    )
     with naming(path):
         picture.save(path)
 
@@ -207,7 +212,8 @@ def draw(run: Run, path: Path, steps: int = 1) -> None:
 def finish(run: Run) -> None:
     """Score the averaged network in 1, 2 and 4 steps, draw samples, write results.json, print the table."""
     config, count = run.config, 180 * run.data.num_classes
-    guidance = {"omega": config.omega, "t_min": config.t_min, "t_max": config.t_max}
+    omega, t_min, t_max = config.sampling
+    guidance = {"omega": omega, "t_min": t_min, "t_max": t_max}
     scores = evaluate(run.state.ema, run.data, steps=(1, 2, 4), count=count, seed=config.seed, **guidance)
     pictures = [run.folder / "samples" / f"final-{score.steps}-step.png" for score in scores]
     for score, path in zip(scores, pictures, strict=True):
@@ -226,7 +232,7 @@ def finish(run: Run) -> None:
         f"\n{table(scores)}\n\n"
         f"{count:,} class-balanced samples of the averaged network (seed {config.seed}) against "
         f"{len(run.data):,} images, pixels in [-1, 1];\n"
-        f"omega {config.omega:g}, interval [{config.t_min:g}, {config.t_max:g}]. The run is in {run.folder}\n"
+        f"omega {omega:g}, interval [{t_min:g}, {t_max:g}]. The run is in {run.folder}\n"
         f"Pictures: {', '.join(map(str, pictures))}"
     )
 
@@ -315,17 +321,26 @@ def main(argv: list[str] | None = None) -> int:
         metavar="PATH",
         help="go on exactly, from a run's folder or its newest checkpoint (no PATH: the newest run)",
     )
-    add_arguments(parser)
+    parser.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        default=argparse.SUPPRESS,
+        help="settings to start from; the defaults below are of the one that is given (default: digits)",
+    )
+    preset = preset_of(sys.argv[1:] if argv is None else argv)
+    add_arguments(parser, preset)
     arguments = parser.parse_args(argv)
     run = None
     try:
         if arguments.resume is None:
             try:
-                config = with_arguments(TrainConfig(), arguments)
+                config = with_arguments(preset, arguments)
             except ValueError as error:
                 parser.error(str(error))
             run = begin(config)
         else:
+            if "preset" in arguments:
+                parser.error("--preset is for new runs; a resumed one goes on with its own settings")
             runs = Path(getattr(arguments, "runs", TrainConfig().runs))
             run = resume(Path(arguments.resume) if arguments.resume else newest(runs), arguments)
         received = fit(run)

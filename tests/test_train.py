@@ -60,9 +60,12 @@ def test_two_micro_batches_give_the_average_of_their_gradients():
 
 def test_each_micro_batch_has_its_own_draws(monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        train, "improved_mean_flow", lambda m, x, y, d: (seen.append(d.t), improved_mean_flow(m, x, y, d))[1]
-    )
+
+    def loss_of(model, x, y, draws):
+        seen.append(draws.t)
+        return improved_mean_flow(model, x, y, draws)
+
+    monkeypatch.setattr(train, "objective", lambda *settings: loss_of)
     state, images, c = state_and_data(accumulate=2)
     for _ in range(2):
         train.training_step(state, images, c)
