@@ -16,26 +16,19 @@ from torch import Tensor
 from imf.checkpoint import CheckpointError, Metadata, environment, find, load_network, save_network
 from imf.config import TrainConfig
 from imf.layers import IMFConfig
-from imf.model import PRESETS, build
+from imf.model import build
 from imf.names import (
-    config_of,
     from_flax,
     from_official,
     mean_flow_from_flax,
     plain_names,
+    shape_of,
     to_official,
     torch_names,
 )
 from imf.official import ConversionError, read
+from imf.presets import PRESETS
 from imf.run import naming
-
-# ω and interval of the best published figures, in one step.
-GUIDANCE = {
-    "iMF-B/2": (8.0, 0.4, 0.65),
-    "iMF-M/2": (10.5, 0.4, 0.6),
-    "iMF-L/2": (10.5, 0.4, 0.6),
-    "iMF-XL/2": (8.0, 0.42, 0.62),
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,38 +70,45 @@ def _import(a: argparse.Namespace) -> str:
         there = ", ".join(official.sets)
         raise ConversionError(f"--weights: there are {there} in {a.source}, got {a.weights}")
     states: dict[str, dict[str, Tensor]] = {}
-    configs: list[IMFConfig] = []
+    shapes: list[IMFConfig] = []
     for kind in [a.weights] if a.weights else official.sets:
         weights = official.sets[kind]
         named = torch_names(weights) if official.flax else plain_names(weights)
         values = {name: x for name, (_, x) in named.items()}
-        config = config_of(values, input_size=a.input_size, num_heads=a.num_heads)
+        shape = shape_of(values, input_size=a.input_size, num_heads=a.num_heads)
         function = from_flax if official.flax else from_official
-        if config.block == "plain":
+        if shape.block == "plain":
             function = mean_flow_from_flax
         states[kind] = {name: x.float() for name, x in function(weights).items()}
-        configs.append(config)
-    if len(set(configs)) > 1:
-        raise ConversionError(f"{a.source}: its sets of weights are of two networks: {configs}")
-    config = configs[0]
-    _check_whole(a.source, config, states)
-    preset = next((name for name, shape in PRESETS.items() if shape == config), None)
-    omega, t_min, t_max = GUIDANCE.get(preset or "", (1.0, 0.0, 1.0))
+        shapes.append(shape)
+    if len(set(shapes)) > 1:
+        raise ConversionError(f"{a.source}: its sets of weights are of two networks: {shapes}")
+    _check_whole(a.source, shapes[0], states)
+    preset, config = _settings(shapes[0])
     metadata = Metadata(
         step=official.step,
         elapsed=0.0,
-        config=TrainConfig(network=config, omega=omega, t_min=t_min, t_max=t_max),
+        config=config,
         precision="fp32",
         gemm_choices={},
         environment=environment(torch.device("cpu")),
     )
     save_network(a.out, states, metadata)
-    v_head = all(_with_v_blocks(state) for state in states.values())
+    sampling = config.network.has_v_head and not all(map(_with_v_blocks, states.values()))
     count = sum(x.numel() for x in next(iter(states.values())).values())
     return (
-        f"{a.out}: {preset or config}, {count:,} weights ({' and '.join(states)}), step {official.step}"
-        f"{'' if v_head or not config.has_v_head else ', for sampling: without the v-head'}"
+        f"{a.out}: {preset or shapes[0]}, {count:,} weights ({' and '.join(states)}), step {official.step}"
+        f"{', for sampling: without the v-head' if sampling else ''}"
     )
+
+
+def _settings(network: IMFConfig) -> tuple[str, TrainConfig]:
+    """The preset of a network, and its settings; "" and plain ones, without guidance, where there is none."""
+    for name, preset in PRESETS.items():
+        if preset.network == network:
+            return name, preset
+    method = "mf" if network.block == "plain" else "imf"
+    return "", TrainConfig(method=method, network=network, omega=1.0, t_min=0.0, t_max=1.0)
 
 
 def _export(a: argparse.Namespace) -> str:

@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from imf import checkpoint, data, features, fid
 from imf import vae as autoencoder
-from imf.config import check_guidance
 from imf.features import Extractor
 from imf.fid import Statistics
 from imf.figures import Row, figures, measure, plot, read_results, table, write_results
@@ -39,6 +38,7 @@ from imf.generate import (
 from imf.model import IMF
 from imf.processes import Processes, joined
 from imf.run import TrainingError
+from imf.sample import check_inputs
 
 
 def reference_statistics(
@@ -149,18 +149,11 @@ def _what_is_judged(a: argparse.Namespace, cell: Settings | None) -> dict[str, A
 def _sampler(a: argparse.Namespace, device: torch.device) -> tuple[IMF, Any, list[Settings | None]]:
     """Network, autoencoder and the settings of the grid."""
     network, metadata = checkpoint.load_network(checkpoint.find(a.checkpoint), a.weights)
-    config = metadata.config
+    omega, t_min, t_max = metadata.config.sampling
     precision = a.precision or metadata.precision
     network.compute_dtype = checkpoint.DTYPES[precision]
     network.to(device).eval()
-    channels = network.config.in_channels
-    if channels not in (1, 3) and not a.vae:
-        raise ValueError(
-            f"--vae: the network makes latents of {channels} channels; pass the autoencoder's folder"
-        )
-    if channels in (1, 3) and a.vae:
-        raise ValueError(f"--vae: the network makes images of {channels} channels already")
-    vae = autoencoder.load(a.vae, device) if a.vae else None
+    vae = autoencoder.of_network(a.vae, network.config.in_channels, device)
     base = Settings(
         weights=fingerprint(network.state_dict()),
         vae=fingerprint(vae.state_dict()) if vae else "",
@@ -168,14 +161,14 @@ def _sampler(a: argparse.Namespace, device: torch.device) -> tuple[IMF, Any, lis
         count=a.count,
         seed=a.seed,
         steps=1,
-        omega=config.omega,
-        t_min=config.t_min,
-        t_max=config.t_max,
+        omega=omega,
+        t_min=t_min,
+        t_max=t_max,
     )
-    grid = product(a.steps, a.interval or [(config.t_min, config.t_max)], a.omega or [config.omega])
+    grid = product(a.steps, a.interval or [(t_min, t_max)], a.omega or [omega])
     cells = [replace(base, steps=n, omega=w, t_min=low, t_max=high) for n, (low, high), w in grid]
     for cell in cells:
-        check_guidance(cell.omega, cell.t_min, cell.t_max)
+        check_inputs(network.config, cell.omega, cell.t_min, cell.t_max)
     return network, vae, list(dict.fromkeys(cells))
 
 

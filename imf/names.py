@@ -243,7 +243,7 @@ def mean_flow_from_flax(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
     return result
 
 
-def config_of(
+def shape_of(
     weights: Mapping[str, Tensor], *, input_size: int = 32, num_heads: int | None = None
 ) -> IMFConfig:
     """The shape of the network that official weights are of.
@@ -263,11 +263,11 @@ def config_of(
         first = weights["blocks.0.mlp.fc1.weight" if mean_flow else "u_heads.0.mlp.w1.weight"]
         head_width = 0 if mean_flow else len(weights["u_heads.0.attn.q_norm.weight"])
     except (KeyError, ValueError) as error:
-        raise ValueError(f"config_of: no weights of an official iMF or MF network: {error}") from error
+        raise ValueError(f"shape_of: no weights of an official iMF or MF network: {error}") from error
     known = {preset.hidden_size: preset.num_heads for preset in PRESETS.values()}
     heads = width // head_width if head_width else num_heads or known.get(width)
     if heads is None:
-        raise ValueError(f"config_of: num_heads (--num-heads) of an MF network of width {width} is not known")
+        raise ValueError(f"shape_of: num_heads (--num-heads) of an MF network of width {width} is not known")
     depth = {group: len({n.split(".")[1] for n in weights if n.startswith(f"{group}.")}) for group in _DEPTHS}
     # 8 / 3 where it gives this width: as the presets have it, though 1 / 3 is no number of fp64.
     ratio = 8 / 3 if int(width * 8 / 3) == len(first) else len(first) / width

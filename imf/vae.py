@@ -64,6 +64,18 @@ def load(path: Path, device: torch.device) -> Any:
     return vae.float().to(device).eval().requires_grad_(False)
 
 
+def of_network(path: Path | None, channels: int, device: torch.device) -> Any:
+    """What decodes the samples of a network of so many channels: the autoencoder in `path`, None for images.
+
+    Raises: VAEError, naming --vae, if latents have no autoencoder or images have one; and as `load`.
+    """
+    latents = channels not in (1, 3)
+    if latents != (path is not None):
+        what = "latents: pass the autoencoder's folder" if latents else "images already: leave it out"
+        raise VAEError(f"--vae: the network makes {what} ({channels} channels)")
+    return load(path, device) if path else None
+
+
 def normalise(latents: Tensor) -> Tensor:
     """Latents [..., 4, H, W] of the autoencoder as the networks see them."""
     mean, std = _constants(latents)
