@@ -1,7 +1,7 @@
-"""The processes of a run or an evaluation: which part is whose, what they agree on, how results come together.
+"""The processes of a run or an evaluation: which part is whose, and what they agree on.
 
-`torchrun` starts the processes and tells each its number by environment variables. What the hosts have to agree
-on (a signal, an error, a text) goes over gloo, from host to host, and waits for no GPU.
+`torchrun` starts the processes and tells each its number by environment variables. What the hosts have to
+agree on (a signal, an error, a text) goes over gloo, from host to host, and waits for no GPU.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -21,8 +21,8 @@ from imf.checkpoint import CheckpointError
 from imf.run import TrainingError, choose_device
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_KINDS: tuple[type[Exception], ...] = (OSError, CheckpointError, TrainingError, Exception)
-_TEXT = 2000  # bytes of an error's text that reach the other processes
+# What ends a run with a message. Where processes have several, the last in this order is everyone's.
+ERRORS: tuple[type[Exception], ...] = (OSError, CheckpointError, TrainingError)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Processes:
 
     rank: int = 0
     count: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     grouped: bool = False
 
     @property
@@ -78,32 +78,37 @@ class Processes:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Within it an exception in one process is raised in all, of the same kind: none waits for one that
-        has left. Nothing inside may wait for other processes after a line that can fail in one alone."""
-        error = None
+        """Within it one of the `ERRORS` in one process is raised in all: none waits for one that left.
+
+        Other exceptions, and these outside of it, end the process alone, upon which torchrun ends the others.
+        Nothing inside may wait for another process after a line that can fail in one alone.
+        """
+        own: Exception | None = None
         try:
             yield
-        except _KINDS as own:
-            error = own
+        except ERRORS as caught:
+            own = caught
+        kind = next((1 + i for i, kind in enumerate(ERRORS) if isinstance(own, kind)), 0)
+        found = self.largest(kind * self.count + self.rank if kind else 0)
+        if not found:
+            return
+        kind, source = divmod(found, self.count)
+        text = self._from(source, str(own))
+        error = own if own is not None and self.rank == source else ERRORS[kind - 1](text)
+        error.agreed = True  # type: ignore[attr-defined]
+        raise error
+
+    def _from(self, source: int, text: str) -> str:
         if not self.grouped:
-            if error is not None:
-                raise error
-            return
-        kind = next((len(_KINDS) - i for i, k in enumerate(_KINDS) if isinstance(error, k)), 0)
-        worst = self.largest(kind * self.count + (self.count - 1 - self.rank) if kind else 0)
-        if not worst:
-            return
-        kind, place = divmod(worst, self.count)
-        source = self.count - 1 - place
-        text = torch.zeros(_TEXT, dtype=torch.uint8)
-        if self.rank == source:
-            encoded = str(error).encode()[:_TEXT]
-            text[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
-        dist.broadcast(text, source)
-        if self.rank == source and error is not None:
-            raise error
-        said = bytes(text.tolist()).rstrip(b"\0").decode(errors="replace")
-        raise _KINDS[len(_KINDS) - kind](said) from error
+            return text
+        values = [text]
+        dist.broadcast_object_list(values, source, device=torch.device("cpu"))
+        return values[0]
+
+
+def agreed(error: BaseException | None) -> bool:
+    """Whether all processes have this error, and so are at the same place."""
+    return getattr(error, "agreed", False)
 
 
 @contextlib.contextmanager
@@ -140,8 +145,8 @@ def _place() -> tuple[int, int, int] | None:
     missing = [name for name in VARIABLES if name not in found]
     if missing:
         raise TrainingError(
-            f"the environment has {shown} but not {', '.join(missing)}: start with torchrun, which sets all of "
-            f"them, or unset these for one process alone"
+            f"the environment has {shown} but not {', '.join(missing)}: start with torchrun, which sets "
+            f"all of them, or unset these for one process alone"
         )
     numbers = [found[name] for name in VARIABLES[:3]]
     if not all(number.isdecimal() for number in numbers) or not int(numbers[0]) < int(numbers[1]):

@@ -39,9 +39,9 @@ def prepare(
     """
     for block in blocks(model):
         if compile:
-            block.forward = torch.compile(block.forward, fullgraph=True)  # type: ignore[method-assign]
+            block.forward = torch.compile(block.forward, fullgraph=True)
         if checkpointing:
-            block.forward = functools.partial(ik.checkpoint, block.forward)  # type: ignore[method-assign]
+            block.forward = functools.partial(ik.checkpoint, block.forward)
     if sharding is None:
         return model
     if sharding == "ddp":
@@ -88,10 +88,14 @@ def _as_duals(x: Any) -> Any:
 
 @contextlib.contextmanager
 def synchronising(engine: nn.Module, last: bool) -> Iterator[None]:
-    """Forward and backward of a micro step: gradients cross the processes in the `last` one of a step only."""
+    """Forward and backward of a micro step: gradients cross the processes in the `last` of a step only."""
     if isinstance(engine, FSDPModule):
         engine.set_requires_gradient_sync(last)
-    with engine.no_sync() if isinstance(engine, DistributedDataParallel) and not last else contextlib.nullcontext():
+    with (
+        engine.no_sync()
+        if isinstance(engine, DistributedDataParallel) and not last
+        else contextlib.nullcontext()
+    ):
         yield
 
 
