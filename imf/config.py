@@ -246,8 +246,9 @@ def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]
     return {name: (a[name], b[name]) for name in a if a[name] != b[name]}
 
 
-def add_arguments(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
+def add_arguments(parser: argparse.ArgumentParser, defaults: TrainConfig | None = None) -> None:
     """One argument per field, absent from the result unless given; --help shows the defaults."""
+    defaults = defaults or TrainConfig()
     run = parser.add_argument_group("training")
     for option in fields(TrainConfig):
         if option.name != "network":

@@ -4,6 +4,7 @@ import fcntl
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,24 +119,33 @@ def test_killed_at_random_moments(tmp_path):
     source = tiny_data.images(tmp_path / "source", count=60)
     vae = tiny_data.autoencoder(tmp_path / "vae")
 
-    def command(out):
+    def start(out):
+        """The process, when it has read the source: importing takes most of its life."""
         options = f"--vae {vae} --size 32 --shard-size 3 --batch-size 2 --workers 1 --device cpu".split()
-        return [sys.executable, "-m", "imf.data.prepare", str(source), str(out), *options]
+        command = [sys.executable, "-u", "-m", "imf.data.prepare", str(source), str(out), *options]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert b"120 images in 2 classes" in process.stdout.readline()
+        return process
 
-    began = time.monotonic()
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
-    lifetime = time.monotonic() - began
-    rng, out, kills = random.Random(0), tmp_path / "out", 0
+    def finish(out):
+        process = start(out)
+        began = time.monotonic()
+        process.communicate()
+        assert process.returncode == 0
+        return tiny_data.content(out), time.monotonic() - began
+
+    whole, duration = finish(tmp_path / "whole")
+    rng, out, kills, reached = random.Random(0), tmp_path / "out", 0, set()
     while kills < 20:
-        process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (out / "prepare.json").exists():
-            time.sleep(0.01)  # importing takes most of its life: the moments that count come after
-        time.sleep(rng.uniform(0, lifetime / 15))
+        process = start(out)
+        time.sleep(rng.uniform(0, duration / 4))
         process.kill()
-        if process.wait() == 0:  # it had ended: from the start once more
-            assert tiny_data.content(out) == tiny_data.content(tmp_path / "whole")
-            subprocess.run(["rm", "-r", str(out)], check=True)
+        process.communicate()
+        if process.returncode == 0:  # it had ended: from the start once more
+            assert tiny_data.content(out) == whole
+            shutil.rmtree(out)
         else:
             kills += 1
-    subprocess.run(command(out), check=True, capture_output=True)
-    assert tiny_data.content(out) == tiny_data.content(tmp_path / "whole")
+            reached.add(len(list((out / "records").glob("0*.json"))))
+    assert len(reached) > 5  # kills at several shards, not all of them before the first
+    assert finish(out)[0] == whole
