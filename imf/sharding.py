@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,6 +47,8 @@ def prepare(
         return model
     if sharding == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # What `ik.checkpoint` gives are views; nothing here writes into one.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for network in (model, ema):
         for module in (*blocks(network), network):
             _shard(module, keep_root=network is model)
@@ -97,6 +100,11 @@ def synchronising(engine: nn.Module, last: bool) -> Iterator[None]:
         else contextlib.nullcontext()
     ):
         yield
+
+
+def sharded(network: nn.Module) -> bool:
+    """Whether FSDP2 shards it: then every process must call it as often as the others."""
+    return isinstance(network, FSDPModule)
 
 
 def local(x: Tensor) -> Tensor:
