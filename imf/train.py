@@ -315,6 +315,12 @@ def _train(config: TrainConfig, arguments: argparse.Namespace, who: Processes) -
         if who.grouped and not agreed(error):
             raise  # the others are elsewhere; torchrun ends them
         return 1
+    except RuntimeError:  # of PyTorch: another process has ended, or this one cannot go on
+        if run is not None and who.grouped:
+            print(
+                f"\nimf.train: process {who.rank} of {who.count} ends. {_how_to_go_on(run)}", file=sys.stderr
+            )
+        raise
     if run is not None and who.first:
         print(f"\nStopped after step {run.state.step} of {run.config.steps}.", file=sys.stderr)
         print(_how_to_go_on(run), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A process of test_distributed_training.py: checks that need two, one after the other; prints results as JSON.
+"""A process of test_distributed_training.py: checks that need two; prints results as JSON.
 
 RANK=… WORLD_SIZE=… LOCAL_RANK=… MASTER_ADDR=… MASTER_PORT=… python tests/distributed_training.py FOLDER
 """
@@ -42,9 +42,8 @@ def gradients(who, *, same_draws=True, **changes):
     The second process has no FM rows; the first has nothing else, and in the second micro step no row whose
     velocity is asked for: omega is 1.
     """
-    network = network_of(
-        changes.get("method", "imf"), dataclasses.replace(NETWORK, hidden_size=18 * 2, depth=3)
-    )
+    sizes = dataclasses.replace(NETWORK, hidden_size=36, depth=3)
+    network = network_of(changes.get("method", "imf"), sizes)
     c = config(network=network, batch_size=16, accumulate=2, **changes)
     loss_of = objective(c.method, c.fixed_guidance)
     alone, state = start.initial_state(c, "fp32", ALONE), start.initial_state(c, "fp32", who)
@@ -171,9 +170,8 @@ def main():
         fsdp = whole_run(who, folder, name="fsdp", accumulate=2, sample_every=4, sharding="fsdp")
         again = resumed(who, fsdp.folder)
         results["fsdp resumed as it was"] = differences(fsdp.state, again.state)
-        results["ddp resumed as fsdp"] = differences(
-            resumed(who, ddp.folder, "--sharding", "fsdp").state, ddp.state
-        )
+        other = resumed(who, ddp.folder, "--sharding", "fsdp")
+        results["ddp resumed as fsdp"] = differences(other.state, ddp.state)
         results["different runs"] = differences(ddp.state, start.initial_state(config(seed=1), "fp32", who))
         for sharding in ("ddp", "fsdp"):
             results[f"not finite {sharding}"] = not_finite(who, folder / sharding, sharding=sharding)
