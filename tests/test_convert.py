@@ -6,8 +6,8 @@ import plain_imf
 import pytest
 import torch
 
-from imf.convert import from_flax, from_official
 from imf.model import build
+from imf.names import from_flax, from_official
 
 CONFIG = golden_imf.config()
 
