@@ -33,9 +33,7 @@ def unavailable(tensors: Sequence[Tensor]) -> str | None:
     for x in tensors:
         if x.dtype not in DTYPES:
             return f"it takes float32, bfloat16 and float16, got {str(x.dtype).removeprefix('torch.')}"
-        if library is not _C:
-            continue
-        if x.device.type != "cuda":
+        if x.device.type != ("cuda" if library is _C else "cpu"):
             return f"it takes CUDA tensors, got one on {x.device}"
         if reason := without_memory(x):
             return f"it takes tensors that lie in memory, got {reason}"

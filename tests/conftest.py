@@ -42,7 +42,7 @@ def dtypes_of(case, backend):
 def pytest_collection_modifyitems(items):
     """Of tests of each case, dtype and backend, leaves out the combinations that do not exist, and keeps the
     properties of attention in Triton's interpreter, seconds each, to one dtype unless all is tested."""
-    items[:] = [item for item in items if _exists(getattr(item, "callspec", None))]
+    items[:] = [item for item in items if _exists(item)]
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         backend = parameters.get("backend", parameters.get("kernels"))
@@ -55,8 +55,8 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
-def _exists(call):
-    parameters = call.params if call else {}
+def _exists(item):
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
     backend = parameters.get("backend", parameters.get("kernels"))
     if backend not in BACKENDS:
         return True
@@ -64,7 +64,9 @@ def _exists(call):
     if not isinstance(case, Case):
         case = None
     # "gelu, tanh" is an operation and its variant
-    operation = case.operation if case else parameters.get("operation", "rms_norm").partition(",")[0]
+    about = item.get_closest_marker("operation")
+    named = about.args[0] if about else parameters.get("operation", "rms_norm").partition(",")[0]
+    operation = case.operation if case else named
     large = case is not None and case.large  # hours in the interpreter
     if backend == "triton":
         return has_triton(operation) and not (large and not ON_GPU) and _takes(case, dtype, backend)

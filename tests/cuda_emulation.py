@@ -13,7 +13,9 @@ from pathlib import Path
 from imf_kernels import cuda
 
 ROOT = Path(__file__).parent.parent
-BUILD = ROOT / "build" / f"cuda_host-{sysconfig.get_config_var('SOABI')}"
+# With AddressSanitizer, whose library the process must have loaded first.
+SANITIZE = "IMF_SANITIZE" in os.environ
+BUILD = ROOT / "build" / f"cuda_host-{sysconfig.get_config_var('SOABI')}{'-asan' * SANITIZE}"
 
 
 def missing():
@@ -38,9 +40,12 @@ def module():
         f"-DCMAKE_MAKE_PROGRAM={_program('ninja')}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DSANITIZE={'ON' if SANITIZE else 'OFF'}",
     ]
+    # The compiler is not to be looked after: it keeps what it allocates.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     for command in (configure, [_program("cmake"), "--build", BUILD]):
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert run.returncode == 0, run.stdout + run.stderr
     (path,) = BUILD.glob("_cuda_host.*.so")
     specification = importlib.util.spec_from_file_location("_cuda_host", path)
