@@ -57,7 +57,6 @@ def on_request(tensors: Sequence[Tensor]) -> str | None:
 
 
 @constant
-@functools.cache
 def _architecture(device: int) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 logger = logging.getLogger("imf_kernels")
 Answer = TypeVar("Answer")
+Question = TypeVar("Question", bound=Callable[..., Any])
 
 
 def always(tensors: Sequence[Tensor]) -> str | None:
@@ -94,7 +95,7 @@ def log_once(operation: str, chosen: str, refused: str) -> None:
     logger.info("%s runs on the %s backend (%s)", operation, chosen, refused)
 
 
-def constant(function: Callable[[], Answer]) -> Callable[[], Answer]:
+def constant(function: Question) -> Question:
     """Marks a question about the process, which `torch.compile` asks while it traces: no part of a graph.
 
     It is `torch.compiler.assume_constant_result` without the import of the compiler, which takes a second.

@@ -1,5 +1,5 @@
-"""The emulator of CUDA sees what would hang a GPU or race on it. In it the kernels do neither, on any shape, nor
-do they read or write beyond their tensors."""
+"""The emulator of CUDA sees what would hang a GPU or race on it. In it the kernels do neither, on any shape,
+nor do they read or write beyond their tensors."""
 
 import dataclasses
 import os
