@@ -13,7 +13,8 @@ struct bfloat16 {
   std::uint16_t bits;
 };
 
-// Selects the element type of a kernel at run time; the values are those that Python passes.
-enum class DType : int { float32 = 0, bfloat16 = 1 };
+// Selects the element type of a kernel at run time; the values are those that Python passes. The CPU kernels
+// have none for float16.
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
 }  // namespace imf
