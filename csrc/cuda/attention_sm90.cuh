@@ -44,7 +44,7 @@ static_assert(warpgroup * (producer_registers + 2 * consumer_registers) <= 65536
 // wide as a swizzle, the widest of which `width` is a multiple.
 template <int width, Tangents tangents>
 struct Tiles {
-  static constexpr int keys = width <= 96 ? 96 : 64;
+  static constexpr int keys = width <= 80 ? 96 : width == 96 ? 80 : 48;
   static constexpr int box = width % 64 == 0 ? 64 : width % 32 == 0 ? 32 : 16, boxes = width / box;
   static constexpr auto swizzle = static_cast<ptx::Swizzle>(2 * box);
   static constexpr int eight_rows = 8 * 2 * box;  // bytes
@@ -220,11 +220,12 @@ __device__ __forceinline__ void add_columns(float (&sum)[n / 2], const std::uint
   }
 }
 
-// P of S of a tile, rounded to T: as fp32, and in pairs as it is multiplied. From key `there` on the tile is empty.
-// `decay`: by what the sums so far are to be multiplied; `before`: W so far, multiplied by it.
+// P of S of a tile, rounded to T, as it is multiplied. From key `there` on the tile is empty. `decay`: by what the
+// sums so far are to be multiplied; `before`: W so far, multiplied by it.
 template <typename T, int count>
-__device__ __forceinline__ void softmax(const float (&s)[count], float (&p)[count], std::uint32_t (&pairs)[count / 8][4],
-                                        float scale, int there, Rows& rows, float (&decay)[2], float (&before)[2]) {
+__device__ __forceinline__ void softmax(const float (&s)[count], std::uint32_t (&pairs)[count / 8][4], float scale,
+                                        int there, Rows& rows, float (&decay)[2], float (&before)[2]) {
+  float p[count];
   float offset[2], weight[2] = {0.0f, 0.0f};
   float maximum[2] = {rows.highest[0], rows.highest[1]};
 #pragma unroll
@@ -252,8 +253,9 @@ __device__ __forceinline__ void softmax(const float (&s)[count], float (&p)[coun
     const float low = ptx::exp2(p[i] - offset[r]), high = ptx::exp2(p[i + 1] - offset[r]);
     rows.total[r] += low + high;
     pairs[i / 8][i / 2 % 4] = ptx::pack<T>(low, high);
-    ptx::unpack<T>(pairs[i / 8][i / 2 % 4], p[i], p[i + 1]);
-    weight[r] += p[i] + p[i + 1];
+    float rounded_low, rounded_high;
+    ptx::unpack<T>(pairs[i / 8][i / 2 % 4], rounded_low, rounded_high);
+    weight[r] += rounded_low + rounded_high;
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -263,12 +265,17 @@ __device__ __forceinline__ void softmax(const float (&s)[count], float (&p)[coun
 }
 
 // The new shift, the mean of scale S_dot under the softmax so far. `moved`: by how much it has gone down.
-template <int count>
-__device__ __forceinline__ void find_shift(const float (&p)[count], const float (&s_dot)[count], float scale,
-                                           Rows& rows, const float (&decay)[2], float (&moved)[2]) {
+template <typename T, int count>
+__device__ __forceinline__ void find_shift(const std::uint32_t (&pairs)[count / 8][4], const float (&s_dot)[count],
+                                           float scale, Rows& rows, const float (&decay)[2], float (&moved)[2]) {
   float sum[2] = {0.0f, 0.0f};
 #pragma unroll
-  for (int i = 0; i < count; ++i) sum[i / 2 % 2] = fmaf(p[i], s_dot[i], sum[i / 2 % 2]);
+  for (int i = 0; i < count; i += 2) {
+    const int r = i / 2 % 2;
+    float low, high;
+    ptx::unpack<T>(pairs[i / 8][i / 2 % 4], low, high);
+    sum[r] = fmaf(high, s_dot[i + 1], fmaf(low, s_dot[i], sum[r]));
+  }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     rows.weighted[r] = fmaf(rows.weighted[r], decay[r], scale * row_sum(sum[r]));
@@ -281,8 +288,8 @@ __device__ __forceinline__ void find_shift(const float (&p)[count], const float 
 
 // P (scale S_dot - shift) as it is multiplied, and M with the tile.
 template <typename T, int count>
-__device__ __forceinline__ void centre(const float (&p)[count], const float (&s_dot)[count],
-                                       std::uint32_t (&p_s_dot)[count / 8][4], float scale, Rows& rows,
+__device__ __forceinline__ void centre(const std::uint32_t (&pairs)[count / 8][4], const float (&s_dot)[count],
+                                       std::uint32_t (&pairs_dot)[count / 8][4], float scale, Rows& rows,
                                        const float (&decay)[2], const float (&before)[2], const float (&moved)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -292,11 +299,12 @@ __device__ __forceinline__ void centre(const float (&p)[count], const float (&s_
 #pragma unroll
   for (int i = 0; i < count; i += 2) {
     const int r = i / 2 % 2;
-    const std::uint32_t pair = ptx::pack<T>(p[i] * fmaf(s_dot[i], scale, -rows.shift[r]),
-                                            p[i + 1] * fmaf(s_dot[i + 1], scale, -rows.shift[r]));
     float low, high;
+    ptx::unpack<T>(pairs[i / 8][i / 2 % 4], low, high);
+    const std::uint32_t pair = ptx::pack<T>(low * fmaf(s_dot[i], scale, -rows.shift[r]),
+                                            high * fmaf(s_dot[i + 1], scale, -rows.shift[r]));
+    pairs_dot[i / 8][i / 2 % 4] = pair;
     ptx::unpack<T>(pair, low, high);
-    p_s_dot[i / 8][i / 2 % 4] = pair;
     rows.dot[r] += low + high;
   }
 }
@@ -387,9 +395,8 @@ __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base,
     // From S and S_dot of tile `j`, on their way, to what the values are multiplied by.
     const auto find_weights = [&](int j, auto is_first) {
       constexpr bool first = decltype(is_first)::value;  // O and A are zero
-      float weights[S::keys / 2];
       ptx::wgmma_wait<dual ? 1 : 0>(s);
-      softmax<T>(s, weights, pairs, p.scale * log2_e, p.keys - j * S::keys, rows, decay, before);
+      softmax<T>(s, pairs, p.scale * log2_e, p.keys - j * S::keys, rows, decay, before);
       if constexpr (!first) {
 #pragma unroll
         for (int c = 0; c < width / 2; ++c) {
@@ -400,12 +407,14 @@ __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base,
       if constexpr (dual) {
         float moved[2];
         ptx::wgmma_wait<0>(s_dot);
-        find_shift(weights, s_dot, p.scale, rows, decay, moved);
+        ptx::renew(pairs);
+        find_shift<T>(pairs, s_dot, p.scale, rows, decay, moved);
         if constexpr (!first) {
 #pragma unroll
           for (int c = 0; c < width / 2; ++c) out_dot[c] = fmaf(moved[c / 2 % 2], out[c], out_dot[c]);
         }
-        centre<T>(weights, s_dot, pairs_dot, p.scale, rows, decay, before, moved);
+        ptx::renew(pairs);
+        centre<T>(pairs, s_dot, pairs_dot, p.scale, rows, decay, before, moved);
       }
       release(S::k_empty + k_stage * 8);
     };

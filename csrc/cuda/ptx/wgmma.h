@@ -36,6 +36,13 @@ __device__ __forceinline__ void forget(float (&registers)[count]) {
   for (int i = 0; i < count; ++i) asm volatile("" : "=f"(registers[i]));
 }
 
+// Makes the compiler read pairs anew, rather than keep what it has made of them in registers of its own.
+template <int count>
+__device__ __forceinline__ void renew(std::uint32_t (&pairs)[count][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * count; ++i) asm volatile("" : "+r"(pairs[i / 4][i % 4]));
+}
+
 // Waits until at most the latest `pending` groups are unfinished. The sums named are those of finished groups.
 template <int pending, typename... Sums>
 __device__ __forceinline__ void wgmma_wait(Sums&... sums) {
@@ -51,13 +58,15 @@ __device__ void multiply_rows(float (&sum)[n / 2], std::uint64_t a, std::uint64_
 template <typename T, int n>
 __device__ void multiply_columns(float (&sum)[n / 2], const std::uint32_t (&a)[4], std::uint64_t b);
 
-#define IMF_LIST_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define IMF_LIST_24 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23"
+#define IMF_LIST_32 IMF_LIST_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define IMF_LIST_40 IMF_LIST_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define IMF_LIST_48 IMF_LIST_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define IMF_LIST_64 IMF_LIST_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define IMF_8(i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define IMF_REGISTERS_32 IMF_8(0), IMF_8(8), IMF_8(16), IMF_8(24)
+#define IMF_REGISTERS_24 IMF_8(0), IMF_8(8), IMF_8(16)
+#define IMF_REGISTERS_32 IMF_REGISTERS_24, IMF_8(24)
 #define IMF_REGISTERS_40 IMF_REGISTERS_32, IMF_8(32)
 #define IMF_REGISTERS_48 IMF_REGISTERS_40, IMF_8(40)
 #define IMF_REGISTERS_64 IMF_REGISTERS_48, IMF_8(48), IMF_8(56)
@@ -83,7 +92,8 @@ __device__ void multiply_columns(float (&sum)[n / 2], const std::uint32_t (&a)[4
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                       \
   }
 #define IMF_PRODUCTS(T, TYPE)                                     \
-  IMF_MULTIPLY_ROWS(T, TYPE, 64, 32, 32, 33, 34)                  \
+  IMF_MULTIPLY_ROWS(T, TYPE, 48, 24, 24, 25, 26)                  \
+  IMF_MULTIPLY_ROWS(T, TYPE, 80, 40, 40, 41, 42)                  \
   IMF_MULTIPLY_ROWS(T, TYPE, 96, 48, 48, 49, 50)                  \
   IMF_MULTIPLY_COLUMNS(T, TYPE, 64, 32, 32, 33, 34, 35, 36)       \
   IMF_MULTIPLY_COLUMNS(T, TYPE, 80, 40, 40, 41, 42, 43, 44)       \
@@ -102,6 +112,8 @@ IMF_PRODUCTS(float16, "f16")
 #undef IMF_LIST_40
 #undef IMF_REGISTERS_32
 #undef IMF_LIST_32
+#undef IMF_REGISTERS_24
+#undef IMF_LIST_24
 #undef IMF_8
 
 }  // namespace imf::cuda::ptx
