@@ -106,7 +106,7 @@ IMF_PTX Item item_of(int item, int heads, int units) {
 }
 
 // A place in a ring of stages.
-struct Place {
+struct RingPlace {
   int stage = 0;
   std::uint32_t parity = 0;
   __device__ __forceinline__ void next(int stages) {
@@ -141,7 +141,7 @@ template <int width, Tangents tangents>
 __device__ __forceinline__ void produce(const Parameters& p, std::uint32_t base) {
   using S = Tiles<width, tangents>;
   const int tiles = (p.keys + S::keys - 1) / S::keys;
-  Place k, v;
+  RingPlace k, v;
   std::uint32_t parity = 0;
   for (int i = blockIdx.x; i < p.items; i += gridDim.x, parity ^= 1) {
     const Item item = item_of(i, p.all_heads, p.units);
@@ -157,7 +157,7 @@ __device__ __forceinline__ void produce(const Parameters& p, std::uint32_t base)
         copy_tile<QueryTile<S>>(target + S::query_tile, p.q_dot, full, row + p.q_dot_row, head, sample);
       }
     }
-    const auto copy_keys = [&](Place& place, int first, int full, int empty, const ptx::TensorMap& map,
+    const auto copy_keys = [&](RingPlace& place, int first, int full, int empty, const ptx::TensorMap& map,
                                const ptx::TensorMap& map_dot, int dot_row, int row, int all_head) {
       const std::uint32_t barrier = base + full + place.stage * 8;
       const std::uint32_t target = base + first + place.stage * S::key_slot;
@@ -319,19 +319,19 @@ __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base,
   const int tiles = (p.keys + S::keys - 1) / S::keys;
   const float log2_e = 1.4426950408889634f;
   const std::uint32_t query = base + side * S::query_slot, query_dot = query + S::query_tile;
-  Place k, v;
+  RingPlace k, v;
   std::uint32_t parity = 0;
 
   const auto release = [&](std::uint32_t empty) {  // the four warps, once each is done
     if (lane == 0) ptx::mbarrier_arrive(base + empty);
   };
-  const auto skip = [&](Place& place, int full, int empty) {  // a tile of the other warpgroup's
+  const auto skip = [&](RingPlace& place, int full, int empty) {  // a tile of the other warpgroup's
     ptx::mbarrier_wait(base + full + place.stage * 8, place.parity);
     release(empty + place.stage * 8);
     place.next(S::stages);
   };
   // Waits for the next tile for this warpgroup. Returns its stage.
-  const auto take = [&](Place& place, int full, int empty, bool together) {
+  const auto take = [&](RingPlace& place, int full, int empty, bool together) {
     if (!together && side == 1) skip(place, full, empty);
     const int stage = place.stage;
     ptx::mbarrier_wait(base + full + stage * 8, place.parity);

@@ -23,3 +23,14 @@ extern "C" const char* attention_forward(int type, const std::int64_t (*tensors)
   }
   return nullptr;
 }
+
+// head and unit of either side of an item, and whether they are of one head; -1 as the number of items.
+extern "C" int item(int i, int heads, int units, int* numbers) {
+  if (i < 0) return imf::cuda::sm90::items_of(heads, units);
+  const auto found = imf::cuda::sm90::item_of(i, heads, units);
+  for (int side = 0; side < 2; ++side) {
+    numbers[2 * side] = found.head[side];
+    numbers[2 * side + 1] = found.unit[side];
+  }
+  return found.together;
+}
