@@ -23,11 +23,11 @@ def missing():
     return None if shutil.which("g++") else "no g++"
 
 
-def build(folder, sources=ROOT / "csrc"):
+def build(folder, sources=ROOT / "csrc", warnings=("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")):
     """Compiles the kernels of `sources` for the host; the shared library, loaded."""
     library = folder / "attention.so"
-    command = ["g++", "-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
-    command += ["-Wno-unknown-pragmas", "-shared", "-fPIC", f"-I{HOST}", f"-I{sources}"]
+    command = ["g++", "-std=c++17", "-O1", "-march=native", "-ffp-contract=off", *warnings]
+    command += ["-shared", "-fPIC", f"-I{HOST}", f"-I{sources}"]
     subprocess.run([*command, "-o", library, HOST / "attention.cpp"], check=True)
     loaded = ctypes.CDLL(str(library))
     loaded.attention_forward.restype = ctypes.c_char_p

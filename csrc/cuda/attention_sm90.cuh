@@ -191,9 +191,9 @@ __device__ __forceinline__ float row_max(float x) {
 }
 
 // What a thread knows of its rows r, r + 8. `total` and `dot`, its part: sums of unrounded P, and M. The others are
-// of whole rows: the maximum of S in units of ln 2, W, sum_j P S_dot, and the shift.
+// of whole rows: the maximum of S in units of ln 2, W, and the shift.
 struct Rows {
-  float highest[2], total[2], weight[2], weighted[2], shift[2], dot[2];
+  float highest[2], total[2], weight[2], shift[2], dot[2];
 };
 
 // sum (+)= a b^T, over `width` columns.
@@ -267,7 +267,7 @@ __device__ __forceinline__ void softmax(const float (&s)[count], std::uint32_t (
 // The new shift, the mean of scale S_dot under the softmax so far. `moved`: by how much it has gone down.
 template <typename T, int count>
 __device__ __forceinline__ void find_shift(const std::uint32_t (&pairs)[count / 8][4], const float (&s_dot)[count],
-                                           float scale, Rows& rows, const float (&decay)[2], float (&moved)[2]) {
+                                           float scale, Rows& rows, const float (&before)[2], float (&moved)[2]) {
   float sum[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int i = 0; i < count; i += 2) {
@@ -278,9 +278,9 @@ __device__ __forceinline__ void find_shift(const std::uint32_t (&pairs)[count / 
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    rows.weighted[r] = fmaf(rows.weighted[r], decay[r], scale * row_sum(sum[r]));
-    // Where nothing has had weight there is no mean.
-    const float mean = rows.weight[r] > 0.0f ? rows.weighted[r] / rows.weight[r] : rows.shift[r];
+    const float weighted = fmaf(before[r], rows.shift[r], scale * row_sum(sum[r]));
+    // Where nothing has had weight there is no mean; elsewhere the weight is at least 1, that of the maximum.
+    const float mean = rows.weight[r] > 0.0f ? weighted * ptx::reciprocal(rows.weight[r]) : rows.shift[r];
     moved[r] = rows.shift[r] - mean;
     rows.shift[r] = mean;
   }
@@ -353,7 +353,7 @@ __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base,
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       rows.highest[r] = -INFINITY;
-      rows.total[r] = rows.weight[r] = rows.weighted[r] = rows.shift[r] = rows.dot[r] = 0.0f;
+      rows.total[r] = rows.weight[r] = rows.shift[r] = rows.dot[r] = 0.0f;
     }
 #pragma unroll
     for (int c = 0; c < width / 2; ++c) {
@@ -407,13 +407,14 @@ __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base,
       if constexpr (dual) {
         float moved[2];
         ptx::wgmma_wait<0>(s_dot);
-        ptx::renew(pairs);
-        find_shift<T>(pairs, s_dot, p.scale, rows, decay, moved);
+        // Where there are registers for it, P stays in fp32 beside its pairs.
+        if constexpr (width > 80) ptx::renew(pairs);
+        find_shift<T>(pairs, s_dot, p.scale, rows, before, moved);
         if constexpr (!first) {
 #pragma unroll
           for (int c = 0; c < width / 2; ++c) out_dot[c] = fmaf(moved[c / 2 % 2], out[c], out_dot[c]);
         }
-        ptx::renew(pairs);
+        if constexpr (width > 80) ptx::renew(pairs);
         centre<T>(pairs, s_dot, pairs_dot, p.scale, rows, decay, before, moved);
       }
       release(S::k_empty + k_stage * 8);
@@ -460,7 +461,7 @@ __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base,
     for (int r = 0; r < 2; ++r) {
       const int row = unit * unit_rows + warp * 16 + lane / 4 + 8 * r;
       const float total = row_sum(rows.total[r]), dot = dual ? row_sum(rows.dot[r]) : 0.0f;
-      const float inverse = rows.weight[r] == 0.0f ? 0.0f : 1.0f / rows.weight[r];
+      const float inverse = rows.weight[r] == 0.0f ? 0.0f : ptx::reciprocal(rows.weight[r]);
       if (row >= p.queries) continue;
       const auto row_of = [&](void* data, const index_t(&stride)[3]) {
         return static_cast<std::uint16_t*>(data) + sample * stride[0] + h * stride[1] + row * stride[2];

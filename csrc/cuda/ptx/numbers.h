@@ -16,6 +16,13 @@ __device__ __forceinline__ float exp2(float x) {
   return y;
 }
 
+// 1 / x to 1 ulp, of normal x.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Rounds two numbers to T, `low` into the lower half.
 template <typename T>
 __device__ __forceinline__ std::uint32_t pack(float low, float high);

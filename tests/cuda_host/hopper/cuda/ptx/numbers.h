@@ -9,6 +9,7 @@
 namespace imf::cuda::ptx {
 
 inline float exp2(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
 
 template <typename T>
 std::uint16_t rounded(float x) {
