@@ -5,15 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from imf.data.batches import Batches, batch_indices
-from imf.data.dataset import DataSet, LabelledImages, row_seeds
+from imf.data.dataset import DataError, DataSet, LabelledImages, row_seeds
 
-__all__ = ["Batches", "DataSet", "LabelledImages", "batch_indices", "load", "row_seeds"]
+__all__ = ["Batches", "DataError", "DataSet", "LabelledImages", "batch_indices", "load", "row_seeds"]
 
 
 def load(name_or_path: str | Path) -> DataSet:
-    """The data set called "digits"; ValueError if there is none of that name."""
+    """The data set called "digits", or the one in a folder that `imf.data.prepare` wrote.
+
+    Raises: DataError if there is none of that name, or the folder is not whole.
+    """
     if name_or_path == "digits":
         from imf.data import digits
 
         return digits.load()
-    raise ValueError(f"load: name_or_path must be 'digits', got '{name_or_path}'")
+    from imf.data.latents import PackedData
+
+    return PackedData(name_or_path)

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 
+class DataError(ValueError):
+    """A data set that cannot be read or made; the message names the file and says what to do."""
+
+
 class DataSet(Protocol):
     """Labelled images or latents, in any order by row number.
 
