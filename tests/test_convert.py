@@ -1,5 +1,6 @@
 """The command `python -m imf.convert`: official checkpoints in every form, in and out."""
 
+import json
 import pickle
 import sys
 import zipfile
@@ -8,9 +9,11 @@ import golden_imf
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_evaluation import Means, autoencoder, script
 
-from imf import convert, sample
+from imf import convert, evaluate, sample
 from imf.checkpoint import CheckpointError, load_network
 from imf.model import PRESETS
 from imf.names import from_flax, to_official
@@ -150,6 +153,29 @@ def test_a_presets_network_comes_with_its_settings(name):
     assert found == name and settings == SETTINGS[name] and settings.network == PRESETS[name]
 
 
+@pytest.mark.slow
+def test_from_an_official_checkpoint_to_figures(tmp_path):
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    vae, extractor = autoencoder(tmp_path / "vae"), script(Means(), tmp_path / "means.pt")
+    source, ours, back = (tmp_path / name for name in ("iMF.pth", "ours.safetensors", "back.pth"))
+    torch.save(SAMPLING, source)
+    more = ["--checkpoint", ours, "--vae", vae, "--omega", 2, "--interval", 0.2, 0.8]
+    assert run(source, ours, "--input-size", 8) == 0
+    assert sample.main([str(a) for a in (*more, "--out", tmp_path / "grid.png", "--classes", 1, 7)]) == 0
+    side = 2 * 16 + 4  # images of 16 x 16, drawn twice as large
+    assert Image.open(tmp_path / "grid.png").size == (20 + 10 * side + 4, 2 * side + 4)
+    judge = ["--extractor", extractor, "--reference", tmp_path / "digits.npz", "--out", tmp_path / "out"]
+    statistics = ["--make-statistics", "digits", tmp_path / "digits.npz", "--extractor", extractor]
+    assert evaluate.main([str(a) for a in statistics]) == 0
+    samples = ["--samples-dir", tmp_path / "samples", "--count", 20, "--device", "cpu"]
+    assert evaluate.main([str(a) for a in (*more, *judge, *samples)]) == 0
+    (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert row["fid"] > 0 and row["inception_score"] >= 1 and row["omega"] == 2
+    assert run(ours, back, "--to", "official") == 0
+    found = torch.load(back, weights_only=True)
+    assert found.keys() == SAMPLING.keys() and all(torch.equal(found[n], x) for n, x in SAMPLING.items())
+
+
 class Bomb:
     def __reduce__(self):
         return (open, ("exploded", "w"))
@@ -157,7 +183,7 @@ class Bomb:
 
 def test_what_is_no_checkpoint_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Bomb()))
+    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Bomb(), protocol=2))
     torch.save({"x": Bomb()}, tmp_path / "bomb.pth")
     torch.save({"model": OFFICIAL}, tmp_path / "nested.pth")
     torch.save({**SAMPLING, "net.pos_embed": torch.zeros(1)}, tmp_path / "foreign.pth")

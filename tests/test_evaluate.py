@@ -1,9 +1,12 @@
 """The command `python -m imf.evaluate`: figures, grids, going on, processes, and what it refuses."""
 
 import json
+import multiprocessing
+import random
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +40,8 @@ def files(tmp_path_factory):
 
 def run(files, tmp_path, *more, reference=True, checkpoint=True):
     arguments = ["--extractor", files / "means.pt", "--out", tmp_path / "out", "--device", "cpu"]
-    arguments += ["--count", 20, "--batch-size", 6]
-    arguments += ["--checkpoint", files / "network.safetensors"] if checkpoint else []
+    arguments += ["--batch-size", 6]
+    arguments += ["--count", 20, "--checkpoint", files / "network.safetensors"] if checkpoint else []
     arguments += ["--reference", files / "reference.npz"] if reference else []
     status = evaluate.main([str(a) for a in (*arguments, *more)])
     path = tmp_path / "out" / "results.json"
@@ -60,9 +63,8 @@ def test_figures_are_those_of_the_images_on_disk(files, tmp_path, capsys):
     line = capsys.readouterr().out.splitlines()[1].split()
     assert line[:6] == ["1", "2", "[0.1,", "0.9]", "20", f"{row['fid']:.3f}"]
 
-    status, found = run(
-        files, tmp_path / "again", "--samples-dir", folder, checkpoint=False
-    )  # the same images, found
+    # The same images, found.
+    status, found = run(files, tmp_path / "again", "--samples-dir", folder, checkpoint=False)
     assert status == 0 and found["rows"][0]["fid"] == row["fid"] and found["rows"][0]["omega"] is None
 
 
@@ -116,7 +118,7 @@ def test_latents_are_decoded(files, tmp_path):
     network_file(tmp_path / "latents.safetensors", LATENTS)
     vae = autoencoder(tmp_path / "vae")
     more = ["--checkpoint", tmp_path / "latents.safetensors", "--vae", vae, "--samples-dir", tmp_path / "s"]
-    status, results = run(files, tmp_path, *more, checkpoint=False)
+    status, results = run(files, tmp_path, *more)
     assert status == 0 and results["settings"]["vae"]
     (image, *_) = generate.image_files(tmp_path / "s")
     assert next(generate.read_images([image])).shape == (1, 3, 8, 8)
@@ -140,6 +142,46 @@ def test_what_does_not_fit_is_said(files, tmp_path, capsys, more, message):
     status, results = run(files, tmp_path, *more)
     assert status == 1 and not results
     assert re.search(f"imf.evaluate: .*{message}", capsys.readouterr().err)
+
+
+def test_broken_images_are_named(files, tmp_path, capsys):
+    for i in range(3):
+        generate.write_png(tmp_path / f"{i}.png", torch.zeros(3, 4, 4, dtype=torch.uint8))
+    (tmp_path / "1.png").write_bytes(b"")
+    status, results = run(files, tmp_path, "--samples-dir", tmp_path, checkpoint=False)
+    assert status == 1 and not results
+    assert re.search(r"1 of 3 images cannot be read: .*1\.png", capsys.readouterr().err)
+    status, _ = run(files, tmp_path, "--samples-dir", tmp_path, "--count", 4, checkpoint=False)
+    assert status == 1 and "wanted 4 images (--count), found 3" in capsys.readouterr().err
+
+
+def judge(arguments):
+    sys.exit(evaluate.main(arguments))
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_an_evaluation_goes_on(files, tmp_path):
+    grid = ["--omega", 1, 4, "--steps", 1, 2, "--count", 200]
+    arguments = ["--checkpoint", files / "network.safetensors", "--extractor", files / "means.pt", *grid]
+    arguments += ["--reference", files / "reference.npz", "--batch-size", 3, "--device", "cpu"]
+    chance, context = random.Random(0), multiprocessing.get_context("fork")
+    where = [str(a) for a in (*arguments, "--samples-dir", tmp_path / "s", "--out", tmp_path / "out")]
+    made = []
+    for _ in range(20):
+        child = context.Process(target=judge, args=(where,))
+        child.start()
+        time.sleep(chance.uniform(0, 1.5))
+        child.kill()
+        child.join()
+        made.append(len(generate.image_files(tmp_path / "s")))
+    assert any(0 < count < 800 for count in made), made  # not all before the first sample or after the last
+    assert evaluate.main(where) == 0
+    whole = [str(a) for a in (*arguments, "--out", tmp_path / "whole")]
+    assert evaluate.main(whole) == 0
+    files_of = (tmp_path / name / "results.json" for name in ("out", "whole"))
+    tables = [json.loads(path.read_text())["rows"] for path in files_of]
+    got, expected = ([(r["steps"], r["omega"], r["fid"], r["inception_score"]) for r in t] for t in tables)
+    assert got == expected and len(got) == 4
 
 
 @pytest.mark.slow
