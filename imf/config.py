@@ -29,8 +29,10 @@ DIGITS_NETWORK = IMFConfig(
 # What may change when a run is resumed: it leaves the weights alone, says when to stop, or only warns.
 RESUMABLE = {
     "runs", "steps", "omega", "t_min", "t_max", "threads", "device",
-    "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
+    "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "wandb",
+    "sharding", "compile", "checkpointing",
 }  # fmt: skip
+ROUNDING = ("sharding", "compile", "checkpointing")  # of these, what only changes the last bits
 
 
 def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -47,11 +49,15 @@ class TrainConfig:
     method: str = _option(
         "imf", "objective and form of the network, see imf.methods; sizes stay", tuple(METHODS)
     )
-    data: str = _option("digits", "data set", ("digits",))
+    data: str = _option("digits", "digits, or a folder that imf.data.prepare wrote")
     name: str = _option(
         "", "name of the run; empty: the data set's, numbered when taken (digits, digits-2, ...)"
     )
     runs: str = _option("runs", "folder that holds the runs")
+    init_from: str = _option(
+        "",
+        "weights to begin with: a run's folder, a checkpoint, or what imf.convert wrote; empty: fresh ones",
+    )
 
     steps: int = _option(500, "optimizer steps")
     batch_size: int = _option(128, "images per optimizer step")
@@ -88,8 +94,15 @@ class TrainConfig:
         "operands of GEMMs and attention; auto: what this processor is fast at",
         ("auto", "fp32", "bf16"),
     )
-    backend: str = _option("auto", "kernels; auto: the first that can run", ("auto", "reference", "cpu"))
+    backend: str = _option(
+        "auto", "kernels; auto: the first that can run", ("auto", "reference", "cpu", "triton", "cuda")
+    )
     device: str = _option("auto", "auto, cpu, cuda or cuda:<index>; auto: cuda where there is one")
+    sharding: str = _option(
+        "ddp", "under torchrun; ddp: a copy of all in each process, fsdp: a part", ("ddp", "fsdp")
+    )
+    compile: bool = _option(False, "compile the blocks of the network by torch.compile")
+    checkpointing: bool = _option(False, "keep no activations inside blocks: backward recomputes them")
     threads: int = _option(0, "threads of PyTorch and of the kernels; 0: as PyTorch chooses")
 
     omega: float = _option(1.3, "guidance scale of samples while and after training, where an input")
@@ -101,6 +114,7 @@ class TrainConfig:
     checkpoint_every: int = _option(100, "steps between checkpoints; 0: only at the end and on Ctrl-C")
     keep_checkpoints: int = _option(2, "checkpoints kept, the newest first")
     tensorboard: bool = _option(True, "write TensorBoard events beside metrics.jsonl")
+    wandb: str = _option("", "project of Weights & Biases to log to as well; empty: none")
 
     network: IMFConfig = DIGITS_NETWORK
 
@@ -232,8 +246,9 @@ def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]
     return {name: (a[name], b[name]) for name in a if a[name] != b[name]}
 
 
-def add_arguments(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
+def add_arguments(parser: argparse.ArgumentParser, defaults: TrainConfig | None = None) -> None:
     """One argument per field, absent from the result unless given; --help shows the defaults."""
+    defaults = defaults or TrainConfig()
     run = parser.add_argument_group("training")
     for option in fields(TrainConfig):
         if option.name != "network":

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from imf.features import Extractor
+from imf.run import naming
 
 Array = NDArray[np.float64]
 # Keys of mean and covariance in a statistics file, of the official PyTorch and of the official JAX programs.
@@ -48,12 +49,13 @@ class Statistics:
             raise ValueError("Statistics: mean and covariance must be finite")
 
     def save(self, path: Path) -> None:
-        """Write an .npz with the keys `mu` and `sigma`, whole or not at all."""
+        """Write an .npz with the keys `mu` and `sigma`, whole or not at all; OSError if that fails."""
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with temporary.open("wb") as file:
-                np.savez(file, mu=self.mean, sigma=self.covariance)
-            os.replace(temporary, path)
+            with naming(path):
+                with temporary.open("wb") as file:
+                    np.savez(file, mu=self.mean, sigma=self.covariance)
+                os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -90,7 +90,7 @@ def test_wrong_devices_are_named(device, message, tmp_path, capsys):
 
 def test_a_network_for_other_images_is_refused(tmp_path):
     network = dataclasses.replace(config().network, in_channels=4)
-    with pytest.raises(TrainingError, match=r"must be \(1, 8, 10\) for the digits, got \(4, 8, 10\)"):
+    with pytest.raises(TrainingError, match=r"must be \(1, 8, 8, 10\) for the data digits, got \(4, 8, 8"):
         train.begin(config(runs=str(tmp_path), network=network))
     assert not list(tmp_path.iterdir())
 

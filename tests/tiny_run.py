@@ -1,12 +1,14 @@
 """Runs small enough to train in a test, shared by the tests of training, resuming and checkpoints."""
 
 import contextlib
+import itertools
 
 import torch
 
-from imf import data, train
+from imf import data, start, train
 from imf.config import TrainConfig
 from imf.model import IMFConfig
+from imf.processes import Processes
 
 NETWORK = IMFConfig(
     input_size=8,
@@ -60,9 +62,21 @@ def arguments(**changes):
     return result
 
 
+ALONE = Processes()
+
+
 def state_and_data(**changes):
+    """A state before its first step, the batches of one process alone, the configuration."""
     c = config(**changes)
-    return train.initial_state(c, "fp32", torch.device("cpu")), data.load("digits"), c
+    return start.initial_state(c, "fp32", ALONE), batches(c), c
+
+
+def batches(c):
+    """What `data.Batches` gives one process, without a thread."""
+    images = data.load("digits")
+    for micro_step in itertools.count():
+        rows = data.batch_indices(len(images), c.micro_batch_size, seed=c.seed, step=micro_step)
+        yield images.images[rows], images.labels[rows]
 
 
 def tensors(state):
