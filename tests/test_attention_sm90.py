@@ -55,7 +55,9 @@ CASES = {
     "276, width 72": {"queries": 276, "width": 72},
     "276, width 128, one query": {"queries": 1, "keys": 276, "width": 128},
     **{f"width {d}": {"queries": 70, "keys": 101, "width": d} for d in (8, 40, 72, 80, 88, 96, 104, 128)},
-    **{f"width {d}, tangents of query": {"keys": 100, "width": d, "tangents": "query"} for d in (72, 96, 128)},
+    **{
+        f"width {d}, tangents of query": {"keys": 100, "width": d, "tangents": "query"} for d in (72, 96, 128)
+    },
     **{f"tangents of {name}": {"heads": 2, "queries": 65, "tangents": name} for name in TANGENTS},
     "tangents of the last sample": {"batch": 3, "queries": 30, "keys": 97, "tangent_rows": 1},
     "one key": {"queries": 3, "keys": 1},
@@ -88,7 +90,8 @@ def test_timing_changes_nothing(library):
     """Whatever the order in which warps run and copies and products finish, and the number of processors."""
     arguments = draw(heads=3, queries=70, keys=200, batch=2, width=128)
     first, *others = (
-        machine.attention(library, **arguments, processors=p, seed=s) for p, s in ((1, 0), (2, 1), (5, 2), (9, 3))
+        machine.attention(library, **arguments, processors=p, seed=s)
+        for p, s in ((1, 0), (2, 1), (5, 2), (9, 3))
     )
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
