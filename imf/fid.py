@@ -80,14 +80,15 @@ def load_statistics(path: Path) -> Statistics:
 class Moments:
     """Mean and covariance of rows that come in batches or from several processes.
 
-    `count`, the mean [D] and the sum of centred outer products [D, D], fp64. Two of them are merged by Chan's
-    formula, which, unlike the sum of x xᵀ, loses nothing where the mean is large beside the deviations.
+    `count`, the mean [D] and the sum of centred outer products [D, D], fp64 on `device`. Two of them are
+    merged by Chan's formula, which, unlike the sum of x xᵀ, loses nothing where the mean is large beside the
+    deviations.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, device: torch.device | None = None) -> None:
         self.count = 0
-        self.mean = torch.zeros(size, dtype=torch.float64)
-        self.scatter = torch.zeros(size, size, dtype=torch.float64)
+        self.mean = torch.zeros(size, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(size, size, dtype=torch.float64, device=device)
 
     def update(self, features: Tensor) -> None:
         """Count in features [B, D]; ValueError if one is not finite or of another width."""
@@ -99,10 +100,10 @@ class Moments:
         if not features.isfinite().all():
             raise ValueError("features must be finite; got inf or NaN: are the samples?")
         if len(features):
-            rows = features.double()
+            rows = features.to(self.mean)
             mean = rows.mean(0)
             rows = rows - mean
-            self.merge(len(rows), mean.cpu(), (rows.T @ rows).cpu())
+            self.merge(len(rows), mean, rows.T @ rows)
 
     def merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         """Count in `count` >= 1 rows of that mean [D] and centred outer products [D, D]."""
@@ -116,7 +117,7 @@ class Moments:
         """ValueError for fewer than 2 rows, which have no covariance."""
         if self.count < 2:
             raise ValueError(f"statistics need at least 2 images, got {self.count}")
-        return Statistics(self.mean.numpy().copy(), (self.scatter / (self.count - 1)).numpy())
+        return Statistics(self.mean.cpu().numpy().copy(), (self.scatter / (self.count - 1)).cpu().numpy())
 
 
 def of_rows(features: Tensor) -> Statistics:
@@ -134,7 +135,7 @@ def statistics(images: Iterable[Tensor], extractor: Extractor) -> Statistics:
     moments = None
     for batch in images:
         features, _ = extractor(batch)
-        moments = moments or Moments(features.shape[1])
+        moments = moments or Moments(features.shape[1], features.device)
         moments.update(features)
     if moments is None:
         raise ValueError("statistics: wanted at least 2 images, got none")

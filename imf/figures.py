@@ -59,11 +59,11 @@ def measure(
     parts: list[Tensor] = []
     for batch in images:
         features, logits = extractor(batch)
-        moments = moments or Moments(width or features.shape[1])
+        moments = moments or Moments(width or features.shape[1], features.device)
         moments.update(features)
         if logits is not None:
             parts.append(logits.cpu())
-    sums = (moments.count, moments.mean, moments.scatter) if moments else None
+    sums = (moments.count, moments.mean.cpu(), moments.scatter.cpu()) if moments else None
     all_sums = [s for s in processes.gather(sums) if s]
     all_logits = [x for part in processes.gather(parts) for x in part]
     if processes.rank:
