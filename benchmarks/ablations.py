@@ -121,8 +121,10 @@ def _spread(values: list[float | None], digits: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train every method on the digits and compare.")
-    parser.add_argument("--steps", type=int, default=300, help="training steps of each (default: 400)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each (default: 3)")
+    parser.add_argument(
+        "--steps", type=int, default=300, help="training steps of each (default: %(default)s)"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each (default: %(default)s)")
     parser.add_argument("--record", type=Path, default=Path("benchmarks/results/ablations.json"))
     parser.add_argument("--table", type=Path, default=Path("docs/ablations.md"))
     arguments = parser.parse_args()
