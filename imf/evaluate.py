@@ -40,6 +40,8 @@ from imf.processes import Processes, joined
 from imf.run import TrainingError
 from imf.sample import check_inputs
 
+COUNT = 50_000  # images of the published figures
+
 
 def reference_statistics(
     name: str, extractor: Extractor, processes: Processes, batch_size: int = 64
@@ -69,8 +71,8 @@ def _images_of(name: str, processes: Processes, batch_size: int) -> Iterable[Ten
     dataset = data.load(name)
     if dataset.shape[0] not in (1, 3):
         raise ImageError(
-            f"{name}: images have 1 or 3 channels, got {dataset.shape[0]}: latents. Their statistics are "
-            "those of the images that they were made of"
+            f"{name}: images have 1 or 3 channels, got {dataset.shape[0]}: latents; statistics of the images "
+            "that they were made of are written by imf.data.prepare --statistics"
         )
     rows = processes.slice(len(dataset))
     generator = torch.Generator()
@@ -229,7 +231,11 @@ def _parser() -> argparse.ArgumentParser:
         help="keep samples here, a folder a setting, and go on from those that are there; "
         "without --checkpoint: the images to judge",
     )
-    add("--count", type=int, default=50_000, help="images, as many of each class (default: %(default)s)")
+    add(
+        "--count",
+        type=int,
+        help=f"images, as many of each class (default: {COUNT:,}, or all that --samples-dir holds)",
+    )
     add("--steps", type=int, nargs="+", default=[1], help="network calls per sample (default: 1)")
     add("--omega", type=float, nargs="+", help="guidance scales (default: its own)")
     add(
@@ -264,6 +270,10 @@ def _check(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
         parser.error("one of --checkpoint, --samples-dir and --make-statistics is required")
     if a.samples_dir and not a.checkpoint and not a.samples_dir.is_dir():
         parser.error(f"--samples-dir: no such folder: {a.samples_dir}")
+    if a.make_statistics and not a.make_statistics[1].endswith(".npz"):
+        parser.error(f"--make-statistics: OUT must end in .npz, got {a.make_statistics[1]}")
+    if a.count is None:
+        a.count = COUNT if a.checkpoint or not a.samples_dir else len(image_files(a.samples_dir))
     for name in ("count", "batch_size"):
         if getattr(a, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(a, name)}")

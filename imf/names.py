@@ -268,6 +268,10 @@ def shape_of(
     heads = width // head_width if head_width else num_heads or known.get(width)
     if heads is None:
         raise ValueError(f"shape_of: num_heads (--num-heads) of an MF network of width {width} is not known")
+    if num_heads not in (None, heads):
+        raise ValueError(
+            f"shape_of: num_heads (--num-heads) must be {heads}, as the weights say, got {num_heads}"
+        )
     depth = {group: len({n.split(".")[1] for n in weights if n.startswith(f"{group}.")}) for group in _DEPTHS}
     # 8 / 3 where it gives this width: as the presets have it, though 1 / 3 is no number of fp64.
     ratio = 8 / 3 if int(width * 8 / 3) == len(first) else len(first) / width

@@ -110,9 +110,8 @@ def _newest(source: Path) -> Path:
     folders = [path for path in inside if path.is_dir() and path.name != "__MACOSX"]
     if len(folders) == 1:
         return _newest(folders[0])
-    raise ConversionError(
-        f"{source}: wanted checkpoint_<step> in it, got {', '.join(p.name for p in inside[:5])}"
-    )
+    names = ", ".join(path.name for path in inside[:5]) or "nothing"
+    raise ConversionError(f"{source}: wanted checkpoint_<step> in it, got {names}")
 
 
 def _read_orbax(path: Path) -> Mapping[str, Any]:
