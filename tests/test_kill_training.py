@@ -1,4 +1,4 @@
-"""SIGKILL to either process of a run of two, at any moment: the rest ends, and a resumed run loses nothing."""
+"""SIGKILL to either process of a run of two, at any moment: the other ends, a resumed run loses nothing."""
 
 import random
 import shutil
