@@ -74,6 +74,7 @@ def initial_state(config: TrainConfig, precision: str, who: Processes) -> State:
         model,
         ema,
         sharding=config.sharding if who.grouped else None,
+        device=who.device,
         compile=config.compile,
         checkpointing=config.checkpointing,
     )

@@ -51,7 +51,7 @@ def training_step(
 ) -> Tensor:
     """One update of `state` in place; returns what `imf.run.TERMS` names, [4] fp32 on the device.
 
-    batches: this process's, of equal sizes in all, so that means over processes are means over rows.
+    batches: this process's, of one size in all, so that the mean over processes is that over rows.
     """
     terms = torch.zeros(3, device=who.device)
     loss_of = objective(config.method, config.fixed_guidance)
@@ -311,7 +311,7 @@ def _train(config: TrainConfig, arguments: argparse.Namespace, who: Processes) -
         if who.grouped:
             sys.exit(128 + signal.SIGINT)  # alone: the others are elsewhere, torchrun ends them
         received = signal.SIGINT
-    except ERRORS as error:
+    except (*ERRORS, data.DataError) as error:
         if who.first or not agreed(error):
             print(f"\nimf.train: {error}", file=sys.stderr)
             if run is not None:
