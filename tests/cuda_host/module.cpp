@@ -2,6 +2,8 @@
 // kernels that are wrong, to show that the emulator sees it.
 #include <pybind11/pybind11.h>
 
+#include <vector>
+
 #include "cuda/bindings.h"
 #include "cuda/runtime.h"
 
@@ -32,6 +34,8 @@ void race(float* result) {
   if (threadIdx.x == 0) *result = x;
 }
 
+void stray(float* x) { x[threadIdx.x] = 0.0f; }
+
 template <typename... P, typename... A>
 void run(void (*kernel)(P...), A... arguments) {
   imf::cuda::launch("test", kernel, 1, 1, dim3(64), imf::cuda::Place{0, nullptr}, arguments...);
@@ -45,6 +49,10 @@ PYBIND11_MODULE(_cuda_host, m) {
   m.def("half_a_block_waits", [] { run(half_a_block_waits); });
   m.def("two_barriers", [] { run(two_barriers); });
   m.def("half_a_warp_shuffles", [] { run(half_a_warp_shuffles); });
+  m.def("stray", [] {
+    std::vector<float> memory(63);  // for 64 threads
+    run(stray, memory.data());
+  });
   m.def("race", [] {
     float result = -1.0f;
     run(race, &result);
