@@ -121,8 +121,8 @@ def _spread(values: list[float | None], digits: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train every method on the digits and compare.")
-    parser.add_argument("--steps", type=int, default=300, help="training steps of each (default: 400)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each (default: 3)")
+    parser.add_argument("--steps", type=int, default=300, help="of training (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--record", type=Path, default=Path("benchmarks/results/ablations.json"))
     parser.add_argument("--table", type=Path, default=Path("docs/ablations.md"))
     arguments = parser.parse_args()
@@ -142,7 +142,7 @@ def main() -> None:
             parser.error(f"{arguments.record} is of other settings: move it away, or choose another --record")
         record["runs"] = old["runs"]
     done = [(run["method"], run["changes"], run["seed"]) for run in record["runs"]]
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         for name, method, changes in ROWS:
             if (method, changes, seed) not in done:
                 config = configuration(method, changes, arguments.steps, seed)

@@ -218,6 +218,8 @@ class DiT(nn.Module):
         x = _plus(x, self._positions.to(x.dtype))
 
         values = {"t": t, "h": h, **plain}
+        if omega is not None:
+            values["omega"] = 1 - 1 / omega
         embedded = {name: embed(values[name], backend) for name, embed in self.embedders.items()}
         embedded["y"] = self.y_embedder(y)
         c = None

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from imf.draws import Draws, form
 from imf.model import config_of, velocities
+from imf.sharding import sharded
 from imf_kernels import Dual
 
 
@@ -218,7 +219,7 @@ def evaluated(
     head: "v", or "u" for v = u(z, t, t); at h = 0, with the whole interval.
     """
     v_c, v_u, rows = torch.zeros_like(z), torch.zeros_like(z), torch.cat([c_rows, u_rows])
-    if rows.numel():
+    if rows.numel() or sharded(model):  # the other processes may have rows, and wait for this one's shards
         omega = torch.cat([_effective_omega(draws)[c_rows], torch.ones_like(draws.omega[u_rows])])
         labels = torch.cat([y[c_rows], torch.full_like(y[u_rows], config_of(model).num_classes)])
         zero, one = torch.zeros_like(omega), torch.ones_like(omega)

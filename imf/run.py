@@ -33,7 +33,7 @@ class TrainingError(RuntimeError):
 
 
 def create_folder(config: TrainConfig) -> Path:
-    """A new, empty folder for a run: `<runs>/<name>`, or the data set's name with the first free number.
+    """A new, empty folder for a run: `<runs>/<name>`, or the name of the data with the first free number.
 
     Raises: TrainingError if a name was given and its folder is taken, or `runs` cannot be a folder.
     """
@@ -42,9 +42,9 @@ def create_folder(config: TrainConfig) -> Path:
         runs.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise TrainingError(f"--runs must be a folder or a path where one can be made, got {runs}") from error
-    number = 1
+    number, data = 1, Path(config.data).resolve().name
     while True:
-        folder = runs / (config.name or (config.data if number == 1 else f"{config.data}-{number}"))
+        folder = runs / (config.name or (data if number == 1 else f"{data}-{number}"))
         try:
             folder.mkdir()
             break

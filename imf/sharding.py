@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -26,6 +29,7 @@ def prepare(
     ema: nn.Module,
     *,
     sharding: str | None,
+    device: torch.device,
     compile: bool,
     checkpointing: bool,
 ) -> nn.Module:
@@ -35,7 +39,7 @@ def prepare(
     stay between the graphs, so communication overlaps), and recomputed in backward, if asked to. With several
     processes DDP holds the model, or FSDP2 shards both networks block by block, in place.
 
-    sharding: "ddp" or "fsdp"; None for a process alone.
+    sharding: "ddp" or "fsdp"; None for a process alone.  device: where the weights of "fsdp" go.
     """
     for block in blocks(model):
         if compile:
@@ -46,13 +50,16 @@ def prepare(
         return model
     if sharding == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # What `ik.checkpoint` gives are views; nothing here writes into one.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for network in (model, ema):
         for module in (*blocks(network), network):
-            _shard(module, keep_root=network is model)
+            _shard(module, mesh, keep_root=network is model)
     return model
 
 
-def _shard(module: nn.Module, keep_root: bool) -> None:
+def _shard(module: nn.Module, mesh: DeviceMesh, keep_root: bool) -> None:
     """Weights stay fp32, sharded over all processes; inputs pass as they are: h must not be rounded.
 
     keep_root: PyTorch's default, the root's weights stay whole from forward to backward; False for a network
@@ -60,7 +67,7 @@ def _shard(module: nn.Module, keep_root: bool) -> None:
     """
     # FSDP2 looks for tensors in tuples, lists, dicts and dataclasses: a `Dual` passes its hooks as a tuple.
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    fully_shard(module, mp_policy=policy, reshard_after_forward=None if keep_root else True)
+    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=None if keep_root else True)
     module.register_forward_pre_hook(lambda _, args: _as_tuples(args), prepend=True)
     module.register_forward_pre_hook(lambda _, args: _as_duals(args))
     module.register_forward_hook(lambda _, args, output: _as_tuples(output), prepend=True)
@@ -97,6 +104,11 @@ def synchronising(engine: nn.Module, last: bool) -> Iterator[None]:
         else contextlib.nullcontext()
     ):
         yield
+
+
+def sharded(network: nn.Module) -> bool:
+    """Whether FSDP2 shards it: then every process must call it as often as the others."""
+    return isinstance(network, FSDPModule)
 
 
 def local(x: Tensor) -> Tensor:

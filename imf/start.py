@@ -74,6 +74,7 @@ def initial_state(config: TrainConfig, precision: str, who: Processes) -> State:
         model,
         ema,
         sharding=config.sharding if who.grouped else None,
+        device=who.device,
         compile=config.compile,
         checkpointing=config.checkpointing,
     )
@@ -122,9 +123,9 @@ def resume(path: Path | None, arguments: argparse.Namespace, who: Processes | No
     path: a run's folder, or the newest checkpoint in one; None for the run that wrote one last.
     Raises: TrainingError for an argument that may not change or is wrong, CheckpointError for a bad file.
     """
-    who = who or Processes(device=choose_device(getattr(arguments, "device", TrainConfig().device)))
+    who = who or Processes(device=choose_device(device_of(path, arguments)))
     with who.together():
-        path = checkpoint.find(path or newest(Path(getattr(arguments, "runs", TrainConfig().runs)))).resolve()
+        path = _found(path, arguments)
         folder = path.parent.parent  # <run>/checkpoints/<file>
         metadata = checkpoint.read_metadata(path)
         config = _resumed_config(path, metadata, arguments)
@@ -148,6 +149,19 @@ def resume(path: Path | None, arguments: argparse.Namespace, who: Processes | No
     run = Run(folder, config, metadata.precision, found, state, who, metadata.elapsed)
     _write_configuration(run)
     return run
+
+
+def device_of(path: Path | None, arguments: argparse.Namespace) -> str:
+    """The --device of a run that is to be resumed: the argument, or as it was; raises as `resume` does."""
+    if "device" in arguments:
+        return arguments.device
+    return checkpoint.read_metadata(_found(path, arguments)).config.device
+
+
+def _found(path: Path | None, arguments: argparse.Namespace) -> Path:
+    """The checkpoint to resume from; its folder says which run it is of."""
+    runs = Path(getattr(arguments, "runs", TrainConfig().runs))
+    return checkpoint.find(path or newest(runs)).resolve()
 
 
 def _resumed_config(path: Path, metadata: Metadata, arguments: argparse.Namespace) -> TrainConfig:

@@ -42,7 +42,7 @@ from imf.run import (
 from imf.sample import class_grid
 from imf.scores import evaluate, table
 from imf.sharding import local, synchronising, whole
-from imf.start import Run, State, begin, resume
+from imf.start import Run, State, begin, device_of, resume
 from imf_kernels import gemm
 
 
@@ -51,7 +51,7 @@ def training_step(
 ) -> Tensor:
     """One update of `state` in place; returns what `imf.run.TERMS` names, [4] fp32 on the device.
 
-    batches: this process's, of equal sizes in all, so that means over processes are means over rows.
+    batches: this process's, of one size in all, so that the mean over processes is that over rows.
     """
     terms = torch.zeros(3, device=who.device)
     loss_of = objective(config.method, config.fixed_guidance)
@@ -286,11 +286,13 @@ def main(argv: list[str] | None = None) -> int:
     elif getattr(arguments, "init_from", ""):
         parser.error("--init-from is for new runs; a resumed one goes on with its own weights")
     try:
-        device = getattr(arguments, "device", config.device)
+        device = config.device
+        if arguments.resume is not None:
+            device = device_of(Path(arguments.resume) if arguments.resume else None, arguments)
         with joined(device, timeout=timedelta(minutes=30)) as who:
             return _train(config, arguments, who)
-    except TrainingError as error:  # of the processes themselves
-        print(f"imf.train: {error}", file=sys.stderr)
+    except ERRORS as error:  # before the processes know of each other
+        print(f"\nimf.train: {error}", file=sys.stderr)
         return 1
 
 
@@ -306,15 +308,21 @@ def _train(config: TrainConfig, arguments: argparse.Namespace, who: Processes) -
             finish(run)
             return 0
     except KeyboardInterrupt:
+        if who.grouped:
+            sys.exit(128 + signal.SIGINT)  # alone: the others are elsewhere, torchrun ends them
         received = signal.SIGINT
-    except ERRORS as error:
+    except (*ERRORS, data.DataError) as error:
         if who.first or not agreed(error):
             print(f"\nimf.train: {error}", file=sys.stderr)
             if run is not None:
                 print(_how_to_go_on(run), file=sys.stderr)
         if who.grouped and not agreed(error):
-            raise  # the others are elsewhere; torchrun ends them
+            sys.exit(1)
         return 1
+    except RuntimeError:  # of PyTorch: another process has ended, or this one cannot go on
+        if run is not None and who.grouped:
+            print(f"\nimf.train: process {who.rank} ends by an error. {_how_to_go_on(run)}", file=sys.stderr)
+        raise
     if run is not None and who.first:
         print(f"\nStopped after step {run.state.step} of {run.config.steps}.", file=sys.stderr)
         print(_how_to_go_on(run), file=sys.stderr)

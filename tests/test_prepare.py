@@ -45,6 +45,14 @@ def test_latents_are_the_posterior_of_the_autoencoder(images, vae, tmp_path, cap
     assert packed.std.tolist() == pytest.approx([4.85503674, 5.31922414, 3.93725398, 3.9870003])
 
 
+def test_precisions(vae):
+    """In bf16 the posterior is that of fp32 to a few of its roundings, and not the same."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32), dtype=np.uint8)
+    exact, rounded = (Latents(vae, 32, torch.device("cpu"), p)(images) for p in ("fp32", "bf16"))
+    error = np.sqrt(np.mean((rounded - exact) ** 2) / np.mean(exact**2))
+    assert 2**-12 < error < 2**-5 and rounded.dtype == np.float32
+
+
 def test_broken_images_are_skipped_and_listed(images, tmp_path):
     assert tiny_data.pack(images, tmp_path) == 0
     lines = (tmp_path / "skipped.tsv").read_text().splitlines()
@@ -145,6 +153,7 @@ def test_another_autoencoder_is_refused(images, vae, tmp_path, capsys):
         ([], "SOURCE and OUT are needed, or --verify OUT"),
         (["a", "b"], "either --vae PATH, for latents, or --pixels"),
         (["a", "b", "--pixels", "--vae", "c"], "either --vae PATH"),
+        (["a", "b", "--pixels", "--workers", "-1"], "--workers must be at least 0, got -1"),
         (["a", "b", "--pixels", "--statistics", "c"], "--statistics FILE and --extractor NAME go together"),
     ],
 )

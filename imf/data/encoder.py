@@ -90,8 +90,11 @@ class Latents(Encoder):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         bf16 = self._precision == "bf16"
         x = torch.from_numpy(images).to(self._device).float() / 127.5 - 1
-        with torch.autocast(self._device.type, torch.bfloat16) if bf16 else nullcontext():
-            posterior = self._vae.encode(x).latent_dist
+        try:
+            with torch.autocast(self._device.type, torch.bfloat16) if bf16 else nullcontext():
+                posterior = self._vae.encode(x).latent_dist
+        except torch.OutOfMemoryError as error:
+            raise DataError(f"--batch-size must be smaller than {len(images)} here: {error}") from error
         # Not posterior.std: in bf16 the exponential would be rounded too.
         moments = torch.stack([posterior.mean.float(), torch.exp(0.5 * posterior.logvar.float())], dim=1)
         if not moments.isfinite().all():

@@ -7,6 +7,7 @@ the image, uint8 [3, H, W]. docs/data.md has the folder to the byte.
 from __future__ import annotations
 
 import mmap
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from imf.data.dataset import DataError, row_seeds
@@ -99,8 +99,8 @@ class PackedData:
         x = torch.empty(len(rows), *self._shape)
         mean, std = self.mean[:, None, None], self.std[:, None, None]
         noise_of_row = torch.Generator()
-        # Row by row: a row lies in the cache, and these operations are too small to be spread over threads,
-        # which the network needs.
+        # Row by row: a latent lies in the cache, and these operations on it are too small to be spread over
+        # threads, which the network needs.
         for seed, row, out in zip(seeds, stored, x, strict=True):
             if self.kind == "pixels":
                 out.copy_(row)
@@ -183,8 +183,7 @@ def _map(folder: Path, shard: Shard, shape: tuple[int, ...], dtype: str) -> _Par
                 )
             got_shape, got_dtype = _read_header(file)
             offset = file.tell()
-            # Copy on write: PyTorch has no read-only tensors, and nothing that is written reaches the file.
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
@@ -193,8 +192,11 @@ def _map(folder: Path, shard: Shard, shape: tuple[int, ...], dtype: str) -> _Par
         raise DataError(
             f"{path}: must be {list(shape)} {dtype}, as {INDEX} says, got {list(got_shape)} {got_dtype}"
         )
-    values: NDArray[Any] = np.frombuffer(memory, dtype, offset=offset)
-    return _Part(memory, torch.from_numpy(values).reshape(shape), offset)
+    with warnings.catch_warnings():
+        # PyTorch has no read-only tensors. These rows are only read, and never leave `PackedData`.
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        rows = torch.frombuffer(memory, dtype=getattr(torch, dtype), offset=offset)
+    return _Part(memory, rows.reshape(shape), offset)
 
 
 def _read_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:

@@ -86,7 +86,10 @@ def prepare(
 def source_statistics(
     source: Source, size: int, extractor: features.Extractor, workers: int
 ) -> fid.Statistics:
-    """FID statistics of the source's images, cropped as for the network; broken ones are left out."""
+    """FID statistics of the source's images, cropped as for the network; broken ones are left out.
+
+    Raises: DataError for fewer than 2 images, one that cannot be read, or features that are not finite.
+    """
     places = range(len(source.files))
     bar = tqdm(total=len(places), desc="statistics", unit="image", dynamic_ncols=True)
 
@@ -98,7 +101,10 @@ def source_statistics(
                 if good:
                     yield torch.stack(good)
 
-    return fid.statistics(batches(), extractor)
+    try:
+        return fid.statistics(batches(), extractor)
+    except ValueError as error:  # too few images, or features that are not finite
+        raise DataError(f"--statistics: {error}") from error
 
 
 def _encode_shards(
@@ -219,6 +225,8 @@ def main(argv: list[str] | None = None) -> int:
             parser.error("either --vae PATH, for latents, or --pixels is needed")
         if (arguments.statistics is None) != (arguments.extractor is None):
             parser.error("--statistics FILE and --extractor NAME go together")
+        if arguments.workers < 0:
+            parser.error(f"--workers must be at least 0, got {arguments.workers}")
         _run(arguments)
     except KeyboardInterrupt:
         print("\nimf.data.prepare: stopped; the same command goes on where it stopped", file=sys.stderr)
@@ -231,6 +239,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     size, workers = arguments.size, arguments.workers or os.cpu_count() or 1
+    if arguments.statistics is not None and not arguments.statistics.parent.is_dir():
+        raise DataError(f"--statistics {arguments.statistics}: no such folder")  # before hours of work
     device = choose_device(arguments.device)
     extractor = features.load(arguments.extractor, device) if arguments.extractor else None
     encoder = Pixels(size) if arguments.pixels else Latents(arguments.vae, size, device, arguments.precision)

@@ -123,6 +123,8 @@ def decode(path: Path, size: int) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(content)) as image:
             return center_crop(image.convert("RGB"), size)
+    except MemoryError:
+        raise
     except Exception as error:  # decoders raise nearly anything: SyntaxError, struct.error, EOFError, ...
         if isinstance(error, UnidentifiedImageError):  # its message holds an address, another one every time
             raise BrokenImage("no image format that Pillow knows") from error
