@@ -34,8 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from imf.convert import from_official
 from imf.model import IMFConfig, build
+from imf.names import from_official
 from imf.objective import Draws, improved_mean_flow
 from imf_kernels import gemm
 
