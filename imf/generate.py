@@ -196,7 +196,7 @@ def read_images(paths: list[Path], batch_size: int = 64) -> Iterator[Tensor]:
                 if image is not None and first is not None and image.shape != first.shape:
                     raise ImageError(
                         f"{path}: images must be of one size, {list(first.shape)} like the first, "
-                        f"got {list(image.shape)}; crop them first"
+                        f"got {list(image.shape)}; imf.data.prepare crops them, and writes statistics too"
                     )
             if whole and not broken:  # once one is broken only the others are looked for
                 yield torch.stack(whole)
