@@ -1,4 +1,4 @@
-"""The attention for Hopper on an emulated machine: no hardware was there. See tests/cuda_host/hopper/machine.h."""
+"""The attention for Hopper on the emulated machine of tests/cuda_host/hopper/machine.h, not on hardware."""
 
 import ctypes
 import itertools
@@ -26,7 +26,8 @@ def library(tmp_path_factory):
 
 
 def draw(batch=1, heads=1, queries=40, keys=None, width=64, value_width=None, kv_heads=None, tangents="all",
-         tangent_rows=None, offset=0.0, size=1.0, dtype=torch.bfloat16, positions_first=True, seed=0):  # fmt: skip
+         tangent_rows=None, offset=0.0, size=1.0, dtype=torch.bfloat16, positions_first=True,
+         seed=0):  # fmt: skip
     """Arguments of machine.attention. `offset` and `size` are of keys, the offset of values too."""
     generator = torch.Generator().manual_seed(seed)
     keys, value_width, kv_heads = keys or queries, value_width or width, kv_heads or heads
@@ -55,7 +56,9 @@ CASES = {
     "276, width 72": {"queries": 276, "width": 72},
     "276, width 128, one query": {"queries": 1, "keys": 276, "width": 128},
     **{f"width {d}": {"queries": 70, "keys": 101, "width": d} for d in (8, 40, 72, 80, 88, 96, 104, 128)},
-    **{f"width {d}, tangents of query": {"keys": 100, "width": d, "tangents": "query"} for d in (72, 96, 128)},
+    **{
+        f"width {d}, tangents of query": {"keys": 100, "width": d, "tangents": "query"} for d in (72, 96, 128)
+    },
     **{f"tangents of {name}": {"heads": 2, "queries": 65, "tangents": name} for name in TANGENTS},
     "tangents of the last sample": {"batch": 3, "queries": 30, "keys": 97, "tangent_rows": 1},
     "one key": {"queries": 3, "keys": 1},
@@ -88,7 +91,8 @@ def test_timing_changes_nothing(library):
     """Whatever the order in which warps run and copies and products finish, and the number of processors."""
     arguments = draw(heads=3, queries=70, keys=200, batch=2, width=128)
     first, *others = (
-        machine.attention(library, **arguments, processors=p, seed=s) for p, s in ((1, 0), (2, 1), (5, 2), (9, 3))
+        machine.attention(library, **arguments, processors=processors, seed=seed)
+        for seed, processors in enumerate((1, 2, 5, 9))
     )
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))

@@ -265,10 +265,12 @@ def _triton_unavailable(tensors: Any) -> str | None:
     return None if width <= 256 else f"it takes head dims of at most 256, got {width}"
 
 
+_CUDA_TYPES = {torch.bfloat16: 1, torch.float16: 2}  # the values of imf::DType, csrc/common/types.h
+
+
 class _CUDA:
     """The forward of csrc/cuda; backward is Triton's, from the same lse."""
 
-    TYPES = {torch.bfloat16: 1, torch.float16: 2}  # the values of imf::DType, csrc/common/types.h
     _triton = Kernels("attention")
 
     @staticmethod
@@ -294,7 +296,7 @@ class _CUDA:
         (batch, heads, queries, width), keys, value_width = q.shape, k.shape[2], v.shape[3]
         rows = 0 if out_dot is None else out_dot.shape[0]
         _C.attention_forward_cuda(
-            *(_CUDA.TYPES[q.dtype], _heads(q), _heads(k), _heads(v), _heads(out)),
+            *(_CUDA_TYPES[q.dtype], _heads(q), _heads(k), _heads(v), _heads(out)),
             *(_heads(q_dot), _heads(k_dot), _heads(v_dot), _heads(out_dot), pointer(lse)),
             *(batch, rows, heads, _group(q, k), queries, keys, width, value_width),
             scale,
@@ -322,7 +324,7 @@ def _cuda_unavailable(tensors: Any) -> str | None:
     for x in tensors:
         if x.device.type != "cuda":
             return f"it takes CUDA tensors, got one on {x.device}"
-        if x.dtype not in _CUDA.TYPES:
+        if x.dtype not in _CUDA_TYPES:
             return f"it takes bfloat16 and float16, got {str(x.dtype).removeprefix('torch.')}"
         if reason := without_memory(x):
             return f"it takes tensors that lie in memory, got {reason}"
@@ -402,8 +404,8 @@ def scaled_dot_product_attention(
         value: [B, H, L_k, D_v], as many heads as the key.
         attn_mask: broadcasts to [B, H, L_q, L_k] and is never made that large in memory; of bool (True: the
             key takes part) or, added to the scaled logits, of float32 or the query's dtype. It carries no
-            tangent and gets no gradient. A query that sees no key gives zero, its tangent too. Not for `cpu` and
-            `cuda`.
+            tangent and gets no gradient. A query that sees no key gives zero, its tangent too. Not for `cpu`
+            and `cuda`.
         dropout_p: not supported yet, and refused unless 0.
         is_causal: query i sees the keys 0 to i; excludes `attn_mask`. Not for `cpu` and `cuda`.
         scale: 1 / √D by default.
