@@ -288,9 +288,8 @@ class _CUDA:
         scale: float,
         is_causal: bool,
     ) -> None:
-        arguments = {"query": q, "key": k, "value": v}
-        arguments |= {"query_dot": q_dot, "key_dot": k_dot, "value_dot": v_dot}
-        for name, x in arguments.items():
+        primals, tangents = {"query": q, "key": k, "value": v}, {"query": q_dot, "key": k_dot, "value": v_dot}
+        for name, x in (*primals.items(), *((f"{name}_dot", x) for name, x in tangents.items())):
             if x is not None and (reason := _cuda_layout(x)):
                 raise RuntimeError(f"{_NAME}: backend 'cuda' cannot run: of {name}, {reason}")
         (batch, heads, queries, width), keys, value_width = q.shape, k.shape[2], v.shape[3]
