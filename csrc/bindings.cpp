@@ -18,7 +18,7 @@
 #include "cpu/sinusoidal_embedding.h"
 #include "cpu/swiglu.h"
 #if defined(IMF_CUDA_ARCHITECTURES)
-#include "cuda/rms_norm.h"
+#include "cuda/bindings.h"
 #endif
 #if defined(IMF_CUDA_SM90)
 #include "cuda/bindings_sm90.h"
@@ -50,7 +50,7 @@ void register_isa(py::module_& m) {
 #endif
 #if defined(IMF_CUDA_ARCHITECTURES)
   m.attr("cuda_architectures") = IMF_CUDA_ARCHITECTURES;
-  m.def("cuda_unavailable", &imf::cuda::unavailable);
+  imf::cuda::register_functions(m);
 #else
   m.attr("cuda_architectures") = "";
 #endif
@@ -80,28 +80,6 @@ void register_rms_norm(py::module_& m) {
                   at<float>(dweight), rows, width, x_stride, dy_stride, threads});
       },
       unlocked());
-#if defined(IMF_CUDA_ARCHITECTURES)
-  m.def(
-      "rms_norm_forward_cuda",
-      [](int x_type, int y_type, pointer x, pointer x_dot, pointer weight, pointer y, pointer y_dot,
-         pointer rstd, index_t rows, index_t tangent_rows, index_t width, index_t x_stride,
-         index_t x_dot_stride, float eps, int device, pointer stream) {
-        cuda::rms_norm_forward({DType(x_type), DType(y_type), at(x), at(x_dot), at<float>(weight), at(y),
-                                at(y_dot), at<float>(rstd), rows, tangent_rows, width, x_stride, x_dot_stride,
-                                eps, device, at(stream)});
-      },
-      unlocked());
-  m.def(
-      "rms_norm_backward_cuda",
-      [](int x_type, int y_type, pointer x, pointer dy, pointer weight, pointer rstd, pointer dx,
-         pointer dweight, index_t rows, index_t width, index_t x_stride, index_t dy_stride, int device,
-         pointer stream) {
-        cuda::rms_norm_backward({DType(x_type), DType(y_type), at(x), at(dy), at<float>(weight),
-                                 at<float>(rstd), at(dx), at<float>(dweight), rows, width, x_stride,
-                                 dy_stride, device, at(stream)});
-      },
-      unlocked());
-#endif
 }
 
 void register_layer_norm(py::module_& m) {

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 # First, so that its OpenMP runtime is the one that the compiled module finds loaded.
+import torch
 from torch import Tensor
 
 from imf_kernels import _C
-from imf_kernels.layout import DTYPES, without_memory
+from imf_kernels.layout import without_memory
+
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def unavailable(tensors: Sequence[Tensor]) -> str | None:
@@ -22,6 +26,11 @@ def unavailable(tensors: Sequence[Tensor]) -> str | None:
         if reason := without_memory(x):
             return f"it takes tensors that lie in memory, got {reason}"
     return None
+
+
+def call(function: str, x: Tensor, *arguments: Any) -> None:
+    """Calls a function of the compiled module, on as many threads as PyTorch uses."""
+    getattr(_C, function)(*arguments, torch.get_num_threads())
 
 
 def instruction_sets() -> list[str]:

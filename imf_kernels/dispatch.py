@@ -14,6 +14,12 @@ from torch import Tensor
 
 logger = logging.getLogger("imf_kernels")
 Answer = TypeVar("Answer")
+Question = TypeVar("Question", bound=Callable[..., Any])
+
+
+def always(tensors: Sequence[Tensor]) -> str | None:
+    """The availability of the `reference` backends."""
+    return None
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Backend:
         eager: the implementation; takes what the operation's public function hands it.
         unavailable: why it cannot run on these tensors; `None` where it can.
         default: False for one that runs on request only.
+        on_request: why it runs only on request on these tensors; `None` where it may be the default.
         traced: what stands for it in the graphs of `torch.compile` and `torch.export`; `None` for plain
             PyTorch, which they trace as it is.
     """
@@ -34,19 +41,15 @@ class Backend:
     unavailable: Callable[[Sequence[Tensor]], str | None]
     default: bool = True
     traced: Callable[..., Any] | None = None
+    on_request: Callable[[Sequence[Tensor]], str | None] = always
 
     def run(self, x: Tensor, *arguments: Any) -> Any:
         """The operation, with `torch.autocast` off meanwhile: the inputs' dtypes decide what it computes."""
         call = self.eager if self.traced is None or not torch.compiler.is_compiling() else self.traced
-        if not _autocasts(x.device):
+        if not autocasts(x.device):
             return call(x, *arguments)
         with without_autocast(x.device):
             return call(x, *arguments)
-
-
-def always(tensors: Sequence[Tensor]) -> str | None:
-    """The availability of the `reference` backends."""
-    return None
 
 
 def choose(operation: str, backends: Sequence[Backend], wanted: str | None, *tensors: Tensor) -> Backend:
@@ -68,7 +71,7 @@ def choose(operation: str, backends: Sequence[Backend], wanted: str | None, *ten
     for backend in backends:
         if not backend.default:
             continue
-        if (reason := backend.unavailable(tensors)) is None:
+        if (reason := backend.unavailable(tensors) or backend.on_request(tensors)) is None:
             if refused and not torch.compiler.is_compiling():
                 log_once(operation, backend.name, "; ".join(refused))
             return backend
@@ -76,12 +79,18 @@ def choose(operation: str, backends: Sequence[Backend], wanted: str | None, *ten
     raise RuntimeError(f"{operation}: no backend can run: {'; '.join(refused)}")
 
 
+def with_result(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What `choose` is asked about: the input, and an empty tensor for a result of another dtype."""
+    return (x,) if x.dtype == dtype else (x, x.new_empty(0, dtype=dtype))
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Turns `torch.autocast` off where it is on."""
-    return torch.autocast(device.type, enabled=False) if _autocasts(device) else contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else contextlib.nullcontext()
 
 
-def _autocasts(device: torch.device) -> bool:
+def autocasts(device: torch.device) -> bool:
+    """Whether `torch.autocast` is on for the device."""
     if not torch._C._is_any_autocast_enabled():  # mostly not: one question instead of three
         return False
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
@@ -92,7 +101,7 @@ def log_once(operation: str, chosen: str, refused: str) -> None:
     logger.info("%s runs on the %s backend (%s)", operation, chosen, refused)
 
 
-def constant(function: Callable[[], Answer]) -> Callable[[], Answer]:
+def constant(function: Question) -> Question:
     """Marks a question about the process, which `torch.compile` asks while it traces: no part of a graph.
 
     It is `torch.compiler.assume_constant_result` without the import of the compiler, which takes a second.

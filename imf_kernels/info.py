@@ -49,9 +49,13 @@ def report() -> str:
         "operation             backends, the default first",
     ]
     for operation in OPERATIONS:
-        names = (b.name if b.default else f"{b.name} (on request)" for b in backends(operation))
+        names = (f"{b.name} (on request)" if _only_on_request(b) else b.name for b in backends(operation))
         lines.append(f"{operation:<21} {', '.join(names)}")
     return "\n".join(lines)
+
+
+def _only_on_request(backend: Backend) -> bool:
+    return not backend.default or (backend.name == "cuda" and not cuda.VERIFIED)
 
 
 def triton_status() -> str:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # the values of imf::DType, csrc/common/types.h
+# The values of imf::DType, csrc/common/types.h.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def rows_of(x: Tensor | None) -> tuple[Any, int]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imf_kernels.dispatch import Backend
+from imf_kernels.dispatch import Backend, always
 
 _LIBRARY = torch.library.Library("imf_kernels", "DEF")
 
@@ -58,12 +58,14 @@ class Operation:
             fake = (fakes or {}).get(kernel, _fills)
             torch.library.register_fake(f"imf_kernels::{qualified}", partial(_fake, fake), lib=_LIBRARY)
 
-    def backend(self, name: str, kernels: Any, unavailable: Any, default: bool = True) -> Backend:
+    def backend(
+        self, name: str, kernels: Any, unavailable: Any, default: bool = True, on_request: Any = always
+    ) -> Backend:
         """The backend of that name, which runs on these kernels; the rest is as in `Backend`."""
         self._backends[name] = kernels
         # Not what `Function.apply` does for transforms of torch.func, in which no kernel runs: 2 µs a call.
         eager = partial(super(torch.autograd.Function, self._function).apply, kernels)  # type: ignore[misc]
-        return Backend(name, eager, unavailable, default, traced=partial(self._traced, name))
+        return Backend(name, eager, unavailable, default, partial(self._traced, name), on_request)
 
     def _traced(self, backend: str, *arguments: Any) -> tuple[Tensor, Tensor | None]:
         """The operator, called like the `autograd.Function`. An operator cannot return `None`."""

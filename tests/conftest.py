@@ -1,6 +1,7 @@
 """What the tests of the operations share: backends, poisoned memory, one thread unless a test says more.
 
-On a machine with a GPU the `triton` backend runs on it, elsewhere in Triton's interpreter, on the CPU.
+On a machine with a GPU the `triton` backend runs on it, elsewhere in Triton's interpreter, on the CPU; the
+`cuda` backend likewise, elsewhere compiled for the CPU (tests/cuda_host), which is slow to build.
 """
 
 import contextlib
@@ -14,14 +15,19 @@ if not ON_GPU:  # before Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic products ask for
 
-from imf_kernels import cpu, info, triton_backend  # noqa: E402
+import cuda_emulation  # noqa: E402
+
+from imf_kernels import cpu, cuda, info, triton_backend  # noqa: E402
 from imf_kernels.testing.cases import Case  # noqa: E402
 
 ISAS = ("plain", "avx2", "avx512", "avx512_bf16")
-KERNELS = (*(f"cpu-{isa}" for isa in ISAS), "triton")
+KERNELS = (*(f"cpu-{isa}" for isa in ISAS), "triton", "cuda")
 BACKENDS = ("reference", *KERNELS)
 
+CUDA_ON_GPU = ON_GPU and not cuda.missing()
+
 _DTYPES = {
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
     "cpu": (torch.float32, torch.bfloat16),
     "triton": triton_backend.DTYPES if ON_GPU else (torch.float32, torch.float16),
     "reference": (torch.float32, torch.bfloat16, torch.float16),
@@ -36,18 +42,21 @@ def dtypes_of(case, backend):
 def pytest_collection_modifyitems(items):
     """Of tests of each case, dtype and backend, leaves out the combinations that do not exist, and keeps the
     properties of attention in Triton's interpreter, seconds each, to one dtype unless all is tested."""
-    items[:] = [item for item in items if _exists(getattr(item, "callspec", None))]
+    items[:] = [item for item in items if _exists(item)]
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        interpreted = parameters.get("backend") == "triton" and not ON_GPU
+        backend = parameters.get("backend", parameters.get("kernels"))
+        if backend == "cuda" and not CUDA_ON_GPU:
+            item.add_marker(pytest.mark.slow)
+        interpreted = backend == "triton" and not ON_GPU
         attention = "scaled_dot_product_attention" in str(parameters.get("case"))
         half = parameters.get("dtype") == torch.float16
         if interpreted and attention and half and item.path.name == "test_properties.py":
             item.add_marker(pytest.mark.slow)
 
 
-def _exists(call):
-    parameters = call.params if call else {}
+def _exists(item):
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
     backend = parameters.get("backend", parameters.get("kernels"))
     if backend not in BACKENDS:
         return True
@@ -55,17 +64,26 @@ def _exists(call):
     if not isinstance(case, Case):
         case = None
     # "gelu, tanh" is an operation and its variant
-    operation = case.operation if case else parameters.get("operation", "rms_norm").partition(",")[0]
+    about = item.get_closest_marker("operation")
+    named = about.args[0] if about else parameters.get("operation", "rms_norm").partition(",")[0]
+    operation = case.operation if case else named
+    large = case is not None and case.large  # hours in the interpreter
     if backend == "triton":
-        large = case is not None and case.large  # hours in the interpreter
         return has_triton(operation) and not (large and not ON_GPU) and _takes(case, dtype, backend)
+    if backend == "cuda":
+        emulated = not (large or operation == "scaled_dot_product_attention")
+        return _has("cuda", operation) and (CUDA_ON_GPU or emulated) and _takes(case, dtype, backend)
     return _takes(case, dtype, backend)
 
 
 def has_triton(operation):
     """Whether an operation has Triton kernels."""
+    return _has("triton", operation)
+
+
+def _has(name, operation):
     file = "attention" if operation == "scaled_dot_product_attention" else operation
-    return any(backend.name == "triton" for backend in info.backends(file))
+    return any(backend.name == name for backend in info.backends(file))
 
 
 def _takes(case, dtype, backend):
@@ -82,11 +100,15 @@ def running_on(name):
         pytest.skip(f"this processor has no {isa}")
     if backend == "triton" and (reason := triton_backend.missing()):
         pytest.skip(reason)
+    if backend == "cuda" and not CUDA_ON_GPU and (reason := cuda_emulation.missing()):
+        pytest.skip(f"neither a GPU nor the emulator: {reason}")
     with contextlib.ExitStack() as stack:
         if isa:
             stack.enter_context(cpu.use_instruction_set(isa))
-        if backend == "triton" and ON_GPU:
+        if (backend == "triton" and ON_GPU) or (backend == "cuda" and CUDA_ON_GPU):
             stack.enter_context(torch.device("cuda"))
+        elif backend == "cuda":
+            stack.enter_context(cuda_emulation.emulated())
         yield backend
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from imf_kernels.ops.attention import _CUDA_TYPES, _cuda_layout, _heads, _reference
+from imf_kernels.layout import DTYPES
+from imf_kernels.ops.attention import _cuda_layout, _heads, _reference
 from imf_kernels.testing import errors
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +61,7 @@ def attention(library, q, k, v, q_dot=None, k_dot=None, v_dot=None, scale=None, 
     numbers = [number for x in tensors for number in _heads(x)]
     sizes = (batch, tangent_rows, heads, heads // k.shape[1], queries, k.shape[2], width, value_width)
     error = library.attention_forward(
-        _CUDA_TYPES[q.dtype],
+        DTYPES[q.dtype],
         (ctypes.c_int64 * len(numbers))(*numbers),
         ctypes.c_void_p(lse.data_ptr()),
         (ctypes.c_int64 * len(sizes))(*sizes),
@@ -79,8 +80,9 @@ def attention(library, q, k, v, q_dot=None, k_dot=None, v_dot=None, scale=None, 
 
 def reference(dtype, q, k, v, q_dot=None, k_dot=None, v_dot=None, scale=None):
     """Output, its tangent and lse by PyTorch in `dtype`."""
-    tensors = (q, k, v, q_dot, k_dot, v_dot)
-    q, k, v, q_dot, k_dot, v_dot = (None if x is None else x.to(dtype) for x in tensors)
+    q, k, v, q_dot, k_dot, v_dot = (
+        None if x is None else x.to(dtype) for x in (q, k, v, q_dot, k_dot, v_dot)
+    )
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
     out, out_dot = _reference(q, q_dot, k, k_dot, v, v_dot, None, False, scale)
     return out, out_dot, torch.logsumexp(scale * q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT, -1)

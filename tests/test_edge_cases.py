@@ -84,6 +84,7 @@ def test_broadcast_inputs(operation, shape, backend):
         torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.operation("scaled_dot_product_attention")
 @pytest.mark.parametrize("dims", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
 def test_broadcast_attention(dims, backend):
     def draw(length):
@@ -135,6 +136,7 @@ def test_no_rows(operation, lead, backend):
         assert leaf.grad.shape == leaf.shape and not leaf.grad.any()
 
 
+@pytest.mark.operation("prepend_tokens")
 def test_no_scalars_and_no_tokens(backend):
     t = Dual(torch.ones(0), torch.ones(0))
     assert ik.sinusoidal_embedding(t, 8, backend=backend).tangent.shape == (0, 8)
@@ -148,6 +150,7 @@ def test_no_scalars_and_no_tokens(backend):
     ("batch", "heads", "queries", "keys", "width", "value_width"),
     [(0, 2, 3, 4, 8, 8), (2, 0, 3, 4, 8, 8), (2, 2, 0, 4, 8, 8), (2, 2, 3, 4, 8, 0), (2, 2, 3, 4, 0, 8)],
 )
+@pytest.mark.operation("scaled_dot_product_attention")
 def test_empty_attention(batch, heads, queries, keys, width, value_width, backend):
     q, k, v = (
         torch.randn(batch, heads, n, d, requires_grad=True)
@@ -177,6 +180,7 @@ def test_attention_over_no_keys_is_zero():
         ik.scaled_dot_product_attention(q, k, k, backend="cpu")
 
 
+@pytest.mark.operation("scaled_dot_product_attention")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_to_one_key_has_no_derivative_along_logits(dtype, backend):
     """softmax of one logit is 1: no gradient of q and k, no tangent from theirs, exactly."""
@@ -240,6 +244,7 @@ def test_what_is_not_finite_stays_in_its_row(operation, value, backend):
     assert torch.equal(y.tangent[others].detach(), clean.tangent[others])
 
 
+@pytest.mark.operation("scaled_dot_product_attention")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 def test_what_is_not_finite_in_attention(where, value, backend):
@@ -257,6 +262,7 @@ def test_what_is_not_finite_in_attention(where, value, backend):
     assert torch.equal(got.tangent[~touched], clean.tangent[~touched])
 
 
+@pytest.mark.operation("scaled_dot_product_attention")
 def test_logits_that_overflow_one_exponential(backend):
     """Logits of ±1e4 leave a softmax of one 1 and zeros: value, tangent and gradients follow that key."""
     q = torch.full((1, 1, 1, 1), 100.0)

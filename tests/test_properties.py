@@ -143,6 +143,7 @@ def offset_loss(case):
     return max(1.0, *(x.offset**2 for x in case.inputs.values()))
 
 
+@pytest.mark.operation("scaled_dot_product_attention")
 @pytest.mark.parametrize("name", ["length 276", "offset 4"])
 def test_tangents_of_the_arguments_add_up(name, kernels):
     """The paths with fewer products than all three tangents take: their results sum to the whole."""

@@ -21,6 +21,13 @@ namespace imf {
 IMF_HOST_DEVICE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 IMF_HOST_DEVICE float sqrt(float x) { return ::sqrtf(x); }
 IMF_HOST_DEVICE float exp(float x) { return ::expf(x); }
+IMF_HOST_DEVICE float abs(float x) { return ::fabsf(x); }
+IMF_HOST_DEVICE float select_less(float a, float b, float yes, float no) { return a < b ? yes : no; }
+// The normal distribution and its density; by erfc, which does not cancel below 0 as 1 + erf does.
+IMF_HOST_DEVICE void normal(float x, float& distribution, float& density) {
+  distribution = 0.5f * ::erfcf(-0.707106781186547524f * x);
+  density = 0.398942280401432678f * ::expf(-0.5f * x * x);
+}
 
 template <typename T>
 struct Dual {

@@ -1,13 +1,8 @@
 #pragma once
 
-#include <string>
-
-#include "common/types.h"
+#include "cuda/runtime.h"
 
 namespace imf::cuda {
-
-// Why nothing can be launched on this machine (no driver, one older than the toolkit); empty where it can.
-std::string unavailable();
 
 // y = x rstd w, rstd = 1 / sqrt(mean(x^2) + eps), over rows of `width` elements.
 struct RmsNormForward {
@@ -20,8 +15,7 @@ struct RmsNormForward {
   float* rstd;          // [rows]
   index_t rows, tangent_rows, width, x_stride, x_dot_stride;
   float eps;
-  int device;
-  void* stream;
+  Place place;
 };
 
 struct RmsNormBackward {
@@ -31,10 +25,10 @@ struct RmsNormBackward {
   const float* weight;
   const float* rstd;
   void* dx;        // [rows, width], contiguous, of x's type
-  float* dweight;  // [width], zeroed by the caller; added to atomically
-  index_t rows, width, x_stride, dy_stride;
-  int device;
-  void* stream;
+  float* partial;  // [shares, width], scratch
+  float* dweight;  // [width]
+  index_t rows, width, x_stride, dy_stride, shares;
+  Place place;
 };
 
 void rms_norm_forward(const RmsNormForward&);

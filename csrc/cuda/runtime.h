@@ -6,7 +6,18 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/types.h"
+
 namespace imf::cuda {
+
+// Where a kernel runs: the device, and a cudaStream_t of it.
+struct Place {
+  int device;
+  void* stream;
+};
+
+// Why nothing can be launched on this machine (no driver, one older than the toolkit); empty where it can.
+std::string unavailable();
 
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) {
@@ -20,13 +31,34 @@ class DeviceGuard {
   explicit DeviceGuard(int device) {
     check(cudaGetDevice(&before_), "cudaGetDevice");
     if (device != before_) check(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = device != before_;
   }
-  ~DeviceGuard() { cudaSetDevice(before_); }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
   int before_ = 0;
+  bool changed_ = false;
 };
+
+// Enqueues kernel(arguments...); nothing where the grid is empty. Allocates nothing and waits for nothing, so
+// that it may be captured into a graph.
+template <typename... Parameters, typename... Arguments>
+void launch(const char* what, void (*kernel)(Parameters...), index_t blocks, unsigned columns, dim3 threads,
+            Place place, Arguments... arguments) {
+  if (blocks == 0 || columns == 0) return;
+  if (blocks > 0x7fffffff) throw std::runtime_error(std::string(what) + ": more than 2^31 - 1 blocks");
+  const DeviceGuard guard(place.device);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks), columns);
+  config.blockDim = threads;
+  config.stream = static_cast<cudaStream_t>(place.stream);
+  check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), what);
+}
+
+inline index_t divide_up(index_t a, index_t b) { return (a + b - 1) / b; }
 
 }  // namespace imf::cuda

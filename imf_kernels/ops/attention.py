@@ -265,9 +265,6 @@ def _triton_unavailable(tensors: Any) -> str | None:
     return None if width <= 256 else f"it takes head dims of at most 256, got {width}"
 
 
-_CUDA_TYPES = {torch.bfloat16: 1, torch.float16: 2}  # the values of imf::DType, csrc/common/types.h
-
-
 class _CUDA:
     """The forward of csrc/cuda; backward is Triton's, from the same lse."""
 
@@ -288,18 +285,18 @@ class _CUDA:
         scale: float,
         is_causal: bool,
     ) -> None:
-        primals, tangents = {"query": q, "key": k, "value": v}, {"query": q_dot, "key": k_dot, "value": v_dot}
-        for name, x in (*primals.items(), *((f"{name}_dot", x) for name, x in tangents.items())):
+        names = ("query", "key", "value", "query_dot", "key_dot", "value_dot")
+        for name, x in zip(names, (q, k, v, q_dot, k_dot, v_dot), strict=True):
             if x is not None and (reason := _cuda_layout(x)):
                 raise RuntimeError(f"{_NAME}: backend 'cuda' cannot run: of {name}, {reason}")
         (batch, heads, queries, width), keys, value_width = q.shape, k.shape[2], v.shape[3]
         rows = 0 if out_dot is None else out_dot.shape[0]
-        _C.attention_forward_cuda(
-            *(_CUDA_TYPES[q.dtype], _heads(q), _heads(k), _heads(v), _heads(out)),
+        cuda.call(
+            *("attention_forward", q),
+            *(DTYPES[q.dtype], _heads(q), _heads(k), _heads(v), _heads(out)),
             *(_heads(q_dot), _heads(k_dot), _heads(v_dot), _heads(out_dot), pointer(lse)),
             *(batch, rows, heads, _group(q, k), queries, keys, width, value_width),
             scale,
-            *cuda.launch(q),
         )
 
     @staticmethod
@@ -323,7 +320,7 @@ def _cuda_unavailable(tensors: Any) -> str | None:
     for x in tensors:
         if x.device.type != "cuda":
             return f"it takes CUDA tensors, got one on {x.device}"
-        if x.dtype not in _CUDA_TYPES:
+        if x.dtype not in check.HALVES:
             return f"it takes bfloat16 and float16, got {str(x.dtype).removeprefix('torch.')}"
         if reason := without_memory(x):
             return f"it takes tensors that lie in memory, got {reason}"

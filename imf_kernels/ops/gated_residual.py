@@ -4,7 +4,7 @@ Tangent:  ẏ = ẋ + ḃ · g + b · ġ (a gate for all rows is a weight and ca
 Backward: dx = dy,  db = dy · g,  dg = Σ dy · b over the rows that have the gate in common.
 Source: the residual scales of iMF's blocks (Geng et al., "Improved Mean Flows", 2025, arXiv 2512.02012); a
 sample's own in DiT (Peebles and Xie, "Scalable Diffusion Models with Transformers", 2022, arXiv 2212.09748).
-Kernels: csrc/cpu/gated_residual.cpp, imf_kernels/_triton/gated_residual.py.
+Kernels: csrc/cpu/gated_residual.cpp, csrc/cuda/gated_residual.cu, imf_kernels/_triton/gated_residual.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imf_kernels import _C, cpu, triton_backend
+from imf_kernels import _C, cpu, cuda, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, align, no_gradient, pack, tail, unpack
 from imf_kernels.dual_tensors import takes_dual_tensors
@@ -95,7 +95,7 @@ class _GatedResidual(torch.autograd.Function):
         y, y_dot = contiguous_like(x), None
         stored = next((t for t in (x_dot, branch_dot, gate_dot) if t is not None), None)
         if stored is not None:
-            y_dot = contiguous_like(x[x.shape[0] - stored.shape[0] :])
+            y_dot = contiguous_like(tail(x, stored))
             no_gradient(ctx, y_dot)
         kernels.forward(x, x_dot, branch, branch_dot, gate, gate_dot, y, y_dot)
         ctx.save_for_backward(branch, gate)
@@ -112,8 +112,11 @@ class _GatedResidual(torch.autograd.Function):
 
 
 class _CPU:
-    @staticmethod
+    call = staticmethod(cpu.call)
+
+    @classmethod
     def forward(
+        cls,
         x: Tensor,
         x_dot: Tensor | None,
         branch: Tensor,
@@ -127,11 +130,12 @@ class _CPU:
         (b_rows, b_stride), (bt_rows, bt_stride) = rows_of(branch), rows_of(branch_dot)
         g, g_dot = (None if t is None else t.float().contiguous() for t in (gate, gate_dot))
         _, length = groups_of(gate, x)
-        _C.gated_residual_forward(
-            *(DTYPES[x.dtype], DTYPES[branch.dtype], pointer(x_rows), pointer(xt_rows)),
-            *(pointer(b_rows), pointer(bt_rows), pointer(g), pointer(g_dot), pointer(y), pointer(y_dot)),
+        cls.call(
+            *("gated_residual_forward", x, DTYPES[x.dtype], DTYPES[branch.dtype]),
+            *(pointer(x_rows), pointer(xt_rows), pointer(b_rows), pointer(bt_rows)),
+            *(pointer(g), pointer(g_dot), pointer(y), pointer(y_dot)),
             *(count_rows(x), count_rows(y_dot), length, x.shape[-1]),
-            *(x_stride, xt_stride, b_stride, bt_stride, torch.get_num_threads()),
+            *(x_stride, xt_stride, b_stride, bt_stride),
         )
 
     @staticmethod
@@ -147,6 +151,23 @@ class _CPU:
             *(groups, length, width, dy_stride, b_stride, threads),
         )
         return dgate[:groups]
+
+
+class _CUDA(_CPU):
+    call = staticmethod(cuda.call)
+
+    @staticmethod
+    def backward(dy: Tensor, branch: Tensor, gate: Tensor, dbranch: Tensor) -> Tensor:
+        (groups, length), width = groups_of(gate, branch), branch.shape[-1]
+        (dy_rows, dy_stride), (b_rows, b_stride) = rows_of(dy), rows_of(branch)
+        g = gate.float().contiguous()
+        dgate, partial, shares = cuda.sums(branch, groups, length, width)
+        cuda.call(
+            *("gated_residual_backward", branch, DTYPES[dy.dtype], DTYPES[branch.dtype]),
+            *(pointer(dy_rows), pointer(b_rows), pointer(g), pointer(dbranch)),
+            *(pointer(partial), pointer(dgate), groups, length, width, dy_stride, b_stride, shares),
+        )
+        return dgate
 
 
 _OPERATION = Operation(
@@ -166,6 +187,7 @@ _OPERATION = Operation(
 )
 _BACKENDS = (
     _OPERATION.backend("cpu", _CPU, cpu.unavailable),
+    _OPERATION.backend("cuda", _CUDA, cuda.unavailable, on_request=cuda.on_request),
     _OPERATION.backend("triton", Kernels("gated_residual"), triton_backend.unavailable),
     Backend("reference", _reference, always),
 )
@@ -183,7 +205,7 @@ def gated_residual(
         branch: like x; bfloat16 and float16 may be added to a stream of float32.
         gate: [d], one gate a channel, of any floating-point type and without a tangent; or, of x [B, ..., d],
             [B, d], a row for all positions of a sample, of any of x's types.
-        backend: "cpu", "triton", "reference", or the best one that can run.
+        backend: "cpu", "cuda", "triton", "reference", or the best one that can run.
 
     Returns:
         Like x; a `Dual` if any argument is one. Computed in fp32, rounded once.

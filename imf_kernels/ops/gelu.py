@@ -4,7 +4,7 @@ an approximation of it, s(x) = (1 + tanh(√(2 / π) (x + 0.044715 x³))) / 2.
 Tangent:  ẏ = (s + x s′) ẋ, of the former with s′ = e^(−x²/2) / √(2π).
 Backward: dx = (s + x s′) dy.
 Source: Hendrycks and Gimpel, "Gaussian Error Linear Units" (2016); as `torch.nn.functional.gelu`.
-Kernels: csrc/cpu/gelu.cpp, imf_kernels/_triton/gelu.py.
+Kernels: csrc/cpu/gelu.cpp, csrc/cuda/gelu.cu, imf_kernels/_triton/gelu.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imf_kernels import _C, cpu, triton_backend
+from imf_kernels import cpu, cuda, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, tail, unpack
 from imf_kernels.dual_tensors import takes_dual_tensors
@@ -78,19 +78,23 @@ class _GELU(torch.autograd.Function):
         return None, dx, None, None
 
 
-class _CPU:
-    @staticmethod
-    def forward(x: Tensor, x_dot: Tensor | None, y: Tensor, y_dot: Tensor | None, by_tanh: bool) -> None:
-        _C.gelu_forward(
-            *(DTYPES[x.dtype], pointer(x), pointer(x_dot), pointer(y), pointer(y_dot)),
-            *(x.numel(), 0 if x_dot is None else x_dot.numel(), by_tanh, torch.get_num_threads()),
+class _Compiled:
+    """The kernels of csrc: `call` runs them, on the CPU or on a GPU."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def forward(
+        self, x: Tensor, x_dot: Tensor | None, y: Tensor, y_dot: Tensor | None, by_tanh: bool
+    ) -> None:
+        self._call(
+            *("gelu_forward", x, DTYPES[x.dtype], pointer(x), pointer(x_dot), pointer(y), pointer(y_dot)),
+            *(x.numel(), 0 if x_dot is None else x_dot.numel(), by_tanh),
         )
 
-    @staticmethod
-    def backward(x: Tensor, dy: Tensor, dx: Tensor, by_tanh: bool) -> None:
-        _C.gelu_backward(
-            *(DTYPES[x.dtype], pointer(x), pointer(dy), pointer(dx)),
-            *(x.numel(), by_tanh, torch.get_num_threads()),
+    def backward(self, x: Tensor, dy: Tensor, dx: Tensor, by_tanh: bool) -> None:
+        self._call(
+            *("gelu_backward", x, DTYPES[x.dtype], pointer(x), pointer(dy), pointer(dx), x.numel(), by_tanh)
         )
 
 
@@ -104,7 +108,8 @@ _OPERATION = Operation(
     },
 )
 _BACKENDS = (
-    _OPERATION.backend("cpu", _CPU, cpu.unavailable),
+    _OPERATION.backend("cpu", _Compiled(cpu.call), cpu.unavailable),
+    _OPERATION.backend("cuda", _Compiled(cuda.call), cuda.unavailable, on_request=cuda.on_request),
     _OPERATION.backend("triton", Kernels("gelu"), triton_backend.unavailable),
     Backend("reference", _reference, always),
 )
@@ -118,7 +123,7 @@ def gelu(x: TensorOrDual, *, approximate: str = "none", backend: str | None = No
         x: any shape and strides, float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu`:
             not float16).
         approximate: "none", or "tanh" for x · (1 + tanh(√(2 / π) (x + 0.044715 x³))) / 2.
-        backend: "cpu", "triton", "reference", or the best one that can run.
+        backend: "cpu", "cuda", "triton", "reference", or the best one that can run.
 
     Returns:
         As x in shape and dtype; a `Dual` if `x` is one. Computed in fp32, rounded once.

@@ -3,8 +3,8 @@
 Tangent:  ẏ = ṅ · w with ṅ = r · (ẋ − mean(ẋ) − n · mean(n ẋ)).
 Backward: with g = dy · w:  dx = r · (g − mean(g) − n · mean(g n)),  dw = Σ_rows dy · n,  db = Σ_rows dy.
 Source: Ba, Kiros and Hinton, "Layer Normalization" (2016); as `torch.nn.functional.layer_norm`.
-Kernels: csrc/cpu/layer_norm.cpp, imf_kernels/_triton/layer_norm.py. They are layer_norm_modulate's too, whose
-scale and shift w and b are, of all rows.
+Kernels: csrc/cpu/layer_norm.cpp, csrc/cuda/layer_norm.cu, imf_kernels/_triton/layer_norm.py. They are
+layer_norm_modulate's too, whose scale and shift w and b are, of all rows.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imf_kernels import _C, cpu
-from imf_kernels.dispatch import Backend, always, choose
+from imf_kernels import _C, cpu, cuda
+from imf_kernels.dispatch import Backend, always, choose, with_result
 from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, tail, unpack
 from imf_kernels.dual_tensors import takes_dual_tensors
 from imf_kernels.layout import (
@@ -128,8 +128,11 @@ class CPU:
     """n · (one + scale) + shift. A parameter that is not there is zero; [d] is of all rows, [B, d] of each
     sample's."""
 
-    @staticmethod
+    call = staticmethod(cpu.call)
+
+    @classmethod
     def forward(
+        cls,
         x: Tensor,
         x_dot: Tensor | None,
         scale: Tensor | None,
@@ -147,12 +150,11 @@ class CPU:
             None if p is None else p.float().contiguous() for p in (scale, scale_dot, shift, shift_dot)
         )
         _, length = groups_of(scale, x)
-        _C.layer_norm_forward(
-            *(DTYPES[x.dtype], DTYPES[y.dtype], pointer(x_rows), pointer(t_rows)),
+        cls.call(
+            *("layer_norm_forward", x, DTYPES[x.dtype], DTYPES[y.dtype], pointer(x_rows), pointer(t_rows)),
             *(pointer(s), pointer(s_dot), pointer(b), pointer(b_dot)),
             *(pointer(y), pointer(y_dot), pointer(statistics)),
-            *(count_rows(x), count_rows(y_dot), length, x.shape[-1], x_stride, t_stride),
-            *(one, eps, torch.get_num_threads()),
+            *(count_rows(x), count_rows(y_dot), length, x.shape[-1], x_stride, t_stride, one, eps),
         )
 
     @staticmethod
@@ -172,6 +174,25 @@ class CPU:
             threads,
         )
         return sums[:groups]
+
+
+class CUDA(CPU):
+    call = staticmethod(cuda.call)
+
+    @staticmethod
+    def backward(
+        x: Tensor, dy: Tensor, scale: Tensor | None, statistics: Tensor, dx: Tensor, one: float
+    ) -> Tensor:
+        (x_rows, x_stride), (dy_rows, dy_stride) = rows_of(x), rows_of(dy)
+        s = None if scale is None else scale.float().contiguous()
+        (groups, length), width = groups_of(scale, x), x.shape[-1]
+        sums, partial, shares = cuda.sums(x, groups, length, 2, width)
+        cuda.call(
+            *("layer_norm_backward", x, DTYPES[x.dtype], DTYPES[dy.dtype], pointer(x_rows), pointer(dy_rows)),
+            *(pointer(s), pointer(statistics), pointer(dx), pointer(partial), pointer(sums)),
+            *(groups, length, width, x_stride, dy_stride, shares, one),
+        )
+        return sums
 
 
 def _fake_backward(
@@ -196,6 +217,7 @@ _OPERATION = Operation(
 )
 _BACKENDS = (
     _OPERATION.backend("cpu", CPU, cpu.unavailable),
+    _OPERATION.backend("cuda", CUDA, cuda.unavailable_for_rows, on_request=cuda.on_request),
     _OPERATION.backend("triton", Kernels("layer_norm"), triton_unavailable),
     Backend("reference", _reference, always),
 )
@@ -221,7 +243,7 @@ def layer_norm(
         weight, bias: [d], of any floating-point type; 1 and 0 where they are not given.
         eps: added to the variance.
         dtype: of the result; x's by default. An fp32 stream may be normalised into bf16 or fp16 operands.
-        backend: "cpu", "triton", "reference", or the best one that can run.
+        backend: "cpu", "cuda", "triton", "reference", or the best one that can run.
 
     Returns:
         [..., d]; a `Dual` if `x` is one. Statistics are computed in fp32, no less exactly of values with an
@@ -235,6 +257,5 @@ def layer_norm(
     check.number("layer_norm", 0.0, eps=eps)
     primal, tangent = unpack(x)
     dtype = dtype or primal.dtype
-    results = (primal,) if dtype == primal.dtype else (primal, primal.new_empty(0, dtype=dtype))
-    run = choose("layer_norm", _BACKENDS, backend, *results).run
+    run = choose("layer_norm", _BACKENDS, backend, *with_result(primal, dtype)).run
     return pack(*run(primal, tangent, weight, bias, eps, dtype), x)

@@ -6,7 +6,7 @@ Backward: with g = dy · (1 + s):  dx = r · (g − mean(g) − n · mean(g n)),
 positions of a sample.
 Source: the adaLN of DiT (Peebles and Xie, "Scalable Diffusion Models with Transformers", 2022, arXiv
 2212.09748).
-Kernels: csrc/cpu/layer_norm.cpp, imf_kernels/_triton/layer_norm.py.
+Kernels: csrc/cpu/layer_norm.cpp, csrc/cuda/layer_norm.cu, imf_kernels/_triton/layer_norm.py.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imf_kernels import cpu
-from imf_kernels.dispatch import Backend, always, choose
+from imf_kernels import cpu, cuda
+from imf_kernels.dispatch import Backend, always, choose, with_result
 from imf_kernels.dual import Dual, align, no_gradient, pack, tail, unpack
 from imf_kernels.dual_tensors import takes_dual_tensors
 from imf_kernels.layout import beside, contiguous_like, last_contiguous
 from imf_kernels.operators import Operation
 from imf_kernels.ops import check
-from imf_kernels.ops.layer_norm import CPU, FAKES, KERNELS, normalize
+from imf_kernels.ops.layer_norm import CPU, CUDA, FAKES, KERNELS, normalize
 from imf_kernels.ops.rms_norm import triton_unavailable
 from imf_kernels.triton_backend import Kernels
 
@@ -84,7 +84,7 @@ class _LayerNormModulate(torch.autograd.Function):
         statistics = x.new_empty((*x.shape[:-1], 3), dtype=torch.float32)
         stored = next((t for t in (x_dot, shift_dot, scale_dot) if t is not None), None)
         if stored is not None:
-            y_dot = contiguous_like(x[x.shape[0] - stored.shape[0] :], dtype)
+            y_dot = contiguous_like(tail(x, stored), dtype)
             no_gradient(ctx, y_dot)
         kernels.forward(x, x_dot, scale, scale_dot, shift, shift_dot, y, y_dot, statistics, 1.0, eps)
         ctx.save_for_backward(x, shift, scale, statistics)
@@ -111,6 +111,7 @@ _OPERATION = Operation(
 )
 _BACKENDS = (
     _OPERATION.backend("cpu", CPU, cpu.unavailable),
+    _OPERATION.backend("cuda", CUDA, cuda.unavailable_for_rows, on_request=cuda.on_request),
     _OPERATION.backend("triton", Kernels("layer_norm"), triton_unavailable),
     Backend("reference", _reference, always),
 )
@@ -136,7 +137,7 @@ def layer_norm_modulate(
         shift, scale: [B, d], a row for all positions of a sample, each of any of these types.
         eps: added to the variance.
         dtype: of the result; x's by default. An fp32 stream may be normalised into bf16 or fp16 operands.
-        backend: "cpu", "triton", "reference", or the best one that can run.
+        backend: "cpu", "cuda", "triton", "reference", or the best one that can run.
 
     Returns:
         [B, ..., d]; a `Dual` if any argument is one. Statistics are computed in fp32, no less exactly of
@@ -151,9 +152,7 @@ def layer_norm_modulate(
     (x_primal, x_dot), (b_primal, b_dot), (s_primal, s_dot) = unpack(x), unpack(shift), unpack(scale)
     x_dot, b_dot, s_dot = align(x_dot, b_dot, s_dot)
     dtype = dtype or x_primal.dtype
-    tensors = [x_primal, b_primal, s_primal]
-    if dtype != x_primal.dtype:
-        tensors.append(x_primal.new_empty(0, dtype=dtype))
+    tensors = (*with_result(x_primal, dtype), b_primal, s_primal)
     run = choose("layer_norm_modulate", _BACKENDS, backend, *tensors).run
     results = run(x_primal, x_dot, b_primal, b_dot, s_primal, s_dot, eps, dtype)
     return pack(*results, x, shift, scale)

@@ -6,7 +6,7 @@ Tangent:  ẏ = R_l ṅ, ṅ as in rms_norm.
 Backward: dn = R_lᵀ dy, then as in rms_norm.
 Source: Su et al., "RoFormer" (2021), interleaved pairs; Dehghani et al., "Scaling Vision Transformers to 22
 Billion Parameters" (2023), for the normalisation.
-Kernels: csrc/cpu/qk_norm_rope.cpp, imf_kernels/_triton/qk_norm_rope.py.
+Kernels: csrc/cpu/qk_norm_rope.cpp, csrc/cuda/qk_norm_rope.cu, imf_kernels/_triton/qk_norm_rope.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imf_kernels import _C, cpu, triton_backend
+from imf_kernels import _C, cpu, cuda, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, no_gradient, pack, tail, unpack
 from imf_kernels.dual_tensors import takes_dual_tensors
@@ -111,8 +111,11 @@ class _QKNormRope(torch.autograd.Function):
 
 
 class _CPU:
-    @staticmethod
+    call = staticmethod(cpu.call)
+
+    @classmethod
     def forward(
+        cls,
         x: Tensor,
         x_dot: Tensor | None,
         weight: Tensor,
@@ -126,14 +129,10 @@ class _CPU:
         batch, heads, length, width = x.shape
         rows, t_strides = (0, (0, 0, 0)) if x_dot is None else (x_dot.shape[0], x_dot.stride()[:3])
         w = weight.float().contiguous()
-        _C.qk_norm_rope_forward(
-            *(DTYPES[x.dtype], pointer(x), pointer(x_dot), pointer(w), pointer(cos)),
-            *(pointer(sin), pointer(y), pointer(y_dot), pointer(rstd)),
-            *(batch, rows, heads, length, width),
-            x.stride()[:3],
-            t_strides,
-            eps,
-            torch.get_num_threads(),
+        cls.call(
+            *("qk_norm_rope_forward", x, DTYPES[x.dtype], pointer(x), pointer(x_dot), pointer(w)),
+            *(pointer(cos), pointer(sin), pointer(y), pointer(y_dot), pointer(rstd)),
+            *(batch, rows, heads, length, width, x.stride()[:3], t_strides, eps),
         )
 
     @staticmethod
@@ -147,6 +146,24 @@ class _CPU:
             *(DTYPES[x.dtype], pointer(x), pointer(dy), pointer(w), pointer(cos), pointer(sin)),
             *(pointer(rstd), pointer(dx), pointer(dweight), batch, heads, length, width),
             *(x.stride()[:3], dy.stride()[:3], threads),
+        )
+        return dweight[0]
+
+
+class _CUDA(_CPU):
+    call = staticmethod(cuda.call)
+
+    @staticmethod
+    def backward(
+        x: Tensor, dy: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor, dx: Tensor
+    ) -> Tensor:
+        batch, heads, length, width = x.shape
+        w = weight.float().contiguous()
+        dweight, partial, shares = cuda.sums(x, 1, batch * heads * length, width)
+        cuda.call(
+            *("qk_norm_rope_backward", x, DTYPES[x.dtype], pointer(x), pointer(dy), pointer(w)),
+            *(pointer(cos), pointer(sin), pointer(rstd), pointer(dx), pointer(partial), pointer(dweight)),
+            *(batch, heads, length, width, x.stride()[:3], dy.stride()[:3], shares),
         )
         return dweight[0]
 
@@ -165,6 +182,7 @@ _OPERATION = Operation(
 )
 _BACKENDS = (
     _OPERATION.backend("cpu", _CPU, cpu.unavailable),
+    _OPERATION.backend("cuda", _CUDA, cuda.unavailable_for_rows, on_request=cuda.on_request),
     _OPERATION.backend("triton", Kernels("qk_norm_rope"), triton_backend.unavailable),
     Backend("reference", _reference, always),
 )
@@ -191,7 +209,7 @@ def qk_norm_rope(
         q_weight, k_weight: [D], weights of the norms.
         cos, sin: [L, D / 2] in float32, from `rope_tables`; pair (2i, 2i + 1) is turned by angle i.
         eps: added to the mean square.
-        backend: "cpu", "triton", "reference", or the best one that can run.
+        backend: "cpu", "cuda", "triton", "reference", or the best one that can run.
 
     Returns:
         The new q and k, each a `Dual` if it came as one. From the kernels they come in the memory order

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from imf_kernels import _C, cpu, cuda, triton_backend
-from imf_kernels.dispatch import Backend, always, choose
+from imf_kernels.dispatch import Backend, always, choose, with_result
 from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, tail, unpack
 from imf_kernels.dual_tensors import takes_dual_tensors
 from imf_kernels.layout import DTYPES, contiguous_like, count_rows, last_contiguous, pointer, rows_of
@@ -84,74 +84,55 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _CPU:
-    @staticmethod
-    def forward(*arguments: Any) -> None:
-        _forward(_C.rms_norm_forward, (torch.get_num_threads(),), *arguments)
+    call = staticmethod(cpu.call)
+
+    @classmethod
+    def forward(
+        cls,
+        x: Tensor,
+        x_dot: Tensor | None,
+        weight: Tensor,
+        y: Tensor,
+        y_dot: Tensor | None,
+        rstd: Tensor,
+        eps: float,
+    ) -> None:
+        (x_rows, x_stride), (t_rows, t_stride) = rows_of(x), rows_of(x_dot)
+        w = weight.float().contiguous()
+        cls.call(
+            *("rms_norm_forward", x, DTYPES[x.dtype], DTYPES[y.dtype], pointer(x_rows), pointer(t_rows)),
+            *(pointer(w), pointer(y), pointer(y_dot), pointer(rstd)),
+            *(count_rows(x), count_rows(t_rows), x.shape[-1], x_stride, t_stride, eps),
+        )
 
     @staticmethod
-    def backward(x: Tensor, *arguments: Tensor) -> Tensor:
-        threads = torch.get_num_threads()
+    def backward(x: Tensor, dy: Tensor, weight: Tensor, rstd: Tensor, dx: Tensor) -> Tensor:
+        """Fills dx; the gradient of the weight in fp32."""
+        (x_rows, x_stride), (dy_rows, dy_stride) = rows_of(x), rows_of(dy)
+        w, threads = weight.float().contiguous(), torch.get_num_threads()
         dweight = x.new_empty((threads, x.shape[-1]), dtype=torch.float32)
-        _backward(_C.rms_norm_backward, (threads,), dweight, x, *arguments)
+        _C.rms_norm_backward(
+            *(DTYPES[x.dtype], DTYPES[dy.dtype], pointer(x_rows), pointer(dy_rows)),
+            *(pointer(w), pointer(rstd), pointer(dx), pointer(dweight)),
+            *(rstd.numel(), x.shape[-1], x_stride, dy_stride, threads),
+        )
         return dweight[0]
 
 
-class _CUDA:
-    @staticmethod
-    def forward(x: Tensor, *arguments: Any) -> None:
-        _forward(_C.rms_norm_forward_cuda, cuda.launch(x), x, *arguments)
+class _CUDA(_CPU):
+    call = staticmethod(cuda.call)
 
     @staticmethod
-    def backward(x: Tensor, *arguments: Tensor) -> Tensor:
-        dweight = x.new_zeros(x.shape[-1], dtype=torch.float32)
-        _backward(_C.rms_norm_backward_cuda, cuda.launch(x), dweight, x, *arguments)
-        return dweight
-
-
-def _forward(
-    function: Any,
-    runs_on: tuple[int, ...],
-    x: Tensor,
-    x_dot: Tensor | None,
-    weight: Tensor,
-    y: Tensor,
-    y_dot: Tensor | None,
-    rstd: Tensor,
-    eps: float,
-) -> None:
-    (x_rows, x_stride), (t_rows, t_stride) = rows_of(x), rows_of(x_dot)
-    w = weight.float().contiguous()
-    function(
-        *(DTYPES[x.dtype], DTYPES[y.dtype], pointer(x_rows), pointer(t_rows)),
-        *(pointer(w), pointer(y), pointer(y_dot), pointer(rstd)),
-        *(count_rows(x), count_rows(t_rows), x.shape[-1], x_stride, t_stride, eps, *runs_on),
-    )
-
-
-def _backward(
-    function: Any,
-    runs_on: tuple[int, ...],
-    dweight: Tensor,
-    x: Tensor,
-    dy: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
-    dx: Tensor,
-) -> None:
-    (x_rows, x_stride), (dy_rows, dy_stride) = rows_of(x), rows_of(dy)
-    w = weight.float().contiguous()
-    function(
-        *(DTYPES[x.dtype], DTYPES[dy.dtype], pointer(x_rows), pointer(dy_rows)),
-        *(pointer(w), pointer(rstd), pointer(dx), pointer(dweight)),
-        *(rstd.numel(), x.shape[-1], x_stride, dy_stride, *runs_on),
-    )
-
-
-def _cuda_unavailable(tensors: Any) -> str | None:
-    if reason := cuda.unavailable(tensors):
-        return reason
-    width = tensors[0].shape[-1]  # the backward keeps a row of fp32 sums in shared memory
-    return None if width <= 12288 else f"it takes rows of at most 12288, got {width}"
+    def backward(x: Tensor, dy: Tensor, weight: Tensor, rstd: Tensor, dx: Tensor) -> Tensor:
+        (x_rows, x_stride), (dy_rows, dy_stride) = rows_of(x), rows_of(dy)
+        w, rows = weight.float().contiguous(), rstd.numel()
+        dweight, partial, shares = cuda.sums(x, 1, rows, x.shape[-1])
+        cuda.call(
+            *("rms_norm_backward", x, DTYPES[x.dtype], DTYPES[dy.dtype], pointer(x_rows), pointer(dy_rows)),
+            *(pointer(w), pointer(rstd), pointer(dx), pointer(partial), pointer(dweight)),
+            *(rows, x.shape[-1], x_stride, dy_stride, shares),
+        )
+        return dweight[0]
 
 
 def triton_unavailable(tensors: Any) -> str | None:
@@ -174,8 +155,8 @@ _OPERATION = Operation(
 )
 _BACKENDS = (
     _OPERATION.backend("cpu", _CPU, cpu.unavailable),
+    _OPERATION.backend("cuda", _CUDA, cuda.unavailable_for_rows, on_request=cuda.on_request),
     _OPERATION.backend("triton", Kernels("rms_norm"), triton_unavailable),
-    _OPERATION.backend("cuda", _CUDA, _cuda_unavailable, default=False),
     Backend("reference", _reference, always),
 )
 
@@ -192,12 +173,12 @@ def rms_norm(
     """x · (mean(x²) + eps)^(−½) · weight over the last dimension, with its tangent.
 
     Args:
-        x: [..., d], float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu` and `cuda`: not
-            float16), the last dimension contiguous.
+        x: [..., d], float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu`: not float16),
+            the last dimension contiguous.
         weight: [d], of any floating-point type.
         eps: added to the mean square.
         dtype: of the result; x's by default. An fp32 stream may be normalised into bf16 or fp16 operands.
-        backend: "cpu", "triton", "cuda" (on request only), "reference", or the best one that can run.
+        backend: "cpu", "cuda", "triton", "reference", or the best one that can run.
 
     Returns:
         [..., d]; a `Dual` if `x` is one. Statistics are computed in fp32, the result rounded once.
@@ -210,6 +191,5 @@ def rms_norm(
     check.number("rms_norm", 0.0, eps=eps)
     primal, tangent = unpack(x)
     dtype = dtype or primal.dtype
-    results = (primal,) if dtype == primal.dtype else (primal, primal.new_empty(0, dtype=dtype))
-    run = choose("rms_norm", _BACKENDS, backend, *results).run
+    run = choose("rms_norm", _BACKENDS, backend, *with_result(primal, dtype)).run
     return pack(*run(primal, tangent, weight, eps, dtype), x)

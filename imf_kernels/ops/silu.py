@@ -3,7 +3,7 @@
 Tangent:  ẏ = s (1 + x (1 − s)) ẋ.
 Backward: dx = s (1 + x (1 − s)) dy.
 Source: Hendrycks and Gimpel, "Gaussian Error Linear Units" (2016); as `torch.nn.functional.silu`.
-Kernels: csrc/cpu/silu.cpp, imf_kernels/_triton/silu.py.
+Kernels: csrc/cpu/silu.cpp, csrc/cuda/silu.cu, imf_kernels/_triton/silu.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imf_kernels import _C, cpu, triton_backend
+from imf_kernels import cpu, cuda, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, tail, unpack
 from imf_kernels.dual_tensors import takes_dual_tensors
@@ -62,20 +62,20 @@ class _Silu(torch.autograd.Function):
         return None, dx, None
 
 
-class _CPU:
-    @staticmethod
-    def forward(x: Tensor, x_dot: Tensor | None, y: Tensor, y_dot: Tensor | None) -> None:
-        _C.silu_forward(
-            *(DTYPES[x.dtype], pointer(x), pointer(x_dot), pointer(y), pointer(y_dot)),
-            *(x.numel(), 0 if x_dot is None else x_dot.numel(), torch.get_num_threads()),
+class _Compiled:
+    """The kernels of csrc: `call` runs them, on the CPU or on a GPU."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def forward(self, x: Tensor, x_dot: Tensor | None, y: Tensor, y_dot: Tensor | None) -> None:
+        self._call(
+            *("silu_forward", x, DTYPES[x.dtype], pointer(x), pointer(x_dot), pointer(y), pointer(y_dot)),
+            *(x.numel(), 0 if x_dot is None else x_dot.numel()),
         )
 
-    @staticmethod
-    def backward(x: Tensor, dy: Tensor, dx: Tensor) -> None:
-        _C.silu_backward(
-            *(DTYPES[x.dtype], pointer(x), pointer(dy), pointer(dx)),
-            *(x.numel(), torch.get_num_threads()),
-        )
+    def backward(self, x: Tensor, dy: Tensor, dx: Tensor) -> None:
+        self._call("silu_backward", x, DTYPES[x.dtype], pointer(x), pointer(dy), pointer(dx), x.numel())
 
 
 _OPERATION = Operation(
@@ -88,7 +88,8 @@ _OPERATION = Operation(
     },
 )
 _BACKENDS = (
-    _OPERATION.backend("cpu", _CPU, cpu.unavailable),
+    _OPERATION.backend("cpu", _Compiled(cpu.call), cpu.unavailable),
+    _OPERATION.backend("cuda", _Compiled(cuda.call), cuda.unavailable, on_request=cuda.on_request),
     _OPERATION.backend("triton", Kernels("silu"), triton_backend.unavailable),
     Backend("reference", _reference, always),
 )
@@ -101,7 +102,7 @@ def silu(x: TensorOrDual, *, backend: str | None = None) -> TensorOrDual:
     Args:
         x: any shape and strides, float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu`:
             not float16).
-        backend: "cpu", "triton", "reference", or the best one that can run.
+        backend: "cpu", "cuda", "triton", "reference", or the best one that can run.
 
     Returns:
         As x in shape and dtype; a `Dual` if `x` is one. Computed in fp32, rounded once.

@@ -3,7 +3,7 @@
 Tangent:  ẏ = silu'(g) ġ · u + silu(g) · u̇ with silu'(g) = s (1 + g (1 − s)), s = 1 / (1 + e^(−g)).
 Backward: dg = dy · u · silu'(g),  du = dy · silu(g).
 Source: Shazeer, "GLU Variants Improve Transformer" (2020).
-Kernels: csrc/cpu/swiglu.cpp, imf_kernels/_triton/swiglu.py.
+Kernels: csrc/cpu/swiglu.cpp, csrc/cuda/swiglu.cu, imf_kernels/_triton/swiglu.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imf_kernels import _C, cpu, triton_backend
+from imf_kernels import cpu, cuda, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, tail, unpack
 from imf_kernels.dual_tensors import takes_dual_tensors
@@ -70,21 +70,25 @@ class _Swiglu(torch.autograd.Function):
         return None, dx, None
 
 
-class _CPU:
-    @staticmethod
-    def forward(x: Tensor, x_dot: Tensor | None, y: Tensor, y_dot: Tensor | None) -> None:
+class _Compiled:
+    """The kernels of csrc: `call` runs them, on the CPU or on a GPU."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def forward(self, x: Tensor, x_dot: Tensor | None, y: Tensor, y_dot: Tensor | None) -> None:
         (x_rows, x_stride), (t_rows, t_stride) = rows_of(x), rows_of(x_dot)
-        _C.swiglu_forward(
-            *(DTYPES[x.dtype], pointer(x_rows), pointer(t_rows), pointer(y), pointer(y_dot)),
-            *(count_rows(x), count_rows(x_dot), y.shape[-1], x_stride, t_stride, torch.get_num_threads()),
+        self._call(
+            *("swiglu_forward", x, DTYPES[x.dtype], pointer(x_rows), pointer(t_rows)),
+            *(pointer(y), pointer(y_dot)),
+            *(count_rows(x), count_rows(x_dot), y.shape[-1], x_stride, t_stride),
         )
 
-    @staticmethod
-    def backward(x: Tensor, dy: Tensor, dx: Tensor) -> None:
+    def backward(self, x: Tensor, dy: Tensor, dx: Tensor) -> None:
         (x_rows, x_stride), (dy_rows, dy_stride) = rows_of(x), rows_of(dy)
-        _C.swiglu_backward(
-            *(DTYPES[x.dtype], pointer(x_rows), pointer(dy_rows), pointer(dx)),
-            *(count_rows(x), dy.shape[-1], x_stride, dy_stride, torch.get_num_threads()),
+        self._call(
+            *("swiglu_backward", x, DTYPES[x.dtype], pointer(x_rows), pointer(dy_rows), pointer(dx)),
+            *(count_rows(x), dy.shape[-1], x_stride, dy_stride),
         )
 
 
@@ -98,7 +102,8 @@ _OPERATION = Operation(
     },
 )
 _BACKENDS = (
-    _OPERATION.backend("cpu", _CPU, cpu.unavailable),
+    _OPERATION.backend("cpu", _Compiled(cpu.call), cpu.unavailable),
+    _OPERATION.backend("cuda", _Compiled(cuda.call), cuda.unavailable, on_request=cuda.on_request),
     _OPERATION.backend("triton", Kernels("swiglu"), triton_backend.unavailable),
     Backend("reference", _reference, always),
 )
@@ -111,7 +116,7 @@ def swiglu(x: TensorOrDual, *, backend: str | None = None) -> TensorOrDual:
     Args:
         x: [..., 2d], gate in the first half of the last dimension, up in the second; float32, bfloat16 or
             float16 (`reference`: any floating-point type; `cpu`: not float16), the last dimension contiguous.
-        backend: "cpu", "triton", "reference", or the best one that can run.
+        backend: "cpu", "cuda", "triton", "reference", or the best one that can run.
 
     Returns:
         [..., d] of x's dtype; a `Dual` if `x` is one. Computed in fp32, rounded once.

@@ -1,0 +1,43 @@
+// GELU, y = x s(x): what multiplies x, and with it y and y's derivative s + x s'. The formulas are in
+// imf_kernels/ops/gelu.py.
+#pragma once
+
+#include "common/dual.h"
+
+namespace imf {
+
+template <typename T>
+struct Gate {
+  T value, slope;
+};
+
+template <typename T>
+IMF_HOST_DEVICE Gate<T> normal_gate(T x) {
+  Gate<T> s;
+  normal(x, s.value, s.slope);
+  return s;
+}
+
+// (1 + tanh(v / 2)) / 2 = 1 / (1 + e^-v). Of e^-|v|, which cannot overflow, both s(|v|) = 1 / (1 + e^-|v|)
+// and s(-|v|) = e^-|v| s(|v|) are made without cancellation; their product is s' on either side.
+template <typename T>
+IMF_HOST_DEVICE Gate<T> tanh_gate(T x) {
+  const T twice(1.59576912160573071f), cubic(0.044715f);  // 2 sqrt(2 / pi)
+  const T square = x * x;
+  const T v = twice * x * fma(cubic, square, T(1.0f));
+  const T e = exp(T(0.0f) - abs(v));
+  const T above = T(1.0f) / (T(1.0f) + e), below = e * above;
+  const T v_slope = twice * fma(T(3.0f) * cubic, square, T(1.0f));
+  return {select_less(v, T(0.0f), below, above), above * below * v_slope};
+}
+
+template <typename T>
+IMF_HOST_DEVICE T gated_derivative(T x, Gate<T> s) {
+  return fma(x, s.slope, s.value);
+}
+template <typename T>
+IMF_HOST_DEVICE Dual<T> gated(Dual<T> x, Gate<T> s) {
+  return {x.primal * s.value, gated_derivative(x.primal, s) * x.tangent};
+}
+
+}  // namespace imf

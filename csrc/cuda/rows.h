@@ -1,0 +1,163 @@
+// What the kernels share that reduce along rows or over them: a team of threads (x) holds a row in registers
+// and has the same columns of every row that it meets; a block has several teams (y) where rows are short.
+#pragma once
+
+#include <cstring>
+
+#include "cuda/vector.h"
+
+namespace imf::cuda {
+
+constexpr int per_thread = 16;     // elements of a row in a thread's registers
+constexpr int most_threads = 512;  // of a team
+constexpr int widest = per_thread * most_threads;
+constexpr int block_threads = 256;  // of a block, unless one team has more
+constexpr int warp = 32;
+
+// The block for rows of `width` elements, or of `widest` at most: few elements go to a part of a warp, a
+// power of two of threads, so that shuffles stay within the team.
+inline dim3 threads_for(index_t width, int n) {
+  const index_t most = width < widest ? width : widest;
+  const index_t packs = divide_up(most, n);
+  unsigned team = 1;
+  if (packs <= warp) {
+    while (team < packs) team *= 2;
+  } else {
+    team = static_cast<unsigned>(divide_up(divide_up(packs, per_thread / n), warp) * warp);
+  }
+  return dim3(team, team < block_threads ? block_threads / team : 1);
+}
+
+// A row's elements that one thread has: packs of n that lie a team's width apart.
+template <int n, int packs = per_thread / n>
+struct Row {
+  static constexpr int count = n * packs;
+  float values[count];
+  __device__ __forceinline__ float& operator[](int k) { return values[k]; }
+  __device__ __forceinline__ float operator[](int k) const { return values[k]; }
+};
+
+// The column of a thread's element k.
+template <int n>
+IMF_DEVICE unsigned column(int k) {
+  return (static_cast<unsigned>(k / n) * blockDim.x + threadIdx.x) * n + k % n;
+}
+
+// Of a row of `width` elements at p; zeros beyond, and where there is no p.
+template <int n, int packs = per_thread / n, typename T>
+IMF_DEVICE Row<n, packs> load_row(const T* p, index_t width, bool aligned) {
+  Row<n, packs> row;
+#pragma unroll
+  for (int v = 0; v < packs; ++v) {
+    const unsigned j = column<n>(v * n);
+    load<n>(row.values + v * n, p ? p + j : p, width - j, aligned);
+  }
+  return row;
+}
+
+template <int n, int packs, typename T>
+IMF_DEVICE void store_row(T* p, const Row<n, packs>& row, index_t width, bool aligned) {
+#pragma unroll
+  for (int v = 0; v < packs; ++v) {
+    const unsigned j = column<n>(v * n);
+    store<n>(p + j, row.values + v * n, width - j, aligned);
+  }
+}
+
+// The sums of x, of float or a struct of floats, over a team; each of its threads gets them. Every thread of
+// the block must come here equally often.
+template <typename T>
+__device__ T team_sum(T x) {
+  constexpr int count = sizeof(T) / sizeof(float);
+  __shared__ float parts[most_threads / warp * count];
+  float sums[count];
+  std::memcpy(sums, &x, sizeof(T));
+#pragma unroll
+  for (int c = 0; c < count; ++c) {
+    for (unsigned offset = (blockDim.x < warp ? blockDim.x : warp) / 2; offset > 0; offset /= 2) {
+      sums[c] += __shfl_xor_sync(0xffffffffu, sums[c], offset);
+    }
+  }
+  if (blockDim.x > warp) {
+    const unsigned warps = blockDim.x / warp, first = threadIdx.y * warps;
+    __syncthreads();  // the sums before have been read
+#pragma unroll
+    for (int c = 0; c < count; ++c) {
+      if (threadIdx.x % warp == 0) parts[(first + threadIdx.x / warp) * count + c] = sums[c];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int c = 0; c < count; ++c) {
+      sums[c] = 0.0f;
+      for (unsigned w = 0; w < warps; ++w) sums[c] += parts[(first + w) * count + c];
+    }
+  }
+  std::memcpy(&x, sums, sizeof(T));
+  return x;
+}
+
+// The row of a team in a kernel that takes each row once; beyond the last one its width is zero.
+struct TeamRow {
+  index_t row, tangent;  // `tangent`: which of the rows with a tangent; negative: none of them
+  index_t width, tangent_width;
+
+  __device__ __forceinline__ TeamRow(index_t rows, index_t tangent_rows, index_t row_width)
+      : row(blockIdx.x * static_cast<index_t>(blockDim.y) + threadIdx.y),
+        tangent(row - (rows - tangent_rows)),
+        width(row < rows ? row_width : 0),
+        tangent_width(tangent >= 0 ? width : 0) {}
+  // The thread that writes what there is one of for each row.
+  __device__ __forceinline__ bool writes() const { return width > 0 && threadIdx.x == 0; }
+};
+
+inline index_t blocks_for(index_t rows, dim3 threads) { return divide_up(rows, threads.y); }
+
+// Sums over rows. The rows of a group, `length` one after another, are summed in `shares` shares, a block
+// each, which leave their sums in partial[groups, shares, columns]; these are then added up. Every sum is
+// taken in the same order each time, as atomic additions would not.
+struct Shares {
+  index_t groups, length, shares;
+
+  __host__ __device__ index_t rows() const { return (length + shares - 1) / shares; }
+};
+
+// Calls body(row, inside) for the rows of a block's share, each team taking every so manieth, and every
+// thread equally often.
+template <typename Body>
+IMF_DEVICE void for_each_row(const Shares& s, index_t group, Body body) {
+  const index_t first = (blockIdx.x - group * s.shares) * s.rows();
+  const index_t end = first + s.rows() < s.length ? first + s.rows() : s.length;
+  for (index_t start = first; start < end; start += blockDim.y) {
+    const index_t position = start + threadIdx.y;
+    body(group * s.length + position, position < end);
+  }
+}
+
+// Adds up what a block's teams have of each column, and writes it to out[width].
+template <int n>
+__device__ void write_sums(float* out, const Row<n>& row, index_t width) {
+  __shared__ float total[block_threads / 2 * per_thread];  // only blocks of several teams need it
+  if (blockDim.y == 1) {
+    store_row<n>(out, row, width, false);
+    return;
+  }
+  for (unsigned team = 0; team < blockDim.y; ++team) {
+    if (threadIdx.y == team) {
+#pragma unroll
+      for (int k = 0; k < row.count; ++k) {
+        const unsigned j = column<n>(k);
+        if (j < width) total[j] = team == 0 ? row[k] : total[j] + row[k];
+      }
+    }
+    __syncthreads();
+  }
+  for (unsigned j = threadIdx.y * blockDim.x + threadIdx.x; j < width; j += blockDim.x * blockDim.y) {
+    out[j] = total[j];
+  }
+  __syncthreads();  // before the next sums
+}
+
+// sums[groups, columns] of partial[groups, shares, columns]; zeros of no shares.
+void add_up(const float* partial, float* sums, index_t groups, index_t shares, index_t columns, Place place);
+
+}  // namespace imf::cuda
