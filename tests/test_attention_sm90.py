@@ -1,4 +1,4 @@
-"""The attention for Hopper on an emulated machine: no hardware was there. See tests/cuda_host/hopper/machine.h."""
+"""The attention for Hopper on the emulated machine of tests/cuda_host/hopper/machine.h, not on hardware."""
 
 import ctypes
 import itertools
@@ -26,7 +26,8 @@ def library(tmp_path_factory):
 
 
 def draw(batch=1, heads=1, queries=40, keys=None, width=64, value_width=None, kv_heads=None, tangents="all",
-         tangent_rows=None, offset=0.0, size=1.0, dtype=torch.bfloat16, positions_first=True, seed=0):  # fmt: skip
+         tangent_rows=None, offset=0.0, size=1.0, dtype=torch.bfloat16, positions_first=True,
+         seed=0):  # fmt: skip
     """Arguments of machine.attention. `offset` and `size` are of keys, the offset of values too."""
     generator = torch.Generator().manual_seed(seed)
     keys, value_width, kv_heads = keys or queries, value_width or width, kv_heads or heads

@@ -4,8 +4,8 @@
 
 namespace imf::cuda {
 
-// O = softmax(scale Q K^T) V with its tangent, on GPUs of compute capability 9.0. bfloat16 or float16; widths up
-// to 128 and, like every stride, multiples of 8; addresses of 16 bytes. There is at least one key.
+// O = softmax(scale Q K^T) V with its tangent, on GPUs of compute capability 9.0. bfloat16 or float16; widths
+// up to 128 and, like every stride, multiples of 8; addresses of 16 bytes. There is at least one key.
 struct AttentionForward {
   DType type;
   HeadsTensor q, k, v, out;

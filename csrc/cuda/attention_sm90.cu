@@ -1,9 +1,9 @@
-// Launches attention on compute capability 9.0: which kernel, the descriptions of the tensors, how many blocks.
-#include "cuda/attention_sm90.cuh"
-
+// Launches attention on compute capability 9.0: which kernel, the descriptions of the tensors, how many
+// blocks.
 #include <stdexcept>
 
 #include "cuda/attention.h"
+#include "cuda/attention_sm90.cuh"
 #include "cuda/ptx/launch.h"
 
 namespace imf::cuda {
@@ -11,12 +11,15 @@ namespace {
 
 using namespace sm90;
 
-// Samples `first` to `first + samples` of a tensor [batch, heads, length, width], in boxes of `rows` of its rows.
+// Samples `first` to `first + samples` of a tensor [batch, heads, length, width], in boxes of `rows` of its
+// rows.
 ptx::TensorMap map_of(const HeadsTensor& x, index_t first, index_t samples, index_t heads, index_t length,
                       index_t width, int rows, int box) {
   const auto size = [](index_t n) { return static_cast<std::uint64_t>(n); };
   // A dimension of one has any stride, even one that cannot be described.
-  const auto stride = [](index_t n, index_t step) { return static_cast<std::uint64_t>(n == 1 ? 16 : 2 * step); };
+  const auto stride = [](index_t n, index_t step) {
+    return static_cast<std::uint64_t>(n == 1 ? 16 : 2 * step);
+  };
   ptx::Boxes boxes{};
   boxes.data = static_cast<std::uint16_t*>(x.data) + first * x.stride[0];
   boxes.sizes[0] = size(width);
@@ -70,8 +73,8 @@ void run(const AttentionForward& a, index_t first, index_t samples) {
   }
   p.lse = a.lse + first * a.heads * a.queries;
   const int processors = ptx::processors(a.device);
-  ptx::launch(attention_kernel<T, width, tangents>, p.items < processors ? p.items : processors, threads, S::shared,
-              a.stream, p, "attention_forward");
+  ptx::launch(attention_kernel<T, width, tangents>, p.items < processors ? p.items : processors, threads,
+              S::shared, a.stream, p, "attention_forward");
 }
 
 template <typename T, int width>

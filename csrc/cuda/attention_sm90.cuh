@@ -1,18 +1,21 @@
-// Attention with its tangent in one pass, for compute capability 9.0: TMA and wgmma, warp-specialised, persistent.
-// The formulas are in imf_kernels/ops/attention.py, the tiles and the budgets in docs/attention-ladder.md.
+// Attention with its tangent in one pass, for compute capability 9.0: TMA and wgmma, warp-specialised,
+// persistent. The formulas are in imf_kernels/ops/attention.py, the tiles and the budgets in
+// docs/attention-ladder.md.
 //
-// A block has a warp that copies, and two warpgroups that compute; each of these works on a unit, 64 queries of a
-// head, and they take turns at the tensor cores: while one finds the softmax of its tile, the other multiplies.
-// Both walk over the same tiles of keys where their units belong to one head. An odd unit that is left over at the
-// end of a head shares a block with that of the next head; tiles of keys then come for either in turn.
+// A block has a warp that copies, and two warpgroups that compute; each of these works on a unit, 64 queries
+// of a head, and they take turns at the tensor cores: while one finds the softmax of its tile, the other
+// multiplies. Both walk over the same tiles of keys where their units belong to one head. An odd unit that is
+// left over at the end of a head shares a block with that of the next head; tiles of keys then come for
+// either in turn.
 //
-// For a tile of keys, a thread holds two rows of S = Q K^T and of S_dot = Q_dot K^T + Q K_dot^T, and sums, all
-// rescaled whenever the maximum of a row grows,
+// For a tile of keys, a thread holds two rows of S = Q K^T and of S_dot = Q_dot K^T + Q K_dot^T, and sums,
+// all rescaled whenever the maximum of a row grows,
 //     O = sum_j P V,  A = sum_j P V_dot + P (S_dot - shift) V,  M = sum_j P (S_dot - shift),  W = sum_j P
-// with P = e^(S - max): O_dot = A / W - (M / W) (O / W). It does not change when a constant is taken off a row of
-// S_dot: `shift`, the mean of S_dot under the softmax so far, keeps an offset of keys or values from cancelling
-// between the two terms. A key without weight has no part in it, however large. P and P (S_dot - shift) are rounded
-// for their products, so M and W are sums of the rounded values; lse is that of the unrounded ones.
+// with P = e^(S - max): O_dot = A / W - (M / W) (O / W). It does not change when a constant is taken off a
+// row of S_dot: `shift`, the mean of S_dot under the softmax so far, keeps an offset of keys or values from
+// cancelling between the two terms. A key without weight has no part in it, however large. P and P (S_dot -
+// shift) are rounded for their products, so M and W are sums of the rounded values; lse is that of the
+// unrounded ones.
 //
 // Has not run on hardware: tests/cuda_host runs this file on an emulated machine.
 #pragma once
@@ -40,8 +43,8 @@ constexpr int shared_limit = 227 << 10;
 constexpr int producer_registers = 24, consumer_registers = 240;
 static_assert(warpgroup * (producer_registers + 2 * consumer_registers) <= 65536);
 
-// `width`: head dims are padded to it with zeros in shared memory, where a tile is columns of boxes. A box is as
-// wide as a swizzle, the widest of which `width` is a multiple.
+// `width`: head dims are padded to it with zeros in shared memory, where a tile is columns of boxes. A box is
+// as wide as a swizzle, the widest of which `width` is a multiple.
 template <int width, Tangents tangents>
 struct Tiles {
   static constexpr int keys = width <= 80 ? 96 : width == 96 ? 80 : 48;
@@ -54,9 +57,12 @@ struct Tiles {
   static constexpr int of_queries = tangents == Tangents::none ? 1 : 2;  // tensors: with a tangent or without
   static constexpr int of_keys = tangents == Tangents::all ? 2 : 1;
   static constexpr int query_slot = of_queries * query_tile, key_slot = of_keys * key_tile;
-  // A stage holds a tile of keys and one of values.
+  // A stage holds a tile of keys and one of values. Tiles are numbered in the order in which they are copied:
+  // tile n is in stage n % stages, and its barriers are in phase n / stages there.
   static constexpr int fitting = (shared_limit - 2048 - 2 * query_slot) / (2 * key_slot);
   static constexpr int stages = fitting < 4 ? fitting : 4;
+  static constexpr IMF_PTX int barrier_of(int n) { return n % stages * 8; }
+  static constexpr IMF_PTX std::uint32_t parity_of(int n) { return n / stages & 1; }
   static_assert(stages >= 2 && key_tile % 1024 == 0 && query_tile % 1024 == 0);
 
   // Offsets into shared memory, from a multiple of 1024 on.
@@ -91,8 +97,8 @@ IMF_PTX int items_of(int heads, int units) {
   return heads / 2 * units + heads % 2 * (units / 2 + 1);
 }
 
-// Of two heads with an odd number of units each, the last ones are paired. The very last unit, if it is alone, is
-// paired with one beyond the last query, of which nothing is stored.
+// Of two heads with an odd number of units each, the last ones are paired. The very last unit, if it is
+// alone, is paired with one beyond the last query, of which nothing is stored.
 IMF_PTX Item item_of(int item, int heads, int units) {
   const int half = units / 2;
   if (units % 2 == 0) {
@@ -105,21 +111,9 @@ IMF_PTX Item item_of(int item, int heads, int units) {
   return {{head, head + 1}, {units - 1, units - 1}, false};
 }
 
-// A place in a ring of stages.
-struct RingPlace {
-  int stage = 0;
-  std::uint32_t parity = 0;
-  __device__ __forceinline__ void next(int stages) {
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 template <typename T>
-__device__ __forceinline__ void copy_tile(std::uint32_t target, const ptx::TensorMap& map, std::uint32_t barrier,
-                                          int row, int head, int sample) {
+__device__ __forceinline__ void copy_tile(std::uint32_t target, const ptx::TensorMap& map,
+                                          std::uint32_t barrier, int row, int head, int sample) {
 #pragma unroll
   for (int i = 0; i < T::columns / T::step; ++i) {
     ptx::copy_box(target + i * T::bytes, map, barrier, i * T::step, row, head, sample);
@@ -141,7 +135,7 @@ template <int width, Tangents tangents>
 __device__ __forceinline__ void produce(const Parameters& p, std::uint32_t base) {
   using S = Tiles<width, tangents>;
   const int tiles = (p.keys + S::keys - 1) / S::keys;
-  RingPlace k, v;
+  int n = 0;
   std::uint32_t parity = 0;
   for (int i = blockIdx.x; i < p.items; i += gridDim.x, parity ^= 1) {
     const Item item = item_of(i, p.all_heads, p.units);
@@ -157,25 +151,31 @@ __device__ __forceinline__ void produce(const Parameters& p, std::uint32_t base)
         copy_tile<QueryTile<S>>(target + S::query_tile, p.q_dot, full, row + p.q_dot_row, head, sample);
       }
     }
-    const auto copy_keys = [&](RingPlace& place, int first, int full, int empty, const ptx::TensorMap& map,
-                               const ptx::TensorMap& map_dot, int dot_row, int row, int all_head) {
-      const std::uint32_t barrier = base + full + place.stage * 8;
-      const std::uint32_t target = base + first + place.stage * S::key_slot;
+    // Tile n of keys or of values: rows from `row` on.
+    const auto copy_keys = [&](int tile, int full, int empty, const ptx::TensorMap& map,
+                               const ptx::TensorMap& map_dot, int dot_row, int row, int side, int first) {
+      const std::uint32_t barrier = base + full + S::barrier_of(tile);
+      const std::uint32_t target = base + first + tile % S::stages * S::key_slot;
+      const int all_head = side == 0 ? item.head[0] : item.head[1];
       const int sample = all_head / p.heads, head = all_head % p.heads / p.group;
-      ptx::mbarrier_wait(base + empty + place.stage * 8, place.parity ^ 1);
+      ptx::mbarrier_wait(base + empty + S::barrier_of(tile), S::parity_of(tile) ^ 1);
       ptx::mbarrier_arrive_expect(barrier, S::key_slot);
       copy_tile<KeyTile<S>>(target, map, barrier, row, head, sample);
       if (tangents == Tangents::all) {
         copy_tile<KeyTile<S>>(target + S::key_tile, map_dot, barrier, row + dot_row, head, sample);
       }
-      place.next(S::stages);
     };
-    for (int j = 0; j < tiles; ++j) {
+    const int sides = item.together ? 1 : 2;
+    for (int j = 0; j < tiles; ++j, n += sides) {
       const int row = j * S::keys;
-      copy_keys(k, S::k, S::k_full, S::k_empty, p.k, p.k_dot, p.k_dot_row, row, item.head[0]);
-      if (!item.together) copy_keys(k, S::k, S::k_full, S::k_empty, p.k, p.k_dot, p.k_dot_row, row, item.head[1]);
-      copy_keys(v, S::v, S::v_full, S::v_empty, p.v, p.v_dot, p.v_dot_row, row, item.head[0]);
-      if (!item.together) copy_keys(v, S::v, S::v_full, S::v_empty, p.v, p.v_dot, p.v_dot_row, row, item.head[1]);
+#pragma unroll 1
+      for (int side = 0; side < sides; ++side) {
+        copy_keys(n + side, S::k_full, S::k_empty, p.k, p.k_dot, p.k_dot_row, row, side, S::k);
+      }
+#pragma unroll 1
+      for (int side = 0; side < sides; ++side) {
+        copy_keys(n + side, S::v_full, S::v_empty, p.v, p.v_dot, p.v_dot_row, row, side, S::v);
+      }
     }
   }
 }
@@ -190,8 +190,8 @@ __device__ __forceinline__ float row_max(float x) {
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
-// What a thread knows of its rows r, r + 8. `total` and `dot`, its part: sums of unrounded P, and M. The others are
-// of whole rows: the maximum of S in units of ln 2, W, and the shift.
+// What a thread knows of its rows r, r + 8. `total` and `dot`, its part: sums of unrounded P, and M. The
+// others are of whole rows: the maximum of S in units of ln 2, W, and the shift.
 struct Rows {
   float highest[2], total[2], weight[2], shift[2], dot[2];
 };
@@ -220,11 +220,12 @@ __device__ __forceinline__ void add_columns(float (&sum)[n / 2], const std::uint
   }
 }
 
-// P of S of a tile, rounded to T, as it is multiplied. From key `there` on the tile is empty. `decay`: by what the
-// sums so far are to be multiplied; `before`: W so far, multiplied by it.
+// P of S of a tile, rounded to T, as it is multiplied. From key `there` on the tile is empty. `decay`: by
+// what the sums so far are to be multiplied; `before`: W so far, multiplied by it.
 template <typename T, int count>
-__device__ __forceinline__ void softmax(const float (&s)[count], std::uint32_t (&pairs)[count / 8][4], float scale,
-                                        int there, Rows& rows, float (&decay)[2], float (&before)[2]) {
+__device__ __forceinline__ void softmax(const float (&s)[count], std::uint32_t (&pairs)[count / 8][4],
+                                        float scale, int there, Rows& rows, float (&decay)[2],
+                                        float (&before)[2]) {
   float p[count];
   float offset[2], weight[2] = {0.0f, 0.0f};
   float maximum[2] = {rows.highest[0], rows.highest[1]};
@@ -266,8 +267,9 @@ __device__ __forceinline__ void softmax(const float (&s)[count], std::uint32_t (
 
 // The new shift, the mean of scale S_dot under the softmax so far. `moved`: by how much it has gone down.
 template <typename T, int count>
-__device__ __forceinline__ void find_shift(const std::uint32_t (&pairs)[count / 8][4], const float (&s_dot)[count],
-                                           float scale, Rows& rows, const float (&before)[2], float (&moved)[2]) {
+__device__ __forceinline__ void find_shift(const std::uint32_t (&pairs)[count / 8][4],
+                                           const float (&s_dot)[count], float scale, Rows& rows,
+                                           const float (&before)[2], float (&moved)[2]) {
   float sum[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int i = 0; i < count; i += 2) {
@@ -288,9 +290,10 @@ __device__ __forceinline__ void find_shift(const std::uint32_t (&pairs)[count / 
 
 // P (scale S_dot - shift) as it is multiplied, and M with the tile.
 template <typename T, int count>
-__device__ __forceinline__ void centre(const std::uint32_t (&pairs)[count / 8][4], const float (&s_dot)[count],
-                                       std::uint32_t (&pairs_dot)[count / 8][4], float scale, Rows& rows,
-                                       const float (&decay)[2], const float (&before)[2], const float (&moved)[2]) {
+__device__ __forceinline__ void centre(const std::uint32_t (&pairs)[count / 8][4],
+                                       const float (&s_dot)[count], std::uint32_t (&pairs_dot)[count / 8][4],
+                                       float scale, Rows& rows, const float (&decay)[2],
+                                       const float (&before)[2], const float (&moved)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     // `before` is of the whole row, of which this thread has a quarter.
@@ -319,31 +322,14 @@ __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base,
   const int tiles = (p.keys + S::keys - 1) / S::keys;
   const float log2_e = 1.4426950408889634f;
   const std::uint32_t query = base + side * S::query_slot, query_dot = query + S::query_tile;
-  RingPlace k, v;
+  int n = 0;  // the first tile of the item
   std::uint32_t parity = 0;
-
-  const auto release = [&](std::uint32_t empty) {  // the four warps, once each is done
-    if (lane == 0) ptx::mbarrier_arrive(base + empty);
-  };
-  const auto skip = [&](RingPlace& place, int full, int empty) {  // a tile of the other warpgroup's
-    ptx::mbarrier_wait(base + full + place.stage * 8, place.parity);
-    release(empty + place.stage * 8);
-    place.next(S::stages);
-  };
-  // Waits for the next tile for this warpgroup. Returns its stage.
-  const auto take = [&](RingPlace& place, int full, int empty, bool together) {
-    if (!together && side == 1) skip(place, full, empty);
-    const int stage = place.stage;
-    ptx::mbarrier_wait(base + full + stage * 8, place.parity);
-    place.next(S::stages);
-    if (!together && side == 0) skip(place, full, empty);
-    return stage;
-  };
 
   // Barrier 1 + side: it is this warpgroup's turn to multiply. The first is the first one's.
   if (side == 1) ptx::barrier_arrive(1, turns);
   for (int i = blockIdx.x; i < p.items; i += gridDim.x, parity ^= 1) {
     const Item item = item_of(i, p.all_heads, p.units);
+    const int sides = item.together ? 1 : 2, own = item.together ? 0 : side, others = 1 - side;
     const int head = side == 0 ? item.head[0] : item.head[1], unit = side == 0 ? item.unit[0] : item.unit[1];
     const bool last_item = i + static_cast<int>(gridDim.x) >= p.items;
 
@@ -361,15 +347,29 @@ __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base,
       if (dual) out_dot[c] = 0.0f;
     }
 
-    const auto issue_s = [&](int stage) {
+    const auto release = [&](int empty) {  // the four warps, once each is done
+      if (lane == 0) ptx::mbarrier_arrive(base + empty);
+    };
+    // Waits for tile j of keys or values. The one that is not for this warpgroup is free as far as it goes.
+    const auto take = [&](int j, int full, int empty) {
+      const int tile = n + j * sides;
+      ptx::mbarrier_wait(base + full + S::barrier_of(tile + own), S::parity_of(tile + own));
+      if (item.together) return;
+      ptx::mbarrier_wait(base + full + S::barrier_of(tile + others), S::parity_of(tile + others));
+      release(empty + S::barrier_of(tile + others));
+    };
+    const auto slot_of = [&](int j) { return (n + j * sides + own) % S::stages * S::key_slot; };
+    const auto barrier_of = [&](int j) { return S::barrier_of(n + j * sides + own); };
+
+    const auto issue_s = [&](int j) {
       ptx::forget(s);
       ptx::wgmma_fence();
-      add_rows<T, S, S::keys>(s, query, base + S::k + stage * S::key_slot, false);
+      add_rows<T, S, S::keys>(s, query, base + S::k + slot_of(j), false);
       ptx::wgmma_commit();
     };
-    const auto issue_s_dot = [&](int stage) {
+    const auto issue_s_dot = [&](int j) {
       if constexpr (dual) {
-        const std::uint32_t keys = base + S::k + stage * S::key_slot;
+        const std::uint32_t keys = base + S::k + slot_of(j);
         ptx::forget(s_dot);
         ptx::wgmma_fence();
         add_rows<T, S, S::keys>(s_dot, query_dot, keys, false);
@@ -389,7 +389,7 @@ __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base,
     };
 
     ptx::mbarrier_wait(base + S::query_full + side * 8, parity);
-    int k_stage = take(k, S::k_full, S::k_empty, item.together);
+    take(0, S::k_full, S::k_empty);
     float decay[2], before[2];
     std::uint32_t pairs[S::keys / 16][4], pairs_dot[dual ? S::keys / 16 : 1][4];
     // From S and S_dot of tile `j`, on their way, to what the values are multiplied by.
@@ -417,10 +417,10 @@ __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base,
         if constexpr (width > 80) ptx::renew(pairs);
         centre<T>(pairs, s_dot, pairs_dot, p.scale, rows, decay, before, moved);
       }
-      release(S::k_empty + k_stage * 8);
+      release(S::k_empty + barrier_of(j));
     };
-    const auto issue_sums = [&](int stage) {
-      const std::uint32_t values = base + S::v + stage * S::key_slot;
+    const auto issue_sums = [&](int j) {
+      const std::uint32_t values = base + S::v + slot_of(j);
       ptx::wgmma_fence();
       add_columns<T, S, width>(out, pairs, values);
       if constexpr (tangents == Tangents::all) add_columns<T, S, width>(out_dot, pairs, values + S::key_tile);
@@ -429,31 +429,32 @@ __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base,
     };
 
     ptx::barrier_sync(1 + side, turns);
-    issue_s(k_stage);
-    issue_s_dot(k_stage);
+    issue_s(0);
+    issue_s_dot(0);
     ptx::barrier_arrive(2 - side, turns);
     find_weights(0, std::true_type());
     for (int j = 1; j < tiles; ++j) {
-      const int v_stage = take(v, S::v_full, S::v_empty, item.together);
-      k_stage = take(k, S::k_full, S::k_empty, item.together);
+      take(j - 1, S::v_full, S::v_empty);
+      take(j, S::k_full, S::k_empty);
       ptx::barrier_sync(1 + side, turns);
-      issue_sums(v_stage);
+      issue_sums(j - 1);
       // S keeps the tensor cores busy while the end of the sums is noticed; with them, the registers of P and
       // P (S_dot - shift) are free for S_dot.
-      issue_s(k_stage);
+      issue_s(j);
       wait_for_sums(std::integral_constant<int, 1>());
-      issue_s_dot(k_stage);
+      issue_s_dot(j);
       ptx::barrier_arrive(2 - side, turns);
-      release(S::v_empty + v_stage * 8);
+      release(S::v_empty + barrier_of(j - 1));
       find_weights(j, std::false_type());
     }
     release(S::query_empty + side * 8);
-    const int v_stage = take(v, S::v_full, S::v_empty, item.together);
+    take(tiles - 1, S::v_full, S::v_empty);
     ptx::barrier_sync(1 + side, turns);
-    issue_sums(v_stage);
+    issue_sums(tiles - 1);
     if (side == 0 || !last_item) ptx::barrier_arrive(2 - side, turns);
     wait_for_sums(std::integral_constant<int, 0>());
-    release(S::v_empty + v_stage * 8);
+    release(S::v_empty + barrier_of(tiles - 1));
+    n += tiles * sides;
 
     // W is zero where every key is without weight; so are O and A.
     const index_t sample = head / p.heads, h = head % p.heads;
@@ -476,8 +477,8 @@ __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base,
         *reinterpret_cast<std::uint32_t*>(to + column) = ptx::pack<T>(low, high);
         if (dual) {
           const float mean = dot * inverse;
-          *reinterpret_cast<std::uint32_t*>(to_dot + column) =
-              ptx::pack<T>(fmaf(-mean, low, out_dot[o] * inverse), fmaf(-mean, high, out_dot[o + 1] * inverse));
+          *reinterpret_cast<std::uint32_t*>(to_dot + column) = ptx::pack<T>(
+              fmaf(-mean, low, out_dot[o] * inverse), fmaf(-mean, high, out_dot[o + 1] * inverse));
         }
       }
       if (lane % 4 == 0) {
@@ -494,6 +495,7 @@ __global__ void __launch_bounds__(threads, 1) attention_kernel(const __grid_cons
   const std::uint32_t base = (ptx::shared_memory() + 1023) / 1024 * 1024;
   const int group = ptx::uniform(threadIdx.x / warpgroup);
   if (threadIdx.x == 0) {
+    for (const auto* map : {&p.q, &p.k, &p.v, &p.q_dot, &p.k_dot, &p.v_dot}) ptx::prefetch(*map);
     for (int side = 0; side < 2; ++side) {
       ptx::mbarrier_init(base + S::query_full + side * 8, 1);
       ptx::mbarrier_init(base + S::query_empty + side * 8, 4);

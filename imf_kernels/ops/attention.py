@@ -400,8 +400,8 @@ def scaled_dot_product_attention(
         value: [B, H, L_k, D_v], as many heads as the key.
         attn_mask: broadcasts to [B, H, L_q, L_k] and is never made that large in memory; of bool (True: the
             key takes part) or, added to the scaled logits, of float32 or the query's dtype. It carries no
-            tangent and gets no gradient. A query that sees no key gives zero, its tangent too. Not for `cpu` and
-            `cuda`.
+            tangent and gets no gradient. A query that sees no key gives zero, its tangent too. Not for `cpu`
+            and `cuda`.
         dropout_p: not supported yet, and refused unless 0.
         is_causal: query i sees the keys 0 to i; excludes `attn_mask`. Not for `cpu` and `cuda`.
         scale: 1 / √D by default.

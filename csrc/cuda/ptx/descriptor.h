@@ -12,14 +12,14 @@
 
 namespace imf::cuda::ptx {
 
-// Bytes of a row of a box. Within eight rows, its chunks of 16 bytes are permuted by the row's number, so that
-// a column of chunks meets every bank. The permutation is a function of the address, so boxes begin at
+// Bytes of a row of a box. Within eight rows, its chunks of 16 bytes are permuted by the row's number, so
+// that a column of chunks meets every bank. The permutation is a function of the address, so boxes begin at
 // multiples of eight rows.
 enum class Swizzle : std::uint32_t { bytes_32 = 32, bytes_64 = 64, bytes_128 = 128 };
 
-// An operand of wgmma, addresses in the window of shared memory. `stride`: bytes from eight rows of the box to
-// the next eight. `leading`: bytes from a box to the one that holds the next columns, where the rows are the
-// dimension that is summed over; elsewhere it is not read.
+// An operand of wgmma, addresses in the window of shared memory. `stride`: bytes from eight rows of the box
+// to the next eight. `leading`: bytes from a box to the one that holds the next columns, where the rows are
+// the dimension that is summed over; elsewhere it is not read.
 constexpr IMF_PTX std::uint64_t descriptor(std::uint32_t address, std::uint32_t leading, std::uint32_t stride,
                                            Swizzle swizzle) {
   const std::uint64_t mode = swizzle == Swizzle::bytes_128 ? 1 : swizzle == Swizzle::bytes_64 ? 2 : 3;

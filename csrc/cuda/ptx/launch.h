@@ -13,8 +13,8 @@
 
 namespace imf::cuda::ptx {
 
-// A tensor of two-byte elements, [sizes[3], ..., sizes[0]], and the box of it that a copy takes. Bytes between
-// neighbours in dimensions 1 to 3; all of them, and the address, multiples of 16.
+// A tensor of two-byte elements, [sizes[3], ..., sizes[0]], and the box of it that a copy takes. Bytes
+// between neighbours in dimensions 1 to 3; all of them, and the address, multiples of 16.
 struct Boxes {
   void* data;
   std::uint64_t sizes[4], strides[3];
@@ -27,7 +27,8 @@ inline TensorMap tensor_map(const Boxes& boxes) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found{};
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
+                                           &found),
           "cudaGetDriverEntryPointByVersion");
     if (found != cudaDriverEntryPointSuccess) {
       throw std::runtime_error("cuTensorMapEncodeTiled: the driver has no such function; it needs CUDA 12");
@@ -40,8 +41,8 @@ inline TensorMap tensor_map(const Boxes& boxes) {
                                                             : CU_TENSOR_MAP_SWIZZLE_32B;
   TensorMap map;
   // Elements are only copied, so one type of two bytes stands for all.
-  const CUresult status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, boxes.data, boxes.sizes, boxes.strides,
-                                 box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+  const CUresult status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, boxes.data, boxes.sizes,
+                                 boxes.strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                                  CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(static_cast<int>(status)));

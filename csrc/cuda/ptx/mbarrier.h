@@ -1,5 +1,5 @@
-// Barriers in shared memory that count arrivals and bytes. A barrier is in phase 0, 1, 0, 1, ...: a phase ends
-// when all arrivals and all announced bytes are there.
+// Barriers in shared memory that count arrivals and bytes. A barrier is in phase 0, 1, 0, 1, ...: a phase
+// ends when all arrivals and all announced bytes are there.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,8 @@ __device__ __forceinline__ void mbarrier_arrive(std::uint32_t barrier) {
 
 // Arrives and announces the bytes that TMA will add in this phase.
 __device__ __forceinline__ void mbarrier_arrive_expect(std::uint32_t barrier, std::uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
 }
 
 // Returns when the phase of this parity has ended. Of a new barrier, the phase before the first has parity 1.

@@ -1,10 +1,11 @@
 // The attention of csrc/cuda for Hopper, compiled for the emulated machine.
 #include "cuda/attention_sm90.cu"
 
-// `tensors`: address and strides of batch, head and position of q, k, v, out and of their tangents. `sizes`: batch,
-// tangent_batch, heads, group, queries, keys, width, value_width. Returns what went wrong, or null.
+// `tensors`: address and strides of batch, head and position of q, k, v, out and of their tangents. `sizes`:
+// batch, tangent_batch, heads, group, queries, keys, width, value_width. Returns what went wrong, or null.
 extern "C" const char* attention_forward(int type, const std::int64_t (*tensors)[4], float* lse,
-                                         const std::int64_t* sizes, float scale, int processors, unsigned seed) {
+                                         const std::int64_t* sizes, float scale, int processors,
+                                         unsigned seed) {
   using namespace imf;
   static std::string error;
   HeadsTensor heads[8];
@@ -14,9 +15,27 @@ extern "C" const char* attention_forward(int type, const std::int64_t (*tensors)
   cuda::ptx::processor_count() = processors;
   cuda::ptx::seed() = seed;
   try {
-    cuda::attention_forward({static_cast<DType>(type), heads[0], heads[1], heads[2], heads[3], heads[4], heads[5],
-                             heads[6], heads[7], lse, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5],
-                             sizes[6], sizes[7], scale, 0, nullptr});
+    cuda::attention_forward({static_cast<DType>(type),
+                             heads[0],
+                             heads[1],
+                             heads[2],
+                             heads[3],
+                             heads[4],
+                             heads[5],
+                             heads[6],
+                             heads[7],
+                             lse,
+                             sizes[0],
+                             sizes[1],
+                             sizes[2],
+                             sizes[3],
+                             sizes[4],
+                             sizes[5],
+                             sizes[6],
+                             sizes[7],
+                             scale,
+                             0,
+                             nullptr});
   } catch (const std::exception& e) {
     error = e.what();
     return error.c_str();

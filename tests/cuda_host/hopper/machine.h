@@ -1,7 +1,9 @@
-// A block of a Hopper GPU, emulated on the host: its threads take turns as fibers, its asynchronous units finish
-// their work at any time that the rules allow, drawn from a seed. What a kernel must not rely on is made to fail:
+// A block of a Hopper GPU, emulated on the host: its threads take turns as fibers, its asynchronous units
+// finish their work at any time that the rules allow, drawn from a seed. What a kernel must not rely on is
+// made to fail:
 // - where a copy will write, shared memory is full of NaN from its issue on, and the data comes late;
-// - a product reads shared memory at any time between its issue by the last thread and the wait for it, and its
+// - a product reads shared memory at any time between its issue by the last thread and the wait for it, and
+// its
 //   registers hold a NaN meanwhile that must still be there at the wait;
 // - barriers that never complete, products without a fence, commits or matching operands are errors.
 // Layouts follow the PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions" and "Tensor Copy".
@@ -93,6 +95,7 @@ struct Block {
   jmp_buf scheduler;
   ucontext_t unused;
   int current = -1;
+  int slow = -1;  // a warpgroup
   std::string error;
   std::vector<char> shared;
   std::map<std::uint32_t, Barrier> barriers;
@@ -124,9 +127,12 @@ inline bool chance(unsigned of) { return block()->random() % of == 0; }
   _longjmp(block()->scheduler, 1);
 }
 
-// Leaves the processor to other threads until `ready`.
+// Leaves the processor to other threads until `ready`, at times even if it is: what a thread does next may
+// come at any time. From then on its warpgroup may be slow for long.
 __attribute__((noinline)) inline void wait_until(const char* what, std::function<bool()> ready) {
-  if (ready()) return;
+  const bool pause = chance(32);
+  if (pause) block()->slow = block()->current / warpgroup;
+  if (ready() && !pause) return;
   Thread& me = thread();
   me.ready = std::move(ready);
   me.waits_for = what;
@@ -149,6 +155,7 @@ inline void end_phase(Barrier& b) {
 }
 
 inline void arrive(std::uint32_t address, std::int64_t bytes) {
+  wait_until("its turn", [] { return true; });
   Barrier& b = barrier_at(address);
   if (b.missing == 0) fail("more arrivals at an mbarrier than it counts");
   b.bytes += bytes;
@@ -250,12 +257,14 @@ struct Operand {
   }
   // The summed dimension `k` along the columns of the box, `i` along its rows.
   std::uint32_t row_major(int i, int k) const {
-    return place(static_cast<std::uint32_t>(i / 8) * stride + static_cast<std::uint32_t>(i % 8 * swizzle + k * 2));
+    return place(static_cast<std::uint32_t>(i / 8) * stride +
+                 static_cast<std::uint32_t>(i % 8 * swizzle + k * 2));
   }
   // `k` along the rows of the box, `i` along its columns and on into further boxes.
   std::uint32_t column_major(int i, int k) const {
     const int chunk = i / 8, chunks = swizzle / 16;
-    return place(static_cast<std::uint32_t>(chunk / chunks) * leading + static_cast<std::uint32_t>(k / 8) * stride +
+    return place(static_cast<std::uint32_t>(chunk / chunks) * leading +
+                 static_cast<std::uint32_t>(k / 8) * stride +
                  static_cast<std::uint32_t>(chunk % chunks * 16 + k % 8 * swizzle + i % 8 * 2));
   }
   std::uint32_t place(std::uint32_t offset) const { return swizzled(address + offset, swizzle); }
@@ -270,8 +279,10 @@ inline void compute(std::size_t group, Product& p) {
   if (p.a_in_registers) {
     for (int t = 0; t < warpgroup; ++t) {
       for (int i = 0; i < 8; ++i) {
-        const std::uint32_t pair = p.a_registers[static_cast<std::size_t>(t)][static_cast<std::size_t>(i / 2)];
-        a[row_of(t, i)][column_of(t, i)] = number(static_cast<std::uint16_t>(i % 2 ? pair >> 16 : pair), p.half);
+        const std::uint32_t pair =
+            p.a_registers[static_cast<std::size_t>(t)][static_cast<std::size_t>(i / 2)];
+        a[row_of(t, i)][column_of(t, i)] =
+            number(static_cast<std::uint16_t>(i % 2 ? pair >> 16 : pair), p.half);
       }
     }
   } else {
@@ -283,7 +294,8 @@ inline void compute(std::size_t group, Product& p) {
   const Operand operand(p.b);
   for (int k = 0; k < 16; ++k) {
     for (int i = 0; i < p.n; ++i) {
-      b[k][i] = number(element(p.a_in_registers ? operand.column_major(i, k) : operand.row_major(i, k)), p.half);
+      b[k][i] =
+          number(element(p.a_in_registers ? operand.column_major(i, k) : operand.row_major(i, k)), p.half);
     }
   }
   for (int i = 0; i < 64; ++i) {
@@ -312,8 +324,8 @@ inline bool poisoned(const float* x, std::size_t count) {
 
 inline void issue(Product p, float* sum, const std::uint32_t* a_registers) {
   Thread& me = thread();
-  const auto group = static_cast<std::size_t>(block()->current / warpgroup), lane = static_cast<std::size_t>(
-                                                                                 block()->current % warpgroup);
+  const auto group = static_cast<std::size_t>(block()->current / warpgroup),
+             lane = static_cast<std::size_t>(block()->current % warpgroup);
   if (!me.fenced) fail("a product without a fence after the last wait");
   auto& products = block()->products[group];
   const std::size_t number = me.products++;
@@ -390,15 +402,17 @@ inline void resume(int i) {
   if (!b.error.empty()) throw std::runtime_error(b.error);
 }
 
-// A pass over the warps in any order, some of which are left out. Whether any thread went on.
+// A pass over the warps in any order. Unless `all`, some are left out, and so is the warpgroup that is slow.
+// Whether any thread went on.
 inline bool pass(bool all) {
   Block& b = *block();
   std::vector<int> warps(b.threads.size() / warp);
   for (std::size_t i = 0; i < warps.size(); ++i) warps[i] = static_cast<int>(i);
   std::shuffle(warps.begin(), warps.end(), b.random);
   bool moved = false;
+  if (chance(64)) b.slow = -1;
   for (const int w : warps) {
-    if (!all && chance(4)) continue;
+    if (!all && (w / 4 == b.slow || chance(4))) continue;
     for (int i = w * warp; i < (w + 1) * warp; ++i) {
       Thread& t = b.threads[static_cast<std::size_t>(i)];
       if (t.ended || (t.started && !t.ready())) continue;
@@ -426,11 +440,13 @@ inline void run(Block& b, int threads) {
   for (std::size_t i = 0; i < b.threads.size(); ++i) {
     const Thread& t = b.threads[i];
     b.current = static_cast<int>(i);
-    if (!t.ended) throw std::runtime_error("thread " + std::to_string(i) + " waits forever for " + t.waits_for);
+    if (!t.ended)
+      throw std::runtime_error("thread " + std::to_string(i) + " waits forever for " + t.waits_for);
     if (!t.flights.empty()) throw std::runtime_error("products in flight at the end");
   }
   for (const auto& [address, barrier] : b.barriers) {
-    if (barrier.bytes != 0) throw std::runtime_error("bytes that never came to mbarrier " + std::to_string(address));
+    if (barrier.bytes != 0)
+      throw std::runtime_error("bytes that never came to mbarrier " + std::to_string(address));
   }
   block() = nullptr;
 }

@@ -45,8 +45,8 @@ inline TensorMap tensor_map(const Boxes& boxes) {
 }
 
 template <typename Parameters>
-void launch(void (*kernel)(Parameters), int blocks, int threads, int shared, void*, const Parameters& parameters,
-            const char*) {
+void launch(void (*kernel)(Parameters), int blocks, int threads, int shared, void*,
+            const Parameters& parameters, const char*) {
   if (shared > machine::shared_bytes) throw std::runtime_error("more shared memory than there is");
   for (int i = 0; i < blocks; ++i) {
     machine::Block b;
