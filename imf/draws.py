@@ -23,6 +23,9 @@ class Draws:
         t_min, t_max: [B], the guidance interval; (0, 1) on the FM rows.
         drop: [B] boolean, rows whose label is dropped.
         n_fm: how many rows, the first ones, are flow-matching (FM) rows.
+
+    All but the noise may lie on the CPU while it lies on a GPU: an objective then knows which rows need what
+    without waiting for the device.
     """
 
     t: Tensor
@@ -38,18 +41,21 @@ class Draws:
         noise = self.noise
         if not isinstance(noise, Tensor) or noise.dim() != 4 or not noise.is_floating_point():
             raise ValueError(f"Draws: noise must be [B, C, H, W] of floating-point type, got {form(noise)}")
-        batch = noise.shape[0]
+        batch, t = noise.shape[0], self.t
+        if isinstance(t, Tensor) and t.device.type != "cpu" and t.device != noise.device:
+            raise ValueError(f"Draws: t must be on the CPU or with noise on {noise.device}, got {t.device}")
+        device = t.device if isinstance(t, Tensor) else noise.device
         for name in ("t", "r", "omega", "t_min", "t_max", "drop"):
             dtype = torch.bool if name == "drop" else noise.dtype
-            wanted, got = f"[{batch}] of {dtype} on {noise.device}", form(getattr(self, name))
+            wanted, got = f"[{batch}] of {dtype} on {device}", form(getattr(self, name))
             if got != wanted:
-                raise ValueError(f"Draws: {name} must be {wanted} like noise, got {got}")
+                raise ValueError(f"Draws: {name} must be {wanted}, got {got}")
         if type(self.n_fm) is not int or not 0 <= self.n_fm <= batch:
             raise ValueError(
                 f"Draws: n_fm must be an int within 0 and the batch of {batch}, got {self.n_fm!r}"
             )
-        if noise.device.type == "cpu":  # elsewhere a look would wait for the device
-            t, r, omega, t_min, t_max = self.t, self.r, self.omega, self.t_min, self.t_max
+        if device.type == "cpu":  # elsewhere a look would wait for the device
+            r, omega, t_min, t_max = self.r, self.omega, self.t_min, self.t_max
             fm = slice(0, self.n_fm)
             for holds, rule in (
                 (t[fm] == r[fm], "r must equal t on the first n_fm rows"),
@@ -79,10 +85,10 @@ class Draws:
         mean: float = -0.4,
         std: float = 1.0,
     ) -> Draws:
-        """The draws of one step, a function of (seed, step, process) alone.
+        """The draws of one step, a function of (seed, step, process) alone, and for the noise of the device.
 
         Args:
-            x: [B, C, H, W], the batch: its shape and device are used.
+            x: [B, C, H, W], the batch: its shape is used, and its device for the noise alone.
             fm_fraction: share of FM rows, rounded down.
             drop_probability: of a label; the rows dropped are the first ones, as in the official program.
             omega_max, omega_exponent: ω has density ∝ ω^(−omega_exponent) on [1, omega_max].
@@ -122,21 +128,26 @@ class Draws:
             omega = torch.exp(torch.log1p(uniform[0] * math.expm1(slope * log_max)) / slope)
         whole = fm if interval else torch.ones_like(fm)
         n_drop = int((uniform[3] < drop_probability).sum())
-        draws = Draws(
+        if x.device.type == "cpu":
+            noise = torch.randn(x.shape, generator=generator)
+        else:  # made there: a copy would wait until the device has done all that it was asked for
+            own = torch.Generator(x.device).manual_seed(_key(seed, step, process))
+            noise = torch.randn(x.shape, generator=own, device=x.device)
+        return Draws(
             t=t,
             r=torch.where(fm, t, r),
-            noise=torch.randn(x.shape, generator=generator),
+            noise=noise,
             omega=omega.clamp(min=1.0),
             t_min=torch.where(whole, 0.0, uniform[1] * 0.5),
             t_max=torch.where(whole, 1.0, 0.5 + uniform[2] * 0.5),
             drop=torch.arange(batch) < n_drop,
             n_fm=n_fm,
         )
-        return draws.to(x.device)
 
     def to(self, device: torch.device | str) -> Draws:
-        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "n_fm"}
-        return Draws(**tensors, n_fm=self.n_fm)
+        """The same with every tensor on `device`; does not wait for it."""
+        names = [f.name for f in fields(self) if f.name != "n_fm"]
+        return Draws(**{n: getattr(self, n).to(device, non_blocking=True) for n in names}, n_fm=self.n_fm)
 
 
 def _require(condition: bool, name: str, wanted: str, got: Any) -> None:

@@ -27,6 +27,7 @@ from imf.objective import (
     check_batch,
     evaluated,
     interpolate,
+    on_device,
     rows_behind_fm,
     rows_of_v_u,
     target,
@@ -66,14 +67,14 @@ def mean_flow(
         ValueError, TypeError: as `imf.objective.improved_mean_flow`, and for another tangent.
     """
     null = _check(model, x, y, draws, tangent)
-    n_fm, t, h = draws.n_fm, draws.t, draws.t - draws.r
-    z, v_t = interpolate(x, draws)
     weights = target_weights(draws, guidance)
-
-    c_rows = rows_behind_fm(draws)
+    c_rows, u_rows = rows_behind_fm(draws), rows_of_v_u(weights)
     if guidance.kappa == 0 and tangent == "v_g":
         c_rows = c_rows[:0]
-    v_c, v_u = evaluated(model, z, y, draws, c_rows, rows_of_v_u(weights), "u")
+    draws, weights = draws.to(x.device), on_device(weights, x)
+    n_fm, t, h = draws.n_fm, draws.t, draws.t - draws.r
+    z, v_t = interpolate(x, draws)
+    v_c, v_u = evaluated(model, z, y, draws, c_rows, u_rows, "u")
     direction = (v_c if tangent == "v_c" else target(v_t, v_c, v_u, weights))[n_fm:]
 
     one, labels = torch.ones_like(t[n_fm:]), torch.where(draws.drop, null, y)
@@ -102,7 +103,8 @@ def mean_flow_plain(
     `mean_flow`, but `du_dt` is computed on every row.
     """
     null = _check(model, x, y, draws, tangent)
-    t, h, every = draws.t, draws.t - draws.r, torch.arange(x.shape[0], device=x.device)
+    draws = draws.to(x.device)
+    t, h, every = draws.t, draws.t - draws.r, torch.arange(x.shape[0])
     z, v_t = interpolate(x, draws)
     v_c, v_u = evaluated(model, z, y, draws, every, every, "u")
     v_g = target(v_t, v_c, v_u, target_weights(draws, guidance))

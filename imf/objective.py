@@ -108,12 +108,14 @@ def improved_mean_flow(
             label among them.
     """
     null = check_batch("improved_mean_flow", model, x, y, draws)
+    weights = target_weights(draws, guidance)
+    c_rows, u_rows = rows_behind_fm(draws), rows_of_v_u(weights)
+    draws, weights = draws.to(x.device), on_device(weights, x)
     n_fm, t, h = draws.n_fm, draws.t, draws.t - draws.r
     z, v_t = interpolate(x, draws)
-    weights = target_weights(draws, guidance)
 
     # v_c where the tangent needs it, v_u where the target does, in one evaluation of the v-head.
-    v_c, v_u = evaluated(model, z, y, draws, rows_behind_fm(draws), rows_of_v_u(weights), "v")
+    v_c, v_u = evaluated(model, z, y, draws, c_rows, u_rows, "v")
 
     # The network at (z, t, r), with the derivative along (v_c, 1, 0) of the rows behind the FM rows.
     one = torch.ones_like(t[n_fm:])
@@ -142,7 +144,8 @@ def improved_mean_flow_plain(
     `improved_mean_flow`, but `du_dt` is computed on every row.
     """
     null = check_batch("improved_mean_flow", model, x, y, draws)
-    t, h, every = draws.t, draws.t - draws.r, torch.arange(x.shape[0], device=x.device)
+    draws = draws.to(x.device)
+    t, h, every = draws.t, draws.t - draws.r, torch.arange(x.shape[0])
     z, v_t = interpolate(x, draws)
     v_c, v_u = evaluated(model, z, y, draws, every, every, "v")
     v_g = target(v_t, v_c, v_u, target_weights(draws, guidance))
@@ -194,6 +197,12 @@ def target(v_t: Tensor, v_c: Tensor, v_u: Tensor, weights: tuple[Tensor, Tensor]
     return v_t + alpha * (v_t - v_u) + kappa * (v_c - v_u)
 
 
+def on_device(tensors: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two small tensors where x is; does not wait for the device."""
+    a, b = (tensor.to(x.device, non_blocking=True) for tensor in tensors)
+    return a, b
+
+
 def rows_behind_fm(draws: Draws) -> Tensor:
     return torch.arange(draws.n_fm, len(draws.t), device=draws.t.device)
 
@@ -218,6 +227,7 @@ def evaluated(
 
     head: "v", or "u" for v = u(z, t, t); at h = 0, with the whole interval.
     """
+    c_rows, u_rows = on_device((c_rows, u_rows), z)
     v_c, v_u, rows = torch.zeros_like(z), torch.zeros_like(z), torch.cat([c_rows, u_rows])
     if rows.numel() or sharded(model):  # the other processes may have rows, and wait for this one's shards
         omega = torch.cat([_effective_omega(draws)[c_rows], torch.ones_like(draws.omega[u_rows])])

@@ -179,10 +179,10 @@ def test_omega_has_the_density_it_is_given(exponent):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"t": torch.zeros(3)}, r"t must be \[4\] of torch.float32 on cpu like noise, got \[3\] of"),
-        ({"t": [0.0] * 4}, r"t must be \[4\] of torch.float32 on cpu like noise, got a list"),
+        ({"t": torch.zeros(3)}, r"t must be \[4\] of torch.float32 on cpu, got \[3\] of"),
+        ({"t": [0.0] * 4}, r"t must be \[4\] of torch.float32 on cpu, got a list"),
         ({"r": torch.zeros(4, dtype=torch.int64)}, r"r must be .* got \[4\] of torch.int64"),
-        ({"drop": torch.zeros(4)}, r"drop must be \[4\] of torch.bool on cpu like noise, got .*float32"),
+        ({"drop": torch.zeros(4)}, r"drop must be \[4\] of torch.bool on cpu, got .*float32"),
         ({"drop": torch.zeros(4, dtype=torch.bool, device="meta")}, "drop must be .* on meta"),
         ({"noise": torch.zeros(())}, r"noise must be \[B, C, H, W\] of floating-point type, got \[\]"),
         ({"noise": torch.zeros(4, 2)}, r"noise must be \[B, C, H, W\]"),
