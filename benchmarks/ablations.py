@@ -20,10 +20,12 @@ from tqdm import tqdm
 
 from imf import checkpoint, data
 from imf.config import TrainConfig
-from imf.evaluate import evaluate
 from imf.layers import IMFConfig
 from imf.methods import METHODS, network_of
-from imf.train import initial_state, training_step
+from imf.processes import Processes
+from imf.scores import evaluate
+from imf.start import initial_state
+from imf.train import training_step
 
 # Small enough for hundreds of steps of every method in a quarter of an hour of one core.
 NETWORK = IMFConfig(
@@ -59,10 +61,12 @@ def configuration(method: str, changes: dict[str, Any], steps: int, seed: int) -
 def measure(config: TrainConfig, progress: str) -> dict[str, Any]:
     """Trains, and scores one-step samples, with guidance and, where that is an input, without."""
     images = data.load("digits")
-    state = initial_state(config, config.precision, torch.device("cpu"))
+    alone = Processes()
+    state = initial_state(config, config.precision, alone)
     began = time.perf_counter()
-    for _ in tqdm(range(config.steps), progress, leave=False, mininterval=10):
-        terms = training_step(state, images, config)
+    with data.Batches(images, batch_size=config.batch_size, seed=config.seed, first=0) as batches:
+        for _ in tqdm(range(config.steps), progress, leave=False, mininterval=10):
+            terms = training_step(state, batches, config, alone)
     omega, t_min, t_max = config.sampling
     without = METHODS[config.method].omega_input
     scores = [

@@ -1,12 +1,14 @@
 """The network of original Mean Flows and those between it and iMF: sizes, values, derivatives."""
 
 import dataclasses
+import functools
 import re
 
 import plain_mf
 import pytest
 import torch
 
+import imf_kernels as ik
 from imf.dit import DiT
 from imf.methods import METHODS, network_of
 from imf.model import IMF, ORIGINAL, PRESETS, IMFConfig, build, velocities
@@ -168,3 +170,22 @@ def test_a_network_made_without_memory_or_in_inference_mode_works():
         made = build(expected.config)
     assert not made._positions.is_inference()
     velocities(expected, *given).sum().backward()
+
+
+@pytest.mark.parametrize("method", ["imf-interval", "imf-tokens"])
+def test_compiled_and_recomputed_blocks_change_nothing(method):
+    """As `imf.sharding.prepare` makes them, here without a compiler behind the graph."""
+    model, (z, t, h, *rest) = network(method), inputs()
+    duals = [Dual(a, torch.ones_like(a[2:])) for a in (z, t, h)]
+
+    def gradients(u):
+        grads = torch.autograd.grad(u.primal.square().sum(), list(model.parameters()), allow_unused=True)
+        return [u.primal.detach(), u.tangent.detach(), *(g for g in grads if g is not None)]
+
+    expected = gradients(velocities(model, *duals, *rest))
+    assert len(expected) > 40
+    for block in (*model.shared_blocks, *model.u_blocks):
+        block.forward = torch.compile(block.forward, fullgraph=True, backend="eager")
+        block.forward = functools.partial(ik.checkpoint, block.forward)
+    for got, wanted in zip(gradients(velocities(model, *duals, *rest)), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from tiny_run import FAST, NETWORK, config, one_thread, state_and_data
+from tiny_run import ALONE, FAST, NETWORK, config, one_thread, state_and_data
 
 from imf import config as configuration
 from imf import sample, train
@@ -36,18 +36,18 @@ def test_the_methods_are_the_rows_of_the_paper_in_their_order():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_samples_on_the_digits(method):
-    state, images, c = state_and_data(**settings(method), warmup_steps=0)
+    state, given, c = state_and_data(**settings(method), warmup_steps=0)
     before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     for _ in range(5):
-        terms = train.training_step(state, images, c)
+        terms = train.training_step(state, given, c, ALONE)
     expected = 2 if METHODS[method].v_head else 1
     assert terms.isfinite().all() and float(terms[0]) == pytest.approx(expected, 0.01)
     # What begins at zero has moved by now, so a gradient has reached every weight.
     assert not [name for name, p in state.model.named_parameters() if torch.equal(p, before[name])]
     noise, labels = torch.randn(4, 1, 8, 8), torch.arange(4)
     omega, t_min, t_max = c.sampling
-    given = {"omega": omega, "t_min": t_min, "t_max": t_max}
-    assert sample.sample(state.ema, noise, labels, steps=2, **given).isfinite().all()
+    guidance = {"omega": omega, "t_min": t_min, "t_max": t_max}
+    assert sample.sample(state.ema, noise, labels, steps=2, **guidance).isfinite().all()
 
 
 def test_methods_of_one_seed_share_times_noise_and_dropped_labels():
