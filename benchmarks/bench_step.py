@@ -33,8 +33,8 @@ from observe import Beside, look
 from sizes import PLOTTED, SIZES, SWEEPS
 from torch import Tensor, nn
 
-from imf.convert import from_official
 from imf.model import IMFConfig, build
+from imf.names import from_official
 from imf.objective import Draws, improved_mean_flow
 from imf_kernels import gemm
 

@@ -123,6 +123,20 @@ def networks(records: Sequence[Record]) -> str:
     )
 
 
+def host(records: Sequence[Record]) -> str:
+    """A row an operation: microseconds of a call."""
+    groups: dict[str, dict[str, Record]] = defaultdict(dict)
+    for record in records:
+        if "host" in record:
+            groups[record["host"]][record["form"]] = record
+    names = list(dict.fromkeys(form for forms in groups.values() for form in forms))
+    rows = [
+        [operation, *(f"{forms[name]['seconds'] * 1e6:.1f} µs" for name in names)]
+        for operation, forms in groups.items()
+    ]
+    return table(["operation", *names], rows)
+
+
 def to_ours(record: Record) -> float:
     """Time over that of ours, round by round."""
     beside = record.get("ours beside", record["rounds"])
@@ -171,7 +185,7 @@ def main() -> None:
     records = run["benchmarks"]
     if arguments.out:
         arguments.out.write_text(json.dumps(run, indent=1) + "\n")
-    print(operations(records), steps(records), networks(records), sep="\n\n")
+    print(operations(records), steps(records), networks(records), host(records), sep="\n\n")
     if arguments.plot:
         plot(records, arguments.plot)
 

@@ -97,9 +97,15 @@ def _import(a: argparse.Namespace) -> str:
     sampling = config.network.has_v_head and not all(map(_with_v_blocks, states.values()))
     count = sum(x.numel() for x in next(iter(states.values())).values())
     return (
-        f"{a.out}: {preset or shapes[0]}, {count:,} weights ({' and '.join(states)}), step {official.step}"
+        f"{a.out}: {preset or _described(shapes[0])}, {count:,} weights ({' and '.join(states)}), "
+        f"step {official.step}"
         f"{', for sampling: without the v-head' if sampling else ''}"
     )
+
+
+def _described(network: IMFConfig) -> str:
+    depth, width, heads = network.depth, network.hidden_size, network.num_heads
+    return f"no preset (depth {depth}, width {width}, {heads} heads, patch {network.patch_size})"
 
 
 def _settings(network: IMFConfig) -> tuple[str, TrainConfig]:

@@ -127,7 +127,8 @@ def _evaluate(arguments: argparse.Namespace, extractor: Extractor, processes: Pr
         if found is not None:
             seconds = round(time.perf_counter() - began, 3)
             rows.append(Row(*_setting(cell), a.count, *figures(found, logits, reference), seconds))
-            write_results(path, of, rows, checkpoint.environment(processes.device))
+            made = {"checkpoint": str(a.checkpoint or ""), **checkpoint.environment(processes.device)}
+            write_results(path, of, rows, made)
     if processes.rank == 0:
         wanted = [_setting(cell) for cell in cells]
         shown = [row for row in rows if row.setting in wanted]
@@ -140,7 +141,6 @@ def _what_is_judged(a: argparse.Namespace, cell: Settings | None) -> dict[str, A
     """What the rows of one file of results have in common: which figures may stand beside each other."""
     same = asdict(cell) if cell else {"count": a.count}
     return {
-        "checkpoint": str(a.checkpoint or ""),
         **{name: same.get(name, "") for name in ("weights", "vae", "precision", "count", "seed")},
         "samples": "" if a.checkpoint else str(a.samples_dir),
         "extractor": _named(a.extractor),

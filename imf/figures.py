@@ -104,7 +104,7 @@ def read_results(path: Path, settings: dict[str, Any]) -> list[Row]:
 def write_results(
     path: Path, settings: dict[str, Any], rows: Sequence[Row], environment: dict[str, str]
 ) -> None:
-    """Write the rows with what they are of, whole or not at all."""
+    """Write the rows with what they are of and what they were made with, whole or not at all."""
     values = {"settings": settings, "environment": environment, "rows": [asdict(row) for row in rows]}
     write_json(path, values)
 

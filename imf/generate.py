@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,7 @@ def generate(
     if folder is not None:
         claim(folder, settings)
     guidance = {"omega": settings.omega, "t_min": settings.t_min, "t_max": settings.t_max}
+    writes: list[Future[None]] = []  # of the batch before: they go on while the network computes
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(rows.start, rows.stop, batch_size):
             batch = range(start, min(start + batch_size, rows.stop))
@@ -129,10 +130,14 @@ def generate(
                 y = classes(missing, settings.count, config.num_classes).to(device)
                 x = sample(model, z, y, steps=settings.steps, **guidance)
                 new = to_bytes(x if vae is None else autoencoder.decode(vae, x)).cpu()
-                if folder is not None:
-                    list(pool.map(write_png, (_path(folder, i) for i in missing), new))
                 images |= zip(missing, new, strict=True)
+                if folder is not None:
+                    for write in writes:
+                        write.result()
+                    writes = [pool.submit(write_png, _path(folder, i), images[i]) for i in missing]
             yield torch.stack([images[i] for i in batch])
+        for write in writes:
+            write.result()
 
 
 def claim(folder: Path, settings: Settings) -> None:
@@ -191,7 +196,7 @@ def read_images(paths: list[Path], batch_size: int = 64) -> Iterator[Tensor]:
                 if image is not None and first is not None and image.shape != first.shape:
                     raise ImageError(
                         f"{path}: images must be of one size, {list(first.shape)} like the first, "
-                        f"got {list(image.shape)}; crop them first"
+                        f"got {list(image.shape)}; imf.data.prepare crops them, and writes statistics too"
                     )
             if whole and not broken:  # once one is broken only the others are looked for
                 yield torch.stack(whole)

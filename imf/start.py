@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -198,12 +198,28 @@ def _warn_of_other_bits(metadata: Metadata, config: TrainConfig, who: Processes)
             _warn(f"{name} was {before.get(name)}, now it is {now}: it goes on, but not to the same bits")
 
 
+def fitted_to_data(config: TrainConfig) -> TrainConfig:
+    """The configuration with a network of the input size, channels and classes of its data."""
+    found = _open_data(config)
+    channels, size, _ = found.shape
+    classes = found.num_classes
+    try:
+        network = replace(config.network, in_channels=channels, input_size=size, num_classes=classes)
+        return replace(config, network=network)
+    except ValueError as error:  # patches that do not divide the input
+        raise TrainingError(f"--data {config.data}: {error}") from error
+
+
+def _open_data(config: TrainConfig) -> data.DataSet:
+    try:
+        return data.load(config.data)
+    except data.DataError as error:
+        raise TrainingError(f"--data: {error}") from error
+
+
 def _load_data(config: TrainConfig) -> data.DataSet:
     """The data set; TrainingError if there is none, or the network was made for another shape."""
-    try:
-        found, network = data.load(config.data), config.network
-    except ValueError as error:
-        raise TrainingError(f"--data: {error}") from error
+    found, network = _open_data(config), config.network
     channels, height, width = found.shape
     wanted = (channels, height, width, found.num_classes)
     got = (network.in_channels, network.input_size, network.input_size, network.num_classes)

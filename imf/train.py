@@ -42,8 +42,10 @@ from imf.run import (
 from imf.sample import class_grid
 from imf.scores import evaluate, table
 from imf.sharding import local, synchronising, whole
-from imf.start import Run, State, begin, device_of, resume
+from imf.start import Run, State, begin, device_of, fitted_to_data, resume
 from imf_kernels import gemm
+
+ENDINGS: tuple[type[Exception], ...] = (*ERRORS, data.DataError)  # end a run with a message
 
 
 def training_step(
@@ -300,6 +302,8 @@ def _train(config: TrainConfig, arguments: argparse.Namespace, who: Processes) -
     run = None
     try:
         if arguments.resume is None:
+            with who.together():
+                config = fitted_to_data(config)
             run = begin(config, who)
         else:
             run = resume(Path(arguments.resume) if arguments.resume else None, arguments, who)
@@ -311,7 +315,7 @@ def _train(config: TrainConfig, arguments: argparse.Namespace, who: Processes) -
         if who.grouped:
             sys.exit(128 + signal.SIGINT)  # alone: the others are elsewhere, torchrun ends them
         received = signal.SIGINT
-    except (*ERRORS, data.DataError) as error:
+    except ENDINGS as error:
         if who.first or not agreed(error):
             print(f"\nimf.train: {error}", file=sys.stderr)
             if run is not None:

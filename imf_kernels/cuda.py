@@ -52,8 +52,10 @@ def on_request(tensors: Sequence[Tensor]) -> str | None:
     """Why the `cuda` backends are not the default for these tensors; `None` where they are."""
     if not VERIFIED or library is not _C:
         return "it runs on request, being verified on no GPU yet"
-    name = _architecture(tensors[0].get_device())
-    return None if name in VERIFIED else f"it runs on request, not being verified on {name}"
+    device = tensors[0].get_device()
+    if device < 0 or (name := _architecture(device)) in VERIFIED:  # not on a GPU it is unavailable
+        return None
+    return f"it runs on request, not being verified on {name}"
 
 
 @constant

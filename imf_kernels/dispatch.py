@@ -71,7 +71,7 @@ def choose(operation: str, backends: Sequence[Backend], wanted: str | None, *ten
     for backend in backends:
         if not backend.default:
             continue
-        if (reason := backend.unavailable(tensors) or backend.on_request(tensors)) is None:
+        if (reason := backend.on_request(tensors) or backend.unavailable(tensors)) is None:
             if refused and not torch.compiler.is_compiling():
                 log_once(operation, backend.name, "; ".join(refused))
             return backend

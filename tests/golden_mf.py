@@ -8,10 +8,10 @@ import torch
 from golden_imf import GOLDEN
 from torch import Tensor
 
-from imf.convert import mean_flow_from_flax
 from imf.dit import DiT
 from imf.draws import Draws
 from imf.model import ORIGINAL, IMFConfig, build
+from imf.names import mean_flow_from_flax
 from imf.objective import Guidance
 
 

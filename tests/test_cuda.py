@@ -8,14 +8,16 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import CUDA_ON_GPU
 
 import imf_kernels as ik
-from imf_kernels import _C, cuda, info, triton_backend
+from imf_kernels import _C, cuda, info
 from imf_kernels.dispatch import choose
 
 ROOT = Path(__file__).parent.parent
@@ -58,14 +60,11 @@ def test_rows_wider_than_a_block_holds_are_refused(monkeypatch):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_default_where_verified(monkeypatch, operation):
     """Elsewhere Triton is; on request the kernels run everywhere."""
-    x = torch.empty(2, 8)
-    monkeypatch.setattr(cuda, "unavailable", lambda tensors: None)
-    monkeypatch.setattr(cuda, "missing", lambda: None)
+    x = SimpleNamespace(get_device=lambda: 0)  # on a GPU
     monkeypatch.setattr(cuda, "_architecture", lambda device: "sm_90")
-    monkeypatch.setattr(triton_backend, "unavailable", lambda tensors: None)
-    table = [b for b in info.backends(operation) if b.name != "cpu"]
-    can_run = {"unavailable": lambda tensors: None}
-    table = [type(b)(**{**vars(b), **can_run}) for b in table]
+    table = [
+        replace(b, unavailable=lambda tensors: None) for b in info.backends(operation) if b.name != "cpu"
+    ]
     for verified, expected in (((), "triton"), (("sm_80",), "triton"), (("sm_80", "sm_90"), "cuda")):
         monkeypatch.setattr(cuda, "VERIFIED", frozenset(verified))
         assert choose(operation, table, None, x).name == expected

@@ -1,5 +1,6 @@
 """The command `python -m imf.evaluate`: figures, grids, going on, processes, and what it refuses."""
 
+import dataclasses
 import json
 import multiprocessing
 import random
@@ -142,6 +143,17 @@ def test_what_does_not_fit_is_said(files, tmp_path, capsys, more, message):
     status, results = run(files, tmp_path, *more)
     assert status == 1 and not results
     assert re.search(f"imf.evaluate: .*{message}", capsys.readouterr().err)
+
+
+def test_original_mean_flows_have_no_guidance_to_choose(files, tmp_path, capsys):
+    form = {"conditioning": "adaln", "block": "plain", "omega_input": False, "interval_input": False}
+    config = dataclasses.replace(IMAGES, aux_head_depth=0, **form)
+    network_file(tmp_path / "mf.safetensors", config, method="mf")
+    more = ["--checkpoint", tmp_path / "mf.safetensors"]
+    status, results = run(files, tmp_path, *more)
+    assert status == 0 and results["rows"][0]["omega"] == 1 and results["rows"][0]["fid"] > 0
+    status, _ = run(files, tmp_path, *more, "--omega", 1, 2)
+    assert status == 1 and "omega must be 1, it is no input of this network, got 2" in capsys.readouterr().err
 
 
 def test_broken_images_are_named(files, tmp_path, capsys):

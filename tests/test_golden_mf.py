@@ -5,8 +5,8 @@ import pytest
 import torch
 from test_golden import relative
 
-from imf.convert import mean_flow_from_flax
 from imf.mean_flow import mean_flow, mean_flow_plain
+from imf.names import mean_flow_from_flax
 
 
 @pytest.mark.parametrize("form", [mean_flow, mean_flow_plain])

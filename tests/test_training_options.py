@@ -8,11 +8,13 @@ import sys
 import types
 
 import pytest
+import tiny_data
 import torch
 from safetensors.torch import load_file
 from tiny_run import ALONE, NETWORK, arguments, config, differing, one_thread, state_and_data, tensors
 
-from imf import checkpoint, train
+from imf import checkpoint, data, train
+from imf.data.latents import PackedData
 from imf.model import Block
 from imf.run import TrainingError
 
@@ -28,7 +30,8 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("form", ["a run", "a checkpoint", "weights without a run", "latest weights alone"])
-def test_a_run_begins_with_the_averaged_weights_of_another(form, trained, tmp_path):
+def test_a_run_begins_with_the_averaged_weights_of_another(form, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "finish", lambda run: None)
     path = {"a run": trained.folder, "a checkpoint": checkpoint.path_of(trained.folder, 4)}.get(form)
     wanted = load_file(checkpoint.path_of(trained.folder, 4 if form == "a checkpoint" else 6))
     wanted = {name.removeprefix("ema."): x for name, x in wanted.items() if name.startswith("ema.")}
@@ -70,6 +73,43 @@ def test_a_resumed_run_takes_no_other_weights(trained, capsys):
     with pytest.raises(SystemExit):
         train.main(["--resume", str(trained.folder), "--init-from", "x"])
     assert "--init-from is for new runs" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A folder of ten images of 8 x 8, in color, of two classes."""
+    folder = tmp_path_factory.mktemp("packed")
+    tiny_data.images(folder / "images", broken=False)
+    assert tiny_data.pack(folder / "images", folder / "data") == 0
+    return folder / "data"
+
+
+def test_the_data_decide_the_sizes_of_the_network(packed, tmp_path, capsys):
+    assert train.main(arguments(runs=tmp_path, data=packed, sample_every=3)) == 0
+    config = json.loads((tmp_path / "data" / "config.json").read_text())["config"]
+    network = config["network"]
+    assert [network[name] for name in ("in_channels", "input_size", "num_classes")] == [3, 8, 2]
+    assert (tmp_path / "data" / "samples" / "step-00000003.png").exists()
+    assert "python -m imf.evaluate scores it" in capsys.readouterr().out
+
+
+def test_data_that_cannot_be_had_are_named(tmp_path, capsys):
+    assert train.main(arguments(runs=tmp_path / "runs", data=tmp_path / "none")) == 1
+    assert f"--data: {tmp_path / 'none'}" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_data_that_go_away_end_a_run_with_a_message(packed, tmp_path, monkeypatch, capsys):
+    def fetch(self, rows, generator):
+        if len(made) == 5:
+            raise data.DataError("shard 3: gone")
+        made.append(rows)
+        return real(self, rows, generator)
+
+    made, real = [], PackedData.fetch
+    monkeypatch.setattr(PackedData, "fetch", fetch)
+    assert train.main(arguments(runs=tmp_path, data=packed)) == 1
+    error = capsys.readouterr().err
+    assert "imf.train: shard 3: gone" in error and f"--resume {tmp_path / 'data'}" in error
 
 
 def steps_of(count=3, **changes):
@@ -126,6 +166,7 @@ def stub_of_wandb(calls):
 
 def test_weights_and_biases(tmp_path, monkeypatch):
     calls = []
+    monkeypatch.setattr(train, "finish", lambda run: None)
     monkeypatch.setitem(sys.modules, "wandb", stub_of_wandb(calls))
     options = arguments(runs=tmp_path, wandb="project", log_every=3, steps=3)
     assert train.main(options) == 0

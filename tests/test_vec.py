@@ -8,7 +8,7 @@ import torch
 from conftest import ISAS, running_on
 
 import imf_kernels as ik
-from imf_kernels import _C, Dual
+from imf_kernels import _C, Dual, cpu
 from imf_kernels.layout import DTYPES
 
 ULP = 2.0**-23  # of a value just above a power of two: the largest relative size of one ulp
@@ -123,7 +123,7 @@ def test_rounding_to_bf16_is_that_of_pytorch(isa):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
 @pytest.mark.parametrize("shift", [0, 1, 3])
 def test_partial_vectors_stay_inside(dtype, shift):
     """Counts × misalignments: the values before and after what is to be written are left alone."""
