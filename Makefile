@@ -9,8 +9,8 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
-CPP := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
-TEST_CPP := $(wildcard tests/*/*.h tests/*/*.cpp)
+CPP := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h)
+TEST_CPP := $(shell find tests -name '*.h' -o -name '*.cpp')
 
 .PHONY: help train test test-all bench lint format info clean
 help:

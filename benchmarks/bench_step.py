@@ -18,11 +18,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import json
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,33 +29,15 @@ import plain_imf
 import pytest
 import torch
 import torch.nn.functional as F
+from observe import Beside, look
+from sizes import PLOTTED, SIZES, SWEEPS
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
-from imf.convert import from_official
 from imf.model import IMFConfig, build
+from imf.names import from_official
 from imf.objective import Draws, improved_mean_flow
 from imf_kernels import gemm
 
-DIGITS = IMFConfig(
-    input_size=8,
-    patch_size=2,
-    in_channels=1,
-    hidden_size=128,
-    depth=6,
-    num_heads=2,
-    aux_head_depth=2,
-    num_classes=10,
-)
-SLICE = IMFConfig(hidden_size=768, depth=6, num_heads=12, aux_head_depth=2)
-LONG = IMFConfig(input_size=64, hidden_size=384, depth=4, num_heads=6, aux_head_depth=2)
-SIZES = {"digits": (DIGITS, 128), "slice": (SLICE, 4), "long": (LONG, 2)}
-# With `long` and `slice` the points of the plots over the sequence's length and over depth.
-SWEEPS = {
-    **{f"{n * n // 4 + 20} tokens": (dataclasses.replace(LONG, input_size=n), 2) for n in (16, 32)},
-    **{f"depth {n}": (dataclasses.replace(SLICE, depth=n), 4) for n in (2, 4)},
-}
-PLOTTED = {"long": "1044 tokens", "slice": "depth 6"}
 FORMS = (
     "ours", "one forward and backward", "official", "official, our products", "official, compiled",
     "finite differences", "plain flow matching", "plain flow matching, compiled", "official, JAX",
@@ -105,7 +85,7 @@ def make(form: str, size: tuple[IMFConfig, int], precision: str) -> Callable[[],
     """A step in this form, on the same weights, data and draws as every other; a call returns the loss."""
     config, batch = size
     torch.manual_seed(0)
-    oracle = plain_imf.PlainIMF(**dataclasses.asdict(config))
+    oracle = plain_imf.plain(config)
     with torch.no_grad():  # a fresh network's heads are zero, and so are its losses' differences
         for parameter in oracle.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
@@ -165,56 +145,6 @@ def finite_differences(
     return u, (at(1.0) - at(-1.0)) / (2 * step), v
 
 
-KINDS = {
-    "GEMM": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::", "mkl::"),
-    "attention": ("_Attention", "aten::_softmax", "aten::_flash", "aten::_scaled_dot"),
-    "rows": (
-        "_RMSNorm",
-        "_QKNormRope",
-        "_Swiglu",
-        "_GatedResidual",
-        "_Silu",
-        "_Sinusoidal",
-        "_PrependTokens",
-    ),
-}
-
-
-def look(step: Callable[[], float]) -> dict[str, Any]:
-    """Peak memory and time by kind of one step: bytes of tensors above those there before, resident bytes."""
-    status = Path("/proc/self/status")
-    resident = None
-    if status.exists():
-        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            libc.malloc_trim(0)  # what earlier calls freed does not count as there before
-        before = _status(status, "VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
-        step()
-        resident = _status(status, "VmHWM") - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        step()
-    held = peak = 0
-    results = record.profiler.kineto_results.events()
-    for event in sorted((e for e in results if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    times = dict.fromkeys((*KINDS, "the rest"), 0.0)
-    for entry in record.key_averages():
-        kind = next((k for k, names in KINDS.items() if entry.key.startswith(names)), "the rest")
-        times[kind] += entry.self_cpu_time_total
-    total = sum(times.values())
-    return {
-        "peak tensor bytes": peak,
-        "peak resident bytes": resident,
-        "share of time": {kind: value / total for kind, value in times.items()},
-    }
-
-
-def _status(path: Path, name: str) -> int:
-    line = next(line for line in path.read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
     every = config.getoption("--every-case")
@@ -238,7 +168,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @contextlib.contextmanager
 def official_jax(size: tuple[IMFConfig, int], config: pytest.Config) -> Iterator[Callable[[], float]]:
     """A call runs one step of the official program, in a process of its own, and returns the loss."""
-    fields = dataclasses.asdict(size[0])
+    form = ("conditioning", "block", "omega_input", "interval_input")
+    fields = {name: value for name, value in dataclasses.asdict(size[0]).items() if name not in form}
     script = str(Path(__file__).with_name("official_jax.py"))
     command = [config.getoption("--jax-python"), script, config.getoption("--official-jax")]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -283,15 +214,3 @@ def test_step(benchmark: Any, request: Any, size: str, precision: str, form: str
         benchmark.pedantic(step, setup=beside, rounds=5, warmup_rounds=1, iterations=1)
         if beside:
             benchmark.extra_info["ours beside"] = beside.seconds[-5:]
-
-
-class Beside:
-    """Called before each round: runs a step and keeps its time."""
-
-    def __init__(self, step: Callable[[], float]) -> None:
-        self.step, self.seconds = step, list[float]()
-
-    def __call__(self) -> None:
-        start = time.perf_counter()
-        self.step()
-        self.seconds.append(time.perf_counter() - start)

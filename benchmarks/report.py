@@ -92,12 +92,55 @@ def steps(records: Sequence[Record]) -> str:
         for r in forms:
             shares = ", ".join(f"{kind} {share:.0%}" for kind, share in r.get("share of time", {}).items())
             memory = [mebibytes(r.get(f"peak {kind} bytes")) for kind in ("tensor", "resident")]
-            beside = r.get("ours beside", r["rounds"])  # round by round
-            ratio = statistics.median(a / b for a, b in zip(r["rounds"], beside, strict=True))
-            times = [milliseconds(r["seconds"]), f"{ratio:.2f}×"]
+            times = [milliseconds(r["seconds"]), f"{to_ours(r):.2f}×"]
             rows.append([f"{size}, {dtype}", r["form"], *times, *memory, shares])
     memory = ["peak tensor memory", "peak resident memory"]
     return table(["step", "form", "time", "to ours", *memory, "share of time"], rows)
+
+
+def networks(records: Sequence[Record]) -> str:
+    """A row a network: time and peak memory of ours, and of the other forms over ours."""
+    groups: dict[tuple[str, str], dict[str, Record]] = defaultdict(dict)
+    for record in records:
+        if "network" in record:
+            groups[record["network"], record["dtype"]][record["form"]] = record
+    others = [form for form in dict.fromkeys(f for forms in groups.values() for f in forms) if form != "ours"]
+    rows = []
+    for (network, dtype), forms in groups.items():
+        if (ours := forms.get("ours")) is None:
+            continue
+        row = [f"{network}, {dtype}", milliseconds(ours["seconds"]), mebibytes(ours["peak tensor bytes"])]
+        for form in others:
+            r = forms.get(form)
+            if r is None or "fails" in r:
+                row.append("" if r is None else "fails")
+            else:
+                memory = r["peak tensor bytes"] / ours["peak tensor bytes"]
+                row.append(f"{to_ours(r):.2f}×, {memory:.2f}×")
+        rows.append(row)
+    return table(
+        ["network", "ours", "peak tensor memory", *(f"{form}: time, memory" for form in others)], rows
+    )
+
+
+def host(records: Sequence[Record]) -> str:
+    """A row an operation: microseconds of a call."""
+    groups: dict[str, dict[str, Record]] = defaultdict(dict)
+    for record in records:
+        if "host" in record:
+            groups[record["host"]][record["form"]] = record
+    names = list(dict.fromkeys(form for forms in groups.values() for form in forms))
+    rows = [
+        [operation, *(f"{forms[name]['seconds'] * 1e6:.1f} µs" for name in names)]
+        for operation, forms in groups.items()
+    ]
+    return table(["operation", *names], rows)
+
+
+def to_ours(record: Record) -> float:
+    """Time over that of ours, round by round."""
+    beside = record.get("ours beside", record["rounds"])
+    return statistics.median(a / b for a, b in zip(record["rounds"], beside, strict=True))
 
 
 def mebibytes(size: int | None) -> str:
@@ -142,7 +185,7 @@ def main() -> None:
     records = run["benchmarks"]
     if arguments.out:
         arguments.out.write_text(json.dumps(run, indent=1) + "\n")
-    print(operations(records), steps(records), sep="\n\n")
+    print(operations(records), steps(records), networks(records), host(records), sep="\n\n")
     if arguments.plot:
         plot(records, arguments.plot)
 

@@ -20,6 +20,9 @@
 #if defined(IMF_CUDA_ARCHITECTURES)
 #include "cuda/bindings.h"
 #endif
+#if defined(IMF_CUDA_SM90)
+#include "cuda/bindings_sm90.h"
+#endif
 
 namespace py = pybind11;
 using imf::DType;
@@ -50,6 +53,9 @@ void register_isa(py::module_& m) {
   imf::cuda::register_functions(m);
 #else
   m.attr("cuda_architectures") = "";
+#endif
+#if defined(IMF_CUDA_SM90)
+  imf::cuda::register_sm90(m);
 #endif
 }
 

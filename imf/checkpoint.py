@@ -16,7 +16,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from imf.config import TrainConfig, from_dict, to_dict
 from imf.model import IMF, build
+from imf.sharding import placed_like, whole
 
 METADATA_KEY = "imf"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by the name of a run's precision
@@ -60,8 +61,8 @@ class Metadata:
     environment: dict[str, str]
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """What else decides the bits of a result: versions, processor, device, threads."""
+def environment(device: torch.device, processes: int = 1) -> dict[str, str]:
+    """What else decides the bits of a result: versions, processor, device, threads, number of processes."""
     return {
         "imf": _version(),
         "torch": torch.__version__,
@@ -69,33 +70,38 @@ def environment(device: torch.device) -> dict[str, str]:
         "processor": f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": str(torch.get_num_threads()),
+        "processes": str(processes),
     }
 
 
 def save(
-    path: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, metadata: Metadata
+    path: Path,
+    *,
+    model: nn.Module,
+    ema: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    metadata: Metadata,
+    writes: bool = True,
 ) -> None:
     """Write a checkpoint to `path`, whose folder exists; it always holds the old file or all of the new one.
 
+    writes: whether this process does. Of a network that FSDP2 shards every process calls `save`, and one
+        writes, after it has gathered tensor by tensor in its host's memory.
     Raises: CheckpointError, naming the bytes needed and free, if the file cannot be written (a full disk).
     """
-    tensors = _tensors(model, ema, optimizer)
-    values = {**vars(metadata), "config": to_dict(metadata.config), "format": FORMAT}
-    temporary = path.with_name(f".{path.name}.tmp")  # same folder, so the rename stays inside one file system
-    try:
-        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(values)})
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        needed = sum(tensor.nbytes for tensor in tensors.values())
-        raise CheckpointError(
-            f"{path}: could not write the checkpoint of step {metadata.step}: {error}; "
-            f"it needs {needed:,} bytes, {_free_bytes(path.parent)} are free"
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    tensors = _tensors(model, ema, optimizer, kept=writes)
+    if writes:
+        _write(path, tensors, metadata)
+
+
+def save_network(path: Path, networks: Mapping[str, Mapping[str, Tensor]], metadata: Metadata) -> None:
+    """Write weights without a run to `path`: `load_network` reads them, a run cannot go on from them.
+
+    networks: state dicts under "ema" and "model", or one of the two. Weights for sampling lack `v_blocks`.
+    Raises: CheckpointError as `save` does.
+    """
+    tensors = {f"{kind}.{name}": x for kind, state in networks.items() for name, x in state.items()}
+    _write(path, {name: x.detach().contiguous() for name, x in tensors.items()}, metadata)
 
 
 def load(path: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> Metadata:
@@ -105,25 +111,45 @@ def load(path: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim
     """
     metadata, tensors = _read(path)
     _check_same(path, tensors, _expected(model, ema, optimizer, metadata.step))
-    optimizer_state = optimizer.state_dict()
-    optimizer_state["state"] = {
-        index: state
-        for index, name in enumerate(_parameter_names(model, optimizer))
-        if (state := _select(tensors, f"optimizer.{name}."))
-    }
-    model.load_state_dict(_select(tensors, "model."))
-    ema.load_state_dict(_select(tensors, "ema."))
-    optimizer.load_state_dict(optimizer_state)
+    _fill(model, tensors, "model.")
+    _fill(ema, tensors, "ema.")
+    weights = dict(model.named_parameters())
+    for name in _parameter_names(model, optimizer) if metadata.step else ():
+        states, weight = _select(tensors, f"optimizer.{name}."), weights[name]
+        moments = {key: placed_like(x, weight) for key, x in states.items() if key != "step"}
+        optimizer.state[weight] = {"step": states["step"].to(weight.device, copy=True), **moments}
     return metadata
+
+
+def load_weights(path: Path, *, model: nn.Module, ema: nn.Module) -> None:
+    """Give both networks the averaged weights of `path`, or its only ones: a run's checkpoint, or weights
+    without a run (`imf.convert`); nothing is changed unless all fit.
+
+    Raises: CheckpointError as `load` does.
+    """
+    for kind in ("ema", "model"):
+        tensors = _read(path, prefix=f"{kind}.")[1]
+        if tensors:
+            _check_same(path, tensors, {f"{kind}.{name}": x for name, x in model.state_dict().items()})
+            _fill(model, tensors, f"{kind}.")
+            _fill(ema, tensors, f"{kind}.")
+            return
+    raise CheckpointError(f"{path}: there are no weights in it")
 
 
 def load_network(path: Path, weights: Literal["ema", "model"] = "ema") -> tuple[IMF, Metadata]:
     """The network of a checkpoint, built from its own configuration, with its averaged or its latest weights.
 
+    Weights for sampling make a network without a v-head, which says so when the v-head is asked for.
     Raises: CheckpointError as `load` does.
     """
     metadata, tensors = _read(path, prefix=f"{weights}.")
+    if not tensors:
+        raise CheckpointError(f"{path}: there are no {weights!r} weights in it")
     network = build(metadata.config.network)
+    sampling = not any(name.startswith(f"{weights}.v_blocks.") for name in tensors)
+    if sampling and len(getattr(network, "v_blocks", ())):
+        network.v_blocks = _NoVHead()
     _check_same(path, tensors, {f"{weights}.{name}": x for name, x in network.state_dict().items()})
     network.load_state_dict(_select(tensors, f"{weights}."))
     network.compute_dtype = DTYPES[metadata.precision]
@@ -174,13 +200,56 @@ def remove_temporaries(run: Path) -> None:
         path.unlink()
 
 
-def _tensors(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+class _NoVHead(nn.ModuleList):
+    """In the place of the v-head's blocks where there are none."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        raise CheckpointError("the v-head was asked of a network whose weights are for sampling, without it")
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
+    """Write a file whole or not at all; CheckpointError if it cannot be written."""
+    values = {**vars(metadata), "config": to_dict(metadata.config), "format": FORMAT}
+    temporary = path.with_name(f".{path.name}.tmp")  # same folder, so the rename stays inside one file system
+    try:
+        save_file(dict(tensors), temporary, metadata={METADATA_KEY: json.dumps(values)})
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        needed = sum(tensor.nbytes for tensor in tensors.values())
+        raise CheckpointError(
+            f"{path}: could not write the checkpoint of step {metadata.step}: {error}; "
+            f"it needs {needed:,} bytes, {_free_bytes(path.parent)} are free"
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _tensors(
+    model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, kept: bool
+) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, whole; {} unless they are to be kept: this process gave its parts."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"ema.{name}": tensor for name, tensor in ema.state_dict().items()}
-    states = optimizer.state_dict()["state"]
-    for index, name in enumerate(_parameter_names(model, optimizer)):
-        tensors |= {f"optimizer.{name}.{key}": tensor for key, tensor in states.get(index, {}).items()}
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    weights = dict(model.named_parameters())
+    for name in _parameter_names(model, optimizer):
+        states = optimizer.state.get(weights[name], {})
+        tensors |= {f"optimizer.{name}.{key}": tensor for key, tensor in states.items()}
+    result = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())
+        if kept:  # what was gathered leaves the device at once
+            result[name] = full.cpu().contiguous()
+    return result
+
+
+def _fill(network: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    """Copy the tensors whose names begin with `prefix` into a network's, one after the other."""
+    with torch.no_grad():
+        for name, target in network.state_dict().items():
+            target.copy_(placed_like(tensors[prefix + name], target))
 
 
 def _expected(
@@ -213,8 +282,8 @@ def _read(path: Path, prefix: str | None = "") -> tuple[Metadata, dict[str, Tens
         with safe_open(path, framework="pt") as file:
             texts = file.metadata() or {}
             names = [name for name in file.keys() if prefix is not None and name.startswith(prefix)]  # noqa: SIM118
-            # A copy: the tensors that safetensors returns lie in the mapped file.
-            tensors = {name: file.get_tensor(name).clone() for name in names}
+            # They lie in the mapped file, however large: to be copied one after the other.
+            tensors = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: not a complete safetensors file ({error}); truncated, or written by another program? "

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
-from imf.model import IMFConfig
-from imf.objective import MAX_LOG_POWER
+from imf.draws import MAX_LOG_POWER
+from imf.layers import IMFConfig
+from imf.methods import METHODS, network_of
+from imf.objective import Guidance
 
 # 8 x 8 images in patches of 2 x 2: 16 patch tokens beside the 20 condition tokens.
 DIGITS_NETWORK = IMFConfig(
@@ -27,8 +29,10 @@ DIGITS_NETWORK = IMFConfig(
 # What may change when a run is resumed: it leaves the weights alone, says when to stop, or only warns.
 RESUMABLE = {
     "runs", "steps", "omega", "t_min", "t_max", "threads", "device",
-    "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
+    "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "wandb",
+    "sharding", "compile", "checkpointing",
 }  # fmt: skip
+ROUNDING = ("sharding", "compile", "checkpointing")  # of these, what only changes the last bits
 
 
 def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -42,11 +46,18 @@ class TrainConfig:
     Raises ValueError, naming the argument, for a value out of range or of another type.
     """
 
-    data: str = _option("digits", "data set", ("digits",))
+    method: str = _option(
+        "imf", "objective and form of the network, see imf.methods; sizes stay", tuple(METHODS)
+    )
+    data: str = _option("digits", "digits, or a folder that imf.data.prepare wrote")
     name: str = _option(
         "", "name of the run; empty: the data set's, numbered when taken (digits, digits-2, ...)"
     )
     runs: str = _option("runs", "folder that holds the runs")
+    init_from: str = _option(
+        "",
+        "weights to begin with: a run's folder, a checkpoint, or what imf.convert wrote; empty: fresh ones",
+    )
 
     steps: int = _option(500, "optimizer steps")
     batch_size: int = _option(128, "images per optimizer step")
@@ -70,6 +81,12 @@ class TrainConfig:
     time_std: float = _option(1.6, "and this standard deviation")
     omega_max: float = _option(8.0, "guidance scales are drawn from [1, omega_max]")
     omega_exponent: float = _option(3.0, "with density proportional to omega ** -omega_exponent")
+    fixed_omega: float = _option(1.0, "methods without omega as an input: weight of v_t in their guidance")
+    fixed_kappa: float = _option(
+        0.2, "and of the conditional velocity; the guidance scale is fixed_omega / (1 - fixed_kappa)"
+    )
+    fixed_t_min: float = _option(0.0, "start of the interval of that guidance")
+    fixed_t_max: float = _option(1.0, "end of the interval of that guidance")
 
     seed: int = _option(0, "seed of the initial weights, the data order, the draws and the samples")
     precision: str = _option(
@@ -77,11 +94,18 @@ class TrainConfig:
         "operands of GEMMs and attention; auto: what this processor is fast at",
         ("auto", "fp32", "bf16"),
     )
-    backend: str = _option("auto", "kernels; auto: the first that can run", ("auto", "reference", "cpu"))
+    backend: str = _option(
+        "auto", "kernels; auto: the first that can run", ("auto", "reference", "cpu", "triton", "cuda")
+    )
     device: str = _option("auto", "auto, cpu, cuda or cuda:<index>; auto: cuda where there is one")
+    sharding: str = _option(
+        "ddp", "under torchrun; ddp: a copy of all in each process, fsdp: a part", ("ddp", "fsdp")
+    )
+    compile: bool = _option(False, "compile the blocks of the network by torch.compile")
+    checkpointing: bool = _option(False, "keep no activations inside blocks: backward recomputes them")
     threads: int = _option(0, "threads of PyTorch and of the kernels; 0: as PyTorch chooses")
 
-    omega: float = _option(1.3, "guidance scale of the samples drawn while and after training")
+    omega: float = _option(1.3, "guidance scale of samples while and after training, where an input")
     t_min: float = _option(0.2, "start of the guidance interval of these samples")
     t_max: float = _option(0.8, "end of the guidance interval of these samples")
 
@@ -90,6 +114,7 @@ class TrainConfig:
     checkpoint_every: int = _option(100, "steps between checkpoints; 0: only at the end and on Ctrl-C")
     keep_checkpoints: int = _option(2, "checkpoints kept, the newest first")
     tensorboard: bool = _option(True, "write TensorBoard events beside metrics.jsonl")
+    wandb: str = _option("", "project of Weights & Biases to log to as well; empty: none")
 
     network: IMFConfig = DIGITS_NETWORK
 
@@ -132,8 +157,36 @@ class TrainConfig:
         _require(self.seed < 2**63, "seed", "below 2 ** 63", self.seed)
         _require(self.ema_warmup >= 1, "ema_warmup", "at least 1", self.ema_warmup)
         check_guidance(self.omega, self.t_min, self.t_max)
+        fixed = {name: getattr(self, f"fixed_{name}") for name in ("omega", "kappa", "t_min", "t_max")}
+        try:
+            Guidance(**fixed)
+        except ValueError as error:
+            raise ValueError(str(error).replace("Guidance: ", "fixed_")) from error
+        self._check_form()
         name_is_plain = self.name not in (".", "..") and not set(self.name) & set("/\\\0")
         _require(name_is_plain, "name", "a plain folder name", self.name)
+
+    def _check_form(self) -> None:
+        method, network = METHODS[self.method], self.network
+        for name, wanted in method.form.items():
+            got = getattr(network, name)
+            _require(got == wanted, f"network.{name}", f"{wanted!r} for the method {self.method}", got)
+        if not method.v_head or method.block == "plain":
+            wanted = "at least 1" if method.v_head else "0"
+            fits = (network.aux_head_depth > 0) == method.v_head
+            _require(fits, "aux_head_depth", f"{wanted} for the method {self.method}", network.aux_head_depth)
+
+    @property
+    def fixed_guidance(self) -> Guidance:
+        """What a network without ω as an input is trained for."""
+        return Guidance(self.fixed_omega, self.fixed_kappa, self.fixed_t_min, self.fixed_t_max)
+
+    @property
+    def sampling(self) -> tuple[float, float, float]:
+        """ω, t_min and t_max of samples, as `imf.sample.sample` takes them; none where they are no inputs."""
+        inputs = METHODS[self.method]
+        interval = (self.t_min, self.t_max) if inputs.interval_input else (0.0, 1.0)
+        return self.omega if inputs.omega_input else 1.0, *interval
 
     @property
     def micro_batch_size(self) -> int:
@@ -146,9 +199,10 @@ class TrainConfig:
         return {
             "fm_fraction": self.fm_fraction,
             "drop_probability": self.drop_probability,
+            "interval": METHODS[self.method].interval_input,
             "mean": self.time_mean,
             "std": self.time_std,
-            "omega_max": self.omega_max,
+            "omega_max": self.omega_max if METHODS[self.method].omega_input else 1.0,
             "omega_exponent": self.omega_exponent,
         }
 
@@ -192,16 +246,19 @@ def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]
     return {name: (a[name], b[name]) for name in a if a[name] != b[name]}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, defaults: TrainConfig | None = None) -> None:
     """One argument per field, absent from the result unless given; --help shows the defaults."""
+    defaults = defaults or TrainConfig()
     run = parser.add_argument_group("training")
     for option in fields(TrainConfig):
         if option.name != "network":
-            _add_argument(run, option, option.default, option.metadata["help"])
-    network = parser.add_argument_group("network (the data decide input size, channels and classes)")
-    for option in fields(IMFConfig):
-        if option.name not in ("input_size", "in_channels", "num_classes"):
-            _add_argument(network, option, getattr(DIGITS_NETWORK, option.name), "see imf.model.IMFConfig")
+            _add_argument(run, option, getattr(defaults, option.name), option.metadata["help"])
+    network = parser.add_argument_group(
+        "network (the data decide input size, channels and classes, the method all else)"
+    )
+    for name in ("patch_size", "hidden_size", "depth", "num_heads", "aux_head_depth", "mlp_ratio"):
+        option = IMFConfig.__dataclass_fields__[name]
+        _add_argument(network, option, getattr(defaults.network, name), "see imf.layers.IMFConfig")
 
 
 def with_arguments(config: TrainConfig, arguments: argparse.Namespace) -> TrainConfig:
@@ -209,6 +266,8 @@ def with_arguments(config: TrainConfig, arguments: argparse.Namespace) -> TrainC
     given = vars(arguments)
     values = to_dict(config)
     values.update({name: given[name] for name in values if name in given})
+    if values["method"] != config.method:
+        values["network"] = asdict(network_of(values["method"], config.network))
     values["network"].update({name: given[name] for name in values["network"] if name in given})
     return from_dict(values)
 

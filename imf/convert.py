@@ -1,163 +1,166 @@
-"""Weights of the two official programs, by name, into this network's.
-
-The official JAX program (Flax names) and its PyTorch port (`iMF-…-2.pth`) keep q, k, v and w1, w3 apart; this
-network holds them as one weight each. Values are copied, nothing is rounded.
-"""
+"""Official checkpoints into this project's and back: `python -m imf.convert`."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
 
-import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-# Official torch name (without "._flax_linear" and "._flax_embedding") → ours, of a block.
-_BLOCK = {
-    "attn_scale": "attn_scale",
-    "mlp_scale": "mlp_scale",
-    "norm1.weight": "norm1",
-    "norm2.weight": "norm2",
-    "attn.q_norm.weight": "q_norm",
-    "attn.k_norm.weight": "k_norm",
-    "attn.out_proj.weight": "out",
-    "mlp.w2.weight": "down",
-}
-# Ours ← official weights, one below the other.
-_FUSED = {
-    "qkv": ("attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight"),
-    "gate_up": ("mlp.w1.weight", "mlp.w3.weight"),
-}
-_BLOCK_PARTS = (*_BLOCK, *(name for names in _FUSED.values() for name in names))
-_GROUPS = {"shared_blocks": "shared_blocks", "u_heads": "u_blocks", "v_heads": "v_blocks"}
-_LAYERS = {
-    "x_embedder.proj": "x_embedder",
-    "cfg_t_start_embedder.mlp.0": "t_min_embedder.first",
-    "cfg_t_start_embedder.mlp.2": "t_min_embedder.last",
-    "cfg_t_end_embedder.mlp.0": "t_max_embedder.first",
-    "cfg_t_end_embedder.mlp.2": "t_max_embedder.last",
-    "omega_embedder.mlp.0": "omega_embedder.first",
-    "omega_embedder.mlp.2": "omega_embedder.last",
-    "h_embedder.mlp.0": "h_embedder.first",
-    "h_embedder.mlp.2": "h_embedder.last",
-    "u_final_layer.linear": "u_final.linear",
-    "v_final_layer.linear": "v_final.linear",
-}
-_OUTSIDE = {
-    **{f"{name}.{part}": f"{ours}.{part}" for name, ours in _LAYERS.items() for part in ("weight", "bias")},
-    **{
-        name: name for name in ("class_tokens", "omega_tokens", "t_min_tokens", "t_max_tokens", "time_tokens")
-    },
-    "y_embedder.embedding_table.weight": "y_embedder.weight",
-    "u_final_layer.norm.weight": "u_final.norm",
-    "v_final_layer.norm.weight": "v_final.norm",
-}
+from imf.checkpoint import CheckpointError, Metadata, environment, find, load_network, save_network
+from imf.config import TrainConfig
+from imf.layers import IMFConfig
+from imf.model import build
+from imf.names import (
+    from_flax,
+    from_official,
+    mean_flow_from_flax,
+    plain_names,
+    shape_of,
+    to_official,
+    torch_names,
+)
+from imf.official import ConversionError, read
+from imf.presets import PRESETS
+from imf.run import naming
 
 
-def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The official PyTorch weights under this network's names.
-
-    Args:
-        state: a state dict with the official names ("shared_blocks.0.attn.q_proj._flax_linear.weight" …),
-            of the sampling or of the training network.
-
-    Returns:
-        A state dict for `imf.model.IMF`; what `state` lacks (the v-head's blocks in the weights for
-        sampling) is lacking in it.
-
-    Raises:
-        KeyError: a name that the official network does not have, or a block without one of its weights.
-        TypeError: a value that is no tensor.
-        ValueError: no weights at all, or parts of q, k, v or w1, w3 of different shapes.
-    """
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"from_official: {name!r} must be a tensor, got a {type(value).__name__}")
-    plain = {name.replace("._flax_linear", "").replace("._flax_embedding", ""): name for name in state}
-    return _convert("from_official", {name: (given, state[given]) for name, given in plain.items()})
-
-
-def _convert(caller: str, weights: dict[str, tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """weights: official torch name, without the Flax layers -> the name as it was given, and the value."""
-    if not weights:
-        raise ValueError(f"{caller}: wanted the weights of an official iMF network, got none")
-    result: dict[str, Tensor] = {}
-    blocks: dict[tuple[str, str], dict[str, Tensor]] = {}
-    for name, (given, value) in weights.items():
-        match = re.fullmatch(r"(shared_blocks|u_heads|v_heads)\.(\d+)\.(.+)", name)
-        if match and match[3] in _BLOCK_PARTS:
-            blocks.setdefault((match[1], match[2]), {})[match[3]] = value
-        elif name in _OUTSIDE:
-            result[_OUTSIDE[name]] = value.flatten(1) if name == "x_embedder.proj.weight" else value
-        else:
-            raise KeyError(f"{caller}: {given!r} is no weight of the official iMF network")
-    for (group, index), parts in blocks.items():
-        missing = [part for part in _BLOCK_PARTS if part not in parts]
-        if missing:
-            raise KeyError(f"{caller}: {group}.{index} lacks {', '.join(missing)}")
-        block = f"{_GROUPS[group]}.{index}"
-        result |= {f"{block}.{ours}": parts[part] for part, ours in _BLOCK.items()}
-        for ours, names in _FUSED.items():
-            shapes = [list(parts[part].shape) for part in names]
-            if shapes != shapes[:1] * len(shapes):
-                raise ValueError(
-                    f"{caller}: {', '.join(names)} of {group}.{index} must have one shape, "
-                    f"got {', '.join(map(str, shapes))}"
-                )
-            result[f"{block}.{ours}"] = torch.cat([parts[part] for part in names])
-    return result
+def main(argv: list[str] | None = None) -> int:
+    """`python -m imf.convert`; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m imf.convert",
+        description="Official checkpoints into this project's, and this project's into the official ones.",
+    )
+    add = parser.add_argument
+    add(
+        "source",
+        type=Path,
+        help="official: .pth, .safetensors, JAX's folder or .zip; --to official: a run or a checkpoint",
+    )
+    add("out", type=Path, help="file to write: .safetensors; --to official also .pth")
+    add("--to", choices=("ours", "official"), default="ours", help="names of OUT (default: %(default)s)")
+    add("--weights", choices=("ema", "model"), help="averaged or latest (default: both; to official: ema)")
+    add("--v-head", action="store_true", help="to official: keep the v-head's blocks")
+    add("--input-size", type=int, default=32, help="height of the latents (default: %(default)s)")
+    add("--num-heads", type=int, help="attention heads of an MF network that is no preset")
+    arguments = parser.parse_args(argv)
+    suffixes = (".safetensors", ".pth") if arguments.to == "official" else (".safetensors",)
+    if arguments.out.suffix not in suffixes:
+        parser.error(f"OUT must end in {' or '.join(suffixes)}, got {arguments.out}")
+    if arguments.out.exists():
+        parser.error(f"OUT exists already: {arguments.out}")
+    try:
+        print(_export(arguments) if arguments.to == "official" else _import(arguments))
+    except (ConversionError, CheckpointError, KeyError, TypeError, ValueError, OSError) as error:
+        print(f"imf.convert: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        return 1
+    return 0
 
 
-def from_flax(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The official JAX weights under this network's names.
+def _import(a: argparse.Namespace) -> str:
+    """Official weights into a file of ours; what was done, as text."""
+    official = read(a.source)
+    if a.weights and a.weights not in official.sets:
+        there = ", ".join(official.sets)
+        raise ConversionError(f"--weights: there are {there} in {a.source}, got {a.weights}")
+    states: dict[str, dict[str, Tensor]] = {}
+    shapes: list[IMFConfig] = []
+    for kind in [a.weights] if a.weights else official.sets:
+        weights = official.sets[kind]
+        named = torch_names(weights) if official.flax else plain_names(weights)
+        values = {name: x for name, (_, x) in named.items()}
+        shape = shape_of(values, input_size=a.input_size, num_heads=a.num_heads)
+        function = from_flax if official.flax else from_official
+        if shape.block == "plain":
+            function = mean_flow_from_flax
+        states[kind] = {name: x.float() for name, x in function(weights).items()}
+        shapes.append(shape)
+    if len(set(shapes)) > 1:
+        raise ConversionError(f"{a.source}: its sets of weights are of two networks: {shapes}")
+    _check_whole(a.source, shapes[0], states)
+    preset, config = _settings(shapes[0])
+    metadata = Metadata(
+        step=official.step,
+        elapsed=0.0,
+        config=config,
+        precision="fp32",
+        gemm_choices={},
+        environment=environment(torch.device("cpu")),
+    )
+    save_network(a.out, states, metadata)
+    sampling = config.network.has_v_head and not all(map(_with_v_blocks, states.values()))
+    count = sum(x.numel() for x in next(iter(states.values())).values())
+    return (
+        f"{a.out}: {preset or _described(shapes[0])}, {count:,} weights ({' and '.join(states)}), "
+        f"step {official.step}"
+        f"{', for sampling: without the v-head' if sampling else ''}"
+    )
 
-    Args:
-        arrays: the tree of arrays as Flax gives it, nested, or flat with the parts of a path joined by "/";
-            with or without a leading "params" and "net"
-            ("net/shared_blocks_0/attn/q_proj/_flax_linear/kernel" …). Gradients map likewise.
 
-    Returns:
-        A state dict for `imf.model.IMF`, in the arrays' dtype.
+def _described(network: IMFConfig) -> str:
+    depth, width, heads = network.depth, network.hidden_size, network.num_heads
+    return f"no preset (depth {depth}, width {width}, {heads} heads, patch {network.patch_size})"
 
-    Raises:
-        KeyError, ValueError: as `from_official`.
-        TypeError: a value that is no array of a floating-point type that PyTorch has.
-    """
-    weights = {}
-    for path, array in _flat(arrays):
-        name = path.removeprefix("params/").removeprefix("net/")
-        value = _tensor(path, array)
-        if name.endswith("/kernel") and value.dim() == 2:
-            value = value.t()
-        elif name.endswith("/kernel") and value.dim() == 4:  # (row, column, in, out) → (out, in, row, column)
-            value = value.permute(3, 2, 0, 1)
-        name = re.sub(r"/_flax_(linear|embedding)(?=/)", "", name)
-        name = re.sub(r"/(kernel|embedding)$", "/weight", name)
-        name = re.sub(r"(shared_blocks|u_heads|v_heads|layers)_(\d+)", r"\1/\2", name).replace(
-            "/layers/", "/"
+
+def _settings(network: IMFConfig) -> tuple[str, TrainConfig]:
+    """The preset of a network, and its settings; "" and plain ones, without guidance, where there is none."""
+    for name, preset in PRESETS.items():
+        if preset.network == network:
+            return name, preset
+    method = "mf" if network.block == "plain" else "imf"
+    return "", TrainConfig(method=method, network=network, omega=1.0, t_min=0.0, t_max=1.0)
+
+
+def _export(a: argparse.Namespace) -> str:
+    """Weights of ours into a file of official names; what was done, as text."""
+    kind: Literal["ema", "model"] = a.weights or "ema"
+    network, _ = load_network(find(a.source), kind)
+    if network.config.block == "plain":
+        raise ConversionError(
+            f"{a.source}: the official PyTorch program has iMF's own networks alone, got {network.config}"
         )
-        weights[name.replace("/", ".")] = (path, value.contiguous())
-    return _convert("from_flax", weights)
+    state = network.state_dict()
+    if a.v_head and not _with_v_blocks(state):
+        raise ConversionError(f"--v-head: there is none in {a.source}, whose weights are for sampling")
+    if not a.v_head:
+        state = {name: x for name, x in state.items() if not name.startswith("v_blocks.")}
+    official = to_official(state, network.config)
+    temporary = a.out.with_name(f".{a.out.name}.tmp")
+    try:
+        with naming(a.out):
+            if a.out.suffix == ".pth":
+                torch.save(official, temporary)
+            else:
+                save_file(official, temporary)
+            os.replace(temporary, a.out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    v_head = "with" if a.v_head else "without"
+    return f"{a.out}: {len(official)} tensors ({kind}), {v_head} the v-head's blocks"
 
 
-def _flat(tree: Mapping[str, Any], root: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{root}{name}/")
-        else:
-            yield f"{root}{name}", value
+def _with_v_blocks(state: Mapping[str, Tensor]) -> bool:
+    return any(name.startswith("v_blocks.") for name in state)
 
 
-def _tensor(path: str, array: Any) -> Tensor:
-    """A copy of an array, also in JAX's bfloat16, which PyTorch does not take from NumPy."""
-    values = np.array(array)
-    if values.dtype.name == "bfloat16":
-        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
-    if values.dtype.kind != "f":
-        raise TypeError(
-            f"from_flax: {path!r} must be an array of floating-point numbers, "
-            f"got a {type(array).__name__} of {values.dtype}"
-        )
-    return torch.from_numpy(values)
+def _check_whole(source: Path, config: IMFConfig, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """ConversionError unless each set has all weights of the network, the v-head's blocks aside."""
+    expected = {name: list(x.shape) for name, x in build(config).state_dict().items()}
+    for kind, state in states.items():
+        whole = _with_v_blocks(state)
+        wanted = {n: s for n, s in expected.items() if whole or not n.startswith("v_blocks.")}
+        got = {name: list(x.shape) for name, x in state.items()}
+        different = [n for n in (*wanted, *(got.keys() - wanted.keys())) if wanted.get(n) != got.get(n)]
+        if different:
+            lines = [f"{n}: wanted {wanted.get(n, 'none')}, got {got.get(n, 'none')}" for n in different[:5]]
+            raise ConversionError("\n  ".join([f"{source}: the {kind} weights are not whole:", *lines]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

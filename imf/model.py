@@ -9,131 +9,98 @@ through its forward.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import imf_kernels as ik
+from imf.dit import DiT
+from imf.layers import (
+    CLASS_TOKENS,
+    OMEGA_TOKENS,
+    T_MAX_TOKENS,
+    T_MIN_TOKENS,
+    TIME_TOKENS,
+    IMFConfig,
+    ScalarEmbedder,
+    check_inputs,
+    condition_tokens,
+    heads_of_qkv,
+    patch_embedder,
+    patchify,
+    unpatchify,
+)
 from imf_kernels import Dual
 
-# Condition tokens: how many carry the class, ω, the guidance interval's ends, and h.
-CLASS_TOKENS, OMEGA_TOKENS, T_MIN_TOKENS, T_MAX_TOKENS, TIME_TOKENS = 8, 4, 2, 2, 4
-SINUSOIDS = 256
-
-
-@dataclass(frozen=True)
-class IMFConfig:
-    """The shape of a network.
-
-    Attributes:
-        input_size: height and width of the images or latents.
-        patch_size: pixels along a patch.
-        in_channels: channels of the input.
-        hidden_size: width of the residual stream.
-        depth: blocks from the input to one head's output.
-        num_heads: attention heads; hidden_size / num_heads is the head dimension.
-        aux_head_depth: how many of the `depth` blocks belong to the heads: as many for u as for v.
-        mlp_ratio: width of the MLP over hidden_size, rounded down.
-        num_classes: without the null label, which is index num_classes.
-    """
-
-    input_size: int = 32
-    patch_size: int = 2
-    in_channels: int = 4
-    hidden_size: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    aux_head_depth: int = 8
-    mlp_ratio: float = 8 / 3
-    num_classes: int = 1000
-
-    def __post_init__(self) -> None:
-        for name in (
-            "input_size",
-            "patch_size",
-            "in_channels",
-            "hidden_size",
-            "depth",
-            "num_heads",
-            "num_classes",
-        ):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"IMFConfig: {name} must be a positive integer, got {value!r}")
-        if self.input_size % self.patch_size:
-            raise ValueError(
-                f"IMFConfig: input_size must be a multiple of patch_size {self.patch_size}, "
-                f"got {self.input_size}"
-            )
-        if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(
-                f"IMFConfig: hidden_size must be a multiple of twice num_heads {self.num_heads} (rotary "
-                f"positions turn pairs of channels), got {self.hidden_size}"
-            )
-        if type(self.aux_head_depth) is not int or not 0 <= self.aux_head_depth <= self.depth:
-            raise ValueError(
-                f"IMFConfig: aux_head_depth must be an integer within 0 and depth {self.depth}, "
-                f"got {self.aux_head_depth!r}"
-            )
-        if (
-            not isinstance(self.mlp_ratio, (int, float))
-            or not 0 < self.mlp_ratio < math.inf
-            or self.mlp_width < 1
-        ):
-            raise ValueError(
-                f"IMFConfig: mlp_ratio must be a number of at least 1 / hidden_size, got {self.mlp_ratio!r}"
-            )
-
-    @property
-    def mlp_width(self) -> int:
-        return int(self.hidden_size * self.mlp_ratio)
-
-    @property
-    def patches(self) -> int:
-        return (self.input_size // self.patch_size) ** 2
-
-    @property
-    def tokens(self) -> int:
-        return self.patches + CLASS_TOKENS + OMEGA_TOKENS + T_MIN_TOKENS + T_MAX_TOKENS + TIME_TOKENS
-
-
+# The network of original Mean Flows: adaLN-zero, no v-head, guidance fixed in training.
+ORIGINAL: dict[str, Any] = {
+    "aux_head_depth": 0,
+    "mlp_ratio": 4.0,
+    "conditioning": "adaln",
+    "block": "plain",
+    "omega_input": False,
+    "interval_input": False,
+}
 PRESETS = {
     "iMF-B/2": IMFConfig(hidden_size=768, depth=12, num_heads=12),
     "iMF-M/2": IMFConfig(hidden_size=768, depth=24, num_heads=12),
     "iMF-L/2": IMFConfig(hidden_size=1024, depth=32, num_heads=16),
     "iMF-XL/2": IMFConfig(hidden_size=1024, depth=48, num_heads=16),
+    "MF-B/2": IMFConfig(hidden_size=768, depth=12, num_heads=12, **ORIGINAL),
+    "MF-M/2": IMFConfig(hidden_size=1024, depth=16, num_heads=16, **ORIGINAL),
+    "MF-L/2": IMFConfig(hidden_size=1024, depth=24, num_heads=16, **ORIGINAL),
+    "MF-XL/2": IMFConfig(hidden_size=1152, depth=28, num_heads=16, **ORIGINAL),
 }
 
 
-def build(x: str | IMFConfig) -> IMF:
-    """A network with fresh weights, of a preset (a key of `PRESETS`: "iMF-B/2" …) or of an `IMFConfig`."""
+def build(x: str | IMFConfig) -> Any:
+    """A network with fresh weights, of a preset (a key of `PRESETS`: "iMF-B/2" …) or of an `IMFConfig`.
+
+    Returns:
+        An `IMF`, or an `imf.dit.DiT` where the blocks are plain.
+    """
     if isinstance(x, str):
         if x not in PRESETS:
             raise ValueError(f"build: no preset {x!r}; there are {', '.join(PRESETS)}")
         x = PRESETS[x]
     if not isinstance(x, IMFConfig):
         raise TypeError(f"build: wanted the name of a preset or an IMFConfig, got {type(x).__name__}")
-    return IMF(x)
+    return IMF(x) if x.block == "modern" else DiT(x)
 
 
-class ScalarEmbedder(nn.Module):
-    """A scalar a sample → sinusoids → Linear → SiLU → Linear, in fp32."""
+def config_of(model: Any) -> Any:
+    """The configuration of a network, also of one that a wrapper (DDP, torch.compile) holds.
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.first = nn.Linear(SINUSOIDS, width)
-        self.last = nn.Linear(width, width)
-        for layer in (self.first, self.last):
-            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-            nn.init.zeros_(layer.bias)
+    Raises: TypeError if there is none.
+    """
+    network = model
+    while not hasattr(network, "config"):
+        network = getattr(network, "module", None) or getattr(network, "_orig_mod", None)
+        if network is None:
+            raise TypeError(f"model must have a config with num_classes, got {type(model).__name__}")
+    return network.config
 
-    def forward(self, t: Tensor | Dual, backend: str | None) -> Any:
-        first, last = self.first, self.last
-        x = ik.sinusoidal_embedding(t, SINUSOIDS, backend=backend)
-        x = ik.silu(ik.linear(x, first.weight, first.bias, backend=backend), backend=backend)
-        return ik.linear(x, last.weight, last.bias, backend=backend)
+
+def velocities(
+    model: Any,
+    z: Tensor | Dual,
+    t: Tensor | Dual,
+    h: Tensor | Dual,
+    omega: Tensor,
+    t_min: Tensor,
+    t_max: Tensor,
+    y: Tensor,
+    heads: str = "u",
+) -> Any:
+    """A network of any form, wrapped or not, called with those of the inputs that it was made for."""
+    config = config_of(model)
+    if not isinstance(config, IMFConfig) or config.block == "modern":
+        return model(z, h, omega, t_min, t_max, y, heads=heads)
+    guidance = {"omega": omega} if config.omega_input else {}
+    if config.interval_input:
+        guidance |= {"t_min": t_min, "t_max": t_max}
+    return model(z, t, h, y, **guidance, heads=heads)
 
 
 class Block(nn.Module):
@@ -161,7 +128,7 @@ class Block(nn.Module):
     ) -> Any:
         y = ik.rms_norm(x, self.norm1, dtype=dtype, backend=backend)
         y = ik.linear(y, self.qkv, backend=backend)
-        q, k, v = ik.linear_map(self._heads_of_qkv, y)
+        q, k, v = ik.linear_map(lambda a: heads_of_qkv(a, self.heads), y)
         q, k = ik.qk_norm_rope(q, k, self.q_norm, self.k_norm, cos, sin, backend=backend)
         y = ik.scaled_dot_product_attention(q, k, v, backend=backend)
         y = ik.linear_map(lambda a: a.transpose(1, 2).flatten(2), y)
@@ -170,10 +137,6 @@ class Block(nn.Module):
         y = ik.rms_norm(x, self.norm2, dtype=dtype, backend=backend)
         y = ik.swiglu(ik.linear(y, self.gate_up, backend=backend), backend=backend)
         return ik.gated_residual(x, ik.linear(y, self.down, backend=backend), self.mlp_scale, backend=backend)
-
-    def _heads_of_qkv(self, qkv: Tensor) -> list[Tensor]:
-        """[B, L, 3 H D] → q, k, v, each [B, H, L, D]; backward, one copy that lays them side by side."""
-        return [x.transpose(1, 2) for x in qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)]
 
 
 def _block_weight(out_features: int, in_features: int) -> nn.Parameter:
@@ -211,23 +174,20 @@ class IMF(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         self.backend: str | None = None
-        width, values = config.hidden_size, config.patch_size**2 * config.in_channels
+        width, values = config.hidden_size, config.patch_values
 
-        self.x_embedder = nn.Linear(values, width)
-        bound = math.sqrt(6 / (values + width))
-        nn.init.uniform_(self.x_embedder.weight, -bound, bound)
-        nn.init.zeros_(self.x_embedder.bias)
+        self.x_embedder = patch_embedder(config)
         self.y_embedder = nn.Embedding(config.num_classes + 1, width)
         nn.init.normal_(self.y_embedder.weight, std=width**-0.5)
         self.omega_embedder = ScalarEmbedder(width)
         self.t_min_embedder = ScalarEmbedder(width)
         self.t_max_embedder = ScalarEmbedder(width)
         self.h_embedder = ScalarEmbedder(width)
-        self.class_tokens = _tokens(CLASS_TOKENS, width)
-        self.omega_tokens = _tokens(OMEGA_TOKENS, width)
-        self.t_min_tokens = _tokens(T_MIN_TOKENS, width)
-        self.t_max_tokens = _tokens(T_MAX_TOKENS, width)
-        self.time_tokens = _tokens(TIME_TOKENS, width)
+        self.class_tokens = condition_tokens(CLASS_TOKENS, width)
+        self.omega_tokens = condition_tokens(OMEGA_TOKENS, width)
+        self.t_min_tokens = condition_tokens(T_MIN_TOKENS, width)
+        self.t_max_tokens = condition_tokens(T_MAX_TOKENS, width)
+        self.time_tokens = condition_tokens(TIME_TOKENS, width)
 
         shared = config.depth - config.aux_head_depth
         self.shared_blocks = nn.ModuleList(Block(config) for _ in range(shared))
@@ -269,11 +229,12 @@ class IMF(nn.Module):
         """
         if heads not in ("u", "v", "uv"):
             raise ValueError(f"IMF: heads must be 'u', 'v' or 'uv', got {heads!r}")
-        self._check(z, h, omega, t_min, t_max, y)
+        plain = {"omega": omega, "t_min": t_min, "t_max": t_max}
+        check_inputs("IMF", self.config, self.x_embedder.weight, z, y, {"h": h}, plain)
         if heads == "v":
             z, h = ik.primal(z), ik.primal(h)
         backend = self.backend
-        x = ik.linear_map(self._patchify, z)
+        x = ik.linear_map(lambda a: patchify(a, self.config), z)
         x = ik.linear(x, self.x_embedder.weight, self.x_embedder.bias, backend=backend)
         groups = [
             (self.class_tokens, self.y_embedder(y)),
@@ -300,57 +261,7 @@ class IMF(nn.Module):
 
     def _head(self, blocks: nn.ModuleList, final: FinalLayer, x: Tensor | Dual) -> Any:
         x = final(self._blocks(blocks, x), self.backend)
-        return ik.linear_map(lambda a: self._unpatchify(a[:, -self.config.patches :]), x)
-
-    def _patchify(self, z: Tensor) -> Tensor:
-        """[B, C, H, W] → [B, patches, C p p], a patch's values in the order of a convolution's weights."""
-        c, p = self.config, self.config.patch_size
-        side = c.input_size // p
-        z = z.reshape(-1, c.in_channels, side, p, side, p)
-        return z.permute(0, 2, 4, 1, 3, 5).reshape(-1, c.patches, c.in_channels * p * p)
-
-    def _unpatchify(self, x: Tensor) -> Tensor:
-        """[B, patches, p p C], values in the order (row, column, channel) → [B, C, H, W]."""
-        c, p = self.config, self.config.patch_size
-        side = c.input_size // p
-        x = x.reshape(-1, side, side, p, p, c.in_channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, c.in_channels, c.input_size, c.input_size)
-
-    def _check(
-        self, z: Tensor | Dual, h: Tensor | Dual, omega: Tensor, t_min: Tensor, t_max: Tensor, y: Tensor
-    ) -> None:
-        c, weight = self.config, self.x_embedder.weight
-        scalars = {"h": h, "omega": omega, "t_min": t_min, "t_max": t_max}
-        for name, value in {"z": z, **scalars, "y": y}.items():
-            if isinstance(value, Dual) and name not in ("z", "h"):
-                raise TypeError(f"IMF: {name} carries no tangent; pass a tensor, got a Dual")
-            if not isinstance(value, (Tensor, Dual)):
-                raise TypeError(f"IMF: {name} must be a tensor, got {type(value).__name__}")
-            if value.device != weight.device:
-                raise ValueError(
-                    f"IMF: {name} must be on {weight.device} like the weights, got {value.device}"
-                )
-            if name != "y" and value.dtype != weight.dtype:
-                raise TypeError(f"IMF: {name} must be {weight.dtype} like the weights, got {value.dtype}")
-        image = (c.in_channels, c.input_size, c.input_size)
-        if len(z.shape) != 4 or tuple(z.shape[1:]) != image:
-            raise ValueError(f"IMF: z must be [B, {', '.join(map(str, image))}], got {list(z.shape)}")
-        batch = z.shape[0]
-        for name, value in scalars.items():
-            if tuple(value.shape) != (batch,):
-                raise ValueError(f"IMF: {name} must be [{batch}], one a sample, got {list(value.shape)}")
-        if y.dtype not in (torch.int64, torch.int32) or tuple(y.shape) != (batch,):
-            raise ValueError(f"IMF: y must be [{batch}] in int64 or int32, got {list(y.shape)} in {y.dtype}")
-        # On other devices looking would wait for the device, and no graph has values to look at; there the
-        # embedding's own check speaks.
-        if y.device.type == "cpu" and y.numel() and not torch.compiler.is_compiling():
-            if not (int(y.min()) >= 0 and int(y.max()) <= c.num_classes):
-                raise ValueError(
-                    f"IMF: labels must be within 0 and {c.num_classes} (the null label), "
-                    f"got {int(y.min())} to {int(y.max())}"
-                )
-            if not bool((omega > 0).all()):
-                raise ValueError(f"IMF: omega must be positive, got {float(omega.min())}")
+        return ik.linear_map(lambda a: unpatchify(a[:, -self.config.patches :], self.config), x)
 
 
 def _rope_tables(config: IMFConfig, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -358,7 +269,3 @@ def _rope_tables(config: IMFConfig, device: torch.device) -> tuple[Tensor, Tenso
     with torch.inference_mode(False):
         cos, sin = ik.rope_tables(config.tokens, config.hidden_size // config.num_heads)
         return cos.to(device), sin.to(device)
-
-
-def _tokens(count: int, width: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(count, width) * width**-0.5)

@@ -15,14 +15,14 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from imf.config import TrainConfig, ema_decay, learning_rate
+from imf.config import TrainConfig, ema_decay, learning_rate, to_dict
 
 BAR = "{desc} {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}, {elapsed}<{remaining}{postfix}"
 TERMS = ("loss", "loss_u", "loss_v", "gradient norm")  # what a training step reports
@@ -33,7 +33,7 @@ class TrainingError(RuntimeError):
 
 
 def create_folder(config: TrainConfig) -> Path:
-    """A new, empty folder for a run: `<runs>/<name>`, or the data set's name with the first free number.
+    """A new, empty folder for a run: `<runs>/<name>`, or the name of the data with the first free number.
 
     Raises: TrainingError if a name was given and its folder is taken, or `runs` cannot be a folder.
     """
@@ -42,9 +42,9 @@ def create_folder(config: TrainConfig) -> Path:
         runs.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise TrainingError(f"--runs must be a folder or a path where one can be made, got {runs}") from error
-    number = 1
+    number, data = 1, Path(config.data).resolve().name
     while True:
-        folder = runs / (config.name or (config.data if number == 1 else f"{config.data}-{number}"))
+        folder = runs / (config.name or (data if number == 1 else f"{data}-{number}"))
         try:
             folder.mkdir()
             break
@@ -97,11 +97,12 @@ def not_finite(step: int, terms: list[float]) -> str:
     )
 
 
-def how_to_go_on(folder: Path, checkpoints: list[Path]) -> str:
+def how_to_go_on(folder: Path, checkpoints: list[Path], processes: int = 1) -> str:
     """The last of a run's checkpoints and the command that resumes from it."""
     if not checkpoints:
         return f"No checkpoint had been written to {folder}."
-    command = shlex.join(["python", "-m", "imf.train", "--resume", str(folder)])
+    start = ["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]
+    command = shlex.join([*start, "-m", "imf.train", "--resume", str(folder)])
     return f"Last good checkpoint: {checkpoints[-1]}\nGo on with: {command}"
 
 
@@ -169,8 +170,19 @@ class Readback:
             yield step, terms.tolist()
 
 
+def wandb_module() -> Any:
+    """The package of Weights & Biases; TrainingError if it is not installed."""
+    try:
+        import wandb  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        raise TrainingError(
+            f"--wandb needs the package wandb ({error}): pip install 'imf-kernels[wandb]', or leave it out"
+        ) from error
+    return wandb
+
+
 class Log:
-    """Progress bar, metrics.jsonl and TensorBoard; a context manager.
+    """Progress bar, metrics.jsonl, TensorBoard and Weights & Biases; `close` it in the end.
 
     A line of metrics.jsonl holds `step` (steps done), `loss`, `loss_u`, `loss_v` and `gradient_norm`, means
     over the steps since the line before, `lr` and `ema_decay` of that step, `images_per_second` and
@@ -190,6 +202,20 @@ class Log:
 
             with naming(self._events):
                 self._board = SummaryWriter(str(self._events), purge_step=step + 1)
+        self._wandb = None
+        if config.wandb:  # online or offline as its own variable WANDB_MODE says
+            name = folder / "wandb-id"
+            wandb = wandb_module()
+            if not name.exists():
+                name.write_text(wandb.util.generate_id())
+            self._wandb = wandb.init(
+                project=config.wandb,
+                name=folder.name,
+                dir=str(folder),
+                config=to_dict(config),
+                id=name.read_text(),
+                resume="allow",
+            )
         self._bar = tqdm(
             total=config.steps,
             initial=step,
@@ -200,13 +226,11 @@ class Log:
             bar_format=BAR,
         )
 
-    def __enter__(self) -> Log:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Write what is left; OSError, naming the file, if that cannot be written."""
         self._bar.close()
+        if self._wandb is not None:
+            self._wandb.finish()
         try:
             with naming(self._metrics):
                 self._file.close()
@@ -244,6 +268,8 @@ class Log:
                 for name, value in line.items():
                     if name != "step":
                         self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log({name: value for name, value in line.items() if name != "step"}, step=step)
         self._bar.set_postfix_str(
             f"{images_per_second:.0f} images/s, loss_u {loss_u:.4f}, loss_v {loss_v:.4f}", refresh=False
         )

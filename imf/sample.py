@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from imf import checkpoint
+from imf import vae as autoencoder
 from imf.config import check_guidance
-from imf.model import IMF
+from imf.model import IMF, IMFConfig, config_of, velocities
+
+MOST_ROWS = 20  # of a grid whose classes were not named
 
 
 @torch.no_grad()
@@ -45,14 +50,27 @@ def sample(
         raise ValueError(
             f"sample: noise must be [B, C, H, W] and y [B], got {list(noise.shape)} and {list(y.shape)}"
         )
-    check_guidance(omega, t_min, t_max)
+    check_inputs(config_of(model), omega, t_min, t_max)
     rows = noise.new_ones(len(noise), dtype=torch.float32)
     times = torch.linspace(1, 0, steps + 1).tolist()
     z = noise.float()
     for t, r in pairwise(times):
-        u = model(z, rows * (t - r), rows * omega, rows * t_min, rows * t_max, y, heads="u")
+        guidance = rows * omega, rows * t_min, rows * t_max
+        u = velocities(model, z, rows * t, rows * (t - r), *guidance, y)
         z = z - (t - r) * u
     return z
+
+
+def check_inputs(config: IMFConfig, omega: float, t_min: float, t_max: float) -> None:
+    """ValueError for guidance out of range, or that is no input of the network: it would have no effect."""
+    check_guidance(omega, t_min, t_max)
+    if not config.omega_input and omega != 1:
+        raise ValueError(f"sample: omega must be 1, it is no input of this network, got {omega:g}")
+    if not config.interval_input and (t_min, t_max) != (0, 1):
+        raise ValueError(
+            "sample: t_min and t_max must be 0 and 1, the guidance interval is no input of this network, "
+            f"got {t_min:g} and {t_max:g}"
+        )
 
 
 def class_grid(
@@ -64,14 +82,23 @@ def class_grid(
     t_min: float = 0.0,
     t_max: float = 1.0,
     seed: int = 0,
+    classes: Sequence[int] | None = None,
+    vae: Any = None,
 ) -> Image.Image:
-    """A picture with a row per class and `columns` samples in each; the noise depends on the seed alone."""
-    classes, c, size = model.config.num_classes, model.config.in_channels, model.config.input_size
+    """A picture with a row per class and `columns` samples in each; the noise depends on the seed alone.
+
+    classes: labels of the rows, default all.  vae: what decodes latents, see `imf.vae`.
+    """
+    config = model.config
+    classes = range(config.num_classes) if classes is None else classes
     device = next(model.parameters()).device
-    noise = torch.randn(classes * columns, c, size, size, generator=torch.Generator().manual_seed(seed))
-    y = torch.arange(classes).repeat_interleave(columns)
+    shape = (len(classes) * columns, config.in_channels, config.input_size, config.input_size)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    y = torch.tensor(classes).repeat_interleave(columns)
     images = sample(model, noise.to(device), y.to(device), steps=steps, omega=omega, t_min=t_min, t_max=t_max)
-    return draw_grid(images, columns, row_labels=[str(label) for label in range(classes)])
+    if vae is not None:
+        images = torch.cat([autoencoder.decode(vae, part) for part in images.split(columns)])
+    return draw_grid(images, columns, row_labels=[str(label) for label in classes])
 
 
 def draw_grid(
@@ -128,6 +155,13 @@ def main(argv: list[str] | None = None) -> int:
         metavar=("T_MIN", "T_MAX"),
         help="guidance interval (default: the run's)",
     )
+    add(
+        "--classes",
+        type=int,
+        nargs="+",
+        help=f"labels of the rows (default: all of up to {MOST_ROWS} classes)",
+    )
+    add("--vae", type=Path, help="folder of the AutoencoderKL (sd-vae-ft-mse) that decodes latents")
     add("--columns", type=int, default=10, help="samples per class (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
     add(
@@ -141,11 +175,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         path = checkpoint.find(arguments.checkpoint)
         network, metadata = checkpoint.load_network(path, arguments.weights)
-        config = metadata.config
-        omega = config.omega if arguments.omega is None else arguments.omega
-        t_min, t_max = arguments.interval or (config.t_min, config.t_max)
+        omega, *interval = metadata.config.sampling
+        omega = omega if arguments.omega is None else arguments.omega
+        t_min, t_max = arguments.interval or interval
         picture = class_grid(
             network,
+            classes=_rows(arguments.classes, network.config),
+            vae=autoencoder.of_network(arguments.vae, network.config.in_channels, torch.device("cpu")),
             columns=arguments.columns,
             steps=arguments.steps,
             omega=omega,
@@ -162,6 +198,17 @@ def main(argv: list[str] | None = None) -> int:
         f"omega {omega:g}, interval [{t_min:g}, {t_max:g}], from {path} (step {metadata.step})"
     )
     return 0
+
+
+def _rows(classes: list[int] | None, config: IMFConfig) -> Sequence[int]:
+    if classes is None and config.num_classes > MOST_ROWS:
+        raise ValueError(
+            f"--classes: the network knows {config.num_classes}, name those that should be drawn"
+        )
+    rows = range(config.num_classes) if classes is None else classes
+    if min(rows) < 0 or max(rows) >= config.num_classes:
+        raise ValueError(f"--classes must be within 0 and {config.num_classes - 1}, got {list(rows)}")
+    return rows
 
 
 if __name__ == "__main__":

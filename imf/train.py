@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import copy
+import contextlib
 import math
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -17,100 +19,56 @@ from torch import Tensor, nn
 from imf import checkpoint, data
 from imf.checkpoint import CheckpointError, Metadata
 from imf.config import (
-    RESUMABLE,
     TrainConfig,
     add_arguments,
-    differences,
     ema_decay,
     learning_rate,
-    to_dict,
     with_arguments,
 )
-from imf.evaluate import evaluate, table
-from imf.model import IMF, build
-from imf.objective import Draws, improved_mean_flow
+from imf.draws import Draws
+from imf.methods import objective
+from imf.presets import PRESETS, preset_of
+from imf.processes import ERRORS, Processes, agreed, joined
 from imf.run import (
     Log,
     Readback,
     StopSignals,
     TrainingError,
-    choose_device,
-    create_folder,
     how_to_go_on,
     naming,
-    newest,
     not_finite,
-    truncate_metrics,
     write_json,
 )
 from imf.sample import class_grid
+from imf.scores import evaluate, table
+from imf.sharding import local, synchronising, whole
+from imf.start import Run, State, begin, device_of, fitted_to_data, resume
 from imf_kernels import gemm
 
+ENDINGS: tuple[type[Exception], ...] = (*ERRORS, data.DataError)  # end a run with a message
 
-@dataclass
-class State:
-    """All that training changes; model and ema are one network with different weights.
 
-    found_inf: [] fp32 on the device, 0 until a loss or gradient is not finite, then 1 for good: from then on
-    weights, moments and average stay as they are, so the host may learn of it some steps later.
-    step: optimizer steps done.
+def training_step(
+    state: State, batches: Iterator[tuple[Tensor, Tensor]], config: TrainConfig, who: Processes
+) -> Tensor:
+    """One update of `state` in place; returns what `imf.run.TERMS` names, [4] fp32 on the device.
+
+    batches: this process's, of one size in all, so that the mean over processes is that over rows.
     """
-
-    model: IMF
-    ema: IMF
-    optimizer: torch.optim.Optimizer
-    found_inf: Tensor
-    step: int = 0
-
-
-@dataclass
-class Run:
-    """A run: its state, and what stays. precision: "fp32" or "bf16"; elapsed: seconds of training so far."""
-
-    folder: Path
-    config: TrainConfig
-    precision: str
-    data: data.LabelledImages
-    state: State
-    elapsed: float = 0.0
-
-
-def initial_state(config: TrainConfig, precision: str, device: torch.device) -> State:
-    """Network, moving average and optimizer before the first step: a function of the configuration's seed."""
-    torch.manual_seed(config.seed)
-    model = build(config.network)
-    model.compute_dtype = checkpoint.DTYPES[precision]
-    model.backend = None if config.backend == "auto" else config.backend
-    model.to(device)
-    ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    found_inf = torch.zeros((), device=device)
-    optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # where fused AdamW looks for its gate
-    return State(model, ema, optimizer, found_inf)
-
-
-def training_step(state: State, images: data.LabelledImages, config: TrainConfig) -> Tensor:
-    """One update of `state` in place; returns what `imf.run.TERMS` names, [4] fp32 on the device."""
-    terms = torch.zeros(3, device=state.found_inf.device)
+    terms = torch.zeros(3, device=who.device)
+    loss_of = objective(config.method, config.fixed_guidance)
     for micro_step in range(state.step * config.accumulate, (state.step + 1) * config.accumulate):
-        rows = data.batch_indices(len(images), config.micro_batch_size, seed=config.seed, step=micro_step)
-        x, y = images.images[rows], images.labels[rows]
-
-        draws = Draws.sample(x, seed=config.seed, step=micro_step, **config.draws)
-        out = improved_mean_flow(state.model, x, y, draws)
-        (out.loss / config.accumulate).backward()
+        x, y = next(batches)
+        draws = Draws.sample(x, seed=config.seed, step=micro_step, process=who.rank, **config.draws)
+        with synchronising(state.engine, last=(micro_step + 1) % config.accumulate == 0):
+            out = loss_of(state.engine, x, y, draws)
+            (out.loss / config.accumulate).backward()
 
         terms += torch.stack([out.loss.detach(), out.loss_u, out.loss_v]) / config.accumulate
 
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
-    terms = torch.cat([terms, nn.utils.get_total_norm(gradients)[None]])
+    norm = whole(nn.utils.get_total_norm(gradients))
+    terms = torch.cat([who.mean(terms), norm[None]])  # the same in all processes
     state.found_inf.logical_or_(~terms.isfinite().all())  # once 1, the two updates below change nothing
 
     for group in state.optimizer.param_groups:
@@ -125,8 +83,8 @@ def training_step(state: State, images: data.LabelledImages, config: TrainConfig
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, found_inf: Tensor) -> None:
     """ema <- ema + (1 - decay) (model - ema) for every weight in fp32; nothing if found_inf, [], is 1."""
-    averages: list[Tensor] = list(ema.parameters())
-    weights: list[Tensor] = list(model.parameters())
+    averages: list[Tensor] = [local(p) for p in ema.parameters()]
+    weights: list[Tensor] = [local(p) for p in model.parameters()]
     change = torch._foreach_sub(weights, averages)
     torch._foreach_mul_(change, (1 - decay) * (1 - found_inf))
     torch._foreach_add_(averages, change)
@@ -135,18 +93,29 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, found_inf: Tensor
 def fit(run: Run) -> int | None:
     """Train until `steps`, or until SIGINT or SIGTERM, and save; returns the signal's number if one came.
 
+    A signal or an error of one process stops all of them after the same step.
     Raises: TrainingError at a step that is not finite; CheckpointError if a checkpoint cannot be written;
     OSError if another file cannot, after a checkpoint.
     """
-    config, state = run.config, run.state
+    config, state, who = run.config, run.state, run.processes
     arriving, saved = Readback(), state.step
+    batches = data.Batches(
+        run.data,
+        batch_size=config.micro_batch_size,
+        seed=config.seed,
+        first=state.step * config.accumulate,
+        process=who.rank,
+        processes=who.count,
+        device=who.device,
+    )
 
     def check(log: Log | None, wait: bool = False) -> None:
-        for step, terms in arriving.pop(wait):
-            if not all(map(math.isfinite, terms)):
-                raise TrainingError(not_finite(step, terms))
-            if log is not None:
-                log.add(step, terms)
+        with who.together():
+            for step, terms in arriving.pop(wait):
+                if not all(map(math.isfinite, terms)):
+                    raise TrainingError(not_finite(step, terms))
+                if log is not None:
+                    log.add(step, terms)
 
     def save_checked(log: Log | None) -> None:
         nonlocal saved
@@ -155,59 +124,110 @@ def fit(run: Run) -> int | None:
             save(run)
             saved = state.step
 
-    with StopSignals() as stop:
+    with StopSignals() as stop, batches:
         try:
-            with Log(run.folder, config, state.step, run.elapsed) as log:
-                while state.step < config.steps and stop.received is None:
+            with _logging(run) as log:
+                received = who.largest(stop.received or 0)
+                while state.step < config.steps and not received:
                     began = time.perf_counter()
-                    terms = training_step(state, run.data, config)
-                    run.elapsed = log.elapsed = run.elapsed + time.perf_counter() - began
+                    terms = training_step(state, batches, config, who)
+                    run.elapsed += time.perf_counter() - began
+                    if log is not None:
+                        log.elapsed = run.elapsed
                     arriving.push(state.step, terms)
                     check(log)
+                    if state.step == 1:  # all products have been measured: processes go on with the same
+                        gemm.load_choices(who.from_first(gemm.choices()))
 
                     if _due(state.step, config.checkpoint_every):
                         save_checked(log)
-                    ends = state.step == config.steps or stop.received is not None
-                    if not ends and _due(state.step, config.sample_every):
+                    received = who.largest(stop.received or 0)
+                    if state.step < config.steps and not received and _due(state.step, config.sample_every):
                         draw(run, run.folder / "samples" / f"step-{state.step:08d}.png")
+                        received = who.largest(stop.received or 0)
                 save_checked(log)  # also when a signal came while a checkpoint or a picture was written
         except OSError as error:  # a full disk met by the metrics or a picture: the steps are worth keeping
+            if who.grouped and not agreed(error):  # the other processes are elsewhere
+                raise
             try:
                 save_checked(None)
             except CheckpointError as second:
                 raise CheckpointError(f"{error}\n{second}") from error
             raise
-    return stop.received
+        return who.largest(stop.received or 0) or None
+
+
+@contextlib.contextmanager
+def _logging(run: Run) -> Iterator[Log | None]:
+    """The log in the first process, None in the others."""
+    log, who = None, run.processes
+    with who.together():
+        if who.first:
+            log = Log(run.folder, run.config, run.state.step, run.elapsed)
+    try:
+        yield log
+    except BaseException:
+        if log is not None:
+            with contextlib.suppress(OSError):  # the error that came first says more
+                log.close()
+        raise
+    with who.together():
+        if log is not None:
+            log.close()
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint of the run as it is, then delete the oldest ones."""
+    """Write a checkpoint of the run as it is, then delete the oldest ones; all processes call it."""
+    who, state = run.processes, run.state
     metadata = Metadata(
-        step=run.state.step,
+        step=state.step,
         elapsed=run.elapsed,
         config=run.config,
         precision=run.precision,
         gemm_choices=dict(gemm.choices()),
-        environment=checkpoint.environment(run.state.found_inf.device),
+        environment=checkpoint.environment(who.device, who.count),
     )
-    path = checkpoint.path_of(run.folder, run.state.step)
-    state = run.state
-    checkpoint.save(path, model=state.model, ema=state.ema, optimizer=state.optimizer, metadata=metadata)
-    checkpoint.prune(run.folder, run.config.keep_checkpoints)
+    path = checkpoint.path_of(run.folder, state.step)
+    with who.together():
+        checkpoint.save(
+            path,
+            model=state.model,
+            ema=state.ema,
+            optimizer=state.optimizer,
+            metadata=metadata,
+            writes=who.first,
+        )
+        if who.first:
+            checkpoint.prune(run.folder, run.config.keep_checkpoints)
 
 
 def draw(run: Run, path: Path, steps: int = 1) -> None:
-    """Write a grid of samples of the averaged network, a row per class, always from the same noise."""
-    c = run.config
-    picture = class_grid(run.state.ema, steps=steps, omega=c.omega, t_min=c.t_min, t_max=c.t_max, seed=c.seed)
-    with naming(path):
-        picture.save(path)
+    """Write a grid of samples of the averaged network, a row per class, always from the same noise.
+
+    Every process draws, which a sharded network asks for; the first one writes.
+    """
+    omega, t_min, t_max = run.config.sampling
+    picture = class_grid(
+        run.state.ema, steps=steps, omega=omega, t_min=t_min, t_max=t_max, seed=run.config.seed
+    )
+    with run.processes.together(), naming(path):
+        if run.processes.first:
+            picture.save(path)
 
 
 def finish(run: Run) -> None:
-    """Score the averaged network in 1, 2 and 4 steps, draw samples, write results.json, print the table."""
-    config, count = run.config, 180 * run.data.num_classes
-    guidance = {"omega": config.omega, "t_min": config.t_min, "t_max": config.t_max}
+    """Score the averaged network in 1, 2 and 4 steps, draw samples, write results.json, print the table.
+
+    That is for images in memory; the samples of others are scored by `python -m imf.evaluate`.
+    """
+    config, who = run.config, run.processes
+    if not isinstance(run.data, data.LabelledImages):
+        if who.first:
+            print(f"\nThe run is in {run.folder}; python -m imf.evaluate scores it")
+        return
+    count = 180 * run.data.num_classes
+    omega, t_min, t_max = config.sampling
+    guidance = {"omega": omega, "t_min": t_min, "t_max": t_max}
     scores = evaluate(run.state.ema, run.data, steps=(1, 2, 4), count=count, seed=config.seed, **guidance)
     pictures = [run.folder / "samples" / f"final-{score.steps}-step.png" for score in scores]
     for score, path in zip(scores, pictures, strict=True):
@@ -221,85 +241,18 @@ def finish(run: Run) -> None:
         "scores": [asdict(score) for score in scores],
         "pictures": [str(path.relative_to(run.folder)) for path in pictures],
     }
-    write_json(run.folder / "results.json", results)
+    with who.together():
+        if who.first:
+            write_json(run.folder / "results.json", results)
+    if not who.first:
+        return
     print(
         f"\n{table(scores)}\n\n"
         f"{count:,} class-balanced samples of the averaged network (seed {config.seed}) against "
         f"{len(run.data):,} images, pixels in [-1, 1];\n"
-        f"omega {config.omega:g}, interval [{config.t_min:g}, {config.t_max:g}]. The run is in {run.folder}\n"
+        f"omega {omega:g}, interval [{t_min:g}, {t_max:g}]. The run is in {run.folder}\n"
         f"Pictures: {', '.join(map(str, pictures))}"
     )
-
-
-def begin(config: TrainConfig) -> Run:
-    """A new run in its folder; TrainingError if the name is taken or the network does not fit the data."""
-    device = choose_device(config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    precision = config.precision
-    if precision == "auto":
-        dtype = torch.bfloat16 if device.type == "cuda" else gemm.fast_dtype()
-        precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-    images = _load_data(config, device)
-    state = initial_state(config, precision, device)
-    run = Run(create_folder(config), config, precision, images, state)
-    _write_configuration(run)
-    return run
-
-
-def resume(path: Path, arguments: argparse.Namespace) -> Run:
-    """The run of a checkpoint as it was, with the arguments that may change; warns of what changes its bits.
-
-    path: a run's folder, or the newest checkpoint in one.
-    Raises: TrainingError for an argument that may not change or is wrong, CheckpointError for a bad file.
-    """
-    path = checkpoint.find(path).resolve()  # its folder says which run it is of
-    metadata = checkpoint.read_metadata(path)
-    folder = path.parent.parent  # <run>/checkpoints/<file>
-    last = (checkpoint.list_all(folder) or [path])[-1]
-    if path.parent.name != "checkpoints" or not path.samefile(last):
-        raise TrainingError(
-            f"--resume: {path} must be the newest checkpoint of its run, got one beside {last}; "
-            f"to go back to it, move the newer ones away first"
-        )
-    try:
-        config = with_arguments(metadata.config, arguments)
-    except ValueError as error:
-        raise TrainingError(f"--resume: {error}") from error
-    for name, (old, new) in differences(metadata.config, config).items():
-        if name not in RESUMABLE:
-            raise TrainingError(
-                f"--resume: {name} is {old!r} in {path}, got {new!r}; a resumed run goes on exactly as it "
-                f"began: leave the argument out, or start a new run"
-            )
-    if config.steps < metadata.step:
-        raise TrainingError(
-            f"--resume: {path} is at step {metadata.step} already, got --steps {config.steps}"
-        )
-    if config.steps != metadata.config.steps and config.decay != "constant":
-        _warn(f"--steps {config.steps}, not {metadata.config.steps}: the learning rate decays at other steps")
-
-    device = choose_device(config.device)
-    torch.set_num_threads(getattr(arguments, "threads", 0) or int(metadata.environment["threads"]))
-    for name, now in checkpoint.environment(device).items():
-        if metadata.environment.get(name) != now:
-            was = metadata.environment.get(name)
-            _warn(f"{name} was {was}, now it is {now}: the run goes on, but not to the same bits")
-
-    try:  # before the first product: another choice rounds differently
-        gemm.load_choices(metadata.gemm_choices)
-    except ValueError as error:
-        raise TrainingError(f"--resume: {path} cannot go on exactly here: {error}") from error
-    images = _load_data(config, device)
-    state = initial_state(config, metadata.precision, device)
-    checkpoint.load(path, model=state.model, ema=state.ema, optimizer=state.optimizer)
-    state.step = metadata.step
-    run = Run(folder, config, metadata.precision, images, state, metadata.elapsed)
-    (folder / "samples").mkdir(exist_ok=True)  # a checkpoint may have been copied into a folder of its own
-    checkpoint.remove_temporaries(folder)
-    truncate_metrics(folder / "metrics.jsonl", state.step)
-    _write_configuration(run)
-    return run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -315,59 +268,77 @@ def main(argv: list[str] | None = None) -> int:
         metavar="PATH",
         help="go on exactly, from a run's folder or its newest checkpoint (no PATH: the newest run)",
     )
-    add_arguments(parser)
+    parser.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        default=argparse.SUPPRESS,
+        help="settings to start from; the defaults below are of the one that is given (default: digits)",
+    )
+    preset = preset_of(sys.argv[1:] if argv is None else argv)
+    add_arguments(parser, preset)
     arguments = parser.parse_args(argv)
+    config = preset
+    if arguments.resume is None:
+        try:
+            config = with_arguments(preset, arguments)
+        except ValueError as error:
+            parser.error(str(error))
+    elif "preset" in arguments:
+        parser.error("--preset is for new runs; a resumed one goes on with its own settings")
+    elif getattr(arguments, "init_from", ""):
+        parser.error("--init-from is for new runs; a resumed one goes on with its own weights")
+    try:
+        device = config.device
+        if arguments.resume is not None:
+            device = device_of(Path(arguments.resume) if arguments.resume else None, arguments)
+        with joined(device, timeout=timedelta(minutes=30)) as who:
+            return _train(config, arguments, who)
+    except ERRORS as error:  # before the processes know of each other
+        print(f"\nimf.train: {error}", file=sys.stderr)
+        return 1
+
+
+def _train(config: TrainConfig, arguments: argparse.Namespace, who: Processes) -> int:
     run = None
     try:
         if arguments.resume is None:
-            try:
-                config = with_arguments(TrainConfig(), arguments)
-            except ValueError as error:
-                parser.error(str(error))
-            run = begin(config)
+            with who.together():
+                config = fitted_to_data(config)
+            run = begin(config, who)
         else:
-            runs = Path(getattr(arguments, "runs", TrainConfig().runs))
-            run = resume(Path(arguments.resume) if arguments.resume else newest(runs), arguments)
+            run = resume(Path(arguments.resume) if arguments.resume else None, arguments, who)
         received = fit(run)
         if received is None:
             finish(run)
             return 0
     except KeyboardInterrupt:
+        if who.grouped:
+            sys.exit(128 + signal.SIGINT)  # alone: the others are elsewhere, torchrun ends them
         received = signal.SIGINT
-    except (TrainingError, CheckpointError, OSError) as error:
-        print(f"\nimf.train: {error}", file=sys.stderr)
-        if run is not None:
-            print(how_to_go_on(run.folder, checkpoint.list_all(run.folder)), file=sys.stderr)
+    except ENDINGS as error:
+        if who.first or not agreed(error):
+            print(f"\nimf.train: {error}", file=sys.stderr)
+            if run is not None:
+                print(_how_to_go_on(run), file=sys.stderr)
+        if who.grouped and not agreed(error):
+            sys.exit(1)
         return 1
-    if run is not None:
+    except RuntimeError:  # of PyTorch: another process has ended, or this one cannot go on
+        if run is not None and who.grouped:
+            print(f"\nimf.train: process {who.rank} ends by an error. {_how_to_go_on(run)}", file=sys.stderr)
+        raise
+    if run is not None and who.first:
         print(f"\nStopped after step {run.state.step} of {run.config.steps}.", file=sys.stderr)
-        print(how_to_go_on(run.folder, checkpoint.list_all(run.folder)), file=sys.stderr)
+        print(_how_to_go_on(run), file=sys.stderr)
     return 128 + received
 
 
-def _load_data(config: TrainConfig, device: torch.device) -> data.LabelledImages:
-    """The data set on the device; TrainingError if the network was made for another shape."""
-    images, network = data.load(config.data), config.network
-    wanted = (images.images.shape[1], images.images.shape[2], images.num_classes)
-    got = (network.in_channels, network.input_size, network.num_classes)
-    if got != wanted:
-        names = "in_channels, input_size and num_classes"
-        raise TrainingError(f"network: {names} must be {wanted} for the {config.data}, got {got}")
-    return images.to(device)
-
-
-def _write_configuration(run: Run) -> None:
-    environment = checkpoint.environment(run.state.found_inf.device)
-    values = {"config": to_dict(run.config), "precision": run.precision, "environment": environment}
-    write_json(run.folder / "config.json", values)
+def _how_to_go_on(run: Run) -> str:
+    return how_to_go_on(run.folder, checkpoint.list_all(run.folder), run.processes.count)
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _warn(text: str) -> None:
-    print(f"imf.train: warning: {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

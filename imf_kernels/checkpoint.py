@@ -16,8 +16,8 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from imf_kernels.dual import Dual
-from imf_kernels.forward import unpack
+from imf_kernels.dual import Dual, is_dual
+from imf_kernels.dual_tensors import primal_of, unpack_dual_tensor
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = False, **kwargs: Any) -> Any:
@@ -34,55 +34,41 @@ def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = F
         use_reentrant: of PyTorch's own. With tangents backward is always run from within: `.backward()` on
             the loss works, `torch.autograd.grad` with regard to weights does not see into `function`.
     """
-    leaves, structure = pytree.tree_flatten((args, kwargs), is_leaf=_is_dual)
-    with_tangents = fwAD._current_level >= 0 or any(map(_is_dual, leaves))
+    leaves, structure = pytree.tree_flatten((args, kwargs), is_leaf=is_dual)
+    with_tangents = fwAD._current_level >= 0 or any(map(is_dual, leaves))
     if not with_tangents or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=use_reentrant, **kwargs)
-    again = _Again(function, [_primal_of(x) for x in leaves], structure)
+    inputs = [primal_of(x) for x in leaves]
+    again, tensors = _Again(function, inputs, structure), [x for x in inputs if isinstance(x, Tensor)]
     with torch.no_grad():
-        outputs, result_structure = pytree.tree_flatten(function(*args, **kwargs), is_leaf=_is_dual)
+        outputs, result_structure = pytree.tree_flatten(function(*args, **kwargs), is_leaf=is_dual)
     moving = [i for i, y in enumerate(outputs) if isinstance(y, (Tensor, Dual)) and y.dtype.is_floating_point]
     anchor = torch.ones((), requires_grad=True)  # backward must come even if only weights inside require grad
-    primals = _Recompute.apply(
-        again, anchor, len(moving), *(_primal_of(outputs[i]) for i in moving), *again.tensors
-    )
+    primals = _Recompute.apply(again, anchor, len(moving), *(primal_of(outputs[i]) for i in moving), *tensors)
     for i, primal in zip(moving, primals, strict=True):
         outputs[i] = _with_tangent_of(outputs[i], primal)
     return pytree.tree_unflatten(outputs, result_structure)
 
 
-def _is_dual(x: Any) -> bool:
-    return isinstance(x, Dual)
-
-
-def _primal_of(x: Any) -> Any:
-    if isinstance(x, Dual):
-        return x.primal
-    return unpack(x)[0] if isinstance(x, Tensor) and x.is_floating_point() else x
-
-
 def _with_tangent_of(y: Tensor | Dual, primal: Tensor) -> Tensor | Dual:
     if isinstance(y, Dual):
         return Dual(primal, y.tangent_rows)
-    tangent = unpack(y)[1]
+    tangent = unpack_dual_tensor(y)[1]
     return primal if tangent is None else fwAD.make_dual(primal, tangent)
 
 
 class _Again:
-    """The function with the primals of its arguments, and under what it ran: random states and autocast."""
+    """The function with what is no tensor of its arguments, the random states and autocast it ran under."""
 
     def __init__(self, function: Callable[..., Any], leaves: list[Any], structure: Any) -> None:
         self.function, self.structure = function, structure
         self.leaves = [None if isinstance(x, Tensor) else x for x in leaves]
         self.places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
-        self.tensors = [leaves[i] for i in self.places]
-        self.devices = sorted({x.device.type for x in self.tensors} | {"cpu"})
-        self.autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in self.devices]
+        tensors = [leaves[i] for i in self.places]
+        devices = sorted({x.device.type for x in tensors} | {"cpu"})
+        self.autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
         self.cpu_state = torch.get_rng_state()
-        self.device_states = torch.utils.checkpoint.get_device_states(*self.tensors)
-
-    def forget_tensors(self) -> None:
-        self.tensors = []
+        self.device_states = torch.utils.checkpoint.get_device_states(*tensors)
 
     def __call__(self, tensors: tuple[Tensor, ...]) -> list[Any]:
         leaves = list(self.leaves)
@@ -95,7 +81,7 @@ class _Again:
             torch.utils.checkpoint.set_device_states(*self.device_states)
             for device, enabled, dtype in self.autocast:
                 stack.enter_context(torch.autocast(device, dtype, enabled))
-            return pytree.tree_leaves(self.function(*args, **kwargs), is_leaf=_is_dual)
+            return pytree.tree_leaves(self.function(*args, **kwargs), is_leaf=is_dual)
 
 
 class _Recompute(torch.autograd.Function):
@@ -105,14 +91,11 @@ class _Recompute(torch.autograd.Function):
     def forward(ctx: Any, again: _Again, anchor: Tensor, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.again = again
         ctx.save_for_backward(*tensors[count:])
-        again.forget_tensors()
         return tuple(y.view_as(y) for y in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
-        inputs = [
-            x.detach().requires_grad_(x.requires_grad) if x.requires_grad else x for x in ctx.saved_tensors
-        ]
+        inputs = [x.detach().requires_grad_() if x.requires_grad else x for x in ctx.saved_tensors]
         with torch.enable_grad(), fwAD._set_fwd_grad_enabled(False):
             outputs = [y for y in ctx.again(tuple(inputs)) if isinstance(y, Tensor) and y.is_floating_point()]
         pairs = [(y, dy) for y, dy in zip(outputs, dys, strict=True) if y.requires_grad]

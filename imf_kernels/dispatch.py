@@ -47,7 +47,7 @@ class Backend:
     def run(self, x: Tensor, *arguments: Any) -> Any:
         """The operation, with `torch.autocast` off meanwhile: the inputs' dtypes decide what it computes."""
         call = self.eager if self.traced is None or not torch.compiler.is_compiling() else self.traced
-        if not _autocasts(x.device):
+        if not autocasts(x.device):
             return call(x, *arguments)
         with without_autocast(x.device):
             return call(x, *arguments)
@@ -80,12 +80,18 @@ def choose(operation: str, backends: Sequence[Backend], wanted: str | None, *ten
     raise RuntimeError(f"{operation}: no backend can run: {'; '.join(refused)}")
 
 
+def with_result(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What `choose` is asked about: the input, and an empty tensor for a result of another dtype."""
+    return (x,) if x.dtype == dtype else (x, x.new_empty(0, dtype=dtype))
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Turns `torch.autocast` off where it is on."""
-    return torch.autocast(device.type, enabled=False) if _autocasts(device) else contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else contextlib.nullcontext()
 
 
-def _autocasts(device: torch.device) -> bool:
+def autocasts(device: torch.device) -> bool:
+    """Whether `torch.autocast` is on for the device."""
     if not torch._C._is_any_autocast_enabled():  # mostly not: one question instead of three
         return False
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

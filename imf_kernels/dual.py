@@ -173,6 +173,10 @@ def unpack(x: Tensor | Dual) -> tuple[Tensor, Tensor | None]:
     return (x.primal, x._tangent) if isinstance(x, Dual) else (x, None)
 
 
+def is_dual(x: Any) -> bool:
+    return isinstance(x, Dual)
+
+
 def primal(x: Tensor | Dual) -> Tensor:
     """The primal alone: from here on nothing carries a tangent."""
     return x.primal if isinstance(x, Dual) else x

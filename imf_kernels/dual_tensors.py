@@ -18,9 +18,25 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from imf_kernels.dispatch import constant, log_once
-from imf_kernels.dual import Dual, NoTangent, guarded, unpack
+from imf_kernels.dual import Dual, NoTangent, guarded, is_dual, unpack
 
 Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def unpack_dual_tensor(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Primal and tangent of a dual tensor of PyTorch; a tangent that PyTorch knows to be zero is `None`."""
+    primal, tangent = forward_ad.unpack_dual(x)
+    if tangent is not None and not torch.compiler.is_compiling() and tangent._is_zerotensor():
+        tangent = None
+    return primal, tangent
+
+
+def primal_of(x: Any) -> Any:
+    """What a `Dual` or a dual tensor of PyTorch is without its tangent; anything else as it is."""
+    if isinstance(x, Dual):
+        return x.primal
+    moves = isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+    return forward_ad.unpack_dual(x).primal if moves else x
 
 
 def takes_dual_tensors(operation: Call) -> Call:
@@ -79,11 +95,11 @@ def _on_dual_tensors(operation: Callable[..., Any], arguments: Any, options: Any
     def wrapped(x: Tensor) -> Tensor:
         return x if jvp is None else torch._C._functorch._wrap_for_grad(x, jvp.level())
 
-    leaves, structure = pytree.tree_flatten((arguments, options), is_leaf=_is_dual)
+    leaves, structure = pytree.tree_flatten((arguments, options), is_leaf=is_dual)
     parts = [forward_ad.unpack_dual(x) if isinstance(x, Tensor) else (x, None) for x in leaves]
     primals, tangents = ([unwrapped(part) for part in both] for both in zip(*parts, strict=True))
     sources = [t for t in tangents if t is not None]
-    if any(map(_is_dual, leaves)):
+    if any(map(is_dual, leaves)):
         if sources:
             raise TypeError(
                 f"{operation.__name__}: arguments must be Duals or dual tensors of PyTorch's forward mode, "
@@ -111,7 +127,3 @@ def _on_dual_tensors(operation: Callable[..., Any], arguments: Any, options: Any
         for y, y_dot in results
     )
     return dual_tensors if isinstance(result, tuple) else dual_tensors[0]
-
-
-def _is_dual(x: Any) -> bool:
-    return isinstance(x, Dual)

@@ -29,29 +29,23 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
 from imf_kernels.dual import Dual, guarded
-from imf_kernels.rules import RULES
+from imf_kernels.dual_tensors import primal_of, unpack_dual_tensor
+from imf_kernels.rules import ARITHMETIC_WHILE_COMPILING, RULES, ZEROS_WHILE_COMPILING
 
 # Attention's plain form is the only one of PyTorch's that has a derivative.
 _WITH_ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 
 
-def unpack(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Primal and tangent of a dual tensor of PyTorch; a tangent that PyTorch knows to be zero is `None`."""
-    primal, tangent = fwAD.unpack_dual(x)
-    if tangent is not None and not torch.compiler.is_compiling() and tangent._is_zerotensor():
-        tangent = None
-    return primal, tangent
-
-
-def carries_tangent(x: Any) -> bool:
-    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) and unpack(x)[1] is not None
+def _carries_tangent(x: Any) -> bool:
+    moves = isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+    return moves and unpack_dual_tensor(x)[1] is not None
 
 
 def _as_dual(x: Any) -> Any:
     """A dual tensor of PyTorch as a `Dual`, anything else as it is."""
     if type(x) is not Tensor or not x.is_floating_point():
         return x
-    primal, tangent = unpack(x)
+    primal, tangent = unpack_dual_tensor(x)
     return x if tangent is None else Dual(primal, tangent.detach())
 
 
@@ -60,6 +54,14 @@ def _as_tensor(y: Any) -> Any:
     if not isinstance(y, Dual):
         return y
     return y.primal if y.tangent_rows is None else fwAD.make_dual(y.primal, y.tangent_rows)
+
+
+def _with_zeros(x: Any) -> Any:
+    """A tensor without a tangent with one of zeros, anything else as it is."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or _carries_tangent(x):
+        return x
+    x = x.contiguous()  # of an expanded one the layout could not be kept
+    return fwAD.make_dual(x, torch.zeros_like(x))
 
 
 # By which path the tangent of a call comes.
@@ -92,6 +94,8 @@ class _Calls(TorchFunctionMode):
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
     """The result of a call; and whether one of our operations made it."""
     rule = RULES.get(func)
+    if rule is None and torch.compiler.is_compiling() and len(args) == 2 and not kwargs:
+        rule = ARITHMETIC_WHILE_COMPILING.get(getattr(func, "__name__", ""))
     if rule is not None:
         given, named = [_as_dual(x) for x in args], {name: _as_dual(x) for name, x in kwargs.items()}
         if any(isinstance(x, Dual) for x in (*given, *named.values())):
@@ -99,6 +103,8 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
             if result is not NotImplemented:
                 return _as_tensor(result), True
     if torch.compiler.is_compiling():
+        if func in ZEROS_WHILE_COMPILING and any(map(_carries_tangent, pytree.tree_leaves(args))):
+            args = pytree.tree_map(_with_zeros, args)
         return _by_pytorch(func, args, kwargs), False
     try:
         result = _by_pytorch(func, args, kwargs)
@@ -128,7 +134,7 @@ def _name(func: Any) -> str:
 
 
 def _path(result: Any) -> str:
-    return PYTORCHS if any(map(carries_tangent, pytree.tree_leaves(result))) else NONE
+    return PYTORCHS if any(map(_carries_tangent, pytree.tree_leaves(result))) else NONE
 
 
 def _refuse_lost_tangents(func: Any, args: Any, kwargs: Any, result: Any) -> None:
@@ -141,7 +147,7 @@ def _refuse_lost_tangents(func: Any, args: Any, kwargs: Any, result: Any) -> Non
         return
     if name.partition("::")[0] in ("aten", "prim", "prims"):
         return
-    if any(map(carries_tangent, pytree.tree_leaves((args, kwargs)))) and _path(result) == NONE:
+    if any(map(_carries_tangent, pytree.tree_leaves((args, kwargs)))) and _path(result) == NONE:
         raise NotImplementedError(
             f"imf_kernels.jvp: the operator {name} has no forward-mode rule; PyTorch would leave its tangent "
             "out in silence. Detach its inputs if it needs none"
@@ -210,7 +216,7 @@ def _jvp(
         if has_aux:
             if not (isinstance(result, tuple) and len(result) == 2):
                 raise TypeError(f"jvp: with has_aux func must return (output, aux), got {_about(result)}")
-            result, aux = result[0], (pytree.tree_map_only(Tensor, _primal_of, result[1]),)
+            result, aux = result[0], (pytree.tree_map_only(Tensor, primal_of, result[1]),)
         outputs, structure = pytree.tree_flatten(result)
         if not outputs or not all(isinstance(y, Tensor) for y in outputs):
             raise TypeError(f"jvp: func must return tensors, got {[_about(y) for y in outputs]}")
@@ -261,7 +267,7 @@ def _check_tangent(i: int, x: Any, x_dot: Any) -> None:
 def _parts(y: Tensor, strict: bool) -> tuple[Tensor, Tensor]:
     if not (y.is_floating_point() or y.is_complex()):
         return y, torch.zeros_like(y)
-    primal, tangent = unpack(y)
+    primal, tangent = unpack_dual_tensor(y)
     if tangent is None:
         if strict:
             raise RuntimeError(
@@ -271,10 +277,6 @@ def _parts(y: Tensor, strict: bool) -> tuple[Tensor, Tensor]:
         tangent = torch.zeros_like(primal)
     tangent = tangent.detach()
     return primal, tangent if torch.compiler.is_compiling() else guarded(tangent, primal)
-
-
-def _primal_of(x: Tensor) -> Tensor:
-    return unpack(x)[0] if carries_tangent(x) else x
 
 
 def _about(x: Any) -> str:

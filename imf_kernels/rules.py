@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from inspect import unwrap
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from imf_kernels.dispatch import autocasts
 from imf_kernels.dual import Dual, linear_map, unpack
+from imf_kernels.layout import last_contiguous
 from imf_kernels.ops import attention, gelu, layer_norm, linear, rms_norm, silu
 
 Rule = Callable[..., Any]
@@ -52,9 +54,7 @@ def _plain(*tensors: Any, like: Tensor | None = None) -> bool:
 
 def _autocast_to(device: torch.device) -> torch.dtype | None:
     """What `torch.autocast` makes of the operands of products on this device; `None` where it is off."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return None
+    return torch.get_autocast_dtype(device.type) if autocasts(device) else None
 
 
 def _cast(x: Any, dtype: torch.dtype | None) -> Any:
@@ -100,15 +100,11 @@ def _scaled_dot_product_attention(
         return NotImplemented
     if k.shape[-3] != q.shape[-3] and not (enable_gqa and dims == 4):
         return NotImplemented
-    q, k, v = (linear_map(_whole_rows, x) for x in (q, k, v))
+    q, k, v = (linear_map(last_contiguous, x) for x in (q, k, v))
     if dims == 3:  # [H, L, D]: one batch row
         q, k, v = (linear_map(lambda t: t.unsqueeze(0), x) for x in (q, k, v))
     out = _attention_of_duals(q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
     return linear_map(lambda t: t.squeeze(0), out) if dims == 3 else out
-
-
-def _whole_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 @serves(F.silu)
@@ -134,7 +130,7 @@ def _layer_norm(
         return NotImplemented
     if _autocast_to(input.device) is not None and input.dtype != torch.float32:  # it may be widened
         return NotImplemented
-    return _layer_norm_of_dual(linear_map(_whole_rows, input), list(normalized_shape), weight, bias, eps)
+    return _layer_norm_of_dual(linear_map(last_contiguous, input), list(normalized_shape), weight, bias, eps)
 
 
 @serves(F.rms_norm, torch.rms_norm)
@@ -145,7 +141,7 @@ def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float 
         return NotImplemented
     if weight is None:
         weight = input.primal.new_ones(input.shape[-1])
-    return _rms_norm_of_dual(linear_map(_whole_rows, input), weight, eps)
+    return _rms_norm_of_dual(linear_map(last_contiguous, input), weight, eps)
 
 
 @serves(F.group_norm)
@@ -155,18 +151,69 @@ def _group_norm(input: Any, num_groups: int, weight: Any = None, bias: Any = Non
         return NotImplemented
     y = F.group_norm(input.primal, num_groups, weight, bias, eps)
     with torch.no_grad():
-        exact = torch.promote_types(input.dtype, torch.float32)
         groups = (input.shape[0], num_groups, -1)
-        x, x_dot = (part.reshape(groups).to(exact) for part in unpack(input) if part is not None)
-        centred = x - x.mean(-1, keepdim=True)
-        r = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-        n = centred * r
-        moved = x_dot - x_dot.mean(-1, keepdim=True)
-        n_dot = r * (moved - n * (n * moved).mean(-1, keepdim=True))
-        y_dot = n_dot.reshape(input.shape)
+        x, x_dot = (part.reshape(groups) for part in unpack(input) if part is not None)
+        _, n_dot = layer_norm.normalize(x, x_dot, eps)
+        y_dot = cast(Tensor, n_dot).reshape(input.shape)
         if weight is not None:
             y_dot = y_dot * weight.view(-1, *[1] * (y_dot.dim() - 2))
         return Dual(y, y_dot.to(y.dtype))
+
+
+# While torch.compile traces: where one operand has a tangent and another none, PyTorch's rules put symbolic
+# zeros, whose kernels (2.13) turn lengths that change into constants: every new one would compile again.
+# Arithmetic has rules of its own, without zeros: 0 · ∞ would be NaN.
+
+
+def _arithmetic(
+    y: Callable[[Any, Any], Tensor],
+    of_a: Callable[[Any, Any, Any, Tensor], Tensor],
+    of_b: Callable[[Any, Any, Any, Tensor], Tensor],
+) -> Rule:
+    """The rule of y(a, b) where one of a and b has a tangent: ẏ is of_a(ȧ, a, b, y) or of_b(ḃ, a, b, y)."""
+
+    def rule(a: Any, b: Any) -> Any:
+        (a, a_dot), (b, b_dot) = unpack(a), unpack(b)
+        if a_dot is not None and b_dot is not None:
+            return NotImplemented
+        result = y(a, b)
+        with torch.no_grad():
+            y_dot = of_b(b_dot, a, b, result) if a_dot is None else of_a(a_dot, a, b, result)
+            if y_dot.shape != result.shape:
+                y_dot = y_dot.expand_as(result).contiguous()
+            return Dual(result, y_dot.to(result.dtype))
+
+    return rule
+
+
+def _same(x_dot: Tensor, a: Any, b: Any, y: Tensor) -> Tensor:
+    return x_dot
+
+
+def _negative(x_dot: Tensor, a: Any, b: Any, y: Tensor) -> Tensor:
+    return -x_dot
+
+
+_add = _arithmetic(torch.add, _same, _same)
+_sub = _arithmetic(torch.sub, _same, _negative)
+_reflected_sub = _arithmetic(torch.rsub, _negative, _same)
+_mul = _arithmetic(torch.mul, lambda a_dot, a, b, y: a_dot * b, lambda b_dot, a, b, y: a * b_dot)
+_div = _arithmetic(torch.div, lambda a_dot, a, b, y: a_dot / b, lambda b_dot, a, b, y: -y * b_dot / b)
+_reflected_div = _arithmetic(lambda a, b: a.reciprocal() * b, lambda a_dot, a, b, y: -y * a_dot / a, _same)
+# By name: torch.compile does not find the methods that PyTorch writes in Python under themselves.
+ARITHMETIC_WHILE_COMPILING: dict[str, Rule] = {
+    **dict.fromkeys(("add", "__radd__"), _add),
+    **dict.fromkeys(("sub", "subtract"), _sub),
+    **dict.fromkeys(("rsub", "__rsub__"), _reflected_sub),
+    **dict.fromkeys(("mul", "multiply", "__rmul__"), _mul),
+    **dict.fromkeys(("div", "true_divide"), _div),
+    **dict.fromkeys(("__rdiv__", "__rtruediv__"), _reflected_div),
+}
+# These get zeros, at the price of filling them.
+ZEROS_WHILE_COMPILING = (
+    *(torch.cat, torch.concat, torch.stack, torch.hstack, torch.vstack),
+    *(torch.maximum, torch.minimum, Tensor.maximum, Tensor.minimum),
+)
 
 
 # What PyTorch's forward mode, and so torch.func.jvp, gets wrong without a word: found by
@@ -188,13 +235,13 @@ _STATISTICS = (
 _WRITES_TRUTH_VALUES = ("logical_not_", "logical_and_", "logical_or_", "logical_xor_")
 
 
-def _refuses(reason: str, *functions: Any) -> None:
+def _refuses(reason: str, function: Any) -> None:
     """Registers a rule that raises wherever an argument carries a tangent."""
 
     def rule(*args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"imf_kernels.jvp: {reason}")
 
-    serves(*(f for f in functions if f is not None))(rule)
+    serves(function)(rule)
 
 
 def _named(module: Any, *names: str) -> Iterator[tuple[str, Any]]:

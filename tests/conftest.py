@@ -71,9 +71,20 @@ def _exists(item):
     if backend == "triton":
         return has_triton(operation) and not (large and not ON_GPU) and _takes(case, dtype, backend)
     if backend == "cuda":
-        emulated = not (large or operation == "scaled_dot_product_attention")
+        if operation == "scaled_dot_product_attention":
+            return _hopper_takes(case, dtype)
+        emulated = not large
         return _has("cuda", operation) and (CUDA_ON_GPU or emulated) and _takes(case, dtype, backend)
     return _takes(case, dtype, backend)
+
+
+def _hopper_takes(case, dtype):
+    """Of attention's cases those of its kernel for Hopper, which is emulated by tests of its own."""
+    if not CUDA_ON_GPU or torch.cuda.get_device_capability() != (9, 0) or case is None:
+        return False
+    widths = {x.shape[3] for name, x in case.inputs.items() if name != "attn_mask"}
+    plain = "attn_mask" not in case.inputs and "is_causal" not in case.options
+    return plain and dtype in (torch.bfloat16, torch.float16) and all(w % 8 == 0 and w <= 128 for w in widths)
 
 
 def has_triton(operation):

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imf.convert import from_flax
 from imf.model import IMF, IMFConfig, build
+from imf.names import from_flax
 from imf.objective import Draws
 
 GOLDEN = Path(__file__).parent / "golden"

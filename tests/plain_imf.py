@@ -9,6 +9,7 @@ the official checkpoints.
 Source: "Improved Mean Flows", arXiv 2512.02012, and its official JAX program.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -179,6 +180,12 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.norm(x))
+
+
+def plain(config: Any) -> "PlainIMF":
+    """The network of the sizes in an `imf.model.IMFConfig`."""
+    names = inspect.signature(PlainIMF.__init__).parameters
+    return PlainIMF(**{name: getattr(config, name) for name in names if name != "self"})
 
 
 class PlainIMF(nn.Module):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_run import NETWORK, config, differing, one_thread, state_and_data, tensors
+from tiny_run import ALONE, NETWORK, config, differing, one_thread, state_and_data, tensors
 
 from imf import checkpoint, train
 from imf.checkpoint import CheckpointError
@@ -35,9 +35,9 @@ def read(path, state):
 
 @pytest.fixture
 def trained():
-    state, images, c = state_and_data()
+    state, batches, c = state_and_data()
     for _ in range(3):
-        train.training_step(state, images, c)
+        train.training_step(state, batches, c, ALONE)
     return state
 
 
@@ -77,10 +77,10 @@ def test_the_metadata_say_what_the_run_is(trained, path):
 def test_restored_tensors_do_not_lie_in_the_file(trained, path):
     write(path, trained)
     kept = path.read_bytes()
-    fresh, images, c = state_and_data(seed=1)
+    fresh, batches, c = state_and_data(seed=1)
     read(path, fresh)
     for _ in range(2):
-        train.training_step(fresh, images, c)
+        train.training_step(fresh, batches, c, ALONE)
     assert path.read_bytes() == kept
 
 

@@ -90,7 +90,7 @@ def test_wrong_devices_are_named(device, message, tmp_path, capsys):
 
 def test_a_network_for_other_images_is_refused(tmp_path):
     network = dataclasses.replace(config().network, in_channels=4)
-    with pytest.raises(TrainingError, match=r"must be \(1, 8, 10\) for the digits, got \(4, 8, 10\)"):
+    with pytest.raises(TrainingError, match=r"must be \(1, 8, 8, 10\) for the data digits, got \(4, 8, 8"):
         train.begin(config(runs=str(tmp_path), network=network))
     assert not list(tmp_path.iterdir())
 
@@ -98,6 +98,7 @@ def test_a_network_for_other_images_is_refused(tmp_path):
 def test_runs_get_folders_of_their_own(tmp_path):
     names = [create_folder(config(runs=str(tmp_path / "runs"))).name for _ in range(3)]
     assert names == ["digits", "digits-2", "digits-3"]
+    assert create_folder(config(runs=str(tmp_path), data="/data/latents/")) == tmp_path / "latents"
     mine = create_folder(config(runs=str(tmp_path / "runs"), name="mine"))
     (mine / "metrics.jsonl").write_text("kept")
     with pytest.raises(TrainingError, match=f"--resume {mine}, or choose another --name"):

@@ -1,114 +1,228 @@
-"""Official weights by name."""
+"""The command `python -m imf.convert`: official checkpoints in every form, in and out."""
+
+import json
+import pickle
+import sys
+import zipfile
 
 import golden_imf
 import numpy as np
-import plain_imf
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_evaluation import Means, autoencoder, script
 
-from imf.convert import from_flax, from_official
-from imf.model import build
+from imf import convert, evaluate, sample
+from imf.checkpoint import CheckpointError, load_network
+from imf.model import PRESETS
+from imf.names import from_flax, to_official
+from imf.presets import PRESETS as SETTINGS
 
 CONFIG = golden_imf.config()
+OURS = from_flax(golden_imf.weights())
+OFFICIAL = to_official(OURS, CONFIG)
+SAMPLING = {name: x for name, x in OFFICIAL.items() if not name.startswith("net.v_heads.")}
 
 
-def official_state() -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    c = CONFIG
-    network = plain_imf.PlainIMF(
-        c.input_size, c.patch_size, c.in_channels, c.hidden_size, c.depth, c.num_heads, c.aux_head_depth,
-        c.mlp_ratio, c.num_classes,
-    )  # fmt: skip
-    return network.state_dict()
+def run(*arguments):
+    return convert.main([str(a) for a in arguments])
 
 
-def test_every_official_weight_goes_somewhere_unchanged():
-    state = official_state()
-    converted = from_official(state)
-    assert sum(x.numel() for x in converted.values()) == sum(x.numel() for x in state.values())
-    assert torch.equal(
-        converted["shared_blocks.1.qkv"][64:128], state["shared_blocks.1.attn.k_proj._flax_linear.weight"]
-    )
-    assert torch.equal(converted["u_blocks.0.gate_up"][170:], state["u_heads.0.mlp.w3._flax_linear.weight"])
-
-
-def test_sampling_weights_lack_the_v_blocks():
-    state = {name: x for name, x in official_state().items() if not name.startswith("v_heads.")}
-    missing, unexpected = build(CONFIG).load_state_dict(from_official(state), strict=False)
-    assert not unexpected
-    assert missing and all(name.startswith("v_blocks.") for name in missing)
-
-
-@pytest.mark.parametrize("prefix", ["", "net/", "params/net/"])
-def test_flax_paths_with_and_without_their_roots(prefix):
-    arrays = {prefix + name.removeprefix("net/"): x for name, x in golden_imf.weights().items()}
-    build(CONFIG).load_state_dict(from_flax(arrays))
-
-
-def test_flax_trees_as_flax_gives_them():
-    tree = {}
-    for path, array in golden_imf.weights().items():
-        *parts, last = ("params/" + path).split("/")
-        branch = tree
+def tree(arrays):
+    """Arrays by path -> nested, as Flax has them."""
+    result = {}
+    for path, array in arrays.items():
+        *parts, last = path.split("/")
+        branch = result
         for part in parts:
             branch = branch.setdefault(part, {})
         branch[last] = array
-    expected = from_flax(golden_imf.weights())
-    got = from_flax(tree)
-    assert got.keys() == expected.keys()
-    assert all(torch.equal(got[name], expected[name]) for name in got)
+    return result
 
 
-def test_bfloat16_arrays_keep_their_bits():
-    ml_dtypes = pytest.importorskip("ml_dtypes")
-    arrays = {name: x.astype(ml_dtypes.bfloat16) for name, x in golden_imf.weights().items()}
-    got, expected = from_flax(arrays), from_flax(golden_imf.weights())
-    assert all(torch.equal(got[name], expected[name].bfloat16()) for name in expected)
+def state(average=2.0):
+    """A training state of the official JAX program; the average is told by a factor."""
+    weights = golden_imf.weights()
+    ema = {path: x * np.float32(average) for path, x in weights.items()}
+    moments = [{"count": np.zeros((), np.int32), "mu": tree(weights)}, {}]
+    return {"step": 11, "params": tree(weights), "ema_params": tree(ema), "opt_state": moments}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "pos_embed",
-        "u_heads.0.attn.bias",
-        "h_embedder.mlp.0.bogus",
-        "x_embedder.proj.",
-        "y_embedder.embedding_table.bias",
-        "more.class_tokens",
-    ],
-)
-def test_foreign_weights_are_named(name):
-    with pytest.raises(KeyError, match=rf"from_official: '{name}' is no weight of the official iMF network"):
-        from_official({**official_state(), name: torch.zeros(1)})
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_pytorch_checkpoints_in_and_out(tmp_path, capsys, suffix):
+    source, ours, back = tmp_path / f"in{suffix}", tmp_path / "ours.safetensors", tmp_path / f"back{suffix}"
+    torch.save(SAMPLING, source) if suffix == ".pth" else save_file(SAMPLING, source)
+    assert run(source, ours, "--input-size", CONFIG.input_size) == 0
+    assert "for sampling: without the v-head" in capsys.readouterr().out
+    network, metadata = load_network(ours)
+    assert network.config == CONFIG and metadata.step == 0
+    assert all(torch.equal(x, OURS[name]) for name, x in network.state_dict().items())
 
+    assert run(ours, back, "--to", "official") == 0
+    found = torch.load(back, weights_only=True) if suffix == ".pth" else load_file(back)
+    assert found.keys() == SAMPLING.keys()
+    assert all(torch.equal(found[name], x) for name, x in SAMPLING.items())
 
-def test_foreign_arrays_are_named_by_their_path():
-    path = "net/h_embedder/mlp/layers_0/bogus"
-    with pytest.raises(KeyError, match=rf"from_flax: '{path}' is no weight of the official iMF network"):
-        from_flax({**golden_imf.weights(), path: np.zeros(1)})
-    with pytest.raises(TypeError, match=r"from_flax: 'net/class_tokens' must be an array .* got a str"):
-        from_flax({"net": {"class_tokens": "many"}})
-
-
-@pytest.mark.parametrize(
-    "part", ["attn.k_proj._flax_linear.weight", "mlp.w3._flax_linear.weight", "norm1.weight", "attn_scale"]
-)
-def test_what_a_block_lacks_is_named(part):
-    state = official_state()
-    del state[f"u_heads.0.{part}"]
-    with pytest.raises(KeyError, match=rf"u_heads\.0 lacks {part.replace('._flax_linear', '')}"):
-        from_official(state)
-
-
-def test_values_that_are_no_weights_are_refused():
-    state = official_state()
-    name = "u_heads.0.attn.k_proj._flax_linear.weight"
+    z, y = torch.randn(2, 4, 8, 8), torch.tensor([0, 3])
+    assert sample.sample(network, z, y).shape == z.shape
     with pytest.raises(
-        ValueError, match=r"attn\.v_proj\.weight of u_heads\.0 must have one shape, got .*\[3, 64\]"
+        CheckpointError, match="the v-head was asked of a network whose weights are for sampling"
     ):
-        from_official({**state, name: torch.zeros(3, 64)})
-    with pytest.raises(TypeError, match=rf"from_official: '{name}' must be a tensor, got a ndarray"):
-        from_official({**state, name: np.zeros((64, 64))})
-    for function in (from_official, from_flax):
-        with pytest.raises(ValueError, match=f"{function.__name__}: wanted the weights .* got none"):
-            function({})
+        network(z, *torch.ones(4, 2), y, heads="v")
+    with pytest.raises(CheckpointError, match="there are no 'model' weights in it"):
+        load_network(ours, "model")
+    assert run(ours, tmp_path / "v.pth", "--to", "official", "--v-head") == 1
+    assert "--v-head: there is none" in capsys.readouterr().err
+
+
+def test_training_weights_keep_their_v_head(tmp_path):
+    source, ours, back = (tmp_path / name for name in ("in.pth", "ours.safetensors", "back.pth"))
+    torch.save(OFFICIAL, source)
+    assert run(source, ours, "--input-size", 8) == 0
+    assert run(ours, back, "--to", "official", "--v-head") == 0
+    found = torch.load(back, weights_only=True)
+    assert found.keys() == OFFICIAL.keys()
+    assert all(torch.equal(found[name], x) for name, x in OFFICIAL.items())
+
+
+def write_orbax(folder):
+    pytest.importorskip(
+        "orbax.checkpoint", reason="orbax-checkpoint is not installed"
+    ).PyTreeCheckpointer().save(folder.absolute() / "checkpoint_11", state())
+
+
+def write_flax(folder):
+    serialization = pytest.importorskip("flax.serialization", reason="flax is not installed")
+    folder.mkdir()
+    (folder / "checkpoint_9").write_bytes(b"an older one")
+    (folder / "checkpoint_11").write_bytes(
+        serialization.msgpack_serialize(serialization.to_state_dict(state()))
+    )
+
+
+def write_old_orbax(folder):
+    """Before 2024: one file with all arrays."""
+    write_flax(folder)
+    (folder / "checkpoint_11").rename(folder / "checkpoint")
+    (folder / "checkpoint_11").mkdir()
+    (folder / "checkpoint").rename(folder / "checkpoint_11" / "checkpoint")
+
+
+@pytest.mark.parametrize("write", [write_orbax, write_flax, write_old_orbax])
+def test_jax_checkpoints(tmp_path, capsys, write):
+    folder, ours = tmp_path / "iMF", tmp_path / "ours.safetensors"
+    write(folder)
+    assert run(folder, ours, "--input-size", 8) == 0
+    assert "(ema and model), step 11" in capsys.readouterr().out
+    for kind, factor in (("model", 1), ("ema", 2)):
+        network, metadata = load_network(ours, kind)
+        assert metadata.step == 11
+        assert all(torch.equal(x, OURS[name] * factor) for name, x in network.state_dict().items())
+
+    with zipfile.ZipFile(tmp_path / "iMF.zip", "w") as archive:
+        for path in folder.rglob("*"):
+            archive.write(path, path.relative_to(tmp_path))
+    one = tmp_path / "one.safetensors"
+    assert run(tmp_path / "iMF.zip", one, "--input-size", 8, "--weights", "model") == 0
+    assert all(name.startswith("model.") for name in load_file(one))
+    assert {path.name for path in tmp_path.iterdir()} == {"iMF", "iMF.zip", ours.name, one.name}
+
+
+def test_mean_flow_checkpoints(tmp_path, capsys):
+    serialization = pytest.importorskip("flax.serialization", reason="flax is not installed")
+    with np.load(golden_imf.GOLDEN / "mf_tiny.npz") as file:
+        weights = {
+            name.removeprefix("param:"): file[name] for name in file.files if name.startswith("param:")
+        }
+    source, ours = tmp_path / "checkpoint_3", tmp_path / "ours.safetensors"
+    source.write_bytes(serialization.msgpack_serialize({"ema_params": tree(weights), "step": 3}))
+    assert run(source, ours, "--input-size", 8) == 1
+    assert "--num-heads) of an MF network of width 64 is not known" in capsys.readouterr().err
+    assert run(source, ours, "--input-size", 8, "--num-heads", 1) == 0
+    network, metadata = load_network(ours)
+    assert network.config.block == "plain" and metadata.config.method == "mf"
+    assert sample.sample(network, torch.randn(2, 4, 8, 8), torch.tensor([0, 3])).shape == (2, 4, 8, 8)
+    assert run(ours, tmp_path / "back.pth", "--to", "official") == 1
+    assert "has iMF's own networks alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_presets_network_comes_with_its_settings(name):
+    found, settings = convert._settings(PRESETS[name])
+    assert found == name and settings == SETTINGS[name] and settings.network == PRESETS[name]
+
+
+@pytest.mark.slow
+def test_from_an_official_checkpoint_to_figures(tmp_path):
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    vae, extractor = autoencoder(tmp_path / "vae"), script(Means(), tmp_path / "means.pt")
+    source, ours, back = (tmp_path / name for name in ("iMF.pth", "ours.safetensors", "back.pth"))
+    torch.save(SAMPLING, source)
+    more = ["--checkpoint", ours, "--vae", vae, "--omega", 2, "--interval", 0.2, 0.8]
+    assert run(source, ours, "--input-size", 8) == 0
+    assert sample.main([str(a) for a in (*more, "--out", tmp_path / "grid.png", "--classes", 1, 7)]) == 0
+    side = 2 * 16 + 4  # images of 16 x 16, drawn twice as large
+    assert Image.open(tmp_path / "grid.png").size == (20 + 10 * side + 4, 2 * side + 4)
+    judge = ["--extractor", extractor, "--reference", tmp_path / "digits.npz", "--out", tmp_path / "out"]
+    statistics = ["--make-statistics", "digits", tmp_path / "digits.npz", "--extractor", extractor]
+    assert evaluate.main([str(a) for a in statistics]) == 0
+    samples = ["--samples-dir", tmp_path / "samples", "--count", 20, "--device", "cpu"]
+    assert evaluate.main([str(a) for a in (*more, *judge, *samples)]) == 0
+    (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert row["fid"] > 0 and row["inception_score"] >= 1 and row["omega"] == 2
+    assert run(ours, back, "--to", "official") == 0
+    found = torch.load(back, weights_only=True)
+    assert found.keys() == SAMPLING.keys() and all(torch.equal(found[n], x) for n, x in SAMPLING.items())
+
+
+class Bomb:
+    def __reduce__(self):
+        return (open, ("exploded", "w"))
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(Bomb(), protocol=2))
+    torch.save({"x": Bomb()}, tmp_path / "bomb.pth")
+    torch.save({"model": OFFICIAL}, tmp_path / "nested.pth")
+    torch.save({**SAMPLING, "net.pos_embed": torch.zeros(1)}, tmp_path / "foreign.pth")
+    torch.save({n: x for n, x in SAMPLING.items() if "u_final_layer.norm" not in n}, tmp_path / "lacks.pth")
+    torch.save({n: x for n, x in SAMPLING.items() if "x_embedder" not in n}, tmp_path / "shapeless.pth")
+    save_file(SAMPLING, tmp_path / "cut.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:-9])
+    (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04")
+    (tmp_path / "empty").mkdir()
+    for name, message in {
+        "none.pth": "no such file or folder",
+        "pickle.pth": "no file of plain tensors",
+        "bomb.pth": "nothing else is unpickled",
+        "nested.pth": "wanted tensors by name, got model: dict",
+        "foreign.pth": "'net.pos_embed' is no weight of the official iMF network",
+        "lacks.pth": "u_final.norm: wanted [64], got none",
+        "shapeless.pth": "no weights of an official iMF or MF network",
+        "cut.safetensors": "no file of plain tensors",
+        "cut.zip": "could not be unpacked",
+        "empty": "wanted checkpoint_<step> in it, got nothing",
+    }.items():
+        assert run(tmp_path / name, tmp_path / "out.safetensors", "--input-size", 8) == 1, name
+        assert message in capsys.readouterr().err, name
+    assert not (tmp_path / "exploded").exists() and not (tmp_path / "out.safetensors").exists()
+    assert run(tmp_path / "lacks.pth", tmp_path / "o.safetensors", "--weights", "model") == 1
+    assert "there are ema in" in capsys.readouterr().err
+
+
+def test_an_existing_file_is_kept_and_jax_is_asked_for(tmp_path, capsys, monkeypatch):
+    for out, message in (("there.safetensors", "exists already"), ("out.pth", "must end in .safetensors")):
+        (tmp_path / "there.safetensors").touch()
+        with pytest.raises(SystemExit):
+            run(tmp_path / "x.pth", tmp_path / out)
+        assert message in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "flax.serialization", None)
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    (tmp_path / "checkpoint_1").touch()
+    (tmp_path / "orbax").mkdir()
+    (tmp_path / "orbax" / "_METADATA").touch()
+    for source in ("checkpoint_1", "orbax"):
+        assert run(tmp_path / source, tmp_path / "out.safetensors") == 1
+        assert "pip install 'imf-kernels[jax]'" in capsys.readouterr().err

@@ -17,7 +17,7 @@ def test_digits():
 
 
 def test_unknown_data_set_is_named():
-    with pytest.raises(ValueError, match="'digits', got 'cats'"):
+    with pytest.raises(data.DataError, match=r"^cats: no such folder; a data set is 'digits' or"):
         data.load("cats")
 
 

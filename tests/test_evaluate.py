@@ -1,115 +1,228 @@
-"""Evaluation: the Fréchet distance against closed forms, balanced samples, the classifier, the table."""
+"""The command `python -m imf.evaluate`: figures, grids, going on, processes, and what it refuses."""
+
+import dataclasses
+import json
+import multiprocessing
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_run
 import torch
-from torch import nn
+from tiny_evaluation import LATENTS, Means, autoencoder, network_file, script
 
-from imf import data, evaluate
-from imf.config import DIGITS_NETWORK
+from imf import evaluate, fid, figures, generate
+from imf.layers import IMFConfig
 
-
-class Oracle(nn.Module):
-    """Velocity from noise towards a given image of the class: one step of any size lands on it exactly."""
-
-    config = DIGITS_NETWORK
-
-    def __init__(self, images):
-        super().__init__()
-        self.images = nn.Parameter(images, requires_grad=False)
-
-    def forward(self, z, h, omega, t_min, t_max, y, heads="uv"):
-        assert heads == "u"
-        return (z - self.images[y]) / h[:, None, None, None]  # right in one step, from t = 1 to 0
+IMAGES = IMFConfig(
+    input_size=4, patch_size=2, in_channels=3, hidden_size=16, depth=2, num_heads=1, aux_head_depth=1,
+    num_classes=5,
+)  # fmt: skip
 
 
-def with_moments(count, mean, factor, generator):
-    """Rows whose sample mean and covariance are exactly `mean` and factor @ factor.T."""
-    x = torch.randn(count, len(factor.T), generator=generator, dtype=torch.float64)
-    x -= x.mean(0)
-    x = torch.linalg.solve_triangular(torch.linalg.cholesky(x.T.cov(), upper=True), x, upper=True, left=False)
-    return x @ factor.T + mean
+one_thread = pytest.fixture(scope="module", autouse=True)(tiny_run.one_thread)
 
 
-def test_frechet_distance_of_gaussians_whose_covariances_commute():
-    # |m1 - m2|^2 + sum (s1 - s2)^2 for equal eigenvectors with standard deviations s1 and s2.
-    g = torch.Generator().manual_seed(0)
-    rotation = torch.linalg.qr(torch.randn(6, 6, generator=g, dtype=torch.float64)).Q
-    s1 = torch.tensor([3.0, 2.0, 1.0, 0.5, 0.1, 0.0], dtype=torch.float64)
-    s2 = torch.tensor([1.0, 2.5, 0.0, 0.5, 0.7, 0.0], dtype=torch.float64)
-    m1, m2 = torch.randn(2, 6, generator=g, dtype=torch.float64)
-    a = with_moments(40, m1, rotation * s1, g)
-    b = with_moments(50, m2, rotation * s2, g)
-    exact = ((m1 - m2).square().sum() + (s1 - s2).square().sum()).item()
-    assert evaluate.frechet_distance(a, b) == pytest.approx(exact, abs=1e-6)
-    assert evaluate.frechet_distance(b, a) == pytest.approx(exact, abs=1e-6)
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A network of images, an extractor, a reference."""
+    folder = tmp_path_factory.mktemp("files")
+    network_file(folder / "network.safetensors", IMAGES)
+    script(Means(), folder / "means.pt")
+    x = torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
+    fid.of_rows(x).save(folder / "reference.npz")
+    return folder
 
 
-def test_frechet_distance_of_two_dimensional_gaussians_that_do_not_commute():
-    # For 2 x 2 matrices tr M^(1/2) = sqrt(tr M + 2 sqrt(det M)), here with M = A B.
-    g = torch.Generator().manual_seed(1)
-    f1, f2 = torch.randn(2, 2, 2, generator=g, dtype=torch.float64)
-    m = torch.zeros(2, dtype=torch.float64)
-    c1, c2 = f1 @ f1.T, f2 @ f2.T
-    cross = (torch.trace(c1 @ c2) + 2 * torch.linalg.det(c1 @ c2).sqrt()).sqrt()
-    exact = (torch.trace(c1) + torch.trace(c2) - 2 * cross).item()
-    got = evaluate.frechet_distance(with_moments(30, m, f1, g), with_moments(30, m, f2, g))
-    assert got == pytest.approx(exact, rel=1e-6)
+def run(files, tmp_path, *more, reference=True, checkpoint=True):
+    arguments = ["--extractor", files / "means.pt", "--out", tmp_path / "out", "--device", "cpu"]
+    arguments += ["--batch-size", 6]
+    arguments += ["--count", 20, "--checkpoint", files / "network.safetensors"] if checkpoint else []
+    arguments += ["--reference", files / "reference.npz"] if reference else []
+    status = evaluate.main([str(a) for a in (*arguments, *more)])
+    path = tmp_path / "out" / "results.json"
+    return status, json.loads(path.read_text()) if path.exists() else None
 
 
-def test_frechet_distance_to_itself_is_zero_though_pixels_are_constant():
-    images = data.load("digits").images
-    assert (
-        images.flatten(1).std(0) == 0
-    ).any()  # singular covariance: the case that a plain square root fails
-    assert evaluate.frechet_distance(images, images) < 1e-6
-    moved = images + 0.5
-    assert evaluate.frechet_distance(images, moved) == pytest.approx(64 * 0.25, abs=1e-6)
+def test_figures_are_those_of_the_images_on_disk(files, tmp_path, capsys):
+    status, results = run(files, tmp_path, "--samples-dir", tmp_path / "samples")
+    assert status == 0
+    (row,) = results["rows"]
+    folder = tmp_path / "samples" / "steps-1_omega-2_interval-0.1-0.9"  # the file's own guidance
+    images = torch.cat(list(generate.read_images(generate.image_files(folder))))
+    assert images.shape == (20, 3, 4, 4)
+    means = images.float().mean((2, 3)) / 255
+    expected = fid.frechet_distance(fid.of_rows(means), fid.load_statistics(files / "reference.npz"))
+    assert row["fid"] == pytest.approx(expected, rel=1e-6) and row["fid"] > 0
+    assert row["inception_score"] == pytest.approx(fid.inception_score(means * 2)[0], rel=1e-6)
+    assert (row["steps"], row["omega"], row["t_min"], row["t_max"]) == (1, 2.0, 0.1, 0.9)
+    line = capsys.readouterr().out.splitlines()[1].split()
+    assert line[:6] == ["1", "2", "[0.1,", "0.9]", "20", f"{row['fid']:.3f}"]
+
+    # The same images, found.
+    status, found = run(files, tmp_path / "again", "--samples-dir", folder, checkpoint=False)
+    assert status == 0 and found["rows"][0]["fid"] == row["fid"] and found["rows"][0]["omega"] is None
 
 
-def test_halves_of_the_digits():
-    images = data.load("digits").images
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    assert evaluate.frechet_distance(images[order[:898]], images[order[898:]]) == pytest.approx(0.3, abs=0.05)
-    assert evaluate.frechet_distance(images[:898], images[898:]) == pytest.approx(1.2, abs=0.05)
+def test_a_grid_with_a_plot_goes_on_where_it_stopped(files, tmp_path, monkeypatch, capsys):
+    grid = ["--omega", 1, 4, "--interval", 0, 1, "--interval", 0.4, 0.6, "--steps", 1, 2]
+    real, calls = figures.figures, []
+
+    def stops(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise OSError(28, "No space left on device")
+        return real(*args)
+
+    monkeypatch.setattr(evaluate, "figures", stops)
+    status, results = run(files, tmp_path, *grid)
+    assert status == 1 and len(results["rows"]) == 3
+    assert "No space left" in capsys.readouterr().err
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    status, results = run(files, tmp_path, *grid, "--plot", tmp_path / "plot.png")
+    assert status == 0 and len(calls) == 4 + 5  # those that were there are not made again
+    settings = [(r["steps"], r["t_min"], r["omega"]) for r in results["rows"]]
+    assert settings == [(n, low, w) for n in (1, 2) for low in (0.0, 0.4) for w in (1.0, 4.0)]
+    assert len({r["fid"] for r in results["rows"]}) == 8
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 8 + 2
+
+    status, _ = run(files, tmp_path, "--seed", 1)
+    assert status == 1 and "seed 0 (not 1); choose another --out" in capsys.readouterr().err
 
 
-def test_frechet_distance_refuses():
-    x = torch.zeros(4, 3)
-    with pytest.raises(ValueError, match=r"got \[4, 3\] and \[4, 2\]"):
-        evaluate.frechet_distance(x, torch.zeros(4, 2))
-    with pytest.raises(ValueError, match="N, M >= 2"):
-        evaluate.frechet_distance(x, x[:1])
-    with pytest.raises(ValueError, match="finite"):
-        evaluate.frechet_distance(x, torch.full((4, 3), float("nan")))
+def test_statistics_of_a_folder_and_of_the_digits(files, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    images = torch.randint(0, 256, (11, 3, 5, 5), dtype=torch.uint8)
+    for i, image in enumerate(images):
+        generate.write_png(folder / f"{i}.png", image)
+    out = tmp_path / "out.npz"
+    command = ["--extractor", str(files / "means.pt"), "--device", "cpu", "--make-statistics"]
+    assert evaluate.main([*command, str(folder), str(out)]) == 0
+    got, expected = fid.load_statistics(out), fid.of_rows(images.float().mean((2, 3)) / 255)
+    np.testing.assert_allclose(got.covariance, expected.covariance, rtol=1e-5, atol=1e-9)
+    status, results = run(files, tmp_path, "--reference", folder, reference=False)
+    _, same = run(files, tmp_path / "same", "--reference", out, reference=False)
+    assert status == 0 and results["rows"][0]["fid"] == pytest.approx(same["rows"][0]["fid"], rel=1e-6)
+    assert evaluate.main([*command, "digits", str(out)]) == 0
+    assert fid.load_statistics(out).mean == pytest.approx(4.884 / 16, abs=0.002)  # of scikit-learn's pixels
 
 
-def test_samples_are_balanced_and_do_not_depend_on_the_batch_size():
-    model = Oracle(data.load("digits").images[:10])
-    samples, labels = evaluate.class_balanced_samples(model, 50, seed=4, batch_size=50)
-    assert samples.shape == (50, 1, 8, 8) and labels.bincount().tolist() == [5] * 10
-    torch.testing.assert_close(samples, model.images[labels], atol=1e-5, rtol=0)
-    again, _ = evaluate.class_balanced_samples(model, 50, seed=4, batch_size=7)
-    torch.testing.assert_close(again, samples, atol=1e-6, rtol=0)
-    with pytest.raises(ValueError, match="multiple of the 10 classes, got 55"):
-        evaluate.class_balanced_samples(model, 55)
+def test_latents_are_decoded(files, tmp_path):
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    network_file(tmp_path / "latents.safetensors", LATENTS)
+    vae = autoencoder(tmp_path / "vae")
+    more = ["--checkpoint", tmp_path / "latents.safetensors", "--vae", vae, "--samples-dir", tmp_path / "s"]
+    status, results = run(files, tmp_path, *more)
+    assert status == 0 and results["settings"]["vae"]
+    (image, *_) = generate.image_files(tmp_path / "s")
+    assert next(generate.read_images([image])).shape == (1, 3, 8, 8)
 
 
-def test_svc_accuracy_counts_right_labels():
-    digits = data.load("digits")
-    assert evaluate.svc_accuracy(digits, digits.images, digits.labels) > 0.99
-    swapped = digits.labels.clone()
-    swapped[: len(swapped) // 2] = (swapped[: len(swapped) // 2] + 1) % 10
-    assert evaluate.svc_accuracy(digits, digits.images, swapped) == pytest.approx(0.5, abs=0.01)
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--count", 21], "count must be a positive multiple of the 5 classes"),
+        (["--checkpoint", "nowhere"], "nowhere: no such file or folder"),
+        (["--extractor", "nothing.pt"], r"nothing\.pt: no such file"),
+        (["--reference", "nothing"], "nothing: no such file or folder; wanted statistics"),
+        (["--reference", "nothing.npz"], r"nothing\.npz: no such file"),
+        (["--vae", "nowhere"], "the network makes images already"),
+        (["--omega", 0.5], "omega .* must be at least 1, got 0.5"),
+        (["--extractor", "pixels"], r"features must be \[B, 3\] .* got \[6, 48\]: of another extractor"),
+        (["--device", "tpu"], "--device must be"),
+    ],
+)
+def test_what_does_not_fit_is_said(files, tmp_path, capsys, more, message):
+    status, results = run(files, tmp_path, *more)
+    assert status == 1 and not results
+    assert re.search(f"imf.evaluate: .*{message}", capsys.readouterr().err)
 
 
-def test_the_table_holds_what_was_measured():
-    digits = data.load("digits")
-    model = Oracle(digits.images[:10])
-    scores = evaluate.evaluate(model, digits, steps=(1,), count=100, seed=0)
-    samples, _ = evaluate.class_balanced_samples(model, 100, seed=0)
-    assert scores[0].steps == 1 and scores[0].svc_accuracy == 1.0
-    assert scores[0].frechet_distance == pytest.approx(evaluate.frechet_distance(digits.images, samples))
-    row = evaluate.table(scores).splitlines()[1].split()
-    assert row == ["1", f"{scores[0].frechet_distance:.3f}", "1.000"]
-    assert np.isfinite(scores[0].frechet_distance)
+def test_original_mean_flows_have_no_guidance_to_choose(files, tmp_path, capsys):
+    form = {"conditioning": "adaln", "block": "plain", "omega_input": False, "interval_input": False}
+    config = dataclasses.replace(IMAGES, aux_head_depth=0, **form)
+    network_file(tmp_path / "mf.safetensors", config, method="mf")
+    more = ["--checkpoint", tmp_path / "mf.safetensors"]
+    status, results = run(files, tmp_path, *more)
+    assert status == 0 and results["rows"][0]["omega"] == 1 and results["rows"][0]["fid"] > 0
+    status, _ = run(files, tmp_path, *more, "--omega", 1, 2)
+    assert status == 1 and "omega must be 1, it is no input of this network, got 2" in capsys.readouterr().err
+
+
+def test_broken_images_are_named(files, tmp_path, capsys):
+    for i in range(3):
+        generate.write_png(tmp_path / f"{i}.png", torch.zeros(3, 4, 4, dtype=torch.uint8))
+    (tmp_path / "1.png").write_bytes(b"")
+    status, results = run(files, tmp_path, "--samples-dir", tmp_path, checkpoint=False)
+    assert status == 1 and not results
+    assert re.search(r"1 of 3 images cannot be read: .*1\.png", capsys.readouterr().err)
+    status, _ = run(files, tmp_path, "--samples-dir", tmp_path, "--count", 4, checkpoint=False)
+    assert status == 1 and "wanted 4 images (--count), found 3" in capsys.readouterr().err
+
+
+def judge(arguments):
+    sys.exit(evaluate.main(arguments))
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_an_evaluation_goes_on(files, tmp_path):
+    grid = ["--omega", 1, 4, "--steps", 1, 2, "--count", 200]
+    arguments = ["--checkpoint", files / "network.safetensors", "--extractor", files / "means.pt", *grid]
+    arguments += ["--reference", files / "reference.npz", "--batch-size", 3, "--device", "cpu"]
+    chance, context = random.Random(0), multiprocessing.get_context("fork")
+    where = [str(a) for a in (*arguments, "--samples-dir", tmp_path / "s", "--out", tmp_path / "out")]
+    made = []
+    for _ in range(20):
+        child = context.Process(target=judge, args=(where,))
+        child.start()
+        time.sleep(chance.uniform(0, 1.5))
+        child.kill()
+        child.join()
+        made.append(len(generate.image_files(tmp_path / "s")))
+    assert any(0 < count < 800 for count in made), made  # not all before the first sample or after the last
+    assert evaluate.main(where) == 0
+    whole = [str(a) for a in (*arguments, "--out", tmp_path / "whole")]
+    assert evaluate.main(whole) == 0
+    files_of = (tmp_path / name / "results.json" for name in ("out", "whole"))
+    tables = [json.loads(path.read_text())["rows"] for path in files_of]
+    got, expected = ([(r["steps"], r["omega"], r["fid"], r["inception_score"]) for r in t] for t in tables)
+    assert got == expected and len(got) == 4
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_samples_of_one(files, tmp_path):
+    found = []
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        arguments = ["--checkpoint", files / "network.safetensors", "--extractor", files / "means.pt"]
+        arguments += [
+            "--reference",
+            files / "reference.npz",
+            "--count",
+            25,
+            "--omega",
+            1,
+            2,
+            "--device",
+            "cpu",
+        ]
+        arguments += ["--samples-dir", folder / "samples", "--out", folder]
+        arguments += ["--device", "cpu"]
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        command = [sys.executable, *launch, "-m", "imf.evaluate", *map(str, arguments)]
+        subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, timeout=300)
+        found.append((folder, json.loads((folder / "results.json").read_text())))
+    (one, first), (two, second) = found
+    assert len(first["rows"]) == 2
+    for a, b in zip(first["rows"], second["rows"], strict=True):
+        assert a["fid"] == pytest.approx(b["fid"], rel=1e-9)
+        assert a["inception_score"] == pytest.approx(b["inception_score"], rel=1e-9)
+    for path in generate.image_files(one / "samples"):
+        assert path.read_bytes() == (two / path.relative_to(one)).read_bytes()

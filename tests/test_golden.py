@@ -4,7 +4,7 @@ import golden_imf
 import pytest
 import torch
 
-from imf.convert import from_flax
+from imf.names import from_flax
 from imf.objective import improved_mean_flow, improved_mean_flow_plain
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_jvp import FUNCTIONS, X_DOT, Block, X, masks
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import imf_kernels as ik
 
@@ -40,3 +41,25 @@ def test_calls_keep_their_meaning(function):
     )(X, X_DOT)
     torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(y_dot, wanted_dot, rtol=1e-4, atol=1e-5)
+
+
+def arithmetic(x):
+    """One operand with a tangent beside one without: numbers, a row, a tensor of x's shape."""
+    row = torch.linspace(-1, 1, x.shape[-1])
+    y = 1 - x * row + 2 / (x * x + 1) + (row - x) / 3 - row / (x * x + 2)
+    y = torch.maximum(y, row.expand_as(y)) + (1 + x) * 0.5
+    return torch.cat([row.expand_as(y[:, :1]), y, torch.stack([y, row.expand_as(y)]).sum(0)], 1)
+
+
+@pytest.mark.parametrize("function", [Block(), arithmetic], ids=["block", "arithmetic"])
+def test_lengths_that_change_compile_twice_at_most(function):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda x, x_dot: ik.jvp(function, (x,), (x_dot,)), backend=counter, fullgraph=True
+    )
+    for length in (6, 7, 9, 12):
+        generator = torch.Generator().manual_seed(length)
+        x, x_dot = (torch.randn(4, length, 16, generator=generator) for _ in range(2))
+        for got, wanted in zip(compiled(x, x_dot), ik.jvp(function, (x,), (x_dot,)), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count <= 2

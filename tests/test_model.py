@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import imf_kernels as ik
-from imf.convert import from_official
 from imf.model import PRESETS, IMFConfig, build
+from imf.names import from_official
 from imf_kernels import Dual
 
 FILES = {"iMF-B/2": "imf_B_2", "iMF-XL/2": "imf_XL_2"}

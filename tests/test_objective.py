@@ -7,8 +7,8 @@ import plain_imf
 import pytest
 import torch
 
-from imf.convert import from_official
 from imf.model import IMFConfig, build
+from imf.names import from_official
 from imf.objective import Draws, improved_mean_flow, improved_mean_flow_plain
 
 CONFIG = IMFConfig(
@@ -26,7 +26,7 @@ CONFIG = IMFConfig(
 def perturbed_oracle(seed: int = 0) -> plain_imf.PlainIMF:
     """A plain network whose zero-initialised weights are not zero."""
     torch.manual_seed(seed)
-    oracle = plain_imf.PlainIMF(**dataclasses.asdict(CONFIG))
+    oracle = plain_imf.plain(CONFIG)
     with torch.no_grad():
         for parameter in oracle.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -35,7 +35,7 @@ def metrics(folder):
 def resumed(path, *options):
     """The run of `path` with command-line options, trained to its end."""
     parser = train.argparse.ArgumentParser()
-    train.add_arguments(parser)
+    train.add_arguments(parser, config())
     run = train.resume(path, parser.parse_args(list(options)))
     train.fit(run)
     return run
@@ -179,7 +179,7 @@ def test_what_may_not_change_is_named(cut, options, message):
 
 def test_what_changes_the_bits_is_warned_of(cut, monkeypatch, capsys):
     real, threads = checkpoint.environment, torch.get_num_threads()
-    monkeypatch.setattr(checkpoint, "environment", lambda device: real(device) | {"torch": "9.9"})
+    monkeypatch.setattr(checkpoint, "environment", lambda *args: real(*args) | {"torch": "9.9"})
     try:
         resumed(cut, "--threads", str(threads + 1))
         assert torch.get_num_threads() == threads + 1

@@ -1,13 +1,15 @@
 """One training step and the loop around it: schedule, accumulation, moving average, the gate, outputs."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
+import tiny_run
 import torch
-from tiny_run import arguments, config, differing, objective_that, one_thread, state_and_data, tensors
+from tiny_run import ALONE, arguments, config, differing, objective_that, one_thread, state_and_data, tensors
 
-from imf import checkpoint, data, sample, train
+from imf import checkpoint, sample, start, train
 from imf.config import ema_decay, learning_rate
 from imf.objective import Draws, improved_mean_flow
 from imf.run import Readback, TrainingError
@@ -29,27 +31,25 @@ def test_the_schedule():
 
 
 def test_the_first_step_has_learning_rate_zero():
-    state, images, c = state_and_data()
+    state, batches, c = state_and_data()
     before = tensors(state)
-    train.training_step(state, images, c)
+    train.training_step(state, batches, c, ALONE)
     after = tensors(state)
     assert all(torch.equal(after[name], before[name]) for name in before)  # weights and average
     assert any(value.any() for name, value in after.items() if name.endswith("exp_avg"))
-    train.training_step(state, images, c)
+    train.training_step(state, batches, c, ALONE)
     assert any(not torch.equal(tensors(state)[name], before[name]) for name in before)
 
 
 def test_two_micro_batches_give_the_average_of_their_gradients():
-    state, images, c = state_and_data(accumulate=2)
+    state, batches, c = state_and_data(accumulate=2)
     parameters = list(state.model.parameters())
     gradients, losses = [], []
-    for i in range(2):
-        rows = data.batch_indices(len(images), 4, seed=0, step=i)
-        x, y = images.images[rows], images.labels[rows]
+    for i, (x, y) in enumerate(itertools.islice(batches, 2)):
         out = improved_mean_flow(state.model, x, y, Draws.sample(x, seed=0, step=i, **c.draws))
         gradients.append(torch.autograd.grad(out.loss, parameters, allow_unused=True))
         losses.append([out.loss.item(), out.loss_u.item(), out.loss_v.item()])
-    terms = train.training_step(state, images, c)
+    terms = train.training_step(state, tiny_run.batches(c), c, ALONE)
     assert terms[:3].tolist() == pytest.approx(torch.tensor(losses).mean(0).tolist(), rel=1e-5)
     means = [(a + b) / 2 for a, b in zip(*gradients, strict=True) if a is not None]
     assert terms[3].item() == pytest.approx(torch.cat([g.flatten() for g in means]).norm().item(), rel=1e-4)
@@ -60,22 +60,25 @@ def test_two_micro_batches_give_the_average_of_their_gradients():
 
 def test_each_micro_batch_has_its_own_draws(monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        train, "improved_mean_flow", lambda m, x, y, d: (seen.append(d.t), improved_mean_flow(m, x, y, d))[1]
-    )
-    state, images, c = state_and_data(accumulate=2)
+
+    def loss_of(model, x, y, draws):
+        seen.append(draws.t)
+        return improved_mean_flow(model, x, y, draws)
+
+    monkeypatch.setattr(train, "objective", lambda *settings: loss_of)
+    state, batches, c = state_and_data(accumulate=2)
     for _ in range(2):
-        train.training_step(state, images, c)
+        train.training_step(state, batches, c, ALONE)
     assert len({tuple(t.tolist()) for t in seen}) == 4
 
 
 def test_moving_average():
     c = config(ema_decay=0.5, ema_warmup=10.0)
     assert [ema_decay(c, step) for step in (0, 1, 100)] == pytest.approx([1 / 10, 2 / 11, 0.5])
-    state, images, c = state_and_data(ema_decay=0.9, steps=20)
+    state, batches, c = state_and_data(ema_decay=0.9, steps=20)
     average = {name: p.detach().double() for name, p in state.ema.named_parameters()}
     for step in range(5):
-        train.training_step(state, images, c)
+        train.training_step(state, batches, c, ALONE)
         decay = min(0.9, (1 + step) / (10 + step))
         for name, p in state.model.named_parameters():
             average[name] = decay * average[name] + (1 - decay) * p.detach().double()
@@ -98,15 +101,15 @@ BAD = {
 
 @pytest.mark.parametrize("term", BAD)
 def test_the_gate_keeps_everything_from_a_step_that_is_not_finite(term, monkeypatch):
-    state, images, c = state_and_data()
+    state, batches, c = state_and_data()
     for _ in range(2):
-        train.training_step(state, images, c)
+        train.training_step(state, batches, c, ALONE)
     before = tensors(state)
     with objective_that(monkeypatch, lambda call, out: BAD[term](out) if call == 1 else out):
-        assert not train.training_step(state, images, c).isfinite().all()
+        assert not train.training_step(state, batches, c, ALONE).isfinite().all()
         assert differing(before, tensors(state)) == []
         # The host may learn of it later only: the next steps, though finite, must change nothing either.
-        assert train.training_step(state, images, c).isfinite().all()
+        assert train.training_step(state, batches, c, ALONE).isfinite().all()
     assert differing(before, tensors(state)) == []
 
 
@@ -177,14 +180,14 @@ def test_a_full_disk_while_training(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard", "step-00000003.png"])
 def test_a_disk_that_fills_up_loses_no_step(name, tmp_path, monkeypatch, capsys):
     """/dev/full takes nothing: whatever could not be written, the steps done are saved and it is named."""
-    real = train._write_configuration
+    real = start._write_configuration
 
     def full(run):
         real(run)
         place = run.folder / ("samples" if name.endswith("png") else "") / name
         place.symlink_to("/dev/full")
 
-    monkeypatch.setattr(train, "_write_configuration", full)
+    monkeypatch.setattr(start, "_write_configuration", full)
     options = {"checkpoint_every": 0, "sample_every": 3, "log_every": 4, "tensorboard": name == "tensorboard"}
     assert train.main(arguments(runs=tmp_path, **options)) == 1
     folder, error = tmp_path / "digits", capsys.readouterr().err

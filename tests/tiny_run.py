@@ -1,12 +1,14 @@
 """Runs small enough to train in a test, shared by the tests of training, resuming and checkpoints."""
 
 import contextlib
+import itertools
 
 import torch
 
-from imf import data, train
+from imf import data, start, train
 from imf.config import TrainConfig
 from imf.model import IMFConfig
+from imf.processes import Processes
 
 NETWORK = IMFConfig(
     input_size=8,
@@ -60,9 +62,21 @@ def arguments(**changes):
     return result
 
 
+ALONE = Processes()
+
+
 def state_and_data(**changes):
+    """A state before its first step, the batches of one process alone, the configuration."""
     c = config(**changes)
-    return train.initial_state(c, "fp32", torch.device("cpu")), data.load("digits"), c
+    return start.initial_state(c, "fp32", ALONE), batches(c), c
+
+
+def batches(c):
+    """What `data.Batches` gives one process, without a thread."""
+    images = data.load("digits")
+    for micro_step in itertools.count():
+        rows = data.batch_indices(len(images), c.micro_batch_size, seed=c.seed, step=micro_step)
+        yield images.images[rows], images.labels[rows]
 
 
 def tensors(state):
@@ -83,12 +97,15 @@ def differing(a, b):
 @contextlib.contextmanager
 def objective_that(monkeypatch, change):
     """Within it training gets change(number of the call, result) for each result of the objective."""
-    real, calls = train.improved_mean_flow, []
+    real, calls = train.objective, []
 
-    def changed(*args, **kwargs):
-        calls.append(None)
-        return change(len(calls), real(*args, **kwargs))
+    def changed(*settings):
+        def loss_of(*batch):
+            calls.append(None)
+            return change(len(calls), real(*settings)(*batch))
+
+        return loss_of
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "improved_mean_flow", changed)
+        patch.setattr(train, "objective", changed)
         yield

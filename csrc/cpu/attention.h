@@ -5,12 +5,6 @@
 
 namespace imf {
 
-// A [batch, heads, length, width] tensor whose rows are contiguous; tangents hold the last samples only.
-struct HeadsTensor {
-  void* data;         // null: a structural zero, or a gradient that is not wanted
-  index_t stride[3];  // of batch, head, position
-};
-
 // O = softmax(scale Q K^T) V.
 struct AttentionForward {
   DType type;

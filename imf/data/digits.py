@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from imf.data import LabelledImages
+from imf.data.dataset import LabelledImages
 
 
 def load() -> LabelledImages:

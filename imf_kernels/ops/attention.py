@@ -4,7 +4,7 @@ Tangent:  Ȯ = P V̇ + (P ∘ Ṡ) V − μ ∘ O with Ṡ = c (Q̇ Kᵀ + Q K̇
 Backward: dV = Pᵀ dO,  dS = P ∘ (dP − δ) with dP = dO Vᵀ, δ_i = Σ_j P_ij dP_ij,  dQ = c dS K,  dK = c dSᵀ Q.
 Source: Vaswani et al., "Attention Is All You Need" (2017); the online softmax and the recomputing backward of
 Dao et al., "FlashAttention" (2022), extended to the tangent.
-Kernels: csrc/cpu/attention.cpp, _triton/attention.py.
+Kernels: csrc/cpu/attention.cpp, _triton/attention.py, csrc/cuda/attention_sm90.cu (forward only).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imf_kernels import _C, cpu, triton_backend
+from imf_kernels import _C, cpu, cuda, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, NoTangent, align, no_gradient, pack, tail, unpack
 from imf_kernels.dual_tensors import takes_dual_tensors
-from imf_kernels.layout import DTYPES, last_contiguous, pointer, positions_first
+from imf_kernels.layout import DTYPES, last_contiguous, pointer, positions_first, without_memory
 from imf_kernels.operators import Operation
 from imf_kernels.ops import check
 from imf_kernels.triton_backend import Kernels
@@ -265,6 +265,86 @@ def _triton_unavailable(tensors: Any) -> str | None:
     return None if width <= 256 else f"it takes head dims of at most 256, got {width}"
 
 
+class _CUDA:
+    """The forward of csrc/cuda; backward is Triton's, from the same lse."""
+
+    _triton = Kernels("attention")
+
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_dot: Tensor | None,
+        k_dot: Tensor | None,
+        v_dot: Tensor | None,
+        mask: None,
+        out: Tensor,
+        out_dot: Tensor | None,
+        lse: Tensor,
+        scale: float,
+        is_causal: bool,
+    ) -> None:
+        names = ("query", "key", "value", "query_dot", "key_dot", "value_dot")
+        for name, x in zip(names, (q, k, v, q_dot, k_dot, v_dot), strict=True):
+            if x is not None and (reason := _cuda_layout(x)):
+                raise RuntimeError(f"{_NAME}: backend 'cuda' cannot run: of {name}, {reason}")
+        (batch, heads, queries, width), keys, value_width = q.shape, k.shape[2], v.shape[3]
+        rows = 0 if out_dot is None else out_dot.shape[0]
+        cuda.call(
+            *("attention_forward", q),
+            *(DTYPES[q.dtype], _heads(q), _heads(k), _heads(v), _heads(out)),
+            *(_heads(q_dot), _heads(k_dot), _heads(v_dot), _heads(out_dot), pointer(lse)),
+            *(batch, rows, heads, _group(q, k), queries, keys, width, value_width),
+            scale,
+        )
+
+    @staticmethod
+    def backward(*arguments: Any) -> None:
+        _CUDA._triton.backward(*arguments)
+
+
+def _cuda_layout(x: Tensor) -> str | None:
+    """Why TMA cannot copy boxes of x [B, H, L, D]; `None` where it can."""
+    if x.shape[3] > 128 or x.shape[3] % 8:
+        return f"it takes head dims that are multiples of 8 up to 128, got {x.shape[3]}"
+    for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True):
+        if size > 1 and (stride <= 0 or stride % 8):
+            return f"it takes strides that are multiples of 8 elements and not 0, got {x.stride()}"
+    if pointer(x) % 16:
+        return f"it takes addresses that are multiples of 16 bytes, got {pointer(x):#x}"
+    return None
+
+
+def _cuda_unavailable(tensors: Any) -> str | None:
+    for x in tensors:
+        if x.device.type != "cuda":
+            return f"it takes CUDA tensors, got one on {x.device}"
+        if x.dtype not in check.HALVES:
+            return f"it takes bfloat16 and float16, got {str(x.dtype).removeprefix('torch.')}"
+        if reason := without_memory(x):
+            return f"it takes tensors that lie in memory, got {reason}"
+        # Of a tensor in a graph being traced there is no address yet: forward asks again.
+        if not torch.compiler.is_compiling() and (reason := _cuda_layout(x)):
+            return reason
+    if tensors[1].shape[2] == 0:
+        return "it needs at least one key"
+    if reason := cuda.missing():
+        return reason
+    if not hasattr(_C, "attention_forward_cuda"):
+        return f"it was not built for sm_90a, but for {_C.cuda_architectures}"
+    capability = torch.cuda.get_device_capability(tensors[0].device)
+    if capability != (9, 0):
+        return f"it runs on compute capability 9.0, got {capability[0]}.{capability[1]}"
+    if reason := triton_backend.missing():
+        return f"its backward is Triton's: {reason}"
+    return None
+
+
+def _cuda_unmasked(tensors: Any) -> str:
+    return "it has no masks and no is_causal"
+
+
 _OPERATION = Operation(
     "scaled_dot_product_attention",
     _Attention,
@@ -278,12 +358,20 @@ _OPERATION = Operation(
         "Tensor(b!)? dk, Tensor(c!)? dv, float scale, bool is_causal) -> ()",
     },
 )
-_OTHERS = (
-    _OPERATION.backend("triton", Kernels("attention"), _triton_unavailable),
-    Backend("reference", _reference, always),
+_TRITON = _OPERATION.backend("triton", Kernels("attention"), _triton_unavailable)
+_REFERENCE = Backend("reference", _reference, always)
+_BACKENDS = (
+    _OPERATION.backend("cpu", _CPU, _cpu_unavailable),
+    _OPERATION.backend("cuda", _CUDA, _cuda_unavailable, default=False),
+    _TRITON,
+    _REFERENCE,
 )
-_BACKENDS = (_OPERATION.backend("cpu", _CPU, _cpu_unavailable), *_OTHERS)
-_MASKED_BACKENDS = (_OPERATION.backend("cpu", _CPU, _cpu_unmasked), *_OTHERS)
+_MASKED_BACKENDS = (
+    _OPERATION.backend("cpu", _CPU, _cpu_unmasked),
+    _OPERATION.backend("cuda", _CUDA, _cuda_unmasked, default=False),
+    _TRITON,
+    _REFERENCE,
+)
 
 
 @takes_dual_tensors
@@ -306,18 +394,21 @@ def scaled_dot_product_attention(
 
     Args:
         query: [B, H, L_q, D], any strides with the last dimension contiguous; float32 or bfloat16, for
-            `triton` float16 too (`reference`: any floating-point type).
+            `triton` float16 too (`reference`: any floating-point type; `cuda`: bfloat16 or float16, D and
+            strides multiples of 8, D up to 128).
         key: [B, H, L_k, D], or fewer heads with `enable_gqa`.
         value: [B, H, L_k, D_v], as many heads as the key.
         attn_mask: broadcasts to [B, H, L_q, L_k] and is never made that large in memory; of bool (True: the
             key takes part) or, added to the scaled logits, of float32 or the query's dtype. It carries no
-            tangent and gets no gradient. A query that sees no key gives zero, its tangent too. Not for `cpu`.
+            tangent and gets no gradient. A query that sees no key gives zero, its tangent too. Not for `cpu`
+            and `cuda`.
         dropout_p: not supported yet, and refused unless 0.
-        is_causal: query i sees the keys 0 to i; excludes `attn_mask`. Not for `cpu`.
+        is_causal: query i sees the keys 0 to i; excludes `attn_mask`. Not for `cpu` and `cuda`.
         scale: 1 / √D by default.
         enable_gqa: the heads of query are a multiple of those of key and value, each of which is shared by
             that many neighbouring ones. Not for `cpu`.
-        backend: "cpu", "triton", "reference", or the best one that can run.
+        backend: "cpu", "cuda" (on request only, on compute capability 9.0; has not run on hardware yet),
+            "triton", "reference", or the best one that can run.
 
     Returns:
         [B, H, L_q, D_v] of the query's dtype; a `Dual` if any of the three is one. From the kernels it comes

@@ -95,7 +95,7 @@ class _GatedResidual(torch.autograd.Function):
         y, y_dot = contiguous_like(x), None
         stored = next((t for t in (x_dot, branch_dot, gate_dot) if t is not None), None)
         if stored is not None:
-            y_dot = contiguous_like(x[x.shape[0] - stored.shape[0] :])
+            y_dot = contiguous_like(tail(x, stored))
             no_gradient(ctx, y_dot)
         kernels.forward(x, x_dot, branch, branch_dot, gate, gate_dot, y, y_dot)
         ctx.save_for_backward(branch, gate)

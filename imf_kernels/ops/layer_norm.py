@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from imf_kernels import _C, cpu, cuda
-from imf_kernels.dispatch import Backend, always, choose
+from imf_kernels.dispatch import Backend, always, choose, with_result
 from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, tail, unpack
 from imf_kernels.dual_tensors import takes_dual_tensors
 from imf_kernels.layout import (
@@ -257,6 +257,5 @@ def layer_norm(
     check.number("layer_norm", 0.0, eps=eps)
     primal, tangent = unpack(x)
     dtype = dtype or primal.dtype
-    results = (primal,) if dtype == primal.dtype else (primal, primal.new_empty(0, dtype=dtype))
-    run = choose("layer_norm", _BACKENDS, backend, *results).run
+    run = choose("layer_norm", _BACKENDS, backend, *with_result(primal, dtype)).run
     return pack(*run(primal, tangent, weight, bias, eps, dtype), x)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from imf_kernels import cpu, cuda
-from imf_kernels.dispatch import Backend, always, choose
+from imf_kernels.dispatch import Backend, always, choose, with_result
 from imf_kernels.dual import Dual, align, no_gradient, pack, tail, unpack
 from imf_kernels.dual_tensors import takes_dual_tensors
 from imf_kernels.layout import beside, contiguous_like, last_contiguous
@@ -84,7 +84,7 @@ class _LayerNormModulate(torch.autograd.Function):
         statistics = x.new_empty((*x.shape[:-1], 3), dtype=torch.float32)
         stored = next((t for t in (x_dot, shift_dot, scale_dot) if t is not None), None)
         if stored is not None:
-            y_dot = contiguous_like(x[x.shape[0] - stored.shape[0] :], dtype)
+            y_dot = contiguous_like(tail(x, stored), dtype)
             no_gradient(ctx, y_dot)
         kernels.forward(x, x_dot, scale, scale_dot, shift, shift_dot, y, y_dot, statistics, 1.0, eps)
         ctx.save_for_backward(x, shift, scale, statistics)
@@ -152,9 +152,7 @@ def layer_norm_modulate(
     (x_primal, x_dot), (b_primal, b_dot), (s_primal, s_dot) = unpack(x), unpack(shift), unpack(scale)
     x_dot, b_dot, s_dot = align(x_dot, b_dot, s_dot)
     dtype = dtype or x_primal.dtype
-    tensors = [x_primal, b_primal, s_primal]
-    if dtype != x_primal.dtype:
-        tensors.append(x_primal.new_empty(0, dtype=dtype))
+    tensors = (*with_result(x_primal, dtype), b_primal, s_primal)
     run = choose("layer_norm_modulate", _BACKENDS, backend, *tensors).run
     results = run(x_primal, x_dot, b_primal, b_dot, s_primal, s_dot, eps, dtype)
     return pack(*results, x, shift, scale)

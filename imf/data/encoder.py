@@ -1,0 +1,124 @@
+"""From images to what is stored of them: the posterior of an autoencoder, or the pixels themselves."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from imf import vae
+from imf.data.dataset import DataError
+from imf.data.files import read_json, sha256
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+CONSTANTS = "sd-vae-ft-mse"  # the autoencoder on whose ImageNet latents imf.vae measured MEAN and STD
+
+
+class Encoder:
+    """Images [B, 3, S, S] uint8 -> what is stored, [B, *row_shape] of `dtype`.
+
+    kind: "latents" or "pixels".  shape: (C, H, W) of a row as the network sees it.
+    about: what tells this encoder from others, JSON-compatible.
+    """
+
+    kind: str
+    shape: tuple[int, int, int]
+    row_shape: tuple[int, ...]
+    dtype: str
+    about: dict[str, Any]
+
+    def __call__(self, images: NDArray[np.uint8]) -> NDArray[Any]:
+        raise NotImplementedError
+
+
+class Pixels(Encoder):
+    """Stores the pixels as they are; the network sees x / 127.5 - 1."""
+
+    def __init__(self, size: int) -> None:
+        self.kind, self.dtype = "pixels", "uint8"
+        self.shape = self.row_shape = (3, size, size)
+        self.about = {"mean": [127.5] * 3, "std": [127.5] * 3}
+
+    def __call__(self, images: NDArray[np.uint8]) -> NDArray[Any]:
+        return images
+
+
+class Latents(Encoder):
+    """Stores mean and standard deviation of the posterior of diffusers' AutoencoderKL in the folder `path`.
+
+    In fp32: rounding to fp16 moves a latent of this autoencoder by 9.5e-4 RMS, as much as sampling a
+    posterior of log-variance -13.9 does. Its posteriors are about as narrow: the file would add as much noise
+    as the sampling whose parameters it stores.
+
+    precision: of the products, "fp32", "tf32" or "bf16".
+    Raises: DataError or imf.vae.VAEError if the folder is not that autoencoder's, or `size` does not fit it.
+    """
+
+    def __init__(self, path: Path, size: int, device: torch.device, precision: str) -> None:
+        _check_folder(path)
+        self._vae, self._device, self._precision = vae.load(path, device), device, precision
+        config = self._vae.config
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        if factor != 8:
+            raise DataError(f"--vae {path}: must downsample by 8, as {CONSTANTS} does, got {factor}")
+        if size % factor:
+            raise DataError(
+                f"--size must be a multiple of {factor}, by which the VAE downsamples, got {size}"
+            )
+        digest = hashlib.sha256(f"{sha256(path / 'config.json')} {sha256(path / WEIGHTS)}".encode())
+        self.kind, self.dtype = "latents", "float32"
+        self.shape = (config.latent_channels, size // factor, size // factor)
+        self.row_shape = (2, *self.shape)
+        self.about = {
+            "mean": list(vae.MEAN),
+            "std": list(vae.STD),
+            "constants": CONSTANTS,
+            "vae_sha256": digest.hexdigest(),
+            "precision": precision,
+            "device": device.type,
+        }
+
+    @torch.inference_mode()
+    def __call__(self, images: NDArray[np.uint8]) -> NDArray[Any]:
+        tf32 = self._precision == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        bf16 = self._precision == "bf16"
+        x = torch.from_numpy(images).to(self._device).float() / 127.5 - 1
+        try:
+            with torch.autocast(self._device.type, torch.bfloat16) if bf16 else nullcontext():
+                posterior = self._vae.encode(x).latent_dist
+        except torch.OutOfMemoryError as error:
+            raise DataError(f"--batch-size must be smaller than {len(images)} here: {error}") from error
+        # Not posterior.std: in bf16 the exponential would be rounded too.
+        moments = torch.stack([posterior.mean.float(), torch.exp(0.5 * posterior.logvar.float())], dim=1)
+        if not moments.isfinite().all():
+            raise DataError(
+                f"--vae: its latents are not finite in {self._precision}: its weights may be damaged"
+            )
+        return moments.cpu().numpy()
+
+
+def _check_folder(path: Path) -> None:
+    """DataError, with the likely mistake, unless the folder looks like that of an AutoencoderKL."""
+    if not path.is_dir():
+        raise DataError(f"--vae {path}: no such folder")
+    if not (path / "config.json").is_file():
+        whole = "; it is a whole pipeline: pass the folder vae in it" if (path / "vae").is_dir() else ""
+        raise DataError(
+            f"--vae {path}: must be a folder of diffusers' AutoencoderKL, got no config.json{whole}"
+        )
+    kind = read_json(path / "config.json").get("_class_name")
+    if kind != "AutoencoderKL":
+        raise DataError(f"--vae {path}: must be a folder of diffusers' AutoencoderKL, got one of {kind}")
+    if not (path / WEIGHTS).is_file():
+        names = ", ".join(sorted(file.name for file in path.iterdir()))
+        raise DataError(
+            f"--vae {path}: must hold {WEIGHTS}, got {names}; nothing is unpickled here: "
+            f"a .bin that you trust can be loaded by diffusers and written again with save_pretrained"
+        )

@@ -1,0 +1,162 @@
+"""The random numbers of a training step, as a value."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_LOG_POWER = 80  # omega_max ** (1 - omega_exponent) must stay finite in float32
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Everything random in one step, so that a step is a function of its arguments.
+
+    Attributes:
+        t, r: [B] in float32, end and start of the interval, 0 ≤ r ≤ t ≤ 1; r = t on the FM rows.
+        noise: [B, C, H, W], e.
+        omega: [B], the guidance scale ω, 1 for none.
+        t_min, t_max: [B], the guidance interval; (0, 1) on the FM rows.
+        drop: [B] boolean, rows whose label is dropped.
+        n_fm: how many rows, the first ones, are flow-matching (FM) rows.
+    """
+
+    t: Tensor
+    r: Tensor
+    noise: Tensor
+    omega: Tensor
+    t_min: Tensor
+    t_max: Tensor
+    drop: Tensor
+    n_fm: int
+
+    def __post_init__(self) -> None:
+        noise = self.noise
+        if not isinstance(noise, Tensor) or noise.dim() != 4 or not noise.is_floating_point():
+            raise ValueError(f"Draws: noise must be [B, C, H, W] of floating-point type, got {form(noise)}")
+        batch = noise.shape[0]
+        for name in ("t", "r", "omega", "t_min", "t_max", "drop"):
+            dtype = torch.bool if name == "drop" else noise.dtype
+            wanted, got = f"[{batch}] of {dtype} on {noise.device}", form(getattr(self, name))
+            if got != wanted:
+                raise ValueError(f"Draws: {name} must be {wanted} like noise, got {got}")
+        if type(self.n_fm) is not int or not 0 <= self.n_fm <= batch:
+            raise ValueError(
+                f"Draws: n_fm must be an int within 0 and the batch of {batch}, got {self.n_fm!r}"
+            )
+        if noise.device.type == "cpu":  # elsewhere a look would wait for the device
+            t, r, omega, t_min, t_max = self.t, self.r, self.omega, self.t_min, self.t_max
+            fm = slice(0, self.n_fm)
+            for holds, rule in (
+                (t[fm] == r[fm], "r must equal t on the first n_fm rows"),
+                ((r >= 0) & (r <= t) & (t <= 1), "t and r must be 0 <= r <= t <= 1"),
+                ((omega > 0) & (omega < math.inf), "omega must be positive and finite"),
+                ((t_min >= 0) & (t_min <= t_max) & (t_max <= 1), "the guidance interval must lie in [0, 1]"),
+                (
+                    (t_min[fm] == 0) & (t_max[fm] == 1),
+                    "the guidance interval of the first n_fm rows must be (0, 1)",
+                ),
+            ):
+                if not bool(holds.all()):  # also where one is NaN
+                    raise ValueError(f"Draws: {rule}, not so in row {int((~holds).nonzero()[0])}")
+
+    @staticmethod
+    def sample(
+        x: Tensor,
+        *,
+        seed: int,
+        step: int,
+        process: int = 0,
+        fm_fraction: float = 0.5,
+        drop_probability: float = 0.1,
+        omega_max: float = 8.0,
+        omega_exponent: float = 1.0,
+        interval: bool = True,
+        mean: float = -0.4,
+        std: float = 1.0,
+    ) -> Draws:
+        """The draws of one step, a function of (seed, step, process) alone.
+
+        Args:
+            x: [B, C, H, W], the batch: its shape and device are used.
+            fm_fraction: share of FM rows, rounded down.
+            drop_probability: of a label; the rows dropped are the first ones, as in the official program.
+            omega_max, omega_exponent: ω has density ∝ ω^(−omega_exponent) on [1, omega_max].
+            interval: whether the guidance interval is drawn; otherwise it is (0, 1) on all rows.
+            mean, std: t and r are the larger and the smaller of two sigmoid(N(mean, std²)).
+
+        Raises:
+            ValueError: an argument out of range.
+        """
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            raise ValueError(f"Draws.sample: x must be [B, C, H, W], got {form(x)}")
+        for name, value in (("seed", seed), ("step", step), ("process", process)):
+            _require(type(value) is int and value >= 0, name, "an integer of at least 0", value)
+        for name, share in (("fm_fraction", fm_fraction), ("drop_probability", drop_probability)):
+            _require(0 <= share <= 1, name, "in [0, 1]", share)
+        _require(math.isfinite(mean), "mean", "finite", mean)
+        _require(0 <= std < math.inf, "std", "at least 0", std)
+        _require(1 <= omega_max < math.inf, "omega_max", "finite and at least 1", omega_max)
+        _require(
+            math.isfinite(omega_exponent) and (1 - omega_exponent) * math.log(omega_max) <= MAX_LOG_POWER,
+            "omega_exponent",
+            f"such that omega_max ** (1 - omega_exponent) is at most e ** {MAX_LOG_POWER}",
+            omega_exponent,
+        )
+        generator = torch.Generator().manual_seed(_key(seed, step, process))
+        batch = x.shape[0]
+        n_fm = int(batch * fm_fraction)
+        fm = torch.arange(batch) < n_fm
+        times = torch.sigmoid(torch.randn(2, batch, generator=generator) * std + mean)
+        t, r = times.amax(0), times.amin(0)
+        uniform = torch.rand(4, batch, generator=generator)
+        log_max = math.log(omega_max)
+        if omega_exponent == 1.0:
+            omega = torch.exp(uniform[0] * log_max)
+        else:
+            slope = 1.0 - omega_exponent
+            omega = torch.exp(torch.log1p(uniform[0] * math.expm1(slope * log_max)) / slope)
+        whole = fm if interval else torch.ones_like(fm)
+        n_drop = int((uniform[3] < drop_probability).sum())
+        draws = Draws(
+            t=t,
+            r=torch.where(fm, t, r),
+            noise=torch.randn(x.shape, generator=generator),
+            omega=omega.clamp(min=1.0),
+            t_min=torch.where(whole, 0.0, uniform[1] * 0.5),
+            t_max=torch.where(whole, 1.0, 0.5 + uniform[2] * 0.5),
+            drop=torch.arange(batch) < n_drop,
+            n_fm=n_fm,
+        )
+        return draws.to(x.device)
+
+    def to(self, device: torch.device | str) -> Draws:
+        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "n_fm"}
+        return Draws(**tensors, n_fm=self.n_fm)
+
+
+def _require(condition: bool, name: str, wanted: str, got: Any) -> None:
+    if not condition:
+        raise ValueError(f"Draws.sample: {name} must be {wanted}, got {got!r}")
+
+
+def form(x: Any) -> str:
+    """Shape, dtype and device of a tensor as text, for messages; the type of what is none."""
+    if not isinstance(x, Tensor):
+        return f"a {type(x).__name__}"
+    return f"{list(x.shape)} of {x.dtype} on {x.device}"
+
+
+def _key(seed: int, step: int, process: int) -> int:
+    """One 63-bit seed from three numbers, far apart for neighbouring ones (the mixer of splitmix64)."""
+    mask, key = (1 << 64) - 1, 0
+    for value in (seed, step, process):
+        key = (key + value + 0x9E3779B97F4A7C15) & mask
+        key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & mask
+        key ^= key >> 31
+    return key >> 1

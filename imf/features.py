@@ -1,0 +1,127 @@
+"""Feature extractors: what turns an image into the numbers that FID and IS are computed from.
+
+No file is unpickled by Python. `.pt` and `.ts` are TorchScript: PyTorch's own interpreter runs the program in
+them, so take one from a source that you trust. `.safetensors` and `.pth` (read with `weights_only`) are
+weights of torch-fidelity's Inception-v3, the one of the published figures. torch.export's `.pt2` is unpickled
+when it is read, and therefore refused.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from imf.official import read_torch
+
+FORMS = "pixels, a TorchScript file (.pt, .ts), or weights of torch-fidelity's Inception (.pth, .safetensors)"
+
+
+class ExtractorError(ValueError):
+    """An extractor that cannot be loaded or used; the message names it and the reason."""
+
+
+class Extractor(Protocol):
+    """Images [B, C, H, W] uint8 → features [B, D] fp32, and logits [B, K] fp32 where there are any."""
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]: ...
+
+
+def load(name: str, device: torch.device) -> Extractor:
+    """The extractor of that name, on `device`: one of `FORMS`.
+
+    Raises: ExtractorError if there is none, its file cannot be read, or torch-fidelity is not installed.
+    """
+    if name == "pixels":
+        return pixels
+    path = Path(name)
+    if path.suffix == ".pt2":
+        raise ExtractorError(f"{path}: torch.export's files are unpickled when read; save it as TorchScript")
+    if path.suffix not in (".pt", ".ts", ".pth", ".safetensors"):
+        raise ExtractorError(f"extractor must be {FORMS}, got {name!r}")
+    if not path.is_file():
+        raise ExtractorError(f"{path}: no such file; the extractor must be {FORMS}")
+    if path.suffix in (".pt", ".ts"):
+        return TorchScript(path, device)
+    return Inception(path, device)
+
+
+def pixels(images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The pixels themselves, in [-1, 1], as features [B, C H W]; for tests and the digits."""
+    return images.flatten(1).float() / 127.5 - 1, None
+
+
+class TorchScript:
+    """A TorchScript module that takes images [B, 3, H, W] uint8 and returns features, or (features, logits).
+
+    A module with arguments `return_features` and `no_output_bias` is taken for NVIDIA's Inception of
+    StyleGAN2 and later (`inception-2015-12-05.pt`): it is called once for features, once for probabilities.
+    """
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.path, self.device = path, device
+        try:
+            self.module: Any = torch.jit.load(path, map_location=device).eval()
+            arguments = {argument.name for argument in self.module.forward.schema.arguments}
+        except (RuntimeError, AttributeError) as error:
+            raise ExtractorError(f"{path}: no TorchScript module can be read from it: {error}") from error
+        self.nvidia = {"return_features", "no_output_bias"} <= arguments
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        images = _three_channels(images.to(self.device))
+        if self.nvidia:
+            features = self.module(images, return_features=True)
+            logits = self.module(images, no_output_bias=True).log()
+            return _checked(self.path, images, features, logits)
+        result = self.module(images)
+        features, logits = result if isinstance(result, tuple) else (result, None)
+        return _checked(self.path, images, features, logits)
+
+
+class Inception:
+    """torch-fidelity's Inception-v3: 2,048 features, and logits without bias, as in the published figures."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise ExtractorError(
+                f"{path}: weights of Inception need torch-fidelity and torchvision ({error}): "
+                "pip install 'imf-kernels[fid]'; a TorchScript extractor needs neither"
+            ) from error
+        self.path, self.device = path, device
+        try:
+            state = read_torch(path)
+            file = io.BytesIO()  # torch-fidelity unpickles what it is given: so it gets what was just checked
+            torch.save(state, file)
+            file.seek(0)
+            module: nn.Module = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=file
+            )
+        except RuntimeError as error:
+            raise ExtractorError(f"{path}: no weights of torch-fidelity's Inception: {error}") from error
+        self.module = module.to(device)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        images = _three_channels(images.to(self.device))
+        return _checked(self.path, images, *self.module(images))
+
+
+def _three_channels(images: Tensor) -> Tensor:
+    """Grey images become grey colour images."""
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+
+
+def _checked(path: Path, images: Tensor, features: Any, logits: Any) -> tuple[Tensor, Tensor | None]:
+    for name, value in (("features", features), ("logits", logits)):
+        if value is None and name == "logits":
+            continue
+        if not isinstance(value, Tensor) or value.ndim != 2 or len(value) != len(images):
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ExtractorError(f"{path}: {name} must be [{len(images)}, width], got {got}")
+    return features.float(), None if logits is None else logits.float()

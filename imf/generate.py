@@ -1,0 +1,241 @@
+"""Samples by number, as images on disk or in memory: what an evaluation at scale looks at.
+
+The noise of sample i is a function of (seed, i), its class one of (i, count), so samples can be made in any
+order, in batches of any size and by any number of processes, and made again. With batches of another size the
+network's sums round differently: a pixel may then differ in its last bit, the noise never does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from imf import vae as autoencoder
+from imf.run import naming, write_json
+from imf.sample import sample
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SETTINGS = "settings.json"
+_THREADS = 4  # that compress and read PNGs while the network computes
+
+
+class ImageError(ValueError):
+    """Images that cannot be read or do not belong together; the message names them."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a set of samples, together with the software.
+
+    weights: `fingerprint` of the network's.  vae: that of the autoencoder's, "" for none.
+    count: how many samples, in all.  steps, omega, t_min, t_max: as `imf.sample.sample` takes them.
+    precision: "fp32" or "bf16".
+    """
+
+    weights: str
+    vae: str
+    precision: str
+    count: int
+    seed: int
+    steps: int
+    omega: float
+    t_min: float
+    t_max: float
+
+    @property
+    def name(self) -> str:
+        """Of a folder for these samples beside others of a grid."""
+        return f"steps-{self.steps}_omega-{self.omega:g}_interval-{self.t_min:g}-{self.t_max:g}"
+
+
+def noise(seed: int, indices: Iterable[int], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise [n, *shape], fp32, of the samples of these numbers.
+
+    Philox, a counter-based generator, keyed by the seed; sample i starts at block i 2^64 of its sequence.
+    """
+    rows = [
+        np.random.Generator(np.random.Philox(key=seed, counter=i << 64)).standard_normal(
+            shape, dtype=np.float32
+        )
+        for i in indices
+    ]
+    return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, *shape)
+
+
+def classes(indices: Iterable[int], count: int, num_classes: int) -> Tensor:
+    """Labels [n] int64 of the samples of these numbers out of `count`: as many of each class, in class order.
+
+    Raises: ValueError if count is not a positive multiple of the number of classes.
+    """
+    if count < 1 or count % num_classes:
+        raise ValueError(
+            f"count must be a positive multiple of the {num_classes} classes (as many samples of each), "
+            f"got {count}"
+        )
+    return torch.tensor([i // (count // num_classes) for i in indices], dtype=torch.int64)
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in [-1, 1], clipped, as uint8: what a PNG stores."""
+    if not images.isfinite().all():
+        raise ImageError("samples must be finite, got inf or NaN: a wrong checkpoint, or one that diverged?")
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def generate(
+    model: nn.Module,
+    settings: Settings,
+    rows: range,
+    *,
+    batch_size: int = 64,
+    vae: Any = None,
+    folder: Path | None = None,
+) -> Iterator[Tensor]:
+    """Samples of the numbers `rows`, in batches [B, C, H, W] uint8 on the CPU, decoded by `vae` if given.
+
+    With a folder, samples that lie in it are read, the others are written to it as PNGs, each whole or not
+    at all: after an interruption the same call goes on.
+
+    Raises: ValueError for settings that do not fit the network, ImageError for samples that are not finite or
+    a folder that holds samples of other settings, VAEError for an autoencoder that does not fit.
+    """
+    config: Any = model.config
+    device = next(model.parameters()).device
+    shape = (config.in_channels, config.input_size, config.input_size)
+    classes(range(0), settings.count, config.num_classes)  # before anything is written
+    if folder is not None:
+        claim(folder, settings)
+    guidance = {"omega": settings.omega, "t_min": settings.t_min, "t_max": settings.t_max}
+    writes: list[Future[None]] = []  # of the batch before: they go on while the network computes
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(rows.start, rows.stop, batch_size):
+            batch = range(start, min(start + batch_size, rows.stop))
+            images: dict[int, Tensor] = {}
+            if folder is not None:
+                stored = pool.map(_read_or_none, (_path(folder, i) for i in batch))
+                images = {i: image for i, image in zip(batch, stored, strict=True) if image is not None}
+            if missing := [i for i in batch if i not in images]:
+                z = noise(settings.seed, missing, shape).to(device)
+                y = classes(missing, settings.count, config.num_classes).to(device)
+                x = sample(model, z, y, steps=settings.steps, **guidance)
+                new = to_bytes(x if vae is None else autoencoder.decode(vae, x)).cpu()
+                images |= zip(missing, new, strict=True)
+                if folder is not None:
+                    for write in writes:
+                        write.result()
+                    writes = [pool.submit(write_png, _path(folder, i), images[i]) for i in missing]
+            yield torch.stack([images[i] for i in batch])
+        for write in writes:
+            write.result()
+
+
+def claim(folder: Path, settings: Settings) -> None:
+    """Make the folder one for samples of these settings; ImageError if it holds others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / SETTINGS
+    try:
+        held = json.loads(path.read_text())
+    except FileNotFoundError:
+        if found := image_files(folder):
+            raise ImageError(
+                f"{folder}: holds {len(found)} images and no {SETTINGS}; choose an empty folder for samples"
+            ) from None
+        write_json(path, asdict(settings))
+        return
+    except ValueError as error:
+        raise ImageError(f"{path}: no JSON: {error}") from error
+    if differences := different(held, asdict(settings)):
+        raise ImageError(f"{folder}: holds other samples, of {differences}; choose another folder")
+
+
+def different(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What differs between two sets of settings, as text; "" if nothing does."""
+    names = sorted({*held, *wanted})
+    return ", ".join(
+        f"{name} {held.get(name)!r} (not {wanted.get(name)!r})"
+        for name in names
+        if held.get(name) != wanted.get(name)
+    )
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Images in a folder and the folders in it, in the order of their paths; hidden files are left out."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    )
+
+
+def read_images(paths: list[Path], batch_size: int = 64) -> Iterator[Tensor]:
+    """Images of files, in batches [B, C, H, W] uint8, C = 1 if the first is grey, else 3.
+
+    Raises: ImageError for images of several sizes, or broken ones, all of which it lists.
+    """
+    broken: list[Path] = []
+    first: Tensor | None = None
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, len(paths), batch_size):
+            batch = paths[start : start + batch_size]
+            images = list(pool.map(_read_or_none, batch))
+            broken += [path for path, image in zip(batch, images, strict=True) if image is None]
+            whole = [image for image in images if image is not None]
+            first = whole[0] if first is None and whole else first
+            for path, image in zip(batch, images, strict=True):
+                if image is not None and first is not None and image.shape != first.shape:
+                    raise ImageError(
+                        f"{path}: images must be of one size, {list(first.shape)} like the first, "
+                        f"got {list(image.shape)}; imf.data.prepare crops them, and writes statistics too"
+                    )
+            if whole and not broken:  # once one is broken only the others are looked for
+                yield torch.stack(whole)
+    if broken:
+        names = ", ".join(map(str, broken[:5])) + (" …" if len(broken) > 5 else "")
+        raise ImageError(f"{len(broken)} of {len(paths)} images cannot be read: {names}")
+
+
+def write_png(path: Path, image: Tensor) -> None:
+    """Write an image [C, H, W] uint8, C = 1 or 3, whole or not at all."""
+    if image.shape[0] not in (1, 3):
+        raise ImageError(
+            f"an image must have 1 or 3 channels, got {image.shape[0]}: latents are decoded by an autoencoder"
+        )
+    array = image.permute(1, 2, 0).numpy()
+    temporary = path.with_name(f".{path.name}.tmp")  # one process makes a sample, so one name is enough
+    with naming(path):
+        Image.fromarray(array[..., 0] if len(image) == 1 else array).save(temporary, "PNG", compress_level=1)
+        os.replace(temporary, path)
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """Sixteen digits that tell one set of weights from another, whatever file they came in."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _path(folder: Path, index: int) -> Path:
+    return folder / f"{index:06d}.png"
+
+
+def _read_or_none(path: Path) -> Tensor | None:
+    """An image [C, H, W] uint8, or None for a file that is missing or broken."""
+    try:
+        with Image.open(path) as file:
+            array = np.asarray(file if file.mode == "L" else file.convert("RGB"))
+    except (OSError, ValueError, SyntaxError):  # Pillow's, of truncated and foreign files
+        return None
+    return torch.from_numpy(array.copy()).reshape(*array.shape[:2], -1).permute(2, 0, 1)

@@ -1,0 +1,262 @@
+"""How a run begins: a new one from its configuration, or one that goes on from a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from imf import checkpoint, data
+from imf.checkpoint import Metadata
+from imf.config import RESUMABLE, ROUNDING, TrainConfig, differences, to_dict, with_arguments
+from imf.model import IMF, build
+from imf.processes import Processes
+from imf.run import (
+    TrainingError,
+    choose_device,
+    create_folder,
+    newest,
+    truncate_metrics,
+    wandb_module,
+    write_json,
+)
+from imf.sharding import prepare
+from imf_kernels import gemm
+
+
+@dataclass
+class State:
+    """All that training changes; model and ema are one network with different weights.
+
+    engine: what is called in the model's place, DDP around it or the model itself.
+    found_inf: [] fp32 on the device, 0 until a loss or gradient is not finite, then 1 for good: from then on
+    weights, moments and average stay as they are, so the host may learn of it some steps later.
+    step: optimizer steps done.
+    """
+
+    model: IMF
+    ema: IMF
+    engine: nn.Module
+    optimizer: torch.optim.Optimizer
+    found_inf: Tensor
+    step: int = 0
+
+
+@dataclass
+class Run:
+    """A run: its state, and what stays. precision: "fp32" or "bf16"; elapsed: seconds of training so far."""
+
+    folder: Path
+    config: TrainConfig
+    precision: str
+    data: data.DataSet
+    state: State
+    processes: Processes = field(default_factory=Processes)
+    elapsed: float = 0.0
+
+
+def initial_state(config: TrainConfig, precision: str, who: Processes) -> State:
+    """Network, moving average and optimizer before the first step, on this process's device: a function of
+    the configuration's seed, the same in every process."""
+    torch.manual_seed(config.seed)
+    model = build(config.network)
+    model.compute_dtype = checkpoint.DTYPES[precision]
+    model.backend = None if config.backend == "auto" else config.backend
+    if not (who.grouped and config.sharding == "fsdp"):  # which moves block by block, and only its part
+        model.to(who.device)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    engine = prepare(
+        model,
+        ema,
+        sharding=config.sharding if who.grouped else None,
+        device=who.device,
+        compile=config.compile,
+        checkpointing=config.checkpointing,
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    found_inf = torch.zeros((), device=who.device)
+    optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # where fused AdamW looks for its gate
+    return State(model, ema, engine, optimizer, found_inf)
+
+
+def begin(config: TrainConfig, who: Processes | None = None) -> Run:
+    """A new run in its folder; TrainingError if the name is taken or the network does not fit the data."""
+    who = who or Processes(device=choose_device(config.device))
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    precision = config.precision
+    if precision == "auto":
+        dtype = torch.bfloat16 if who.device.type == "cuda" else gemm.fast_dtype()
+        precision = who.from_first("bf16" if dtype == torch.bfloat16 else "fp32")
+    with who.together():
+        _check_processes(config, who)
+        images = _load_data(config)
+    state = initial_state(config, precision, who)
+    with who.together():
+        if config.init_from:
+            source = checkpoint.find(Path(config.init_from))
+            checkpoint.load_weights(source, model=state.model, ema=state.ema)
+    folder = None
+    with who.together():
+        if who.first:
+            folder = create_folder(config)
+    run = Run(who.from_first(folder), config, precision, images, state, who)
+    _write_configuration(run)
+    return run
+
+
+def resume(path: Path | None, arguments: argparse.Namespace, who: Processes | None = None) -> Run:
+    """The run of a checkpoint as it was, with the arguments that may change; warns of what changes its bits.
+
+    path: a run's folder, or the newest checkpoint in one; None for the run that wrote one last.
+    Raises: TrainingError for an argument that may not change or is wrong, CheckpointError for a bad file.
+    """
+    who = who or Processes(device=choose_device(device_of(path, arguments)))
+    with who.together():
+        path = _found(path, arguments)
+        folder = path.parent.parent  # <run>/checkpoints/<file>
+        metadata = checkpoint.read_metadata(path)
+        config = _resumed_config(path, metadata, arguments)
+        _check_processes(config, who)
+        found = _load_data(config)
+        try:  # before the first product: another choice rounds differently
+            gemm.load_choices(metadata.gemm_choices)
+        except ValueError as error:
+            raise TrainingError(f"--resume: {path} cannot go on exactly here: {error}") from error
+    torch.set_num_threads(getattr(arguments, "threads", 0) or int(metadata.environment["threads"]))
+    if who.first:
+        _warn_of_other_bits(metadata, config, who)
+    state = initial_state(config, metadata.precision, who)
+    with who.together():
+        checkpoint.load(path, model=state.model, ema=state.ema, optimizer=state.optimizer)
+        if who.first:
+            (folder / "samples").mkdir(exist_ok=True)  # a checkpoint may have been copied to a new folder
+            checkpoint.remove_temporaries(folder)
+            truncate_metrics(folder / "metrics.jsonl", metadata.step)
+    state.step = metadata.step
+    run = Run(folder, config, metadata.precision, found, state, who, metadata.elapsed)
+    _write_configuration(run)
+    return run
+
+
+def device_of(path: Path | None, arguments: argparse.Namespace) -> str:
+    """The --device of a run that is to be resumed: the argument, or as it was; raises as `resume` does."""
+    if "device" in arguments:
+        return arguments.device
+    return checkpoint.read_metadata(_found(path, arguments)).config.device
+
+
+def _found(path: Path | None, arguments: argparse.Namespace) -> Path:
+    """The checkpoint to resume from; its folder says which run it is of."""
+    runs = Path(getattr(arguments, "runs", TrainConfig().runs))
+    return checkpoint.find(path or newest(runs)).resolve()
+
+
+def _resumed_config(path: Path, metadata: Metadata, arguments: argparse.Namespace) -> TrainConfig:
+    """The configuration of a checkpoint with the arguments given; TrainingError if they do not fit."""
+    last = (checkpoint.list_all(path.parent.parent) or [path])[-1]
+    if path.parent.name != "checkpoints" or not path.samefile(last):
+        raise TrainingError(
+            f"--resume: {path} must be the newest checkpoint of its run, got one beside {last}; "
+            f"to go back to it, move the newer ones away first"
+        )
+    try:
+        config = with_arguments(metadata.config, arguments)
+    except ValueError as error:
+        raise TrainingError(f"--resume: {error}") from error
+    for name, (old, new) in differences(metadata.config, config).items():
+        if name not in RESUMABLE:
+            raise TrainingError(
+                f"--resume: {name} is {old!r} in {path}, got {new!r}; a resumed run goes on exactly as it "
+                f"began: leave the argument out, or start a new run"
+            )
+    if config.steps < metadata.step:
+        raise TrainingError(
+            f"--resume: {path} is at step {metadata.step} already, got --steps {config.steps}"
+        )
+    return config
+
+
+def _warn_of_other_bits(metadata: Metadata, config: TrainConfig, who: Processes) -> None:
+    if config.steps != metadata.config.steps and config.decay != "constant":
+        _warn(f"--steps {config.steps}, not {metadata.config.steps}: the learning rate decays at other steps")
+    before = metadata.environment | _rounding(metadata.config)
+    for name, now in (checkpoint.environment(who.device, who.count) | _rounding(config)).items():
+        if before.get(name) != now:
+            _warn(f"{name} was {before.get(name)}, now it is {now}: it goes on, but not to the same bits")
+
+
+def fitted_to_data(config: TrainConfig) -> TrainConfig:
+    """The configuration with a network of the input size, channels and classes of its data."""
+    found = _open_data(config)
+    channels, size, _ = found.shape
+    classes = found.num_classes
+    try:
+        network = replace(config.network, in_channels=channels, input_size=size, num_classes=classes)
+        return replace(config, network=network)
+    except ValueError as error:  # patches that do not divide the input
+        raise TrainingError(f"--data {config.data}: {error}") from error
+
+
+def _open_data(config: TrainConfig) -> data.DataSet:
+    try:
+        return data.load(config.data)
+    except data.DataError as error:
+        raise TrainingError(f"--data: {error}") from error
+
+
+def _load_data(config: TrainConfig) -> data.DataSet:
+    """The data set; TrainingError if there is none, or the network was made for another shape."""
+    found, network = _open_data(config), config.network
+    channels, height, width = found.shape
+    wanted = (channels, height, width, found.num_classes)
+    got = (network.in_channels, network.input_size, network.input_size, network.num_classes)
+    if got != wanted:
+        names = "in_channels, input_size (height and width) and num_classes"
+        raise TrainingError(f"network: {names} must be {wanted} for the data {config.data}, got {got}")
+    if config.sample_every and channels not in (1, 3):
+        raise TrainingError(
+            f"--sample-every must be 0 for latents, which python -m imf.sample decodes, "
+            f"got {config.sample_every}"
+        )
+    return found
+
+
+def _check_processes(config: TrainConfig, who: Processes) -> None:
+    if config.micro_batch_size % who.count:
+        raise TrainingError(
+            f"--batch-size / --accumulate must be a multiple of the {who.count} processes, "
+            f"got {config.batch_size} / {config.accumulate} = {config.micro_batch_size}"
+        )
+    if config.sharding == "fsdp" and not who.grouped:
+        raise TrainingError("--sharding fsdp needs processes: start with torchrun, also a single one")
+    if config.wandb and who.first:
+        wandb_module()
+
+
+def _rounding(config: TrainConfig) -> dict[str, str]:
+    return {name: str(getattr(config, name)) for name in ROUNDING}
+
+
+def _write_configuration(run: Run) -> None:
+    environment = checkpoint.environment(run.processes.device, run.processes.count)
+    values = {"config": to_dict(run.config), "precision": run.precision, "environment": environment}
+    with run.processes.together():
+        if run.processes.first:
+            write_json(run.folder / "config.json", values)
+
+
+def _warn(text: str) -> None:
+    print(f"imf.train: warning: {text}", file=sys.stderr)

@@ -1,0 +1,95 @@
+"""Batches: a function of (seed, micro step, process, processes) alone, fetched ahead by a thread."""
+
+import itertools
+import threading
+
+import pytest
+import torch
+
+from imf import data
+
+
+class Noisy:
+    """Rows that hold their number and what their seed gives: a data set with a posterior."""
+
+    shape, num_classes = (1, 1, 2), 7
+
+    def __len__(self):
+        return 23
+
+    def fetch(self, rows, generator):
+        seeds = data.row_seeds(generator, len(rows))
+        x = torch.stack([rows.double(), (seeds % 2**20).double()], dim=-1)
+        return x.float()[:, None, None], rows % 7
+
+
+class Broken(Noisy):
+    def fetch(self, rows, generator):
+        raise OSError("the disk is gone")
+
+
+def take(count, dataset=None, **options):
+    with data.Batches(dataset or Noisy(), **{"batch_size": 8, "seed": 3, **options}) as batches:
+        return list(itertools.islice(batches, count))
+
+
+def same(a, b):
+    return all(torch.equal(x, v) and torch.equal(y, w) for (x, y), (v, w) in zip(a, b, strict=True))
+
+
+def test_rows_are_those_of_the_order():
+    for step, (x, y) in enumerate(take(5)):
+        rows = data.batch_indices(23, 8, seed=3, step=step)
+        assert torch.equal(x[:, 0, 0, 0], rows.float()) and torch.equal(y, rows % 7)
+
+
+def test_noise_differs_between_rows_steps_and_seeds():
+    noise = torch.cat([x[:, 0, 0, 1] for x, _ in take(6) + take(6, seed=4)])
+    assert len(noise.unique()) == len(noise)
+
+
+def test_begins_at_any_step_as_if_it_had_run_through():
+    assert same(take(6)[4:], take(2, first=4)) and same(take(3), take(3))
+
+
+@pytest.mark.parametrize("processes", [2, 4, 8])
+def test_processes_together_see_what_one_sees(processes):
+    parts = [take(4, process=p, processes=processes) for p in range(processes)]
+    together = [tuple(map(torch.cat, zip(*step, strict=True))) for step in zip(*parts, strict=True)]
+    assert same(together, take(4))
+
+
+def test_what_fetching_raises_is_raised_by_next():
+    with pytest.raises(OSError, match="the disk is gone"):
+        take(1, Broken())
+
+
+def test_the_thread_ends_with_the_context():
+    with data.Batches(Noisy(), batch_size=8, seed=0) as batches:
+        next(batches)
+        assert any(thread.name.startswith("imf-data") for thread in threading.enumerate())
+    assert not any(thread.name.startswith("imf-data") for thread in threading.enumerate())
+
+
+def test_digits():
+    (x, y), *_ = take(1, data.load("digits"), batch_size=4, device="cpu")
+    rows = data.batch_indices(1797, 4, seed=3, step=0)
+    digits = data.load("digits")
+    assert torch.equal(x, digits.images[rows]) and torch.equal(y, digits.labels[rows])
+    assert digits.shape == (1, 8, 8) and len(digits) == 1797
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"processes": 0}, "process must be in .0, processes., got process 0 of 0"),
+        ({"process": 2, "processes": 2}, "got process 2 of 2"),
+        ({"processes": 3}, "batch_size must be a positive multiple of the 3 processes, got 8"),
+        ({"batch_size": 0}, "batch_size .* got 0"),
+        ({"first": -1}, "at least 0, got -1"),
+        ({"seed": -1}, "at least 0, got 0 and -1"),
+    ],
+)
+def test_out_of_range_is_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        take(1, **wrong)
