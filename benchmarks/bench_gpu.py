@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from imf_kernels import Dual, triton_backend
+from imf_kernels import Dual, info, triton_backend
 from imf_kernels.testing import cases, errors, timer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -85,6 +85,8 @@ def calls(problem: errors.Problem, compiled: bool) -> dict[str, Call]:
         return lambda: case.run(arguments, backend, **case.output_options)
 
     forms = {"dual": ours(None, True), "primal": ours(None, False), "dual reference": ours("reference", True)}
+    if has_cuda(problem):
+        forms |= {"dual, cuda": ours("cuda", True), "primal, cuda": ours("cuda", False)}
     if case.operation == "scaled_dot_product_attention" and (case.options or "attn_mask" in x):
         return forms
     plain = peers.formula(case)
@@ -96,6 +98,14 @@ def calls(problem: errors.Problem, compiled: bool) -> dict[str, Call]:
     if case.operation == "scaled_dot_product_attention":
         forms |= attention_peers(problem)
     return forms
+
+
+def has_cuda(problem: errors.Problem) -> bool:
+    """Whether the compiled CUDA kernels, which may not be the default, can run a case."""
+    operation = problem.case.operation
+    table = info.backends("attention" if operation == "scaled_dot_product_attention" else operation)
+    tensors = tuple(x for x in problem.primals.values() if x.is_floating_point())
+    return any(b.name == "cuda" and b.unavailable(tensors) is None for b in table)
 
 
 def attention_peers(problem: errors.Problem) -> dict[str, Call]:
@@ -151,11 +161,12 @@ def measure(case: cases.Case, name: str, machine: Machine, compiled: bool) -> li
     """A figure a form; one that cannot run gives its reason in the place of times."""
     problem = errors.problem(case, DTYPES[name])
     # One draw of the yardsticks is the strictest, and quick.
-    problem.check(problem.evaluate(None), draws=1)
+    for backend in (None, "cuda") if has_cuda(problem) else (None,):
+        problem.check(problem.evaluate(backend), draws=1)
     figures: dict[str, dict[str, Any]] = {}
     running, replays = {}, {}
     for form, call in calls(problem, compiled).items():
-        dual = form not in ("primal", "primal, plain") and not form.startswith("forward")
+        dual = not form.startswith(("primal", "forward"))
         figures[form] = {
             **{"operation": case.operation, "case": case.name, "dtype": name, "form": form},
             **{"flops": case.count_flops(dual), "bytes": case.count_bytes(DTYPES[name], dual)},

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from imf_kernels import _C
-from imf_kernels.dispatch import constant, fact
+from imf_kernels.dispatch import fact
 from imf_kernels.layout import DTYPES, without_memory
 from imf_kernels.verified import CUDA as VERIFIED
 
@@ -37,7 +37,31 @@ def unavailable(tensors: Sequence[Tensor]) -> str | None:
             return f"it takes CUDA tensors, got one on {x.device}"
         if reason := without_memory(x):
             return f"it takes tensors that lie in memory, got {reason}"
-    return missing() if library is _C else None
+    if library is not _C:
+        return None
+    return missing() or _not_built_for(tensors[0].get_device())
+
+
+@fact
+def _not_built_for(device: int) -> str | None:
+    """Why the module has nothing for a GPU; `None` where it has."""
+    capability = torch.cuda.get_device_capability(device)
+    if any(runs_on(built, *capability) for built in _C.cuda_architectures.split()):
+        return None
+    major, minor = capability
+    return f"it was built for {_C.cuda_architectures}, not for sm_{major}{minor} (IMF_CUDA_ARCHITECTURES)"
+
+
+def runs_on(built: str, major: int, minor: int) -> bool:
+    """Whether what was compiled for an architecture of CMake's names, "80-real", "90a-real", "100", … runs on
+    GPUs of a compute capability."""
+    name, _, kind = built.partition("-")
+    number, wanted = int(name.rstrip("af")), 10 * major + minor
+    if name[-1] in "af":  # with instructions that no other GPU has
+        return number == wanted
+    if kind == "real":  # machine code
+        return number // 10 == major and number <= wanted
+    return number <= wanted
 
 
 def unavailable_for_rows(tensors: Sequence[Tensor]) -> str | None:
@@ -58,7 +82,7 @@ def on_request(tensors: Sequence[Tensor]) -> str | None:
     return f"it runs on request, not being verified on {name}"
 
 
-@constant
+@fact
 def _architecture(device: int) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"

@@ -7,13 +7,14 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger("imf_kernels")
 Answer = TypeVar("Answer")
+Parameters = ParamSpec("Parameters")
 Question = TypeVar("Question", bound=Callable[..., Any])
 
 
@@ -110,13 +111,13 @@ def constant(function: Question) -> Question:
     return function
 
 
-def fact(function: Callable[[], Answer]) -> Callable[[], Answer]:
+def fact(function: Callable[Parameters, Answer]) -> Callable[Parameters, Answer]:
     """What is true as long as the process lives: found out once, a constant for `torch.compile`."""
-    find = functools.cache(function)
+    find: Any = functools.cache(function)
 
     @constant
     @functools.wraps(function)
-    def answer() -> Answer:
-        return find()
+    def answer(*arguments: Parameters.args, **named: Parameters.kwargs) -> Answer:
+        return find(*arguments, **named)
 
     return answer

@@ -50,6 +50,29 @@ def test_why_not_here():
         assert "IMF_CUDA=ON" in cuda.missing()
 
 
+@pytest.mark.parametrize(
+    ("built", "runs", "does_not"),
+    [
+        ("80-real", [(8, 0), (8, 9)], [(7, 5), (9, 0), (12, 0)]),
+        ("90a-real", [(9, 0)], [(8, 0), (10, 0)]),
+        ("100-real", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+        ("80", [(8, 0), (9, 0), (12, 0)], [(7, 5)]),
+        ("90-virtual", [(9, 0), (12, 0)], [(8, 9)]),
+    ],
+)
+def test_which_gpus_a_build_is_for(built, runs, does_not):
+    assert all(cuda.runs_on(built, *capability) for capability in runs)
+    assert not any(cuda.runs_on(built, *capability) for capability in does_not)
+
+
+def test_a_gpu_that_it_was_not_built_for_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    monkeypatch.setattr(_C, "cuda_architectures", "80-real 90a-real")
+    assert cuda._not_built_for.__wrapped__(0).startswith("it was built for 80-real 90a-real, not for sm_120")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert cuda._not_built_for.__wrapped__(0) is None
+
+
 def test_rows_wider_than_a_block_holds_are_refused(monkeypatch):
     monkeypatch.setattr(cuda, "library", object())
     assert cuda.unavailable_for_rows([torch.empty(2, 8192)]) is None
