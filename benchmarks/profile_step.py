@@ -102,13 +102,12 @@ def step_of(
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
     model.compute_dtype = torch.bfloat16 if precision == "bf16" else None
-    x = torch.randn(batch, config.in_channels, config.input_size, config.input_size)
+    x = torch.randn(batch, config.in_channels, config.input_size, config.input_size).to(device)
     y = torch.randint(0, config.num_classes, (batch,)).to(device)
     draws = Draws.sample(x, seed=0, step=0)
     inside = (draws.t_min <= draws.t) & (draws.t <= draws.t_max)
     guided = int((inside & ~draws.drop & (draws.omega != 1)).sum())
     work = step_work(config, batch, batch - draws.n_fm, guided, 2 if precision == "bf16" else 4)
-    x, draws = x.to(device), draws.to(device)
 
     def step() -> Tensor:
         model.zero_grad()
