@@ -3,7 +3,7 @@
 namespace imf::cuda {
 namespace {
 
-constexpr unsigned lines = 16;  // of a block, which takes every so manieth share each
+constexpr unsigned lines = 16;  // of a block; each adds up every sixteenth share
 
 __global__ void __launch_bounds__(warp* lines)
     add_up_shares(const float* partial, float* sums, index_t shares, index_t columns) {

@@ -121,8 +121,8 @@ struct Shares {
   __host__ __device__ index_t rows() const { return (length + shares - 1) / shares; }
 };
 
-// Calls body(row, inside) for the rows of a block's share, each team taking every so manieth, and every
-// thread equally often.
+// Calls body(row, inside) for the rows of a block's share, the teams taking turns, every thread equally
+// often.
 template <typename Body>
 IMF_DEVICE void for_each_row(const Shares& s, index_t group, Body body) {
   const index_t first = (blockIdx.x - group * s.shares) * s.rows();
