@@ -25,6 +25,7 @@
 #include <type_traits>
 
 #include "common/types.h"
+#include "cuda/attention_items.h"
 #include "cuda/ptx/descriptor.h"
 #include "cuda/ptx/mbarrier.h"
 #include "cuda/ptx/numbers.h"
@@ -86,49 +87,15 @@ struct Parameters {
   float* lse;
 };
 
-// A pair of units: one for each computing warpgroup.
-struct Item {
-  int head[2], unit[2];
-  bool together;  // of one head
-};
-
-IMF_PTX int items_of(int heads, int units) {
-  if (units % 2 == 0) return heads * (units / 2);
-  return heads / 2 * units + heads % 2 * (units / 2 + 1);
-}
-
-// Of two heads with an odd number of units each, the last ones are paired. The very last unit, if it is
-// alone, is paired with one beyond the last query, of which nothing is stored.
-IMF_PTX Item item_of(int item, int heads, int units) {
-  const int half = units / 2;
-  if (units % 2 == 0) {
-    const int head = item / half, unit = item % half * 2;
-    return {{head, head}, {unit, unit + 1}, true};
-  }
-  const int head = item / units * 2, i = item % units;
-  if (head + 1 == heads || i < half) return {{head, head}, {2 * i, 2 * i + 1}, true};
-  if (i < 2 * half) return {{head + 1, head + 1}, {2 * (i - half), 2 * (i - half) + 1}, true};
-  return {{head, head + 1}, {units - 1, units - 1}, false};
-}
-
-template <typename T>
+// A tile of boxes of `box_bytes`, all columns of it.
+template <typename S, int box_bytes>
 __device__ __forceinline__ void copy_tile(std::uint32_t target, const ptx::TensorMap& map,
                                           std::uint32_t barrier, int row, int head, int sample) {
 #pragma unroll
-  for (int i = 0; i < T::columns / T::step; ++i) {
-    ptx::copy_box(target + i * T::bytes, map, barrier, i * T::step, row, head, sample);
+  for (int i = 0; i < S::boxes; ++i) {
+    ptx::copy_box(target + i * box_bytes, map, barrier, i * S::box, row, head, sample);
   }
 }
-
-// What copy_tile copies.
-template <typename Tiles>
-struct QueryTile {
-  static constexpr int step = Tiles::box, columns = step * Tiles::boxes, bytes = Tiles::query_box;
-};
-template <typename Tiles>
-struct KeyTile {
-  static constexpr int step = Tiles::box, columns = step * Tiles::boxes, bytes = Tiles::key_box;
-};
 
 // One thread copies all tiles, in the order in which they are taken.
 template <int width, Tangents tangents>
@@ -146,9 +113,9 @@ __device__ __forceinline__ void produce(const Parameters& p, std::uint32_t base)
       const int row = item.unit[side] * unit_rows;
       ptx::mbarrier_wait(base + S::query_empty + side * 8, parity ^ 1);
       ptx::mbarrier_arrive_expect(full, S::query_slot);
-      copy_tile<QueryTile<S>>(target, p.q, full, row, head, sample);
+      copy_tile<S, S::query_box>(target, p.q, full, row, head, sample);
       if (tangents != Tangents::none) {
-        copy_tile<QueryTile<S>>(target + S::query_tile, p.q_dot, full, row + p.q_dot_row, head, sample);
+        copy_tile<S, S::query_box>(target + S::query_tile, p.q_dot, full, row + p.q_dot_row, head, sample);
       }
     }
     // Tile n of keys or of values: rows from `row` on.
@@ -160,9 +127,9 @@ __device__ __forceinline__ void produce(const Parameters& p, std::uint32_t base)
       const int sample = all_head / p.heads, head = all_head % p.heads / p.group;
       ptx::mbarrier_wait(base + empty + S::barrier_of(tile), S::parity_of(tile) ^ 1);
       ptx::mbarrier_arrive_expect(barrier, S::key_slot);
-      copy_tile<KeyTile<S>>(target, map, barrier, row, head, sample);
+      copy_tile<S, S::key_box>(target, map, barrier, row, head, sample);
       if (tangents == Tangents::all) {
-        copy_tile<KeyTile<S>>(target + S::key_tile, map_dot, barrier, row + dot_row, head, sample);
+        copy_tile<S, S::key_box>(target + S::key_tile, map_dot, barrier, row + dot_row, head, sample);
       }
     };
     const int sides = item.together ? 1 : 2;
