@@ -172,20 +172,21 @@ def test_a_network_made_without_memory_or_in_inference_mode_works():
     velocities(expected, *given).sum().backward()
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", ["imf-interval", "imf-tokens"])
-def test_compiled_and_recomputed_blocks_change_nothing(method):
+def test_blocks_that_are_recomputed_or_compiled_change_nothing(method, compiled):
     """As `imf.sharding.prepare` makes them, here without a compiler behind the graph."""
-    model, (z, t, h, *rest) = network(method), inputs()
-    duals = [Dual(a, torch.ones_like(a[2:])) for a in (z, t, h)]
-
-    def gradients(u):
-        grads = torch.autograd.grad(u.primal.square().sum(), list(model.parameters()), allow_unused=True)
-        return [u.primal.detach(), u.tangent.detach(), *(g for g in grads if g is not None)]
-
-    expected = gradients(velocities(model, *duals, *rest))
-    assert len(expected) > 40
-    for block in (*model.shared_blocks, *model.u_blocks):
-        block.forward = torch.compile(block.forward, fullgraph=True, backend="eager")
-        block.forward = functools.partial(ik.checkpoint, block.forward)
-    for got, wanted in zip(gradients(velocities(model, *duals, *rest)), expected, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    results = []
+    for prepared in (False, True):
+        model, (z, t, h, *rest) = network(method), inputs()
+        for block in (*model.shared_blocks, *model.u_blocks) if prepared else ():
+            if compiled:
+                block.forward = torch.compile(block.forward, fullgraph=True, backend="eager")
+            block.forward = functools.partial(ik.checkpoint, block.forward)
+        u = velocities(model, *(Dual(a, torch.ones_like(a[2:])) for a in (z, t, h)), *rest)
+        u.primal.square().sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append(gradients | {"u": u.primal.detach(), "du_dt": u.tangent.detach()})
+    assert results[0].keys() == results[1].keys() and len(results[0]) > 40
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-5, atol=1e-6)

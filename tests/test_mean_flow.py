@@ -24,7 +24,15 @@ GUIDANCE = [
     Guidance(2.0, 0.0),
     Guidance(0.5, 0.5, 0.3, 0.6),
 ]
-CASES = ["as drawn", "more dropped than FM", "dropped ones scattered", "t = r by chance", "all FM", "no FM"]
+CASES = [
+    *((case, 5) for case in ("as drawn", "more dropped than FM", "all FM")),
+    *(
+        pytest.param(case, size, marks=pytest.mark.slow)
+        for case in ("dropped ones scattered", "t = r by chance", "no FM", "as drawn")
+        for size in (1, 5)
+        if (case, size) != ("as drawn", 5)
+    ),
+]
 
 
 def batch(size: int, case: str, method: str):
@@ -36,8 +44,7 @@ def batch(size: int, case: str, method: str):
     return x, y, draws
 
 
-@pytest.mark.parametrize("size", [1, 5])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "size"), CASES)
 @pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.block == "plain"])
 def test_both_forms_equal_the_plain_program(method, case, size):
     x, y, draws = batch(size, case, method)
