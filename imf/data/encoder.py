@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +87,13 @@ class Latents(Encoder):
 
     @torch.inference_mode()
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[Any]:
-        tf32 = self._precision == "tf32"
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         bf16 = self._precision == "bf16"
         x = torch.from_numpy(images).to(self._device).float() / 127.5 - 1
         try:
-            with torch.autocast(self._device.type, torch.bfloat16) if bf16 else nullcontext():
+            with (
+                _tf32(self._precision == "tf32"),
+                torch.autocast(self._device.type, torch.bfloat16) if bf16 else nullcontext(),
+            ):
                 posterior = self._vae.encode(x).latent_dist
         except torch.OutOfMemoryError as error:
             raise DataError(f"--batch-size must be smaller than {len(images)} here: {error}") from error
@@ -102,6 +104,18 @@ class Latents(Encoder):
                 f"--vae: its latents are not finite in {self._precision}: its weights may be damaged"
             )
         return moments.cpu().numpy()
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Within it products and convolutions in fp32 may, or may not, round their operands to TF32."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, allowed
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
+            yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def _check_folder(path: Path) -> None:
