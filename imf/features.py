@@ -91,7 +91,7 @@ class Inception:
         except ImportError as error:
             raise ExtractorError(
                 f"{path}: weights of Inception need torch-fidelity and torchvision ({error}): "
-                "pip install 'imf-kernels[fid]'; a TorchScript extractor needs neither"
+                "pip install -e '.[fid]'; a TorchScript extractor needs neither"
             ) from error
         self.path, self.device = path, device
         try:

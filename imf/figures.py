@@ -132,7 +132,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ResultsError("--plot needs matplotlib: pip install 'imf-kernels[bench]'") from error
+        raise ResultsError("--plot needs matplotlib: pip install -e '.[bench]'") from error
     panels = [
         (name, label)
         for name, label in (("fid", "FID"), ("inception_score", "Inception score"))

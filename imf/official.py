@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-NEEDS_JAX = "JAX checkpoints need orbax-checkpoint and flax: pip install 'imf-kernels[jax]'"
+NEEDS_JAX = "JAX checkpoints need orbax-checkpoint and flax: pip install -e '.[jax]'"
 # What a folder that Orbax wrote has: of its versions from 0.4 on one or the other.
 _ORBAX_FILES = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "checkpoint")
 

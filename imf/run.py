@@ -176,7 +176,7 @@ def wandb_module() -> Any:
         import wandb  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
         raise TrainingError(
-            f"--wandb needs the package wandb ({error}): pip install 'imf-kernels[wandb]', or leave it out"
+            f"--wandb needs the package wandb ({error}): pip install -e '.[wandb]', or leave it out"
         ) from error
     return wandb
 

@@ -33,7 +33,7 @@ def load(path: Path, device: torch.device) -> Any:
     try:
         from diffusers import AutoencoderKL
     except ImportError as error:
-        raise VAEError(f"{path}: an autoencoder needs diffusers: pip install 'imf-kernels[vae]'") from error
+        raise VAEError(f"{path}: an autoencoder needs diffusers: pip install -e '.[vae]'") from error
     if not (path / "config.json").is_file():
         raise VAEError(f"{path}: wanted the folder of an AutoencoderKL, there is no config.json in it")
     options = {"local_files_only": True, "use_safetensors": True, "low_cpu_mem_usage": False}

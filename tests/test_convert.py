@@ -225,4 +225,4 @@ def test_an_existing_file_is_kept_and_jax_is_asked_for(tmp_path, capsys, monkeyp
     (tmp_path / "orbax" / "_METADATA").touch()
     for source in ("checkpoint_1", "orbax"):
         assert run(tmp_path / source, tmp_path / "out.safetensors") == 1
-        assert "pip install 'imf-kernels[jax]'" in capsys.readouterr().err
+        assert "pip install -e '.[jax]'" in capsys.readouterr().err
