@@ -63,6 +63,6 @@ def test_fetch(benchmark, packed: PackedData) -> None:
 
 def test_batches(benchmark, packed: PackedData) -> None:
     """Batches one after another, made by the thread that works ahead."""
-    with data.Batches(packed, batch_size=BATCH, seed=0, first=16) as batches:
+    with data.Batches(packed, batch_size=BATCH, seed=0, first=16, ahead=3) as batches:
         benchmark.pedantic(lambda: next(batches), rounds=20, warmup_rounds=16)
     benchmark.extra_info["latents/s"] = round(BATCH / benchmark.stats.stats.min)

@@ -1,4 +1,4 @@
-"""Batches: a function of (seed, micro step, process, processes) alone, fetched ahead by a thread."""
+"""Batches: a function of (seed, micro step, process, processes) alone, fetched ahead by a thread or not."""
 
 import itertools
 import threading
@@ -52,6 +52,10 @@ def test_begins_at_any_step_as_if_it_had_run_through():
     assert same(take(6)[4:], take(2, first=4)) and same(take(3), take(3))
 
 
+def test_a_thread_changes_nothing():
+    assert same(take(7, ahead=3), take(7, ahead=0)) and same(take(2, first=4, ahead=1), take(2, first=4))
+
+
 @pytest.mark.parametrize("processes", [2, 4, 8])
 def test_processes_together_see_what_one_sees(processes):
     parts = [take(4, process=p, processes=processes) for p in range(processes)]
@@ -59,13 +63,14 @@ def test_processes_together_see_what_one_sees(processes):
     assert same(together, take(4))
 
 
-def test_what_fetching_raises_is_raised_by_next():
+@pytest.mark.parametrize("ahead", [0, 3])
+def test_what_fetching_raises_is_raised_by_next(ahead):
     with pytest.raises(OSError, match="the disk is gone"):
-        take(1, Broken())
+        take(1, Broken(), ahead=ahead)
 
 
 def test_the_thread_ends_with_the_context():
-    with data.Batches(Noisy(), batch_size=8, seed=0) as batches:
+    with data.Batches(Noisy(), batch_size=8, seed=0, ahead=3) as batches:
         next(batches)
         assert any(thread.name.startswith("imf-data") for thread in threading.enumerate())
     assert not any(thread.name.startswith("imf-data") for thread in threading.enumerate())
@@ -86,8 +91,9 @@ def test_digits():
         ({"process": 2, "processes": 2}, "got process 2 of 2"),
         ({"processes": 3}, "batch_size must be a positive multiple of the 3 processes, got 8"),
         ({"batch_size": 0}, "batch_size .* got 0"),
-        ({"first": -1}, "at least 0, got -1"),
-        ({"seed": -1}, "at least 0, got 0 and -1"),
+        ({"first": -1}, "first, seed and ahead must be at least 0, got -1, 3 and None"),
+        ({"seed": -1}, "got 0, -1 and None"),
+        ({"ahead": -1}, "got 0, 3 and -1"),
     ],
 )
 def test_out_of_range_is_named(wrong, message):

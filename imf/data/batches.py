@@ -1,4 +1,4 @@
-"""The order in which training walks through a data set, and the batches of one process, fetched ahead."""
+"""The order in which training walks through a data set, and the batches of one process."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from imf.data.dataset import DataSet, row_seeds
-
-AHEAD = 3  # batches that are made while the network works
 
 
 def batch_indices(size: int, batch_size: int, *, seed: int, step: int) -> Tensor:
@@ -41,7 +39,7 @@ def batch_indices(size: int, batch_size: int, *, seed: int, step: int) -> Tensor
 
 
 class Batches:
-    """Batches of a process from micro step `first` on, without end; fetched ahead by a thread.
+    """Batches of a process from micro step `first` on, without end.
 
     A micro step's global batch is `batch_indices(len(dataset), batch_size, seed=seed, step=micro_step)`, and
     process p of P takes its rows [p b / P, (p + 1) b / P). What is random in a row depends on (seed, micro
@@ -52,6 +50,8 @@ class Batches:
     raises is raised by the `next` that would have given that batch.
 
     batch_size: rows of a global batch, a multiple of `processes`.
+    ahead: how many batches a thread makes while the network works, 0 for no thread; by default 3 for a GPU. On
+    a CPU, whose cores the network keeps busy, the thread's own OpenMP threads would slow it by a third.
     Raises: ValueError, naming it, for an argument out of range.
     """
 
@@ -65,6 +65,7 @@ class Batches:
         process: int = 0,
         processes: int = 1,
         device: torch.device | str = "cpu",
+        ahead: int | None = None,
     ) -> None:
         if processes < 1 or not 0 <= process < processes:
             raise ValueError(
@@ -75,8 +76,10 @@ class Batches:
                 f"Batches: batch_size must be a positive multiple of the {processes} processes, "
                 f"got {batch_size}"
             )
-        if first < 0 or seed < 0:
-            raise ValueError(f"Batches: first and seed must be at least 0, got {first} and {seed}")
+        if min(first, seed, ahead or 0) < 0:
+            raise ValueError(
+                f"Batches: first, seed and ahead must be at least 0, got {first}, {seed} and {ahead}"
+            )
         if len(dataset) < 1:
             raise ValueError("Batches: dataset must have a row, got an empty one")
         self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
@@ -84,20 +87,25 @@ class Batches:
         self._device = torch.device(device)
         self._next = first
         self._pending: deque[Future[tuple[Tensor, Tensor]]] = deque()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="imf-data")
+        self._ahead = (0 if self._device.type == "cpu" else 3) if ahead is None else ahead
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="imf-data") if self._ahead else None
 
     def __enter__(self) -> Batches:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
-        self._pending.clear()
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+            self._pending.clear()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        while len(self._pending) <= AHEAD:
+        if self._thread is None:
+            self._next += 1
+            return self._make(self._next - 1)
+        while len(self._pending) <= self._ahead:
             self._pending.append(self._thread.submit(self._make, self._next))
             self._next += 1
         x, y = self._pending.popleft().result()
