@@ -50,8 +50,8 @@ class Batches:
     raises is raised by the `next` that would have given that batch.
 
     batch_size: rows of a global batch, a multiple of `processes`.
-    ahead: how many batches a thread makes while the network works, 0 for no thread; by default 3 for a GPU. On
-    a CPU, whose cores the network keeps busy, the thread's own OpenMP threads would slow it by a third.
+    ahead: how many batches a thread makes while the network works, 0 for no thread; by default 3 for a GPU.
+    On a CPU, whose cores the network keeps busy, the thread's own OpenMP threads would slow it by a third.
     Raises: ValueError, naming it, for an argument out of range.
     """
 
