@@ -22,6 +22,7 @@ from imf.run import naming
 Array = NDArray[np.float64]
 # Keys of mean and covariance in a statistics file, of the official PyTorch and of the official JAX programs.
 KEYS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
+WIDEST = 16_384  # features, whose covariance is 2 GiB in fp64
 
 
 class StatisticsError(ValueError):
@@ -83,9 +84,16 @@ class Moments:
     `count`, the mean [D] and the sum of centred outer products [D, D], fp64 on `device`. Two of them are
     merged by Chan's formula, which, unlike the sum of x xᵀ, loses nothing where the mean is large beside the
     deviations.
+
+    Raises: ValueError for more features than a covariance can be held of.
     """
 
     def __init__(self, size: int, device: torch.device | None = None) -> None:
+        if size > WIDEST:
+            raise ValueError(
+                f"features must be at most {WIDEST:,} wide, got {size:,}, whose covariance takes "
+                f"{8 * size**2 / 1e9:,.0f} GB: pixels are features of small images only"
+            )
         self.count = 0
         self.mean = torch.zeros(size, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(size, size, dtype=torch.float64, device=device)

@@ -156,3 +156,8 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"statistics\.npz"):
         x.save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_features_too_wide_for_a_covariance_are_named():
+    with pytest.raises(ValueError, match="at most 16,384 wide, got 196,608, whose covariance takes 309 GB"):
+        fid.Moments(3 * 256 * 256)
