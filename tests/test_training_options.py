@@ -181,8 +181,6 @@ def test_weights_and_biases(tmp_path, monkeypatch):
 
 def test_weights_and_biases_is_asked_for_before_a_folder_is_made(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import of it fails
-    with pytest.raises(
-        TrainingError, match=r"--wandb needs the package wandb .*pip install -e '.\[wandb\]'"
-    ):
+    with pytest.raises(TrainingError, match=r"--wandb needs the package wandb .*pip install -e '.\[wandb\]'"):
         train.begin(config(runs=str(tmp_path), wandb="project"))
     assert not list(tmp_path.iterdir())
