@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import re
 import shutil
@@ -30,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from imf.config import TrainConfig, from_dict, to_dict
+from imf.files import replacing
 from imf.model import IMF, build
 from imf.sharding import placed_like, whole
 
@@ -210,21 +210,15 @@ class _NoVHead(nn.ModuleList):
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
     """Write a file whole or not at all; CheckpointError if it cannot be written."""
     values = {**vars(metadata), "config": to_dict(metadata.config), "format": FORMAT}
-    temporary = path.with_name(f".{path.name}.tmp")  # same folder, so the rename stays inside one file system
     try:
-        save_file(dict(tensors), temporary, metadata={METADATA_KEY: json.dumps(values)})
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
+        with replacing(path, synced=True) as temporary:
+            save_file(dict(tensors), temporary, metadata={METADATA_KEY: json.dumps(values)})
     except (OSError, SafetensorError) as error:
         needed = sum(tensor.nbytes for tensor in tensors.values())
         raise CheckpointError(
             f"{path}: could not write the checkpoint of step {metadata.step}: {error}; "
             f"it needs {needed:,} bytes, {_free_bytes(path.parent)} are free"
         ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _tensors(
@@ -346,15 +340,6 @@ def _form(tensor: Tensor) -> str:
 
 def _select(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _free_bytes(folder: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from imf.checkpoint import CheckpointError, Metadata, environment, find, load_network, save_network
 from imf.config import TrainConfig
+from imf.files import replacing
 from imf.layers import IMFConfig
 from imf.model import build
 from imf.names import (
@@ -131,16 +131,11 @@ def _export(a: argparse.Namespace) -> str:
     if not a.v_head:
         state = {name: x for name, x in state.items() if not name.startswith("v_blocks.")}
     official = to_official(state, network.config)
-    temporary = a.out.with_name(f".{a.out.name}.tmp")
-    try:
-        with naming(a.out):
-            if a.out.suffix == ".pth":
-                torch.save(official, temporary)
-            else:
-                save_file(official, temporary)
-            os.replace(temporary, a.out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with naming(a.out), replacing(a.out) as temporary:
+        if a.out.suffix == ".pth":
+            torch.save(official, temporary)
+        else:
+            save_file(official, temporary)
     v_head = "with" if a.v_head else "without"
     return f"{a.out}: {len(official)} tensors ({kind}), {v_head} the v-head's blocks"
 

@@ -6,7 +6,6 @@ the rounding of those sums.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from imf.features import Extractor
+from imf.files import replacing
 from imf.run import naming
 
 Array = NDArray[np.float64]
@@ -51,14 +51,8 @@ class Statistics:
 
     def save(self, path: Path) -> None:
         """Write an .npz with the keys `mu` and `sigma`, whole or not at all; OSError if that fails."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with naming(path):
-                with temporary.open("wb") as file:
-                    np.savez(file, mu=self.mean, sigma=self.covariance)
-                os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with naming(path), replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, mu=self.mean, sigma=self.covariance)
 
 
 def load_statistics(path: Path) -> Statistics:

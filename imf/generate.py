@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from imf import vae as autoencoder
+from imf.files import replacing
 from imf.run import naming, write_json
 from imf.sample import sample
 
@@ -212,10 +212,8 @@ def write_png(path: Path, image: Tensor) -> None:
             f"an image must have 1 or 3 channels, got {image.shape[0]}: latents are decoded by an autoencoder"
         )
     array = image.permute(1, 2, 0).numpy()
-    temporary = path.with_name(f".{path.name}.tmp")  # one process makes a sample, so one name is enough
-    with naming(path):
+    with naming(path), replacing(path) as temporary:
         Image.fromarray(array[..., 0] if len(image) == 1 else array).save(temporary, "PNG", compress_level=1)
-        os.replace(temporary, path)
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 import signal
 import sys
@@ -23,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from imf.config import TrainConfig, ema_decay, learning_rate, to_dict
+from imf.files import replacing
 
 BAR = "{desc} {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}, {elapsed}<{remaining}{postfix}"
 TERMS = ("loss", "loss_u", "loss_v", "gradient norm")  # what a training step reports
@@ -117,10 +117,8 @@ def naming(path: Path) -> Iterator[None]:
 
 def write_json(path: Path, values: Any) -> None:
     """Write a JSON file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with naming(path):
+    with naming(path), replacing(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
-        os.replace(temporary, path)
 
 
 def truncate_metrics(path: Path, step: int) -> None:
@@ -135,10 +133,8 @@ def truncate_metrics(path: Path, step: int) -> None:
         except ValueError:
             break
         kept.append(line + "\n")
-    temporary = path.with_name(f".{path.name}.tmp")
-    with naming(path):
+    with naming(path), replacing(path) as temporary:
         temporary.write_text("".join(kept))
-        os.replace(temporary, path)
 
 
 class Readback:

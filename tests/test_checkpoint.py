@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_run import ALONE, NETWORK, config, differing, one_thread, state_and_data, tensors
 
-from imf import checkpoint, train
+from imf import checkpoint, files, train
 from imf.checkpoint import CheckpointError
 
 _one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
@@ -109,14 +109,14 @@ def test_a_write_that_fails_leaves_the_previous_file(trained, path):
     assert path.read_bytes() == kept and list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("failing", ["save_file", "_sync"])
-def test_a_full_disk(trained, path, failing, monkeypatch):
+@pytest.mark.parametrize(("module", "failing"), [(checkpoint, "save_file"), (files, "sync")])
+def test_a_full_disk(trained, path, module, failing, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     write(path, trained)
     kept = path.read_bytes()
-    monkeypatch.setattr(checkpoint, failing, full)
+    monkeypatch.setattr(module, failing, full)
     with pytest.raises(
         CheckpointError, match=r"step 3: .*No space left.* needs [\d,]+ bytes, [\d,]+ are free"
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -21,7 +22,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONSTANTS = "sd-vae-ft-mse"  # the autoencoder on whose ImageNet latents imf.vae measured MEAN and STD
 
 
-class Encoder:
+class Encoder(ABC):
     """Images [B, 3, S, S] uint8 -> what is stored, [B, *row_shape] of `dtype`.
 
     kind: "latents" or "pixels".  shape: (C, H, W) of a row as the network sees it.
@@ -34,8 +35,8 @@ class Encoder:
     dtype: str
     about: dict[str, Any]
 
-    def __call__(self, images: NDArray[np.uint8]) -> NDArray[Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, images: NDArray[np.uint8]) -> NDArray[Any]: ...
 
 
 class Pixels(Encoder):

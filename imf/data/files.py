@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from imf.data.dataset import DataError
+from imf.files import replacing
 
 _CHUNK = 1 << 22  # bytes
 
@@ -20,24 +19,16 @@ _CHUNK = 1 << 22  # bytes
 def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> str:
     """Write the parts one after another to `path`; returns the SHA-256 of the file, in hexadecimal.
 
-    The file appears under its name when all of it is on the disk (temporary file, fsync, rename, fsync of the
-    folder): a process that is killed leaves the old file or the new one, and perhaps a temporary one.
+    The file appears under its name when all of it is on the disk, see `imf.files.replacing`.
     Raises: DataError, naming the bytes that are free, if it cannot be written (a full disk).
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     digest = hashlib.sha256()
     try:
-        with temporary.open("wb") as file:
+        with replacing(path, synced=True) as temporary, temporary.open("wb") as file:
             for part in parts:
                 digest.update(part)
                 file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise DataError(
             f"{path}: could not be written: {error}; {free_bytes(path.parent)} bytes are free there"
@@ -72,15 +63,6 @@ def sha256(path: Path) -> str:
     except OSError as error:
         raise DataError(f"{path}: could not be read: {error}") from error
     return digest.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the entries of a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def free_bytes(folder: Path) -> str:

@@ -254,7 +254,7 @@ def _cpu_unavailable(tensors: Any) -> str | None:
     return "it needs at least one key" if key.shape[2] == 0 else None
 
 
-def _cpu_unmasked(tensors: Any) -> str:
+def _unmasked(tensors: Any) -> str:
     return "it has no masks and no is_causal"
 
 
@@ -341,10 +341,6 @@ def _cuda_unavailable(tensors: Any) -> str | None:
     return None
 
 
-def _cuda_unmasked(tensors: Any) -> str:
-    return "it has no masks and no is_causal"
-
-
 _OPERATION = Operation(
     "scaled_dot_product_attention",
     _Attention,
@@ -367,8 +363,8 @@ _BACKENDS = (
     _REFERENCE,
 )
 _MASKED_BACKENDS = (
-    _OPERATION.backend("cpu", _CPU, _cpu_unmasked),
-    _OPERATION.backend("cuda", _CUDA, _cuda_unmasked, default=False),
+    _OPERATION.backend("cpu", _CPU, _unmasked),
+    _OPERATION.backend("cuda", _CUDA, _unmasked, default=False),
     _TRITON,
     _REFERENCE,
 )
