@@ -30,9 +30,14 @@ DIGITS_NETWORK = IMFConfig(
 RESUMABLE = {
     "runs", "steps", "omega", "t_min", "t_max", "threads", "device",
     "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "wandb",
-    "sharding", "compile", "checkpointing",
+    "sharding", "compile", "checkpointing", "cuda_graphs",
 }  # fmt: skip
-ROUNDING = ("sharding", "compile", "checkpointing")  # of these, what only changes the last bits
+ROUNDING = (
+    "sharding",
+    "compile",
+    "checkpointing",
+    "cuda_graphs",
+)  # of these, what only changes the last bits
 
 
 def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -103,6 +108,9 @@ class TrainConfig:
     )
     compile: bool = _option(False, "compile the blocks of the network by torch.compile")
     checkpointing: bool = _option(False, "keep no activations inside blocks: backward recomputes them")
+    cuda_graphs: bool = _option(
+        False, "replay steps as CUDA graphs: one process on a GPU, without accumulation or checkpointing"
+    )
     threads: int = _option(0, "threads of PyTorch and of the kernels; 0: as PyTorch chooses")
 
     omega: float = _option(1.3, "guidance scale of samples while and after training, where an input")
@@ -139,6 +147,9 @@ class TrainConfig:
             f"a divisor of the batch size {self.batch_size}",
             self.accumulate,
         )
+        if self.cuda_graphs:
+            _require(self.accumulate == 1, "accumulate", "1 with cuda_graphs", self.accumulate)
+            _require(not self.checkpointing, "checkpointing", "off with cuda_graphs", self.checkpointing)
         _require(self.lr > 0, "lr", "above 0", self.lr)
         _require(self.eps > 0, "eps", "above 0", self.eps)
         for name in ("beta1", "beta2", "ema_decay"):

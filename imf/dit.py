@@ -42,6 +42,7 @@ from imf.layers import (
     patchify,
     unpatchify,
 )
+from imf.weights import operand
 from imf_kernels import Dual
 
 NORM_EPS = 1e-6
@@ -97,25 +98,25 @@ class Block(nn.Module):
         if c is not None:
             shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c, backend)
             y = ik.layer_norm_modulate(x, shift1, scale1, NORM_EPS, **to)
-            x = ik.gated_residual(x, self._attention(y, backend), gate1, backend=backend)
+            x = ik.gated_residual(x, self._attention(y, dtype, backend), gate1, backend=backend)
             y = ik.layer_norm_modulate(x, shift2, scale2, NORM_EPS, **to)
-            return ik.gated_residual(x, self._mlp(y, backend), gate2, backend=backend)
+            return ik.gated_residual(x, self._mlp(y, dtype, backend), gate2, backend=backend)
         y = layer_norm(x, self.norm1, **to)
-        x = ik.gated_residual(x, self._attention(y, backend), self.attn_scale, backend=backend)
+        x = ik.gated_residual(x, self._attention(y, dtype, backend), self.attn_scale, backend=backend)
         y = layer_norm(x, self.norm2, **to)
-        return ik.gated_residual(x, self._mlp(y, backend), self.mlp_scale, backend=backend)
+        return ik.gated_residual(x, self._mlp(y, dtype, backend), self.mlp_scale, backend=backend)
 
-    def _attention(self, y: Tensor | Dual, backend: str | None) -> Any:
-        y = ik.linear(y, self.qkv.weight, self.qkv.bias, backend=backend)
+    def _attention(self, y: Tensor | Dual, dtype: torch.dtype | None, backend: str | None) -> Any:
+        y = ik.linear(y, operand(self.qkv.weight, dtype), self.qkv.bias, backend=backend)
         q, k, v = ik.linear_map(lambda a: heads_of_qkv(a, self.heads), y)
         y = ik.scaled_dot_product_attention(q, k, v, backend=backend)
         y = ik.linear_map(lambda a: a.transpose(1, 2).flatten(2), y)
-        return ik.linear(y, self.out.weight, self.out.bias, backend=backend)
+        return ik.linear(y, operand(self.out.weight, dtype), self.out.bias, backend=backend)
 
-    def _mlp(self, y: Tensor | Dual, backend: str | None) -> Any:
-        y = ik.linear(y, self.up.weight, self.up.bias, backend=backend)
+    def _mlp(self, y: Tensor | Dual, dtype: torch.dtype | None, backend: str | None) -> Any:
+        y = ik.linear(y, operand(self.up.weight, dtype), self.up.bias, backend=backend)
         y = ik.gelu(y, approximate="tanh", backend=backend)
-        return ik.linear(y, self.down.weight, self.down.bias, backend=backend)
+        return ik.linear(y, operand(self.down.weight, dtype), self.down.bias, backend=backend)
 
 
 class FinalLayer(nn.Module):

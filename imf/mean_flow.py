@@ -23,15 +23,13 @@ from imf.model import velocities
 from imf.objective import (
     Guidance,
     Loss,
+    Prepared,
     adaptive,
     check_batch,
     evaluated,
     interpolate,
-    on_device,
-    rows_behind_fm,
-    rows_of_v_u,
+    rounded_once,
     target,
-    target_weights,
 )
 from imf_kernels import Dual
 
@@ -40,7 +38,7 @@ def mean_flow(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    draws: Draws,
+    draws: Draws | Prepared,
     *,
     guidance: Guidance,
     tangent: str = "v_g",
@@ -66,23 +64,22 @@ def mean_flow(
     Raises:
         ValueError, TypeError: as `imf.objective.improved_mean_flow`, and for another tangent.
     """
-    null = _check(model, x, y, draws, tangent)
-    weights = target_weights(draws, guidance)
-    c_rows, u_rows = rows_behind_fm(draws), rows_of_v_u(weights)
+    null, step = _check(model, x, y, draws, tangent, guidance)
+    draws, c_rows = step.draws, step.c_rows
     if guidance.kappa == 0 and tangent == "v_g":
         c_rows = c_rows[:0]
-    draws, weights = draws.to(x.device), on_device(weights, x)
     n_fm, t, h = draws.n_fm, draws.t, draws.t - draws.r
     z, v_t = interpolate(x, draws)
-    v_c, v_u = evaluated(model, z, y, draws, c_rows, u_rows, "u")
-    direction = (v_c if tangent == "v_c" else target(v_t, v_c, v_u, weights))[n_fm:]
+    with rounded_once(model):
+        v_c, v_u = evaluated(model, z, y, draws, c_rows, step.u_rows, "u")
+        direction = (v_c if tangent == "v_c" else target(v_t, v_c, v_u, step))[n_fm:]
 
-    one, labels = torch.ones_like(t[n_fm:]), torch.where(draws.drop, null, y)
-    given = draws.omega, draws.t_min, draws.t_max, labels
-    u = velocities(model, Dual(z, direction), Dual(t, one), Dual(h, one), *given, heads="u")
+        one, labels = torch.ones_like(t[n_fm:]), torch.where(draws.drop, null, y)
+        given = draws.omega, draws.t_min, draws.t_max, labels
+        u = velocities(model, Dual(z, direction), Dual(t, one), Dual(h, one), *given, heads="u")
 
     v_c[:n_fm] = u.primal.detach()[:n_fm]
-    v_g = target(v_t, v_c, v_u, weights)
+    v_g = target(v_t, v_c, v_u, step)
     return _loss(u.primal, v_t, h, u.tangent.detach(), v_g, norm_eps, norm_p)
 
 
@@ -90,7 +87,7 @@ def mean_flow_plain(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    draws: Draws,
+    draws: Draws | Prepared,
     *,
     guidance: Guidance,
     tangent: str = "v_g",
@@ -102,12 +99,12 @@ def mean_flow_plain(
     Costs more and gives the same loss and gradients; here for comparison. Arguments and result as of
     `mean_flow`, but `du_dt` is computed on every row.
     """
-    null = _check(model, x, y, draws, tangent)
-    draws = draws.to(x.device)
-    t, h, every = draws.t, draws.t - draws.r, torch.arange(x.shape[0])
+    null, step = _check(model, x, y, draws, tangent, guidance)
+    draws = step.draws
+    t, h, every = draws.t, draws.t - draws.r, torch.arange(x.shape[0], device=x.device)
     z, v_t = interpolate(x, draws)
     v_c, v_u = evaluated(model, z, y, draws, every, every, "u")
-    v_g = target(v_t, v_c, v_u, target_weights(draws, guidance))
+    v_g = target(v_t, v_c, v_u, step)
     direction = v_c if tangent == "v_c" else v_g
     one, labels = torch.ones_like(t), torch.where(draws.drop, null, y)
     given = draws.omega, draws.t_min, draws.t_max, labels
@@ -115,10 +112,12 @@ def mean_flow_plain(
     return _loss(u.primal, v_t, h, u.tangent.detach(), v_g, norm_eps, norm_p)
 
 
-def _check(model: nn.Module, x: Tensor, y: Tensor, draws: Draws, tangent: str) -> int:
+def _check(
+    model: nn.Module, x: Tensor, y: Tensor, draws: Draws | Prepared, tangent: str, guidance: Guidance
+) -> tuple[int, Prepared]:
     if tangent not in ("v_g", "v_c"):
         raise ValueError(f"mean_flow: tangent must be 'v_g' or 'v_c', got {tangent!r}")
-    return check_batch("mean_flow", model, x, y, draws)
+    return check_batch("mean_flow", model, x, y, draws, guidance)
 
 
 def _loss(

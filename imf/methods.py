@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from imf.draws import Draws
 from imf.layers import IMFConfig
 from imf.mean_flow import mean_flow
-from imf.objective import Guidance, Loss, improved_mean_flow
+from imf.objective import Guidance, Loss, Prepared, improved_mean_flow
 
-Objective = Callable[[nn.Module, Tensor, Tensor, Draws], Loss]
+Objective = Callable[[nn.Module, Tensor, Tensor, Draws | Prepared], Loss]
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,12 @@ METHODS = {
 
 def objective(method: str, guidance: Guidance) -> Objective:
     """The objective of a method; `guidance` is what networks without ω as an input are trained for."""
-    chosen = METHODS[method]
-    return chosen.objective if chosen.omega_input else partial(chosen.objective, guidance=guidance)
+    return partial(METHODS[method].objective, guidance=guidance_of(method, guidance))
+
+
+def guidance_of(method: str, guidance: Guidance) -> Guidance | None:
+    """What `imf.objective.prepare` takes: `guidance`, or `None` for networks with ω as an input."""
+    return None if METHODS[method].omega_input else guidance
 
 
 def network_of(method: str, network: IMFConfig) -> IMFConfig:

@@ -31,6 +31,7 @@ from imf.layers import (
     patchify,
     unpatchify,
 )
+from imf.weights import operand, padded_down, padded_gate_up
 from imf_kernels import Dual
 
 # The network of original Mean Flows: adaLN-zero, no v-head, guidance fixed in training.
@@ -127,16 +128,18 @@ class Block(nn.Module):
         self, x: Tensor | Dual, cos: Tensor, sin: Tensor, dtype: torch.dtype | None, backend: str | None
     ) -> Any:
         y = ik.rms_norm(x, self.norm1, dtype=dtype, backend=backend)
-        y = ik.linear(y, self.qkv, backend=backend)
+        y = ik.linear(y, operand(self.qkv, dtype), backend=backend)
         q, k, v = ik.linear_map(lambda a: heads_of_qkv(a, self.heads), y)
         q, k = ik.qk_norm_rope(q, k, self.q_norm, self.k_norm, cos, sin, backend=backend)
         y = ik.scaled_dot_product_attention(q, k, v, backend=backend)
         y = ik.linear_map(lambda a: a.transpose(1, 2).flatten(2), y)
-        x = ik.gated_residual(x, ik.linear(y, self.out, backend=backend), self.attn_scale, backend=backend)
+        y = ik.linear(y, operand(self.out, dtype), backend=backend)
+        x = ik.gated_residual(x, y, self.attn_scale, backend=backend)
 
         y = ik.rms_norm(x, self.norm2, dtype=dtype, backend=backend)
-        y = ik.swiglu(ik.linear(y, self.gate_up, backend=backend), backend=backend)
-        return ik.gated_residual(x, ik.linear(y, self.down, backend=backend), self.mlp_scale, backend=backend)
+        y = ik.linear(y, operand(self.gate_up, dtype, padded_gate_up), backend=backend)
+        y = ik.linear(ik.swiglu(y, backend=backend), operand(self.down, dtype, padded_down), backend=backend)
+        return ik.gated_residual(x, y, self.mlp_scale, backend=backend)
 
 
 def _block_weight(out_features: int, in_features: int) -> nn.Parameter:

@@ -14,6 +14,7 @@ Source: "Improved Mean Flows" (arXiv 2512.02012) and its official program.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from imf.draws import Draws, form
 from imf.model import config_of, velocities
 from imf.sharding import sharded
+from imf.weights import made_once
 from imf_kernels import Dual
 
 
@@ -75,11 +77,42 @@ class Loss:
     v_g: Tensor
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A step's draws where the batch is, and what they ask for, which only the host has to know.
+
+    Attributes:
+        draws: with every tensor where the batch is.
+        alpha, kappa: [B], of the target v_g = v_t + α (v_t − v_u) + κ (v_c − v_u); 0 on dropped rows.
+        c_rows: [B − n_fm] in int64, the rows behind the FM rows.
+        u_rows: [G] in int64, the rows whose target contains v_u, some of them repeated.
+    """
+
+    draws: Draws
+    alpha: Tensor
+    kappa: Tensor
+    c_rows: Tensor
+    u_rows: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in an order that depends on nothing."""
+        own = [self.alpha, self.kappa, self.c_rows, self.u_rows]
+        return own + [value for value in vars(self.draws).values() if isinstance(value, Tensor)]
+
+
+def prepare(draws: Draws, guidance: Guidance | None, device: torch.device) -> Prepared:
+    """What of a step can be known before it runs; with draws on the CPU nothing here waits for `device`."""
+    alpha, kappa = _target_weights(draws, guidance)
+    c_rows = torch.arange(draws.n_fm, len(draws.t), device=draws.t.device)
+    small = alpha, kappa, c_rows, _rows_of_v_u(alpha + kappa)
+    return Prepared(draws.to(device), *(x.to(device, non_blocking=True) for x in small))
+
+
 def improved_mean_flow(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    draws: Draws,
+    draws: Draws | Prepared,
     *,
     guidance: Guidance | None = None,
     norm_eps: float = 0.01,
@@ -95,9 +128,9 @@ def improved_mean_flow(
             its `config.num_classes` is the null label.
         x: [B, C, H, W] in float32, data.
         y: [B] in int64 or int32, labels.
-        draws: the step's random numbers.
+        draws: the step's random numbers, or what `prepare` made of them.
         guidance: of a network without ω as an input; it then decides v_g in the place of the drawn ω and
-            interval.
+            interval. What `prepare` made has it already.
         norm_eps, norm_p: c and p of the adaptive weights.
 
     Returns:
@@ -107,24 +140,22 @@ def improved_mean_flow(
         ValueError, TypeError: for a batch that does not fit; on a CPU also for labels out of range, the null
             label among them.
     """
-    null = check_batch("improved_mean_flow", model, x, y, draws)
-    weights = target_weights(draws, guidance)
-    c_rows, u_rows = rows_behind_fm(draws), rows_of_v_u(weights)
-    draws, weights = draws.to(x.device), on_device(weights, x)
+    null, step = check_batch("improved_mean_flow", model, x, y, draws, guidance)
+    draws = step.draws
     n_fm, t, h = draws.n_fm, draws.t, draws.t - draws.r
     z, v_t = interpolate(x, draws)
+    with rounded_once(model):
+        # v_c where the tangent needs it, v_u where the target does, in one evaluation of the v-head.
+        v_c, v_u = evaluated(model, z, y, draws, step.c_rows, step.u_rows, "v")
 
-    # v_c where the tangent needs it, v_u where the target does, in one evaluation of the v-head.
-    v_c, v_u = evaluated(model, z, y, draws, c_rows, u_rows, "v")
-
-    # The network at (z, t, r), with the derivative along (v_c, 1, 0) of the rows behind the FM rows.
-    one = torch.ones_like(t[n_fm:])
-    labels = torch.where(draws.drop, null, y)
-    given = draws.omega, draws.t_min, draws.t_max, labels
-    u, v = velocities(model, Dual(z, v_c[n_fm:]), Dual(t, one), Dual(h, one), *given, heads="uv")
+        # The network at (z, t, r), with the derivative along (v_c, 1, 0) of the rows behind the FM rows.
+        one = torch.ones_like(t[n_fm:])
+        labels = torch.where(draws.drop, null, y)
+        given = draws.omega, draws.t_min, draws.t_max, labels
+        u, v = velocities(model, Dual(z, v_c[n_fm:]), Dual(t, one), Dual(h, one), *given, heads="uv")
 
     v_c[:n_fm] = v.detach()[:n_fm]
-    v_g = target(v_t, v_c, v_u, weights)
+    v_g = target(v_t, v_c, v_u, step)
     return _loss(u.primal, v, h, u.tangent.detach(), v_g, norm_eps, norm_p)
 
 
@@ -132,7 +163,7 @@ def improved_mean_flow_plain(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    draws: Draws,
+    draws: Draws | Prepared,
     *,
     guidance: Guidance | None = None,
     norm_eps: float = 0.01,
@@ -143,23 +174,26 @@ def improved_mean_flow_plain(
     Costs more and gives the same loss and gradients; here for comparison. Arguments and result as of
     `improved_mean_flow`, but `du_dt` is computed on every row.
     """
-    null = check_batch("improved_mean_flow", model, x, y, draws)
-    draws = draws.to(x.device)
-    t, h, every = draws.t, draws.t - draws.r, torch.arange(x.shape[0])
+    null, step = check_batch("improved_mean_flow", model, x, y, draws, guidance)
+    draws = step.draws
+    t, h, every = draws.t, draws.t - draws.r, torch.arange(x.shape[0], device=x.device)
     z, v_t = interpolate(x, draws)
     v_c, v_u = evaluated(model, z, y, draws, every, every, "v")
-    v_g = target(v_t, v_c, v_u, target_weights(draws, guidance))
+    v_g = target(v_t, v_c, v_u, step)
     one, labels = torch.ones_like(t), torch.where(draws.drop, null, y)
     given = draws.omega, draws.t_min, draws.t_max, labels
     u, v = velocities(model, Dual(z, v_c), Dual(t, one), Dual(h, one), *given, heads="uv")
     return _loss(u.primal, v, h, u.tangent.detach(), v_g, norm_eps, norm_p)
 
 
-def check_batch(who: str, model: nn.Module, x: Tensor, y: Tensor, draws: Draws) -> int:
-    """The null label; ValueError or TypeError, naming the argument, unless the batch fits the draws."""
-    if not isinstance(draws, Draws):
+def check_batch(
+    who: str, model: nn.Module, x: Tensor, y: Tensor, draws: Draws | Prepared, guidance: Guidance | None
+) -> tuple[int, Prepared]:
+    """The null label and the draws prepared; ValueError or TypeError unless the batch fits the draws."""
+    given = draws.draws if isinstance(draws, Prepared) else draws
+    if not isinstance(given, Draws):
         raise TypeError(f"{who}: draws must be a Draws, got a {type(draws).__name__}")
-    noise, batch = draws.noise, draws.noise.shape[0]
+    noise, batch = given.noise, given.noise.shape[0]
     if form(x) != form(noise):
         raise ValueError(f"{who}: x must be {form(noise)} like draws.noise, got {form(x)}")
     wanted = [f"[{batch}] of {dtype} on {noise.device}" for dtype in (torch.int64, torch.int32)]
@@ -171,7 +205,7 @@ def check_batch(who: str, model: nn.Module, x: Tensor, y: Tensor, draws: Draws) 
             f"{who}: labels must be within 0 and {null - 1} (the null label is no label of "
             f"data), got {int(y.min())} to {int(y.max())}"
         )
-    return null
+    return null, draws if isinstance(draws, Prepared) else prepare(draws, guidance, x.device)
 
 
 def interpolate(x: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
@@ -180,43 +214,10 @@ def interpolate(x: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
     return (1 - t) * x + t * draws.noise, draws.noise - x
 
 
-def target_weights(draws: Draws, guidance: Guidance | None) -> tuple[Tensor, Tensor]:
-    """α and κ, [B], of the target v_g = v_t + α (v_t − v_u) + κ (v_c − v_u); 0 on dropped rows."""
-    if guidance is None:
-        omega = _effective_omega(draws)
-        alpha, kappa = torch.zeros_like(omega), 1 - 1 / omega
-    else:
-        inside = (guidance.t_min <= draws.t) & (draws.t <= guidance.t_max)
-        alpha, kappa = (inside.to(draws.t.dtype) * w for w in (guidance.omega - 1, guidance.kappa))
-    return torch.where(draws.drop, 0.0, alpha), torch.where(draws.drop, 0.0, kappa)
-
-
-def target(v_t: Tensor, v_c: Tensor, v_u: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
+def target(v_t: Tensor, v_c: Tensor, v_u: Tensor, step: Prepared) -> Tensor:
     """v_g, from velocities that may be anything finite where they are not used."""
-    alpha, kappa = (w[:, None, None, None] for w in weights)
+    alpha, kappa = (w[:, None, None, None] for w in (step.alpha, step.kappa))
     return v_t + alpha * (v_t - v_u) + kappa * (v_c - v_u)
-
-
-def on_device(tensors: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Two small tensors where x is; does not wait for the device."""
-    a, b = (tensor.to(x.device, non_blocking=True) for tensor in tensors)
-    return a, b
-
-
-def rows_behind_fm(draws: Draws) -> Tensor:
-    return torch.arange(draws.n_fm, len(draws.t), device=draws.t.device)
-
-
-def rows_of_v_u(weights: tuple[Tensor, Tensor]) -> Tensor:
-    """Rows whose target contains v_u, the last one repeated up to a multiple of an eighth of the batch.
-
-    Computing a row twice changes nothing; a new number of rows at every step would cost matrix products that
-    prepare themselves for each shape more than the rows do.
-    """
-    coefficient = weights[0] + weights[1]
-    rows = coefficient.nonzero().squeeze(1)
-    missing = -len(rows) % max(1, len(coefficient) // 8)
-    return torch.cat([rows, rows[-1:].expand(missing)]) if len(rows) and missing else rows
 
 
 @torch.no_grad()
@@ -227,7 +228,6 @@ def evaluated(
 
     head: "v", or "u" for v = u(z, t, t); at h = 0, with the whole interval.
     """
-    c_rows, u_rows = on_device((c_rows, u_rows), z)
     v_c, v_u, rows = torch.zeros_like(z), torch.zeros_like(z), torch.cat([c_rows, u_rows])
     if rows.numel() or sharded(model):  # the other processes may have rows, and wait for this one's shards
         omega = torch.cat([_effective_omega(draws)[c_rows], torch.ones_like(draws.omega[u_rows])])
@@ -238,9 +238,48 @@ def evaluated(
     return v_c, v_u
 
 
+def rounded_once(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Within it the weights are rounded once for all passes, unless FSDP2 keeps but a part of them here."""
+    return contextlib.nullcontext() if sharded(model) else made_once()
+
+
 def adaptive(squares: Tensor, norm_eps: float, norm_p: float) -> Tensor:
     """L / sg(L + c)^p a row."""
     return squares / (squares.detach() + norm_eps) ** norm_p
+
+
+def _target_weights(draws: Draws, guidance: Guidance | None) -> tuple[Tensor, Tensor]:
+    """α and κ of the target, as of `Prepared`."""
+    if guidance is None:
+        omega = _effective_omega(draws)
+        alpha, kappa = torch.zeros_like(omega), 1 - 1 / omega
+    else:
+        inside = (guidance.t_min <= draws.t) & (draws.t <= guidance.t_max)
+        alpha, kappa = (inside.to(draws.t.dtype) * w for w in (guidance.omega - 1, guidance.kappa))
+    return torch.where(draws.drop, 0.0, alpha), torch.where(draws.drop, 0.0, kappa)
+
+
+def _rows_of_v_u(coefficient: Tensor) -> Tensor:
+    """Rows where it is not 0, the last one repeated up to one of four numbers: 5 to 8 eighths of the batch.
+
+    Computing a row twice changes nothing; a new number of rows at every step would cost matrix products that
+    prepare themselves for each shape more than the rows do, and a CUDA graph is of one shape.
+    """
+    rows = coefficient.nonzero().squeeze(1)
+    if not len(rows):
+        return rows
+    return repeated(rows, next(n for n in sizes_of_v_u(len(coefficient)) if n >= len(rows)))
+
+
+def sizes_of_v_u(batch: int) -> list[int]:
+    """The numbers of rows, in rising order, that v_u is computed on, if on any; the last one is the batch."""
+    return sorted({-(-batch * eighths // 8) for eighths in (5, 6, 7, 8)})
+
+
+def repeated(rows: Tensor, count: int) -> Tensor:
+    """[count]: `rows`, and the last of them again and again; without any the batch's first one."""
+    last = rows[-1:] if len(rows) else rows.new_zeros(1)
+    return torch.cat([rows, last.expand(count - len(rows))])
 
 
 def _effective_omega(draws: Draws) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from imf import checkpoint, data
 from imf.checkpoint import Metadata
 from imf.config import RESUMABLE, ROUNDING, TrainConfig, differences, to_dict, with_arguments
+from imf.graphs import StepGraphs
 from imf.model import IMF, build
 from imf.processes import Processes
 from imf.run import (
@@ -37,6 +38,7 @@ class State:
     found_inf: [] fp32 on the device, 0 until a loss or gradient is not finite, then 1 for good: from then on
     weights, moments and average stay as they are, so the host may learn of it some steps later.
     step: optimizer steps done.
+    graphs: the step as CUDA graphs, made in the first one, where they are asked for.
     """
 
     model: IMF
@@ -45,6 +47,7 @@ class State:
     optimizer: torch.optim.Optimizer
     found_inf: Tensor
     step: int = 0
+    graphs: StepGraphs | None = None
 
 
 @dataclass
@@ -85,6 +88,7 @@ def initial_state(config: TrainConfig, precision: str, who: Processes) -> State:
         eps=config.eps,
         weight_decay=config.weight_decay,
         fused=True,
+        capturable=config.cuda_graphs,
     )
     found_inf = torch.zeros((), device=who.device)
     optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # where fused AdamW looks for its gate
@@ -240,6 +244,9 @@ def _check_processes(config: TrainConfig, who: Processes) -> None:
             f"--batch-size / --accumulate must be a multiple of the {who.count} processes, "
             f"got {config.batch_size} / {config.accumulate} = {config.micro_batch_size}"
         )
+    if config.cuda_graphs and (who.grouped or who.device.type != "cuda"):
+        got = f"{who.count} processes" if who.grouped else f"one on {who.device}"
+        raise TrainingError(f"--cuda-graphs must be one process on a GPU, without torchrun; got {got}")
     if config.sharding == "fsdp" and not who.grouped:
         raise TrainingError("--sharding fsdp needs processes: start with torchrun, also a single one")
     if config.wandb and who.first:

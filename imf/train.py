@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import math
 import signal
 import sys
@@ -26,7 +27,9 @@ from imf.config import (
     with_arguments,
 )
 from imf.draws import Draws
-from imf.methods import objective
+from imf.graphs import StepGraphs
+from imf.methods import Objective, guidance_of, objective
+from imf.objective import Prepared, prepare
 from imf.presets import PRESETS, preset_of
 from imf.processes import ERRORS, Processes, agreed, joined
 from imf.run import (
@@ -55,39 +58,74 @@ def training_step(
 
     batches: this process's, of one size in all, so that the mean over processes is that over rows.
     """
-    terms = torch.zeros(3, device=who.device)
     loss_of = objective(config.method, config.fixed_guidance)
+    guidance = guidance_of(config.method, config.fixed_guidance)
+    rates = learning_rate(config, state.step), ema_decay(config, state.step)
+    terms = torch.zeros(3, device=who.device)
     for micro_step in range(state.step * config.accumulate, (state.step + 1) * config.accumulate):
         x, y = next(batches)
         draws = Draws.sample(x, seed=config.seed, step=micro_step, process=who.rank, **config.draws)
+        step = prepare(draws, guidance, who.device)
+        if config.cuda_graphs:
+            if state.graphs is None:
+                state.graphs = StepGraphs(
+                    functools.partial(_whole_step, state, loss_of, who), len(x), who.device
+                )
+            terms = state.graphs(x, y, step, *rates)
+            break
         with synchronising(state.engine, last=(micro_step + 1) % config.accumulate == 0):
-            out = loss_of(state.engine, x, y, draws)
-            (out.loss / config.accumulate).backward()
-
-        terms += torch.stack([out.loss.detach(), out.loss_u, out.loss_v]) / config.accumulate
-
-    gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
-    norm = whole(nn.utils.get_total_norm(gradients))
-    terms = torch.cat([who.mean(terms), norm[None]])  # the same in all processes
-    state.found_inf.logical_or_(~terms.isfinite().all())  # once 1, the two updates below change nothing
-
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(config, state.step)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    update_ema(state.ema, state.model, ema_decay(config, state.step), state.found_inf)
+            terms += gradients(state, loss_of, x, y, step, config.accumulate)
+    else:
+        terms = update(state, terms, *rates, who)
     state.step += 1
     return terms
 
 
+def gradients(
+    state: State, loss_of: Objective, x: Tensor, y: Tensor, step: Prepared, accumulate: int = 1
+) -> Tensor:
+    """Adds a micro step's share to the gradients; its share of loss, loss_u and loss_v, [3]."""
+    out = loss_of(state.engine, x, y, step)
+    (out.loss / accumulate).backward()
+    return torch.stack([out.loss.detach(), out.loss_u, out.loss_v]) / accumulate
+
+
+def update(
+    state: State, terms: Tensor, rate: float | Tensor, decay: float | Tensor, who: Processes
+) -> Tensor:
+    """AdamW and the moving average, unless a number is not finite; `terms`, [3], with gradients' norm."""
+    norm = whole(nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None]))
+    terms = torch.cat([who.mean(terms), norm[None]])  # the same in all processes
+    state.found_inf.logical_or_(~terms.isfinite().all())  # once 1, the two updates below change nothing
+
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    update_ema(state.ema, state.model, decay, state.found_inf)
+    return terms
+
+
+def _whole_step(
+    state: State,
+    loss_of: Objective,
+    who: Processes,
+    x: Tensor,
+    y: Tensor,
+    step: Prepared,
+    rate: Tensor,
+    decay: Tensor,
+) -> Tensor:
+    return update(state, gradients(state, loss_of, x, y, step), rate, decay, who)
+
+
 @torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float, found_inf: Tensor) -> None:
+def update_ema(ema: nn.Module, model: nn.Module, decay: float | Tensor, found_inf: Tensor) -> None:
     """ema <- ema + (1 - decay) (model - ema) for every weight in fp32; nothing if found_inf, [], is 1."""
     averages: list[Tensor] = [local(p) for p in ema.parameters()]
     weights: list[Tensor] = [local(p) for p in model.parameters()]
-    change = torch._foreach_sub(weights, averages)
-    torch._foreach_mul_(change, (1 - decay) * (1 - found_inf))
-    torch._foreach_add_(averages, change)
+    share = (1 - decay) * (1 - found_inf)
+    torch._foreach_lerp_(averages, weights, [share] * len(weights))  # one pass over each
 
 
 def fit(run: Run) -> int | None:

@@ -62,7 +62,7 @@ def test_each_micro_batch_has_its_own_draws(monkeypatch):
     seen = []
 
     def loss_of(model, x, y, draws):
-        seen.append(draws.t)
+        seen.append(draws.draws.t)
         return improved_mean_flow(model, x, y, draws)
 
     monkeypatch.setattr(train, "objective", lambda *settings: loss_of)
