@@ -27,6 +27,7 @@ from imf.objective import (
     adaptive,
     check_batch,
     evaluated,
+    in_fp8,
     interpolate,
     rounded_once,
     target,
@@ -42,6 +43,7 @@ def mean_flow(
     *,
     guidance: Guidance,
     tangent: str = "v_g",
+    fp8: bool = False,
     norm_eps: float = 0.01,
     norm_p: float = 1.0,
 ) -> Loss:
@@ -53,7 +55,7 @@ def mean_flow(
 
     Args:
         model: an `imf.dit.DiT` without guidance as an input; its `config.num_classes` is the null label.
-        x, y, draws, norm_eps, norm_p: as of `imf.objective.improved_mean_flow`; of the draws ω and the
+        x, y, draws, fp8, norm_eps, norm_p: as of `imf.objective.improved_mean_flow`; of the draws ω and the
             interval are not used.
         guidance: what the network is trained for.
         tangent: "v_g", or "v_c" for the v-loss with the boundary condition.
@@ -71,12 +73,14 @@ def mean_flow(
     n_fm, t, h = draws.n_fm, draws.t, draws.t - draws.r
     z, v_t = interpolate(x, draws)
     with rounded_once(model):
-        v_c, v_u = evaluated(model, z, y, draws, c_rows, step.u_rows, "u")
+        with in_fp8(fp8, "everything"):
+            v_c, v_u = evaluated(model, z, y, draws, c_rows, step.u_rows, "u")
         direction = (v_c if tangent == "v_c" else target(v_t, v_c, v_u, step))[n_fm:]
 
         one, labels = torch.ones_like(t[n_fm:]), torch.where(draws.drop, null, y)
         given = draws.omega, draws.t_min, draws.t_max, labels
-        u = velocities(model, Dual(z, direction), Dual(t, one), Dual(h, one), *given, heads="u")
+        with in_fp8(fp8, "tangents"):
+            u = velocities(model, Dual(z, direction), Dual(t, one), Dual(h, one), *given, heads="u")
 
     v_c[:n_fm] = u.primal.detach()[:n_fm]
     v_g = target(v_t, v_c, v_u, step)

@@ -7,6 +7,7 @@ gradients flow through the primal alone.
 from imf_kernels.checkpoint import checkpoint
 from imf_kernels.dual import Dual, linear_map, primal
 from imf_kernels.forward import explain, jvp
+from imf_kernels.fp8 import fp8_products
 from imf_kernels.ops.attention import scaled_dot_product_attention
 from imf_kernels.ops.gated_residual import gated_residual
 from imf_kernels.ops.gelu import gelu
@@ -24,6 +25,7 @@ __all__ = [
     "Dual",
     "checkpoint",
     "explain",
+    "fp8_products",
     "gated_residual",
     "gelu",
     "jvp",
