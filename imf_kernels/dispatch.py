@@ -33,6 +33,8 @@ class Backend:
         unavailable: why it cannot run on these tensors; `None` where it can.
         default: False for one that runs on request only.
         on_request: why it runs only on request on these tensors; `None` where it may be the default.
+        also: names of backends that have no kernels of their own for this operation, and mean this one: so
+            that a network may hand one name to all of its operations.
         traced: what stands for it in the graphs of `torch.compile` and `torch.export`; `None` for plain
             PyTorch, which they trace as it is.
     """
@@ -43,6 +45,7 @@ class Backend:
     default: bool = True
     traced: Callable[..., Any] | None = None
     on_request: Callable[[Sequence[Tensor]], str | None] = always
+    also: tuple[str, ...] = ()
 
     def run(self, x: Tensor, *arguments: Any) -> Any:
         """The operation, with `torch.autocast` off meanwhile: the inputs' dtypes decide what it computes."""
@@ -62,7 +65,7 @@ def choose(operation: str, backends: Sequence[Backend], wanted: str | None, *ten
     """
     if wanted is not None:
         for backend in backends:
-            if backend.name == wanted:
+            if backend.name == wanted or wanted in backend.also:
                 if reason := backend.unavailable(tensors):
                     raise RuntimeError(f"{operation}: backend {wanted!r} cannot run: {reason}")
                 return backend

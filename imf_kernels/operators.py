@@ -59,13 +59,19 @@ class Operation:
             torch.library.register_fake(f"imf_kernels::{qualified}", partial(_fake, fake), lib=_LIBRARY)
 
     def backend(
-        self, name: str, kernels: Any, unavailable: Any, default: bool = True, on_request: Any = always
+        self,
+        name: str,
+        kernels: Any,
+        unavailable: Any,
+        default: bool = True,
+        on_request: Any = always,
+        also: tuple[str, ...] = (),
     ) -> Backend:
         """The backend of that name, which runs on these kernels; the rest is as in `Backend`."""
         self._backends[name] = kernels
         # Not what `Function.apply` does for transforms of torch.func, in which no kernel runs: 2 µs a call.
         eager = partial(super(torch.autograd.Function, self._function).apply, kernels)  # type: ignore[misc]
-        return Backend(name, eager, unavailable, default, partial(self._traced, name), on_request)
+        return Backend(name, eager, unavailable, default, partial(self._traced, name), on_request, also)
 
     def _traced(self, backend: str, *arguments: Any) -> tuple[Tensor, Tensor | None]:
         """The operator, called like the `autograd.Function`. An operator cannot return `None`."""

@@ -71,5 +71,15 @@ def test_info_lists_every_operation_and_backend():
     for operation in info.OPERATIONS:
         assert operation in text
         assert [b.name for b in info.backends(operation)][-1] == "reference"
-    others = {"Dual", "checkpoint", "explain", "jvp", "linear_map", "primal", "rope_tables"}
+    others = {"Dual", "checkpoint", "explain", "fp8_products", "jvp", "linear_map", "primal", "rope_tables"}
     assert len(info.OPERATIONS) == len(set(ik.__all__) - others)
+
+
+def test_operations_without_kernels_of_a_name_take_it_for_another():
+    x, weight = torch.ones(2, 3), torch.ones(4, 3)
+    for name in ("triton", "cuda"):  # products on GPUs are PyTorch's
+        assert torch.equal(ik.linear(x, weight, backend=name), ik.linear(x, weight, backend="reference"))
+    with pytest.raises(RuntimeError, match="sinusoidal_embedding: backend 'cuda' cannot run"):
+        ik.sinusoidal_embedding(torch.ones(3, dtype=torch.float64), 4, backend="cuda")
+    with pytest.raises(ValueError, match="linear: backend must be one of 'cpu', 'reference', got 'gpu'"):
+        ik.linear(x, weight, backend="gpu")

@@ -106,7 +106,7 @@ _OPERATION = Operation(
 )
 _BACKENDS = (
     _OPERATION.backend("cpu", gemm, cpu.unavailable),
-    Backend("reference", _reference, always),
+    Backend("reference", _reference, always, also=("triton", "cuda")),
 )
 
 
@@ -121,7 +121,8 @@ def linear(
         weight: [out, in], of x's dtype, or float32 and then rounded to it for the product; its gradient
             has its own dtype.
         bias: [out], likewise, or `None`.
-        backend: "cpu", "reference", or the best one that can run.
+        backend: "cpu", "reference", or the best one that can run. "triton" and "cuda" mean "reference":
+            products on GPUs are PyTorch's.
 
     Returns:
         [..., out] of x's dtype; a `Dual` if `x` is one. Accumulated in fp32, rounded once.

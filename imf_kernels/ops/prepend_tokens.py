@@ -128,7 +128,7 @@ _OPERATION = Operation(
 )
 _BACKENDS = (
     _OPERATION.backend("cpu", _CPU, cpu.unavailable),
-    _OPERATION.backend("triton", Kernels("prepend_tokens"), triton_backend.unavailable),
+    _OPERATION.backend("triton", Kernels("prepend_tokens"), triton_backend.unavailable, also=("cuda",)),
     Backend("reference", _reference, always),
 )
 
@@ -143,7 +143,7 @@ def prepend_tokens(
         x: [B, N, d], float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu`: not float16).
         groups: (tokens, embedding) pairs in their order in the sequence: tokens [n, d] are weights, the
             embedding [B, d], a tensor or a `Dual`, is added to each of them.
-        backend: "cpu", "triton", "reference", or the best one that can run.
+        backend: "cpu", "triton", "reference", or the best one that can run; "cuda" means "triton".
 
     Returns:
         [B, Σn + N, d] of x's dtype; a `Dual` if `x` or an embedding is one.

@@ -95,7 +95,7 @@ _OPERATION = Operation(
 )
 _BACKENDS = (
     _OPERATION.backend("cpu", _CPU, cpu.unavailable),
-    _OPERATION.backend("triton", Kernels("sinusoidal_embedding"), triton_backend.unavailable),
+    _OPERATION.backend("triton", Kernels("sinusoidal_embedding"), triton_backend.unavailable, also=("cuda",)),
     Backend("reference", _reference, always),
 )
 
@@ -111,7 +111,7 @@ def sinusoidal_embedding(
             scaled here.
         dim: the width of the embedding, even: dim / 2 cosines, then as many sines.
         max_period: 2π times the longest period that the frequencies 1 … 1/max_period approach.
-        backend: "cpu", "triton", "reference", or the best one that can run.
+        backend: "cpu", "triton", "reference", or the best one that can run; "cuda" means "triton".
 
     Returns:
         [B, dim] of t's dtype; a `Dual` if `t` is one.
