@@ -33,9 +33,11 @@ from observe import Beside, look
 from sizes import PLOTTED, SIZES, SWEEPS
 from torch import Tensor, nn
 
+from imf.graphs import CudaGraph
 from imf.model import IMFConfig, build
 from imf.names import from_official
-from imf.objective import Draws, improved_mean_flow
+from imf.objective import Draws, improved_mean_flow, prepare
+from imf.sharding import blocks
 from imf_kernels import gemm
 
 FORMS = (
@@ -81,33 +83,62 @@ def with_our_products(network: nn.Module) -> nn.Module:
     return network
 
 
-def make(form: str, size: tuple[IMFConfig, int], precision: str) -> Callable[[], float]:
-    """A step in this form, on the same weights, data and draws as every other; a call returns the loss."""
+def with_fused_attention(network: nn.Module) -> nn.Module:
+    """PyTorch's fastest attention in the place of the plain one, through which no derivative goes."""
+    for layer in network.modules():
+        if isinstance(layer, plain_imf.Attention):
+
+            def forward(x: Tensor, layer: plain_imf.Attention = layer) -> Tensor:
+                projections = layer.q_proj, layer.k_proj, layer.v_proj
+                q, k, v = (p(x).unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for p in projections)
+                q, k = (plain_imf.rope(n(a)).to(v.dtype) for n, a in ((layer.q_norm, q), (layer.k_norm, k)))
+                return layer.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+            layer.forward = forward
+    return network
+
+
+def make(
+    form: str, size: tuple[IMFConfig, int], precision: str, device: str = "cpu"
+) -> Callable[[], float | Tensor]:
+    """A step in this form, on the same weights, data and draws as every other; a call returns the loss.
+
+    On a GPU the loss stays there, and the forms of bench_gpu_step.py are known beside those here.
+    """
     config, batch = size
     torch.manual_seed(0)
     oracle = plain_imf.plain(config)
     with torch.no_grad():  # a fresh network's heads are zero, and so are its losses' differences
         for parameter in oracle.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
-    x = torch.randn(batch, config.in_channels, config.input_size, config.input_size)
-    y = torch.randint(0, config.num_classes, (batch,))
-    draws = Draws.sample(x, seed=0, step=0)
+    oracle = oracle.to(device)
+    x = torch.randn(batch, config.in_channels, config.input_size, config.input_size).to(device)
+    y = torch.randint(0, config.num_classes, (batch,)).to(device)
+    drawn = Draws.sample(x, seed=0, step=0)  # which lie on the host, but for the noise
+    prepared, draws = prepare(drawn, None, x.device), drawn.to(device)
     t = draws.t[:, None, None, None]
     z, h, v_t = (1 - t) * x + t * draws.noise, draws.t - draws.r, draws.noise - x
     conditions = draws.omega, draws.t_min, draws.t_max
 
     network: nn.Module = oracle
-    if form in ("ours", "one forward and backward"):
-        network = build(config)
+    ours = form.startswith("ours")
+    if ours or form == "one forward and backward":
+        network = build(config).to(device)
         network.load_state_dict(from_official(oracle.state_dict()))
         network.compute_dtype = torch.bfloat16 if precision == "bf16" else None
+        if "compiled" in form:
+            for block in blocks(network):
+                block.forward = torch.compile(block.forward, fullgraph=True)  # type: ignore[method-assign]
     elif form == "official, our products":
         with_our_products(oracle)
+    elif form.startswith("plain"):
+        with_fused_attention(oracle)
 
     def loss() -> Tensor:
-        if form == "ours":
-            return improved_mean_flow(network, x, y, draws).loss
-        if form == "one forward and backward":
+        if ours:
+            step = prepared if "CUDA graph" in form else drawn
+            return improved_mean_flow(network, x, y, step, fp8="FP8" in form).loss
+        if "forward and backward" in form:
             u, v = network(z, h, *conditions, y)
             return F.mse_loss(u, v_t) + F.mse_loss(v, v_t)
         if form.startswith("plain flow matching"):
@@ -116,19 +147,24 @@ def make(form: str, size: tuple[IMFConfig, int], precision: str) -> Callable[[],
         return plain_imf.official_step(network, x, y, draws, derivative).loss
 
     compute = loss
-    if form.endswith("compiled"):
+    if form.endswith("compiled") and not ours:
         torch._dynamo.reset()  # a function can be compiled for so many networks only
         compute = torch.compile(loss, dynamic=False, fullgraph=True)
     autocast = precision == "bf16" and network is oracle
 
-    def step() -> float:
+    def step() -> Tensor:
         network.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
             value = compute()
         value.backward()
-        return float(value.detach())
+        return value.detach()
 
-    return step
+    if device == "cpu":
+        return lambda: float(step())
+    if "CUDA graph" not in form:
+        return step
+    step()  # kernels compile, and libraries begin, outside
+    return CudaGraph(step, x.device).replay
 
 
 def finite_differences(

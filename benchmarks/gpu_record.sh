@@ -4,7 +4,7 @@
 #     benchmarks/gpu_record.sh FOLDER [STAGE...]     all stages, or the build and those named
 #
 # Stages: triton (the tests of the Triton kernels), benchmarks, tests (all of them), profile (a training step by
-# kind), compiled (torch.compile's peer).
+# kind), steps (whole training steps beside their peers), compiled (torch.compile's peer).
 # Nothing is downloaded: it takes PYTHON (python3) with its PyTorch, and nvcc, CMake, ninja and pybind11.
 # Test files whose packages are missing are left out and named in FOLDER/left_out.txt. A stage that fails does not
 # stop the next; FOLDER/stages.tsv has exit code and seconds of each, FOLDER/<stage>.log what it said.
@@ -16,7 +16,7 @@ fi
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 shift
-wanted=" ${*:-triton benchmarks tests profile compiled} build info "
+wanted=" ${*:-triton benchmarks tests profile steps compiled} build info "
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 failed=0
@@ -60,5 +60,6 @@ stage triton 3600 "$python" -m pytest tests "${left_out[@]}" -k triton --duratio
 stage benchmarks 3600 "$python" benchmarks/bench_gpu.py "$out/benchmarks.json"
 stage tests 3600 "$python" -m pytest tests "${left_out[@]}" --durations 20 --junitxml "$out/tests.xml"
 stage profile 900 "$python" benchmarks/profile_step.py --preset iMF-B/2 --batch 128 --json "$out/profile.json"
+stage steps 1800 env PYTHONPATH=tests "$python" benchmarks/bench_gpu_step.py "$out/steps.json"
 stage compiled 3600 "$python" benchmarks/bench_gpu.py "$out/compiled.json" --compiled --only B/2
 exit $failed

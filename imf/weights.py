@@ -40,18 +40,18 @@ def operand(
     """
     if dtype is None or dtype == weight.dtype:
         return weight
-    made = None if torch.compiler.is_compiling() else _made.get()
+    if torch.compiler.is_compiling() or (made := _made.get()) is None:
+        return _operand(weight, dtype, padded)
     key = id(weight), dtype
-    if made is not None and key in made:
-        return made[key]
-    # With a graph although the first pass needs none: the one that does takes the same tensor.
-    with torch.set_grad_enabled(made is not None or torch.is_grad_enabled()):
-        result = weight.to(dtype)
-        if padded is not None:
-            result = padded(result)
-    if made is not None:
-        made[key] = result
-    return result
+    if key not in made:
+        with torch.enable_grad():  # although the first pass needs no graph: the one that does takes the same
+            made[key] = _operand(weight, dtype, padded)
+    return made[key]
+
+
+def _operand(weight: Tensor, dtype: torch.dtype, padded: Callable[[Tensor], Tensor] | None) -> Tensor:
+    rounded = weight.to(dtype)
+    return rounded if padded is None else padded(rounded)
 
 
 def missing(width: int) -> int:

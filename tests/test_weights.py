@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch._dynamo.testing
 from tiny_run import NETWORK
 
 from imf import objective as objectives
@@ -93,3 +94,15 @@ def test_a_weight_is_made_anew_outside_and_in_the_next_block():
     assert operand(weight, None) is weight is operand(weight, torch.float32)
     first.sum().backward()
     assert weight.grad.dtype == torch.float32 and weight.grad.tolist() == [[1.0] * 3] * 2
+
+
+def test_blocks_of_a_network_share_a_graph_when_compiled():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    x, angles = torch.randn(2, 5, 32), torch.zeros(5, 16)
+    with made_once(), torch.no_grad():
+        for _ in range(10):  # more than PyTorch compiles a function for
+            block = Block(ODD)
+            run = torch.compile(block.forward, fullgraph=True, backend=counter)
+            run(x, angles.cos(), angles.sin(), torch.bfloat16, "reference")
+    assert counter.frame_count <= 2
