@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from observe import look
 from sizes import SIZES
 from torch import Tensor
 from torch.autograd import DeviceType
@@ -27,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from imf.model import IMFConfig, build
 from imf.objective import Draws, improved_mean_flow
+from imf.sharding import prepare
 from imf_kernels.testing.timer import side_by_side
 
 # What a profile calls the work of a kind: on a CPU operators, on a GPU kernels. The first that fits counts.
@@ -93,15 +95,16 @@ def step_work(config: IMFConfig, batch: int, moving: int, guided: int, size: int
 
 
 def step_of(
-    config: IMFConfig, batch: int, precision: str, device: torch.device
+    config: IMFConfig, batch: int, precision: str, device: torch.device, checkpointing: bool
 ) -> tuple[Callable[[], Tensor], Work]:
-    """A training step, forward and backward, and its work."""
+    """A training step, forward and backward, and its work, without what checkpointing computes again."""
     torch.manual_seed(0)
     model = build(config).to(device)
     with torch.no_grad():  # of a fresh network branches and outputs are zero
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
     model.compute_dtype = torch.bfloat16 if precision == "bf16" else None
+    prepare(model, model, sharding=None, device=device, compile=False, checkpointing=checkpointing)
     x = torch.randn(batch, config.in_channels, config.input_size, config.input_size).to(device)
     y = torch.randint(0, config.num_classes, (batch,)).to(device)
     draws = Draws.sample(x, seed=0, step=0)
@@ -153,9 +156,21 @@ def shares(step: Callable[[], Any], device: torch.device) -> dict[str, float]:
     return {kind: value / total for kind, value in times.items()}
 
 
-def measure(config: IMFConfig, batch: int, precision: str, device: torch.device) -> dict[str, Any]:
-    """Seconds of a step, by kind, and the bound of each."""
-    step, work = step_of(config, batch, precision, device)
+def peak_bytes(step: Callable[[], Any], device: torch.device) -> int:
+    """Of tensors at one time in a step, above those there before: gradients and all."""
+    if device.type == "cpu":
+        return int(look(step)["peak tensor bytes"])
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def measure(
+    config: IMFConfig, batch: int, precision: str, device: torch.device, checkpointing: bool = False
+) -> dict[str, Any]:
+    """Seconds of a step, by kind, and the bound of each; its memory."""
+    step, work = step_of(config, batch, precision, device, checkpointing)
     seconds = seconds_of(step, device)
     flops, bandwidth = rates(device, precision)
     bounds = {
@@ -173,6 +188,8 @@ def measure(config: IMFConfig, batch: int, precision: str, device: torch.device)
         "precision": precision,
         "batch": batch,
         "tokens": config.tokens,
+        "checkpointing": checkpointing,
+        "peak bytes": peak_bytes(step, device),
         "seconds": seconds,
         "bound": sum(bounds.values()),
         "GFLOP/s of a product": flops / 1e9,
@@ -202,17 +219,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="rows of a step (default: the size's)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--checkpointing", action="store_true", help="activations are recomputed")
     parser.add_argument("--json", type=Path, help="every figure, to this file")
     arguments = parser.parse_args()
     config, batch = SIZES[arguments.size]
     if arguments.preset:
         config, batch = build(arguments.preset).config, 32
-    result = measure(config, arguments.batch or batch, arguments.precision, torch.device(arguments.device))
+    device, batch = torch.device(arguments.device), arguments.batch or batch
+    result = measure(config, batch, arguments.precision, device, arguments.checkpointing)
     print(table(result))
     print(
         f"\n{result['device']}, {result['precision']}, {result['batch']} rows of {result['tokens']} tokens: "
         f"{result['necessary GFLOPs'] / result['seconds']:.0f} GFLOP/s of what is necessary, where a product "
-        f"reaches {result['GFLOP/s of a product']:.0f}; a copy moves {result['GB/s of a copy']:.1f} GB/s"
+        f"reaches {result['GFLOP/s of a product']:.0f}; a copy moves {result['GB/s of a copy']:.1f} GB/s; "
+        f"tensors take {result['peak bytes'] / 2**20:,.0f} MiB"
     )
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

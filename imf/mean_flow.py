@@ -77,7 +77,7 @@ def mean_flow(
             v_c, v_u = evaluated(model, z, y, draws, c_rows, step.u_rows, "u")
         direction = (v_c if tangent == "v_c" else target(v_t, v_c, v_u, step))[n_fm:]
 
-        one, labels = torch.ones_like(t[n_fm:]), torch.where(draws.drop, null, y)
+        one, labels = torch.ones_like(t[n_fm:]), y.masked_fill(draws.drop, null)
         given = draws.omega, draws.t_min, draws.t_max, labels
         with in_fp8(fp8, "tangents"):
             u = velocities(model, Dual(z, direction), Dual(t, one), Dual(h, one), *given, heads="u")
@@ -110,7 +110,7 @@ def mean_flow_plain(
     v_c, v_u = evaluated(model, z, y, draws, every, every, "u")
     v_g = target(v_t, v_c, v_u, step)
     direction = v_c if tangent == "v_c" else v_g
-    one, labels = torch.ones_like(t), torch.where(draws.drop, null, y)
+    one, labels = torch.ones_like(t), y.masked_fill(draws.drop, null)
     given = draws.omega, draws.t_min, draws.t_max, labels
     u = velocities(model, Dual(z, direction), Dual(t, one), Dual(h, one), *given, heads="u")
     return _loss(u.primal, v_t, h, u.tangent.detach(), v_g, norm_eps, norm_p)

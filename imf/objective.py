@@ -155,7 +155,7 @@ def improved_mean_flow(
 
         # The network at (z, t, r), with the derivative along (v_c, 1, 0) of the rows behind the FM rows.
         one = torch.ones_like(t[n_fm:])
-        labels = torch.where(draws.drop, null, y)
+        labels = y.masked_fill(draws.drop, null)
         given = draws.omega, draws.t_min, draws.t_max, labels
         with in_fp8(fp8, "tangents"):
             u, v = velocities(model, Dual(z, v_c[n_fm:]), Dual(t, one), Dual(h, one), *given, heads="uv")
@@ -186,7 +186,7 @@ def improved_mean_flow_plain(
     z, v_t = interpolate(x, draws)
     v_c, v_u = evaluated(model, z, y, draws, every, every, "v")
     v_g = target(v_t, v_c, v_u, step)
-    one, labels = torch.ones_like(t), torch.where(draws.drop, null, y)
+    one, labels = torch.ones_like(t), y.masked_fill(draws.drop, null)
     given = draws.omega, draws.t_min, draws.t_max, labels
     u, v = velocities(model, Dual(z, v_c), Dual(t, one), Dual(h, one), *given, heads="uv")
     return _loss(u.primal, v, h, u.tangent.detach(), v_g, norm_eps, norm_p)
@@ -266,7 +266,7 @@ def _target_weights(draws: Draws, guidance: Guidance | None) -> tuple[Tensor, Te
     else:
         inside = (guidance.t_min <= draws.t) & (draws.t <= guidance.t_max)
         alpha, kappa = (inside.to(draws.t.dtype) * w for w in (guidance.omega - 1, guidance.kappa))
-    return torch.where(draws.drop, 0.0, alpha), torch.where(draws.drop, 0.0, kappa)
+    return alpha.masked_fill(draws.drop, 0.0), kappa.masked_fill(draws.drop, 0.0)
 
 
 def _rows_of_v_u(coefficient: Tensor) -> Tensor:
@@ -295,7 +295,8 @@ def repeated(rows: Tensor, count: int) -> Tensor:
 def _effective_omega(draws: Draws) -> Tensor:
     """ω' : ω inside the guidance interval, 1 outside."""
     inside = (draws.t_min <= draws.t) & (draws.t <= draws.t_max)
-    return torch.where(inside, draws.omega, 1.0)
+    # Not torch.where, which copies its number to a GPU and waits for that.
+    return draws.omega.masked_fill(~inside, 1.0)
 
 
 def _loss(

@@ -32,6 +32,8 @@ class RecordedGraph(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if name in WAITS and not _looks():
             raise RuntimeError(f"{name} makes the host wait: no CUDA graph can hold it")
+        if name == "lift_fresh" or (name == "where" and any(x.dim() == 0 for x in _tensors(args))):
+            raise RuntimeError(f"{name} copies a number from the host: no CUDA graph can hold it")
         kwargs = kwargs or {}
         outputs = function(*args, **kwargs)
         given = {_memory(x) for x in _tensors((args, kwargs))}
