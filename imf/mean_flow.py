@@ -72,7 +72,7 @@ def mean_flow(
         c_rows = c_rows[:0]
     n_fm, t, h = draws.n_fm, draws.t, draws.t - draws.r
     z, v_t = interpolate(x, draws)
-    with rounded_once(model):
+    with rounded_once(model, x):
         with in_fp8(fp8, "everything"):
             v_c, v_u = evaluated(model, z, y, draws, c_rows, step.u_rows, "u")
         direction = (v_c if tangent == "v_c" else target(v_t, v_c, v_u, step))[n_fm:]

@@ -148,7 +148,7 @@ def improved_mean_flow(
     draws = step.draws
     n_fm, t, h = draws.n_fm, draws.t, draws.t - draws.r
     z, v_t = interpolate(x, draws)
-    with rounded_once(model):
+    with rounded_once(model, x):
         # v_c where the tangent needs it, v_u where the target does, in one evaluation of the v-head.
         with in_fp8(fp8, "everything"):
             v_c, v_u = evaluated(model, z, y, draws, step.c_rows, step.u_rows, "v")
@@ -244,9 +244,9 @@ def evaluated(
     return v_c, v_u
 
 
-def rounded_once(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Within it the weights are rounded once for all passes, unless FSDP2 keeps but a part of them here."""
-    return contextlib.nullcontext() if sharded(model) else made_once()
+def rounded_once(model: nn.Module, x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Within it weights are rounded once for all passes: on a GPU, unless FSDP2 keeps a part of them."""
+    return made_once() if x.device.type != "cpu" and not sharded(model) else contextlib.nullcontext()
 
 
 def in_fp8(fp8: bool, where: str) -> contextlib.AbstractContextManager[None]:
@@ -270,19 +270,18 @@ def _target_weights(draws: Draws, guidance: Guidance | None) -> tuple[Tensor, Te
 
 
 def _rows_of_v_u(coefficient: Tensor) -> Tensor:
-    """Rows where it is not 0, the last one repeated up to one of four numbers: 5 to 8 eighths of the batch.
+    """Rows where it is not 0, the last one repeated up to a multiple of an eighth of the batch.
 
     Computing a row twice changes nothing; a new number of rows at every step would cost matrix products that
-    prepare themselves for each shape more than the rows do, and a CUDA graph is of one shape.
+    prepare themselves for each shape more than the rows do.
     """
-    rows = coefficient.nonzero().squeeze(1)
-    if not len(rows):
-        return rows
-    return repeated(rows, next(n for n in sizes_of_v_u(len(coefficient)) if n >= len(rows)))
+    rows, batch = coefficient.nonzero().squeeze(1), len(coefficient)
+    eighth = max(1, batch // 8)
+    return repeated(rows, min(batch, -(-len(rows) // eighth) * eighth))
 
 
 def sizes_of_v_u(batch: int) -> list[int]:
-    """The numbers of rows, in rising order, that v_u is computed on, if on any; the last one is the batch."""
+    """The numbers of rows, in rising order, that v_u is computed on in CUDA graphs; the last is the batch."""
     return sorted({-(-batch * eighths // 8) for eighths in (5, 6, 7, 8)})
 
 

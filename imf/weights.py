@@ -20,8 +20,8 @@ _made: ContextVar[dict[tuple[int, torch.dtype], Tensor] | None] = ContextVar("_m
 def made_once() -> Iterator[None]:
     """Within it a weight is rounded once, for all passes and their backward; the weights must not change.
 
-    Holds the rounded weights of all blocks until backward is done: not for weights that are sharded because
-    there is no room for all of them.
+    Holds the rounded weights of all blocks until backward is done: for GPUs (on a CPU new memory costs more
+    than rounding into memory that is at hand), unless weights are sharded because there is no room.
     """
     token = _made.set({})
     try:
@@ -33,25 +33,23 @@ def made_once() -> Iterator[None]:
 def operand(
     weight: Tensor, dtype: torch.dtype | None, padded: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """A weight in the dtype of a product's operands; gradients flow through, and come out in its own.
+    """A weight for a product with operands of `dtype`; gradients flow through, and come out in its own.
+
+    Within `made_once` rounded to it; elsewhere not yet: `imf_kernels.linear` rounds at each use.
 
     dtype: None for the weight's own, which is then taken as it is.
-    padded: applied to the rounded weight.
+    padded: applied to the weight.
     """
     if dtype is None or dtype == weight.dtype:
         return weight
     if torch.compiler.is_compiling() or (made := _made.get()) is None:
-        return _operand(weight, dtype, padded)
+        return weight if padded is None else padded(weight)
     key = id(weight), dtype
     if key not in made:
         with torch.enable_grad():  # although the first pass needs no graph: the one that does takes the same
-            made[key] = _operand(weight, dtype, padded)
+            rounded = weight.to(dtype)
+            made[key] = rounded if padded is None else padded(rounded)
     return made[key]
-
-
-def _operand(weight: Tensor, dtype: torch.dtype, padded: Callable[[Tensor], Tensor] | None) -> Tensor:
-    rounded = weight.to(dtype)
-    return rounded if padded is None else padded(rounded)
 
 
 def missing(width: int) -> int:
