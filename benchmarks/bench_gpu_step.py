@@ -7,11 +7,12 @@ The forms are bench_step.py's, in bf16, and beside them:
 
 - `ours, CUDA graph`: as `--cuda-graphs` of imf.train runs it; `…, FP8`: with `--fp8`.
 - `ours, compiled`: with `--compile`.
-- `plain forward and backward, compiled`: the network in plain PyTorch, both heads, attention fused: what a
-  step with no derivative and no guidance would cost with the best of PyTorch.
+- `forward and backward, fused attention, compiled`: the network in plain PyTorch with both heads: what a
+  step with no derivative and no guidance would cost with the best of PyTorch. `flow matching, …`: u alone.
 
-Times are medians of rounds in which all forms take turns, and relative to ours; memory is the peak above
-weights, gradients and what was there before. What fails, for want of memory for one, is said, and left out.
+Times are medians of rounds in which all forms take turns, and relative to ours. Memory is the peak above what
+was there before, gradients among it; that of graphs, taken when they are recorded, is not measured. What
+fails, for want of memory for one, is said, and left out.
 """
 
 from __future__ import annotations
@@ -25,28 +26,26 @@ from typing import Any
 import torch
 from bench_gpu import reason
 from bench_step import make
-from profile_step import rates, step_work
+from profile_step import peak_bytes, rates, work_of
 from sizes import DIGITS
 
 from imf.draws import Draws
 from imf.model import PRESETS, IMFConfig
-from imf.objective import prepare
 from imf_kernels.testing import timer
 
 FORMS = (
     "ours", "ours, CUDA graph", "ours, CUDA graph, FP8", "ours, compiled", "one forward and backward",
-    "plain forward and backward, compiled", "plain flow matching, compiled", "official", "official, compiled",
+    "forward and backward, fused attention, compiled", "flow matching, fused attention, compiled",
+    "official", "official, compiled",
 )  # fmt: skip
 BATCHES = {"iMF-B/2": 128, "iMF-XL/2": 32}
 SIZES: dict[str, IMFConfig] = {"digits": DIGITS} | {name: PRESETS[name] for name in BATCHES}
 
 
 def flops(config: IMFConfig, batch: int) -> float:
-    """Of what the step needs, as the draws are that `make` takes."""
-    torch.manual_seed(0)
+    """Of what the step needs, with the draws that `make` takes."""
     x = torch.zeros(batch, config.in_channels, config.input_size, config.input_size)
-    step = prepare(Draws.sample(x, seed=0, step=0), None, x.device)
-    work = step_work(config, batch, len(step.c_rows), int((step.kappa != 0).sum()), 2)
+    work = work_of(config, Draws.sample(x, seed=0, step=0), 2)
     return work.products + work.attention
 
 
@@ -61,12 +60,8 @@ def measure(name: str, batch: int, forms: list[str], device: str) -> dict[str, A
             step = make(form, size, "bf16", device)
             loss = float(step())
             figures[form] = {"loss": loss}
-            if on_gpu:
-                torch.cuda.synchronize()
-                before = torch.cuda.memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
-                step()
-                figures[form]["peak bytes"] = torch.cuda.max_memory_allocated() - before
+            if "CUDA graph" not in form:
+                figures[form]["peak bytes"] = peak_bytes(step, torch.device(device))
             steps[form] = step
         except Exception as error:  # of memory, of the compiler: the others go on
             failures[form] = reason(error)

@@ -33,11 +33,11 @@ from observe import Beside, look
 from sizes import PLOTTED, SIZES, SWEEPS
 from torch import Tensor, nn
 
+from imf import sharding
 from imf.graphs import CudaGraph
 from imf.model import IMFConfig, build
 from imf.names import from_official
 from imf.objective import Draws, improved_mean_flow, prepare
-from imf.sharding import blocks
 from imf_kernels import gemm
 
 FORMS = (
@@ -126,12 +126,11 @@ def make(
         network = build(config).to(device)
         network.load_state_dict(from_official(oracle.state_dict()))
         network.compute_dtype = torch.bfloat16 if precision == "bf16" else None
-        if "compiled" in form:
-            for block in blocks(network):
-                block.forward = torch.compile(block.forward, fullgraph=True)  # type: ignore[method-assign]
+        options: dict[str, Any] = {"sharding": None, "device": x.device, "checkpointing": False}
+        sharding.prepare(network, network, compile="compiled" in form, **options)
     elif form == "official, our products":
         with_our_products(oracle)
-    elif form.startswith("plain"):
+    elif "fused attention" in form:
         with_fused_attention(oracle)
 
     def loss() -> Tensor:
@@ -141,7 +140,7 @@ def make(
         if "forward and backward" in form:
             u, v = network(z, h, *conditions, y)
             return F.mse_loss(u, v_t) + F.mse_loss(v, v_t)
-        if form.startswith("plain flow matching"):
+        if "flow matching" in form:
             return F.mse_loss(network(z, h, *conditions, y, heads="u"), v_t)
         derivative = finite_differences if form == "finite differences" else torch.func.jvp
         return plain_imf.official_step(network, x, y, draws, derivative).loss

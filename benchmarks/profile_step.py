@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from imf import sharding
 from imf.model import IMFConfig, build
-from imf.objective import Draws, improved_mean_flow
-from imf.sharding import prepare
+from imf.objective import Draws, improved_mean_flow, prepare
 from imf_kernels.testing.timer import side_by_side
 
 # What a profile calls the work of a kind: on a CPU operators, on a GPU kernels. The first that fits counts.
@@ -94,6 +94,12 @@ def step_work(config: IMFConfig, batch: int, moving: int, guided: int, size: int
     return velocity + forward * (both * batch) + tangent * (one_way * moving) + backward * (both * batch)
 
 
+def work_of(config: IMFConfig, draws: Draws, size: int) -> Work:
+    """A whole step with these draws, of which all but the noise lie on the host."""
+    step = prepare(draws, None, torch.device("cpu"))
+    return step_work(config, len(draws.t), len(step.c_rows), int((step.kappa != 0).sum()), size)
+
+
 def step_of(
     config: IMFConfig, batch: int, precision: str, device: torch.device, checkpointing: bool
 ) -> tuple[Callable[[], Tensor], Work]:
@@ -104,13 +110,11 @@ def step_of(
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
     model.compute_dtype = torch.bfloat16 if precision == "bf16" else None
-    prepare(model, model, sharding=None, device=device, compile=False, checkpointing=checkpointing)
+    sharding.prepare(model, model, sharding=None, device=device, compile=False, checkpointing=checkpointing)
     x = torch.randn(batch, config.in_channels, config.input_size, config.input_size).to(device)
     y = torch.randint(0, config.num_classes, (batch,)).to(device)
     draws = Draws.sample(x, seed=0, step=0)
-    inside = (draws.t_min <= draws.t) & (draws.t <= draws.t_max)
-    guided = int((inside & ~draws.drop & (draws.omega != 1)).sum())
-    work = step_work(config, batch, batch - draws.n_fm, guided, 2 if precision == "bf16" else 4)
+    work = work_of(config, draws, 2 if precision == "bf16" else 4)
 
     def step() -> Tensor:
         model.zero_grad()

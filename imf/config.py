@@ -12,7 +12,7 @@ from imf.draws import MAX_LOG_POWER
 from imf.layers import IMFConfig
 from imf.methods import METHODS, network_of
 from imf.objective import Guidance
-from imf_kernels import fp8
+from imf_kernels.fp8 import MULTIPLE
 
 # 8 x 8 images in patches of 2 x 2: 16 patch tokens beside the 20 condition tokens.
 DIGITS_NETWORK = IMFConfig(
@@ -33,12 +33,8 @@ RESUMABLE = {
     "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "wandb",
     "sharding", "compile", "checkpointing", "cuda_graphs",
 }  # fmt: skip
-ROUNDING = (
-    "sharding",
-    "compile",
-    "checkpointing",
-    "cuda_graphs",
-)  # of these, what only changes the last bits
+# Of these, what only changes the last bits.
+ROUNDING = ("sharding", "compile", "checkpointing", "cuda_graphs")
 
 
 def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -154,8 +150,8 @@ class TrainConfig:
         if self.fp8:
             _require(self.precision == "bf16", "precision", "bf16 with fp8", self.precision)
             _require(not self.compile, "compile", "off with fp8", self.compile)
-            fits = self.network.hidden_size % fp8.MULTIPLE == 0
-            wanted = f"a multiple of {fp8.MULTIPLE} with fp8"
+            fits = self.network.hidden_size % MULTIPLE == 0
+            wanted = f"a multiple of {MULTIPLE} with fp8"
             _require(fits, "hidden_size", wanted, self.network.hidden_size)
         if self.cuda_graphs:
             _require(self.accumulate == 1, "accumulate", "1 with cuda_graphs", self.accumulate)

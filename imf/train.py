@@ -61,21 +61,23 @@ def training_step(
     loss_of = objective(config.method, config.fixed_guidance, config.fp8)
     guidance = guidance_of(config.method, config.fixed_guidance)
     rates = learning_rate(config, state.step), ema_decay(config, state.step)
-    terms = torch.zeros(3, device=who.device)
-    for micro_step in range(state.step * config.accumulate, (state.step + 1) * config.accumulate):
+
+    def inputs(micro_step: int) -> tuple[Tensor, Tensor, Prepared]:
         x, y = next(batches)
         draws = Draws.sample(x, seed=config.seed, step=micro_step, process=who.rank, **config.draws)
-        step = prepare(draws, guidance, who.device)
-        if config.cuda_graphs:
-            if state.graphs is None:
-                state.graphs = StepGraphs(
-                    functools.partial(_whole_step, state, loss_of, who), len(x), who.device
-                )
-            terms = state.graphs(x, y, step, *rates)
-            break
-        with synchronising(state.engine, last=(micro_step + 1) % config.accumulate == 0):
-            terms += gradients(state, loss_of, x, y, step, config.accumulate)
+        return x, y, prepare(draws, guidance, who.device)
+
+    if config.cuda_graphs:  # without accumulation
+        if state.graphs is None:
+            call = functools.partial(_whole_step, state, loss_of, who)
+            state.graphs = StepGraphs(call, config.batch_size, who.device)
+        terms = state.graphs(*inputs(state.step), *rates)
     else:
+        terms = torch.zeros(3, device=who.device)
+        for micro_step in range(state.step * config.accumulate, (state.step + 1) * config.accumulate):
+            batch, last = inputs(micro_step), (micro_step + 1) % config.accumulate == 0
+            with synchronising(state.engine, last):
+                terms += gradients(state, loss_of, *batch, config.accumulate)
         terms = update(state, terms, *rates, who)
     state.step += 1
     return terms

@@ -7,6 +7,7 @@ import re
 import plain_mf
 import pytest
 import torch
+from tiny_run import perturbed
 
 import imf_kernels as ik
 from imf.dit import DiT
@@ -20,11 +21,7 @@ FORMS = [name for name, method in METHODS.items() if method.block == "plain"]
 
 def network(method: str, backend: str | None = "reference") -> DiT:
     """A network whose zero-initialised weights are not zero."""
-    torch.manual_seed(0)
-    model = build(network_of(method, TINY))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model = perturbed(method, TINY)
     model.backend = backend
     return model
 

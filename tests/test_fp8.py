@@ -8,12 +8,11 @@ import sys
 import pytest
 import torch
 from conftest import ON_GPU
-from tiny_run import ALONE, NETWORK, arguments, config
+from tiny_run import ALONE, arguments, config, perturbed
 
 import imf_kernels as ik
 from imf import start, train
-from imf.methods import METHODS, network_of, objective
-from imf.model import build
+from imf.methods import METHODS, objective
 from imf.objective import Draws, Guidance
 from imf_kernels import Dual, fp8, triton_backend
 
@@ -119,11 +118,7 @@ def test_what_would_be_wrong_is_refused():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_objective_keeps_its_primal(method):
-    torch.manual_seed(0)
-    model = build(network_of(method, NETWORK)).to(DEVICE)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model = perturbed(method).to(DEVICE)
     model.compute_dtype = torch.bfloat16
     x, y = randn(16, 1, 8, 8, dtype=torch.float32), torch.arange(16, device=DEVICE) % 10
     draws = Draws.sample(x, seed=0, step=0)

@@ -3,20 +3,10 @@
 import pytest
 import torch
 from conftest import CUDA_ON_GPU, ON_GPU, running_on
-from tiny_run import NETWORK
+from tiny_run import perturbed
 
-from imf.methods import METHODS, network_of, objective
-from imf.model import build
+from imf.methods import METHODS, objective
 from imf.objective import Draws, Guidance
-
-
-def network(method):
-    torch.manual_seed(0)
-    model = build(network_of(method, NETWORK))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
 
 
 def step_of(model, method, backend, batch=4):
@@ -50,7 +40,7 @@ def check(results, plain, exact, unit):
 )
 def test_on_triton(method):
     with running_on("triton"):
-        model = network(method)
+        model = perturbed(method)
         results, plain = (step_of(model, method, backend) for backend in ("triton", "reference"))
         exact = step_of(model.double(), method, "reference")
     check(results, plain, exact, torch.finfo(torch.float32).eps)
@@ -63,7 +53,7 @@ def test_in_bfloat16(method, backend):
     if backend == "cuda" and not (CUDA_ON_GPU and torch.cuda.get_device_capability() == (9, 0)):
         pytest.skip("attention's CUDA kernel is for compute capability 9.0")
     with running_on(backend):
-        model = network(method)
+        model = perturbed(method)
         exact = step_of(model.double(), method, "reference")
         model.float().compute_dtype = torch.bfloat16
         results, plain = (step_of(model, method, b) for b in (backend, "reference"))

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 import torch._dynamo.testing
-from tiny_run import NETWORK
+from tiny_run import NETWORK, perturbed
 
-from imf.methods import METHODS, network_of, objective
-from imf.model import Block, build
+from imf.methods import METHODS, objective
+from imf.model import Block
 from imf.objective import Draws, Guidance
 from imf.weights import ALIGNMENT, made_once, operand
 
@@ -17,11 +17,7 @@ ODD = dataclasses.replace(NETWORK, hidden_size=32, mlp_ratio=1.35)  # 43 hidden 
 
 def step_of(method, dtype=torch.bfloat16):
     """Loss and gradients of a step of a network whose weights are not zero."""
-    torch.manual_seed(0)
-    model = build(network_of(method, ODD))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model = perturbed(method, ODD)
     model.compute_dtype = dtype
     x, y = torch.randn(8, 1, 8, 8), torch.arange(8)
     loss = objective(method, Guidance())(model, x, y, Draws.sample(x, seed=0, step=0)).loss

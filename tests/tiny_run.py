@@ -7,7 +7,8 @@ import torch
 
 from imf import data, start, train
 from imf.config import TrainConfig
-from imf.model import IMFConfig
+from imf.methods import network_of
+from imf.model import IMFConfig, build
 from imf.processes import Processes
 
 NETWORK = IMFConfig(
@@ -60,6 +61,16 @@ def arguments(**changes):
             else [f"--{flag}", str(value)]
         )
     return result
+
+
+def perturbed(method, network=NETWORK):
+    """The method's network of these sizes, its weights always the same and none of them zero."""
+    torch.manual_seed(0)
+    model = build(network_of(method, network))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
 
 
 ALONE = Processes()
