@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from sklearn.svm import SVC
 from torch import Tensor
 
 from imf.data import LabelledImages
@@ -83,6 +82,8 @@ def class_balanced_samples(
 
 def svc_accuracy(data: LabelledImages, samples: Tensor, labels: Tensor) -> float:
     """Share of `samples` [N, C, H, W] that a support vector classifier of `data` gives their label."""
+    from sklearn.svm import SVC  # importing it takes a second
+
     # An RBF kernel of width 0.001 on pixels 0 ... 16 separates the digits; here pixels are 8 times smaller.
     classifier = SVC(kernel="rbf", gamma=0.064, C=10.0)
     classifier.fit(data.images.cpu().flatten(1).numpy(), data.labels.cpu().numpy())

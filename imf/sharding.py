@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import imf_kernels as ik
+
+# FSDP2 and DTensor take a second to import, so only the functions that shard import them.
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -50,6 +54,8 @@ def prepare(
         return model
     if sharding == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    from torch.distributed.device_mesh import init_device_mesh
+
     # What `ik.checkpoint` gives are views; nothing here writes into one.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -65,6 +71,8 @@ def _shard(module: nn.Module, mesh: DeviceMesh, keep_root: bool) -> None:
     keep_root: PyTorch's default, the root's weights stay whole from forward to backward; False for a network
     that is never differentiated, whose weights are to be shards whenever nobody calls it.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     # FSDP2 looks for tensors in tuples, lists, dicts and dataclasses: a `Dual` passes its hooks as a tuple.
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=None if keep_root else True)
@@ -96,7 +104,7 @@ def _as_duals(x: Any) -> Any:
 @contextlib.contextmanager
 def synchronising(engine: nn.Module, last: bool) -> Iterator[None]:
     """Forward and backward of a micro step: gradients cross the processes in the `last` of a step only."""
-    if isinstance(engine, FSDPModule):
+    if sharded(engine):
         engine.set_requires_gradient_sync(last)
     with (
         engine.no_sync()
@@ -106,24 +114,32 @@ def synchronising(engine: nn.Module, last: bool) -> Iterator[None]:
         yield
 
 
-def sharded(network: nn.Module) -> bool:
+def sharded(network: nn.Module) -> TypeGuard[FSDPModule]:
     """Whether FSDP2 shards it: then every process must call it as often as the others."""
-    return isinstance(network, FSDPModule)
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # absent: nothing has been sharded
+    return fsdp is not None and isinstance(network, fsdp.FSDPModule)
+
+
+def _is_dtensor(x: Tensor) -> TypeGuard[DTensor]:
+    tensor = sys.modules.get("torch.distributed.tensor")  # absent: there is no DTensor
+    return tensor is not None and isinstance(x, tensor.DTensor)
 
 
 def local(x: Tensor) -> Tensor:
     """This process's part of a tensor that FSDP2 shards; another tensor as it is."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if _is_dtensor(x) else x
 
 
 def whole(x: Tensor) -> Tensor:
     """All of a tensor that FSDP2 shards, which takes every process; another tensor as it is."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if _is_dtensor(x) else x
 
 
 def placed_like(x: Tensor, like: Tensor) -> Tensor:
     """A copy of x, the same in every process, on the device of `like`, and sharded as it is."""
-    if isinstance(like, DTensor):
+    if _is_dtensor(like):
+        from torch.distributed.tensor import distribute_tensor
+
         x = x.to(like.device_mesh.device_type)
         return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None).clone()
     return x.to(like.device, copy=True)

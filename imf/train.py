@@ -340,6 +340,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(config: TrainConfig, arguments: argparse.Namespace, who: Processes) -> int:
     run = None
+    if who.first:  # reading the data and building the network can take seconds
+        print(
+            f"imf.train: loading {config.data if arguments.resume is None else 'a checkpoint'}",
+            file=sys.stderr,
+        )
     try:
         if arguments.resume is None:
             with who.together():
