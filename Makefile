@@ -15,10 +15,11 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses
 CPP := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h)
 TEST_CPP := $(shell find tests -name '*.h' -o -name '*.cpp')
 
-.PHONY: help train test test-all bench lint format info clean
+.PHONY: help train test test-all test-versions bench lint format info clean
 help:
 	@echo "make train      train on the digits, draw samples, print the figures (ARGS='--steps 100 ...')"
 	@echo "make test       the tests, under 10 minutes       make test-all   the slow ones too"
+	@echo "make test-versions   the tests under other versions of Python, PyTorch, Triton and the compiler"
 	@echo "make bench      the benchmarks                    make lint       what CI checks; make format mends"
 	@echo "make info       which backends can run here"
 
@@ -47,6 +48,10 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(PYTEST) $(ARGS)
+
+# ARGS="'python3.10*' --tests tests/test_jvp.py" for some rows and tests only.
+test-versions: $(INSTALLED)
+	$(BIN)/python tests/versions.py $(ARGS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
