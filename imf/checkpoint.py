@@ -18,7 +18,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from imf import __version__
 from imf.config import TrainConfig, from_dict, to_dict
 from imf.files import replacing
 from imf.model import IMF, build
@@ -64,7 +64,7 @@ class Metadata:
 def environment(device: torch.device, processes: int = 1) -> dict[str, str]:
     """What else decides the bits of a result: versions, processor, device, threads, number of processes."""
     return {
-        "imf": _version(),
+        "imf": __version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
         "processor": f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})",
@@ -347,13 +347,6 @@ def _free_bytes(folder: Path) -> str:
         return f"{shutil.disk_usage(folder).free:,}"
     except OSError:
         return "an unknown number"
-
-
-def _version() -> str:
-    try:
-        return version("imf-kernels")
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _processor() -> str:

@@ -8,7 +8,10 @@ when it is read, and therefore refused.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import io
+import sys
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -87,11 +90,11 @@ class Inception:
 
     def __init__(self, path: Path, device: torch.device) -> None:
         try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+            network = torch_fidelitys_inception()
         except ImportError as error:
             raise ExtractorError(
-                f"{path}: weights of Inception need torch-fidelity and torchvision ({error}): "
-                "pip install -e '.[fid]'; a TorchScript extractor needs neither"
+                f"{path}: weights of Inception need torch-fidelity ({error}): "
+                "pip install --no-deps torch-fidelity; a TorchScript extractor does not need it"
             ) from error
         self.path, self.device = path, device
         try:
@@ -99,7 +102,7 @@ class Inception:
             file = io.BytesIO()  # torch-fidelity unpickles what it is given: so it gets what was just checked
             torch.save(state, file)
             file.seek(0)
-            module: nn.Module = FeatureExtractorInceptionV3(
+            module: nn.Module = network(
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=file
             )
         except RuntimeError as error:
@@ -110,6 +113,27 @@ class Inception:
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         images = _three_channels(images.to(self.device))
         return _checked(self.path, images, *self.module(images))
+
+
+def torch_fidelitys_inception() -> Any:
+    """The class of torch-fidelity's Inception-v3, imported without torchvision; ImportError if it is missing.
+
+    The package's own `__init__` imports torchvision, which its Inception does not use. torchvision from PyPI is
+    built for CUDA: it cannot be imported beside a CPU build of PyTorch, and pip may replace PyTorch to fit it.
+    """
+    name = "torch_fidelity"
+    before = sys.modules.get(name)
+    try:
+        if before is None:
+            spec = importlib.util.find_spec(name)
+            if spec is None:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+            sys.modules[name] = importlib.util.module_from_spec(spec)  # a package whose __init__ has not run
+        return importlib.import_module(f"{name}.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+    finally:
+        if before is None:  # the next `import torch_fidelity` is a full one
+            for loaded in [m for m in sys.modules if m.partition(".")[0] == name]:
+                del sys.modules[loaded]
 
 
 def _three_channels(images: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from imf_kernels.ops.silu import silu
 from imf_kernels.ops.sinusoidal_embedding import sinusoidal_embedding
 from imf_kernels.ops.swiglu import swiglu
 
+__version__ = "0.1.0"  # of both packages: pyproject.toml reads it here
+
 __all__ = [
     "Dual",
     "checkpoint",
