@@ -118,8 +118,8 @@ class Inception:
 def torch_fidelitys_inception() -> Any:
     """The class of torch-fidelity's Inception-v3, imported without torchvision; ImportError if it is missing.
 
-    The package's own `__init__` imports torchvision, which its Inception does not use. torchvision from PyPI is
-    built for CUDA: it cannot be imported beside a CPU build of PyTorch, and pip may replace PyTorch to fit it.
+    The package's own `__init__` imports torchvision, which its Inception does not use. PyPI's torchvision is
+    built for CUDA: a CPU build of PyTorch cannot import it, and pip may replace PyTorch to fit it.
     """
     name = "torch_fidelity"
     before = sys.modules.get(name)
