@@ -4,6 +4,10 @@ Tensors: `model.<name>` and `ema.<name>`, the weights and their moving average; 
 AdamW's moments and step count of that weight. Metadata: one JSON text under the key `imf`. Draws and data
 order are functions of (seed, step), so there is no random state to keep.
 
+Every byte is covered by a checksum: the text's CRC-32 lies under the key `crc32`, those of the tensors that
+begin with `model`, `ema` and `optimizer` in the text, each over names, shapes, dtypes and values. A reader
+checks what it reads, and that all numbers are finite, before it uses any of it.
+
 A file appears under its name only when it is whole and on the disk (temporary file, fsync, rename), so the
 checkpoint of the highest step is always the one to resume from.
 """
@@ -12,12 +16,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import re
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,14 +34,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from imf import __version__
-from imf.config import TrainConfig, from_dict, to_dict
+from imf.config import MOST_THREADS, TrainConfig, from_dict, to_dict
 from imf.files import replacing
+from imf.layers import IMFConfig
 from imf.model import IMF, build
 from imf.sharding import placed_like, whole
 
-METADATA_KEY = "imf"
+METADATA_KEY, CHECKSUM_KEY = "imf", "crc32"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by the name of a run's precision
-FORMAT = 1  # raise it when a file of the old form can no longer be read
+FORMAT = 2  # raise it when a file of the old form can no longer be read
+MOST_POSITIONS = 2**28  # patches times width: the tables of positions are not in the file
+
+
+_CONVERT = "python -m imf.convert SOURCE OUT.safetensors makes a checkpoint of official weights"
+_NAME = re.compile(r"step-(\d+)\.safetensors")
 
 
 class CheckpointError(RuntimeError):
@@ -51,6 +63,7 @@ class Metadata:
     precision: "fp32" or "bf16", as decided when the run began.
     gemm_choices: what `imf_kernels.gemm.choices()` had measured; another choice rounds differently.
     environment: versions, processor, device and thread count, see `environment`.
+    autoencoder: digest of the one that prepared the latents, see `imf.vae.digest`; "" if unknown or none.
     """
 
     step: int
@@ -59,6 +72,7 @@ class Metadata:
     precision: str
     gemm_choices: dict[str, str]
     environment: dict[str, str]
+    autoencoder: str = ""
 
 
 def environment(device: torch.device, processes: int = 1) -> dict[str, str]:
@@ -87,7 +101,8 @@ def save(
 
     writes: whether this process does. Of a network that FSDP2 shards every process calls `save`, and one
         writes, after it has gathered tensor by tensor in its host's memory.
-    Raises: CheckpointError, naming the bytes needed and free, if the file cannot be written (a full disk).
+    Raises: CheckpointError, naming the bytes needed and free, if the file cannot be written (a full disk),
+        or naming the tensor, if a number is not finite.
     """
     tensors = _tensors(model, ema, optimizer, kept=writes)
     if writes:
@@ -107,7 +122,7 @@ def save_network(path: Path, networks: Mapping[str, Mapping[str, Tensor]], metad
 def load(path: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> Metadata:
     """Restore a run from `path` in place; nothing is changed unless all of the file fits.
 
-    Raises: CheckpointError if the file is missing, truncated, foreign or of another network.
+    Raises: CheckpointError if the file is missing, damaged, foreign, of another network or not finite.
     """
     metadata, tensors = _read(path)
     _check_same(path, tensors, _expected(model, ema, optimizer, metadata.step))
@@ -146,19 +161,36 @@ def load_network(path: Path, weights: Literal["ema", "model"] = "ema") -> tuple[
     metadata, tensors = _read(path, prefix=f"{weights}.")
     if not tensors:
         raise CheckpointError(f"{path}: there are no {weights!r} weights in it")
-    network = build(metadata.config.network)
+    network = build(metadata.config.network)  # whose weights are those of the file: `_read` compared them
     sampling = not any(name.startswith(f"{weights}.v_blocks.") for name in tensors)
     if sampling and len(getattr(network, "v_blocks", ())):
         network.v_blocks = _NoVHead()
-    _check_same(path, tensors, {f"{weights}.{name}": x for name, x in network.state_dict().items()})
     network.load_state_dict(_select(tensors, f"{weights}."))
     network.compute_dtype = DTYPES[metadata.precision]
     return network.requires_grad_(False), metadata
 
 
 def read_metadata(path: Path) -> Metadata:
-    """What the checkpoint says about itself; CheckpointError if the file is missing, truncated or foreign."""
+    """What the checkpoint says about itself; CheckpointError if the file is missing, truncated or foreign,
+    or its tensors are not those of a network of its configuration. The tensors' values are not read."""
     return _read(path, prefix=None)[0]
+
+
+def empty_weights(config: IMFConfig) -> dict[str, Tensor]:
+    """A network's weights without memory, on the meta device: names, shapes and dtypes.
+
+    Raises: ValueError for sizes that no machine holds.
+    """
+    if (positions := config.patches * config.hidden_size) > MOST_POSITIONS:
+        raise ValueError(
+            f"network: patches times hidden_size must be at most {MOST_POSITIONS:,}, got {positions:,}"
+        )
+    try:
+        with torch.device("meta"):
+            weights: dict[str, Tensor] = build(config).state_dict()
+    except (RuntimeError, OverflowError, TypeError) as error:  # PyTorch's, of sizes beyond 64 bits
+        raise ValueError(f"network: no tensors can be of the sizes of {config}") from error
+    return weights
 
 
 def path_of(run: Path, step: int) -> Path:
@@ -169,8 +201,25 @@ def path_of(run: Path, step: int) -> Path:
 def list_all(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     found = (run / "checkpoints").glob("step-*.safetensors")
-    numbered = [(int(match[1]), path) for path in found if (match := re.fullmatch(r"step-(\d+)", path.stem))]
-    return [path for _, path in sorted(numbered)]
+    numbered = [(int(match[1]), path) for path in found if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered) if not path.is_dir()]
+
+
+def run_of(path: Path) -> Path | None:
+    """The folder of the run whose checkpoint `path` is; None if it lies in none.
+
+    Links are followed as far as needed: a checkpoint may lie elsewhere, and a link elsewhere may name one.
+    """
+    place = Path(os.path.abspath(path))  # links in it stay: `checkpoints` may be one
+    for _ in range(40):  # the most links that Linux follows
+        if place.parent.name == "checkpoints" and _NAME.fullmatch(place.name):
+            return place.parent.parent
+        if not place.is_symlink():
+            break
+        place = Path(os.path.abspath(place.parent / place.readlink()))
+    place = path.resolve()
+    inside = place.parent.name == "checkpoints" and _NAME.fullmatch(place.name)
+    return place.parent.parent if inside else None
 
 
 def find(path: Path) -> Path:
@@ -181,10 +230,11 @@ def find(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder")
+        raise CheckpointError(f"{path}: no such file or folder{_aim(path)}")
     checkpoints = list_all(path)
     if not checkpoints:
-        raise CheckpointError(f"{path}: no checkpoints/step-*.safetensors in this folder")
+        hint = f"; {_CONVERT}" if any(path.glob("checkpoint_*")) else ""  # a folder of the official programs
+        raise CheckpointError(f"{path}: no checkpoints/step-*.safetensors in this folder{hint}")
     return checkpoints[-1]
 
 
@@ -196,8 +246,10 @@ def prune(run: Path, keep: int) -> None:
 
 def remove_temporaries(run: Path) -> None:
     """Delete what a killed process left half-written; only for a run that no other process is writing."""
-    for path in (run / "checkpoints").glob(".*"):  # safetensors has hidden temporary names of its own
-        path.unlink()
+    for pattern in (".step-*.tmp", ".tmp??????"):  # the second is what safetensors names its own
+        for path in (run / "checkpoints").glob(pattern):
+            if path.is_symlink() or path.is_file():
+                path.unlink()
 
 
 class _NoVHead(nn.ModuleList):
@@ -209,16 +261,41 @@ class _NoVHead(nn.ModuleList):
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
     """Write a file whole or not at all; CheckpointError if it cannot be written."""
+    if (name := _not_finite(tensors)) is not None:
+        raise CheckpointError(f"{path}: not written: {name} must be finite, got NaN or infinity")
     values = {**vars(metadata), "config": to_dict(metadata.config), "format": FORMAT}
+    text = json.dumps({**values, "checksums": _checksums(tensors)})
+    texts = {METADATA_KEY: text, CHECKSUM_KEY: f"{zlib.crc32(text.encode()):08x}"}
     try:
         with replacing(path, synced=True) as temporary:
-            save_file(dict(tensors), temporary, metadata={METADATA_KEY: json.dumps(values)})
+            save_file(dict(tensors), temporary, metadata=texts)
     except (OSError, SafetensorError) as error:
         needed = sum(tensor.nbytes for tensor in tensors.values())
         raise CheckpointError(
             f"{path}: could not write the checkpoint of step {metadata.step}: {error}; "
             f"it needs {needed:,} bytes, {_free_bytes(path.parent)} are free"
         ) from error
+
+
+def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """CRC-32 of the tensors whose names have the same first part, by that part; read once, in order."""
+    sums: dict[str, int] = {}
+    for name in sorted(tensors):
+        tensor, group = tensors[name], name.partition(".")[0]
+        begun = zlib.crc32(f"{name} {_form(tensor)}".encode(), sums.get(group, 0))
+        sums[group] = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, begun)
+    return {group: f"{value:08x}" for group, value in sums.items()}
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not (tensor.is_floating_point() and tensor.numel()):
+            continue
+        # The extremes are NaN where a value is; finding them takes no memory.
+        if not all(math.isfinite(float(x)) for x in torch.aminmax(tensor.float())):
+            return name
+    return None
 
 
 def _tensors(
@@ -269,34 +346,109 @@ def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list
 
 
 def _read(path: Path, prefix: str | None = "") -> tuple[Metadata, dict[str, Tensor]]:
-    """Metadata, and the tensors whose names begin with `prefix` (None: no tensors)."""
+    """Metadata, and the tensors whose names begin with `prefix` (None: no tensors), checked byte by byte."""
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+        kind = "a folder or a device, wanted a file" if path.exists() else f"no such file{_aim(path)}"
+        raise CheckpointError(f"{path}: {kind}")
     try:
         with safe_open(path, framework="pt") as file:
             texts = file.metadata() or {}
-            names = [name for name in file.keys() if prefix is not None and name.startswith(prefix)]  # noqa: SIM118
             # They lie in the mapped file, however large: to be copied one after the other.
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: not a complete safetensors file ({error}); truncated, or written by another program? "
-            f"Delete it to go on from the checkpoint before, if there is one"
-        ) from error
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a complete safetensors file ({error}){_advice(path)}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: could not be read: {error}") from error
     if METADATA_KEY not in texts:
         raise CheckpointError(
-            f"{path}: a safetensors file without {METADATA_KEY!r} metadata, so no checkpoint of imf.train"
+            f"{path}: a safetensors file without {METADATA_KEY!r} metadata, so no checkpoint of imf.train; "
+            f"{_CONVERT}"
         )
+    metadata, checksums = _read_text(path, texts)
+    _check_network(path, metadata.config.network, tensors)
+    wanted = {name: x for name, x in tensors.items() if prefix is not None and name.startswith(prefix)}
+    got = _checksums(wanted)
+    if damaged := [group for group, checksum in got.items() if checksums.get(group) != checksum]:
+        raise CheckpointError(
+            f"{path}: damaged: checksum of {damaged[0]!r} must be {checksums.get(damaged[0])}, "
+            f"got {got[damaged[0]]}{_way_out(path)}"
+        )
+    if (name := _not_finite(wanted)) is not None:
+        raise CheckpointError(f"{path}: {name} must be finite, got NaN or infinity{_way_out(path)}")
+    return metadata, wanted
+
+
+def _read_text(path: Path, texts: Mapping[str, str]) -> tuple[Metadata, dict[str, str]]:
+    """The metadata, and the tensors' checksums, of a file's header."""
+    text, problem = texts[METADATA_KEY], f"{path}: written by another version of imf.train"
+    damaged = f"{path}: damaged: its metadata do not have their checksum{_way_out(path)}"
     try:
-        values = json.loads(texts[METADATA_KEY])
-        if values.pop("format") != FORMAT:
-            raise ValueError(f"this version reads format {FORMAT}")
+        values = json.loads(text)
+        found = values["format"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(damaged) from error
+    if found != FORMAT:  # asked first: another one may keep its checksum elsewhere
+        raise CheckpointError(
+            f"{problem}: this version reads format {FORMAT}, got {str(found)[:20]}: "
+            f"read it with the version that wrote it"
+        )
+    if texts.get(CHECKSUM_KEY) != f"{zlib.crc32(text.encode()):08x}":
+        raise CheckpointError(damaged)
+    try:
+        del values["format"]
+        checksums = values.pop("checksums")
+        if not isinstance(checksums, dict):
+            raise ValueError(f"checksums must be texts by name, got {checksums!r}")
+        if unknown := values.keys() ^ {field.name for field in fields(Metadata)}:
+            raise ValueError(f"missing or unknown: {', '.join(sorted(unknown))}")
         metadata = Metadata(**values)
         _check_metadata(metadata)
         metadata = replace(metadata, config=from_dict(values["config"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: written by another version of imf.train: {error}") from error
-    return metadata, tensors
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"{problem}: {error}") from error
+    return metadata, checksums
+
+
+def _check_network(path: Path, config: IMFConfig, tensors: Mapping[str, Tensor]) -> None:
+    """CheckpointError unless the weights of each kind are those of the network, with the v-head or without.
+
+    Before anything of these sizes is made: those of the tensors are true, the file is as long.
+    """
+    found = {name: x for name, x in tensors.items() if not name.startswith("optimizer.")}
+    try:
+        if config.depth > len(found):
+            raise ValueError(f"depth must be at most the number of weights, {len(found)}, got {config.depth}")
+        empty = empty_weights(config)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its configuration is of another network: {error}") from error
+    expected: dict[str, Tensor] = {}
+    for kind in ("model", "ema"):
+        if any(name.startswith(f"{kind}.") for name in found):
+            v_head = any(name.startswith(f"{kind}.v_blocks.") for name in found)
+            names = [name for name in empty if v_head or not name.startswith("v_blocks.")]
+            expected |= {f"{kind}.{name}": empty[name] for name in names}
+    _check_same(path, found, expected)
+
+
+def _advice(path: Path) -> str:
+    """What a file that is no safetensors may be, and what to do."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start.startswith((b"PK", b"\x80")) or path.suffix in (".pth", ".pt", ".ckpt", ".zip"):
+        return f": of another program? {_CONVERT}"
+    return f": truncated or damaged?{_way_out(path)}"
+
+
+def _way_out(path: Path) -> str:
+    """What to do about a damaged file: a run has an earlier one."""
+    earlier = [other for other in list_all(path.parent.parent) if other.name < path.name]
+    if path.parent.name == "checkpoints" and earlier:
+        return f". Delete it to go on from {earlier[-1].name}, the checkpoint before"
+    return "; copy it again, or take another"
+
+
+def _aim(path: Path) -> str:
+    return f": a link to {path.readlink()}, where there is none" if path.is_symlink() else ""
 
 
 def _check_metadata(metadata: Metadata) -> None:
@@ -307,12 +459,14 @@ def _check_metadata(metadata: Metadata) -> None:
         for name, value in (("gemm_choices", m.gemm_choices), ("environment", m.environment))
     }
     threads = m.environment.get("threads", "") if texts["environment"] else ""
+    fits_threads = threads.isdecimal() and len(threads) < 5 and 1 <= int(threads) <= MOST_THREADS
     for name, fits, wanted in (
         ("step", type(m.step) is int and m.step >= 0, "an integer of at least 0"),
         ("elapsed", isinstance(elapsed, (int, float)) and 0 <= elapsed < math.inf, "seconds"),
         ("precision", m.precision in tuple(DTYPES), f"one of {', '.join(DTYPES)}"),
         ("gemm_choices", texts["gemm_choices"], "texts by name"),
-        ("environment", threads.isdecimal() and int(threads) > 0, "texts by name, threads a number"),
+        ("environment", fits_threads, f"texts by name, threads from 1 to {MOST_THREADS}"),
+        ("autoencoder", isinstance(m.autoencoder, str), "a text"),
     ):
         if not fits:
             raise ValueError(f"{name} must be {wanted}, got {getattr(m, name)!r}")

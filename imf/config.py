@@ -37,6 +37,9 @@ RESUMABLE = {
 ROUNDING = ("sharding", "compile", "checkpointing", "cuda_graphs")
 
 
+MOST_THREADS = 4096  # a larger number is a mistake: OpenMP ends the process where it cannot start as many
+
+
 def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={"help": text, "choices": choices})
 
@@ -141,6 +144,7 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("warmup_steps", "sample_every", "checkpoint_every", "seed", "threads", "weight_decay"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        _require(self.threads <= MOST_THREADS, "threads", f"at most {MOST_THREADS}", self.threads)
         _require(
             self.batch_size % self.accumulate == 0,
             "accumulate",

@@ -12,11 +12,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from imf.checkpoint import CheckpointError, Metadata, environment, find, load_network, save_network
+from imf.checkpoint import (
+    CheckpointError,
+    Metadata,
+    empty_weights,
+    environment,
+    find,
+    load_network,
+    save_network,
+)
 from imf.config import TrainConfig
 from imf.files import replacing
 from imf.layers import IMFConfig
-from imf.model import build
 from imf.names import (
     from_flax,
     from_official,
@@ -28,7 +35,7 @@ from imf.names import (
 )
 from imf.official import ConversionError, read
 from imf.presets import PRESETS
-from imf.run import naming
+from imf.run import exit_status, interruptible, naming
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,10 +63,14 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.out.exists():
         parser.error(f"OUT exists already: {arguments.out}")
     try:
-        print(_export(arguments) if arguments.to == "official" else _import(arguments))
+        with interruptible():
+            print(_export(arguments) if arguments.to == "official" else _import(arguments))
     except (ConversionError, CheckpointError, KeyError, TypeError, ValueError, OSError) as error:
         print(f"imf.convert: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as stop:
+        print("\nimf.convert: stopped", file=sys.stderr)
+        return exit_status(stop)
     return 0
 
 
@@ -80,6 +91,9 @@ def _import(a: argparse.Namespace) -> str:
         if shape.block == "plain":
             function = mean_flow_from_flax
         states[kind] = {name: x.float() for name, x in function(weights).items()}
+        for name, x in states[kind].items():
+            if not x.isfinite().all():
+                raise ConversionError(f"{a.source}: weights must be finite, got NaN or infinity in {name}")
         shapes.append(shape)
     if len(set(shapes)) > 1:
         raise ConversionError(f"{a.source}: its sets of weights are of two networks: {shapes}")
@@ -146,7 +160,7 @@ def _with_v_blocks(state: Mapping[str, Tensor]) -> bool:
 
 def _check_whole(source: Path, config: IMFConfig, states: Mapping[str, Mapping[str, Tensor]]) -> None:
     """ConversionError unless each set has all weights of the network, the v-head's blocks aside."""
-    expected = {name: list(x.shape) for name, x in build(config).state_dict().items()}
+    expected = {name: list(x.shape) for name, x in empty_weights(config).items()}
     for kind, state in states.items():
         whole = _with_v_blocks(state)
         wanted = {n: s for n, s in expected.items() if whole or not n.startswith("v_blocks.")}

@@ -7,6 +7,7 @@ logits, are combined on the first.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import sys
 import time
@@ -25,6 +26,7 @@ from imf import vae as autoencoder
 from imf.features import Extractor
 from imf.fid import Statistics
 from imf.figures import Row, figures, measure, plot, read_results, table, write_results
+from imf.files import Lock
 from imf.generate import (
     ImageError,
     Settings,
@@ -37,7 +39,7 @@ from imf.generate import (
 )
 from imf.model import IMF
 from imf.processes import Processes, joined
-from imf.run import TrainingError
+from imf.run import TrainingError, exit_status, interruptible
 from imf.sample import check_inputs
 
 COUNT = 50_000  # images of the published figures
@@ -87,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     _check(parser, arguments)
     try:
-        with joined(arguments.device) as processes:
+        with interruptible(), joined(arguments.device) as processes:
             extractor = features.load(arguments.extractor, processes.device)
             if arguments.make_statistics:
                 _make_statistics(arguments, extractor, processes)
@@ -96,6 +98,9 @@ def main(argv: list[str] | None = None) -> int:
     except (checkpoint.CheckpointError, TrainingError, ValueError, OSError) as error:
         print(f"imf.evaluate: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as stop:
+        print("\nimf.evaluate: stopped; the same command goes on from there", file=sys.stderr)
+        return exit_status(stop)
     return 0
 
 
@@ -116,19 +121,25 @@ def _evaluate(arguments: argparse.Namespace, extractor: Extractor, processes: Pr
         network, vae, cells = _sampler(a, processes.device)
     reference = reference_statistics(a.reference, extractor, processes, a.batch_size) if a.reference else None
     of = _what_is_judged(a, cells[0])
-    a.out.mkdir(parents=True, exist_ok=True)
-    rows = processes.from_first(read_results(path, of) if processes.rank == 0 else None)
-    for cell in cells:
-        if any(row.setting == _setting(cell) for row in rows):
-            continue
-        began = time.perf_counter()
-        images = _samples(a, cell, network, vae, processes)
-        found, logits = measure(images, extractor, processes, reference.mean.size if reference else None)
-        if found is not None:
-            seconds = round(time.perf_counter() - began, 3)
-            rows.append(Row(*_setting(cell), a.count, *figures(found, logits, reference), seconds))
-            made = {"checkpoint": str(a.checkpoint or ""), **checkpoint.environment(processes.device)}
-            write_results(path, of, rows, made)
+    with contextlib.ExitStack() as locks:
+        if processes.rank == 0:
+            written = [a.out, a.samples_dir] if a.checkpoint and a.samples_dir else [a.out]
+            for folder in written:
+                folder.mkdir(parents=True, exist_ok=True)
+            for folder in {folder.resolve() for folder in written}:
+                locks.enter_context(Lock(folder))
+        rows = processes.from_first(read_results(path, of) if processes.rank == 0 else None)
+        for cell in cells:
+            if any(row.setting == _setting(cell) for row in rows):
+                continue
+            began = time.perf_counter()
+            images = _samples(a, cell, network, vae, processes)
+            found, logits = measure(images, extractor, processes, reference.mean.size if reference else None)
+            if found is not None:
+                seconds = round(time.perf_counter() - began, 3)
+                rows.append(Row(*_setting(cell), a.count, *figures(found, logits, reference), seconds))
+                made = {"checkpoint": str(a.checkpoint or ""), **checkpoint.environment(processes.device)}
+                write_results(path, of, rows, made)
     if processes.rank == 0:
         wanted = [_setting(cell) for cell in cells]
         shown = [row for row in rows if row.setting in wanted]
@@ -155,7 +166,7 @@ def _sampler(a: argparse.Namespace, device: torch.device) -> tuple[IMF, Any, lis
     precision = a.precision or metadata.precision
     network.compute_dtype = checkpoint.DTYPES[precision]
     network.to(device).eval()
-    vae = autoencoder.of_network(a.vae, network.config.in_channels, device)
+    vae = autoencoder.of_network(a.vae, network.config.in_channels, device, metadata.autoencoder)
     base = Settings(
         weights=fingerprint(network.state_dict()),
         vae=fingerprint(vae.state_dict()) if vae else "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,12 +94,25 @@ def read_results(path: Path, settings: dict[str, Any]) -> list[Row]:
         return []
     try:
         values = json.loads(path.read_text())
-        held, rows = dict(values["settings"]), [Row(**row) for row in values["rows"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ResultsError(f"{path}: no results of imf.evaluate: {error!r}") from error
+        held, rows = dict(values["settings"]), [_checked(Row(**row)) for row in values["rows"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ResultsError(
+            f"{path}: no results of imf.evaluate, or damaged: {error}; move it away, or choose another --out"
+        ) from error
     if differences := different(held, settings):
         raise ResultsError(f"{path}: results of {differences}; choose another --out")
     return rows
+
+
+def _checked(row: Row) -> Row:
+    """The row, if its values are finite numbers, or None where that may be; ValueError otherwise."""
+    for name, value in vars(row).items():
+        optional = name not in ("count", "seconds")
+        kinds = (int,) if name in ("steps", "count") else (int, float)
+        fits = type(value) in kinds and math.isfinite(value)
+        if not fits and not (optional and value is None):
+            raise ValueError(f"{name} must be a number, got {value!r}")
+    return row
 
 
 def write_results(

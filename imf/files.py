@@ -1,11 +1,72 @@
-"""Files that appear under their name whole or not at all."""
+"""Files that appear under their name whole or not at all, folders that one process writes to, digests."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
+import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_CHUNK = 1 << 22  # bytes
+
+
+class FolderInUse(OSError):
+    """Another process writes to a folder; the message names both."""
+
+
+class Lock:
+    """Exclusive use of a folder, until `release` or the end of the process, however that ends.
+
+    The operating system holds it (flock on the file `.lock`, in which the holder's number lies), so nothing
+    has to be removed after a crash. A file system without locks gets a warning instead.
+
+    Raises: FolderInUse if another process has it, or this one in another `Lock`; OSError if the file cannot
+        be opened.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / ".lock"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self.release = weakref.finalize(self, os.close, descriptor)
+        self.release.atexit = False  # also run in forked processes
+        if fcntl is None:
+            _warn_of_no_lock(folder, f"{platform.system()} has no flock")
+            return
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            self.release()
+            raise FolderInUse(
+                f"{folder}: {holder} is writing to this folder: wait until it ends, or end it"
+            ) from None
+        except OSError as error:  # some network file systems
+            _warn_of_no_lock(folder, str(error))
+            return
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def _warn_of_no_lock(folder: Path, reason: str) -> None:
+    print(
+        f"warning: {folder} cannot be locked ({reason}): let no other process write to it meanwhile",
+        file=sys.stderr,
+    )
 
 
 @contextmanager
@@ -29,6 +90,15 @@ def replacing(path: Path, *, synced: bool = False) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal; OSError if it cannot be read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -153,8 +153,10 @@ def claim(folder: Path, settings: Settings) -> None:
             ) from None
         write_json(path, asdict(settings))
         return
-    except ValueError as error:
-        raise ImageError(f"{path}: no JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ImageError(f"{path}: no JSON: {error}; choose an empty folder for samples") from error
+    if not isinstance(held, dict):
+        raise ImageError(f"{path}: must be a JSON object, got {type(held).__name__}; choose an empty folder")
     if differences := different(held, asdict(settings)):
         raise ImageError(f"{folder}: holds other samples, of {differences}; choose another folder")
 

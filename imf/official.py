@@ -11,9 +11,11 @@ import os
 import re
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 import numpy as np
@@ -57,14 +59,20 @@ def read(source: Path) -> Official:
     with tempfile.TemporaryDirectory(dir=source.parent, prefix=f".{source.name}.") as folder:
         try:
             with zipfile.ZipFile(source) as archive:
+                needed, free = sum(file.file_size for file in archive.infolist()), disk_usage(folder).free
+                if needed > free:
+                    raise OSError(f"it needs {needed:,} bytes there, {free:,} are free")
                 archive.extractall(folder)
-        except (OSError, zipfile.BadZipFile, EOFError) as error:
+        # RuntimeError: of an encrypted one, or one that is compressed in another way
+        except (OSError, zipfile.BadZipFile, EOFError, RuntimeError, zlib.error) as error:
             raise ConversionError(f"{source}: could not be unpacked: {error}") from error
         return _read_jax(Path(folder))
 
 
 def read_torch(path: Path) -> dict[str, Tensor]:
     """A state dict from a file of tensors by name; ConversionError for anything else."""
+    if path.exists() and not path.is_file():
+        raise ConversionError(f"{path}: wanted a file, got a folder or a device")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -78,6 +86,16 @@ def read_torch(path: Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
         raise ConversionError(f"{path}: wanted tensors by name, got {_content(state)}")
+    for name, x in state.items():
+        if not isinstance(name, str) or x.layout != torch.strided or x.is_quantized or x.is_meta:
+            raise ConversionError(
+                f"{path}: wanted plain tensors by name, got {name!r}: {x.layout}, {x.dtype}"
+            )
+        if x.nbytes > x.untyped_storage().nbytes():  # a few bytes, repeated to any size
+            raise ConversionError(
+                f"{path}: {name!r} must have the {x.nbytes:,} bytes of its shape {list(x.shape)}, "
+                f"got {x.untyped_storage().nbytes():,}"
+            )
     return dict(state)
 
 

@@ -1,15 +1,18 @@
 """What surrounds the training loop: the run's folder, metrics, stop signals, numbers leaving the device.
 
-A run's folder: config.json, metrics.jsonl, results.json, checkpoints/, samples/, tensorboard/.
+A run's folder: config.json, metrics.jsonl, results.json, checkpoints/, samples/, tensorboard/; .lock while a
+process writes to it.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,7 +64,7 @@ def create_folder(config: TrainConfig) -> Path:
 
 def newest(runs: Path) -> Path:
     """The run in `runs` that wrote a checkpoint last; TrainingError if there is none."""
-    checkpoints = list(runs.glob("*/checkpoints/step-*.safetensors"))
+    checkpoints = [path for path in runs.glob("*/checkpoints/step-*.safetensors") if path.is_file()]
     if not checkpoints:
         raise TrainingError(
             f"--resume: no checkpoint in {runs}/*/checkpoints; pass a run's folder or a checkpoint"
@@ -121,20 +124,31 @@ def write_json(path: Path, values: Any) -> None:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def truncate_metrics(path: Path, step: int) -> None:
-    """Drop the lines past `step`, which a resumed run writes again, and what a killed run left half."""
+def truncate_metrics(path: Path, step: int) -> int:
+    """Drop the lines past `step`, which a resumed run writes again, what a killed run left half-written at
+    the end, and all lines that are no metrics; returns how many of those there were.
+
+    Raises: TrainingError if it is no file, OSError if it cannot be read or written.
+    """
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
+        return 0
+    if not path.is_file():
+        raise TrainingError(f"{path}: must be a file, got a folder or a device; move it away")
+    kept, foreign = [], 0
+    *lines, last = path.read_bytes().split(b"\n")
+    for line in (*lines, last):
         try:
-            if json.loads(line)["step"] > step:
-                break
-        except ValueError:
-            break
-        kept.append(line + "\n")
+            values = json.loads(line)
+            if type(values["step"]) is not int:
+                raise ValueError("no number of a step")
+        except (ValueError, TypeError, KeyError, RecursionError):
+            foreign += line is not last
+            continue
+        if values["step"] <= step:
+            kept.append(line + b"\n")
     with naming(path), replacing(path) as temporary:
-        temporary.write_text("".join(kept))
+        temporary.write_bytes(b"".join(kept))
+    return foreign
 
 
 class Readback:
@@ -177,6 +191,19 @@ def wandb_module() -> Any:
     return wandb
 
 
+def _wandb_id(path: Path, wandb: Any) -> str:
+    """The run's name there, made up by the first process and kept; TrainingError for a damaged file."""
+    if not path.exists():
+        with naming(path), replacing(path) as temporary:
+            temporary.write_text(wandb.util.generate_id())
+    found = path.read_bytes().decode(errors="replace")
+    if not re.fullmatch(r"[\w-]{1,64}", found):
+        raise TrainingError(
+            f"{path}: must be the name of a run, got {found[:64]!r}; delete it to begin another"
+        )
+    return found
+
+
 class Log:
     """Progress bar, metrics.jsonl, TensorBoard and Weights & Biases; `close` it in the end.
 
@@ -200,16 +227,13 @@ class Log:
                 self._board = SummaryWriter(str(self._events), purge_step=step + 1)
         self._wandb = None
         if config.wandb:  # online or offline as its own variable WANDB_MODE says
-            name = folder / "wandb-id"
             wandb = wandb_module()
-            if not name.exists():
-                name.write_text(wandb.util.generate_id())
             self._wandb = wandb.init(
                 project=config.wandb,
                 name=folder.name,
                 dir=str(folder),
                 config=to_dict(config),
-                id=name.read_text(),
+                id=_wandb_id(folder / "wandb-id", wandb),
                 resume="allow",
             )
         self._bar = tqdm(
@@ -271,6 +295,32 @@ class Log:
         )
         self._sums = [0.0] * len(TERMS)
         self._steps, self._since = 0, self.elapsed
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where SIGINT would be."""
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within it SIGTERM raises `Terminated`, so that it cleans up as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def exit_status(stop: KeyboardInterrupt) -> int:
+    """Of a process that a signal has ended."""
+    return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
 
 
 class StopSignals:

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from imf import checkpoint
 from imf import vae as autoencoder
 from imf.config import check_guidance
+from imf.files import replacing
 from imf.model import IMF, IMFConfig, config_of, velocities
+from imf.run import exit_status, interruptible, naming
 
 MOST_ROWS = 20  # of a grid whose classes were not named
 
@@ -173,31 +175,42 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 <= arguments.seed < 2**63:
         parser.error(f"--seed must be at least 0 and below 2 ** 63, got {arguments.seed}")
     try:
-        path = checkpoint.find(arguments.checkpoint)
-        network, metadata = checkpoint.load_network(path, arguments.weights)
-        omega, *interval = metadata.config.sampling
-        omega = omega if arguments.omega is None else arguments.omega
-        t_min, t_max = arguments.interval or interval
-        picture = class_grid(
-            network,
-            classes=_rows(arguments.classes, network.config),
-            vae=autoencoder.of_network(arguments.vae, network.config.in_channels, torch.device("cpu")),
-            columns=arguments.columns,
-            steps=arguments.steps,
-            omega=omega,
-            t_min=t_min,
-            t_max=t_max,
-            seed=arguments.seed,
-        )
-        picture.save(arguments.out, format="PNG")
+        with interruptible():
+            print(_draw(arguments))
     except (checkpoint.CheckpointError, ValueError, OSError) as error:
         print(f"imf.sample: {error}", file=sys.stderr)
         return 1
-    print(
+    except KeyboardInterrupt as stop:
+        print("\nimf.sample: stopped", file=sys.stderr)
+        return exit_status(stop)
+    return 0
+
+
+def _draw(arguments: argparse.Namespace) -> str:
+    """Write the grid that was asked for; what was done, as text."""
+    path = checkpoint.find(arguments.checkpoint)
+    network, metadata = checkpoint.load_network(path, arguments.weights)
+    omega, *interval = metadata.config.sampling
+    omega = omega if arguments.omega is None else arguments.omega
+    t_min, t_max = arguments.interval or interval
+    channels, cpu = network.config.in_channels, torch.device("cpu")
+    picture = class_grid(
+        network,
+        classes=_rows(arguments.classes, network.config),
+        vae=autoencoder.of_network(arguments.vae, channels, cpu, metadata.autoencoder),
+        columns=arguments.columns,
+        steps=arguments.steps,
+        omega=omega,
+        t_min=t_min,
+        t_max=t_max,
+        seed=arguments.seed,
+    )
+    with naming(arguments.out), replacing(arguments.out) as temporary:
+        picture.save(temporary, format="PNG")
+    return (
         f"{arguments.out}: {arguments.columns} samples per class in {arguments.steps} step(s), "
         f"omega {omega:g}, interval [{t_min:g}, {t_max:g}], from {path} (step {metadata.step})"
     )
-    return 0
 
 
 def _rows(classes: list[int] | None, config: IMFConfig) -> Sequence[int]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from imf import checkpoint, data
 from imf.checkpoint import Metadata
 from imf.config import RESUMABLE, ROUNDING, TrainConfig, differences, to_dict, with_arguments
+from imf.files import Lock
 from imf.graphs import StepGraphs
 from imf.model import IMF, build
 from imf.processes import Processes
@@ -52,7 +53,11 @@ class State:
 
 @dataclass
 class Run:
-    """A run: its state, and what stays. precision: "fp32" or "bf16"; elapsed: seconds of training so far."""
+    """A run: its state, and what stays.
+
+    precision: "fp32" or "bf16".  elapsed: seconds of training so far.  lock: of its folder, in the process
+    that writes to it.
+    """
 
     folder: Path
     config: TrainConfig
@@ -61,6 +66,7 @@ class Run:
     state: State
     processes: Processes = field(default_factory=Processes)
     elapsed: float = 0.0
+    lock: Lock | None = None
 
 
 def initial_state(config: TrainConfig, precision: str, who: Processes) -> State:
@@ -112,11 +118,12 @@ def begin(config: TrainConfig, who: Processes | None = None) -> Run:
         if config.init_from:
             source = checkpoint.find(Path(config.init_from))
             checkpoint.load_weights(source, model=state.model, ema=state.ema)
-    folder = None
+    folder = lock = None
     with who.together():
         if who.first:
             folder = create_folder(config)
-    run = Run(who.from_first(folder), config, precision, images, state, who)
+            lock = Lock(folder)
+    run = Run(who.from_first(folder), config, precision, images, state, who, lock=lock)
     _write_configuration(run)
     return run
 
@@ -125,16 +132,38 @@ def resume(path: Path | None, arguments: argparse.Namespace, who: Processes | No
     """The run of a checkpoint as it was, with the arguments that may change; warns of what changes its bits.
 
     path: a run's folder, or the newest checkpoint in one; None for the run that wrote one last.
-    Raises: TrainingError for an argument that may not change or is wrong, CheckpointError for a bad file.
+    Raises: TrainingError for an argument that may not change or is wrong, CheckpointError for a bad file,
+        imf.files.FolderInUse while another process trains the run.
     """
     who = who or Processes(device=choose_device(device_of(path, arguments)))
+    lock = None
     with who.together():
-        path = _found(path, arguments)
-        folder = path.parent.parent  # <run>/checkpoints/<file>
+        found = _found(path, arguments)
+        folder = _run_of(found)
+        if who.first:
+            lock = Lock(folder)  # from here on the folder stays as it is
+            found = found if path is not None and path.is_file() else checkpoint.find(folder)
+    try:
+        return _resumed(who.from_first(found), folder, lock, arguments, who)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+
+
+def _resumed(
+    path: Path, folder: Path, lock: Lock | None, arguments: argparse.Namespace, who: Processes
+) -> Run:
+    with who.together():
         metadata = checkpoint.read_metadata(path)
-        config = _resumed_config(path, metadata, arguments)
+        config = _resumed_config(path, folder, metadata, arguments)
         _check_processes(config, who)
         found = _load_data(config)
+        if found.autoencoder != metadata.autoencoder:
+            raise TrainingError(
+                f"--resume: the latents in {config.data} are of another autoencoder than those that {folder} "
+                f"was trained on: start a new run, or prepare them again as they were"
+            )
         try:  # before the first product: another choice rounds differently
             gemm.load_choices(metadata.gemm_choices)
         except ValueError as error:
@@ -148,9 +177,10 @@ def resume(path: Path | None, arguments: argparse.Namespace, who: Processes | No
         if who.first:
             (folder / "samples").mkdir(exist_ok=True)  # a checkpoint may have been copied to a new folder
             checkpoint.remove_temporaries(folder)
-            truncate_metrics(folder / "metrics.jsonl", metadata.step)
+            if dropped := truncate_metrics(folder / "metrics.jsonl", metadata.step):
+                _warn(f"{folder / 'metrics.jsonl'}: {dropped} line(s) that are no metrics are dropped")
     state.step = metadata.step
-    run = Run(folder, config, metadata.precision, found, state, who, metadata.elapsed)
+    run = Run(folder, config, metadata.precision, found, state, who, metadata.elapsed, lock)
     _write_configuration(run)
     return run
 
@@ -163,15 +193,28 @@ def device_of(path: Path | None, arguments: argparse.Namespace) -> str:
 
 
 def _found(path: Path | None, arguments: argparse.Namespace) -> Path:
-    """The checkpoint to resume from; its folder says which run it is of."""
+    """The checkpoint to resume from."""
     runs = Path(getattr(arguments, "runs", TrainConfig().runs))
-    return checkpoint.find(path or newest(runs)).resolve()
+    return checkpoint.find(path or newest(runs))
 
 
-def _resumed_config(path: Path, metadata: Metadata, arguments: argparse.Namespace) -> TrainConfig:
+def _run_of(path: Path) -> Path:
+    """The folder of the run that a checkpoint is of; TrainingError if it lies in none."""
+    folder = checkpoint.run_of(path)
+    if folder is None:
+        raise TrainingError(
+            f"--resume: {path} must be a checkpoint in a run's folder, <run>/checkpoints/step-….safetensors, "
+            f"or a link to one; --init-from begins a new run with the weights of any"
+        )
+    return folder
+
+
+def _resumed_config(
+    path: Path, folder: Path, metadata: Metadata, arguments: argparse.Namespace
+) -> TrainConfig:
     """The configuration of a checkpoint with the arguments given; TrainingError if they do not fit."""
-    last = (checkpoint.list_all(path.parent.parent) or [path])[-1]
-    if path.parent.name != "checkpoints" or not path.samefile(last):
+    last = checkpoint.list_all(folder)[-1]
+    if not path.samefile(last):
         raise TrainingError(
             f"--resume: {path} must be the newest checkpoint of its run, got one beside {last}; "
             f"to go back to it, move the newer ones away first"

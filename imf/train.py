@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import functools
 import math
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from imf.config import (
     with_arguments,
 )
 from imf.draws import Draws
+from imf.files import replacing
 from imf.graphs import StepGraphs
 from imf.methods import Objective, guidance_of, objective
 from imf.objective import Prepared, prepare
@@ -37,7 +37,9 @@ from imf.run import (
     Readback,
     StopSignals,
     TrainingError,
+    exit_status,
     how_to_go_on,
+    interruptible,
     naming,
     not_finite,
     write_json,
@@ -133,7 +135,8 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float | Tensor, found_in
 def fit(run: Run) -> int | None:
     """Train until `steps`, or until SIGINT or SIGTERM, and save; returns the signal's number if one came.
 
-    A signal or an error of one process stops all of them after the same step.
+    A signal or an error of one process stops all of them after the same step, and after the picture that is
+    due there; one that an earlier process owes is drawn first.
     Raises: TrainingError at a step that is not finite; CheckpointError if a checkpoint cannot be written;
     OSError if another file cannot, after a checkpoint.
     """
@@ -167,6 +170,9 @@ def fit(run: Run) -> int | None:
     with StopSignals() as stop, batches:
         try:
             with _logging(run) as log:
+                owed = run.folder / "samples" / _picture(state.step)
+                if _picture_is_due(run) and who.from_first(not owed.exists()):  # killed between the two
+                    draw(run, owed)
                 received = who.largest(stop.received or 0)
                 while state.step < config.steps and not received:
                     began = time.perf_counter()
@@ -179,11 +185,12 @@ def fit(run: Run) -> int | None:
                     if state.step == 1:  # all products have been measured: processes go on with the same
                         gemm.load_choices(who.from_first(gemm.choices()))
 
-                    if _due(state.step, config.checkpoint_every):
-                        save_checked(log)
                     received = who.largest(stop.received or 0)
-                    if state.step < config.steps and not received and _due(state.step, config.sample_every):
-                        draw(run, run.folder / "samples" / f"step-{state.step:08d}.png")
+                    if received or _due(state.step, config.checkpoint_every):
+                        save_checked(log)
+                    if _picture_is_due(run):
+                        draw(run, run.folder / "samples" / _picture(state.step))
+                    if not received:  # nor may one that came meanwhile begin another step
                         received = who.largest(stop.received or 0)
                 save_checked(log)  # also when a signal came while a checkpoint or a picture was written
         except OSError as error:  # a full disk met by the metrics or a picture: the steps are worth keeping
@@ -194,7 +201,7 @@ def fit(run: Run) -> int | None:
             except CheckpointError as second:
                 raise CheckpointError(f"{error}\n{second}") from error
             raise
-        return who.largest(stop.received or 0) or None
+    return who.largest(stop.received or 0) or None
 
 
 @contextlib.contextmanager
@@ -226,6 +233,7 @@ def save(run: Run) -> None:
         precision=run.precision,
         gemm_choices=dict(gemm.choices()),
         environment=checkpoint.environment(who.device, who.count),
+        autoencoder=run.data.autoencoder,
     )
     path = checkpoint.path_of(run.folder, state.step)
     with who.together():
@@ -252,7 +260,8 @@ def draw(run: Run, path: Path, steps: int = 1) -> None:
     )
     with run.processes.together(), naming(path):
         if run.processes.first:
-            picture.save(path)
+            with replacing(path) as temporary:
+                picture.save(temporary, format="PNG")
 
 
 def finish(run: Run) -> None:
@@ -331,7 +340,7 @@ def main(argv: list[str] | None = None) -> int:
         device = config.device
         if arguments.resume is not None:
             device = device_of(Path(arguments.resume) if arguments.resume else None, arguments)
-        with joined(device, timeout=timedelta(minutes=30)) as who:
+        with interruptible(), joined(device, timeout=timedelta(minutes=30)) as who:
             return _train(config, arguments, who)
     except ERRORS as error:  # before the processes know of each other
         print(f"\nimf.train: {error}", file=sys.stderr)
@@ -356,10 +365,11 @@ def _train(config: TrainConfig, arguments: argparse.Namespace, who: Processes) -
         if received is None:
             finish(run)
             return 0
-    except KeyboardInterrupt:
+        status = 128 + received
+    except KeyboardInterrupt as stop:
+        status = exit_status(stop)
         if who.grouped:
-            sys.exit(128 + signal.SIGINT)  # alone: the others are elsewhere, torchrun ends them
-        received = signal.SIGINT
+            sys.exit(status)  # alone: the others are elsewhere, torchrun ends them
     except ENDINGS as error:
         if who.first or not agreed(error):
             print(f"\nimf.train: {error}", file=sys.stderr)
@@ -372,14 +382,26 @@ def _train(config: TrainConfig, arguments: argparse.Namespace, who: Processes) -
         if run is not None and who.grouped:
             print(f"\nimf.train: process {who.rank} ends by an error. {_how_to_go_on(run)}", file=sys.stderr)
         raise
+    finally:
+        if run is not None and run.lock is not None:
+            run.lock.release()
     if run is not None and who.first:
         print(f"\nStopped after step {run.state.step} of {run.config.steps}.", file=sys.stderr)
         print(_how_to_go_on(run), file=sys.stderr)
-    return 128 + received
+    return status
 
 
 def _how_to_go_on(run: Run) -> str:
     return how_to_go_on(run.folder, checkpoint.list_all(run.folder), run.processes.count)
+
+
+def _picture(step: int) -> str:
+    return f"step-{step:08d}.png"
+
+
+def _picture_is_due(run: Run) -> bool:
+    """After the step that was just done; after the last one `finish` draws."""
+    return 0 < run.state.step < run.config.steps and _due(run.state.step, run.config.sample_every)
 
 
 def _due(step: int, every: int) -> bool:

@@ -6,6 +6,7 @@ of Stable Diffusion itself. The constants belong to `sd-vae-ft-mse` at 256 x 256
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from imf.files import sha256
+
 MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)
 STD = (4.85503674, 5.31922414, 3.93725398, 3.9870003)
 # What the configurations of Stable Diffusion 1's autoencoders say; SDXL's, of the same shape, says 0.13025.
 SCALING_FACTOR = 0.18215
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class VAEError(ValueError):
@@ -64,16 +68,39 @@ def load(path: Path, device: torch.device) -> Any:
     return vae.float().to(device).eval().requires_grad_(False)
 
 
-def of_network(path: Path | None, channels: int, device: torch.device) -> Any:
+def digest(path: Path) -> str:
+    """Tells the autoencoder in a folder from others: SHA-256 over those of its configuration and weights.
+
+    Raises: VAEError if one of the files cannot be read.
+    """
+    try:
+        parts = [sha256(path / name) for name in ("config.json", WEIGHTS)]
+    except OSError as error:
+        raise VAEError(f"{path}: could not be read: {error}") from error
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def of_network(path: Path | None, channels: int, device: torch.device, prepared_by: str = "") -> Any:
     """What decodes the samples of a network of so many channels: the autoencoder in `path`, None for images.
 
-    Raises: VAEError, naming --vae, if latents have no autoencoder or images have one; and as `load`.
+    prepared_by: `digest` of the autoencoder that made the latents of its training; "" if that is not known.
+    Raises: VAEError, naming --vae, if latents have no autoencoder, or another one, or images have one; and as
+        `load`.
     """
     latents = channels not in (1, 3)
     if latents != (path is not None):
         what = "latents: pass the autoencoder's folder" if latents else "images already: leave it out"
         raise VAEError(f"--vae: the network makes {what} ({channels} channels)")
-    return load(path, device) if path else None
+    if path is None:
+        return None
+    vae = load(path, device)
+    if prepared_by and (got := digest(path)) != prepared_by:
+        raise VAEError(
+            f"--vae {path}: must be the autoencoder whose latents the network was trained on, of digest "
+            f"{prepared_by[:16]}… (vae_sha256 in the data's index.json), got {got[:16]}…: "
+            f"pass the folder that imf.data.prepare was given"
+        )
+    return vae
 
 
 def normalise(latents: Tensor) -> Tensor:

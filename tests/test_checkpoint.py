@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import resource
+import zlib
 
 import pytest
 import torch
@@ -143,7 +144,9 @@ def test_foreign_files(trained, tmp_path):
     with pytest.raises(CheckpointError, match="without 'imf' metadata"):
         read(foreign, trained)
     save_file({"model": torch.zeros(3)}, foreign, {"imf": json.dumps({"format": 0})})
-    with pytest.raises(CheckpointError, match=r"another version of imf\.train: this version reads format 1"):
+    with pytest.raises(
+        CheckpointError, match=r"another version of imf\.train: this version reads format 2, got 0"
+    ):
         read(foreign, trained)
     with pytest.raises(CheckpointError, match=r"none\.safetensors: no such file"):
         read(tmp_path / "none.safetensors", trained)
@@ -165,12 +168,8 @@ def test_a_checkpoint_of_another_network(trained, path):
 
 def test_missing_and_additional_weights_are_named(trained, path):
     write(path, trained)
-    state = load_file(path)
     name = next(iter(trained.model.state_dict()))
-    state["model.more"] = state.pop(f"model.{name}")
-    with safe_open(path, framework="pt") as file:
-        texts = file.metadata()
-    save_file(state, path, texts)
+    spoil(path, lambda state: state.update({"model.more": state.pop(f"model.{name}")}))
     with pytest.raises(CheckpointError) as error:
         read(path, trained)
     assert f"  model.{name}: checkpoint has none, network [" in str(error.value)
@@ -198,11 +197,17 @@ SPOILED_METADATA = {
 
 
 def spoil(path, change_tensors=lambda state: None, **changes):
-    with safe_open(path, framework="pt") as file:
-        values = json.loads(file.metadata()["imf"])
-    state = load_file(path)
+    """Write a checkpoint again, with right checksums, after tensors or metadata have been changed."""
+    about, state = checkpoint.read_metadata(path), load_file(path)
     change_tensors(state)
-    save_file(state, path, {"imf": json.dumps(values | changes)})
+    groups = {}
+    for name, tensor in state.items():
+        group, _, rest = name.partition(".")
+        groups.setdefault(group, {})[rest] = tensor
+    checkpoint.save_network(path, groups, about)
+    with safe_open(path, framework="pt") as file:
+        text = json.dumps(json.loads(file.metadata()["imf"]) | changes)
+    save_file(load_file(path), path, {"imf": text, "crc32": f"{zlib.crc32(text.encode()):08x}"})
 
 
 @pytest.mark.parametrize("case", SPOILED_TENSORS)

@@ -184,7 +184,8 @@ def test_a_disk_that_fills_up_loses_no_step(name, tmp_path, monkeypatch, capsys)
 
     def full(run):
         real(run)
-        place = run.folder / ("samples" if name.endswith("png") else "") / name
+        picture = name.endswith("png")  # which is written under a temporary name
+        place = run.folder / (f"samples/.{name}.tmp" if picture else name)
         place.symlink_to("/dev/full")
 
     monkeypatch.setattr(start, "_write_configuration", full)

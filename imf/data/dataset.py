@@ -18,7 +18,11 @@ class DataSet(Protocol):
 
     shape: (C, H, W) of a row as the network sees it.
     num_classes: labels are 0 ... num_classes - 1.
+    autoencoder: `imf.vae.digest` of the one that made the latents; "" where there are none.
     """
+
+    @property
+    def autoencoder(self) -> str: ...
 
     @property
     def shape(self) -> tuple[int, int, int]: ...
@@ -53,6 +57,8 @@ class LabelledImages:
     images: Tensor
     labels: Tensor
     num_classes: int
+
+    autoencoder = ""
 
     def __len__(self) -> int:
         return len(self.images)

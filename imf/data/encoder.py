@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,10 +14,9 @@ from numpy.typing import NDArray
 
 from imf import vae
 from imf.data.dataset import DataError
-from imf.data.files import read_json, sha256
+from imf.data.files import read_json
 
 PRECISIONS = ("fp32", "tf32", "bf16")
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONSTANTS = "sd-vae-ft-mse"  # the autoencoder on whose ImageNet latents imf.vae measured MEAN and STD
 
 
@@ -73,7 +71,6 @@ class Latents(Encoder):
             raise DataError(
                 f"--size must be a multiple of {factor}, by which the VAE downsamples, got {size}"
             )
-        digest = hashlib.sha256(f"{sha256(path / 'config.json')} {sha256(path / WEIGHTS)}".encode())
         self.kind, self.dtype = "latents", "float32"
         self.shape = (config.latent_channels, size // factor, size // factor)
         self.row_shape = (2, *self.shape)
@@ -81,7 +78,7 @@ class Latents(Encoder):
             "mean": list(vae.MEAN),
             "std": list(vae.STD),
             "constants": CONSTANTS,
-            "vae_sha256": digest.hexdigest(),
+            "vae_sha256": vae.digest(path),
             "precision": precision,
             "device": device.type,
         }
@@ -131,9 +128,9 @@ def _check_folder(path: Path) -> None:
     kind = read_json(path / "config.json").get("_class_name")
     if kind != "AutoencoderKL":
         raise DataError(f"--vae {path}: must be a folder of diffusers' AutoencoderKL, got one of {kind}")
-    if not (path / WEIGHTS).is_file():
+    if not (path / vae.WEIGHTS).is_file():
         names = ", ".join(sorted(file.name for file in path.iterdir()))
         raise DataError(
-            f"--vae {path}: must hold {WEIGHTS}, got {names}; nothing is unpickled here: "
+            f"--vae {path}: must hold {vae.WEIGHTS}, got {names}; nothing is unpickled here: "
             f"a .bin that you trust can be loaded by diffusers and written again with save_pretrained"
         )

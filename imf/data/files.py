@@ -10,10 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from imf import files
 from imf.data.dataset import DataError
 from imf.files import replacing
-
-_CHUNK = 1 << 22  # bytes
 
 
 def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> str:
@@ -55,14 +54,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal; DataError if it cannot be read."""
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
+        return files.sha256(path)
     except OSError as error:
         raise DataError(f"{path}: could not be read: {error}") from error
-    return digest.hexdigest()
 
 
 def free_bytes(folder: Path) -> str:

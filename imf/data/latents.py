@@ -41,7 +41,7 @@ class PackedData:
 
     kind: "latents" or "pixels".  class_names: a name a label.  labels: [N] int64.
     mean, std: [C] fp32; the network sees (value - mean) / std, where a value is a sample of the posterior.
-    index: all that index.json says.
+    autoencoder: digest of the one that made the latents.  index: all that index.json says.
 
     Raises: DataError if the folder is missing, half-made, or a file of it is missing, truncated or disagrees
     with the index. `verify` reads the shards and checks their bytes too.
@@ -57,6 +57,7 @@ class PackedData:
             self.mean, self.std = (
                 torch.tensor(self.index["encoder"][name], dtype=torch.float32) for name in ("mean", "std")
             )
+            self.autoencoder: str = self.index["encoder"].get("vae_sha256", "")
             self.shards = [Shard(**entry) for entry in self.index["shards"]]
             self._rows, labels_sha256 = self.index["rows"], self.index["labels_sha256"]
             row = (*_ROW_SHAPES[self.kind], *self._shape)
