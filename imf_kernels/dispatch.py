@@ -97,7 +97,7 @@ def autocasts(device: torch.device) -> bool:
     """Whether `torch.autocast` is on for the device."""
     if not torch._C._is_any_autocast_enabled():  # mostly not: one question instead of three
         return False
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
 
 
 @functools.cache
@@ -124,3 +124,9 @@ def fact(function: Callable[Parameters, Answer]) -> Callable[Parameters, Answer]
         return find(*arguments, **named)
 
     return answer
+
+
+@fact
+def _has_autocast(device_type: str) -> bool:
+    """Whether `torch.autocast` knows the device. PyTorch 2.11 cannot trace the question."""
+    return torch.amp.is_autocast_available(device_type)

@@ -95,7 +95,7 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
     """The result of a call; and whether one of our operations made it."""
     rule = RULES.get(func)
     if rule is None and torch.compiler.is_compiling() and len(args) == 2 and not kwargs:
-        rule = ARITHMETIC_WHILE_COMPILING.get(getattr(func, "__name__", ""))
+        rule = ARITHMETIC_WHILE_COMPILING.get(_method_name(func))
     if rule is not None:
         given, named = [_as_dual(x) for x in args], {name: _as_dual(x) for name, x in kwargs.items()}
         if any(isinstance(x, Dual) for x in (*given, *named.values())):
@@ -122,11 +122,19 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
 def _by_pytorch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if torch.compiler.is_compiling() and getattr(func, "__module__", None) == "torch._tensor":
         # A method that PyTorch writes in Python: torch.compile follows the call of one, not the function.
-        return getattr(args[0], func.__name__)(*args[1:], **kwargs)
+        return getattr(args[0], _method_name(func))(*args[1:], **kwargs)
     if func in _WITH_ATTENTION:
         with sdpa_kernel(SDPBackend.MATH):
             return func(*args, **kwargs)
     return func(*args, **kwargs)
+
+
+def _method_name(func: Any) -> str:
+    """The name of a method, behind the decorator of those that PyTorch writes in Python.
+
+    From PyTorch 2.15 on torch.compile reads the name of the decorator's own function, "wrapped", from them.
+    """
+    return getattr(getattr(func, "__wrapped__", func), "__name__", "")
 
 
 def _name(func: Any) -> str:

@@ -51,6 +51,34 @@ def arithmetic(x):
     return torch.cat([row.expand_as(y[:, :1]), y, torch.stack([y, row.expand_as(y)]).sum(0)], 1)
 
 
+REFLECTED = {
+    "1 - x": lambda x: 1 - x,
+    "2 / x": lambda x: 2 / x,
+    "x ** 2": lambda x: x**2,
+    "2 ** x": lambda x: 2**x,
+    "row - x": lambda x: torch.ones(16) - x,
+    "x % 2": lambda x: x % 2,
+    "split": lambda x: torch.cat(x.split(2, 1)[::-1], 1),
+    "norm": lambda x: x.norm(dim=1),
+}
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["as named", "named by the decorator"])
+@pytest.mark.parametrize("function", REFLECTED.values(), ids=REFLECTED)
+def test_methods_that_pytorch_writes_in_python(function, hidden, monkeypatch):
+    """Under the names that torch.compile gives them before PyTorch 2.15, and from it on."""
+    wanted, wanted_dot = ik.jvp(function, (X,), (X_DOT,))
+    if hidden:
+        for method in vars(torch.Tensor).values():
+            if hasattr(method, "__wrapped__"):
+                monkeypatch.setattr(method, "__name__", "wrapped")
+    y, y_dot = torch.compile(
+        lambda x, x_dot: ik.jvp(function, (x,), (x_dot,)), backend="aot_eager", fullgraph=True
+    )(X, X_DOT)
+    torch.testing.assert_close(y, wanted)
+    torch.testing.assert_close(y_dot, wanted_dot)
+
+
 @pytest.mark.parametrize("function", [Block(), arithmetic], ids=["block", "arithmetic"])
 def test_lengths_that_change_compile_twice_at_most(function):
     counter = CompileCounterWithBackend("aot_eager")
