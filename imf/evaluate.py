@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import sys
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from itertools import product
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -87,8 +89,9 @@ def main(argv: list[str] | None = None) -> int:
     """`python -m imf.evaluate`; returns the exit status."""
     parser = _parser()
     arguments = parser.parse_args(argv)
-    _check(parser, arguments)
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such images are refused by name
     try:
+        _check(parser, arguments)
         with interruptible(), joined(arguments.device) as processes:
             extractor = features.load(arguments.extractor, processes.device)
             if arguments.make_statistics:
@@ -285,6 +288,8 @@ def _check(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
         parser.error(f"--make-statistics: OUT must end in .npz, got {a.make_statistics[1]}")
     if a.count is None:
         a.count = COUNT if a.checkpoint or not a.samples_dir else len(image_files(a.samples_dir))
+        if not a.count:
+            parser.error(f"--samples-dir: no images in {a.samples_dir}")
     for name in ("count", "batch_size"):
         if getattr(a, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(a, name)}")

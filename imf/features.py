@@ -76,12 +76,19 @@ class TorchScript:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         images = _three_channels(images.to(self.device))
-        if self.nvidia:
-            features = self.module(images, return_features=True)
-            logits = self.module(images, no_output_bias=True).log()
-            return _checked(self.path, images, features, logits)
-        result = self.module(images)
-        features, logits = result if isinstance(result, tuple) else (result, None)
+        try:
+            if self.nvidia:
+                features = self.module(images, return_features=True)
+                return _checked(self.path, images, features, self.module(images, no_output_bias=True).log())
+            result = self.module(images)
+        except torch.OutOfMemoryError as error:
+            raise ExtractorError(f"--batch-size must be smaller than {len(images)} here: {error}") from error
+        except RuntimeError as error:  # of the interpreter of TorchScript: its last line says why
+            shape, reason = list(images.shape), str(error).strip().splitlines()[-1:]
+            raise ExtractorError(
+                f"{self.path}: the module fails on images {shape} uint8: {' '.join(reason)}"
+            ) from error
+        features, logits = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         return _checked(self.path, images, features, logits)
 
 
@@ -145,7 +152,8 @@ def _checked(path: Path, images: Tensor, features: Any, logits: Any) -> tuple[Te
     for name, value in (("features", features), ("logits", logits)):
         if value is None and name == "logits":
             continue
-        if not isinstance(value, Tensor) or value.ndim != 2 or len(value) != len(images):
-            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        fits = isinstance(value, Tensor) and not value.is_complex()
+        if not fits or value.ndim != 2 or len(value) != len(images) or not value.shape[1]:
+            got = f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             raise ExtractorError(f"{path}: {name} must be [{len(images)}, width], got {got}")
     return features.float(), None if logits is None else logits.float()

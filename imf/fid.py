@@ -6,6 +6,7 @@ the rounding of those sums.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from imf.data.files import read_header
 from imf.features import Extractor
-from imf.files import replacing
+from imf.files import check_regular, replacing
 from imf.run import naming
 
 Array = NDArray[np.float64]
@@ -33,7 +35,7 @@ class StatisticsError(ValueError):
 class Statistics:
     """The Gaussian that a Fréchet distance sees: mean [D] and covariance [D, D] (divided by N - 1), fp64.
 
-    Raises: ValueError if the shapes do not fit or a value is not finite.
+    Raises: ValueError if the shapes do not fit, a value is not finite, or the second is no covariance.
     """
 
     mean: Array
@@ -48,6 +50,13 @@ class Statistics:
             )
         if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
             raise ValueError("Statistics: mean and covariance must be finite")
+        # To the rounding of programs that sum in fp32.
+        slack = 1e-3 * np.abs(self.covariance).max()
+        if (
+            np.abs(self.covariance - self.covariance.T).max() > slack
+            or self.covariance.diagonal().min() < -slack
+        ):
+            raise ValueError("Statistics: covariance must be symmetric, without a negative variance")
 
     def save(self, path: Path) -> None:
         """Write an .npz with the keys `mu` and `sigma`, whole or not at all; OSError if that fails."""
@@ -58,18 +67,35 @@ class Statistics:
 def load_statistics(path: Path) -> Statistics:
     """The statistics in an .npz, under `mu` and `sigma` or `ref_mu` and `ref_sigma`; nothing is unpickled.
 
-    Raises: StatisticsError if the file is missing, truncated, no .npz, or without them.
+    Raises: StatisticsError if the file is missing, truncated, no .npz, without them, or they do not fit
+    together: shapes and types are known before anything of that size is allocated.
     """
-    if not path.is_file():
-        raise StatisticsError(f"{path}: no such file; wanted statistics (.npz)")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            for mean, covariance in KEYS:
-                if mean in file and covariance in file:
-                    return Statistics(file[mean].astype(np.float64), file[covariance].astype(np.float64))
-            raise ValueError(f"it must hold {' or '.join(map(' and '.join, KEYS))}, got {', '.join(file)}")
+        check_regular(path)
+        with zipfile.ZipFile(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            for pair in KEYS:
+                if names.count(pair[0]) == names.count(pair[1]) == 1:
+                    mean, covariance = (_read_array(archive, name) for name in pair)
+                    return Statistics(mean, covariance)
+            raise ValueError(f"it must hold {' or '.join(map(' and '.join, KEYS))}, got {', '.join(names)}")
+    except FileNotFoundError as error:
+        raise StatisticsError(f"{path}: no such file; wanted statistics (.npz)") from error
     except Exception as error:  # zipfile's, zlib's, NumPy's: a damaged archive fails in many ways
         raise StatisticsError(f"{path}: no statistics can be read from it: {error}") from error
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> Array:
+    """An array of real numbers in an .npz as fp64; ValueError for anything else, or for too many."""
+    with archive.open(f"{name}.npy") as file:
+        shape, dtype = read_header(file)
+    if max(shape, default=0) > WIDEST or len(shape) > 2:
+        raise ValueError(f"{name} must be of at most {WIDEST:,} features, got {list(shape)}")
+    if dtype.kind not in "fiuO":  # objects are refused by NumPy
+        raise ValueError(f"{name} must hold real numbers, got {dtype}")
+    with archive.open(f"{name}.npy") as file:
+        array: Array = np.lib.format.read_array(file, allow_pickle=False).astype(np.float64)
+    return array
 
 
 class Moments:

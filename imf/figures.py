@@ -14,6 +14,7 @@ from torch import Tensor
 
 from imf.features import Extractor
 from imf.fid import Moments, Statistics, frechet_distance, inception_score
+from imf.files import check_regular
 from imf.generate import different
 from imf.processes import Processes
 from imf.run import write_json
@@ -93,9 +94,10 @@ def read_results(path: Path, settings: dict[str, Any]) -> list[Row]:
     if not path.exists():
         return []
     try:
+        check_regular(path)
         values = json.loads(path.read_text())
         held, rows = dict(values["settings"]), [_checked(Row(**row)) for row in values["rows"]]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ResultsError(
             f"{path}: no results of imf.evaluate, or damaged: {error}; move it away, or choose another --out"
         ) from error

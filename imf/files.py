@@ -1,10 +1,11 @@
-"""Files that appear under their name whole or not at all, folders that one process writes to, digests."""
+"""Files that appear whole or not at all, files that are regular, folders of one process, digests."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import platform
+import stat
 import sys
 import weakref
 from collections.abc import Iterator
@@ -67,6 +68,34 @@ def _warn_of_no_lock(folder: Path, reason: str) -> None:
         f"warning: {folder} cannot be locked ({reason}): let no other process write to it meanwhile",
         file=sys.stderr,
     )
+
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+}
+
+
+class IrregularFile(OSError):
+    """A path that is not a regular file; `reason` is the message without the path."""
+
+    def __init__(self, path: Path, kind: str) -> None:
+        self.reason = f"must be a regular file, got {kind}"
+        super().__init__(f"{path}: {self.reason}")
+
+
+def check_regular(path: Path) -> os.stat_result:
+    """Status of a regular file. To open a FIFO would wait for a writer, to read a device might never end.
+
+    Raises: IrregularFile for anything else, OSError if there is nothing or it cannot be reached.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise IrregularFile(path, _KINDS.get(stat.S_IFMT(status.st_mode), "something else"))
+    return status
 
 
 @contextmanager

@@ -21,11 +21,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from imf import vae as autoencoder
-from imf.files import replacing
+from imf.data.images import BrokenImage, read_image, walk
+from imf.files import check_regular, replacing
 from imf.run import naming, write_json
 from imf.sample import sample
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SETTINGS = "settings.json"
 _THREADS = 4  # that compress and read PNGs while the network computes
 
@@ -121,21 +121,28 @@ def generate(
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(rows.start, rows.stop, batch_size):
             batch = range(start, min(start + batch_size, rows.stop))
-            images: dict[int, Tensor] = {}
+            found: dict[int, Tensor] = {}
             if folder is not None:
-                stored = pool.map(_read_or_none, (_path(folder, i) for i in batch))
-                images = {i: image for i, image in zip(batch, stored, strict=True) if image is not None}
-            if missing := [i for i in batch if i not in images]:
+                stored = pool.map(_read, (_path(folder, i) for i in batch))
+                found = {i: x for i, x in zip(batch, stored, strict=True) if isinstance(x, Tensor)}
+            if missing := [i for i in batch if i not in found]:
                 z = noise(settings.seed, missing, shape).to(device)
                 y = classes(missing, settings.count, config.num_classes).to(device)
                 x = sample(model, z, y, steps=settings.steps, **guidance)
                 new = to_bytes(x if vae is None else autoencoder.decode(vae, x)).cpu()
-                images |= zip(missing, new, strict=True)
+                found |= zip(missing, new, strict=True)
                 if folder is not None:
                     for write in writes:
                         write.result()
-                    writes = [pool.submit(write_png, _path(folder, i), images[i]) for i in missing]
-            yield torch.stack([images[i] for i in batch])
+                    writes = [pool.submit(write_png, _path(folder, i), found[i]) for i in missing]
+            samples = [found[i] for i in batch]
+            for i in batch:
+                if folder is not None and found[i].shape != samples[0].shape:
+                    raise ImageError(
+                        f"{_path(folder, i)}: must be {list(samples[0].shape)} like the sample before it, "
+                        f"got {list(found[i].shape)}; delete the one that does not belong here"
+                    )
+            yield torch.stack(samples)
         for write in writes:
             write.result()
 
@@ -145,11 +152,12 @@ def claim(folder: Path, settings: Settings) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS
     try:
+        check_regular(path)
         held = json.loads(path.read_text())
     except FileNotFoundError:
-        if found := image_files(folder):
+        if others := image_files(folder):
             raise ImageError(
-                f"{folder}: holds {len(found)} images and no {SETTINGS}; choose an empty folder for samples"
+                f"{folder}: holds {len(others)} images and no {SETTINGS}; choose an empty folder for samples"
             ) from None
         write_json(path, asdict(settings))
         return
@@ -172,12 +180,11 @@ def different(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Images in a folder and the folders in it, in the order of their paths; hidden files are left out."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-    )
+    """Images in a folder and the folders in it, in the order of their paths; hidden files are left out.
+
+    Raises: DataError for what cannot be listed, see `imf.data.images.walk`.
+    """
+    return sorted(folder / name for name, _ in walk(folder))
 
 
 def read_images(paths: list[Path], batch_size: int = 64) -> Iterator[Tensor]:
@@ -186,25 +193,33 @@ def read_images(paths: list[Path], batch_size: int = 64) -> Iterator[Tensor]:
     Raises: ImageError for images of several sizes, or broken ones, all of which it lists.
     """
     broken: list[Path] = []
+    reason: Exception | None = None  # of the first
     first: Tensor | None = None
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(paths), batch_size):
             batch = paths[start : start + batch_size]
-            images = list(pool.map(_read_or_none, batch))
-            broken += [path for path, image in zip(batch, images, strict=True) if image is None]
-            whole = [image for image in images if image is not None]
-            first = whole[0] if first is None and whole else first
-            for path, image in zip(batch, images, strict=True):
-                if image is not None and first is not None and image.shape != first.shape:
+            whole = []
+            for path, image in zip(batch, pool.map(_read, batch), strict=True):
+                if not isinstance(image, Tensor):
+                    reason = reason or image
+                    broken.append(path)
+                    continue
+                first = image if first is None else first
+                if len(image) == 1 and image.shape[1:] == first.shape[1:]:
+                    image = image.expand_as(first)  # grey among colour
+                if image.shape != first.shape:
                     raise ImageError(
                         f"{path}: images must be of one size, {list(first.shape)} like the first, "
                         f"got {list(image.shape)}; imf.data.prepare crops them, and writes statistics too"
                     )
+                whole.append(image)
             if whole and not broken:  # once one is broken only the others are looked for
                 yield torch.stack(whole)
     if broken:
         names = ", ".join(map(str, broken[:5])) + (" …" if len(broken) > 5 else "")
-        raise ImageError(f"{len(broken)} of {len(paths)} images cannot be read: {names}")
+        raise ImageError(
+            f"{len(broken)} of {len(paths)} images cannot be read: {names}; of the first: {reason}"
+        )
 
 
 def write_png(path: Path, image: Tensor) -> None:
@@ -231,11 +246,10 @@ def _path(folder: Path, index: int) -> Path:
     return folder / f"{index:06d}.png"
 
 
-def _read_or_none(path: Path) -> Tensor | None:
-    """An image [C, H, W] uint8, or None for a file that is missing or broken."""
+def _read(path: Path) -> Tensor | Exception:
+    """An image [C, H, W] uint8, C = 1 if it is grey, or why there is none."""
     try:
-        with Image.open(path) as file:
-            array = np.asarray(file if file.mode == "L" else file.convert("RGB"))
-    except (OSError, ValueError, SyntaxError):  # Pillow's, of truncated and foreign files
-        return None
+        array = np.asarray(read_image(path))
+    except (BrokenImage, OSError) as error:
+        return error
     return torch.from_numpy(array.copy()).reshape(*array.shape[:2], -1).permute(2, 0, 1)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and their checksums."""
+"""Files that appear whole or not at all, their checksums, and what is read from files that may be damaged."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import errno
 import hashlib
 import json
 import shutil
+import tokenize
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import numpy as np
 
 from imf import files
 from imf.data.dataset import DataError
-from imf.files import replacing
+from imf.files import check_regular, replacing
 
 
 def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> str:
@@ -44,8 +47,9 @@ def write_json(path: Path, values: Any) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; DataError if it cannot be read or is none."""
     try:
+        check_regular(path)
         values = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a readable JSON file: {error}") from error
     if not isinstance(values, dict):
         raise DataError(f"{path}: must be a JSON object, got {type(values).__name__}")
@@ -55,9 +59,39 @@ def read_json(path: Path) -> dict[str, Any]:
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal; DataError if it cannot be read."""
     try:
+        check_regular(path)
         return files.sha256(path)
     except OSError as error:
         raise DataError(f"{path}: could not be read: {error}") from error
+
+
+def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of an open .npy file, which is left at its first value; ValueError if it is none."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in readers:
+        raise ValueError(f"of version {version} of .npy; 1.0 and 2.0 are read")
+    try:
+        shape, fortran_order, dtype = readers[version](file)
+    except (TypeError, SyntaxError, tokenize.TokenError, RecursionError) as error:  # of the parser in NumPy
+        raise ValueError(f"a damaged header: {error}") from error
+    if fortran_order and len(shape) > 1:
+        raise ValueError("columns come first")
+    return shape, dtype
+
+
+def is_count(value: Any, least: int = 0) -> bool:
+    """Whether a value of a JSON file is a whole number, at least `least`, that fits into 64 bits."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
+
+
+def are_numbers(values: Any, count: int) -> bool:
+    """Whether a value of a JSON file is a list of `count` finite numbers that fit into fp32."""
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 3e38 for x in values)
+    )
 
 
 def free_bytes(folder: Path) -> str:

@@ -6,34 +6,27 @@ the image, uint8 [3, H, W]. docs/data.md has the folder to the byte.
 
 from __future__ import annotations
 
+import math
 import mmap
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from imf.data.dataset import DataError, row_seeds
-from imf.data.files import read_json, sha256
+from imf.data.files import read_header, sha256
+from imf.data.index import INDEX, Shard, read_index
+from imf.files import check_regular
 
-FORMAT = 1  # raise it when a folder of the old form can no longer be read
-INDEX, PLAN, LABELS = "index.json", "prepare.json", "labels.npy"
+LABELS = "labels.npy"
 _ROW_SHAPES = {"latents": (2,), "pixels": ()}  # before (C, H, W)
 _DTYPES = {"latents": "float32", "pixels": "uint8"}
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A shard as the index names it; sha256 is of the whole file."""
-
-    file: str
-    rows: int
-    bytes: int
-    sha256: str
+# Standard deviations of a channel: no image is that far off, and the square of the loss still fits into fp32.
+LARGEST = 1e6
 
 
 class PackedData:
@@ -49,29 +42,23 @@ class PackedData:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.index = _read_index(self.folder)
-        try:
-            self.kind: str = self.index["kind"]
-            self._shape: tuple[int, int, int] = tuple(self.index["shape"])
-            self.class_names: list[str] = self.index["class_names"]
-            self.mean, self.std = (
-                torch.tensor(self.index["encoder"][name], dtype=torch.float32) for name in ("mean", "std")
-            )
-            self.autoencoder: str = self.index["encoder"].get("vae_sha256", "")
-            self.shards = [Shard(**entry) for entry in self.index["shards"]]
-            self._rows, labels_sha256 = self.index["rows"], self.index["labels_sha256"]
-            row = (*_ROW_SHAPES[self.kind], *self._shape)
-            if sum(shard.rows for shard in self.shards) != self._rows or self._rows < 1:
-                raise ValueError(f"{self._rows} rows, but the shards' are {[s.rows for s in self.shards]}")
-            if not len(self.mean) == len(self.std) == self._shape[0]:
-                raise ValueError(f"mean and std must be a value for each of {self._shape[0]} channels")
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{self.folder / INDEX}: disagrees with itself or is damaged: {type(error).__name__}: {error}"
-            ) from error
-        self._parts = [_map(self.folder, s, (s.rows, *row), _DTYPES[self.kind]) for s in self.shards]
+        self.index = read_index(self.folder)
+        self.kind: str = self.index["kind"]
+        self._shape: tuple[int, int, int] = tuple(self.index["shape"])
+        self.class_names: list[str] = self.index["class_names"]
+        self.mean, self.std = (
+            torch.tensor([float(x) for x in self.index["encoder"][name]]) for name in ("mean", "std")
+        )
+        self.autoencoder: str = self.index["encoder"].get("vae_sha256", "")
+        self.shards = [Shard(**entry) for entry in self.index["shards"]]
+        self._rows: int = self.index["rows"]
+        row, dtype = (*_ROW_SHAPES[self.kind], *self._shape), _DTYPES[self.kind]
+        self._parts = [
+            _map(self.folder / shard.file, (shard.rows, *row), dtype, f"as {INDEX} says", shard.bytes)
+            for shard in self.shards
+        ]
         self._starts = torch.tensor([0, *(shard.rows for shard in self.shards)]).cumsum(0)
-        self.labels = self._read_labels(labels_sha256)
+        self.labels = self._read_labels(self.index["labels_sha256"])
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -89,7 +76,8 @@ class PackedData:
     def fetch(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Normalised data and labels of `rows`, see `DataSet.fetch`; latents are sampled from the posterior.
 
-        Raises: ValueError unless rows is [B] int64 with values in 0 ... len(self) - 1.
+        Raises: ValueError unless rows is [B] int64 with values in 0 ... len(self) - 1; DataError, naming the
+        file, for a row that is not finite or larger than `LARGEST`.
         """
         if rows.ndim != 1 or rows.dtype != torch.int64:
             raise ValueError(f"fetch: rows must be [B] int64, got {list(rows.shape)} {rows.dtype}")
@@ -100,15 +88,26 @@ class PackedData:
         x = torch.empty(len(rows), *self._shape)
         mean, std = self.mean[:, None, None], self.std[:, None, None]
         noise_of_row = torch.Generator()
+        peaks = torch.empty(len(rows))
         # Row by row: a latent lies in the cache, and these operations on it are too small to be spread over
         # threads, which the network needs.
-        for seed, row, out in zip(seeds, stored, x, strict=True):
+        for seed, row, out, peak in zip(seeds, stored, x, peaks, strict=True):
             if self.kind == "pixels":
                 out.copy_(row)
             else:
                 noise_of_row.manual_seed(seed)
                 torch.addcmul(row[0], row[1], out.normal_(generator=noise_of_row), out=out)
             out.sub_(mean).div_(std)
+            torch.linalg.vector_norm(out, torch.inf, out=peak)
+        fine = peaks <= LARGEST  # False for NaN
+        if not fine.all():
+            at = int(fine.int().argmin())
+            ((shard, place),) = self._places(rows[at : at + 1])
+            raise DataError(
+                f"{self.folder / self.shards[shard].file}: row {place} must be finite and within {LARGEST:g} "
+                f"deviations of its channels' means, got {peaks[at]:g}; "
+                f"python -m imf.data.prepare --verify {self.folder} tells whether the file has changed"
+            )
         return x, self.labels[rows]
 
     def images(self, rows: Tensor) -> Tensor:
@@ -128,10 +127,14 @@ class PackedData:
                 )
             yield shard
 
+    def _places(self, rows: Tensor) -> list[tuple[int, int]]:
+        """Shard and row in it of each of `rows`."""
+        shards = torch.searchsorted(self._starts, rows, right=True) - 1
+        return list(zip(shards.tolist(), (rows - self._starts[shards]).tolist(), strict=True))
+
     def _gather(self, rows: Tensor) -> list[Tensor]:
         """The stored rows, views of the mapped files, which are asked for all at once first."""
-        shards = torch.searchsorted(self._starts, rows, right=True) - 1
-        places = list(zip(shards.tolist(), (rows - self._starts[shards]).tolist(), strict=True))
+        places = self._places(rows)
         for shard, row in places:
             self._parts[shard].will_need(row)
         return [self._parts[shard].rows[row] for shard, row in places]
@@ -139,21 +142,14 @@ class PackedData:
     def _read_labels(self, expected_sha256: str) -> Tensor:
         path = self.folder / LABELS
         got = sha256(path)
-        try:
-            labels = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{path}: not a whole .npy file: {error}") from error
-        if labels.shape != (len(self),) or labels.dtype != np.int64:
-            raise DataError(
-                f"{path}: must be [{len(self)}] int64, a label a row, got {list(labels.shape)} {labels.dtype}"
-            )
+        labels = _map(path, (len(self),), "int64", "a label a row").rows.clone()  # which may be written to
         if labels.min() < 0 or labels.max() >= self.num_classes:
             raise DataError(
                 f"{path}: labels must be in [0, {self.num_classes}), got {labels.min()} ... {labels.max()}"
             )
         if got != expected_sha256:
             raise DataError(f"{path}: its SHA-256 must be {expected_sha256}, as {INDEX} says, got {got}")
-        return torch.from_numpy(labels)
+        return labels
 
 
 @dataclass
@@ -172,56 +168,34 @@ class _Part:
             self.memory.madvise(mmap.MADV_WILLNEED, first, self.offset + (row + 1) * size - first)
 
 
-def _map(folder: Path, shard: Shard, shape: tuple[int, ...], dtype: str) -> _Part:
-    path = folder / shard.file
+def _map(path: Path, shape: tuple[int, ...], dtype: str, says: str, size: int | None = None) -> _Part:
+    """The array in a .npy file; DataError unless it has that shape, dtype and, where given, size in bytes."""
     try:
+        got_size = check_regular(path).st_size
+        if size not in (None, got_size):
+            raise DataError(
+                f"{path}: must have {size:,} bytes, {says}, got {got_size:,}: truncated, or "
+                f"of another data set"
+            )
         with path.open("rb") as file:
-            size = path.stat().st_size
-            if size != shard.bytes:
-                raise DataError(
-                    f"{path}: must have {shard.bytes:,} bytes, as {INDEX} says, got {size:,}: truncated, or "
-                    f"of another data set"
-                )
-            got_shape, got_dtype = _read_header(file)
+            got_shape, got_dtype = read_header(file)
             offset = file.tell()
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise DataError(f"{path}: could not be read: {error}") from error
+    except ValueError as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path}: not a readable shard: {error}") from error
+        raise DataError(f"{path}: not a whole .npy file: {error}") from error
     if got_shape != shape or got_dtype != np.dtype(dtype):
+        raise DataError(f"{path}: must be {list(shape)} {dtype}, {says}, got {list(got_shape)} {got_dtype}")
+    wanted = offset + math.prod(shape) * got_dtype.itemsize
+    if got_size != wanted:
         raise DataError(
-            f"{path}: must be {list(shape)} {dtype}, as {INDEX} says, got {list(got_shape)} {got_dtype}"
+            f"{path}: not a whole .npy file: must have {wanted:,} bytes, as its header says, got {got_size:,}"
         )
     with warnings.catch_warnings():
         # PyTorch has no read-only tensors. These rows are only read, and never leave `PackedData`.
         warnings.filterwarnings("ignore", "The given buffer is not writable")
         rows = torch.frombuffer(memory, dtype=getattr(torch, dtype), offset=offset)
     return _Part(memory, rows.reshape(shape), offset)
-
-
-def _read_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and dtype of an open .npy file, which is left at its first value; ValueError if it is none."""
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("not version 1.0 of .npy")
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-    if fortran_order:
-        raise ValueError("columns come first")
-    return shape, dtype
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; a data set is 'digits' or a folder of imf.data.prepare")
-    if not (folder / INDEX).is_file():
-        if (folder / PLAN).is_file():
-            raise DataError(
-                f"{folder}: half-made: the same python -m imf.data.prepare again goes on where it stopped"
-            )
-        raise DataError(f"{folder}: no {INDEX} in it, so it is no folder of imf.data.prepare")
-    index = read_json(folder / INDEX)
-    if index.get("format") != FORMAT:
-        raise DataError(
-            f"{folder / INDEX}: of format {index.get('format')}, this version reads {FORMAT}: make it again"
-        )
-    return index

@@ -15,8 +15,8 @@ from typing import Any
 
 from imf.data.dataset import DataError
 from imf.data.encoder import Encoder
-from imf.data.files import read_json, write_json
-from imf.data.latents import FORMAT, INDEX, PLAN
+from imf.data.files import are_numbers, is_count, read_json, write_json
+from imf.data.index import FORMAT, INDEX, PLAN
 from imf.data.source import Source
 
 RECORDS = "records"  # a file a shard that is whole on the disk
@@ -58,8 +58,8 @@ def agree(
             f"{out}: was begun otherwise: {'; '.join(differences)}; do as then, or choose another OUT"
         )
     for name, a, b in _differences("versions", old.get("versions"), plan["versions"]):
-        warn(f"{name} was {a}, now it is {b}: other bits may come out")
-    return {name: old[name] for name in plan}  # with the versions it was begun with
+        warn(f"{name} was {_short(a)}, now it is {_short(b)}: other bits may come out")
+    return plan | {"versions": old.get("versions")}  # those it was begun with
 
 
 def _differences(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -111,19 +111,49 @@ def remove_scaffold(out: Path) -> None:
     (out / PLAN).unlink(missing_ok=True)
 
 
-def is_done(out: Path, shard: int) -> bool:
-    """Whether a shard has its record, and the file that the record tells of."""
-    if not record_path(out, shard).exists():
-        return False
-    record = read_json(record_path(out, shard))
+def read_record(out: Path, shard: int, places: range, encoder: Encoder) -> dict[str, Any] | None:
+    """The record of the shard of these images, if its file is whole; None if it has to be made (again)."""
+    path = record_path(out, shard)
+    if not path.exists():
+        return None
+    try:
+        record = read_json(path)
+        if not _is_record(record, shard, places, encoder):
+            raise DataError(f"{path}: not the record of shard {shard}")
+    except DataError as error:
+        warn(f"{error}; the shard is made again")
+        return None
     if not record["rows"]:
-        return True
+        return record
     path = out / record["file"]
     size = path.stat().st_size if path.exists() else None
     if size != record["bytes"]:
         warn(f"{path}: must have {record['bytes']:,} bytes, got {size}; it is made again")
+        return None
+    return record
+
+
+def _is_record(record: dict[str, Any], shard: int, places: range, encoder: Encoder) -> bool:
+    """Whether all that is read of it later is there, and of this shard."""
+    rows: Any = record.get("rows")
+    skipped: Any = record.get("skipped")
+    sums: Any = record.get("sums")
+    if not is_count(rows) or not isinstance(skipped, list) or rows + len(skipped) != len(places):
         return False
-    return True
+    pairs = all(isinstance(x, list) and len(x) == 2 and isinstance(x[1], str) for x in skipped)
+    if not (pairs and all(is_count(place) and place in places for place, _ in skipped)):
+        return False
+    if rows and encoder.kind == "latents":
+        fits = isinstance(sums, list) and len(sums) == 2
+        if not (fits and all(are_numbers(x, encoder.shape[0]) for x in sums)):
+            return False
+    names = record.get("file") == shard_name(shard) and isinstance(record.get("sha256"), str)
+    return not rows or (names and is_count(record.get("bytes")))
+
+
+def shard_name(shard: int) -> str:
+    """The file of a shard."""
+    return f"shard-{shard:05d}.npy"
 
 
 def record_path(out: Path, shard: int) -> Path:

@@ -8,9 +8,11 @@ shard that has no record, and what it leaves in the end is, byte for byte, what 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from io import BytesIO
@@ -20,29 +22,34 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from tqdm import tqdm
 
 from imf import features, fid, vae
 from imf.data import source as sources
 from imf.data.dataset import DataError
 from imf.data.encoder import PRECISIONS, Encoder, Latents, Pixels
-from imf.data.files import read_json, write_json, write_whole
-from imf.data.latents import INDEX, LABELS, PackedData
+from imf.data.files import write_json, write_whole
+from imf.data.images import EXTENSIONS, BrokenImage
+from imf.data.index import INDEX
+from imf.data.latents import LABELS, PackedData
 from imf.data.plan import (
     RECORDS,
     agree,
-    is_done,
     locked,
     make_folder,
+    read_record,
     record_path,
     remove_scaffold,
     remove_temporaries,
+    shard_name,
     warn,
 )
-from imf.data.source import BrokenImage, Source
+from imf.data.source import Source
 from imf.run import TrainingError, choose_device
 
 FILES, SKIPPED = "files.txt", "skipped.tsv"
+SHOWN = 5  # of the skipped images, with their reasons, at the end
 
 
 def prepare(
@@ -66,6 +73,11 @@ def prepare(
     for name, value in (("size", size), ("batch_size", batch_size), ("shard_size", shard_size)):
         if value < 1:
             raise DataError(f"prepare: {name} must be at least 1, got {value}")
+    shape = (min(shard_size, len(source.files)), *encoder.row_shape)
+    try:
+        rows = np.empty(shape, encoder.dtype)  # before anything is written
+    except (MemoryError, ValueError) as error:  # ValueError: more than can be addressed
+        raise DataError(f"--shard-size and --size: a shard of {list(shape)} is too large: {error}") from error
     make_folder(out)
     with locked(out):
         plan = agree(out, source, encoder, size, batch_size, shard_size)
@@ -75,10 +87,13 @@ def prepare(
             return PackedData(out)
         (out / RECORDS).mkdir(exist_ok=True)
         _warn_if_small(out, source, encoder)
-        shards = range(-(-len(source.files) // shard_size))
-        missing = [shard for shard in shards if not is_done(out, shard)]
-        _encode_shards(out, source, encoder, plan, missing, workers or os.cpu_count() or 1)
-        _finish(out, source, encoder, plan, [read_json(record_path(out, shard)) for shard in shards])
+        records = {
+            shard: read_record(out, shard, _places(source, shard, shard_size), encoder)
+            for shard in range(-(-len(source.files) // shard_size))
+        }
+        missing = [shard for shard, record in records.items() if record is None]
+        records |= _encode_shards(out, source, encoder, plan, missing, rows, workers or os.cpu_count() or 1)
+        _finish(out, source, encoder, plan, [record for record in records.values() if record is not None])
         remove_scaffold(out)
     return PackedData(out)
 
@@ -107,17 +122,26 @@ def source_statistics(
         raise DataError(f"--statistics: {error}") from error
 
 
+def _places(source: Source, shard: int, shard_size: int) -> range:
+    """The images of a shard, as places in the listing."""
+    return range(shard * shard_size, min((shard + 1) * shard_size, len(source.files)))
+
+
 def _encode_shards(
-    out: Path, source: Source, encoder: Encoder, plan: dict[str, Any], missing: list[int], workers: int
-) -> None:
+    out: Path,
+    source: Source,
+    encoder: Encoder,
+    plan: dict[str, Any],
+    missing: list[int],
+    rows: NDArray[Any],
+    workers: int,
+) -> dict[int, dict[str, Any]]:
+    """Make the shards that are missing, each by way of `rows`; returns their records."""
     size, batch_size, shard_size = plan["size"], plan["batch_size"], plan["shard_size"]
     count = len(source.files)
-
-    def places(shard: int) -> range:
-        return range(shard * shard_size, min((shard + 1) * shard_size, count))
-
-    todo = [place for shard in missing for place in places(shard)]
-    rows = np.empty((min(shard_size, count), *encoder.row_shape), encoder.dtype)
+    places = {shard: _places(source, shard, shard_size) for shard in missing}
+    todo = [place for shard in missing for place in places[shard]]
+    records = {}
     bar = tqdm(
         total=count, initial=count - len(todo), desc=out.name, unit="image", dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 10,
@@ -125,8 +149,8 @@ def _encode_shards(
     with closing(source.decoded(todo, size, workers, ahead=2 * batch_size + workers)) as images, bar:
         for shard in missing:
             filled, skipped = 0, []
-            for first in range(places(shard).start, places(shard).stop, batch_size):
-                batch = range(first, min(first + batch_size, places(shard).stop))
+            for first in range(places[shard].start, places[shard].stop, batch_size):
+                batch = range(first, min(first + batch_size, places[shard].stop))
                 good = []
                 for place, image in zip(batch, images, strict=False):  # `images` goes on after the batch
                     if isinstance(image, BrokenImage):
@@ -137,14 +161,15 @@ def _encode_shards(
                     rows[filled : filled + len(good)] = encoder(np.stack(good))
                     filled += len(good)
                 bar.update(len(batch))
-            _write_shard(out, shard, rows[:filled], skipped)
+            records[shard] = _write_shard(out, shard, rows[:filled], skipped)
+    return records
 
 
-def _write_shard(out: Path, shard: int, rows: NDArray[Any], skipped: list[list[Any]]) -> None:
+def _write_shard(out: Path, shard: int, rows: NDArray[Any], skipped: list[list[Any]]) -> dict[str, Any]:
     """The shard, then its record: without the record it does not count."""
     record: dict[str, Any] = {"rows": len(rows), "skipped": skipped}
     if len(rows):
-        path = out / f"shard-{shard:05d}.npy"
+        path = out / shard_name(shard)
         header = BytesIO()
         np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(rows))
         digest = write_whole(path, [header.getvalue(), rows.data.cast("B")])
@@ -154,6 +179,7 @@ def _write_shard(out: Path, shard: int, rows: NDArray[Any], skipped: list[list[A
             squares = (np.einsum("nchw,nchw->c", x, x, dtype=np.float64) for x in (mean, std))
             record["sums"] = [np.einsum("nchw->c", mean, dtype=np.float64).tolist(), sum(squares).tolist()]
     write_json(record_path(out, shard), record)
+    return record
 
 
 def _finish(
@@ -164,6 +190,9 @@ def _finish(
     kept = [place for place in range(len(source.files)) if place not in skipped]
     if not kept:
         raise DataError(f"{source.root}: none of the {len(skipped):,} images could be decoded: {skipped[0]}")
+    used = np.bincount(source.labels[kept], minlength=len(source.class_names))
+    for label in np.flatnonzero(used == 0):
+        warn(f"{source.class_names[label]}: a class of which no image could be used")
     labels = BytesIO()
     np.lib.format.write_array(labels, source.labels[kept], version=(1, 0), allow_pickle=False)
     labels_sha256 = write_whole(out / LABELS, [labels.getvalue()])
@@ -200,7 +229,7 @@ def _sample_statistics(
 
 
 def _warn_if_small(out: Path, source: Source, encoder: Encoder) -> None:
-    row = int(np.prod(encoder.row_shape)) * np.dtype(encoder.dtype).itemsize
+    row = math.prod(encoder.row_shape) * np.dtype(encoder.dtype).itemsize
     needed = row * len(source.files) - sum(path.stat().st_size for path in out.glob("shard-*.npy"))
     free = shutil.disk_usage(out).free
     if needed > free:
@@ -211,10 +240,24 @@ def _lines(texts: list[str]) -> bytes:
     return "".join(text + "\n" for text in texts).encode(errors="surrogateescape")
 
 
+def _first_lines(path: Path, count: int) -> list[str]:
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
+        return [line.rstrip("\n") for _, line in zip(range(count), file, strict=False)]
+
+
+def _say(text: str) -> None:
+    """A line on standard output, in which a file name may hold bytes that are no text."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, errors="backslashreplace").decode(encoding))
+
+
 def main(argv: list[str] | None = None) -> int:
     """`python -m imf.data.prepare`; returns the exit status: 0, 1 error, 2 wrong argument, 130 stopped."""
     parser = _parser()
     arguments = parser.parse_args(argv)
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such images are skipped, and listed
     try:
         if arguments.verify:
             _verify(arguments.verify)
@@ -245,7 +288,14 @@ def _run(arguments: argparse.Namespace) -> None:
     extractor = features.load(arguments.extractor, device) if arguments.extractor else None
     encoder = Pixels(size) if arguments.pixels else Latents(arguments.vae, size, device, arguments.precision)
     source = sources.find(arguments.source, arguments.labels)
-    print(f"{source.root}: {len(source.files):,} images in {len(source.class_names):,} classes")
+    if arguments.out.resolve().is_relative_to(arguments.source.resolve()):
+        raise DataError(f"{arguments.out}: OUT must lie outside of SOURCE, {arguments.source}")
+    _say(f"{source.root}: {len(source.files):,} images in {len(source.class_names):,} classes")
+    if source.others:
+        _say(
+            f"{len(source.others):,} other files are left out, which do not end in "
+            f"{', '.join(sorted(EXTENSIONS))}: such as {', '.join(source.others[:3])}"
+        )
     data = prepare(
         source,
         arguments.out,
@@ -255,27 +305,33 @@ def _run(arguments: argparse.Namespace) -> None:
         shard_size=arguments.shard_size,
         workers=workers,
     )
-    print(
+    _say(
         f"{arguments.out}: {len(data):,} {data.kind} {list(data.shape)} of {data.num_classes:,} classes, "
-        f"{len(data.shards):,} shards; {data.index['skipped']:,} images skipped, see {SKIPPED} there"
+        f"{len(data.shards):,} shards"
     )
+    if skipped := data.index["skipped"]:
+        _say(f"{skipped:,} images skipped, all listed in {arguments.out / SKIPPED}:")
+        for line in _first_lines(arguments.out / SKIPPED, SHOWN):
+            _say("  " + line.replace("\t", ": ", 1))
+        if skipped > SHOWN:
+            _say("  ...")
     if samples := data.index["samples"]:
         mean, std = (", ".join(f"{value:.3f}" for value in samples[name]) for name in ("mean", "std"))
-        print(f"Channels as the network sees them: mean {mean}; std {std} (on ImageNet 0 and 1)")
+        _say(f"Channels as the network sees them: mean {mean}; std {std} (on ImageNet 0 and 1)")
         if max(map(abs, samples["mean"])) > 0.5 or not all(0.5 < value < 2 for value in samples["std"]):
             warn(
                 "far from 0 and 1: images unlike ImageNet, or another autoencoder than that of the constants"
             )
     if extractor is not None:
         source_statistics(source, size, extractor, workers).save(arguments.statistics)
-        print(f"{arguments.statistics}: statistics of the images by {arguments.extractor}")
+        _say(f"{arguments.statistics}: statistics of the images by {arguments.extractor}")
 
 
 def _verify(out: Path) -> None:
     data = PackedData(out)
     for _ in tqdm(data.verify(), total=len(data.shards), desc=out.name, unit="shard", dynamic_ncols=True):
         pass
-    print(f"{out}: {len(data):,} rows of {data.kind} in {len(data.shards):,} shards, every checksum agrees")
+    _say(f"{out}: {len(data):,} rows of {data.kind} in {len(data.shards):,} shards, every checksum agrees")
 
 
 def _parser() -> argparse.ArgumentParser:

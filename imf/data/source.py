@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import os
-from collections import Counter, deque
-from collections.abc import Generator, Iterator, Sequence
+import re
+from collections import deque
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from imf.data.dataset import DataError
+from imf.data.images import BrokenImage, entries, is_image, read_image, walk
+from imf.files import check_regular
 
 SPLITS = {"train", "val", "validation", "test"}  # folders of an ImageNet tree
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
-
-
-class BrokenImage(Exception):
-    """A file whose bytes could be read but are no image; the message is the reason."""
+LONGEST = 32  # of the longer side, in shorter sides, that is scaled; what is beyond is cut off first
+_NUMBER = re.compile(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -31,12 +29,14 @@ class Source:
 
     files: paths relative to `root` with / between the parts, each with its size in bytes.
     labels: [number of files] int64 in 0 ... len(class_names) - 1.
+    others: files in the same folders whose names do not end as that of an image; they are left out.
     """
 
     root: Path
     files: list[tuple[str, int]]
     labels: NDArray[np.int64]
     class_names: list[str]
+    others: list[str] = field(default_factory=list)
 
     def fingerprint(self) -> str:
         """SHA-256 over names, sizes and labels: another listing has another one; contents are not read."""
@@ -62,6 +62,10 @@ class Source:
             except OSError as error:
                 raise DataError(
                     f"{path}: could not be read: {error}; it was there when this began"
+                ) from error
+            except MemoryError as error:
+                raise DataError(
+                    f"{path}: too little memory to decode it at --size {size}; are fewer --workers enough?"
                 ) from error
 
         pool = ThreadPoolExecutor(workers)
@@ -92,43 +96,30 @@ def find(root: Path, label_file: Path | None = None) -> Source:
         raise DataError(f"{root}: no such folder; SOURCE must be a folder of images")
     if label_file is not None:
         return _with_label_file(root, label_file)
-    folders = sorted(entry.name for entry in _entries(root) if entry.is_dir())
+    folders = sorted(entry.name for entry in entries(root) if entry.is_dir())
     if "train" in folders and SPLITS.issuperset(folders) and _holds_folders(root / "train"):
         return find(root / "train")
-    stray = [entry.name for entry in _entries(root) if entry.is_file() and _is_image(entry.name)]
+    stray = [entry.name for entry in entries(root) if is_image(entry.name) and not entry.is_dir()]
     if stray:
         raise DataError(
             f"{root}: must hold a folder a class, got {len(stray):,} images beside them, such as {stray[0]}; "
             f"images without class folders need --labels FILE"
         )
-    files, labels = [], []
+    files, labels, others = [], [], list[str]()
     for label, folder in enumerate(folders):
-        found = sorted(_walk(root, folder))
+        found = sorted(walk(root, folder, others))
         if not found:
             raise DataError(f"{root / folder}: must hold images, one class a folder, got none; remove it?")
         files += found
         labels += [label] * len(found)
     if not files:
         raise DataError(f"{root}: must hold a folder of images a class, got no folder")
-    return Source(root, files, np.array(labels, np.int64), folders)
+    return Source(root, files, np.array(labels, np.int64), folders, others)
 
 
 def decode(path: Path, size: int) -> NDArray[np.uint8]:
-    """The image file as the network sees it, [3, size, size]; see `center_crop`.
-
-    Raises: BrokenImage if its bytes are no whole image; OSError if they cannot be read: that is a disk or a
-    network that fails, or a source that has changed, and no reason to go on without the image.
-    """
-    content = path.read_bytes()
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return center_crop(image.convert("RGB"), size)
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise nearly anything: SyntaxError, struct.error, EOFError, ...
-        if isinstance(error, UnidentifiedImageError):  # its message holds an address, another one every time
-            raise BrokenImage("no image format that Pillow knows") from error
-        raise BrokenImage(" ".join(f"{type(error).__name__}: {error}".split())) from error
+    """The image file as the network sees it, [3, size, size]; see `center_crop`. Raises as `read_image`."""
+    return center_crop(read_image(path).convert("RGB"), size)
 
 
 def center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
@@ -137,6 +128,7 @@ def center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
     The crop of ADM (Dhariwal and Nichol, arXiv 2105.05233), by which ImageNet figures are published: halved
     by averaging while the shorter side is at least 2 size, then bicubic, then cut, the odd pixel at the end.
     """
+    image = _shortened(image)
     width, height = image.size
     while min(width, height) >= 2 * size:
         width, height = width // 2, height // 2
@@ -149,9 +141,21 @@ def center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
+def _shortened(image: Image.Image) -> Image.Image:
+    """The image without the ends of its longer side that are further away than the crop can reach.
+
+    Scaled in full, a line of 20,000 pixels would become 256 lines of 5 million.
+    """
+    width, height = image.size
+    most = LONGEST * min(width, height)
+    x, y = (max(0, length - most + 1) // 2 for length in (width, height))  # as much at both ends
+    return image.crop((x, y, width - x, height - y)) if x or y else image
+
+
 def _with_label_file(root: Path, label_file: Path) -> Source:
     try:
-        lines = label_file.read_text(errors="surrogateescape").splitlines()
+        check_regular(label_file)
+        lines = label_file.read_text("utf-8-sig", errors="surrogateescape").splitlines()
     except OSError as error:
         raise DataError(f"--labels {label_file}: could not be read: {error}") from error
     label_of: dict[str, str] = {}
@@ -162,13 +166,14 @@ def _with_label_file(root: Path, label_file: Path) -> Source:
         name, *rest = line.strip().rsplit(separator, 1)
         name, label = name.strip(), "".join(rest).strip()
         if not label:
-            raise DataError(f"--labels {label_file}: line {number} must be `file label`, got {line!r}")
+            raise DataError(f"--labels {label_file}: line {number} must be `file label`, got {_short(line)}")
         if label_of.setdefault(name, label) != label:
             raise DataError(
                 f"--labels {label_file}: line {number} gives {name} the label {label}, a line before it "
                 f"{label_of[name]}"
             )
-    files = sorted(_walk(root, ""))
+    others: list[str] = []
+    files = sorted(walk(root, "", others))
     if not files:
         raise DataError(f"{root}: must hold images, got none")
     without = [name for name, _ in files if name not in label_of]
@@ -179,57 +184,36 @@ def _with_label_file(root: Path, label_file: Path) -> Source:
                 f"--labels {label_file}: {len(names):,} {what} in {root}, such as {', '.join(names[:3])}"
             )
     texts = [label_of[name] for name, _ in files]
-    if all(text.isdecimal() for text in texts):
-        numbers = [int(text) for text in texts]
+    if all(_NUMBER.fullmatch(text) for text in texts):
+        numbers = _consecutive(texts, label_file)
         class_names = [str(number) for number in range(max(numbers) + 1)]
-        if empty := sorted(set(range(len(class_names))) - set(numbers)):
-            raise DataError(
-                f"--labels {label_file}: labels must be 0 ... {len(class_names) - 1} with none left out, "
-                f"got no image of label {empty[0]}"
-            )
     else:
         class_names = sorted(set(texts))
         place = {name: label for label, name in enumerate(class_names)}
         numbers = [place[text] for text in texts]
-    return Source(root, files, np.array(numbers, np.int64), class_names)
+    return Source(root, files, np.array(numbers, np.int64), class_names, others)
 
 
-def _walk(root: Path, below: str) -> Iterator[tuple[str, int]]:
-    """Names relative to `root`, and sizes, of the images at any depth under root/below."""
-    folders = [below]
-    seen = Counter[tuple[int, int]]()
-    while folders:
-        folder = folders.pop()
-        for entry in _entries(root / folder):
-            name = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.is_dir():
-                status = entry.stat()
-                seen[status.st_dev, status.st_ino] += 1
-                if seen[status.st_dev, status.st_ino] > 1:
-                    raise DataError(f"{root / name}: a link to a folder that is met already")
-                folders.append(name)
-            elif _is_image(entry.name):
-                if "\n" in name:
-                    raise DataError(f"{root / folder}: {entry.name!r}: a file name must be one line")
-                try:
-                    yield name, entry.stat().st_size
-                except OSError as error:
-                    raise DataError(f"{root / name}: could not be read: {error}") from error
+def _consecutive(texts: list[str], label_file: Path) -> list[int]:
+    """The labels as numbers; DataError unless they are 0 ... n - 1 with none left out."""
+    wrong = next((text for text in texts if not (text.isdecimal() and len(text) <= 18)), None)
+    if wrong is not None:
+        raise DataError(f"--labels {label_file}: labels must be 0, 1, 2 ... or names, got {_short(wrong)}")
+    numbers = [int(text) for text in texts]
+    for expected, number in enumerate(sorted(set(numbers))):
+        if number != expected:
+            raise DataError(
+                f"--labels {label_file}: labels must be 0 ... {max(numbers)} with none left out, "
+                f"got no image of label {expected}"
+            )
+    return numbers
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def _holds_folders(folder: Path) -> bool:
     """Whether folders lie in it, and no image: a class named train is not taken for a split."""
-    entries = _entries(folder)
-    return any(entry.is_dir() for entry in entries) and not any(_is_image(entry.name) for entry in entries)
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return [entry for entry in entries if not entry.name.startswith(".")]
-    except OSError as error:
-        raise DataError(f"{folder}: could not be read: {error}") from error
-
-
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in EXTENSIONS
+    inside = entries(folder)
+    return any(entry.is_dir() for entry in inside) and not any(is_image(entry.name) for entry in inside)

@@ -1,0 +1,106 @@
+"""The index of a folder of packed data, which may come from elsewhere: every field is checked."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from imf.data.dataset import DataError
+from imf.data.files import are_numbers, is_count, read_json
+
+FORMAT = 1  # raise it when a folder of the old form can no longer be read
+INDEX, PLAN = "index.json", "prepare.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard as the index names it; sha256 is of the whole file."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """All that the index of a folder says; DataError if there is none, or it is damaged or half-made."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; a data set is 'digits' or a folder of imf.data.prepare")
+    if not (folder / INDEX).is_file():
+        if (folder / PLAN).is_file():
+            raise DataError(
+                f"{folder}: half-made: the same python -m imf.data.prepare again goes on where it stopped"
+            )
+        raise DataError(f"{folder}: no {INDEX} in it, so it is no folder of imf.data.prepare")
+    index = read_json(folder / INDEX)
+    if index.get("format") != FORMAT:
+        raise DataError(
+            f"{folder / INDEX}: of format {index.get('format')}, this version reads {FORMAT}: make it again"
+        )
+    try:
+        _check(index)
+    except ValueError as error:
+        raise DataError(
+            f"{folder / INDEX}: disagrees with itself or is damaged: {error}; prepare the folder again"
+        ) from error
+    return index
+
+
+def _check(index: dict[str, Any]) -> None:
+    """ValueError, naming the field, unless every field that a reader uses is of its type and they agree."""
+    kind, shape, names = (index.get(name) for name in ("kind", "shape", "class_names"))
+    _require(kind in ("latents", "pixels"), "kind", "latents or pixels", kind)
+    if not (isinstance(shape, list) and len(shape) == 3 and all(is_count(x, 1) for x in shape)):
+        raise _wrong("shape", "[C, H, W]", shape)
+    if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
+        raise _wrong("class_names", "a list of names", names)
+    for part in ("encoder", "samples"):
+        values = index.get(part)
+        if part == "samples" and values is None:
+            continue
+        for name in ("mean", "std"):
+            got = values.get(name) if isinstance(values, dict) else None
+            wanted = f"a finite number for each of {shape[0]} channels"
+            _require(are_numbers(got, shape[0]), f"{part}.{name}", wanted, got)
+    digest = index["encoder"].get("vae_sha256", "")
+    _require(isinstance(digest, str), "encoder.vae_sha256", "hexadecimal digits", digest)
+    std = index["encoder"]["std"]
+    _require(all(1e-30 < x < 1e30 for x in std), "encoder.std", "positive", std)
+    for name, least in (("rows", 1), ("skipped", 0)):
+        _require(is_count(index.get(name), least), name, f"a whole number from {least} on", index.get(name))
+    digest = index.get("labels_sha256")
+    _require(isinstance(digest, str), "labels_sha256", "hexadecimal digits", digest)
+    _check_shards(index.get("shards"), index["rows"])
+
+
+def _check_shards(shards: Any, rows: int) -> None:
+    if not isinstance(shards, list):
+        raise _wrong("shards", "a list", shards)
+    names = {entry.name for entry in fields(Shard)}
+    for number, shard in enumerate(shards):
+        where = f"shards[{number}]"
+        fits = isinstance(shard, dict) and set(shard) == names
+        _require(fits, where, f"an object of {', '.join(sorted(names))}", shard)
+        # Nothing outside of the folder is opened, whoever wrote the index.
+        plain = isinstance(shard["file"], str) and re.fullmatch(r"[^/\\\0]+\.npy", shard["file"])
+        _require(bool(plain), f"{where}.file", "the name of a .npy file in this folder", shard["file"])
+        for name in ("rows", "bytes"):
+            _require(is_count(shard[name], 1), f"{where}.{name}", "a whole number from 1 on", shard[name])
+        _require(isinstance(shard["sha256"], str), f"{where}.sha256", "hexadecimal digits", shard["sha256"])
+    files = [shard["file"] for shard in shards]
+    _require(len(set(files)) == len(files), "shards", "of different files", files)
+    total = sum(shard["rows"] for shard in shards)
+    if total != rows:
+        raise ValueError(f"{rows} rows, but the {len(shards)} shards have {total}")
+
+
+def _require(fits: bool, name: str, wanted: str, got: Any) -> None:
+    if not fits:
+        raise _wrong(name, wanted, got)
+
+
+def _wrong(name: str, wanted: str, got: Any) -> ValueError:
+    text = repr(got)
+    return ValueError(f"{name} must be {wanted}, got {text if len(text) <= 80 else text[:77] + '...'}")
