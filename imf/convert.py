@@ -33,7 +33,7 @@ from imf.names import (
     to_official,
     torch_names,
 )
-from imf.official import ConversionError, read
+from imf.official import ConversionError, Official, read
 from imf.presets import PRESETS
 from imf.run import exit_status, interruptible, naming
 
@@ -83,17 +83,12 @@ def _import(a: argparse.Namespace) -> str:
     states: dict[str, dict[str, Tensor]] = {}
     shapes: list[IMFConfig] = []
     for kind in [a.weights] if a.weights else official.sets:
-        weights = official.sets[kind]
-        named = torch_names(weights) if official.flax else plain_names(weights)
-        values = {name: x for name, (_, x) in named.items()}
-        shape = shape_of(values, input_size=a.input_size, num_heads=a.num_heads)
-        function = from_flax if official.flax else from_official
-        if shape.block == "plain":
-            function = mean_flow_from_flax
-        states[kind] = {name: x.float() for name, x in function(weights).items()}
-        for name, x in states[kind].items():
-            if not x.isfinite().all():
-                raise ConversionError(f"{a.source}: weights must be finite, got NaN or infinity in {name}")
+        try:
+            shape, states[kind] = _converted(official, kind, a)
+        # KeyError: a weight is missing; others: of shapes or types that cannot be cut or joined
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            reason = error.args[0] if isinstance(error, KeyError) else error
+            raise ConversionError(f"{a.source}: {reason}") from error
         shapes.append(shape)
     if len(set(shapes)) > 1:
         raise ConversionError(f"{a.source}: its sets of weights are of two networks: {shapes}")
@@ -115,6 +110,22 @@ def _import(a: argparse.Namespace) -> str:
         f"step {official.step}"
         f"{', for sampling: without the v-head' if sampling else ''}"
     )
+
+
+def _converted(official: Official, kind: str, a: argparse.Namespace) -> tuple[IMFConfig, dict[str, Tensor]]:
+    """The shape of a network, and a set of its weights by our names, fp32; raises what does not fit."""
+    weights = official.sets[kind]
+    named = torch_names(weights) if official.flax else plain_names(weights)
+    values = {name: x for name, (_, x) in named.items()}
+    shape = shape_of(values, input_size=a.input_size, num_heads=a.num_heads)
+    function = from_flax if official.flax else from_official
+    if shape.block == "plain":
+        function = mean_flow_from_flax
+    for name, x in values.items():  # before they are joined, which would turn integers into the others' type
+        if not x.is_floating_point() or not x.isfinite().all():
+            got = "NaN or infinity" if x.is_floating_point() else x.dtype
+            raise ValueError(f"weights must be finite floating-point numbers, got {got} in {name}")
+    return shape, {name: x.float() for name, x in function(weights).items()}
 
 
 def _described(network: IMFConfig) -> str:

@@ -66,7 +66,10 @@ def read(source: Path) -> Official:
         # RuntimeError: of an encrypted one, or one that is compressed in another way
         except (OSError, zipfile.BadZipFile, EOFError, RuntimeError, zlib.error) as error:
             raise ConversionError(f"{source}: could not be unpacked: {error}") from error
-        return _read_jax(Path(folder))
+        try:
+            return _read_jax(Path(folder))
+        except ConversionError as error:  # by the name that the user knows
+            raise ConversionError(str(error).replace(folder, str(source))) from error
 
 
 def read_torch(path: Path) -> dict[str, Tensor]:

@@ -135,14 +135,14 @@ def truncate_metrics(path: Path, step: int) -> int:
     if not path.is_file():
         raise TrainingError(f"{path}: must be a file, got a folder or a device; move it away")
     kept, foreign = [], 0
-    *lines, last = path.read_bytes().split(b"\n")
-    for line in (*lines, last):
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
             values = json.loads(line)
             if type(values["step"]) is not int:
                 raise ValueError("no number of a step")
         except (ValueError, TypeError, KeyError, RecursionError):
-            foreign += line is not last
+            foreign += number < len(lines)  # the last one has no end: empty, or half-written
             continue
         if values["step"] <= step:
             kept.append(line + b"\n")

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import signal
 import sys
 import zipfile
 
@@ -226,3 +227,81 @@ def test_an_existing_file_is_kept_and_jax_is_asked_for(tmp_path, capsys, monkeyp
     for source in ("checkpoint_1", "orbax"):
         assert run(tmp_path / source, tmp_path / "out.safetensors") == 1
         assert "pip install -e '.[jax]'" in capsys.readouterr().err
+
+
+FINITE = "must be finite floating-point numbers, got NaN or infinity in"
+KEY = "net.shared_blocks.0.attn.k_proj._flax_linear.weight"
+NAMES = ["net.u_heads.0.mlp.w1._flax_linear.weight", KEY]
+SPOILED = {
+    "NaN": (
+        lambda x: x.masked_fill(x == x.max(), float("nan")),
+        "must be finite floating-point numbers, got NaN or infinity in",
+    ),
+    "infinity": (lambda x: x / 0, FINITE),
+    "a few bytes as a huge tensor": (
+        lambda x: x[:1, :1].expand(10**6, 10**6),
+        "the 4,000,000,000,000 bytes of its",
+    ),
+    "sparse": (lambda x: x.to_sparse(), "wanted plain tensors by name"),
+    "integers": (lambda x: x.int(), "floating-point numbers, got torch.int32 in"),
+    "another shape": (lambda x: x[1:], ""),
+    "no dimension": (lambda x: x.sum(), ""),
+    "no values": (lambda x: x[:0], ""),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+@pytest.mark.parametrize("name", NAMES)
+def test_damaged_weights_are_refused(case, name, tmp_path, capsys):
+    change, message = SPOILED[case]
+    source, out = tmp_path / "in.pth", tmp_path / "out.safetensors"
+    torch.save(SAMPLING | {name: change(SAMPLING[name])}, source)
+    assert run(source, out, "--input-size", CONFIG.input_size) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("imf.convert: ") and message in error and "in.pth" in error
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("options", [["--input-size", 10**6], ["--input-size", 10**30]])
+def test_absurd_sizes_are_refused(options, tmp_path, capsys):
+    torch.save(SAMPLING, tmp_path / "in.pth")
+    assert run(tmp_path / "in.pth", tmp_path / "out.safetensors", *options) == 1
+    assert "patches times hidden_size must be at most" in capsys.readouterr().err
+
+
+def test_archives_that_cannot_be_unpacked(tmp_path, capsys):
+    """Encrypted, or of more bytes than any disk has: named, and nothing is left beside them."""
+    source, out = tmp_path / "in.zip", tmp_path / "out.safetensors"
+    with zipfile.ZipFile(source, "w") as archive:
+        for number in range(2**12):
+            archive.writestr(f"checkpoint_1/{number}", b"some bytes")
+    whole = source.read_bytes()
+    encrypted, huge, entry = bytearray(whole), bytearray(whole), whole.index(b"PK\x01\x02")
+    encrypted[6] |= 1
+    encrypted[entry + 8] |= 1
+    while entry >= 0:  # every entry of the directory says that it has 4 GB
+        huge[entry + 24 : entry + 28] = b"\xfe\xff\xff\xff"
+        entry = whole.find(b"PK\x01\x02", entry + 1)
+    for content, message in ((encrypted, "encrypted"), (huge, "needs 17,592,186,036,224 bytes there")):
+        source.write_bytes(content)
+        assert run(source, out) == 1
+        error = capsys.readouterr().err
+        assert f"imf.convert: {source}: could not be unpacked: " in error and message in error
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_conversion_leaves_nothing(number, tmp_path, monkeypatch, capsys):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # processes beside a terminal may ignore it
+    source = tmp_path / "in.zip"
+    with zipfile.ZipFile(source, "w") as archive:
+        archive.writestr("checkpoint_1", b"some bytes")
+    real = zipfile.ZipFile.extractall
+
+    def extractall(archive, folder):
+        real(archive, folder)
+        signal.raise_signal(number)
+
+    monkeypatch.setattr(zipfile.ZipFile, "extractall", extractall)
+    assert run(source, tmp_path / "out.safetensors") == 128 + number
+    assert list(tmp_path.iterdir()) == [source] and "imf.convert: stopped" in capsys.readouterr().err

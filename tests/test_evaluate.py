@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import multiprocessing
+import os
 import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,11 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_data
 import tiny_run
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_evaluation import LATENTS, Means, autoencoder, network_file, script
 
-from imf import evaluate, fid, figures, generate
+from imf import evaluate, fid, figures, generate, sample, train
+from imf.data import prepare
+from imf.files import Lock
 from imf.layers import IMFConfig
 
 IMAGES = IMFConfig(
@@ -123,6 +130,68 @@ def test_latents_are_decoded(files, tmp_path):
     assert status == 0 and results["settings"]["vae"]
     (image, *_) = generate.image_files(tmp_path / "s")
     assert next(generate.read_images([image])).shape == (1, 3, 8, 8)
+
+
+def test_another_autoencoder_than_that_of_the_latents_is_refused(files, tmp_path, capsys):
+    """A run's checkpoint knows which one prepared its data; sampling, evaluating and resuming ask for it."""
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    vae, other = tiny_data.autoencoder(tmp_path / "vae"), tiny_data.autoencoder(tmp_path / "other")
+    weights = other / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    state["decoder.conv_out.bias"] += 0.5
+    save_file(state, weights, {"format": "pt"})
+    source = tiny_data.images(tmp_path / "images", broken=False)
+    prepare_options = ["--size", "32", "--device", "cpu", "--workers", "1"]
+    assert prepare.main([str(source), str(tmp_path / "latents"), "--vae", str(vae), *prepare_options]) == 0
+    options = {"runs": tmp_path, "name": "trained", "data": tmp_path / "latents", "patch_size": 2, "steps": 2}
+    assert train.main(tiny_run.arguments(**options)) == 0
+    run_folder = tmp_path / "trained"
+    capsys.readouterr()
+
+    def asked(folder):
+        sampled = sample.main(
+            ["--checkpoint", str(run_folder), "--vae", str(folder), "--out", str(tmp_path / "grid.png")]
+        )
+        more = ["--checkpoint", run_folder, "--vae", folder, "--count", 4]
+        return sampled, run(files, tmp_path, *more)[0]
+
+    assert asked(vae) == (0, 0)
+    assert asked(other) == (1, 1)
+    for line in capsys.readouterr().err.strip().splitlines()[-2:]:
+        assert f"--vae {other}: must be the autoencoder whose latents the network was trained on" in line
+
+    again = tmp_path / "again"
+    assert prepare.main([str(source), str(again), "--vae", str(other), *prepare_options]) == 0
+    shutil.rmtree(tmp_path / "latents")
+    shutil.move(again, tmp_path / "latents")
+    assert train.main(["--resume", str(run_folder), "--steps", "3"]) == 1
+    assert "are of another autoencoder than those that" in capsys.readouterr().err
+
+
+def test_one_evaluation_at_a_time(files, tmp_path, capsys):
+    for name in ("out", "samples"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        with Lock(tmp_path / name):
+            status, results = run(files, tmp_path, "--samples-dir", tmp_path / "samples")
+        assert status == 1 and not results
+        assert f"{tmp_path / name}: process {os.getpid()} on" in capsys.readouterr().err
+    assert run(files, tmp_path, "--samples-dir", tmp_path / "samples")[0] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_evaluation_keeps_what_is_finished(number, files, tmp_path, monkeypatch, capsys):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # processes beside a terminal may ignore it
+    real = evaluate.measure
+
+    def measure(images, *args):
+        if (tmp_path / "out" / "results.json").exists():
+            signal.raise_signal(number)
+        return real(images, *args)
+
+    monkeypatch.setattr(evaluate, "measure", measure)
+    status, results = run(files, tmp_path, "--omega", 1, 2)
+    assert status == 128 + number and [row["omega"] for row in results["rows"]] == [1.0]
+    assert "imf.evaluate: stopped" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
