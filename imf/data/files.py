@@ -94,6 +94,12 @@ def are_numbers(values: Any, count: int) -> bool:
     )
 
 
+def short(value: Any) -> str:
+    """A value as it stands in a message: quoted, and cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def free_bytes(folder: Path) -> str:
     """Bytes free on the file system of `folder`, for messages."""
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from imf.data.dataset import DataError
-from imf.data.files import are_numbers, is_count, read_json
+from imf.data.files import are_numbers, is_count, read_json, short
 
 FORMAT = 1  # raise it when a folder of the old form can no longer be read
 INDEX, PLAN = "index.json", "prepare.json"
@@ -37,7 +37,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     index = read_json(folder / INDEX)
     if index.get("format") != FORMAT:
         raise DataError(
-            f"{folder / INDEX}: of format {index.get('format')}, this version reads {FORMAT}: make it again"
+            f"{folder / INDEX}: of format {short(index.get('format'))}, this version reads {FORMAT}: "
+            f"make it again"
         )
     try:
         _check(index)
@@ -64,14 +65,13 @@ def _check(index: dict[str, Any]) -> None:
             got = values.get(name) if isinstance(values, dict) else None
             wanted = f"a finite number for each of {shape[0]} channels"
             _require(are_numbers(got, shape[0]), f"{part}.{name}", wanted, got)
-    digest = index["encoder"].get("vae_sha256", "")
-    _require(isinstance(digest, str), "encoder.vae_sha256", "hexadecimal digits", digest)
+    if "vae_sha256" in index["encoder"]:
+        _require_digest("encoder.vae_sha256", index["encoder"]["vae_sha256"])
     std = index["encoder"]["std"]
     _require(all(1e-30 < x < 1e30 for x in std), "encoder.std", "positive", std)
     for name, least in (("rows", 1), ("skipped", 0)):
         _require(is_count(index.get(name), least), name, f"a whole number from {least} on", index.get(name))
-    digest = index.get("labels_sha256")
-    _require(isinstance(digest, str), "labels_sha256", "hexadecimal digits", digest)
+    _require_digest("labels_sha256", index.get("labels_sha256"))
     _check_shards(index.get("shards"), index["rows"])
 
 
@@ -88,12 +88,17 @@ def _check_shards(shards: Any, rows: int) -> None:
         _require(bool(plain), f"{where}.file", "the name of a .npy file in this folder", shard["file"])
         for name in ("rows", "bytes"):
             _require(is_count(shard[name], 1), f"{where}.{name}", "a whole number from 1 on", shard[name])
-        _require(isinstance(shard["sha256"], str), f"{where}.sha256", "hexadecimal digits", shard["sha256"])
+        _require_digest(f"{where}.sha256", shard["sha256"])
     files = [shard["file"] for shard in shards]
     _require(len(set(files)) == len(files), "shards", "of different files", files)
     total = sum(shard["rows"] for shard in shards)
     if total != rows:
         raise ValueError(f"{rows} rows, but the {len(shards)} shards have {total}")
+
+
+def _require_digest(name: str, got: Any) -> None:
+    fits = isinstance(got, str) and re.fullmatch("[0-9a-f]{64}", got)
+    _require(bool(fits), name, "64 hexadecimal digits", got)
 
 
 def _require(fits: bool, name: str, wanted: str, got: Any) -> None:
@@ -102,5 +107,4 @@ def _require(fits: bool, name: str, wanted: str, got: Any) -> None:
 
 
 def _wrong(name: str, wanted: str, got: Any) -> ValueError:
-    text = repr(got)
-    return ValueError(f"{name} must be {wanted}, got {text if len(text) <= 80 else text[:77] + '...'}")
+    return ValueError(f"{name} must be {wanted}, got {short(got)}")

@@ -25,7 +25,8 @@ from imf.files import check_regular
 LABELS = "labels.npy"
 _ROW_SHAPES = {"latents": (2,), "pixels": ()}  # before (C, H, W)
 _DTYPES = {"latents": "float32", "pixels": "uint8"}
-# Standard deviations of a channel: no image is that far off, and the square of the loss still fits into fp32.
+# Norm of a row in standard deviations of the channels: no image is that far off, and the square of the loss
+# still fits into fp32.
 LARGEST = 1e6
 
 
@@ -88,24 +89,23 @@ class PackedData:
         x = torch.empty(len(rows), *self._shape)
         mean, std = self.mean[:, None, None], self.std[:, None, None]
         noise_of_row = torch.Generator()
-        peaks = torch.empty(len(rows))
         # Row by row: a latent lies in the cache, and these operations on it are too small to be spread over
         # threads, which the network needs.
-        for seed, row, out, peak in zip(seeds, stored, x, peaks, strict=True):
+        for seed, row, out in zip(seeds, stored, x, strict=True):
             if self.kind == "pixels":
                 out.copy_(row)
             else:
                 noise_of_row.manual_seed(seed)
                 torch.addcmul(row[0], row[1], out.normal_(generator=noise_of_row), out=out)
             out.sub_(mean).div_(std)
-            torch.linalg.vector_norm(out, torch.inf, out=peak)
-        fine = peaks <= LARGEST  # False for NaN
+        norms = torch.linalg.vector_norm(x.flatten(1), dim=1)
+        fine = norms <= LARGEST  # False for NaN
         if not fine.all():
             at = int(fine.int().argmin())
             ((shard, place),) = self._places(rows[at : at + 1])
             raise DataError(
                 f"{self.folder / self.shards[shard].file}: row {place} must be finite and within {LARGEST:g} "
-                f"deviations of its channels' means, got {peaks[at]:g}; "
+                f"deviations of its channels' means, got a norm of {norms[at]:g}; "
                 f"python -m imf.data.prepare --verify {self.folder} tells whether the file has changed"
             )
         return x, self.labels[rows]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 
 from imf.data.dataset import DataError
 from imf.data.encoder import Encoder
-from imf.data.files import are_numbers, is_count, read_json, write_json
+from imf.data.files import are_numbers, is_count, read_json, short, write_json
 from imf.data.index import FORMAT, INDEX, PLAN
 from imf.data.source import Source
 
@@ -48,7 +47,7 @@ def agree(
         return plan
     old = read_json(begun)
     differences = [
-        f"{name} was {_short(a)}, now it is {_short(b)}"
+        f"{name} was {short(a)}, now it is {short(b)}"
         for part in plan
         if part != "versions"
         for name, a, b in _differences(part, old.get(part), plan[part])
@@ -58,7 +57,7 @@ def agree(
             f"{out}: was begun otherwise: {'; '.join(differences)}; do as then, or choose another OUT"
         )
     for name, a, b in _differences("versions", old.get("versions"), plan["versions"]):
-        warn(f"{name} was {_short(a)}, now it is {_short(b)}: other bits may come out")
+        warn(f"{name} was {short(a)}, now it is {short(b)}: other bits may come out")
     return plan | {"versions": old.get("versions")}  # those it was begun with
 
 
@@ -68,11 +67,6 @@ def _differences(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]
             yield from _differences(f"{name}.{key}", old.get(key), new.get(key))
     elif old != new:
         yield name, old, new
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def make_folder(out: Path) -> None:

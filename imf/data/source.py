@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imf.data.dataset import DataError
+from imf.data.files import short
 from imf.data.images import BrokenImage, entries, is_image, read_image, walk
 from imf.files import check_regular
 
@@ -166,7 +167,7 @@ def _with_label_file(root: Path, label_file: Path) -> Source:
         name, *rest = line.strip().rsplit(separator, 1)
         name, label = name.strip(), "".join(rest).strip()
         if not label:
-            raise DataError(f"--labels {label_file}: line {number} must be `file label`, got {_short(line)}")
+            raise DataError(f"--labels {label_file}: line {number} must be `file label`, got {short(line)}")
         if label_of.setdefault(name, label) != label:
             raise DataError(
                 f"--labels {label_file}: line {number} gives {name} the label {label}, a line before it "
@@ -198,7 +199,7 @@ def _consecutive(texts: list[str], label_file: Path) -> list[int]:
     """The labels as numbers; DataError unless they are 0 ... n - 1 with none left out."""
     wrong = next((text for text in texts if not (text.isdecimal() and len(text) <= 18)), None)
     if wrong is not None:
-        raise DataError(f"--labels {label_file}: labels must be 0, 1, 2 ... or names, got {_short(wrong)}")
+        raise DataError(f"--labels {label_file}: labels must be 0, 1, 2 ... or names, got {short(wrong)}")
     numbers = [int(text) for text in texts]
     for expected, number in enumerate(sorted(set(numbers))):
         if number != expected:
@@ -207,10 +208,6 @@ def _consecutive(texts: list[str], label_file: Path) -> list[int]:
                 f"got no image of label {expected}"
             )
     return numbers
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def _holds_folders(folder: Path) -> bool:
