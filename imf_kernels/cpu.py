@@ -34,8 +34,8 @@ def call(function: str, x: Tensor, *arguments: Any) -> None:
 
 
 def instruction_sets() -> list[str]:
-    """The instruction sets that this processor runs, slowest first: of "plain", "avx2", "avx512",
-    "avx512_bf16" (AVX-512 with bf16 dot products)."""
+    """The instruction sets that this processor runs, slowest first: of "plain", "neon" (ARM),
+    "avx2", "avx512", "avx512_bf16" (AVX-512 with bf16 dot products)."""
     return _C.supported_isas()
 
 

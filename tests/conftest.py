@@ -15,12 +15,17 @@ if not ON_GPU:  # before Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic products ask for
 
+if "IMF_REMOTE_KERNELS" in os.environ:
+    import remote_kernels
+
+    remote_kernels.install(os.environ["IMF_REMOTE_KERNELS"])
+
 import cuda_emulation  # noqa: E402
 
 from imf_kernels import cpu, cuda, info, triton_backend  # noqa: E402
 from imf_kernels.testing.cases import Case  # noqa: E402
 
-ISAS = ("plain", "avx2", "avx512", "avx512_bf16")
+ISAS = ("plain", "neon", "avx2", "avx512", "avx512_bf16")
 KERNELS = (*(f"cpu-{isa}" for isa in ISAS), "triton", "cuda")
 BACKENDS = ("reference", *KERNELS)
 

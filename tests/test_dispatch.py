@@ -61,7 +61,7 @@ def test_instruction_sets():
     with pytest.raises(ZeroDivisionError), cpu.use_instruction_set("plain"):
         _ = 1 / 0
     assert cpu.instruction_set() == sets[-1]
-    with pytest.raises(ValueError, match="unknown instruction set 'sse9'; there are plain, avx2, avx512"):
+    with pytest.raises(ValueError, match="unknown instruction set 'sse9'; there are plain, neon, avx2, "):
         cpu.use_instruction_set("sse9").__enter__()
 
 

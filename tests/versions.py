@@ -36,6 +36,8 @@ OF_KERNELS = (
     "tests/test_threads.py",
     "tests/test_vec.py",
 )
+# Run on an emulated processor: of those, the ones that take an instruction set or several threads.
+ON_EMULATOR = (*OF_KERNELS, "-k", "neon or plain or number_of_threads or several_threads or side_by_side")
 # Run with another Triton alone.
 OF_TRITON = ("tests/test_triton.py", "tests/test_triton_compile.py", "tests/test_operations.py")
 
@@ -94,13 +96,14 @@ class Place:
             raise subprocess.CalledProcessError(done.returncode, command, done.stdout)
         return done.stdout
 
-    def test(self, python: Path, versions: str, tests: tuple[str, ...] = ()) -> Outcome:
+    def test(self, python: Path, versions: str, tests: tuple[str, ...] = (), **environment: str) -> Outcome:
         """Runs the fast tests (of these files only, where some are given) and counts them."""
         report = self.folder / "report.xml"
         report.unlink(missing_ok=True)
         fast = ("-m", "not slow", "-n", "auto", "--maxprocesses", "8", "--dist", "loadfile")
         chosen = self.tests or tests
-        output = self.run(python, "-m", "pytest", *fast, f"--junitxml={report}", *chosen, check=False)
+        command = (python, "-m", "pytest", *fast, f"--junitxml={report}", *chosen)
+        output = self.run(*command, check=False, **environment)
         if not report.exists():
             return Outcome(versions, failed=1, first_failure=last_line(output))
         cases = list(xml.parse(report).iter("testcase"))
@@ -176,6 +179,15 @@ def compiled(place: Place, *, c: str, cxx: str) -> Outcome:
     return place.test(Path(sys.executable), f"{version}, {versions}", OF_KERNELS)
 
 
+def emulated(place: Place) -> Outcome:
+    """Tests the kernels of 64-bit ARM processors on an emulated one (tests/remote_kernels.py)."""
+    needed = program("aarch64-linux-gnu-g++"), program("qemu-aarch64")
+    place.copy_sources()
+    versions = ", ".join(place.run(name, "--version").splitlines()[0] for name in needed)
+    command = last_line(place.run(sys.executable, "tests/remote_kernels.py", "build/aarch64"))
+    return place.test(Path(sys.executable), versions, ON_EMULATOR, IMF_REMOTE_KERNELS=command)
+
+
 OLDEST, MIDDLE, NEWEST = "torch==2.11.*", "torch==2.13.*", "torch"
 ROWS: dict[str, Row] = {
     "python3.10 torch-2.11": functools.partial(installed, python="3.10", torch=OLDEST),
@@ -192,6 +204,7 @@ ROWS: dict[str, Row] = {
     ),
     "g++-11": functools.partial(compiled, c="gcc-11", cxx="g++-11"),
     "clang": functools.partial(compiled, c="clang", cxx="clang++"),
+    "aarch64": emulated,
 }
 
 

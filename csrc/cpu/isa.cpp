@@ -12,8 +12,11 @@ struct Named {
 };
 
 // Slowest first.
-constexpr Named all[] = {
-    {Isa::plain, "plain"}, {Isa::avx2, "avx2"}, {Isa::avx512, "avx512"}, {Isa::avx512_bf16, "avx512_bf16"}};
+constexpr Named all[] = {{Isa::plain, "plain"},
+                         {Isa::neon, "neon"},
+                         {Isa::avx2, "avx2"},
+                         {Isa::avx512, "avx512"},
+                         {Isa::avx512_bf16, "avx512_bf16"}};
 
 bool processor_has(Isa isa) {
 #if defined(IMF_X86)
@@ -25,6 +28,8 @@ bool processor_has(Isa isa) {
 #endif
   if (isa == Isa::avx512) return avx512;
   if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#elif defined(IMF_ARM64)
+  if (isa == Isa::neon) return true;  // part of the architecture
 #endif
   return isa == Isa::plain;
 }

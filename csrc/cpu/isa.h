@@ -7,7 +7,7 @@
 
 namespace imf {
 
-enum class Isa { plain, avx2, avx512, avx512_bf16 };
+enum class Isa { plain, neon, avx2, avx512, avx512_bf16 };
 
 // Sets that were compiled in and that this processor runs, the best one last.
 std::vector<std::string> supported_isas();
@@ -48,6 +48,16 @@ Isa current_isa();
        ? avx512::function(__VA_ARGS__)                                                   \
    : ::imf::current_isa() == ::imf::Isa::avx2 ? avx2::function(__VA_ARGS__)              \
                                               : plain::function(__VA_ARGS__))
+#elif defined(IMF_ARM64)
+#define IMF_DECLARE_PER_ISA(...) \
+  namespace plain {              \
+  __VA_ARGS__;                   \
+  }                              \
+  namespace neon {               \
+  __VA_ARGS__;                   \
+  }
+#define IMF_CALL(function, ...) \
+  (::imf::current_isa() == ::imf::Isa::neon ? neon::function(__VA_ARGS__) : plain::function(__VA_ARGS__))
 #else
 #define IMF_DECLARE_PER_ISA(...) \
   namespace plain {              \

@@ -13,9 +13,10 @@ namespace imf {
 namespace IMF_ISA {
 namespace {
 
-// Rows and vectors of C held in registers: 24 accumulators of 32 with AVX-512, 12 of 16 with AVX2.
-constexpr int block_rows = Vec::width == 4 ? 4 : 6;
-constexpr int block_vecs = Vec::width == 16 ? 4 : 2;
+// Rows and vectors of C held in registers: 24 accumulators of 32 with AVX-512 and NEON, 12 of 16 with AVX2.
+constexpr bool has_32_registers = IMF_ISA_LEVEL >= 3 || (IMF_ISA_LEVEL == 2 && Vec::width == 4);
+constexpr int block_rows = IMF_ISA_LEVEL == 1 ? 4 : 6;
+constexpr int block_vecs = has_32_registers ? 4 : 2;
 constexpr int panel_width = block_vecs * Vec::width;
 
 inline index_t round_up(index_t n, index_t multiple) { return (n + multiple - 1) / multiple * multiple; }

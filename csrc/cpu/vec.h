@@ -1,5 +1,5 @@
-// SIMD vectors of floats: one interface, implemented for AVX-512, AVX2 and plain C++, picked by the flags
-// that the file is compiled with (see isa.h). All arithmetic of the CPU kernels is fp32; bf16 exists in
+// SIMD vectors of floats: one interface, implemented for AVX-512, AVX2, NEON and plain C++, picked by the
+// flags that the file is compiled with (see isa.h). All arithmetic of the CPU kernels is fp32; bf16 exists in
 // memory only, and is rounded to nearest even when stored, NaN staying NaN (by the processor's instruction,
 // where it has one, which takes denormals for zero).
 //
@@ -12,8 +12,10 @@
 #include "common/dual.h"
 #include "common/types.h"
 
-#if IMF_ISA_LEVEL >= 2
+#if IMF_ISA_LEVEL >= 2 && defined(IMF_X86)
 #include <immintrin.h>
+#elif IMF_ISA_LEVEL >= 2
+#include <arm_neon.h>
 #endif
 
 // Internal linkage: the compilations of a header must never be merged by the linker, or a
@@ -126,7 +128,7 @@ inline Vec load(const bfloat16* p, int n) { return widen(_mm256_maskz_loadu_epi1
 inline void store(bfloat16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }
 inline void store(bfloat16* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(a)); }
 
-#elif IMF_ISA_LEVEL == 2  // AVX2 and FMA
+#elif IMF_ISA_LEVEL == 2 && defined(IMF_X86)  // AVX2 and FMA
 
 struct Vec {
   static constexpr int width = 8;
@@ -226,6 +228,101 @@ inline void store(bfloat16* p, Vec a, int n) {
   alignas(16) bfloat16 buffer[8];
   store(buffer, a);
   std::memcpy(p, buffer, static_cast<std::size_t>(n) * sizeof(bfloat16));
+}
+
+#elif IMF_ISA_LEVEL == 2  // NEON, which every 64-bit ARM processor has, with FMA
+
+struct Vec {
+  static constexpr int width = 4;
+  float32x4_t v;
+  Vec() = default;
+  Vec(float32x4_t x) : v(x) {}
+  explicit Vec(float x) : v(vdupq_n_f32(x)) {}
+};
+
+inline Vec operator+(Vec a, Vec b) { return vaddq_f32(a.v, b.v); }
+inline Vec operator-(Vec a, Vec b) { return vsubq_f32(a.v, b.v); }
+inline Vec operator*(Vec a, Vec b) { return vmulq_f32(a.v, b.v); }
+inline Vec operator/(Vec a, Vec b) { return vdivq_f32(a.v, b.v); }
+inline Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c.v, a.v, b.v); }
+inline Vec sqrt(Vec a) { return vsqrtq_f32(a.v); }
+inline Vec abs(Vec a) { return vabsq_f32(a.v); }
+// b where either is NaN; the processor's own maximum and minimum would be NaN.
+inline Vec max(Vec a, Vec b) { return vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v); }
+inline Vec min(Vec a, Vec b) { return vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v); }
+inline Vec round(Vec a) { return vrndnq_f32(a.v); }
+// n integral in [-126, 128]; in two halves, so that 2^128 itself need not be representable
+inline Vec scale_by_power_of_two(Vec a, Vec n) {
+  const int32x4_t whole = vcvtnq_s32_f32(n.v);
+  const int32x4_t half = vshrq_n_s32(whole, 1);
+  const auto power = [](int32x4_t e) {
+    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(e, vdupq_n_s32(127)), 23));
+  };
+  return vmulq_f32(vmulq_f32(a.v, power(half)), power(vsubq_s32(whole, half)));
+}
+inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) { return vbslq_f32(vcltq_f32(a.v, b.v), yes.v, no.v); }
+inline Vec keep(Vec a, int n, float other) {
+  static constexpr std::int32_t lanes[4] = {0, 1, 2, 3};
+  return vbslq_f32(vcltq_s32(vld1q_s32(lanes), vdupq_n_s32(n)), a.v, vdupq_n_f32(other));
+}
+inline Vec swap_pairs(Vec a) { return vrev64q_f32(a.v); }
+inline Vec duplicate_lower(Vec a) { return vzip1q_f32(a.v, a.v); }  // lanes 0 0 1 1
+// Transposes the 4 x 4 matrix whose rows are a[0] ... a[3]: pairs, then halves of rows.
+inline void transpose(Vec (&a)[4]) {
+  float64x2_t t[4];
+  for (int i = 0; i < 4; i += 2) {
+    t[i] = vreinterpretq_f64_f32(vtrn1q_f32(a[i].v, a[i + 1].v));
+    t[i + 1] = vreinterpretq_f64_f32(vtrn2q_f32(a[i].v, a[i + 1].v));
+  }
+  for (int j = 0; j < 2; ++j) {
+    a[j] = vreinterpretq_f32_f64(vzip1q_f64(t[j], t[2 + j]));
+    a[2 + j] = vreinterpretq_f32_f64(vzip2q_f64(t[j], t[2 + j]));
+  }
+}
+inline float reduce_add(Vec a) { return vaddvq_f32(a.v); }
+inline float reduce_max(Vec a) { return vmaxvq_f32(a.v); }
+
+inline Vec load(const float* p) { return vld1q_f32(p); }
+inline Vec load(const float* p, int n) {
+  float32x4_t x = vdupq_n_f32(0.0f);
+  if (n > 0) x = vld1q_lane_f32(p, x, 0);
+  if (n > 1) x = vld1q_lane_f32(p + 1, x, 1);
+  if (n > 2) x = vld1q_lane_f32(p + 2, x, 2);
+  if (n > 3) x = vld1q_lane_f32(p + 3, x, 3);
+  return x;
+}
+inline void store(float* p, Vec a) { vst1q_f32(p, a.v); }
+inline void store(float* p, Vec a, int n) {
+  if (n > 0) vst1q_lane_f32(p, a.v, 0);
+  if (n > 1) vst1q_lane_f32(p + 1, a.v, 1);
+  if (n > 2) vst1q_lane_f32(p + 2, a.v, 2);
+  if (n > 3) vst1q_lane_f32(p + 3, a.v, 3);
+}
+
+inline Vec widen(uint16x4_t bits) { return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(bits), 16)); }
+inline uint16x4_t narrow(Vec a) {
+  const uint32x4_t x = vreinterpretq_u32_f32(a.v);
+  const uint32x4_t odd = vandq_u32(vshrq_n_u32(x, 16), vdupq_n_u32(1));
+  const uint16x4_t rounded = vshrn_n_u32(vaddq_u32(vaddq_u32(x, vdupq_n_u32(0x7fff)), odd), 16);
+  const uint16x4_t is_number = vmovn_u32(vceqq_f32(a.v, a.v));
+  return vbsl_u16(is_number, rounded, vdup_n_u16(0x7fc0));
+}
+inline Vec load(const bfloat16* p) { return widen(vld1_u16(&p->bits)); }
+inline Vec load(const bfloat16* p, int n) {
+  uint16x4_t x = vdup_n_u16(0);
+  if (n > 0) x = vld1_lane_u16(&p[0].bits, x, 0);
+  if (n > 1) x = vld1_lane_u16(&p[1].bits, x, 1);
+  if (n > 2) x = vld1_lane_u16(&p[2].bits, x, 2);
+  if (n > 3) x = vld1_lane_u16(&p[3].bits, x, 3);
+  return widen(x);
+}
+inline void store(bfloat16* p, Vec a) { vst1_u16(&p->bits, narrow(a)); }
+inline void store(bfloat16* p, Vec a, int n) {
+  const uint16x4_t x = narrow(a);
+  if (n > 0) vst1_lane_u16(&p[0].bits, x, 0);
+  if (n > 1) vst1_lane_u16(&p[1].bits, x, 1);
+  if (n > 2) vst1_lane_u16(&p[2].bits, x, 2);
+  if (n > 3) vst1_lane_u16(&p[3].bits, x, 3);
 }
 
 #else  // plain C++: four lanes that any compiler turns into what the processor has

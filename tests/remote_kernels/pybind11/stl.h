@@ -1,0 +1,1 @@
+// See pybind11.h.
