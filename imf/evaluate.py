@@ -28,7 +28,7 @@ from imf import vae as autoencoder
 from imf.features import Extractor
 from imf.fid import Statistics
 from imf.figures import Row, figures, measure, plot, read_results, table, write_results
-from imf.files import Lock
+from imf.files import locked
 from imf.generate import (
     ImageError,
     Settings,
@@ -130,7 +130,7 @@ def _evaluate(arguments: argparse.Namespace, extractor: Extractor, processes: Pr
             for folder in written:
                 folder.mkdir(parents=True, exist_ok=True)
             for folder in {folder.resolve() for folder in written}:
-                locks.enter_context(Lock(folder))
+                locks.enter_context(locked(folder))
         rows = processes.from_first(read_results(path, of) if processes.rank == 0 else None)
         for cell in cells:
             if any(row.setting == _setting(cell) for row in rows):

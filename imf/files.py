@@ -7,7 +7,6 @@ import os
 import platform
 import stat
 import sys
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,43 +23,40 @@ class FolderInUse(OSError):
     """Another process writes to a folder; the message names both."""
 
 
-class Lock:
-    """Exclusive use of a folder, until `release` or the end of the process, however that ends.
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within it no other process may write to the folder that asks in the same way.
 
-    The operating system holds it (flock on the file `.lock`, in which the holder's number lies), so nothing
-    has to be removed after a crash. A file system without locks gets a warning instead.
+    The operating system holds the lock (flock on the file `.lock`, in which the holder's number lies) until
+    this process ends, however it ends: nothing has to be removed after a crash. Where there are no such locks
+    a warning says so.
 
-    Raises: FolderInUse if another process has it, or this one in another `Lock`; OSError if the file cannot
-        be opened.
+    Raises: FolderInUse if another process has it; OSError if the file cannot be opened.
     """
-
-    def __init__(self, folder: Path) -> None:
-        path = folder / ".lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        self.release = weakref.finalize(self, os.close, descriptor)
-        self.release.atexit = False  # also run in forked processes
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
         if fcntl is None:
             _warn_of_no_lock(folder, f"{platform.system()} has no flock")
-            return
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-            self.release()
-            raise FolderInUse(
-                f"{folder}: {holder} is writing to this folder: wait until it ends, or end it"
-            ) from None
-        except OSError as error:  # some network file systems
-            _warn_of_no_lock(folder, str(error))
-            return
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+        else:
+            _lock(folder, descriptor)
+        yield
+    finally:
+        os.close(descriptor)
 
-    def __enter__(self) -> Lock:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.release()
+def _lock(folder: Path, descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+        raise FolderInUse(
+            f"{folder}: {holder} is writing to this folder: wait until it ends, or end it"
+        ) from None
+    except OSError as error:  # some network file systems
+        _warn_of_no_lock(folder, str(error))
+        return
+    os.truncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
 
 
 def _warn_of_no_lock(folder: Path, reason: str) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from imf import checkpoint, data
 from imf.checkpoint import Metadata
 from imf.config import RESUMABLE, ROUNDING, TrainConfig, differences, to_dict, with_arguments
-from imf.files import Lock
 from imf.graphs import StepGraphs
 from imf.model import IMF, build
 from imf.processes import Processes
@@ -53,11 +52,7 @@ class State:
 
 @dataclass
 class Run:
-    """A run: its state, and what stays.
-
-    precision: "fp32" or "bf16".  elapsed: seconds of training so far.  lock: of its folder, in the process
-    that writes to it.
-    """
+    """A run: its state, and what stays. precision: "fp32" or "bf16"; elapsed: seconds of training so far."""
 
     folder: Path
     config: TrainConfig
@@ -66,7 +61,6 @@ class Run:
     state: State
     processes: Processes = field(default_factory=Processes)
     elapsed: float = 0.0
-    lock: Lock | None = None
 
 
 def initial_state(config: TrainConfig, precision: str, who: Processes) -> State:
@@ -118,12 +112,11 @@ def begin(config: TrainConfig, who: Processes | None = None) -> Run:
         if config.init_from:
             source = checkpoint.find(Path(config.init_from))
             checkpoint.load_weights(source, model=state.model, ema=state.ema)
-    folder = lock = None
+    folder = None
     with who.together():
         if who.first:
             folder = create_folder(config)
-            lock = Lock(folder)
-    run = Run(who.from_first(folder), config, precision, images, state, who, lock=lock)
+    run = Run(who.from_first(folder), config, precision, images, state, who)
     _write_configuration(run)
     return run
 
@@ -132,29 +125,12 @@ def resume(path: Path | None, arguments: argparse.Namespace, who: Processes | No
     """The run of a checkpoint as it was, with the arguments that may change; warns of what changes its bits.
 
     path: a run's folder, or the newest checkpoint in one; None for the run that wrote one last.
-    Raises: TrainingError for an argument that may not change or is wrong, CheckpointError for a bad file,
-        imf.files.FolderInUse while another process trains the run.
+    Raises: TrainingError for an argument that may not change or is wrong, CheckpointError for a bad file.
     """
     who = who or Processes(device=choose_device(device_of(path, arguments)))
-    lock = None
     with who.together():
-        found = _found(path, arguments)
-        folder = _run_of(found)
-        if who.first:
-            lock = Lock(folder)  # from here on the folder stays as it is
-            found = found if path is not None and path.is_file() else checkpoint.find(folder)
-    try:
-        return _resumed(who.from_first(found), folder, lock, arguments, who)
-    except BaseException:
-        if lock is not None:
-            lock.release()
-        raise
-
-
-def _resumed(
-    path: Path, folder: Path, lock: Lock | None, arguments: argparse.Namespace, who: Processes
-) -> Run:
-    with who.together():
+        path = _found(path, arguments)
+        folder = _run_of(path)
         metadata = checkpoint.read_metadata(path)
         config = _resumed_config(path, folder, metadata, arguments)
         _check_processes(config, who)
@@ -180,9 +156,14 @@ def _resumed(
             if dropped := truncate_metrics(folder / "metrics.jsonl", metadata.step):
                 _warn(f"{folder / 'metrics.jsonl'}: {dropped} line(s) that are no metrics are dropped")
     state.step = metadata.step
-    run = Run(folder, config, metadata.precision, found, state, who, metadata.elapsed, lock)
+    run = Run(folder, config, metadata.precision, found, state, who, metadata.elapsed)
     _write_configuration(run)
     return run
+
+
+def folder_of(path: Path | None, arguments: argparse.Namespace) -> Path:
+    """The folder of the run that is to be resumed; raises as `resume` does."""
+    return _run_of(_found(path, arguments))
 
 
 def device_of(path: Path | None, arguments: argparse.Namespace) -> str:

@@ -26,7 +26,7 @@ from imf.config import (
     with_arguments,
 )
 from imf.draws import Draws
-from imf.files import replacing
+from imf.files import locked, replacing
 from imf.graphs import StepGraphs
 from imf.methods import Objective, guidance_of, objective
 from imf.objective import Prepared, prepare
@@ -47,7 +47,7 @@ from imf.run import (
 from imf.sample import class_grid
 from imf.scores import evaluate, table
 from imf.sharding import local, synchronising, whole
-from imf.start import Run, State, begin, device_of, fitted_to_data, resume
+from imf.start import Run, State, begin, device_of, fitted_to_data, folder_of, resume
 from imf_kernels import gemm
 
 ENDINGS: tuple[type[Exception], ...] = (*ERRORS, data.DataError)  # end a run with a message
@@ -348,7 +348,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(config: TrainConfig, arguments: argparse.Namespace, who: Processes) -> int:
-    run = None
+    run, locks = None, contextlib.ExitStack()
+
+    def lock(folder: Path) -> None:
+        """No other process may write to it until this one is done."""
+        with who.together():
+            if who.first:
+                locks.enter_context(locked(folder))
+
     if who.first:  # reading the data and building the network can take seconds
         print(
             f"imf.train: loading {config.data if arguments.resume is None else 'a checkpoint'}",
@@ -359,8 +366,13 @@ def _train(config: TrainConfig, arguments: argparse.Namespace, who: Processes) -
             with who.together():
                 config = fitted_to_data(config)
             run = begin(config, who)
+            lock(run.folder)
         else:
-            run = resume(Path(arguments.resume) if arguments.resume else None, arguments, who)
+            path = Path(arguments.resume) if arguments.resume else None
+            with who.together():
+                folder = folder_of(path, arguments)
+            lock(folder)  # then a folder's newest checkpoint stays the newest
+            run = resume(path or folder, arguments, who)
         received = fit(run)
         if received is None:
             finish(run)
@@ -383,8 +395,7 @@ def _train(config: TrainConfig, arguments: argparse.Namespace, who: Processes) -
             print(f"\nimf.train: process {who.rank} ends by an error. {_how_to_go_on(run)}", file=sys.stderr)
         raise
     finally:
-        if run is not None and run.lock is not None:
-            run.lock.release()
+        locks.close()
     if run is not None and who.first:
         print(f"\nStopped after step {run.state.step} of {run.config.steps}.", file=sys.stderr)
         print(_how_to_go_on(run), file=sys.stderr)

@@ -23,7 +23,7 @@ from tiny_evaluation import LATENTS, Means, autoencoder, network_file, script
 
 from imf import evaluate, fid, figures, generate, sample, train
 from imf.data import prepare
-from imf.files import Lock
+from imf.files import locked
 from imf.layers import IMFConfig
 
 IMAGES = IMFConfig(
@@ -171,7 +171,7 @@ def test_another_autoencoder_than_that_of_the_latents_is_refused(files, tmp_path
 def test_one_evaluation_at_a_time(files, tmp_path, capsys):
     for name in ("out", "samples"):
         (tmp_path / name).mkdir(exist_ok=True)
-        with Lock(tmp_path / name):
+        with locked(tmp_path / name):
             status, results = run(files, tmp_path, "--samples-dir", tmp_path / "samples")
         assert status == 1 and not results
         assert f"{tmp_path / name}: process {os.getpid()} on" in capsys.readouterr().err
