@@ -39,7 +39,7 @@ class CMakeBuild(build_ext):
         if architectures := os.environ.get("IMF_CUDA_ARCHITECTURES"):
             configure.append(f"-DIMF_CUDA_ARCHITECTURES={architectures}")
         subprocess.run(configure, check=True)
-        subprocess.run([program("cmake"), "--build", str(build), "--target", "_C"], check=True)
+        subprocess.run([program("cmake"), "--build", str(build), "--target", "imf_kernels"], check=True)
 
 
 setup(ext_modules=[Extension("imf_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

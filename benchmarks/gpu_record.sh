@@ -1,37 +1,66 @@
 #!/usr/bin/env bash
-# Verifies a GPU: builds, runs every test on it, then the benchmarks, and writes a record of all of it.
+# Verifies a GPU: builds, runs the GPU's tests, then the benchmarks, and writes a record of all of it.
 #
-#     benchmarks/gpu_record.sh FOLDER [STAGE...]     all stages, or the build and those named
+#     benchmarks/gpu_record.sh RECORD.tgz [STAGE...]     all stages, or the build and those named
 #
-# Stages: triton (the tests of the Triton kernels), benchmarks, tests (all of them), profile (a training step by
-# kind), steps (whole training steps beside their peers), compiled (torch.compile's peer).
-# Nothing is downloaded: it takes PYTHON (python3) with its PyTorch, and nvcc, CMake, ninja and pybind11.
-# Test files whose packages are missing are left out and named in FOLDER/left_out.txt. A stage that fails does not
-# stop the next; FOLDER/stages.tsv has exit code and seconds of each, FOLDER/<stage>.log what it said.
+# Stages: tests (those that run on the GPU), benchmarks, profile (a training step by kind), steps (whole training steps
+# beside their peers), compiled (torch.compile's peer).
+# RECORD.tgz is replaced after every stage, so it is complete up to there when the machine is taken away; unpack it in
+# benchmarks/results. TIME_LIMIT (seconds) bounds the whole: a stage that it cuts short still writes what it has.
+# Nothing is downloaded: it takes PYTHON (python3) with its PyTorch, and nvcc, CMake, ninja and pybind11. With
+# pytest-xdist the tests run in PROCESSES (default: a CPU core and 5 GiB of GPU memory each). Test files whose packages
+# are missing are left out and named in left_out.txt. A stage that fails does not stop the next; stages.tsv has exit
+# code and seconds of each, <stage>.log what it said.
 set -uo pipefail
-if [ $# -eq 0 ]; then
-  echo "usage: $0 FOLDER [STAGE...]" >&2
+if [[ ${1:-} != *.tgz ]]; then
+  echo "usage: $0 RECORD.tgz [STAGE...]" >&2
   exit 2
 fi
-mkdir -p "$1"
-out=$(cd "$1" && pwd)
+record=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
 shift
-wanted=" ${*:-triton benchmarks tests profile steps compiled} build info "
+wanted=" ${*:-tests benchmarks profile steps compiled} build info "
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
+export PYTHONUNBUFFERED=1
 failed=0
+child=
+
+folder=$(mktemp -d)
+out=$folder/$(basename "$record" .tgz)
+mkdir "$out"
+keep() {
+  tar czf "$record.new" -C "$folder" "$(basename "$out")" && mv "$record.new" "$record"
+}
+trap 'keep; rm -rf "$folder"' EXIT
+trap 'TIME_LIMIT=0; kill -INT $child 2>/dev/null' INT TERM
 
 stage() {  # name, seconds that it may take, command...
   local name=$1 limit=$2 start=$SECONDS code=0
   shift 2
   [[ $wanted == *" $name "* ]] || return 0
-  timeout "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
+  if ((SECONDS + limit > ${TIME_LIMIT:-SECONDS + limit})); then
+    limit=$((TIME_LIMIT - SECONDS))
+  fi
+  if ((limit <= 0)); then
+    printf '%s\tno time left\t0\n' "$name" | tee -a "$out/stages.tsv"
+    failed=1
+    return 1
+  fi
+  # SIGINT, on which pytest still writes its failures and its XML. A background process would ignore it.
+  env --default-signal=INT timeout --signal=INT --kill-after=30 "$limit" "$@" >"$out/$name.log" 2>&1 &
+  child=$!
+  wait "$child" || code=$?
+  while kill -0 "$child" 2>/dev/null; do  # a signal ended the waiting alone
+    wait "$child" || code=$?
+  done
   printf '%s\t%s\t%s\n' "$name" "$code" $((SECONDS - start)) >>"$out/stages.tsv"
   echo "$name: exit code $code after $((SECONDS - start)) s"
-  if [ $code -ne 0 ]; then
+  if ((code)); then
     failed=1
     tail -n 15 "$out/$name.log"
   fi
+  keep
+  return $code
 }
 
 printf 'stage\texit code\tseconds\n' >"$out/stages.tsv"
@@ -45,10 +74,19 @@ printf 'stage\texit code\tseconds\n' >"$out/stages.tsv"
   "$python" -m pip list 2>/dev/null
 } >"$out/machine.txt"
 
-stage build 1200 env IMF_CUDA="${IMF_CUDA:-auto}" "$python" -m pip install --no-build-isolation --no-deps -e .
+install=("$python" -m pip install --no-build-isolation --no-deps -e .)
+if command -v nvcc || [[ -x ${CUDA_HOME:-/usr/local/cuda}/bin/nvcc ]]; then
+  # ON, so that kernels that do not compile are a failure and not an absence. Triton's can be recorded without them.
+  if ! stage build 1200 env IMF_CUDA=ON "${install[@]}"; then
+    wanted+="build_without_cuda "
+    stage build_without_cuda 1200 env IMF_CUDA=OFF "${install[@]}"
+  fi
+else
+  stage build 1200 env IMF_CUDA=OFF "${install[@]}"
+fi
 stage info 120 "$python" -m imf_kernels.info
 if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
-  echo "PyTorch finds no GPU here: tests and benchmarks on one cannot run. What was written is in $out." >&2
+  echo "PyTorch finds no GPU here: tests and benchmarks on one cannot run. What was written is in $record." >&2
   exit 3
 fi
 
@@ -56,9 +94,15 @@ fi
 left_out=()
 while read -r _ file _; do left_out+=("--ignore=$file"); done <"$out/left_out.txt"
 echo "test files left out for want of a package: ${#left_out[@]}"
-stage triton 3600 "$python" -m pytest tests "${left_out[@]}" -k triton --durations 20 --junitxml "$out/triton.xml"
+# Compiling is most of the tests' time: a core a process. An H100's references in fp64 take up to 4 GiB.
+share='import os, torch, xdist; print(max(1, min(os.cpu_count(), torch.cuda.mem_get_info()[0] // (5 << 30))))'
+parallel=()
+if processes=${PROCESSES:-$("$python" -c "$share" 2>/dev/null)}; then
+  parallel=(-n "$processes" --dist worksteal)
+fi
+stage tests 3600 env OMP_WAIT_POLICY=passive "$python" -m pytest tests "${left_out[@]}" "${parallel[@]}" \
+  -m gpu --durations 20 --tb short -p no:cacheprovider --junitxml "$out/tests.xml"
 stage benchmarks 3600 "$python" benchmarks/bench_gpu.py "$out/benchmarks.json"
-stage tests 3600 "$python" -m pytest tests "${left_out[@]}" --durations 20 --junitxml "$out/tests.xml"
 stage profile 900 "$python" benchmarks/profile_step.py --preset iMF-B/2 --batch 128 --json "$out/profile.json"
 stage steps 1800 env PYTHONPATH=tests "$python" benchmarks/bench_gpu_step.py "$out/steps.json"
 stage compiled 3600 "$python" benchmarks/bench_gpu.py "$out/compiled.json" --compiled --only B/2

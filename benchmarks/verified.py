@@ -1,7 +1,7 @@
 """Writes imf_kernels/verified.py from the records of GPUs: `python benchmarks/verified.py`.
 
-A record is a folder of benchmarks/results that benchmarks/gpu_record.sh has written. Its GPU is verified
-where the build and all tests ended well and tests of the `cuda` backend were among them.
+A record is a folder of benchmarks/results, unpacked from the archive of benchmarks/gpu_record.sh. Its GPU is
+verified where the build and the GPU's tests ended well and tests of the `cuda` backend were among them.
 """
 
 from __future__ import annotations

@@ -23,18 +23,26 @@ Update = Callable[[Tensor, Tensor, Prepared, Any, Any], Tensor]
 
 
 class CudaGraph:
-    """A call recorded on a GPU, which does not run it: that is for `replay`."""
+    """A call captured on a GPU, not yet run: `replay` does that.
 
-    _pool: Any = None  # one for all: they never run at the same time
+    stream: to capture on; PyTorch's own stream for captures unless given.
+    beside: a graph whose memory this one shares; the two must never run at the same time.
+    """
 
-    def __init__(self, call: Callable[[], Tensor], device: torch.device) -> None:
-        if CudaGraph._pool is None:
-            CudaGraph._pool = torch.cuda.graph_pool_handle()
+    def __init__(
+        self,
+        call: Callable[[], Tensor],
+        device: torch.device,
+        stream: torch.cuda.Stream | None = None,
+        beside: CudaGraph | None = None,
+    ) -> None:
         self.graph = torch.cuda.CUDAGraph()
+        # A pool is gone with the last of its graphs, so it is asked of a graph: a handle would outlive it.
+        pool = None if beside is None else beside.graph.pool()
         # Other threads, that of the batches, go on allocating: only this thread's calls are watched.
         with (
             torch.cuda.device(device),
-            torch.cuda.graph(self.graph, pool=CudaGraph._pool, capture_error_mode="thread_local"),
+            torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
         ):
             self.result = call()
 
@@ -63,6 +71,8 @@ class StepGraphs:
         self.inputs: dict[int, tuple[Tensor, Tensor, Prepared]] = {}
         self.recorded: dict[int, CudaGraph] = {}
         self.rates = torch.zeros((), device=device), torch.zeros((), device=device)
+        # A single one: PyTorch's allocator reuses memory freed on a stream on that stream only.
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, x: Tensor, y: Tensor, step: Prepared, rate: float, decay: float) -> Tensor:
         needed = len(step.u_rows)
@@ -78,21 +88,24 @@ class StepGraphs:
         if size not in self.recorded:
             own = x.clone(), y.clone(), _copy(step)
             self.inputs[size] = own
-            self.recorded[size] = CudaGraph(lambda: self.update(*own, *self.rates), self.device)
+            first = next(iter(self.recorded.values()), None)
+            self.recorded[size] = CudaGraph(
+                lambda: self.update(*own, *self.rates), self.device, self.stream, beside=first
+            )
         own_x, own_y, own_step = self.inputs[size]
         for mine, new in zip((own_x, own_y, *own_step.tensors()), (x, y, *step.tensors()), strict=True):
             mine.copy_(new, non_blocking=True)
         return self.recorded[size].replay().clone()
 
     def _outside(self, x: Tensor, y: Tensor, step: Prepared) -> Tensor:
-        """As it is, on a stream beside the main one, as recording will be."""
-        if self.device.type != "cuda":
+        """Runs the step eagerly, on the stream that later captures it."""
+        if self.stream is None:
             return self.update(x, y, step, *self.rates)
-        main, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
+        main = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(main)
+        with torch.cuda.stream(self.stream):
             result = self.update(x, y, step, *self.rates)
-        main.wait_stream(side)
+        main.wait_stream(self.stream)
         return result
 
 

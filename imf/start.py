@@ -102,8 +102,11 @@ def begin(config: TrainConfig, who: Processes | None = None) -> Run:
         torch.set_num_threads(config.threads)
     precision = config.precision
     if precision == "auto":
-        dtype = torch.bfloat16 if who.device.type == "cuda" else gemm.fast_dtype()
-        precision = who.from_first("bf16" if dtype == torch.bfloat16 else "fp32")
+        if who.device.type == "cuda":
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            bf16 = gemm.fast_dtype() == torch.bfloat16
+        precision = who.from_first("bf16" if bf16 else "fp32")
     with who.together():
         _check_processes(config, who)
         images = _load_data(config)

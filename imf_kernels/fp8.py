@@ -93,5 +93,6 @@ def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
         _KERNELS.quantize(x, q, scale, LARGEST, SMALLEST_SCALE)
         return q, scale
     exact = x.float()
-    scale = (exact.abs().amax(1, keepdim=True) / LARGEST).clamp(min=SMALLEST_SCALE)
+    # By a tensor: by a Python number PyTorch multiplies with its reciprocal on a GPU, which rounds otherwise.
+    scale = (exact.abs().amax(1, keepdim=True) / exact.new_full((), LARGEST)).clamp(min=SMALLEST_SCALE)
     return (exact / scale).to(DTYPE), scale

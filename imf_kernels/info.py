@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import platform
+import shutil
 import sys
 
 import torch
@@ -68,14 +70,20 @@ def triton_status() -> str:
         return f"{version}, in its interpreter on the CPU; verified on {verified}"
     if not torch.cuda.is_available():
         return f"{version}; cannot run: PyTorch finds no GPU; verified on {verified}"
-    architecture = triton_backend.architecture(torch.empty(0, device="cuda"))
+    x = torch.empty(0, device="cuda")
+    if reason := triton_backend.unavailable([x]):
+        return f"{version}; cannot run: {reason}"
+    architecture = triton_backend.architecture(x)
     return f"{version} on {torch.cuda.get_device_name()} ({architecture}); verified on {verified}"
 
 
 def cuda_status() -> str:
     """What was built for CUDA, and why it cannot run here if it cannot."""
     if not _C.cuda_architectures:
-        return "not built (IMF_CUDA=ON builds them where nvcc is)"
+        toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+        if nvcc := shutil.which("nvcc") or shutil.which("nvcc", path=f"{toolkit}/bin"):
+            return f"not built, though nvcc is at {nvcc}: set IMF_CUDA=ON and install again"
+        return "not built: that needs nvcc, on PATH or in CUDA_HOME"
     built = f"built for {_C.cuda_architectures}"
     reason = cuda.missing()
     return f"{built}; cannot run: {reason}" if reason else built

@@ -60,7 +60,18 @@ def unavailable(tensors: Sequence[Tensor]) -> str | None:
             return "Triton's interpreter is wrong in bfloat16; it takes float32 and float16"
         if reason := without_memory(x):
             return f"it takes tensors that lie in memory, got {reason}"
-    return missing()
+    device = tensors[0].get_device()
+    return missing() or (None if _target is not None or device < 0 else _too_old(device))
+
+
+@fact
+def _too_old(device: int) -> str | None:
+    """Why a GPU cannot run the kernels; `None` where it can."""
+    if torch.version.hip or (capability := torch.cuda.get_device_capability(device)) >= (8, 0):
+        return None
+    major, minor = capability
+    name = torch.cuda.get_device_name(device)
+    return f"it needs a GPU of compute capability 8.0 or newer, got {name} of {major}.{minor}"
 
 
 class Kernels:

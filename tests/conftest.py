@@ -45,14 +45,17 @@ def dtypes_of(case, backend):
 
 
 def pytest_collection_modifyitems(items):
-    """Of tests of each case, dtype and backend, leaves out the combinations that do not exist, and keeps the
-    properties of attention in Triton's interpreter, seconds each, to one dtype unless all is tested."""
+    """Of tests of each case, dtype and backend, leaves out the combinations that do not exist, marks those
+    that run on the GPU, and keeps the properties of attention in Triton's interpreter, seconds each, to one
+    dtype unless all is tested."""
     items[:] = [item for item in items if _exists(item)]
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         backend = parameters.get("backend", parameters.get("kernels"))
         if backend == "cuda" and not CUDA_ON_GPU:
             item.add_marker(pytest.mark.slow)
+        if (backend == "triton" and ON_GPU) or (backend == "cuda" and CUDA_ON_GPU):
+            item.add_marker(pytest.mark.gpu)
         interpreted = backend == "triton" and not ON_GPU
         attention = "scaled_dot_product_attention" in str(parameters.get("case"))
         half = parameters.get("dtype") == torch.float16

@@ -21,9 +21,9 @@ class RecordedGraph(TorchDispatchMode):
 
     made: ClassVar[list] = []
 
-    def __init__(self, call, device):
+    def __init__(self, call, device, stream=None, beside=None):
         super().__init__()
-        self.calls, self.replays = [], 0
+        self.calls, self.replays, self.beside = [], 0, beside
         RecordedGraph.made.append(self)
         with self:
             self.result = call()

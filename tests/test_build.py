@@ -3,12 +3,14 @@
 import ast
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import ON_GPU
 
 from imf_kernels import _C, info
 from imf_kernels.info import OPERATIONS, report
@@ -87,7 +89,74 @@ def test_second_build_and_edited_source(tmp_path):
 
     bindings = folder / "csrc" / "bindings.cpp"
     bindings.write_text(bindings.read_text().replace("Compiled kernels of", "Edited kernels of"))
-    build(folder, tmp_path / "tools-3")
+    output = build(folder, tmp_path / "tools-3")
+    assert re.search(
+        r"Linking CXX.*_C.*\n(.*\n)?imf_kernels: instruction sets plain.*, CUDA OFF$", output, re.M
+    )
     assert doc_of(folder) == "Edited kernels of imf_kernels"
     rebuilt = {p.name for p, then in objects.items() if p.stat().st_mtime_ns != then}
     assert rebuilt == {"bindings.cpp.o"}
+
+
+@pytest.fixture
+def configure(tmp_path):
+    """Configures with an nvcc that is none, and tells what CMake says."""
+
+    def program(name):
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("#!/bin/sh\nexit 1\n")
+        path.chmod(0o755)
+
+    def call(*programs, **environment):
+        for name in ("nvcc", *programs):
+            program(name)
+        pybind11 = pytest.importorskip("pybind11")
+        path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        run = subprocess.run(
+            ["cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", "-DIMF_CUDA=auto",
+             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"],
+            env={**os.environ, "LD_LIBRARY_PATH": "", "PATH": path} | environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        )  # fmt: skip
+        return run.stdout
+
+    return call
+
+
+SIGNS = (Path("/dev/nvidia0"), Path("/proc/driver/nvidia/version"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
+has_driver = ON_GPU or shutil.which("nvidia-smi") or any(path.exists() for path in SIGNS)
+
+
+@pytest.mark.skipif(bool(has_driver), reason="there is a driver")
+@pytest.mark.parametrize("stub", [None, "libcuda.so", "libcudart.so.1"])
+def test_cuda_left_out_is_said_last(configure, tmp_path, stub):
+    """The toolkit's stub of the driver, libcuda.so, is not a driver."""
+    if stub:
+        (tmp_path / stub).touch()
+    said = [line for line in configure(LD_LIBRARY_PATH=str(tmp_path)).splitlines() if "imf_kernels:" in line]
+    assert len(said) == 1 and said[0].endswith(
+        f"the CUDA kernels are left out: nvcc is at {tmp_path}/bin/nvcc, but no NVIDIA driver was found; "
+        "to build them, set IMF_CUDA=ON and install again"
+    )
+
+
+@pytest.mark.parametrize("where", ["LD_LIBRARY_PATH", "second in LD_LIBRARY_PATH", "nvidia-smi"])
+def test_a_driver_is_found_where_the_loader_finds_it(configure, tmp_path, where):
+    (tmp_path / "libcuda.so.1").touch()
+    if where == "nvidia-smi":
+        output = configure("nvidia-smi")
+    else:
+        output = configure(LD_LIBRARY_PATH=f"/nowhere:{tmp_path}" if "second" in where else str(tmp_path))
+    # It goes on to the compiler, which does not work here.
+    assert "(enable_language)" in output and "left out" not in output
+
+
+def test_info_says_what_a_build_without_cuda_lacks(monkeypatch, tmp_path):
+    monkeypatch.setattr(_C, "cuda_architectures", "")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    assert "not built: that needs nvcc, on PATH or in CUDA_HOME" in report()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch(0o755)
+    assert f"nvcc is at {tmp_path}/bin/nvcc: set IMF_CUDA=ON and install again" in report()

@@ -61,8 +61,17 @@ def test_steps_of_more_rows_than_were_met_first_have_a_size(recorded):
 
 
 def prepared(x, needed):
-    rows, weight = torch.arange(len(x)), torch.zeros(len(x))
+    rows, weight = torch.arange(len(x), device=x.device), torch.zeros(len(x), device=x.device)
     return Prepared(Draws.sample(x, seed=0, step=0), weight, weight, rows, rows[:needed])
+
+
+def test_graphs_share_memory_with_those_of_their_object_alone(recorded):
+    x, y = torch.zeros(BATCH, 1, 4, 4), torch.zeros(BATCH, dtype=torch.int64)
+    for _ in range(2):
+        step_of = graphs.StepGraphs(lambda x, *_: x.sum(), BATCH, ALONE.device)
+        for needed in (16, 1, 1, 1, 16, 1, 16):
+            step_of(x, y, prepared(x, needed), 0.1, 0.9)
+    assert [graph.beside for graph in recorded] == [None, recorded[0], None, recorded[2]]
 
 
 def test_a_replay_reads_what_was_copied_and_what_waits_is_refused():
@@ -93,7 +102,57 @@ def test_graphs_are_for_gpus(tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_warming_up_takes_the_memory_of_one_step():
+    def update(x, y, step, *rates):
+        large = [x.new_ones(2**23) for _ in range(8)]  # of 32 MiB
+        return sum(part.sum() for part in large)
+
+    device = torch.device("cuda")
+    step_of = graphs.StepGraphs(update, BATCH, device)
+    x, y = torch.zeros(BATCH, 1, 4, 4, device=device), torch.zeros(BATCH, dtype=torch.int64, device=device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    for _ in range(SIZES + 1):
+        step_of(x, y, prepared(x, 16), 0.1, 0.9)
+        grown = torch.cuda.memory_reserved() - reserved
+        assert grown <= 1.3 * (torch.cuda.max_memory_allocated() - allocated)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_a_capture_that_failed_does_not_hinder_the_next():
+    """Even with its tensors still there."""
+    kept = []
+
+    def update(x, y, step, *rates):
+        kept.append(x * 2)
+        if torch.cuda.is_current_stream_capturing() and len(kept) == SIZES + 1:
+            raise ValueError("a step that fails")
+        return kept[-1].sum()
+
+    device = torch.device("cuda")
+    inputs = torch.ones(BATCH, 1, 4, 4, device=device), torch.zeros(BATCH, dtype=torch.int64, device=device)
+    inputs = *inputs, prepared(inputs[0], 16), 0.1, 0.9
+    first = graphs.StepGraphs(update, BATCH, device)
+    for _ in range(SIZES):
+        first(*inputs)
+    with pytest.raises(ValueError, match="a step that fails"):
+        first(*inputs)
+    second = graphs.StepGraphs(update, BATCH, device)
+    for _ in range(SIZES + 2):
+        result = second(*inputs)
+    torch.testing.assert_close(result.cpu(), torch.tensor(BATCH * 16 * 2.0))
+    torch.testing.assert_close(first(*inputs).cpu(), result.cpu())  # nor itself
+
+
+@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_graphs_train_alike_on_a_gpu(precision):
     who = Processes(device=torch.device("cuda"))

@@ -16,6 +16,8 @@ from imf.methods import METHODS, objective
 from imf.objective import Draws, Guidance
 from imf_kernels import Dual, fp8, triton_backend
 
+pytestmark = pytest.mark.gpu
+
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 needs_triton = pytest.mark.skipif(triton_backend.missing() is not None, reason=str(triton_backend.missing()))
 

@@ -35,6 +35,7 @@ def check(results, plain, exact, unit):
         assert (results[name] - value).norm() <= allowed, name
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "method", [m if m in ("mf", "imf") else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
 )

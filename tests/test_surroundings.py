@@ -32,7 +32,7 @@ SURROUNDINGS = {
     "default dtype bf16": lambda: default_dtype(torch.bfloat16),
     "default dtype fp64": lambda: default_dtype(torch.float64),
     "default device meta": lambda: torch.device("meta"),
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast": lambda: torch.autocast(torch.get_default_device().type, torch.bfloat16),
 }
 
 
@@ -41,7 +41,7 @@ SURROUNDINGS = {
 def test_surroundings_change_nothing(case, name, backend, monkeypatch):
     """Forward, backward, and the choice of a matrix product, which is made anew."""
     monkeypatch.setattr(gemm, "_choices", {})
-    p = errors.Problem.draw(case, FP32, 0)
+    p = errors.problem(case, FP32)
     if backend == "reference" and name == "autocast":  # whose backward is PyTorch's own
         p = errors.Problem(p.case, p.dtype, p.seed, p.primals, p.tangents, None, p.exact)
     with SURROUNDINGS[name]():
@@ -91,7 +91,7 @@ def test_a_cotangent_that_never_comes(case, backend):
         def backward(ctx, dx):
             return None
 
-    p = errors.Problem.draw(case, FP32, 0)
+    p = errors.problem(case, FP32)
     leaves = {n: x.clone().requires_grad_(n in case.differentiable) for n, x in p.primals.items()}
     duals = {n: Dual(x, p.tangents[n]) if n in p.tangents else x for n, x in leaves.items()}
     for y in case.run(duals, backend):

@@ -13,6 +13,8 @@ import imf_kernels as ik
 from imf_kernels import triton_backend
 from imf_kernels.testing import cases, errors
 
+pytestmark = pytest.mark.gpu
+
 needs_triton = pytest.mark.skipif(triton_backend.missing() is not None, reason=str(triton_backend.missing()))
 in_the_interpreter = pytest.mark.skipif(ON_GPU, reason="on a GPU nothing is interpreted")
 

@@ -155,8 +155,8 @@ class Problem:
     exact: Results
 
     @classmethod
-    def draw(cls, case: Case, dtype: torch.dtype, seed: int) -> Problem:
-        """On the CPU, so that a seed gives the same data everywhere."""
+    def draw(cls, case: Case, dtype: torch.dtype, seed: int, device: torch.device | str = "cpu") -> Problem:
+        """Drawn on the CPU, so that a seed gives the same data everywhere; exact results on the device."""
         generator = torch.Generator("cpu").manual_seed(seed)
         primals, tangents = case.draw(generator, dtype)
         out_dtype = case.output_dtype or next(iter(primals.values())).dtype
@@ -164,8 +164,12 @@ class Problem:
             torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(out_dtype)
             for shape in case.outputs
         )
-        exact = evaluate(case, primals, tangents, cotangents, "reference", torch.float64)
-        return cls(case, dtype, seed, primals, tangents, cotangents, exact)
+        p = cls(case, dtype, seed, primals, tangents, cotangents, {})
+        try:
+            there = p.to(torch.device(device))
+            return replace(there, exact=there.evaluate("reference", dtype=torch.float64))
+        except torch.OutOfMemoryError:  # in fp64 a small GPU may have no room for it
+            return replace(p, exact=p.evaluate("reference", dtype=torch.float64)).to(torch.device(device))
 
     def to(self, device: torch.device) -> Problem:
         def move(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -192,7 +196,8 @@ class Problem:
         expected = {name for name in self.exact if tangents or not name.startswith("tangent")}
         missing = expected ^ set(results)
         assert not missing, f"{self.case}: results that only one side has: {sorted(missing)}"
-        pytorch = yardsticks(self.case, self.dtype, self.seed, draws)
+        device = next(iter(self.exact.values())).device
+        pytorch = yardsticks(self.case, self.dtype, self.seed, draws, device)
         for name, got in results.items():
             argument = self.case.inputs.get(name.removeprefix("gradient of "))
             rounded = self.dtype if argument and argument.rounded else None
@@ -206,16 +211,22 @@ def problem(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
 
 @functools.lru_cache(maxsize=4)
 def _problem(case: Case, dtype: torch.dtype, seed: int, device: torch.device) -> Problem:
-    return Problem.draw(case, dtype, seed).to(device)
+    return Problem.draw(case, dtype, seed, device)
 
 
 @functools.cache
-def yardsticks(case: Case, dtype: torch.dtype, seed: int = 0, draws: int = 8) -> dict[str, Yardstick]:
+def yardsticks(
+    case: Case,
+    dtype: torch.dtype,
+    seed: int = 0,
+    draws: int = 8,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+) -> dict[str, Yardstick]:
     """PyTorch's errors in float32 for every result of the case: the largest of draws from `seed` on."""
     drawn: list[dict[str, Yardstick]] = []
     for i in range(seed, seed + draws):
         # The first is what is being checked, and drawn already.
-        p = _problem(case, dtype, i, torch.device("cpu")) if i == seed else Problem.draw(case, dtype, i)
+        p = _problem(case, dtype, i, device) if i == seed else Problem.draw(case, dtype, i, device)
         fp32 = p.evaluate("reference", dtype=torch.float32)
         drawn.append({name: Yardstick.of(x, p.exact[name]) for name, x in fp32.items()})
     return {name: Yardstick.largest([d[name] for d in drawn]) for name in drawn[0]}
