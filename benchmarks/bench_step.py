@@ -48,7 +48,7 @@ SWEPT = ("ours", "official", "plain flow matching")
 
 
 class _Product(torch.autograd.Function):
-    """x weightᵀ by the product that `imf_kernels.gemm` finds the fastest, also in forward mode."""
+    """x weightᵀ by the product that `imf_kernels.gemm` takes, also in forward mode."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ void register_isa(py::module_& m) {
   m.def("isa_unavailable", &imf::isa_unavailable);
   m.def("set_isa", &imf::set_isa);
   m.def("get_isa", &imf::get_isa);
+  m.attr("intel") = imf::is_intel();
 #if defined(_OPENMP)
   m.attr("openmp") = true;
 #else

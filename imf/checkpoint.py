@@ -61,7 +61,6 @@ class Metadata:
     step: optimizer steps done.  elapsed: seconds of training until then.
     config: the full configuration, with that of the network.
     precision: "fp32" or "bf16", as decided when the run began.
-    gemm_choices: what `imf_kernels.gemm.choices()` had measured; another choice rounds differently.
     environment: versions, processor, device and thread count, see `environment`.
     autoencoder: digest of the one that prepared the latents, see `imf.vae.digest`; "" if unknown or none.
     """
@@ -70,7 +69,6 @@ class Metadata:
     elapsed: float
     config: TrainConfig
     precision: str
-    gemm_choices: dict[str, str]
     environment: dict[str, str]
     autoencoder: str = ""
 
@@ -453,18 +451,14 @@ def _aim(path: Path) -> str:
 
 def _check_metadata(metadata: Metadata) -> None:
     """ValueError unless the values, all but the configuration's, are of the types that `Metadata` names."""
-    m, elapsed = metadata, metadata.elapsed
-    texts = {
-        name: isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
-        for name, value in (("gemm_choices", m.gemm_choices), ("environment", m.environment))
-    }
-    threads = m.environment.get("threads", "") if texts["environment"] else ""
+    m, elapsed, environment = metadata, metadata.elapsed, metadata.environment
+    texts = isinstance(environment, dict) and all(isinstance(text, str) for text in environment.values())
+    threads = environment.get("threads", "") if texts else ""
     fits_threads = threads.isdecimal() and len(threads) < 5 and 1 <= int(threads) <= MOST_THREADS
     for name, fits, wanted in (
         ("step", type(m.step) is int and m.step >= 0, "an integer of at least 0"),
         ("elapsed", isinstance(elapsed, (int, float)) and 0 <= elapsed < math.inf, "seconds"),
         ("precision", m.precision in tuple(DTYPES), f"one of {', '.join(DTYPES)}"),
-        ("gemm_choices", texts["gemm_choices"], "texts by name"),
         ("environment", fits_threads, f"texts by name, threads from 1 to {MOST_THREADS}"),
         ("autoencoder", isinstance(m.autoencoder, str), "a text"),
     ):

@@ -99,7 +99,6 @@ def _import(a: argparse.Namespace) -> str:
         elapsed=0.0,
         config=config,
         precision="fp32",
-        gemm_choices={},
         environment=environment(torch.device("cpu")),
     )
     save_network(a.out, states, metadata)

@@ -27,7 +27,7 @@ from imf.run import (
     write_json,
 )
 from imf.sharding import prepare
-from imf_kernels import gemm
+from imf_kernels import cpu
 
 
 @dataclass
@@ -105,7 +105,7 @@ def begin(config: TrainConfig, who: Processes | None = None) -> Run:
         if who.device.type == "cuda":
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            bf16 = gemm.fast_dtype() == torch.bfloat16
+            bf16 = "avx512_bf16" in cpu.instruction_sets()
         precision = who.from_first("bf16" if bf16 else "fp32")
     with who.together():
         _check_processes(config, who)
@@ -143,10 +143,6 @@ def resume(path: Path | None, arguments: argparse.Namespace, who: Processes | No
                 f"--resume: the latents in {config.data} are of another autoencoder than those that {folder} "
                 f"was trained on: start a new run, or prepare them again as they were"
             )
-        try:  # before the first product: another choice rounds differently
-            gemm.load_choices(metadata.gemm_choices)
-        except ValueError as error:
-            raise TrainingError(f"--resume: {path} cannot go on exactly here: {error}") from error
     torch.set_num_threads(getattr(arguments, "threads", 0) or int(metadata.environment["threads"]))
     if who.first:
         _warn_of_other_bits(metadata, config, who)

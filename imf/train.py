@@ -48,7 +48,6 @@ from imf.sample import class_grid
 from imf.scores import evaluate, table
 from imf.sharding import local, synchronising, whole
 from imf.start import Run, State, begin, device_of, fitted_to_data, folder_of, resume
-from imf_kernels import gemm
 
 ENDINGS: tuple[type[Exception], ...] = (*ERRORS, data.DataError)  # end a run with a message
 
@@ -182,8 +181,6 @@ def fit(run: Run) -> int | None:
                         log.elapsed = run.elapsed
                     arriving.push(state.step, terms)
                     check(log)
-                    if state.step == 1:  # all products have been measured: processes go on with the same
-                        gemm.load_choices(who.from_first(gemm.choices()))
 
                     received = who.largest(stop.received or 0)
                     if received or _due(state.step, config.checkpoint_every):
@@ -231,7 +228,6 @@ def save(run: Run) -> None:
         elapsed=run.elapsed,
         config=run.config,
         precision=run.precision,
-        gemm_choices=dict(gemm.choices()),
         environment=checkpoint.environment(who.device, who.count),
         autoencoder=run.data.autoencoder,
     )

@@ -6,6 +6,7 @@
 Heads = tuple[int, int, int, int]  # pointer, strides of batch, head and position
 
 openmp: bool
+intel: bool
 cuda_architectures: str
 
 def supported_isas() -> list[str]: ...

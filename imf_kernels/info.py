@@ -36,15 +36,12 @@ def backends(operation: str) -> tuple[Backend, ...]:
 
 def report() -> str:
     """Versions, instruction sets, libraries, and each operation's backends."""
-    product = f"{', '.join(gemm._PRODUCTS)} (the fastest one for each layer)"
-    if gemm.ONEDNN_UNAVAILABLE:
-        product = f"torch (onednn: {gemm.ONEDNN_UNAVAILABLE})"
     lines = [
         f"python              {platform.python_version()} on {platform.machine()}",
         f"torch               {torch.__version__}, {torch.get_num_threads()} threads",
         f"instruction sets    {', '.join(cpu.instruction_sets())}; in use: {cpu.instruction_set()}",
         f"OpenMP              {'yes' if _C.openmp else 'no: the kernels run on one thread'}",
-        f"fp32 products       {product}",
+        f"large fp32 products {gemm.library()}",
         f"Triton kernels      {triton_status()}",
         f"CUDA kernels        {cuda_status()}",
         "",

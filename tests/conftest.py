@@ -1,4 +1,4 @@
-"""What the tests of the operations share: backends, poisoned memory, one thread unless a test says more.
+"""What the tests of the operations share: backends, poisoned memory, the number of threads.
 
 On a machine with a GPU the `triton` backend runs on it, elsewhere in Triton's interpreter, on the CPU; the
 `cuda` backend likewise, elsewhere compiled for the CPU (tests/cuda_host), which is slow to build.
@@ -6,6 +6,10 @@ On a machine with a GPU the `triton` backend runs on it, elsewhere in Triton's i
 
 import contextlib
 import os
+
+# Before PyTorch is imported, and for the processes that tests start: one thread, enough for the small tensors
+# of the tests, unless the suite is to run on more (`OMP_NUM_THREADS=3 make test`) or a test says so.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -143,15 +147,15 @@ def threads(count):
 
 @pytest.fixture(params=BACKENDS)
 def backend(request, poisoned_memory):
-    """Each backend in turn, the `cpu` one with each instruction set, on one thread."""
-    with running_on(request.param) as name, threads(1):
+    """Each backend in turn, the `cpu` one with each instruction set."""
+    with running_on(request.param) as name:
         yield name
 
 
 @pytest.fixture(params=KERNELS)
 def kernels(request, poisoned_memory):
-    """The `cpu` backend with each instruction set in turn, and `triton`, on one thread."""
-    with running_on(request.param) as name, threads(1):
+    """The `cpu` backend with each instruction set in turn, and `triton`."""
+    with running_on(request.param) as name:
         yield name
 
 

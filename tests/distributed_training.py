@@ -160,7 +160,6 @@ def full_disk(who, folder):
 
 def main():
     folder, results = Path(sys.argv[1]), {}
-    torch.set_num_threads(1)
     with joined("cpu") as who:
         results["place"] = [who.rank, who.count]
         for name, changes in FORMS.items():

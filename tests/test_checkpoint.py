@@ -9,19 +9,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_run import ALONE, NETWORK, config, differing, one_thread, state_and_data, tensors
+from tiny_run import ALONE, NETWORK, config, differing, state_and_data, tensors
 
 from imf import checkpoint, files, train
 from imf.checkpoint import CheckpointError
 
-_one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
-
-CHOICES = {"forward few 48x16 threads=1": "torch", "forward many 48x16 threads=1": "torch"}
-
 
 def metadata(step=3, **changes):
     environment = checkpoint.environment(torch.device("cpu"))
-    return checkpoint.Metadata(step, 1.5, config(**changes), "bf16", CHOICES, environment)
+    return checkpoint.Metadata(step, 1.5, config(**changes), "bf16", environment)
 
 
 def write(path, state, **changes):
@@ -69,7 +65,7 @@ def test_the_metadata_say_what_the_run_is(trained, path):
     write(path, trained)
     with safe_open(path, framework="pt") as file:
         values = json.loads(file.metadata()["imf"])
-    assert values["step"] == 3 and values["precision"] == "bf16" and values["gemm_choices"] == CHOICES
+    assert values["step"] == 3 and values["precision"] == "bf16"
     assert values["config"]["seed"] == 0 and values["config"]["network"] == dataclasses.asdict(NETWORK)
     assert values["environment"]["torch"] == torch.__version__
     assert values["environment"]["threads"] == str(torch.get_num_threads())
@@ -190,7 +186,6 @@ SPOILED_METADATA = {
     "step": ["4", -4, 4.0, True, None],
     "elapsed": ["1", float("nan"), -1],
     "precision": ["fp16", None, []],
-    "gemm_choices": [[1], {"forward few 48x16 threads=1": 1}, None],
     "environment": [{}, {"threads": "many"}, {"threads": 2}, None],
     "config": [None, {}, "digits"],
 }

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import threads
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,10 +32,8 @@ each_operation = pytest.mark.parametrize(
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_no_graphs_yet():
+def no_graphs_yet():
     torch._dynamo.reset()
-    with threads(1):
-        yield
 
 
 def leaves_of(p):

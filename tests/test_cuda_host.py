@@ -12,7 +12,7 @@ from pathlib import Path
 import cuda_emulation
 import pytest
 import torch
-from conftest import running_on, threads
+from conftest import running_on
 
 from imf_kernels import cuda
 from imf_kernels.testing import cases, errors
@@ -84,7 +84,7 @@ def any_case(seed):
 def test_any_shape(first, monkeypatch, poisoned_memory):
     """The error rule, and bitwise the same results whatever the order of the threads."""
     module = cuda_emulation.module()
-    with cuda_emulation.emulated(), threads(1):
+    with cuda_emulation.emulated():
         for seed in range(first, first + 10):
             # Sums over rows in few shares, and in many.
             monkeypatch.setattr(cuda, "_processors", lambda device, seed=seed: 1 + seed % 4)

@@ -32,9 +32,6 @@ IMAGES = IMFConfig(
 )  # fmt: skip
 
 
-one_thread = pytest.fixture(scope="module", autouse=True)(tiny_run.one_thread)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A network of images, an extractor, a reference."""

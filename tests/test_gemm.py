@@ -1,116 +1,79 @@
-"""The choice of a matrix product: every candidate is right, choices are measured once, kept and restored."""
+"""The products of a linear layer: right on both sides of the border between libraries, and repeatable."""
 
-import time
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
+from conftest import threads
 
 import imf_kernels as ik
-from imf_kernels import gemm
+from imf_kernels import Dual, gemm, info
+
+# From one number to 2²² multiply-adds and more, where another library may take over.
+SHAPES = [(1, 1, 1), (5, 3, 2), (300, 24, 40), (1100, 33, 17), (511, 64, 128), (512, 64, 128), (513, 65, 129)]
 
 
-@pytest.fixture(autouse=True)
-def no_choices_yet(monkeypatch):
-    monkeypatch.setattr(gemm, "_choices", {})
+def layer(rows, out, width, dtype=torch.float32):
+    """x with its tangent, weight, bias and the cotangent of the output."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((rows, width), (rows, width), (out, width), (out,), (rows, out))
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
-@pytest.mark.parametrize("name", list(gemm._PRODUCTS))
-@pytest.mark.parametrize(("rows", "out", "width"), [(1, 1, 1), (5, 3, 2), (300, 24, 40), (1100, 33, 17)])
-def test_every_product_is_right(name, rows, out, width):
-    """As the three products of a layer, with the transposed operands they get there."""
-    x, w, dy, bias = (torch.randn(*s) for s in ((rows, width), (out, width), (rows, out), (out,)))
-    run = gemm._PRODUCTS[name]
-    for got, wanted in [
-        (run(x, w, bias), x.double() @ w.double().t() + bias.double()),
-        (run(dy, w.t(), None), dy.double() @ w.double()),
-        (run(dy.t(), x.t(), None), dy.double().t() @ x.double()),
-    ]:
-        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
+def results(x, x_dot, weight, bias, dy):
+    x, weight, bias = (p.clone().requires_grad_() for p in (x, weight, bias))
+    y = ik.linear(Dual(x, x_dot), weight, bias, backend="cpu")
+    return [y.primal.detach(), y.tangent.detach(), *torch.autograd.grad(y.primal, (x, weight, bias), dy)]
 
 
-def test_choices_do_not_depend_on_the_rows_that_came_first(monkeypatch):
-    """A layer is measured once, for few and for many rows, whatever came; then nothing is added."""
-    measured = []
-    monkeypatch.setattr(gemm, "_fastest", lambda a, b: measured.append((a.shape, b.shape)) or "torch")
-    w = torch.randn(6, 4, requires_grad=True)
-    ik.linear(torch.randn(3, 4), w, backend="cpu").sum().backward()
-    first = gemm.choices()
-    assert len(first) == len(measured) == 6
-    for rows in (1, 2000, 5000):
-        ik.linear(torch.randn(rows, 4), w, backend="cpu").sum().backward()
-    assert gemm.choices() == first
-    ik.linear(torch.randn(3, 4), torch.randn(5, 4), backend="cpu")
-    assert len(gemm.choices()) == 12
+@pytest.mark.parametrize(("rows", "out", "width"), SHAPES)
+def test_every_product_is_right(rows, out, width):
+    x, x_dot, w, b, dy = arguments = layer(rows, out, width)
+    exact = [p.double() for p in arguments]
+    x, x_dot, w, b, dy = exact
+    wanted = [x @ w.t() + b, x_dot @ w.t(), dy @ w, dy.t() @ x, dy.sum(0)]
+    for got, product in zip(results(*arguments), wanted, strict=True):
+        torch.testing.assert_close(got.double(), product, rtol=1e-4, atol=1e-4)
 
 
-def test_saved_choices_are_used_instead_of_measuring(monkeypatch):
-    x, w = torch.randn(8, 4), torch.randn(6, 4)
-    ik.linear(x, w, backend="cpu")
-    saved = gemm.choices()
-    used = []
-
-    def product(a, b, bias):
-        used.append(a.shape)
-        return a @ b.t()
-
-    monkeypatch.setitem(gemm._PRODUCTS, "torch", product)
-    monkeypatch.setattr(gemm, "_fastest", lambda a, b: pytest.fail("measured"))
-    gemm.load_choices({key: "torch" for key in saved})
-    torch.testing.assert_close(ik.linear(x, w, backend="cpu"), x @ w.t())
-    assert used == [(8, 4)]
-    gemm.choices().clear()
-    assert gemm.choices()  # a copy
-
-
-def test_choices_that_cannot_be_had_are_named():
-    with pytest.raises(ValueError, match=r"gemm\.load_choices: 'forward few .*' was 'cublas', which cannot"):
-        gemm.load_choices({"forward few 6x4 threads=1": "cublas"})
-    assert gemm.choices() == {}
-
-
-def test_without_a_rival_and_in_bf16_nothing_is_measured(monkeypatch):
-    x, w = torch.randn(8, 4), torch.randn(6, 4)
-    ik.linear(x.bfloat16(), w.bfloat16(), backend="cpu")
-    monkeypatch.setattr(gemm, "_PRODUCTS", {"torch": gemm._torch})
-    torch.testing.assert_close(ik.linear(x, w, backend="cpu"), x @ w.t())
-    assert gemm.choices() == {}
-
-
-def test_fast_dtype_is_one_of_the_two():
-    assert gemm.fast_dtype() in (torch.float32, torch.bfloat16)
-
-
-@pytest.mark.parametrize("name", list(gemm._PRODUCTS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "out", "width"), [(0, 3, 4), (5, 0, 4), (5, 3, 0)])
-def test_empty_layers_whatever_was_chosen(monkeypatch, name, rows, out, width):
-    monkeypatch.setattr(gemm, "_fastest", lambda a, b: name)
-    x, w = torch.randn(rows, width, requires_grad=True), torch.randn(out, width, requires_grad=True)
-    y = ik.linear(x, w, backend="cpu")
-    y.sum().backward()
-    assert y.shape == (rows, out) and not y.any() and x.grad.shape == x.shape and w.grad.shape == w.shape
+def test_empty_layers(rows, out, width, dtype):
+    x, _, weight, _, dy = layer(rows, out, width, dtype)
+    y, y_dot, dx, dw, db = results(x, x, weight, torch.zeros(out, dtype=dtype), dy)
+    assert y.shape == y_dot.shape == (rows, out) and not y.any() and not y_dot.any()
+    assert dx.shape == x.shape and dw.shape == weight.shape and not dw.any() and db.shape == (out,)
 
 
-def test_choices_that_a_checkpoint_lacks_are_measured(monkeypatch):
-    x, w = torch.randn(8, 4), torch.randn(6, 4)
-    ik.linear(x, w, backend="cpu")
-    whole = gemm.choices()
-    kept = {key: name for key, name in whole.items() if "many" in key}
-    gemm.load_choices(kept)
-    ik.linear(x, w, backend="cpu")
-    assert gemm.choices().keys() == whole.keys() and kept.items() <= gemm.choices().items()
+def test_two_processes_choose_alike():
+    """Every size at which the products are chosen, while the other process keeps the processor busy."""
+    script = textwrap.dedent("""
+        import hashlib, sys, torch
+        sys.path.insert(0, sys.argv[1])
+        from test_gemm import SHAPES, layer, results
+        torch.set_num_threads(2)
+        digest = hashlib.sha256()
+        for shape in [*SHAPES, (1500, 300, 200), (200, 768, 768), (4000, 48, 16)]:
+            for _ in range(20):
+                for x in results(*layer(*shape)):
+                    digest.update(x.numpy().tobytes())
+        print(digest.hexdigest())
+    """)
+    command = [sys.executable, "-c", script, __file__.rpartition("/")[0]]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    first, second = (process.communicate(timeout=120)[0] for process in running)
+    assert len(first) == 65 and first == second
 
 
-def test_python_threads_measure_a_layer_once(monkeypatch):
-    measured = []
+def test_a_repeated_call_gives_the_same_bits():
+    arguments = layer(1500, 300, 200)
+    with threads(2):
+        first = results(*arguments)
+        for _ in range(5):
+            assert all(torch.equal(a, b) for a, b in zip(first, results(*arguments), strict=True))
 
-    def slowly(a, b):
-        measured.append(a.shape)
-        time.sleep(0.01)
-        return "torch"
 
-    monkeypatch.setattr(gemm, "_fastest", slowly)
-    x, w = torch.randn(8, 4), torch.randn(6, 4)
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: ik.linear(x, w, backend="cpu"), range(8)))
-    assert len(measured) == 6
+def test_info_names_the_library_of_products():
+    assert f"large fp32 products {gemm.library()}" in info.report()

@@ -6,15 +6,13 @@ import json
 
 import pytest
 import torch
-from tiny_run import ALONE, FAST, NETWORK, config, one_thread, state_and_data
+from tiny_run import ALONE, FAST, NETWORK, config, state_and_data
 
 from imf import config as configuration
 from imf import sample, train
 from imf.draws import Draws
 from imf.methods import METHODS, network_of
 from imf.presets import PRESETS, preset_of
-
-one_thread = pytest.fixture(autouse=True)(one_thread)
 
 
 def settings(method: str) -> dict:

@@ -12,13 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import FAST, arguments, config, differing, objective_that, one_thread
+from tiny_run import FAST, arguments, config, differing, objective_that
 
 from imf import checkpoint, train
 from imf.run import StopSignals, TrainingError
-from imf_kernels import gemm
-
-_one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
 TIMES = ("images_per_second", "elapsed")
 
@@ -125,12 +122,14 @@ def test_a_run_killed_by_the_system(tmp_path):
     def command(*options):
         return [sys.executable, "-m", "imf.train", *options]
 
-    # The first checkpoint is the past of both: it holds measured choices that another run may not share.
     steps = 120
     killed, left = tmp_path / "killed", tmp_path / "left"
-    often = {"checkpoint_every": 5, "keep_checkpoints": 1000}
-    options = arguments(runs=tmp_path, name="killed", steps=steps, threads=1, **often)
-    process = subprocess.Popen(command(*options), stdout=subprocess.DEVNULL)
+
+    def options(name):
+        often = {"checkpoint_every": 5, "keep_checkpoints": 1000}
+        return arguments(runs=tmp_path, name=name, steps=steps, threads=1, **often)
+
+    process = subprocess.Popen(command(*options("killed")), stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while len(checkpoint.list_all(killed)) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -138,21 +137,10 @@ def test_a_run_killed_by_the_system(tmp_path):
     assert process.wait() == -signal.SIGKILL
     first, *_, newest = checkpoint.list_all(killed)
     assert first.name < newest.name < checkpoint.path_of(killed, steps).name
-    (left / "checkpoints").mkdir(parents=True)
-    shutil.copy(first, left / "checkpoints")
-    for folder in (killed, left):
-        subprocess.run(command("--resume", str(folder)), check=True, stdout=subprocess.DEVNULL)
+    for rest in (("--resume", str(killed)), options("left")):
+        subprocess.run(command(*rest), check=True, stdout=subprocess.DEVNULL)
     assert differing(final(killed, steps), final(left, steps)) == []
     assert [line["step"] for line in metrics(killed)] == list(range(1, steps + 1))
-
-
-def test_measured_choices_are_loaded_before_the_first_step(cut, monkeypatch):
-    events = []
-    monkeypatch.setattr(gemm, "load_choices", lambda choices: events.append(choices))
-    with objective_that(monkeypatch, lambda call, out: (events.append("step"), out)[1]):
-        resumed(cut)
-    assert events[0] == checkpoint.read_metadata(checkpoint.path_of(cut, 4)).gemm_choices
-    assert set(events[1:]) == {"step"}
 
 
 def test_more_steps(cut):

@@ -9,7 +9,7 @@ from conftest import threads
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import imf_kernels as ik
-from imf_kernels import Dual, gemm
+from imf_kernels import Dual
 from imf_kernels.testing import errors
 from imf_kernels.testing.cases import FP32, OPERATIONS, SMALL
 
@@ -38,15 +38,12 @@ SURROUNDINGS = {
 
 @each_operation
 @pytest.mark.parametrize("name", SURROUNDINGS)
-def test_surroundings_change_nothing(case, name, backend, monkeypatch):
-    """Forward, backward, and the choice of a matrix product, which is made anew."""
-    monkeypatch.setattr(gemm, "_choices", {})
+def test_surroundings_change_nothing(case, name, backend):
     p = errors.problem(case, FP32)
     if backend == "reference" and name == "autocast":  # whose backward is PyTorch's own
         p = errors.Problem(p.case, p.dtype, p.seed, p.primals, p.tangents, None, p.exact)
     with SURROUNDINGS[name]():
         got = p.evaluate(backend)
-    gemm.load_choices(gemm.choices())
     for key, value in p.evaluate(backend).items():
         assert got[key].dtype == value.dtype and got[key].device == value.device
         torch.testing.assert_close(got[key], value)

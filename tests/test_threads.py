@@ -43,10 +43,7 @@ on_big = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread_unless_said(poisoned_memory):
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def run_python(script, *arguments, **environment):

@@ -7,14 +7,12 @@ import json
 import pytest
 import tiny_run
 import torch
-from tiny_run import ALONE, arguments, config, differing, objective_that, one_thread, state_and_data, tensors
+from tiny_run import ALONE, arguments, config, differing, objective_that, state_and_data, tensors
 
 from imf import checkpoint, sample, start, train
 from imf.config import ema_decay, learning_rate
 from imf.objective import Draws, improved_mean_flow
 from imf.run import Readback, TrainingError
-
-_one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
 
 def test_the_schedule():

@@ -11,14 +11,12 @@ import pytest
 import tiny_data
 import torch
 from safetensors.torch import load_file
-from tiny_run import ALONE, NETWORK, arguments, config, differing, one_thread, state_and_data, tensors
+from tiny_run import ALONE, NETWORK, arguments, config, differing, state_and_data, tensors
 
 from imf import checkpoint, data, train
 from imf.data.latents import PackedData
 from imf.model import Block
 from imf.run import TrainingError
-
-_one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
 
 @pytest.fixture(scope="module")

@@ -36,14 +36,6 @@ FAST = {
 }
 
 
-def one_thread():
-    """A fixture, by `pytest.fixture(...)(one_thread)`: these networks are too small for more threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def config(**changes):
     return TrainConfig(**{"network": NETWORK, **FAST, **changes})
 

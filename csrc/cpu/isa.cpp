@@ -78,6 +78,15 @@ void set_isa(const std::string& name) {
 
 std::string get_isa() { return all[static_cast<int>(current_isa())].name; }
 
+bool is_intel() {
+#if defined(IMF_X86)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 Isa current_isa() { return selected().load(std::memory_order_relaxed); }
 
 }  // namespace imf

@@ -16,6 +16,7 @@ std::string isa_unavailable(const std::string& name);
 void set_isa(const std::string& name);  // throws std::invalid_argument with the reason above
 std::string get_isa();
 Isa current_isa();
+bool is_intel();
 
 }  // namespace imf
 

@@ -2,8 +2,8 @@
 
 Tangent:  ẏ = ẋ Wᵀ (weight and bias carry none).
 Backward: dx = dy W,  dW = dyᵀ x,  db = Σ_rows dy.
-Kernels: PyTorch's matrix products, the fastest one for the layer (imf_kernels/gemm.py); on request in FP8
-         where there is no gradient (imf_kernels/fp8.py).
+Kernels: PyTorch's matrix products, by the library that suits the processor (imf_kernels/gemm.py); on
+         request in FP8 where there is no gradient (imf_kernels/fp8.py).
 """
 
 from __future__ import annotations

@@ -75,7 +75,9 @@ class _SinusoidalEmbedding(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         t, f = ctx.saved_tensors
         angle, (dcos, dsin) = t[:, None].float() * f, dy.float().chunk(2, dim=-1)
-        return None, ((angle.cos() * dsin - angle.sin() * dcos) @ f).to(t.dtype), None, None, None
+        # A sum, not a product with f: BLAS adds in an order that depends on the number of threads.
+        dt = ((angle.cos() * dsin - angle.sin() * dcos) * f).sum(-1)
+        return None, dt.to(t.dtype), None, None, None
 
 
 class _CPU:
