@@ -19,7 +19,7 @@ TEST_CPP := $(shell find tests -name '*.h' -o -name '*.cpp')
 help:
 	@echo "make train      train on the digits, draw samples, print the figures (ARGS='--steps 100 ...')"
 	@echo "make test       the tests, under 10 minutes       make test-all   the slow ones too"
-	@echo "make test-versions   the tests under other versions of Python, PyTorch, Triton and the compiler"
+	@echo "make test-versions   the tests under other versions of Python, PyTorch, Triton, compiler, settings"
 	@echo "make bench      the benchmarks                    make lint       what CI checks; make format mends"
 	@echo "make info       which backends can run here"
 

@@ -1,7 +1,9 @@
-"""Tests the project under other versions of Python, PyTorch, Triton and the compiler; prints a table.
+"""Tests the project under other versions of Python, PyTorch, Triton and the compiler, under other settings
+of PyTorch's libraries and on other numbers of threads; prints a table.
 
     python tests/versions.py                        every row (`make test-versions`)
     python tests/versions.py 'python3.10*'          the rows of these names
+    python tests/versions.py '*=*'                  the settings: instructions of the libraries, threads
     python tests/versions.py --tests tests/test_jvp.py,tests/test_compile.py
 
 Each row has a folder under build/versions, reused by the next run: a copy of the sources, so that no row
@@ -11,9 +13,11 @@ writes into this tree, an environment, and a log. A row that cannot run here say
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import functools
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -188,6 +192,25 @@ def emulated(place: Place) -> Outcome:
     return place.test(Path(sys.executable), versions, ON_EMULATOR, IMF_REMOTE_KERNELS=command)
 
 
+def under(place: Place, **settings: str) -> Outcome:
+    """Tests the project with these environment variables, with the Python and the kernels of this tree."""
+    place.copy_sources()
+    for module in (ROOT / "imf_kernels").glob("_C.*.so"):
+        shutil.copy(module, place.source / "imf_kernels")
+    versions = last_line(place.run(sys.executable, "-c", VERSIONS))
+    return place.test(Path(sys.executable), versions, **settings)
+
+
+# What PyTorch's libraries may do otherwise on another processor, and the number of threads.
+SETTINGS: tuple[dict[str, str], ...] = (
+    {"OMP_NUM_THREADS": "1"},
+    {"OMP_NUM_THREADS": "3"},
+    {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "OMP_NUM_THREADS": "2"},
+    {"MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "2"},
+    {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "2"},
+    {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "2"},
+)
+
 OLDEST, MIDDLE, NEWEST = "torch==2.11.*", "torch==2.13.*", "torch"
 ROWS: dict[str, Row] = {
     "python3.10 torch-2.11": functools.partial(installed, python="3.10", torch=OLDEST),
@@ -205,6 +228,10 @@ ROWS: dict[str, Row] = {
     "g++-11": functools.partial(compiled, c="gcc-11", cxx="g++-11"),
     "clang": functools.partial(compiled, c="clang", cxx="clang++"),
     "aarch64": emulated,
+    **{
+        " ".join(f"{name}={value}" for name, value in settings.items()): functools.partial(under, **settings)
+        for settings in SETTINGS
+    },
 }
 
 
@@ -223,6 +250,14 @@ def outcome(name: str, tests: tuple[str, ...]) -> tuple[str, Outcome]:
     return ("failed" if found.failed else "passed"), found
 
 
+def processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("rows", nargs="*", default=["*"], metavar="ROW", help=", ".join(ROWS))
@@ -231,6 +266,7 @@ def main() -> int:
     names = [name for name in ROWS if any(fnmatch.fnmatch(name, pattern) for pattern in options.rows)]
     if not names:
         parser.error(f"no row fits {options.rows}; there are {', '.join(ROWS)}")
+    print(f"Processor: {processor()}\n")
     print("| row | versions | result | passed | failed | skipped | first failure |")
     print("| --- | --- | --- | ---: | ---: | ---: | --- |", flush=True)
     states = []
