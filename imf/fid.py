@@ -195,7 +195,7 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
     """Mean and standard deviation over `splits` of exp(mean of KL(p(y|x) ‖ p(y))), computed in fp64.
 
     The rows of `logits` [N, K] are shuffled as by torch-fidelity, whose figures are the published ones.
-    Raises: ValueError for fewer than `splits` rows.
+    Raises: ValueError for fewer than `splits` rows, or a logit that is NaN.
     Source: Salimans et al., arXiv 1606.03498.
     """
     n = len(logits)
@@ -203,13 +203,17 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
         raise ValueError(
             f"inception_score: logits must be [N, K] with N >= {splits}, got {list(logits.shape)}"
         )
+    if logits.isnan().any():
+        raise ValueError("inception_score: logits must be numbers, got NaN: are the samples?")
     order = torch.from_numpy(np.random.RandomState(2020).permutation(n))
     log_p = logits.cpu()[order].double().log_softmax(1)
     scores = []
     for i in range(splits):
         part = log_p[i * n // splits : (i + 1) * n // splits]
         log_marginal = part.logsumexp(0) - np.log(len(part))
-        scores.append((part.exp() * (part - log_marginal)).sum(1).mean().exp().item())
+        terms = part.exp() * (part - log_marginal)
+        terms[part == -torch.inf] = 0  # p log p at p = 0
+        scores.append(terms.sum(1).mean().exp().item())
     return float(np.mean(scores)), float(np.std(scores))
 
 

@@ -51,8 +51,12 @@ def load(path: Path, device: torch.device) -> Any:
         vae, found = AutoencoderKL.from_pretrained(path, output_loading_info=True, **options)
     except VAEError:
         raise
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        raise VAEError(f"{path}: no AutoencoderKL can be read from it: {error}") from error
+    except (
+        *(OSError, SafetensorError, RuntimeError, ValueError),
+        *(TypeError, AttributeError, LookupError, ArithmeticError),  # a field of config.json of another type
+    ) as error:
+        reason = " ".join(str(error).split())
+        raise VAEError(f"{path}: no AutoencoderKL can be read from it: {reason}") from error
     finally:
         speaker.setLevel(level)
     lacking = [*found["missing_keys"], *found["mismatched_keys"]]

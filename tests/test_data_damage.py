@@ -372,3 +372,27 @@ def test_statistics_of_absurd_size_are_not_allocated(tmp_path):
             archive.write(tmp_path / "a.npy", f"{name}.npy")
     with pytest.raises(fid.StatisticsError, match=r"at most 16,384 features, got \[1000000, 1000000\]"):
         fid.load_statistics(tmp_path / "a.npz")
+
+
+def test_logits_that_are_no_numbers():
+    """A probability of exactly 0 has one, NaN has none."""
+    sure = torch.eye(4).repeat(5, 1).log()
+    assert fid.inception_score(sure, splits=1)[0] == pytest.approx(4)
+    with pytest.raises(ValueError, match="logits must be numbers, got NaN"):
+        fid.inception_score(sure * 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"block_out_channels": "abc"}, {"norm_num_groups": 0}, {"act_fn": [1]}, {"down_block_types": []}],
+)
+def test_autoencoders_whose_configuration_is_damaged(tmp_path, capsys, change):
+    pytest.importorskip("diffusers", reason="the autoencoder is diffusers'")
+    images = tiny_data.images(tmp_path / "source", broken=False)
+    config = tiny_data.autoencoder(tmp_path / "vae") / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    folders = [str(images), str(tmp_path / "out"), "--vae", str(tmp_path / "vae")]
+    assert prepare.main([*folders, "--size", "32", "--device", "cpu"]) == 1
+    said = capsys.readouterr().err
+    reasons = ("no AutoencoderKL can be read from it: ", "fails on images [10, 3, 32, 32]: ")
+    assert any(f"{tmp_path / 'vae'}: {reason}" in said for reason in reasons) and "Traceback" not in said

@@ -63,6 +63,7 @@ class Latents(Encoder):
     def __init__(self, path: Path, size: int, device: torch.device, precision: str) -> None:
         _check_folder(path)
         self._vae, self._device, self._precision = vae.load(path, device), device, precision
+        self._path = path
         config = self._vae.config
         factor = 2 ** (len(config.block_out_channels) - 1)
         if factor != 8:
@@ -95,11 +96,15 @@ class Latents(Encoder):
                 posterior = self._vae.encode(x).latent_dist
         except torch.OutOfMemoryError as error:
             raise DataError(f"--batch-size must be smaller than {len(images)} here: {error}") from error
+        except RuntimeError as error:  # layers that do not fit together
+            reason = " ".join(str(error).split())
+            raise DataError(f"--vae {self._path}: fails on images {list(x.shape)}: {reason}") from error
         # Not posterior.std: in bf16 the exponential would be rounded too.
         moments = torch.stack([posterior.mean.float(), torch.exp(0.5 * posterior.logvar.float())], dim=1)
         if not moments.isfinite().all():
             raise DataError(
-                f"--vae: its latents are not finite in {self._precision}: its weights may be damaged"
+                f"--vae {self._path}: its latents are not finite in {self._precision}: "
+                f"its weights may be damaged"
             )
         return moments.cpu().numpy()
 
