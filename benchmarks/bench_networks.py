@@ -18,11 +18,15 @@ from typing import Any
 import pytest
 import torch
 from observe import Beside, look
-from other_networks import NETWORKS, made
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import imf_kernels as ik
+
+for name in ("diffusers", "transformers"):
+    pytest.importorskip(name, reason=f"{name} is not installed: pip install -e '.[dev]'")
+
+from other_networks import NETWORKS, made  # noqa: E402
 
 TRANSFORMER = {"size": 32, "heads": 6, "head_dim": 64, "layers": 4}  # 256 tokens of width 384
 SHAPES = {

@@ -170,6 +170,17 @@ def canonical(requirement):
     return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
 
 
+def test_benchmarks_start_with_the_requirements_alone(tmp_path):
+    """`pytest benchmarks/ --benchmark-only` after a plain `pip install -e .`, as far as collecting them."""
+    python = clean_environment(tmp_path / "environment", importlib.metadata.requires("imf-kernels"))
+    listed = run(
+        *(python, "-m", "pytest", "benchmarks", "--benchmark-only", "--collect-only", "-q"),
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert "bench_operations.py::" in listed and "bench_step.py::" in listed
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="makes links")
 def test_source_distribution_to_training(tmp_path):
