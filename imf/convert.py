@@ -124,7 +124,8 @@ def _converted(official: Official, kind: str, a: argparse.Namespace) -> tuple[IM
         if not x.is_floating_point() or not x.isfinite().all():
             got = "NaN or infinity" if x.is_floating_point() else x.dtype
             raise ValueError(f"weights must be finite floating-point numbers, got {got} in {name}")
-    return shape, {name: x.float() for name, x in function(weights).items()}
+    # Copies: weights of a file may share memory, which safetensors does not write.
+    return shape, {n: x.to(torch.float32, copy=True) for n, x in function(weights).items()}
 
 
 def _described(network: IMFConfig) -> str:

@@ -229,6 +229,17 @@ def test_an_existing_file_is_kept_and_jax_is_asked_for(tmp_path, capsys, monkeyp
         assert "pip install -e '.[jax]'" in capsys.readouterr().err
 
 
+def test_weights_that_share_memory(tmp_path):
+    """One tensor under two names, and one inside of another."""
+    tied = SAMPLING | {"net.t_max_tokens": SAMPLING["net.t_min_tokens"]}
+    tied["net.omega_tokens"] = tied["net.class_tokens"][2:6]
+    torch.save(tied, tmp_path / "in.pth")
+    assert run(tmp_path / "in.pth", tmp_path / "out.safetensors", "--input-size", CONFIG.input_size) == 0
+    network, _ = load_network(tmp_path / "out.safetensors")
+    assert torch.equal(network.t_max_tokens, OURS["t_min_tokens"])
+    assert torch.equal(network.omega_tokens, OURS["class_tokens"][2:6])
+
+
 FINITE = "must be finite floating-point numbers, got NaN or infinity in"
 KEY = "net.shared_blocks.0.attn.k_proj._flax_linear.weight"
 NAMES = ["net.u_heads.0.mlp.w1._flax_linear.weight", KEY]

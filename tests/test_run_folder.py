@@ -61,14 +61,12 @@ def test_one_process_at_a_time(cut, capsys):
 
 
 def test_a_new_run_is_locked_too(tmp_path, monkeypatch):
-    seen = []
-
-    folder = tmp_path / "digits"
+    folder, seen = tmp_path / "digits", []
 
     def look(call, out):
         with (
             pytest.raises(FolderInUse, match=f"process {os.getpid()} on") as error,
-            locked(tmp_path / "digits"),
+            locked(folder),
         ):
             pass
         seen.append(str(error.value))
