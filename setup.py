@@ -21,6 +21,11 @@ def program(name: str) -> str:
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        if sysconfig.get_config_var("Py_GIL_DISABLED"):
+            sys.exit(
+                "imf_kernels: free-threaded Python is not supported, as no test has run on it; install with "
+                f"python{sys.version_info.major}.{sys.version_info.minor}, whose interpreter has the lock"
+            )
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         # One folder per interpreter, kept between builds so that only edited sources are compiled again.
         build = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"

@@ -23,6 +23,8 @@ library: Any = _C
 @fact
 def missing() -> str | None:
     """Why no CUDA kernel can run in this process; `None` where they can."""
+    if torch.version.hip:
+        return "it takes NVIDIA's GPUs, and this PyTorch is built for ROCm, on which 'triton' runs"
     if not _C.cuda_architectures:
         return "it was not built (set IMF_CUDA=ON where nvcc is, and install again)"
     return _C.cuda_unavailable() or None

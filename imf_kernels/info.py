@@ -76,6 +76,8 @@ def triton_status() -> str:
 
 def cuda_status() -> str:
     """What was built for CUDA, and why it cannot run here if it cannot."""
+    if torch.version.hip:
+        return f"cannot run: {cuda.missing()}"
     if not _C.cuda_architectures:
         toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
         if nvcc := shutil.which("nvcc") or shutil.which("nvcc", path=f"{toolkit}/bin"):

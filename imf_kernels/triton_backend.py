@@ -33,18 +33,33 @@ _compiled: list[Any] = []
 def missing() -> str | None:
     """Why Triton cannot be used in this process; `None` where it can."""
     try:
-        importlib.import_module("triton")
+        triton = importlib.import_module("triton")
     except ImportError as error:
         return f"Triton cannot be imported: {error} (PyTorch's builds for GPUs bring it)"
+    if not interpreted():
+        return None
+    numpy = importlib.import_module("numpy")
+    if _release(triton.__version__) < (3, 7) and _release(numpy.__version__) >= (2, 4):
+        return (
+            "Triton's interpreter works with NumPy 2.4 and newer from Triton 3.7 on, got Triton "
+            f"{triton.__version__} and NumPy {numpy.__version__}"
+        )
     return None
+
+
+def _release(version: str) -> tuple[int, int]:
+    """The first two numbers of a version."""
+    major, minor, *_ = version.split(".")
+    return int(major), int(minor)
 
 
 @fact
 def interpreted() -> bool:
     """Whether the kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET was set at first use."""
-    if "TRITON_INTERPRET" not in os.environ or missing():
-        return False
-    return importlib.import_module("triton").knobs.runtime.interpret
+    if "TRITON_INTERPRET" in os.environ:
+        with contextlib.suppress(ImportError):  # the reason of `missing`
+            return importlib.import_module("triton").knobs.runtime.interpret
+    return False
 
 
 def unavailable(tensors: Sequence[Tensor]) -> str | None:

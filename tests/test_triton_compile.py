@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import has_triton
 
-from imf_kernels import triton_backend
 from imf_kernels.testing.cases import LARGE
 
-pytestmark = pytest.mark.skipif(triton_backend.missing() is not None, reason=str(triton_backend.missing()))
+pytest.importorskip("triton", reason="Triton cannot be imported", exc_type=ImportError)
 
 # Bytes of shared memory that a program may have.
 SHARED = {"cuda:80": 163 << 10, "cuda:90": 227 << 10, "cuda:100": 227 << 10, "hip:gfx942": 64 << 10}

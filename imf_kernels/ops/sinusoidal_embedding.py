@@ -10,13 +10,14 @@ Kernels: csrc/cpu/sinusoidal_embedding.cpp, imf_kernels/_triton/sinusoidal_embed
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from imf_kernels import _C, cpu, triton_backend
-from imf_kernels.dispatch import Backend, always, choose
+from imf_kernels.dispatch import Backend, choose
 from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, tail, unpack
 from imf_kernels.dual_tensors import takes_dual_tensors
 from imf_kernels.layout import DTYPES, pointer
@@ -28,6 +29,13 @@ from imf_kernels.triton_backend import Kernels
 def _frequencies(half: int, max_period: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     steps = torch.arange(half, dtype=torch.float64, device=device)
     return torch.exp(steps * (-math.log(max_period) / half)).to(dtype)
+
+
+def _without_float64(tensors: Sequence[Tensor]) -> str | None:
+    """The availability of the `reference` backend."""
+    if tensors[0].device.type == "mps":
+        return "it computes frequencies in float64, which MPS does not have"
+    return None
 
 
 def _reference(t: Tensor, t_dot: Tensor | None, dim: int, max_period: float) -> tuple[Tensor, Tensor | None]:
@@ -98,7 +106,7 @@ _OPERATION = Operation(
 _BACKENDS = (
     _OPERATION.backend("cpu", _CPU, cpu.unavailable),
     _OPERATION.backend("triton", Kernels("sinusoidal_embedding"), triton_backend.unavailable, also=("cuda",)),
-    Backend("reference", _reference, always),
+    Backend("reference", _reference, _without_float64),
 )
 
 
