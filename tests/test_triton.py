@@ -91,6 +91,17 @@ def test_unverified_hardware_is_warned_of_once(monkeypatch):
     triton_backend._warn_unverified.cache_clear()
 
 
+def test_gpus_without_the_instructions_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    for capability, reason in (
+        ((7, 5), "it needs a GPU of compute capability 8.0 or newer, got Tesla T4 of 7.5"),
+        ((8, 0), None),
+        ((12, 0), None),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert triton_backend._too_old.__wrapped__(0) == reason
+
+
 SUMS = [
     cases.rms_norm("shares", 3, 67, width=24),
     cases.layer_norm("shares", 3, 67, width=24),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import has_triton
 
-from imf_kernels.testing.cases import LARGE
+from imf_kernels.testing.cases import LARGE, SMALL
 
 pytest.importorskip("triton", reason="Triton cannot be imported", exc_type=ImportError)
 
@@ -59,6 +59,13 @@ def check(target, dtype, cases):
 def test_a_block_of_a_network_in_bfloat16(target, kind):
     named = "head dim 72", "DiT-XL/2"
     check(target, "bfloat16", [case for case in CASES[kind] if case.name.startswith(named)])
+
+
+@pytest.mark.parametrize(("target", "dtype"), [("cuda:86", "bfloat16"), ("cuda:120", "float32")])
+def test_the_widest_heads_fit_gpus_with_little_shared_memory(target, dtype):
+    """Consumer GPUs have 99 KiB a block, sm_80 has 163."""
+    cases = [case for case in SMALL if str(case) == "scaled_dot_product_attention width 256"]
+    assert all(launch["shared"] <= 99 << 10 for launch in compiled(target, dtype, cases))
 
 
 @pytest.mark.slow
