@@ -28,7 +28,7 @@ struct GatedResidualBackward {
   const void* branch;  // [groups * length, width]
   const float* gate;   // [groups, width]
   void* dbranch;       // [groups * length, width], contiguous
-  float* dgate;        // [groups + threads - 1, width]; the sums are left in the first groups
+  float* dgate;        // [groups, width]
   index_t groups, length, width, dy_stride, branch_stride;
   int threads;
 };

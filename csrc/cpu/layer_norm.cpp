@@ -2,6 +2,9 @@
 // imf_kernels/ops/layer_norm_modulate.py.
 #include "cpu/layer_norm.h"
 
+#include <cmath>
+#include <type_traits>
+
 #include "cpu/dtypes.h"
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
@@ -13,27 +16,65 @@ namespace {
 inline float primal(float x) { return x; }
 inline float primal(Dual<float> x) { return x.primal; }
 
+// The mean of a row is mean + correction: of values with an offset the sum over the row is off by an ulp or
+// so of theirs. What the mean leaves behind corrects it, exactly where the values are equal, and the
+// variance, too small a correction for that to cancel: the two-pass algorithm of Chan, Golub and LeVeque,
+// "Algorithms for Computing the Sample Variance" (1983).
+template <typename Scalar>
+struct Moments {
+  Scalar mean, correction, variance;
+};
+
+// Where the sum of a row's values overflows, or the square of the rounding error of their mean (of equal
+// values from 1e26 on): adds values shrunk by a power of two, and corrects the mean before it squares.
+template <typename Number, typename Row>
+[[gnu::noinline]] auto moments_of_large(index_t width, Row x) {
+  const float count = static_cast<float>(width);
+  float shrink = 1.0f;
+  while (count * shrink > 1.0f) shrink *= 0.5f;
+  const auto mean_of = [&](auto value) {
+    const Number total = sum_over_row<Number>(
+        width, [&](index_t j, int lanes, Number& sum) { sum = sum + value(j, lanes) * Vec(shrink); });
+    return reduce_add(total) / (count * shrink);
+  };
+  const auto mean = mean_of(x);
+  const auto centered = [&](index_t j, int lanes) {
+    return keep_lanes(x(j, lanes) - broadcast(mean), lanes, 0.0f);
+  };
+  const auto correction = mean_of(centered);
+  const Number squares = sum_over_row<Number>(width, [&](index_t j, int lanes, Number& sum) {
+    const Number c = keep_lanes(centered(j, lanes) - broadcast(correction), lanes, 0.0f);
+    sum = fma(c, c, sum);
+  });
+  return Moments<std::decay_t<decltype(mean)>>{mean, correction, reduce_add(squares) / count};
+}
+
+template <typename Row>
+inline auto moments(index_t width, Row x) {
+  using Number = decltype(x(0, 0));
+  const float count = static_cast<float>(width);
+  const Number total =
+      sum_over_row<Number>(width, [&](index_t j, int lanes, Number& sum) { sum = sum + x(j, lanes); });
+  const auto mean = reduce_add(total) / count;
+  const auto sums = sum_over_row<Pair<Number>, 2>(width, [&](index_t j, int lanes, Pair<Number>& sum) {
+    const Number c = keep_lanes(x(j, lanes) - broadcast(mean), lanes, 0.0f);
+    sum = {sum.first + c, fma(c, c, sum.second)};
+  });
+  const auto correction = reduce_add(sums.first) / count;
+  const auto variance = reduce_add(sums.second) / count - correction * correction;
+  if (!std::isfinite(primal(variance))) return moments_of_large<Number>(width, x);
+  return Moments<std::decay_t<decltype(mean)>>{mean, correction, variance};
+}
+
 // One row: hands each part of n gain + shift to write(j, part, lanes). x, gain and shift are functions of
 // (j, lanes) whose values are Vec, or Dual<Vec> where the row has a tangent.
 template <typename Row, typename Gain, typename Shift, typename Write>
 inline void normalize(index_t width, float eps, float* statistics, Row x, Gain gain, Shift shift,
                       Write write) {
-  using Number = decltype(x(0, 0));
-  const float count = static_cast<float>(width);
-  const auto mean = reduce_add(sum_in_blocks<Number>(width, x)) / count;
-  // Of values with an offset the mean is off by an ulp or so of theirs. What it leaves behind corrects it,
-  // exactly where the values are equal, and the variance, too small a correction for that to cancel: the
-  // two-pass algorithm of Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance" (1983).
-  Number rest{};
-  const Number squares = sum_in_blocks<Number>(width, [&](index_t j, int lanes) {
-    const Number centered = keep_lanes(x(j, lanes) - broadcast(mean), lanes, 0.0f);
-    rest = rest + centered;
-    return centered * centered;
-  });
-  const auto correction = reduce_add(rest) / count;
-  const auto rstd = rsqrt(reduce_add(squares) / count - correction * correction + eps);
+  const auto of_row = moments(width, x);
+  const auto mean = of_row.mean, correction = of_row.correction, rstd = rsqrt(of_row.variance + eps);
   for_each_vec(width, [&](index_t j, int lanes) {
-    const Number n = (x(j, lanes) - broadcast(mean) - broadcast(correction)) * broadcast(rstd);
+    const auto n = (x(j, lanes) - broadcast(mean) - broadcast(correction)) * broadcast(rstd);
     write(j, fma(n, gain(j, lanes), shift(j, lanes)), lanes);
   });
   statistics[0] = primal(mean);
@@ -109,17 +150,15 @@ void backward(const LayerNormBackward& a) {
     const auto gain = [&](index_t j, int lanes) {
       return Vec(a.one) + load_or_zero(a.scale, group + j, lanes);
     };
-    Vec sum(0.0f), dot(0.0f);
-    for_each_vec(a.width, [&](index_t j, int lanes) {
+    const Pair<Vec> total = sum_over_row<Pair<Vec>, 2>(a.width, [&](index_t j, int lanes, Pair<Vec>& sum) {
       const Vec d = load_lanes(dyi + j, lanes);
       const Vec n = normalized(j, lanes);
       const Vec g = d * gain(j, lanes);
       store_lanes(dscale + j, fma(d, n, load_lanes(dscale + j, lanes)), lanes);
       store_lanes(dshift + j, load_lanes(dshift + j, lanes) + d, lanes);
-      sum += g;
-      dot = fma(g, n, dot);
+      sum = {sum.first + g, fma(g, n, sum.second)};
     });
-    const Vec mean_g(reduce_add(sum) * scale), mean_gn(reduce_add(dot) * scale);
+    const Vec mean_g(reduce_add(total.first) * scale), mean_gn(reduce_add(total.second) * scale);
     for_each_vec(a.width, [&](index_t j, int lanes) {
       const Vec g = load_lanes(dyi + j, lanes) * gain(j, lanes);
       store_lanes(dxi + j, rstd * (g - mean_g - normalized(j, lanes) * mean_gn), lanes);

@@ -31,7 +31,7 @@ struct LayerNormBackward {
   const float* scale;       // [groups, width]; null: zero
   const float* statistics;  // [groups * length, 3]
   void* dx;                 // [groups * length, width], contiguous, of x's type
-  float* sums;              // [groups + threads - 1, 2, width]; left in the first groups: dscale, dshift
+  float* sums;              // [groups, 2, width]: dscale, dshift
   index_t groups, length, width, x_stride, dy_stride;
   float one;
   int threads;

@@ -10,13 +10,21 @@ namespace imf {
 namespace IMF_ISA {
 namespace {
 
+// Copies `count` values, or zeros where there is no source. Memory of no values may have no address, and
+// memcpy and memset take none even of 0 bytes.
+template <typename T>
+inline void put(T* target, const T* source, index_t count) {
+  if (count == 0) return;
+  const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
+  source ? std::memcpy(target, source, bytes) : std::memset(target, 0, bytes);
+}
+
 template <typename T>
 void forward(const PrependTokensForward& a) {
   const T* x = static_cast<const T*>(a.x);
   const T* x_dot = static_cast<const T*>(a.x_dot);
   const index_t total = a.prefix + a.length;
   const index_t first_tangent = a.batch - a.tangent_batch;
-  const std::size_t row_bytes = static_cast<std::size_t>(a.width) * sizeof(T);
   const int team = team_size(a.threads, (a.batch + a.tangent_batch) * total * a.width, a.batch);
 
   on_each_thread(team, [&](int thread) {
@@ -34,25 +42,17 @@ void forward(const PrependTokensForward& a) {
           });
         }
       }
-      std::memcpy(y, x + b * a.length * a.width, static_cast<std::size_t>(a.length) * row_bytes);
+      put(y, x + b * a.length * a.width, a.length * a.width);
       if (b < first_tangent) continue;
       const index_t t = b - first_tangent;
       T* y_dot = static_cast<T*>(a.y_dot) + t * total * a.width;
-      const auto put = [&](const T* rows, index_t row_count) {
-        if (rows) {
-          std::memcpy(y_dot, rows, static_cast<std::size_t>(row_count) * row_bytes);
-        } else {
-          std::memset(y_dot, 0, static_cast<std::size_t>(row_count) * row_bytes);
-        }
-        y_dot += row_count * a.width;
-      };
       for (index_t g = 0; g < a.group_count; ++g) {
         const TokenGroup& group = a.groups[g];
         const T* embedding_dot = static_cast<const T*>(group.embedding_dot);
         const T* row = embedding_dot ? embedding_dot + t * a.width : nullptr;
-        for (index_t i = 0; i < group.count; ++i) put(row, 1);
+        for (index_t i = 0; i < group.count; ++i, y_dot += a.width) put(y_dot, row, a.width);
       }
-      put(x_dot ? x_dot + t * a.length * a.width : nullptr, a.length);
+      put(y_dot, x_dot ? x_dot + t * a.length * a.width : nullptr, a.length * a.width);
     }
   });
 }

@@ -61,9 +61,9 @@ void forward(const QkNormRopeForward& a) {
   const index_t rows = a.batch * a.heads * a.length;
   const index_t tangent_rows = a.tangent_batch * a.heads * a.length;
   const index_t first_tangent = rows - tangent_rows;
-  const float scale = 1.0f / static_cast<float>(a.width);
   const int team = team_size(a.threads, (rows + tangent_rows) * a.width, rows);
 
+  if (rows == 0) return;  // RowPosition divides by the numbers of heads and positions
   on_each_thread(team, [&](int thread) {
     const Range share = share_of_rows(rows, tangent_rows, thread, team);
     Scratch scratch(2 * a.width);
@@ -76,7 +76,7 @@ void forward(const QkNormRopeForward& a) {
       const T* xi = x + at.offset(a.x_stride);
       T* yi = y + row * a.width;
       if (row < first_tangent) {
-        const float rstd = rsqrt(sum_of_squares(xi, a.width) * scale + a.eps);
+        const float rstd = inverse_rms(sum_of_squares(xi, a.width), a.width, a.eps);
         a.rstd[row] = rstd;
         for_each_vec(a.width, [&](index_t j, int lanes) {
           prefetch(xi + j + a.x_stride[2]);
@@ -87,7 +87,7 @@ void forward(const QkNormRopeForward& a) {
       }
       const T* ti = x_dot + at.offset(a.x_dot_stride, a.batch - a.tangent_batch);
       T* y_dot_i = y_dot + (row - first_tangent) * a.width;
-      const Dual<float> rstd = rsqrt(sum_of_squares(xi, ti, a.width) * scale + a.eps);
+      const Dual<float> rstd = inverse_rms(sum_of_squares(xi, ti, a.width), a.width, a.eps);
       a.rstd[row] = rstd.primal;
       const Dual<Vec> r{Vec(rstd.primal), Vec(rstd.tangent)};
       for_each_vec(a.width, [&](index_t j, int lanes) {
@@ -107,42 +107,42 @@ void backward(const QkNormRopeBackward& a) {
   const T* dy = static_cast<const T*>(a.dy);
   T* dx = static_cast<T*>(a.dx);
   const index_t rows = a.batch * a.heads * a.length;
-  const float scale = 1.0f / static_cast<float>(a.width);
+  const float count = static_cast<float>(a.width);
   const int team = team_size(a.threads, 2 * rows * a.width, rows);
 
+  GroupSums sums(1, rows, a.width, a.dweight);
   on_each_thread(team, [&](int thread) {
-    const Range share = share_of(rows, thread, team);
-    Scratch scratch(3 * a.width + sum_over_rows_scratch(a.width));
+    Scratch scratch(3 * a.width);
     Rotation rotation(scratch, a.width);
     float* g = scratch.take<float>(a.width);  // dy turned back, times w
-    float* total = a.dweight + thread * a.width;
-    sum_over_rows(share, a.width, scratch, total, [&](index_t row, float* dweight) {
+    index_t position = -1;                    // whose rotation is set
+    sums.add(share_of(sums.blocks(), thread, team), [&](index_t row, float* dweight) {
       const RowPosition at(row, a.heads, a.length);
-      if (row == share.begin || at.h == 0) {
+      if (at.l != position) {
+        position = at.l;
         rotation.set(a.cos + at.l * (a.width / 2), a.sin + at.l * (a.width / 2), a.width);
       }
       const T* xi = x + at.offset(a.x_stride);
       const T* dyi = dy + at.offset(a.dy_stride);
       T* dxi = dx + row * a.width;
       const Vec rstd(a.rstd[row]);
-      Vec dot(0.0f);
-      for_each_vec(a.width, [&](index_t j, int lanes) {
+      const Vec dot = sum_over_row<Vec>(a.width, [&](index_t j, int lanes, Vec& sum) {
         prefetch(xi + j + a.x_stride[2]);
         const Vec dn = rotation.transposed(load_lanes(dyi + j, lanes), j, lanes);
         const Vec dyn = dn * (load_lanes(xi + j, lanes) * rstd);
         const Vec w = load_lanes(a.weight + j, lanes);
         store_lanes(dweight + j, load_lanes(dweight + j, lanes) + dyn, lanes);
         store_lanes(g + j, dn * w, lanes);
-        dot = fma(dyn, w, dot);
+        sum = fma(dyn, w, sum);
       });
-      const Vec mean(reduce_add(dot) * scale);
+      const Vec mean(reduce_add(dot) / count);
       for_each_vec(a.width, [&](index_t j, int lanes) {
         const Vec n = load_lanes(xi + j, lanes) * rstd;
         store_lanes(dxi + j, rstd * (load_lanes(g + j, lanes) - n * mean), lanes);
       });
     });
   });
-  add_up_rows(a.dweight, team, a.width);
+  sums.finish(team);
 }
 
 }  // namespace

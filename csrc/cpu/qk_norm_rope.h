@@ -32,7 +32,7 @@ struct QkNormRopeBackward {
   const float* sin;
   const float* rstd;
   void* dx;        // [batch, length, heads, width], contiguous
-  float* dweight;  // [threads, width] scratch; the sum is left in the first row
+  float* dweight;  // [width]
   index_t batch, heads, length, width;
   index_t x_stride[3], dy_stride[3];
   int threads;

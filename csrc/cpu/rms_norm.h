@@ -26,7 +26,7 @@ struct RmsNormBackward {
   const float* weight;  // [width]
   const float* rstd;    // [rows]
   void* dx;             // [rows, width], contiguous, of x's type
-  float* dweight;       // [threads, width] scratch; the sum is left in the first row
+  float* dweight;       // [width]
   index_t rows, width, x_stride, dy_stride;
   int threads;
 };

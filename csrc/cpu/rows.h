@@ -1,127 +1,167 @@
-// What the row kernels share: reductions over a row, and over the threads' partial sums.
+// What the row kernels share: sums over a row, and sums over the rows of a group.
+//
+// Both are pairwise, so their rounding errors grow with the logarithm of the number of terms, also where all
+// terms are equal; and infinite or NaN terms give what a plain sum gives.
 #pragma once
 
-#include <cstring>
+#include <cmath>
+#include <memory>
 
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/vec.h"
 
+// By itself the compiler makes these sums calls for each row, with their results in memory.
+#define IMF_ALWAYS_INLINE __attribute__((always_inline)) inline
+
 namespace imf {
 namespace IMF_ISA {
 namespace {
 
-template <typename T>
-inline float sum_of_squares(const T* x, index_t n) {
-  Vec sum(0.0f);
-  for_each_vec(n, [&](index_t j, int lanes) {
-    const Vec xj = load_lanes(x + j, lanes);
-    sum = fma(xj, xj, sum);
-  });
-  return reduce_add(sum);
+// Two sums that are taken in one pass.
+template <typename Number>
+struct Pair {
+  Number first, second;
+};
+
+template <typename Number>
+inline Pair<Number> operator+(Pair<Number> a, Pair<Number> b) {
+  return {a.first + b.first, a.second + b.second};
 }
 
-// The same sum with its tangent, 2 sum(x x_dot). The primal takes the very steps of the one above.
-template <typename T>
-inline Dual<float> sum_of_squares(const T* x, const T* x_dot, index_t n) {
-  Vec sum(0.0f), dot(0.0f);
-  for_each_vec(n, [&](index_t j, int lanes) {
-    const Dual<Vec> xj = load_dual(x + j, x_dot + j, lanes);
-    sum = fma(xj.primal, xj.primal, sum);
-    dot = fma(xj.primal, xj.tangent, dot);
-  });
-  return {reduce_add(sum), 2.0f * reduce_add(dot)};
-}
-
-// The sum of term(j, lanes) over a row, lane by lane. Few terms are added up before their sum goes into the
-// total, whose rounding errors are carried along (Kahan): the error does not grow with the row.
-template <typename Number, typename Term>
-inline Number sum_in_blocks(index_t n, Term term) {
-  constexpr index_t block = 16 * Vec::width;
-  Number total{}, excess{};
-  for (index_t first = 0; first < n; first += block) {
+// Sums over a row, lane by lane: add(j, lanes, sum) adds the terms at j to `sum`, and is called once for each
+// j, in rising order. 16 vectors make a run, of as many sums side by side as `ways` says; runs are added up
+// in pairs, pairs of pairs and so on: levels[k] holds the sum of 2^k runs where bit k of `runs` is set. Of
+// what is left, four vectors are added up at a time.
+template <typename Number, int ways = 4, typename Add>
+IMF_ALWAYS_INLINE Number sum_over_row(index_t n, Add add) {
+  constexpr index_t run = 16 * Vec::width;
+  Number levels[32];
+  index_t runs = 0, first = 0;
+  for (; first + run <= n; ++runs) {
+    Number sums[ways] = {};
+    for (const index_t end = first + run; first < end; first += ways * Vec::width) {
+      for (int i = 0; i < ways; ++i) add(first + i * Vec::width, Vec::width, sums[i]);
+    }
+    for (int half = ways / 2; half; half /= 2) {
+      for (int i = 0; i < half; ++i) sums[i] = sums[i] + sums[i + half];
+    }
+    int level = 0;
+    for (index_t k = runs; k & 1; k >>= 1) sums[0] = levels[level++] + sums[0];
+    levels[level] = sums[0];
+  }
+  Number total{};
+  for (constexpr index_t part = 4 * Vec::width; first < n; first += part) {
     Number sum{};
-    for_each_vec(n - first < block ? n - first : block,
-                 [&](index_t j, int lanes) { sum = sum + term(first + j, lanes); });
-    const Number added = sum - excess, next = total + added;
-    excess = (next - total) - added;
-    total = next;
+    for_each_vec(n - first < part ? n - first : part,
+                 [&](index_t j, int lanes) { add(first + j, lanes, sum); });
+    total = total + sum;
+  }
+  for (int level = 0; runs; ++level, runs >>= 1) {
+    if (runs & 1) total = levels[level] + total;
   }
   return total;
 }
 
-// The floats of scratch that sum_over_rows takes.
-inline index_t sum_over_rows_scratch(index_t width) { return 2 * width; }
-
-// Leaves in total[width] what body(row, block) adds to `block` over the rows of a share. Few rows are added
-// up before their sum goes into the total, whose rounding errors are carried along (Kahan): the error of a
-// weight's gradient does not grow with the rows.
-template <typename Body>
-inline void sum_over_rows(Range share, index_t width, Scratch& scratch, float* total, Body body) {
-  constexpr index_t rows_in_block = 64;
-  const std::size_t bytes = static_cast<std::size_t>(width) * sizeof(float);
-  float *block = scratch.take<float>(width), *excess = scratch.take<float>(width);
-  std::memset(total, 0, bytes);
-  std::memset(excess, 0, bytes);
-  for (index_t first = share.begin; first < share.end; first += rows_in_block) {
-    const index_t end = first + rows_in_block < share.end ? first + rows_in_block : share.end;
-    std::memset(block, 0, bytes);
-    for (index_t row = first; row < end; ++row) body(row, block);
-    for_each_vec(width, [&](index_t j, int lanes) {
-      const Vec before = load_lanes(total + j, lanes);
-      const Vec added = load_lanes(block + j, lanes) - load_lanes(excess + j, lanes);
-      const Vec sum = before + added;
-      store_lanes(total + j, sum, lanes);
-      store_lanes(excess + j, (sum - before) - added, lanes);
-    });
-  }
+template <typename T>
+IMF_ALWAYS_INLINE float sum_of_squares(const T* x, index_t n) {
+  return reduce_add(sum_over_row<Vec>(n, [&](index_t j, int lanes, Vec& sum) {
+    const Vec xj = load_lanes(x + j, lanes);
+    sum = fma(xj, xj, sum);
+  }));
 }
 
-// Leaves the sum of the rows of partial[rows, width] in the first, adding in the order of the rows.
-inline void add_up_rows(float* partial, int rows, index_t width) {
-  for (int row = 1; row < rows; ++row) {
-    const float* next = partial + row * width;
-    for_each_vec(width, [&](index_t j, int lanes) {
-      store_lanes(partial + j, load_lanes(partial + j, lanes) + load_lanes(next + j, lanes), lanes);
-    });
-  }
+// The same sum with its tangent, 2 sum(x x_dot). The primal takes the very steps of the one above.
+template <typename T>
+IMF_ALWAYS_INLINE Dual<float> sum_of_squares(const T* x, const T* x_dot, index_t n) {
+  const Dual<float> total = reduce_add(sum_over_row<Dual<Vec>>(n, [&](index_t j, int lanes, Dual<Vec>& sum) {
+    const Dual<Vec> xj = load_dual(x + j, x_dot + j, lanes);
+    sum = {fma(xj.primal, xj.primal, sum.primal), fma(xj.primal, xj.tangent, sum.tangent)};
+  }));
+  return {total.primal, 2.0f * total.tangent};
 }
 
-// Leaves in sums[groups, width] what body(row, block) adds to `block` over the rows of each group, `length`
-// of them. `sums` has room for groups + team - 1 rows: what thread adds for group lies in row group + thread,
-// and in that row nothing else, since both grow along the rows; a team has no more threads than there are
-// rows.
+// (sum / n + eps)^(-1/2), rounded once: in a row of one value the errors of its steps would not average out.
+inline float inverse_rms(float sum, index_t n, float eps) {
+  const double mean = static_cast<double>(sum) / static_cast<double>(n);
+  return static_cast<float>(1.0 / std::sqrt(mean + static_cast<double>(eps)));
+}
+inline Dual<float> inverse_rms(Dual<float> sum, index_t n, float eps) {
+  const float r = inverse_rms(sum.primal, n, eps);
+  return {r, -0.5f * r * r * r * (sum.tangent / static_cast<float>(n))};
+}
+
+// Sums over the `length` rows of each of several groups, left in sums[groups, width]. A group's rows are cut
+// into blocks by the shape alone: no result depends on the number of threads, which share the blocks.
+class GroupSums {
+ public:
+  GroupSums(index_t groups, index_t length, index_t width, float* sums)
+      : groups_(groups), length_(length), width_(width), sums_(sums) {
+    // Narrow rows make long blocks, whose sums are then few beside the rows.
+    block_rows_ = width < 256 ? 64 : width < 1024 ? 32 : 16;
+    group_blocks_ = length > block_rows_ ? (length + block_rows_ - 1) / block_rows_ : 1;
+    if (group_blocks_ > 1) {
+      partial_.reset(new float[static_cast<std::size_t>(groups * group_blocks_ * width)]);
+    }
+  }
+
+  index_t blocks() const { return groups_ * group_blocks_; }
+
+  // Leaves in each block of `share` what body(row, sum[width]) adds to `sum` over the block's rows.
+  // Out of line, with body in line.
+  template <typename Body>
+  [[gnu::noinline, gnu::flatten]] void add(Range share, Body body) {
+    for (index_t block = share.begin; block < share.end; ++block) {
+      float* sum = of_block(block);
+      for (index_t j = 0; j < width_; ++j) sum[j] = 0.0f;
+      const index_t group = block / group_blocks_, first = block % group_blocks_ * block_rows_;
+      const index_t end = first + block_rows_ < length_ ? first + block_rows_ : length_;
+      for (index_t row = first; row < end; ++row) body(group * length_ + row, sum);
+    }
+  }
+
+  // Adds up the blocks of each group, pairwise, on at most `team` threads.
+  void finish(int team) {
+    if (group_blocks_ == 1) return;
+    constexpr index_t columns = 64;  // that a thread takes at once
+    const index_t tasks = (width_ + columns - 1) / columns;
+    team = team_size(team, blocks() * width_, tasks);
+    on_each_thread(team, [&](int thread) {
+      const Range share = share_of(tasks, thread, team);
+      const index_t begin = share.begin * columns;
+      const index_t end = share.end * columns < width_ ? share.end * columns : width_;
+      for (index_t group = 0; group < groups_; ++group) {
+        const index_t first = group * group_blocks_;
+        for (index_t distance = 1; distance < group_blocks_; distance *= 2) {
+          for (index_t i = 0; i + distance < group_blocks_; i += 2 * distance) {
+            float* sum = of_block(first + i) + begin;
+            const float* next = of_block(first + i + distance) + begin;
+            for_each_vec(end - begin, [&](index_t j, int lanes) {
+              store_lanes(sum + j, load_lanes(sum + j, lanes) + load_lanes(next + j, lanes), lanes);
+            });
+          }
+        }
+        const float* total = of_block(first);
+        for (index_t j = begin; j < end; ++j) sums_[group * width_ + j] = total[j];
+      }
+    });
+  }
+
+ private:
+  float* of_block(index_t block) const { return (partial_ ? partial_.get() : sums_) + block * width_; }
+
+  index_t groups_, length_, width_, block_rows_, group_blocks_;
+  float* sums_;
+  std::unique_ptr<float[]> partial_;  // [blocks, width], where a group has several
+};
+
+// Leaves in sums[groups, width] what body(row, sum) adds to `sum` over the rows of each group.
 template <typename Body>
 inline void sum_over_groups(index_t groups, index_t length, index_t width, int team, float* sums, Body body) {
-  const std::size_t bytes = static_cast<std::size_t>(width) * sizeof(float);
-  if (length == 0) {
-    std::memset(sums, 0, static_cast<std::size_t>(groups) * bytes);
-    return;
-  }
-  on_each_thread(team, [&](int thread) {
-    Range rows = share_of(groups * length, thread, team);
-    while (rows.begin < rows.end) {
-      const index_t group = rows.begin / length, next = (group + 1) * length;
-      const index_t end = next < rows.end ? next : rows.end;
-      Scratch scratch(sum_over_rows_scratch(width));
-      sum_over_rows({rows.begin, end}, width, scratch, sums + (group + thread) * width, body);
-      rows.begin = end;
-    }
-  });
-  for (int thread = 1; thread < team; ++thread) {  // what thread 0 added lies where it belongs
-    const Range rows = share_of(groups * length, thread, team);
-    for (index_t group = rows.begin / length; group * length < rows.end; ++group) {
-      float* total = sums + group * width;
-      const float* part = sums + (group + thread) * width;
-      if (rows.begin <= group * length) {  // the group's first rows are this thread's
-        std::memcpy(total, part, bytes);
-        continue;
-      }
-      for_each_vec(width, [&](index_t j, int lanes) {
-        store_lanes(total + j, load_lanes(total + j, lanes) + load_lanes(part + j, lanes), lanes);
-      });
-    }
-  }
+  GroupSums group_sums(groups, length, width, sums);
+  on_each_thread(team,
+                 [&](int thread) { group_sums.add(share_of(group_sums.blocks(), thread, team), body); });
+  group_sums.finish(team);
 }
 
 }  // namespace

@@ -144,13 +144,13 @@ class _CPU:
         (groups, length), width, threads = groups_of(gate, branch), branch.shape[-1], torch.get_num_threads()
         (dy_rows, dy_stride), (b_rows, b_stride) = rows_of(dy), rows_of(branch)
         g = gate.float().contiguous()
-        dgate = branch.new_empty((groups + threads - 1, width), dtype=torch.float32)
+        dgate = branch.new_empty((groups, width), dtype=torch.float32)
         _C.gated_residual_backward(
             *(DTYPES[dy.dtype], DTYPES[branch.dtype], pointer(dy_rows), pointer(b_rows)),
             *(pointer(g), pointer(dbranch), pointer(dgate)),
             *(groups, length, width, dy_stride, b_stride, threads),
         )
-        return dgate[:groups]
+        return dgate
 
 
 class _CUDA(_CPU):

@@ -141,13 +141,13 @@ class _CPU:
     ) -> Tensor:
         (batch, heads, length, width), threads = x.shape, torch.get_num_threads()
         w = weight.float().contiguous()
-        dweight = x.new_empty((threads, width), dtype=torch.float32)
+        dweight = x.new_empty(width, dtype=torch.float32)
         _C.qk_norm_rope_backward(
             *(DTYPES[x.dtype], pointer(x), pointer(dy), pointer(w), pointer(cos), pointer(sin)),
             *(pointer(rstd), pointer(dx), pointer(dweight), batch, heads, length, width),
             *(x.stride()[:3], dy.stride()[:3], threads),
         )
-        return dweight[0]
+        return dweight
 
 
 class _CUDA(_CPU):

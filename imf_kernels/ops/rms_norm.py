@@ -110,13 +110,13 @@ class _CPU:
         """Fills dx; the gradient of the weight in fp32."""
         (x_rows, x_stride), (dy_rows, dy_stride) = rows_of(x), rows_of(dy)
         w, threads = weight.float().contiguous(), torch.get_num_threads()
-        dweight = x.new_empty((threads, x.shape[-1]), dtype=torch.float32)
+        dweight = x.new_empty(x.shape[-1:], dtype=torch.float32)
         _C.rms_norm_backward(
             *(DTYPES[x.dtype], DTYPES[dy.dtype], pointer(x_rows), pointer(dy_rows)),
             *(pointer(w), pointer(rstd), pointer(dx), pointer(dweight)),
             *(rstd.numel(), x.shape[-1], x_stride, dy_stride, threads),
         )
-        return dweight[0]
+        return dweight
 
 
 class _CUDA(_CPU):
