@@ -12,12 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_evaluation import network_file
-from tiny_run import ALONE, NETWORK, arguments, config, differing, one_thread, state_and_data, tensors
+from tiny_run import ALONE, NETWORK, arguments, config, differing, state_and_data, tensors
 
 from imf import checkpoint, evaluate, sample, train
 from imf.checkpoint import CheckpointError
-
-_one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +35,7 @@ def content(state, tmp_path_factory):
 
 def write(path, state):
     environment = checkpoint.environment(torch.device("cpu"))
-    about = checkpoint.Metadata(1, 1.5, config(), "fp32", {}, environment)
+    about = checkpoint.Metadata(1, 1.5, config(), "fp32", environment)
     checkpoint.save(path, model=state.model, ema=state.ema, optimizer=state.optimizer, metadata=about)
 
 

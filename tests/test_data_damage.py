@@ -18,8 +18,6 @@ from imf.data import prepare
 from imf.data.encoder import Encoder
 from imf.data.source import find
 
-one_thread = pytest.fixture(scope="module", autouse=True)(tiny_run.one_thread)
-
 
 class Latents(Encoder):
     """A tiny encoder: mean and std of every value are 0.25 and 0.5."""

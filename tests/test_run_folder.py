@@ -11,13 +11,11 @@ import sys
 
 import pytest
 from test_resume import final, metrics, resumed
-from tiny_run import arguments, config, differing, objective_that, one_thread
+from tiny_run import arguments, config, differing, objective_that
 
 from imf import checkpoint, train
 from imf.files import FolderInUse, locked
 from imf.run import TrainingError
-
-_one_thread = pytest.fixture(scope="module", autouse=True)(one_thread)
 
 
 @pytest.fixture(scope="module")
