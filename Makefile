@@ -54,6 +54,7 @@ $(VENV)/torch:
 $(INSTALLED) $(DEVELOP): $(VENV)/torch pyproject.toml setup.py CMakeLists.txt $(CPP)
 	@echo "Installing packages and compiling the kernels: about two minutes on two cores the first time"
 	@$(PIP) install -qq -e ".$(if $(filter $(DEVELOP),$@),[dev])"
+	@$(BIN)/python -m imf_kernels.info | grep "nvcc is at" || true
 	@touch $(INSTALLED) $@
 
 train: $(INSTALLED)

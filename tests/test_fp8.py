@@ -145,7 +145,7 @@ def test_settings_that_do_not_fit(changes, message):
 
 
 def test_training_with_it(tmp_path):
-    assert train.main(arguments(runs=tmp_path, precision="bf16", fp8=True, steps=2)) == 0
+    assert train.main(arguments(runs=tmp_path, precision="bf16", fp8=True, steps=2, device=DEVICE.type)) == 0
     c = config(precision="bf16", fp8=True)
     assert start.initial_state(c, "bf16", ALONE).model.compute_dtype == torch.bfloat16
 
