@@ -108,14 +108,14 @@ def configure(tmp_path):
         path.write_text("#!/bin/sh\nexit 1\n")
         path.chmod(0o755)
 
-    def call(*programs, **environment):
+    def call(*programs, options=(), **environment):
         for name in ("nvcc", *programs):
             program(name)
         pybind11 = pytest.importorskip("pybind11")
         path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         run = subprocess.run(
             ["cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", "-DIMF_CUDA=auto",
-             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"],
+             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}", *options],
             env={**os.environ, "LD_LIBRARY_PATH": "", "PATH": path} | environment,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
         )  # fmt: skip
@@ -160,3 +160,14 @@ def test_info_says_what_a_build_without_cuda_lacks(monkeypatch, tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvcc").touch(0o755)
     assert f"nvcc is at {tmp_path}/bin/nvcc: set IMF_CUDA=ON and install again" in report()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("-DMSVC=ON",), "MSVC cannot build the kernels, which need GCC or Clang"),
+        (("-DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON",), "OpenMP was not found, the kernels are built without"),
+    ],
+)
+def test_compilers_that_lack_something(configure, options, said):
+    assert said in " ".join(configure(options=options).split())
