@@ -159,7 +159,7 @@ def clean_environment(folder, requirements):
         except importlib.metadata.PackageNotFoundError:
             continue  # for another system, says its marker; else pip's check finds it missing
         waiting += distribution.requires or []
-        for top in {path.parts[0] for path in distribution.files} - {"..", "__pycache__"}:
+        for top in {path.parts[0] for path in distribution.files or ()} - {"..", "__pycache__"}:
             link = target / top
             if not link.exists():
                 link.symlink_to(distribution.locate_file(top))
