@@ -84,21 +84,22 @@ class Place:
 
     def run(self, *command: str | Path, check: bool = True, **environment: str) -> str:
         """Runs a command in the copy of the sources and returns its output, which the log gets too."""
-        done = subprocess.run(
-            [str(part) for part in command],
-            cwd=self.source,
-            env={**os.environ, "PYTHONPATH": str(self.source), "OMP_WAIT_POLICY": "passive", **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
-        with open(self.folder / "log", "a") as log:
-            print("$", *command, file=log)
-            log.write(done.stdout)
+        with open(self.folder / "log", "a+", errors="replace") as log:
+            print("$", *command, file=log, flush=True)
+            start = log.tell()
+            done = subprocess.run(
+                [str(part) for part in command],
+                cwd=self.source,
+                env={**os.environ, "PYTHONPATH": str(self.source), "OMP_WAIT_POLICY": "passive"}
+                | environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+            log.seek(start)
+            output = log.read()
         if check and done.returncode:
-            raise subprocess.CalledProcessError(done.returncode, command, done.stdout)
-        return done.stdout
+            raise subprocess.CalledProcessError(done.returncode, command, output)
+        return output
 
     def test(self, python: Path, versions: str, tests: tuple[str, ...] = (), **environment: str) -> Outcome:
         """Runs the fast tests (of these files only, where some are given) and counts them."""
