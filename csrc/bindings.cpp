@@ -305,24 +305,24 @@ void register_attention(py::module_& m) {
   m.def(
       "attention_forward",
       [](int type, Heads q, Heads k, Heads v, Heads out, Heads q_dot, Heads k_dot, Heads v_dot, Heads out_dot,
-         pointer lse, index_t batch, index_t tangent_batch, index_t heads, index_t queries, index_t keys,
+         pointer row_max, index_t batch, index_t tangent_batch, index_t heads, index_t queries, index_t keys,
          index_t width, index_t value_width, float scale, int threads) {
-        IMF_CALL(
-            attention_forward,
-            {DType(type), heads_tensor(q), heads_tensor(k), heads_tensor(v), heads_tensor(out),
-             heads_tensor(q_dot), heads_tensor(k_dot), heads_tensor(v_dot), heads_tensor(out_dot),
-             at<float>(lse), batch, tangent_batch, heads, queries, keys, width, value_width, scale, threads});
+        IMF_CALL(attention_forward,
+                 {DType(type), heads_tensor(q), heads_tensor(k), heads_tensor(v), heads_tensor(out),
+                  heads_tensor(q_dot), heads_tensor(k_dot), heads_tensor(v_dot), heads_tensor(out_dot),
+                  at<float>(row_max), batch, tangent_batch, heads, queries, keys, width, value_width, scale,
+                  threads});
       },
       unlocked());
   m.def(
       "attention_backward",
-      [](int type, Heads q, Heads k, Heads v, Heads dout, Heads dq, Heads dk, Heads dv, pointer lse,
+      [](int type, Heads q, Heads k, Heads v, Heads dout, Heads dq, Heads dk, Heads dv, pointer row_max,
          index_t batch, index_t heads, index_t queries, index_t keys, index_t width, index_t value_width,
          float scale, int threads) {
         IMF_CALL(attention_backward,
                  {DType(type), heads_tensor(q), heads_tensor(k), heads_tensor(v), heads_tensor(dout),
-                  heads_tensor(dq), heads_tensor(dk), heads_tensor(dv), at<float>(lse), batch, heads, queries,
-                  keys, width, value_width, scale, threads});
+                  heads_tensor(dq), heads_tensor(dk), heads_tensor(dv), at<float>(row_max), batch, heads,
+                  queries, keys, width, value_width, scale, threads});
       },
       unlocked());
 }

@@ -9,7 +9,7 @@ from conftest import BACKENDS, KERNELS, dtypes_of
 
 import imf_kernels as ik
 from imf_kernels.testing import errors
-from imf_kernels.testing.cases import LARGE, OPERATIONS, SMALL
+from imf_kernels.testing.cases import LARGE, LONG, OPERATIONS, SMALL
 
 CASES = [pytest.param(case, dtype, id=f"{case}, {str(dtype)[6:]}") for case in SMALL for dtype in case.dtypes]
 SDPA = "scaled_dot_product_attention"
@@ -30,6 +30,19 @@ def test_error_rule(case, dtype, backend):
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_error_rule_in_the_shapes_of_training(case, kernels):
     errors.check_case(case, dtypes_of(case, kernels)[-1], kernels)
+
+
+def _long():
+    for case in LONG:
+        marks = () if "4,096" in case.name else pytest.mark.slow
+        for dtype in case.dtypes:
+            yield pytest.param(case, dtype, id=f"{case}, {str(dtype)[6:]}", marks=marks)
+
+
+@pytest.mark.parametrize("kernels", KERNELS, indirect=True)
+@pytest.mark.parametrize(("case", "dtype"), _long())
+def test_error_rule_of_long_sums(case, dtype, kernels):
+    errors.check_case(case, dtype, kernels)
 
 
 def _plain_rms_norm(x, weight):

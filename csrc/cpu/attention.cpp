@@ -11,7 +11,11 @@
 //
 // Where the processor has bf16 dot products, bf16 operands meet as they are, and P and P (S_dot - shift) are
 // rounded for their products. The sums that normalise O and O_dot are then those of the rounded values, so
-// that an offset of the values still cancels; lse is that of the unrounded ones.
+// that an offset of the values still cancels.
+//
+// A sum over many keys or queries has three levels, so that its rounding error does not grow with their
+// number: at most longest_sum terms (small_gemm.h), a few dozen such sums, and a total of those whose
+// rounding errors are summed too and added at the end.
 #include "cpu/attention.h"
 
 #include <algorithm>
@@ -27,6 +31,9 @@ namespace {
 
 constexpr index_t query_block = 48;
 constexpr index_t key_block = 256;
+// How many keys or queries are summed before their sum goes into a compensated total.
+constexpr index_t keys_per_sum = 8 * key_block;
+constexpr index_t queries_per_sum = 32 * query_block;
 
 template <typename T>
 T* head_of(const HeadsTensor& x, index_t b, index_t h) {
@@ -34,6 +41,73 @@ T* head_of(const HeadsTensor& x, index_t b, index_t h) {
 }
 
 inline index_t smaller(index_t a, index_t b) { return a < b ? a : b; }
+
+// total + x. What rounding takes off it is added to `error` (Knuth's two-sum).
+template <typename Number>
+inline Number add_to(Number total, Number x, Number& error) {
+  const Number sum = total + x, added = sum - total;
+  error = error + ((total - (sum - added)) + (x - added));
+  return sum;
+}
+// A total that is infinite has NaN for an error.
+template <typename Number>
+inline Number corrected(Number total, Number error) {
+  return select_less(abs(error), Number(INFINITY), total + error, total);
+}
+
+// Calls body(j, n) for stretches of a row whose vectors are few enough to be summed one after the other: the
+// rounding errors of equal terms, as a softmax of small logits has them, all have one sign.
+template <typename Body>
+inline void for_few(index_t n, Body body) {
+  constexpr index_t few = 4 * Vec::width;
+  for (index_t j = 0; j < n; j += few) body(j, smaller(few, n - j));
+}
+
+// The sum of a row, lane by lane, from sums of a few vectors.
+struct RowSum {
+  Vec total{0.0f}, error{0.0f};
+  // The error is exact where the total is the larger one, and small where it is not.
+  void add(Vec sum) {
+    const Vec next = total + sum;
+    error += sum - (next - total);
+    total = next;
+  }
+  float value() const { return reduce_add(corrected(total, error)); }
+};
+
+// A matrix that is a sum over many keys or queries: products are added to `part`, and where there are several
+// parts, those to a total.
+class LongSum {
+ public:
+  float* const part;
+  static index_t floats(index_t size, bool several) { return several ? 3 * size : size; }
+  LongSum(Scratch& scratch, index_t size, bool several)
+      : part(scratch.take<float>(floats(size, several))), size_(size), several_(several) {}
+  void begin() {
+    if (several_) std::fill_n(part + size_, 2 * size_, 0.0f);
+  }
+  void add_part() {
+    if (!several_) return;
+    float *total = part + size_, *error = total + size_;
+    for (index_t i = 0; i < size_; i += Vec::width) {
+      Vec e = load(error + i);
+      store(total + i, add_to(load(total + i), load(part + i), e));
+      store(error + i, e);
+    }
+  }
+  // Leaves the sum in `part`.
+  void finish() {
+    if (!several_) return;
+    const float *total = part + size_, *error = total + size_;
+    for (index_t i = 0; i < size_; i += Vec::width) {
+      store(part + i, corrected(load(total + i), load(error + i)));
+    }
+  }
+
+ private:
+  index_t size_;
+  bool several_;
+};
 
 inline void scale_row(float* x, index_t n, float factor) {
   for (index_t j = 0; j < n; j += Vec::width) store(x + j, load(x + j) * Vec(factor));
@@ -51,15 +125,99 @@ inline Vec load_rounded(const Bf16Pair* row, index_t j) {
 }
 #endif
 
-// One block of queries and their running sums.
-template <typename Unit>
-struct QueryBlock {
-  Unit *q, *q_dot;       // [query_block, units of width]
-  float *s, *s_dot;      // [query_block, key_block]: q k and its tangent, without the softmax's scale
-  Unit *p, *p_s_dot;     // [query_block, units of key_block]: P and P (S_dot - shift)
+// Logits as they leave their product, without the softmax's scale. Their maximum is subtracted before they
+// are scaled: near the maximum that difference is exact, and zero for the maximum itself.
+struct Logits {
+  float sign, scale;
+  explicit Logits(float signed_scale)
+      : sign(signed_scale < 0.0f ? -1.0f : 1.0f), scale(signed_scale < 0.0f ? -signed_scale : signed_scale) {}
+  // In the order that the scale gives them.
+  Vec ordered(Vec s) const { return s * Vec(sign); }
+  // e^(scale (ordered(s) - max)), zeros where every logit is -inf.
+  Vec exp(Vec s, float max) const {
+    return IMF_ISA::exp(fma(s, Vec(sign), Vec(max == -INFINITY ? 0.0f : -max)) * Vec(scale));
+  }
+  // What brings sums under one maximum to a larger one.
+  float factor(float max, float larger) const {
+    return max == larger ? 1.0f : ::expf((max - (larger == -INFINITY ? 0.0f : larger)) * scale);
+  }
+};
+
+// The sums over keys of a block of queries.
+struct QuerySums {
   float *out, *out_dot;  // [query_block, value_width rounded up to vectors]: O and A
-  // Of P: its maximum, the sum of its values, of the rounded ones; of P (S_dot - shift); and the shift.
-  float max[query_block], sum[query_block], weight[query_block], dot[query_block], shift[query_block];
+  // The largest of the ordered logits, the sums of P and of P (S_dot - shift) as they are multiplied, and the
+  // shift.
+  float max[query_block], weight[query_block], dot[query_block], shift[query_block];
+};
+
+// Adds the sums over some keys to the totals, whose rounding errors are in `error`: both are brought to the
+// larger maximum and to the mean of S_dot over all of the keys.
+inline void add_sums(QuerySums& total, QuerySums& error, const QuerySums& part, index_t rows,
+                     index_t value_stride, Logits logits, bool dual, bool has_out_dot) {
+  for (index_t i = 0; i < rows; ++i) {
+    const float highest = total.max[i] > part.max[i] ? total.max[i] : part.max[i];
+    const float old = logits.factor(total.max[i], highest), recent = logits.factor(part.max[i], highest);
+    const float old_weight = old * total.weight[i], recent_weight = recent * part.weight[i];
+    const auto add = [&](float* sums, float* errors, float x) {
+      errors[i] *= old;
+      sums[i] = add_to(sums[i] * old, x, errors[i]);
+    };
+    total.max[i] = highest;
+    add(total.weight, error.weight, recent_weight);
+    float old_moved = 0.0f, recent_moved = 0.0f;
+    if (dual) {
+      const float shift_sum = (old * total.dot[i] + old_weight * total.shift[i]) +
+                              (recent * part.dot[i] + recent_weight * part.shift[i]);
+      const float shift = total.weight[i] > 0.0f ? shift_sum / total.weight[i] : total.shift[i];
+      old_moved = total.shift[i] - shift;
+      recent_moved = part.shift[i] - shift;
+      add(total.dot, error.dot,
+          old_weight * old_moved + (recent * part.dot[i] + recent_weight * recent_moved));
+      total.shift[i] = shift;
+    }
+    const index_t row = i * value_stride;
+    for (index_t j = row; j < row + value_stride; j += Vec::width) {
+      const Vec o = load(total.out + j) * Vec(old), recent_o = load(part.out + j) * Vec(recent);
+      Vec e = load(error.out + j) * Vec(old);
+      store(total.out + j, add_to(o, recent_o, e));
+      store(error.out + j, e);
+      if (!has_out_dot) continue;
+      e = load(error.out_dot + j) * Vec(old);
+      const Vec a = add_to(load(total.out_dot + j) * Vec(old), o * Vec(old_moved), e);
+      const Vec recent_a = fma(load(part.out_dot + j), Vec(recent), recent_o * Vec(recent_moved));
+      store(total.out_dot + j, add_to(a, recent_a, e));
+      store(error.out_dot + j, e);
+    }
+  }
+}
+
+inline void begin_sums(QuerySums& total, QuerySums& error, index_t value_stride) {
+  std::fill_n(total.max, query_block, -INFINITY);
+  for (float* x : {total.weight, total.dot, total.shift, error.weight, error.dot}) {
+    std::fill_n(x, query_block, 0.0f);
+  }
+  for (float* x : {total.out, total.out_dot, error.out, error.out_dot}) {
+    std::fill_n(x, query_block * value_stride, 0.0f);
+  }
+}
+
+inline void correct_sums(QuerySums& total, const QuerySums& error, index_t value_stride) {
+  const auto correct = [](float* x, const float* errors, index_t n) {
+    for (index_t i = 0; i < n; i += Vec::width) store(x + i, corrected(load(x + i), load(errors + i)));
+  };
+  correct(total.weight, error.weight, query_block);
+  correct(total.dot, error.dot, query_block);
+  correct(total.out, error.out, query_block * value_stride);
+  correct(total.out_dot, error.out_dot, query_block * value_stride);
+}
+
+// What one block of queries works on.
+template <typename Unit>
+struct QueryBlock : QuerySums {
+  Unit *q, *q_dot;    // [query_block, units of width]
+  float *s, *s_dot;   // [query_block, key_block]: q k and its tangent, without the softmax's scale
+  Unit *p, *p_s_dot;  // [query_block, units of key_block]: P and P (S_dot - shift)
 };
 
 // P = e^(S - max) and P (S_dot - shift) of a block of keys; the sums so far are brought to the new maximum
@@ -68,6 +226,7 @@ template <typename Unit>
 inline void softmax_block(QueryBlock<Unit>& b, index_t rows, index_t keys, float scale, index_t value_stride,
                           bool first, bool dual, bool has_out_dot) {
   constexpr index_t p_stride = key_block / elements_per_unit<Unit>;
+  const Logits logits(scale);
   for (index_t i = 0; i < rows; ++i) {
     const float* s = b.s + i * key_block;
     const float* s_dot = b.s_dot + i * key_block;
@@ -75,32 +234,31 @@ inline void softmax_block(QueryBlock<Unit>& b, index_t rows, index_t keys, float
     Unit* p_s_dot = b.p_s_dot + i * p_stride;
     Vec highest(first ? -INFINITY : b.max[i]);
     for_each_vec(keys, [&](index_t j, int lanes) {
-      const Vec logit = load(s + j) * Vec(scale);
-      highest = max(highest, keep_lanes(logit, lanes, -INFINITY));
+      highest = max(highest, keep_lanes(logits.ordered(load(s + j)), lanes, -INFINITY));
     });
     const float row_max = reduce_max(highest);
-    // A row of nothing but -inf so far: any finite maximum leaves its sums at zero.
-    const float offset = row_max == -INFINITY ? 0.0f : row_max;
-    if (!first) {
-      const float factor = b.max[i] == row_max ? 1.0f : ::expf(b.max[i] - offset);
-      b.sum[i] *= factor;
+    if (!first && b.max[i] != row_max) {
+      const float factor = logits.factor(b.max[i], row_max);
       b.weight[i] *= factor;
       b.dot[i] *= factor;
       scale_row(b.out + i * value_stride, value_stride, factor);
       if (has_out_dot) scale_row(b.out_dot + i * value_stride, value_stride, factor);
     }
     b.max[i] = row_max;
-    Vec sum(0.0f), weight(0.0f), dot(0.0f);
-    for_each_vec(keys, [&](index_t j, int lanes) {
-      const Vec exact = keep_lanes(exp(load(s + j) * Vec(scale) - Vec(offset)), lanes, 0.0f);
-      const Vec pj = rounded(exact, p);
-      sum += exact;
-      weight += pj;
-      if (dual) dot = fma(pj, load(s_dot + j), dot);
-      store_rounded(p, j, pj);
+    Vec weight(0.0f), dot(0.0f);
+    for_few(keys, [&](index_t first_key, index_t n) {
+      Vec few(0.0f), few_dot(0.0f);
+      for_each_vec(n, [&](index_t offset_key, int lanes) {
+        const index_t j = first_key + offset_key;
+        const Vec pj = rounded(keep_lanes(logits.exp(load(s + j), row_max), lanes, 0.0f), p);
+        few += pj;
+        if (dual) few_dot = fma(pj, load(s_dot + j), few_dot);
+        store_rounded(p, j, pj);
+      });
+      weight += few;
+      dot += few_dot;
     });
     const float before = first ? 0.0f : b.weight[i];
-    b.sum[i] = (first ? 0.0f : b.sum[i]) + reduce_add(sum);
     b.weight[i] = before + reduce_add(weight);
     if (!dual) continue;
     // M with no shift is `dot` + `before` times the old one. A row that nothing had weight in has no mean.
@@ -139,12 +297,13 @@ void forward(const AttentionForward& a) {
   const index_t stretches = query_blocks < 1 ? 1 : smaller(wanted, query_blocks);
   const index_t tasks = heads * stretches;
   const int team = team_size(a.threads, heads * a.queries * a.keys, tasks);
+  const bool several_sums = a.keys > keys_per_sum;
   TaskQueue queue(tasks);
 
   on_each_thread(team, [&](int) {
     const index_t k_size = packed_size(width, a.keys), v_size = packed_size(all_keys, a.value_width);
     Scratch scratch(2 * k_size + 2 * v_size +
-                    2 * query_block * (width + key_block + p_stride + value_stride));
+                    2 * query_block * (width + key_block + p_stride + (several_sums ? 3 : 1) * value_stride));
     Unit* k = scratch.take<Unit>(k_size);
     Unit* k_dot = scratch.take<Unit>(k_size);
     Unit* v = scratch.take<Unit>(v_size);
@@ -161,8 +320,12 @@ void forward(const AttentionForward& a) {
       block.p = block.s;
       block.p_s_dot = block.s_dot;
     }
-    block.out = scratch.take<float>(query_block * value_stride);
-    block.out_dot = scratch.take<float>(query_block * value_stride);
+    QuerySums total, error;
+    for (QuerySums* sums : {static_cast<QuerySums*>(&block), &total, &error}) {
+      if (sums != &block && !several_sums) break;
+      sums->out = scratch.take<float>(query_block * value_stride);
+      sums->out_dot = scratch.take<float>(query_block * value_stride);
+    }
 
     for (index_t task; queue.next(task);) {
       const index_t head = task / stretches, b = head / a.heads, h = head % a.heads;
@@ -191,11 +354,13 @@ void forward(const AttentionForward& a) {
         if (q_dot_head) {
           copy_to_units(q_dot_head + q0 * a.q_dot.stride[2], a.q_dot.stride[2], rows, a.width, block.q_dot);
         }
+        // Tangents of q and k without elements are null pointers: nothing below would write A.
+        if (out_dot_head && !dual && !v_dot_head) std::fill_n(block.out_dot, rows * value_stride, 0.0f);
         const Strided<Unit> q{block.q, width, 1}, q_dot{block.q_dot, width, 1};
         const Strided<Unit> p{block.p, p_stride, 1}, p_s_dot{block.p_s_dot, p_stride, 1};
         for (index_t k0 = 0; k0 < a.keys; k0 += key_block) {
           const index_t keys = smaller(key_block, a.keys - k0);
-          const bool first = k0 == 0;
+          const bool first = k0 % keys_per_sum == 0;
           // key_block is a multiple of panel_width, so a block of keys begins with a panel.
           const index_t first_unit = k0 / elements_per_unit<Unit>, key_units = units<Unit>(keys);
           const Unit* k_panel = k + k0 * width;
@@ -214,14 +379,21 @@ void forward(const AttentionForward& a) {
           add_product(p, v, block.out, !first);
           if (v_dot_head) add_product(p, v_dot, block.out_dot, !first);
           if (dual) add_product(p_s_dot, v, block.out_dot, !first || v_dot_head);
+          const index_t next = k0 + key_block;
+          if (several_sums && (next % keys_per_sum == 0 || next >= a.keys)) {
+            if (next == keys_per_sum) begin_sums(total, error, value_stride);
+            add_sums(total, error, block, rows, value_stride, Logits(a.scale), dual, out_dot_head != nullptr);
+          }
         }
+        if (several_sums) correct_sums(total, error, value_stride);
+        const QuerySums& sums = several_sums ? total : block;
         for (index_t i = 0; i < rows; ++i) {
-          const float inverse = 1.0f / block.weight[i];
-          const float mean = dual ? block.dot[i] * inverse : 0.0f;
+          const float inverse = 1.0f / sums.weight[i];
+          const float mean = dual ? sums.dot[i] * inverse : 0.0f;
           T* out = out_head + (q0 + i) * a.out.stride[2];
           T* out_dot = out_dot_head ? out_dot_head + (q0 + i) * a.out_dot.stride[2] : nullptr;
-          const float* sum = block.out + i * value_stride;
-          const float* sum_dot = block.out_dot + i * value_stride;
+          const float* sum = sums.out + i * value_stride;
+          const float* sum_dot = sums.out_dot + i * value_stride;
           for_each_vec(a.value_width, [&](index_t j, int lanes) {
             const Vec o = load(sum + j) * Vec(inverse);
             store_lanes(out + j, o, lanes);
@@ -229,7 +401,7 @@ void forward(const AttentionForward& a) {
               store_lanes(out_dot + j, fma(Vec(-mean), o, load(sum_dot + j) * Vec(inverse)), lanes);
             }
           });
-          a.lse[head * a.queries + q0 + i] = block.max[i] + ::logf(block.sum[i]);
+          a.row_max[head * a.queries + q0 + i] = sums.max[i];
         }
       }
     }
@@ -264,13 +436,14 @@ inline void pair_rows(const float* x, index_t stride, index_t n, Bf16Pair* pairs
 }
 #endif
 
-// With P = e^(S - lse), dP = dO V^T and delta_i = sum_j P dP: dV = P^T dO, dS = P (dP - delta),
-// dQ = scale dS K, dK = scale dS^T Q. A task is a head; dK and dV are summed over its blocks of queries.
-// The rounding of lse keeps the rows of P from summing to 1, so they are normalised again. delta is also
-// sum_d dO O, but taken from P and dP the rows of dS sum to zero as exactly as they can: an offset of the
-// keys must cancel in dQ. It is taken in two steps, the second from dP less the first, so that an offset of
-// the values cancels too. Rounded to bf16 those rows do not sum to zero again: what is left over times a mean
-// of the keys is taken off dQ, a mean under |dS|, for a key without weight must have no part in it.
+// With P = e^(S - max) / sum_j e^(S - max), dP = dO V^T and delta_i = sum_j P dP: dV = P^T dO,
+// dS = P (dP - delta), dQ = scale dS K, dK = scale dS^T Q. A task is a head; dK and dV are summed over its
+// blocks of queries. The maximum comes from forward; the logarithm of the sum would do, but the
+// distances of the logits from it are rounded more coarsely. delta is also sum_d dO O, but
+// taken from P and dP the rows of dS sum to zero as exactly as they can: an offset of the keys must cancel in
+// dQ. It is taken in two steps, the second from dP less the first, so that an offset of the values cancels
+// too. Rounded to bf16 those rows do not sum to zero again: what is left over times a mean of the keys is
+// taken off dQ, a mean under |dS|, for a key without weight must have no part in it.
 template <typename T, typename Unit>
 void backward(const AttentionBackward& a) {
   constexpr bool rounds = elements_per_unit<Unit> > 1;
@@ -279,27 +452,30 @@ void backward(const AttentionBackward& a) {
   const index_t heads = a.batch * a.heads;
   const index_t stride = round_up(a.width, Vec::width), value_stride = round_up(a.value_width, Vec::width);
   const index_t key_stride = round_up(a.keys, Vec::width);
+  const Logits logits(a.scale);
+  const bool several_dq = a.keys > keys_per_sum, several_dkv = a.queries > queries_per_sum;
   const int team = team_size(a.threads, heads * a.queries * a.keys, heads);
   TaskQueue queue(heads);
 
   on_each_thread(team, [&](int) {
     const index_t query_units = units<Unit>(query_block);
     Scratch scratch(packed_size(width, a.keys) + packed_size(value_units, a.keys) +
-                    packed_size(all_keys, a.width) + a.keys * (stride + value_stride) +
-                    query_block * (width + value_units + 2 * stride + value_stride + 4 * key_stride) +
-                    stride + key_stride);
+                    packed_size(all_keys, a.width) + LongSum::floats(query_block * stride, several_dq) +
+                    LongSum::floats(a.keys * (stride + value_stride), several_dkv) +
+                    query_block * (width + value_units + stride + value_stride + 4 * key_stride) + stride +
+                    key_stride);
     Unit* k_transposed = scratch.take<Unit>(packed_size(width, a.keys));
     Unit* v_transposed = scratch.take<Unit>(packed_size(value_units, a.keys));
     Unit* k = scratch.take<Unit>(packed_size(all_keys, a.width));
     float* k_mean = scratch.take<float>(stride);
     float* k_weights = scratch.take<float>(key_stride);
-    float* dk = scratch.take<float>(a.keys * stride);
-    float* dv = scratch.take<float>(a.keys * value_stride);
+    LongSum dk(scratch, a.keys * stride, several_dkv && a.dk.data);
+    LongSum dv(scratch, a.keys * value_stride, several_dkv && a.dv.data);
     Unit* q = scratch.take<Unit>(query_block * width);
     Unit* q_panels = scratch.take<Unit>(query_units * stride);
     Unit* dout = scratch.take<Unit>(query_block * value_units);
     Unit* dout_panels = scratch.take<Unit>(query_units * value_stride);
-    float* dq = scratch.take<float>(query_block * stride);
+    LongSum dq(scratch, query_block * stride, several_dq);
     float* p = scratch.take<float>(query_block * key_stride);
     float* ds = scratch.take<float>(query_block * key_stride);
     // P and dS as they are multiplied: along the queries, and dS along the keys too.
@@ -328,9 +504,11 @@ void backward(const AttentionBackward& a) {
       pack_transposed(head_of<T>(a.v, b, h), a.v.stride[2], a.keys, a.value_width, v_transposed);
       pack(k_head, a.k.stride[2], a.keys, a.width, k);
       if (a.queries == 0) {
-        std::fill_n(dk, a.keys * stride, 0.0f);
-        std::fill_n(dv, a.keys * value_stride, 0.0f);
+        std::fill_n(dk.part, a.keys * stride, 0.0f);
+        std::fill_n(dv.part, a.keys * value_stride, 0.0f);
       }
+      dk.begin();
+      dv.begin();
 
       for (index_t q0 = 0; q0 < a.queries; q0 += query_block) {
         const index_t rows = smaller(query_block, a.queries - q0), row_units = units<Unit>(rows);
@@ -349,62 +527,87 @@ void backward(const AttentionBackward& a) {
         for (index_t i = 0; i < rows; ++i) {
           float* pi = p + i * key_stride;
           float* dsi = ds + i * key_stride;
-          const Vec lse(a.lse[head * a.queries + q0 + i]);
-          Vec sum(0.0f), dot(0.0f), rest(0.0f);
-          for_each_vec(a.keys, [&](index_t j, int lanes) {
-            const Vec pj = keep_lanes(exp(load(pi + j) * Vec(a.scale) - lse), lanes, 0.0f);
-            store(pi + j, pj);
-            sum += pj;
-            dot = fma(pj, load(dsi + j), dot);
+          const float row_max = a.row_max[head * a.queries + q0 + i];
+          RowSum sum, dot, rest, left_over;
+          for_few(a.keys, [&](index_t first_key, index_t n) {
+            Vec few(0.0f), few_dot(0.0f);
+            for_each_vec(n, [&](index_t offset, int lanes) {
+              const index_t j = first_key + offset;
+              const Vec pj = keep_lanes(logits.exp(load(pi + j), row_max), lanes, 0.0f);
+              store(pi + j, pj);
+              few += pj;
+              few_dot = fma(pj, load(dsi + j), few_dot);
+            });
+            sum.add(few);
+            dot.add(few_dot);
           });
-          const float inverse = 1.0f / reduce_add(sum);
-          const Vec delta(reduce_add(dot) * inverse), normalize(inverse);
-          for (index_t j = 0; j < key_stride; j += Vec::width) {
-            const Vec pj = load(pi + j) * normalize, dsj = pj * (load(dsi + j) - delta);
-            store(pi + j, pj);
-            store(dsi + j, dsj);
-            rest += dsj;
-          }
-          const Vec correction(reduce_add(rest));
-          Vec left_over(0.0f);
-          for (index_t j = 0; j < key_stride; j += Vec::width) {
-            const Vec dsj = fma(Vec(0.0f) - load(pi + j), correction, load(dsi + j));
-            store(dsi + j, dsj);
-            if (rounds) {
-              const Vec multiplied = rounded(dsj, ds_rows);
-              store_rounded(ds_rows + i * ds_row_stride, j, multiplied);
-              left_over += multiplied;
-              store(k_weights + j, load(k_weights + j) + abs(multiplied));
+          const float inverse = 1.0f / sum.value();
+          const Vec delta(dot.value() * inverse), normalize(inverse);
+          for_few(key_stride, [&](index_t first_key, index_t n) {
+            Vec few(0.0f);
+            for (index_t j = first_key; j < first_key + n; j += Vec::width) {
+              const Vec pj = load(pi + j) * normalize, dsj = pj * (load(dsi + j) - delta);
+              store(pi + j, pj);
+              store(dsi + j, dsj);
+              few += dsj;
             }
-          }
-          if (rounds) row_sums[i] = reduce_add(left_over);
+            rest.add(few);
+          });
+          const Vec correction(rest.value());
+          for_few(key_stride, [&](index_t first_key, index_t n) {
+            Vec few(0.0f);
+            for (index_t j = first_key; j < first_key + n; j += Vec::width) {
+              const Vec dsj = fma(Vec(0.0f) - load(pi + j), correction, load(dsi + j));
+              store(dsi + j, dsj);
+              if (rounds) {
+                const Vec multiplied = rounded(dsj, ds_rows);
+                store_rounded(ds_rows + i * ds_row_stride, j, multiplied);
+                few += multiplied;
+                store(k_weights + j, load(k_weights + j) + abs(multiplied));
+              }
+            }
+            if (rounds) left_over.add(few);
+          });
+          if (rounds) row_sums[i] = left_over.value();
         }
         pair_rows(p, key_stride, rows, p_columns);
         pair_rows(ds, key_stride, rows, ds_columns);
-        const bool first = q0 == 0;
+        const bool first = q0 % queries_per_sum == 0;
         if (dv_head) {
           product(a.keys, a.value_width, row_units, Strided<Unit>{p_columns, 1, key_stride}, dout_panels, 0,
-                  row_units, dv, value_stride, !first);
+                  row_units, dv.part, value_stride, !first);
         }
         if (dk_head) {
           product(a.keys, a.width, row_units, Strided<Unit>{ds_columns, 1, key_stride}, q_panels, 0,
-                  row_units, dk, stride, !first);
+                  row_units, dk.part, stride, !first);
+        }
+        if (q0 + rows == a.queries || (q0 + rows) % queries_per_sum == 0) {
+          dv.add_part();
+          dk.add_part();
         }
         if (dq_head) {
-          product(rows, a.width, all_keys, Strided<Unit>{ds_rows, ds_row_stride, 1}, k, 0, all_keys, dq,
-                  stride, false);
+          dq.begin();
+          constexpr index_t units_per_sum = keys_per_sum / elements_per_unit<Unit>;
+          for (index_t k0 = 0; k0 < all_keys; k0 += units_per_sum) {
+            product(rows, a.width, smaller(units_per_sum, all_keys - k0),
+                    Strided<Unit>{ds_rows + k0, ds_row_stride, 1}, k, k0, all_keys, dq.part, stride, false);
+            dq.add_part();
+          }
+          dq.finish();
           if (rounds) weighted_mean(k_head, a.k.stride[2], a.keys, a.width, k_weights, k_mean);
           for (index_t i = 0; rounds && i < rows; ++i) {
             for (index_t j = 0; j < stride; j += Vec::width) {
-              float* x = dq + i * stride + j;
+              float* x = dq.part + i * stride + j;
               store(x, fma(Vec(-row_sums[i]), load(k_mean + j), load(x)));
             }
           }
-          copy_rows(dq, stride, rows, a.width, a.scale, dq_head + q0 * a.dq.stride[2], a.dq.stride[2]);
+          copy_rows(dq.part, stride, rows, a.width, a.scale, dq_head + q0 * a.dq.stride[2], a.dq.stride[2]);
         }
       }
-      if (dk_head) copy_rows(dk, stride, a.keys, a.width, a.scale, dk_head, a.dk.stride[2]);
-      if (dv_head) copy_rows(dv, value_stride, a.keys, a.value_width, 1.0f, dv_head, a.dv.stride[2]);
+      dk.finish();
+      dv.finish();
+      if (dk_head) copy_rows(dk.part, stride, a.keys, a.width, a.scale, dk_head, a.dk.stride[2]);
+      if (dv_head) copy_rows(dv.part, value_stride, a.keys, a.value_width, 1.0f, dv_head, a.dv.stride[2]);
     }
   });
 }
@@ -424,13 +627,22 @@ void with_units(const Shape& a, Body body) {
   });
 }
 
+// A tensor without elements has no memory: no address in it is anything but null.
+inline void stay_null(HeadsTensor& x) {
+  if (!x.data) std::fill_n(x.stride, 3, index_t{0});
+}
+
 }  // namespace
 
-void attention_forward(const AttentionForward& a) {
+void attention_forward(const AttentionForward& given) {
+  AttentionForward a = given;
+  for (HeadsTensor* x : {&a.q, &a.k, &a.v, &a.out, &a.q_dot, &a.k_dot, &a.v_dot, &a.out_dot}) stay_null(*x);
   with_units(a, [&](auto t, auto unit) { forward<decltype(t), decltype(unit)>(a); });
 }
 
-void attention_backward(const AttentionBackward& a) {
+void attention_backward(const AttentionBackward& given) {
+  AttentionBackward a = given;
+  for (HeadsTensor* x : {&a.q, &a.k, &a.v, &a.dout, &a.dq, &a.dk, &a.dv}) stay_null(*x);
   with_units(a, [&](auto t, auto unit) { backward<decltype(t), decltype(unit)>(a); });
 }
 

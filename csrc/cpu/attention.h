@@ -10,7 +10,7 @@ struct AttentionForward {
   DType type;
   HeadsTensor q, k, v, out;
   HeadsTensor q_dot, k_dot, v_dot, out_dot;
-  float* lse;  // [batch, heads, queries]: natural logarithm of the softmax's denominator
+  float* row_max;  // [batch, heads, queries]: the largest q k of a query; where scale < 0 that of -q k
   index_t batch, tangent_batch, heads, queries, keys, width, value_width;
   float scale;
   int threads;
@@ -20,7 +20,7 @@ struct AttentionBackward {
   DType type;
   HeadsTensor q, k, v, dout;
   HeadsTensor dq, dk, dv;
-  const float* lse;
+  const float* row_max;
   index_t batch, heads, queries, keys, width, value_width;
   float scale;
   int threads;

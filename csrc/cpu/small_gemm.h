@@ -5,6 +5,9 @@
 // are broadcast one by one, so A may have any strides (a transpose costs nothing). B lies in panels of
 // `panel_width` columns, each panel a contiguous [k, panel_width] block of units (the last one as many whole
 // vectors as it needs), zero-padded. C's rows have room for n rounded up to whole vectors.
+//
+// No more than `longest_sum` units are added one after the other; of more there are sums of 32, which are
+// added to C. Rounding errors thus grow as the square roots of two short lengths, not of one long one.
 #pragma once
 
 #include "cpu/vec.h"
@@ -18,6 +21,7 @@ constexpr bool has_32_registers = IMF_ISA_LEVEL >= 3 || (IMF_ISA_LEVEL == 2 && V
 constexpr int block_rows = IMF_ISA_LEVEL == 1 ? 4 : 6;
 constexpr int block_vecs = has_32_registers ? 4 : 2;
 constexpr int panel_width = block_vecs * Vec::width;
+constexpr index_t longest_sum = 48;
 
 inline index_t round_up(index_t n, index_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 // Units that [k, n] takes in panels, k in units.
@@ -92,22 +96,29 @@ struct Strided {
 template <int rows, int vecs, typename Unit>
 inline void product_block(const Unit* a, index_t a_row, index_t a_column, const Unit* b, index_t b_row,
                           float* c, index_t c_row, index_t k, bool add) {
-  Vec sum[rows][vecs];
-  for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < vecs; ++j) {
-      sum[i][j] = add ? load(c + i * c_row + j * Vec::width) : Vec(0.0f);
-    }
-  }
-  for (index_t p = 0; p < k; ++p) {
-    Vec bp[vecs];
-    for (int j = 0; j < vecs; ++j) bp[j] = load_units(b + p * b_row + j * Vec::width);
+  const index_t sums = k > longest_sum ? (k + 31) / 32 : 1;
+  for (index_t s = 0; s < sums; ++s) {
+    const index_t terms = (k + s) / sums;  // as many in each, or one more
+    Vec sum[rows][vecs];
     for (int i = 0; i < rows; ++i) {
-      const Vec aip = broadcast(a + i * a_row + p * a_column);
-      for (int j = 0; j < vecs; ++j) sum[i][j] = multiply_add<Unit>(aip, bp[j], sum[i][j]);
+      for (int j = 0; j < vecs; ++j) sum[i][j] = Vec(0.0f);
     }
-  }
-  for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < vecs; ++j) store(c + i * c_row + j * Vec::width, sum[i][j]);
+    for (index_t p = 0; p < terms; ++p) {
+      Vec bp[vecs];
+      for (int j = 0; j < vecs; ++j) bp[j] = load_units(b + p * b_row + j * Vec::width);
+      for (int i = 0; i < rows; ++i) {
+        const Vec aip = broadcast(a + i * a_row + p * a_column);
+        for (int j = 0; j < vecs; ++j) sum[i][j] = multiply_add<Unit>(aip, bp[j], sum[i][j]);
+      }
+    }
+    a += terms * a_column;
+    b += terms * b_row;
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < vecs; ++j) {
+        float* cij = c + i * c_row + j * Vec::width;
+        store(cij, add || s > 0 ? load(cij) + sum[i][j] : sum[i][j]);
+      }
+    }
   }
 }
 

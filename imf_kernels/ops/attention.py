@@ -196,6 +196,8 @@ class _Attention(torch.autograd.Function):
 
 
 class _CPU:
+    """Keeps, instead of lse, the maximum of each row of Q Kᵀ (csrc/cpu/attention.h)."""
+
     @staticmethod
     def forward(
         q: Tensor,

@@ -543,6 +543,12 @@ LARGE = [
     attention("length 1024, 3 heads of keys", 1, 12, 1024, 64, kv_heads=3, large=True),
     attention("B/2 with a mask", 4, 12, 276, 64, mask=Input((4, 1, 1, 276), true=0.8), large=True),
 ]
+# Sums over so many keys or queries that their rounding errors would show if they grew with the number.
+LONG = [
+    attention(f"{queries:,} queries, {keys:,} keys", 1, 1, queries, 64, keys=keys, large=True)
+    for n in (2048, 4096, 16384, 65536)
+    for queries, keys in ((16, n), (n, 16))
+]
 OPERATIONS = tuple(dict.fromkeys(case.operation for case in SMALL))
 
 
