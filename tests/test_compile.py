@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import running_on
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -117,7 +118,8 @@ def test_every_kernel_has_an_operator():
     ids=str,
 )
 def test_other_backends_in_a_graph(case, backend):
-    p = errors.problem(case, FP32)
+    with running_on(backend):
+        p = errors.problem(case, FP32)
     call = caller(case, backend)
     got = results_of(torch.compile(call, fullgraph=True, backend="aot_eager"), p, p.tangents)
     wanted = results_of(call, p, p.tangents)
