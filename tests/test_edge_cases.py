@@ -147,30 +147,44 @@ def test_no_scalars_and_no_tokens(backend):
     assert torch.equal(y.primal, torch.full((2, 2, 3), 2.0)) and torch.equal(y.tangent, torch.zeros(2, 2, 3))
 
 
-@pytest.mark.parametrize(
-    ("batch", "heads", "queries", "keys", "width", "value_width"),
-    [(0, 2, 3, 4, 8, 8), (2, 0, 3, 4, 8, 8), (2, 2, 0, 4, 8, 8), (2, 2, 3, 4, 8, 0), (2, 2, 3, 4, 0, 8)],
-)
 @pytest.mark.operation("scaled_dot_product_attention")
-def test_empty_attention(batch, heads, queries, keys, width, value_width, backend):
-    q, k, v = (
-        torch.randn(batch, heads, n, d, requires_grad=True)
-        for n, d in ((queries, width), (keys, width), (keys, value_width))
-    )
-    # What ran before leaves its numbers in the working memory.
-    used = torch.randn(2, 2, 40, 40, requires_grad=True)
-    ik.scaled_dot_product_attention(used, used, used, backend=backend).sum().backward()
-    out = ik.scaled_dot_product_attention(*(Dual(x, torch.randn_like(x)) for x in (q, k, v)), backend=backend)
-    assert out.shape == out.tangent.shape == (batch, heads, queries, value_width)
-    with sdpa_kernel(SDPBackend.MATH):  # PyTorch's others for GPUs cannot differentiate nothing
-        expected = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-    if width == 0:  # every key counts the same
+@pytest.mark.parametrize("size", [0, 1])
+@pytest.mark.parametrize("dim", ["batch", "heads", "queries", "keys", "width", "value_width"])
+def test_attention_with_a_dimension_of_0_or_1(dim, size, backend):
+    """Output, tangents of each input and of all, and gradients are those that PyTorch derives."""
+    n = {"batch": 2, "heads": 2, "queries": 3, "keys": 20, "width": 8, "value_width": 8} | {dim: size}
+    lengths = {"query": n["queries"], "key": n["keys"], "value": n["keys"]}
+    widths = {"query": n["width"], "key": n["width"], "value": n["value_width"]}
+    shapes = {name: (n["batch"], n["heads"], lengths[name], widths[name]) for name in lengths}
+    x = {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items()}
+    x_dot = {name: torch.randn(shape) for name, shape in shapes.items()}
+
+    def plain(*arguments):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return F.scaled_dot_product_attention(*arguments, scale=0.5)
+
+    def ours(**arguments):
+        return ik.scaled_dot_product_attention(**arguments, scale=0.5, backend=backend)
+
+    if n["keys"] == 0 and backend == "cpu":
+        with pytest.raises(RuntimeError, match="needs at least one key"):
+            ours(**x)
+        return
+    for moving in ("query",), ("key",), ("value",), tuple(x):
+        if backend == "cpu":  # what ran before leaves its numbers in the working memory
+            used = Dual(torch.randn(2, 2, 60, 40), torch.randn(2, 2, 60, 40))
+            ik.scaled_dot_product_attention(used, used, used, backend=backend)
+        out = ours(**{name: Dual(t, x_dot[name]) if name in moving else t for name, t in x.items()})
+        directions = (x_dot[name] if name in moving else torch.zeros(shapes[name]) for name in x)
+        primals = tuple(t.detach() for t in x.values())
+        expected, expected_dot = torch.func.jvp(plain, primals, tuple(directions))
         torch.testing.assert_close(out.primal, expected)
-    cotangent = torch.ones_like(expected)
-    got = torch.autograd.grad(out.primal, (q, k, v), cotangent)
-    wanted = torch.autograd.grad(expected, (q, k, v), cotangent)
+        torch.testing.assert_close(out.tangent.detach(), expected_dot, rtol=1e-4, atol=1e-5)
+    cotangent = torch.randn(expected.shape)
+    got = torch.autograd.grad(ours(**x), tuple(x.values()), cotangent)
+    wanted = torch.autograd.grad(plain(*x.values()), tuple(x.values()), cotangent)
     for g, w in zip(got, wanted, strict=True):
-        torch.testing.assert_close(g, w) if width == 0 else torch.testing.assert_close(g, 0 * g)
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
 
 
 def test_attention_over_no_keys_is_zero():

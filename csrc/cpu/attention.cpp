@@ -14,7 +14,7 @@
 // that an offset of the values still cancels.
 //
 // A sum over many keys or queries has three levels, so that its rounding error does not grow with their
-// number: at most longest_sum terms (small_gemm.h), a few dozen such sums, and a total of those whose
+// number: some 32 terms (small_gemm.h), some 32 such sums, and a total of those whose
 // rounding errors are summed too and added at the end.
 #include "cpu/attention.h"
 
@@ -32,12 +32,18 @@ namespace {
 constexpr index_t query_block = 48;
 constexpr index_t key_block = 256;
 // How many keys or queries are summed before their sum goes into a compensated total.
-constexpr index_t keys_per_sum = 8 * key_block;
+constexpr index_t keys_per_sum = 4 * key_block;
 constexpr index_t queries_per_sum = 32 * query_block;
 
 template <typename T>
 T* head_of(const HeadsTensor& x, index_t b, index_t h) {
   return x.data ? static_cast<T*>(x.data) + b * x.stride[0] + h * x.stride[1] : nullptr;
+}
+
+// Terms of a logit's sums. PyTorch's products of few rows or columns sum in about as many lanes as a vector
+// has, and the exponential makes what errors a logit has relative ones.
+inline index_t logit_terms(index_t queries, index_t keys) {
+  return queries < 16 || keys < 16 ? 8 : usual_terms;
 }
 
 inline index_t smaller(index_t a, index_t b) { return a < b ? a : b; }
@@ -72,7 +78,10 @@ struct RowSum {
     error += sum - (next - total);
     total = next;
   }
-  float value() const { return reduce_add(corrected(total, error)); }
+  float value() const {
+    const float sum = reduce_add(total + error);
+    return sum == sum ? sum : reduce_add(total);
+  }
 };
 
 // A matrix that is a sum over many keys or queries: products are added to `part`, and where there are several
@@ -298,6 +307,7 @@ void forward(const AttentionForward& a) {
   const index_t tasks = heads * stretches;
   const int team = team_size(a.threads, heads * a.queries * a.keys, tasks);
   const bool several_sums = a.keys > keys_per_sum;
+  const index_t terms = logit_terms(a.queries, a.keys);
   TaskQueue queue(tasks);
 
   on_each_thread(team, [&](int) {
@@ -365,11 +375,12 @@ void forward(const AttentionForward& a) {
           const index_t first_unit = k0 / elements_per_unit<Unit>, key_units = units<Unit>(keys);
           const Unit* k_panel = k + k0 * width;
           const Unit* k_dot_panel = k_dot + k0 * width;
-          product(rows, keys, width, q, k_panel, 0, width, block.s, key_block, false);
-          if (q_dot_head) product(rows, keys, width, q_dot, k_panel, 0, width, block.s_dot, key_block, false);
+          product(rows, keys, width, q, k_panel, 0, width, block.s, key_block, false, terms);
+          if (q_dot_head)
+            product(rows, keys, width, q_dot, k_panel, 0, width, block.s_dot, key_block, false, terms);
           if (k_dot_head) {
             product(rows, keys, width, q, k_dot_panel, 0, width, block.s_dot, key_block,
-                    q_dot_head != nullptr);
+                    q_dot_head != nullptr, terms);
           }
           softmax_block(block, rows, keys, a.scale, value_stride, first, dual, out_dot_head != nullptr);
           const auto add_product = [&](Strided<Unit> weights, const Unit* values, float* sum, bool add) {
@@ -424,6 +435,27 @@ inline void weighted_mean(const T* x, index_t stride, index_t n, index_t width, 
   });
 }
 
+#if IMF_ISA_LEVEL >= 4
+inline unsigned lanes_larger(Vec x, float limit) {
+  return _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_GT_OQ);
+}
+// Calls body(j, difference) with what rounding took off each element larger than `limit`.
+template <typename Body>
+inline void for_larger(const float* x, const Bf16Pair* rounded_x, index_t n, float limit, Body body) {
+  const bfloat16* halves = reinterpret_cast<const bfloat16*>(rounded_x);
+  for (index_t j = 0; j < n; j += Vec::width) {
+    for (unsigned found = lanes_larger(abs(load(x + j)), limit); found; found &= found - 1) {
+      const index_t i = j + __builtin_ctz(found);
+      body(i, x[i] - to_float(halves[i]));
+    }
+  }
+}
+#else
+inline unsigned lanes_larger(Vec, float) { return 0; }
+#endif
+template <typename Body>
+inline void for_larger(const float*, const float*, index_t, float, Body) {}  // nothing was rounded
+
 // Rows [n, stride] as units along n, where those are not the rows themselves.
 inline void pair_rows(const float*, index_t, index_t, float*) {}
 #if IMF_ISA_LEVEL >= 4
@@ -438,12 +470,14 @@ inline void pair_rows(const float* x, index_t stride, index_t n, Bf16Pair* pairs
 
 // With P = e^(S - max) / sum_j e^(S - max), dP = dO V^T and delta_i = sum_j P dP: dV = P^T dO,
 // dS = P (dP - delta), dQ = scale dS K, dK = scale dS^T Q. A task is a head; dK and dV are summed over its
-// blocks of queries. The maximum comes from forward; the logarithm of the sum would do, but the
-// distances of the logits from it are rounded more coarsely. delta is also sum_d dO O, but
-// taken from P and dP the rows of dS sum to zero as exactly as they can: an offset of the keys must cancel in
-// dQ. It is taken in two steps, the second from dP less the first, so that an offset of the values cancels
-// too. Rounded to bf16 those rows do not sum to zero again: what is left over times a mean of the keys is
-// taken off dQ, a mean under |dS|, for a key without weight must have no part in it.
+// blocks of queries. The maximum comes from forward; the logarithm of the sum would do, but the distances of
+// the logits from it are rounded more coarsely. delta is also sum_d dO O, but taken from P and dP the rows of
+// dS sum to zero as exactly as they can: an offset of the keys must cancel in dQ. In fp32 it is taken in two
+// steps, the second from dP less the first, so that an offset of the values cancels too. Rounded to bf16
+// those rows do not sum to zero: what is left over times a mean of the keys is taken off dQ, a mean under
+// |dS|, for a key without weight must have no part in it. A key that holds 3/16 of a row's sum of |dS| may be
+// far from that mean, and too few others have errors like its own to cancel it: of such keys, at most five,
+// what rounding took off dS is multiplied too.
 template <typename T, typename Unit>
 void backward(const AttentionBackward& a) {
   constexpr bool rounds = elements_per_unit<Unit> > 1;
@@ -453,6 +487,7 @@ void backward(const AttentionBackward& a) {
   const index_t stride = round_up(a.width, Vec::width), value_stride = round_up(a.value_width, Vec::width);
   const index_t key_stride = round_up(a.keys, Vec::width);
   const Logits logits(a.scale);
+  const index_t terms = logit_terms(a.queries, a.keys);
   const bool several_dq = a.keys > keys_per_sum, several_dkv = a.queries > queries_per_sum;
   const int team = team_size(a.threads, heads * a.queries * a.keys, heads);
   TaskQueue queue(heads);
@@ -518,17 +553,18 @@ void backward(const AttentionBackward& a) {
         copy_to_units(dout_rows, a.dout.stride[2], rows, a.value_width, dout);
         pack(q_rows, a.q.stride[2], rows, a.width, q_panels);
         pack(dout_rows, a.dout.stride[2], rows, a.value_width, dout_panels);
-        product(rows, a.keys, width, Strided<Unit>{q, width, 1}, k_transposed, 0, width, p, key_stride,
-                false);
+        product(rows, a.keys, width, Strided<Unit>{q, width, 1}, k_transposed, 0, width, p, key_stride, false,
+                terms);
         product(rows, a.keys, value_units, Strided<Unit>{dout, value_units, 1}, v_transposed, 0, value_units,
-                ds, key_stride, false);
+                ds, key_stride, false, terms);
         float row_sums[query_block];  // of dS as it is multiplied
+        float limits[query_block];    // 3/16 of the sum of |dS|; infinite where none is larger
         if (rounds) std::fill_n(k_weights, key_stride, 0.0f);
         for (index_t i = 0; i < rows; ++i) {
           float* pi = p + i * key_stride;
           float* dsi = ds + i * key_stride;
           const float row_max = a.row_max[head * a.queries + q0 + i];
-          RowSum sum, dot, rest, left_over;
+          RowSum sum, dot;
           for_few(a.keys, [&](index_t first_key, index_t n) {
             Vec few(0.0f), few_dot(0.0f);
             for_each_vec(n, [&](index_t offset, int lanes) {
@@ -543,32 +579,39 @@ void backward(const AttentionBackward& a) {
           });
           const float inverse = 1.0f / sum.value();
           const Vec delta(dot.value() * inverse), normalize(inverse);
-          for_few(key_stride, [&](index_t first_key, index_t n) {
-            Vec few(0.0f);
-            for (index_t j = first_key; j < first_key + n; j += Vec::width) {
+          if constexpr (rounds) {
+            Vec left_over(0.0f), size(0.0f), largest(0.0f);
+            for (index_t j = 0; j < key_stride; j += Vec::width) {
               const Vec pj = load(pi + j) * normalize, dsj = pj * (load(dsi + j) - delta);
+              const Vec multiplied = rounded(dsj, ds_rows), weight = abs(multiplied);
               store(pi + j, pj);
               store(dsi + j, dsj);
-              few += dsj;
+              store_rounded(ds_rows + i * ds_row_stride, j, multiplied);
+              left_over += multiplied;
+              size += weight;
+              largest = max(largest, weight);
+              store(k_weights + j, load(k_weights + j) + weight);
             }
-            rest.add(few);
-          });
-          const Vec correction(rest.value());
-          for_few(key_stride, [&](index_t first_key, index_t n) {
-            Vec few(0.0f);
-            for (index_t j = first_key; j < first_key + n; j += Vec::width) {
-              const Vec dsj = fma(Vec(0.0f) - load(pi + j), correction, load(dsi + j));
-              store(dsi + j, dsj);
-              if (rounds) {
-                const Vec multiplied = rounded(dsj, ds_rows);
-                store_rounded(ds_rows + i * ds_row_stride, j, multiplied);
-                few += multiplied;
-                store(k_weights + j, load(k_weights + j) + abs(multiplied));
+            row_sums[i] = reduce_add(left_over);
+            const float limit = 0.1875f * reduce_add(size);
+            limits[i] = lanes_larger(largest, limit) ? limit : INFINITY;
+          } else {
+            RowSum rest;
+            for_few(key_stride, [&](index_t first_key, index_t n) {
+              Vec few(0.0f);
+              for (index_t j = first_key; j < first_key + n; j += Vec::width) {
+                const Vec pj = load(pi + j) * normalize, dsj = pj * (load(dsi + j) - delta);
+                store(pi + j, pj);
+                store(dsi + j, dsj);
+                few += dsj;
               }
+              rest.add(few);
+            });
+            const Vec correction(0.0f - rest.value());
+            for (index_t j = 0; j < key_stride; j += Vec::width) {
+              store(dsi + j, fma(load(pi + j), correction, load(dsi + j)));
             }
-            if (rounds) left_over.add(few);
-          });
-          if (rounds) row_sums[i] = left_over.value();
+          }
         }
         pair_rows(p, key_stride, rows, p_columns);
         pair_rows(ds, key_stride, rows, ds_columns);
@@ -596,9 +639,19 @@ void backward(const AttentionBackward& a) {
           dq.finish();
           if (rounds) weighted_mean(k_head, a.k.stride[2], a.keys, a.width, k_weights, k_mean);
           for (index_t i = 0; rounds && i < rows; ++i) {
+            float* x = dq.part + i * stride;
+            if (limits[i] < INFINITY) {
+              for_larger(ds + i * key_stride, ds_rows + i * ds_row_stride, a.keys, limits[i],
+                         [&](index_t key, float difference) {
+                           row_sums[i] += difference;
+                           for_each_vec(a.width, [&](index_t j, int lanes) {
+                             const Vec kj = load_lanes(k_head + key * a.k.stride[2] + j, lanes);
+                             store(x + j, fma(Vec(difference), kj, load(x + j)));
+                           });
+                         });
+            }
             for (index_t j = 0; j < stride; j += Vec::width) {
-              float* x = dq.part + i * stride + j;
-              store(x, fma(Vec(-row_sums[i]), load(k_mean + j), load(x)));
+              store(x + j, fma(Vec(-row_sums[i]), load(k_mean + j), load(x + j)));
             }
           }
           copy_rows(dq.part, stride, rows, a.width, a.scale, dq_head + q0 * a.dq.stride[2], a.dq.stride[2]);

@@ -6,8 +6,8 @@
 // `panel_width` columns, each panel a contiguous [k, panel_width] block of units (the last one as many whole
 // vectors as it needs), zero-padded. C's rows have room for n rounded up to whole vectors.
 //
-// No more than `longest_sum` units are added one after the other; of more there are sums of 32, which are
-// added to C. Rounding errors thus grow as the square roots of two short lengths, not of one long one.
+// About `terms` units are added one after the other, at most half as many again; such sums are added to C.
+// Rounding errors thus grow as the square roots of two short lengths, not of one long one.
 #pragma once
 
 #include "cpu/vec.h"
@@ -21,7 +21,7 @@ constexpr bool has_32_registers = IMF_ISA_LEVEL >= 3 || (IMF_ISA_LEVEL == 2 && V
 constexpr int block_rows = IMF_ISA_LEVEL == 1 ? 4 : 6;
 constexpr int block_vecs = has_32_registers ? 4 : 2;
 constexpr int panel_width = block_vecs * Vec::width;
-constexpr index_t longest_sum = 48;
+constexpr index_t usual_terms = 32;
 
 inline index_t round_up(index_t n, index_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 // Units that [k, n] takes in panels, k in units.
@@ -95,15 +95,15 @@ struct Strided {
 
 template <int rows, int vecs, typename Unit>
 inline void product_block(const Unit* a, index_t a_row, index_t a_column, const Unit* b, index_t b_row,
-                          float* c, index_t c_row, index_t k, bool add) {
-  const index_t sums = k > longest_sum ? (k + 31) / 32 : 1;
+                          float* c, index_t c_row, index_t k, bool add, index_t terms) {
+  const index_t sums = 2 * k > 3 * terms ? (k + terms - 1) / terms : 1;
   for (index_t s = 0; s < sums; ++s) {
-    const index_t terms = (k + s) / sums;  // as many in each, or one more
+    const index_t length = (k + s) / sums;  // the same for all, or one more
     Vec sum[rows][vecs];
     for (int i = 0; i < rows; ++i) {
       for (int j = 0; j < vecs; ++j) sum[i][j] = Vec(0.0f);
     }
-    for (index_t p = 0; p < terms; ++p) {
+    for (index_t p = 0; p < length; ++p) {
       Vec bp[vecs];
       for (int j = 0; j < vecs; ++j) bp[j] = load_units(b + p * b_row + j * Vec::width);
       for (int i = 0; i < rows; ++i) {
@@ -111,8 +111,8 @@ inline void product_block(const Unit* a, index_t a_row, index_t a_column, const 
         for (int j = 0; j < vecs; ++j) sum[i][j] = multiply_add<Unit>(aip, bp[j], sum[i][j]);
       }
     }
-    a += terms * a_column;
-    b += terms * b_row;
+    a += length * a_column;
+    b += length * b_row;
     for (int i = 0; i < rows; ++i) {
       for (int j = 0; j < vecs; ++j) {
         float* cij = c + i * c_row + j * Vec::width;
@@ -124,14 +124,14 @@ inline void product_block(const Unit* a, index_t a_row, index_t a_column, const 
 
 template <int vecs, typename Unit, int rows = block_rows>
 inline void product_rows(index_t m, Strided<Unit> a, const Unit* b, index_t b_row, float* c, index_t c_row,
-                         index_t k, bool add) {
+                         index_t k, bool add, index_t terms) {
   for (; m >= rows; m -= rows) {
-    product_block<rows, vecs>(a.data, a.row_stride, a.column_stride, b, b_row, c, c_row, k, add);
+    product_block<rows, vecs>(a.data, a.row_stride, a.column_stride, b, b_row, c, c_row, k, add, terms);
     a.data += rows * a.row_stride;
     c += rows * c_row;
   }
   if constexpr (rows > 1) {
-    if (m > 0) product_rows<vecs, Unit, rows - 1>(m, a, b, b_row, c, c_row, k, add);
+    if (m > 0) product_rows<vecs, Unit, rows - 1>(m, a, b, b_row, c, c_row, k, add, terms);
   }
 }
 
@@ -139,22 +139,22 @@ inline void product_rows(index_t m, Strided<Unit> a, const Unit* b, index_t b_ro
 // b_first and b_total are in units.
 template <typename Unit>
 inline void product(index_t m, index_t n, index_t k, Strided<Unit> a, const Unit* b, index_t b_first,
-                    index_t b_total, float* c, index_t c_row, bool add) {
+                    index_t b_total, float* c, index_t c_row, bool add, index_t terms = usual_terms) {
   for (index_t j = 0; j < n; j += panel_width) {
     const index_t width = n - j < panel_width ? round_up(n - j, Vec::width) : panel_width;
     const Unit* panel = b + j * b_total + b_first * width;
     switch (width / Vec::width) {
       case 1:
-        product_rows<1>(m, a, panel, width, c + j, c_row, k, add);
+        product_rows<1>(m, a, panel, width, c + j, c_row, k, add, terms);
         break;
       case 2:
-        product_rows<2>(m, a, panel, width, c + j, c_row, k, add);
+        product_rows<2>(m, a, panel, width, c + j, c_row, k, add, terms);
         break;
       case 3:
-        product_rows<3>(m, a, panel, width, c + j, c_row, k, add);
+        product_rows<3>(m, a, panel, width, c + j, c_row, k, add, terms);
         break;
       default:
-        product_rows<4>(m, a, panel, width, c + j, c_row, k, add);
+        product_rows<4>(m, a, panel, width, c + j, c_row, k, add, terms);
         break;
     }
   }
