@@ -20,10 +20,11 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses
 CPP := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h)
 TEST_CPP := $(shell find tests -name '*.h' -o -name '*.cpp')
 
-.PHONY: help train test test-all test-versions bench lint format info wheel clean
+.PHONY: help train test test-all test-sanitizers test-versions bench lint format info wheel clean
 help:
 	@echo "make train      train on the digits, draw samples, print the figures (ARGS='--steps 100 ...')"
 	@echo "make test       the tests, under 10 minutes       make test-all   the slow ones too"
+	@echo "make test-sanitizers   the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make test-versions   the tests under other versions of Python, PyTorch, Triton, compiler, settings"
 	@echo "make bench      the benchmarks                    make lint       what CI checks; make format mends"
 	@echo "make info       which backends can run here       make wheel     to release: docs/releasing.md"
@@ -65,6 +66,25 @@ test: $(DEVELOP)
 
 test-all: $(DEVELOP)
 	$(PYTEST) $(ARGS)
+
+# The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a package of its own that shares the
+# Python files. libstdc++ is preloaded with the sanitizer's library, which has to see its exceptions. PyTorch is not
+# instrumented and its leaks at exit are not looked for.
+SANITIZED := build/sanitizers
+SANITIZED_PACKAGE := $(SANITIZED)/path/imf_kernels
+SANITIZED_TESTS := $(addprefix tests/test_,operations.py edge_cases.py any_shape.py sizes.py properties.py threads.py)
+PRELOADED := $(foreach library,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(library)))
+test-sanitizers: $(DEVELOP)
+	@mkdir -p $(SANITIZED_PACKAGE)
+	@ln -sfn $(abspath $(filter-out %.so %__pycache__,$(wildcard imf_kernels/*))) $(SANITIZED_PACKAGE)
+	@PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_BUILD_TYPE=Debug \
+	  -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g" -DIMF_SANITIZE=address,undefined -DIMF_CUDA=OFF \
+	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" -DPython_EXECUTABLE="$(abspath $(BIN))/python" \
+	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(abspath $(SANITIZED_PACKAGE))"
+	@PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED) --target _C
+	LD_PRELOAD="$(PRELOADED)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	PYTHONPATH=$(dir $(SANITIZED_PACKAGE)) OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 8 \
+	  -m "not slow" -k "not triton and not cuda" $(SANITIZED_TESTS) $(ARGS)
 
 # ARGS="'python3.10*' --tests tests/test_jvp.py" for some rows and tests only.
 test-versions: $(DEVELOP)

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import imf_kernels as ik
 from imf_kernels import Dual
-from imf_kernels.testing import errors
+from imf_kernels.testing import cases, errors
 from imf_kernels.testing.cases import FP32, SMALL
 
 NAMES = (
@@ -293,3 +293,49 @@ def test_logits_that_overflow_one_exponential(backend):
     torch.testing.assert_close(out.tangent.detach(), 2 * v[:, :, 1:2].detach(), rtol=0, atol=1e-3)
     (dv,) = torch.autograd.grad(out.primal.sum(), v)
     assert torch.equal(dv[0, 0, :, 0], torch.tensor([0.0, 1.0, 0.0]))
+
+
+# Rows that are all the same, so that what they add to a weight's gradient has one sign in each column.
+SUMMED = [
+    cases.rms_norm("200 rows", 200, width=6),
+    cases.layer_norm("200 rows", 200, width=6),
+    cases.layer_norm_modulate("of 100 positions", 2, 100, width=6),
+    cases.gated_residual("200 rows", 200, width=6),
+    cases.gated_residual("of 100 positions", 2, 100, width=6, gate_a_sample=True),
+]
+
+
+@pytest.mark.parametrize("cotangents", ["whose sum overflows", "inf", "inf and -inf"])
+@pytest.mark.parametrize("case", SUMMED, ids=str)
+def test_infinite_sums_over_rows(case, cotangents, backend):
+    """Gradients of weights are inf or NaN where PyTorch's are, however many rows are summed."""
+    primals, _ = case.draw(torch.Generator().manual_seed(0), FP32)
+    shared = {n: x[:1] if x.dim() == 2 else x[:, :1] for n, x in primals.items() if n in ("x", "branch")}
+    primals |= {n: x.expand_as(primals[n]).contiguous() for n, x in shared.items()}
+    dy = torch.full(case.outputs[0], 1e38)
+    if "inf" in cotangents:
+        dy.view(-1, 6)[70] = math.inf
+    if "-inf" in cotangents:
+        dy.view(-1, 6)[90] = -math.inf
+    got, wanted = (errors.evaluate(case, primals, {}, (dy,), b) for b in (backend, "reference"))
+    for name in case.differentiable:
+        if name not in shared:
+            gradient = f"gradient of {name}"
+            assert not wanted[gradient].isfinite().any()
+            torch.testing.assert_close(got[gradient], wanted[gradient], equal_nan=True)
+
+
+@pytest.mark.operation("layer_norm")
+@pytest.mark.parametrize("width", [9, 40, 100, 1000, 1024])
+@pytest.mark.parametrize("value", [1e18, -1e27, 1e30, 3e38])
+def test_layer_norm_of_equal_values_however_large(value, width, kernels):
+    """They normalise to exact zeros, and a derivative sees no more than ε of their variance."""
+    if value > 1e35 and kernels != "cpu":
+        pytest.skip("the sum of a row overflows, which only the C++ kernels see to")
+    x, x_dot, bias = torch.full((2, width), value), torch.randn(2, width), torch.randn(width)
+    y = ik.layer_norm(Dual(x.requires_grad_(), x_dot), (width,), None, bias, backend=kernels)
+    assert torch.equal(y.primal, bias.expand(2, width))
+    dy = torch.randn(2, width)
+    (dx,) = torch.autograd.grad(y.primal, x, dy)
+    for got, t in ((y.tangent, x_dot), (dx, dy)):
+        torch.testing.assert_close(got, 1e-5**-0.5 * (t - t.mean(-1, keepdim=True)), rtol=1e-5, atol=1e-2)

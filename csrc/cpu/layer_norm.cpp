@@ -145,7 +145,7 @@ void backward(const LayerNormBackward& a) {
     const float* statistics = a.statistics + 3 * row;
     const Vec mean(statistics[0]), correction(statistics[1]), rstd(statistics[2]);
     const auto normalized = [&](index_t j, int lanes) {
-      return (load_lanes(xi + j, lanes) - mean - correction) * rstd;
+      return keep_lanes((load_lanes(xi + j, lanes) - mean - correction) * rstd, lanes, 0.0f);
     };
     const auto gain = [&](index_t j, int lanes) {
       return Vec(a.one) + load_or_zero(a.scale, group + j, lanes);

@@ -36,7 +36,8 @@ struct Rotation {
 
 // Row (b, l, h), counted in this order, in which projections leave their results.
 struct RowPosition {
-  index_t b, l, h;
+  index_t b = 0, l = -1, h = 0;
+  RowPosition() = default;
   RowPosition(index_t row, index_t heads, index_t length)
       : b(row / (heads * length)), l(row / heads % length), h(row % heads) {}
   void next(index_t heads, index_t length) {
@@ -61,6 +62,7 @@ void forward(const QkNormRopeForward& a) {
   const index_t rows = a.batch * a.heads * a.length;
   const index_t tangent_rows = a.tangent_batch * a.heads * a.length;
   const index_t first_tangent = rows - tangent_rows;
+  const double share_of_mean = 1.0 / static_cast<double>(a.width);
   const int team = team_size(a.threads, (rows + tangent_rows) * a.width, rows);
 
   if (rows == 0) return;  // RowPosition divides by the numbers of heads and positions
@@ -76,7 +78,7 @@ void forward(const QkNormRopeForward& a) {
       const T* xi = x + at.offset(a.x_stride);
       T* yi = y + row * a.width;
       if (row < first_tangent) {
-        const float rstd = inverse_rms(sum_of_squares(xi, a.width), a.width, a.eps);
+        const float rstd = inverse_rms(sum_of_squares(xi, a.width), share_of_mean, a.eps);
         a.rstd[row] = rstd;
         for_each_vec(a.width, [&](index_t j, int lanes) {
           prefetch(xi + j + a.x_stride[2]);
@@ -87,7 +89,7 @@ void forward(const QkNormRopeForward& a) {
       }
       const T* ti = x_dot + at.offset(a.x_dot_stride, a.batch - a.tangent_batch);
       T* y_dot_i = y_dot + (row - first_tangent) * a.width;
-      const Dual<float> rstd = inverse_rms(sum_of_squares(xi, ti, a.width), a.width, a.eps);
+      const Dual<float> rstd = inverse_rms(sum_of_squares(xi, ti, a.width), share_of_mean, a.eps);
       a.rstd[row] = rstd.primal;
       const Dual<Vec> r{Vec(rstd.primal), Vec(rstd.tangent)};
       for_each_vec(a.width, [&](index_t j, int lanes) {
@@ -107,7 +109,7 @@ void backward(const QkNormRopeBackward& a) {
   const T* dy = static_cast<const T*>(a.dy);
   T* dx = static_cast<T*>(a.dx);
   const index_t rows = a.batch * a.heads * a.length;
-  const float count = static_cast<float>(a.width);
+  const float scale = 1.0f / static_cast<float>(a.width);
   const int team = team_size(a.threads, 2 * rows * a.width, rows);
 
   GroupSums sums(1, rows, a.width, a.dweight);
@@ -115,11 +117,17 @@ void backward(const QkNormRopeBackward& a) {
     Scratch scratch(3 * a.width);
     Rotation rotation(scratch, a.width);
     float* g = scratch.take<float>(a.width);  // dy turned back, times w
-    index_t position = -1;                    // whose rotation is set
+    RowPosition at;
+    index_t row_before = -2;
     sums.add(share_of(sums.blocks(), thread, team), [&](index_t row, float* dweight) {
-      const RowPosition at(row, a.heads, a.length);
-      if (at.l != position) {
-        position = at.l;
+      const index_t position_before = at.l;
+      if (row == row_before + 1) {
+        at.next(a.heads, a.length);
+      } else {
+        at = RowPosition(row, a.heads, a.length);
+      }
+      row_before = row;
+      if (at.l != position_before) {
         rotation.set(a.cos + at.l * (a.width / 2), a.sin + at.l * (a.width / 2), a.width);
       }
       const T* xi = x + at.offset(a.x_stride);
@@ -135,7 +143,7 @@ void backward(const QkNormRopeBackward& a) {
         store_lanes(g + j, dn * w, lanes);
         sum = fma(dyn, w, sum);
       });
-      const Vec mean(reduce_add(dot) / count);
+      const Vec mean(reduce_add(dot) * scale);
       for_each_vec(a.width, [&](index_t j, int lanes) {
         const Vec n = load_lanes(xi + j, lanes) * rstd;
         store_lanes(dxi + j, rstd * (load_lanes(g + j, lanes) - n * mean), lanes);

@@ -16,6 +16,7 @@ void forward(const RmsNormForward& a) {
   Y* y = static_cast<Y*>(a.y);
   Y* y_dot = static_cast<Y*>(a.y_dot);
   const index_t first_tangent = a.rows - a.tangent_rows;
+  const double share_of_mean = 1.0 / static_cast<double>(a.width);
   const int team = team_size(a.threads, (a.rows + a.tangent_rows) * a.width, a.rows);
 
   on_each_thread(team, [&](int thread) {
@@ -24,7 +25,7 @@ void forward(const RmsNormForward& a) {
       const X* xi = x + row * a.x_stride;
       Y* yi = y + row * a.width;
       if (row < first_tangent) {
-        const float rstd = inverse_rms(sum_of_squares(xi, a.width), a.width, a.eps);
+        const float rstd = inverse_rms(sum_of_squares(xi, a.width), share_of_mean, a.eps);
         a.rstd[row] = rstd;
         for_each_vec(a.width, [&](index_t j, int lanes) {
           store_lanes(yi + j, load_lanes(xi + j, lanes) * Vec(rstd) * load_lanes(a.weight + j, lanes), lanes);
@@ -33,7 +34,7 @@ void forward(const RmsNormForward& a) {
       }
       const X* ti = x_dot + (row - first_tangent) * a.x_dot_stride;
       Y* y_dot_i = y_dot + (row - first_tangent) * a.width;
-      const Dual<float> rstd = inverse_rms(sum_of_squares(xi, ti, a.width), a.width, a.eps);
+      const Dual<float> rstd = inverse_rms(sum_of_squares(xi, ti, a.width), share_of_mean, a.eps);
       a.rstd[row] = rstd.primal;
       const Dual<Vec> r{Vec(rstd.primal), Vec(rstd.tangent)};
       for_each_vec(a.width, [&](index_t j, int lanes) {
@@ -50,7 +51,7 @@ void backward(const RmsNormBackward& a) {
   const X* x = static_cast<const X*>(a.x);
   const Y* dy = static_cast<const Y*>(a.dy);
   X* dx = static_cast<X*>(a.dx);
-  const float count = static_cast<float>(a.width);
+  const float scale = 1.0f / static_cast<float>(a.width);
   const int team = team_size(a.threads, 2 * a.rows * a.width, a.rows);
 
   sum_over_groups(1, a.rows, a.width, team, a.dweight, [&](index_t row, float* dweight) {
@@ -63,7 +64,7 @@ void backward(const RmsNormBackward& a) {
       store_lanes(dweight + j, load_lanes(dweight + j, lanes) + dyn, lanes);
       sum = fma(dyn, load_lanes(a.weight + j, lanes), sum);
     });
-    const Vec mean(reduce_add(dot) / count);
+    const Vec mean(reduce_add(dot) * scale);
     for_each_vec(a.width, [&](index_t j, int lanes) {
       const Vec g = load_lanes(dyi + j, lanes) * load_lanes(a.weight + j, lanes);
       const Vec n = load_lanes(xi + j, lanes) * rstd;

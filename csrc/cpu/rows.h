@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cmath>
-#include <memory>
 
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
@@ -30,15 +29,19 @@ inline Pair<Number> operator+(Pair<Number> a, Pair<Number> b) {
 }
 
 // Sums over a row, lane by lane: add(j, lanes, sum) adds the terms at j to `sum`, and is called once for each
-// j, in rising order. 16 vectors make a run, of as many sums side by side as `ways` says; runs are added up
-// in pairs, pairs of pairs and so on: levels[k] holds the sum of 2^k runs where bit k of `runs` is set. Of
-// what is left, four vectors are added up at a time.
+// j, in rising order. 16 vectors make a run, of as many sums side by side as `ways` says, and what is left at
+// the end is taken four vectors at a time. Four runs are added up one after another, then in pairs, pairs of
+// pairs and so on: levels[k] holds the sum of 2^k fours where bit k of `fours` is set.
 template <typename Number, int ways = 4, typename Add>
 IMF_ALWAYS_INLINE Number sum_over_row(index_t n, Add add) {
-  constexpr index_t run = 16 * Vec::width;
-  Number levels[32];
-  index_t runs = 0, first = 0;
-  for (; first + run <= n; ++runs) {
+  constexpr index_t part = 4 * Vec::width, run = 4 * part;
+  Number levels[32], total{};
+  index_t fours = 0, first = 0;
+  if (n <= part) {  // a head
+    for_each_vec(n, [&](index_t j, int lanes) { add(j, lanes, total); });
+    return total;
+  }
+  for (int runs = 1; first + run <= n; ++runs) {
     Number sums[ways] = {};
     for (const index_t end = first + run; first < end; first += ways * Vec::width) {
       for (int i = 0; i < ways; ++i) add(first + i * Vec::width, Vec::width, sums[i]);
@@ -46,19 +49,23 @@ IMF_ALWAYS_INLINE Number sum_over_row(index_t n, Add add) {
     for (int half = ways / 2; half; half /= 2) {
       for (int i = 0; i < half; ++i) sums[i] = sums[i] + sums[i + half];
     }
+    total = total + sums[0];
+    if (runs % 4) continue;
     int level = 0;
-    for (index_t k = runs; k & 1; k >>= 1) sums[0] = levels[level++] + sums[0];
-    levels[level] = sums[0];
+    for (index_t k = fours++; k & 1; k >>= 1) total = levels[level++] + total;
+    levels[level] = total;
+    total = Number{};
   }
-  Number total{};
-  for (constexpr index_t part = 4 * Vec::width; first < n; first += part) {
+  Number rest{};
+  for (; first < n; first += part) {
     Number sum{};
     for_each_vec(n - first < part ? n - first : part,
                  [&](index_t j, int lanes) { add(first + j, lanes, sum); });
-    total = total + sum;
+    rest = rest + sum;
   }
-  for (int level = 0; runs; ++level, runs >>= 1) {
-    if (runs & 1) total = levels[level] + total;
+  total = total + rest;
+  for (int level = 0; fours; ++level, fours >>= 1) {
+    if (fours & 1) total = levels[level] + total;
   }
   return total;
 }
@@ -81,14 +88,14 @@ IMF_ALWAYS_INLINE Dual<float> sum_of_squares(const T* x, const T* x_dot, index_t
   return {total.primal, 2.0f * total.tangent};
 }
 
-// (sum / n + eps)^(-1/2), rounded once: in a row of one value the errors of its steps would not average out.
-inline float inverse_rms(float sum, index_t n, float eps) {
-  const double mean = static_cast<double>(sum) / static_cast<double>(n);
-  return static_cast<float>(1.0 / std::sqrt(mean + static_cast<double>(eps)));
+// (sum share + eps)^(-1/2), share the inverse of the number of terms. In a row of one value the rounding
+// errors of its steps would not average out: the mean is rounded once.
+inline float inverse_rms(float sum, double share, float eps) {
+  return 1.0f / std::sqrt(static_cast<float>(static_cast<double>(sum) * share + static_cast<double>(eps)));
 }
-inline Dual<float> inverse_rms(Dual<float> sum, index_t n, float eps) {
-  const float r = inverse_rms(sum.primal, n, eps);
-  return {r, -0.5f * r * r * r * (sum.tangent / static_cast<float>(n))};
+inline Dual<float> inverse_rms(Dual<float> sum, double share, float eps) {
+  const float r = inverse_rms(sum.primal, share, eps);
+  return {r, -0.5f * r * r * r * (sum.tangent * static_cast<float>(share))};
 }
 
 // Sums over the `length` rows of each of several groups, left in sums[groups, width]. A group's rows are cut
@@ -96,14 +103,17 @@ inline Dual<float> inverse_rms(Dual<float> sum, index_t n, float eps) {
 class GroupSums {
  public:
   GroupSums(index_t groups, index_t length, index_t width, float* sums)
-      : groups_(groups), length_(length), width_(width), sums_(sums) {
-    // Narrow rows make long blocks, whose sums are then few beside the rows.
-    block_rows_ = width < 256 ? 64 : width < 1024 ? 32 : 16;
-    group_blocks_ = length > block_rows_ ? (length + block_rows_ - 1) / block_rows_ : 1;
-    if (group_blocks_ > 1) {
-      partial_.reset(new float[static_cast<std::size_t>(groups * group_blocks_ * width)]);
-    }
-  }
+      : groups_(groups),
+        length_(length),
+        width_(width),
+        // Narrow rows make long blocks, whose sums are then few beside the rows.
+        block_rows_(width < 256    ? 64
+                    : width < 1024 ? 32
+                                   : 16),
+        group_blocks_(length > block_rows_ ? (length + block_rows_ - 1) / block_rows_ : 1),
+        sums_(sums),
+        scratch_(group_blocks_ > 1 ? blocks() * width : 0),
+        partial_(group_blocks_ > 1 ? scratch_.take<float>(blocks() * width) : sums) {}
 
   index_t blocks() const { return groups_ * group_blocks_; }
 
@@ -148,11 +158,12 @@ class GroupSums {
   }
 
  private:
-  float* of_block(index_t block) const { return (partial_ ? partial_.get() : sums_) + block * width_; }
+  float* of_block(index_t block) const { return partial_ + block * width_; }
 
   index_t groups_, length_, width_, block_rows_, group_blocks_;
   float* sums_;
-  std::unique_ptr<float[]> partial_;  // [blocks, width], where a group has several
+  ScratchOf<GroupSums> scratch_;
+  float* partial_;  // [blocks, width]
 };
 
 // Leaves in sums[groups, width] what body(row, sum) adds to `sum` over the rows of each group.

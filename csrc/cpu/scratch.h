@@ -10,10 +10,12 @@ namespace imf {
 namespace IMF_ISA {
 namespace {
 
-class Scratch {
+// One at a time for each Owner.
+template <typename Owner>
+class ScratchOf {
  public:
   // Room for `floats` in all, however many pieces they are taken in.
-  explicit Scratch(index_t floats) {
+  explicit ScratchOf(index_t floats) {
     static thread_local Block block;
     const index_t wanted = floats + 64 * alignment;
     if (block.capacity < wanted) {
@@ -44,6 +46,7 @@ class Scratch {
   };
   float* next_;
 };
+using Scratch = ScratchOf<void>;
 
 }  // namespace
 }  // namespace IMF_ISA

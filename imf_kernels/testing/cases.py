@@ -172,7 +172,7 @@ def _weight(*shape: int, dtype: torch.dtype | None = FP32) -> Input:
 def linear(
     name: str, *lead: int, width: int, out: int, bias: bool = True, fp32_weights: bool = True, **more: Any
 ) -> Case:
-    dtype, scale, rows = FP32 if fp32_weights else None, width**-0.5, math.prod(lead)
+    dtype, scale, rows = FP32 if fp32_weights else None, max(width, 1) ** -0.5, math.prod(lead)
     inputs = {"x": Input((*lead, width)), "weight": Input((out, width), dtype, scale=scale, rounded=True)}
     if bias:
         inputs["bias"] = Input((out,), dtype, rounded=True)
@@ -394,6 +394,9 @@ def _small() -> list[Case]:
         rms_norm("fp32 stream to fp16", 4, 9, width=72, stream=FP32, dtypes=(FP16,), output_dtype=FP16),
         rms_norm("offset", 4, 5, width=64, x={"offset": 4.0}),
         rms_norm("small values", 3, 4, width=40, x={"scale": 1e-3}),
+        rms_norm("one value, width 106", 4, width=106, x={"offset": 1.35, "scale": 0.0}),
+        rms_norm("one value, width 5000", 3, width=5000, x={"offset": 1 / 3, "scale": 0.0}),
+        rms_norm("3000 rows", 3000, width=8),
         layer_norm("width 1", 5, width=1),
         layer_norm("width 33", 3, 7, width=33),
         layer_norm("weights of x's dtype", 4, 2, width=48, weights=None),
@@ -403,6 +406,7 @@ def _small() -> list[Case]:
         layer_norm("offset 4", 4, 5, width=64, x={"offset": 4.0}),
         layer_norm("offset 100", 2, 3, width=4096, x={"offset": 100.0}),
         layer_norm("small values", 3, 4, width=40, x={"scale": 1e-3}),
+        layer_norm("width 5000", 3, width=5000),
         layer_norm_modulate("width 1", 5, 2, width=1),
         layer_norm_modulate("width 33", 3, 7, width=33),
         layer_norm_modulate("one position", 5, width=40),
@@ -415,6 +419,7 @@ def _small() -> list[Case]:
         qk_norm_rope("fewer heads of k", 3, 4, 5, 72, k_heads=1),
         qk_norm_rope("only q", 2, 2, 7, 40, tangents=("q",)),
         qk_norm_rope("length 1", 3, 1, 1, 18),
+        qk_norm_rope("length 700", 1, 2, 700, 8),
         *(attention(f"width {d}", 2, 2, 5, d, keys=9) for d in (1, 2, 7, 40, 64, 72, 80, 128, 256)),
         attention("digits", 2, 2, 36, 64),
         attention("length 1", 3, 2, 1, 24),
@@ -462,6 +467,8 @@ def _small() -> list[Case]:
         gated_residual("a gate a sample", 3, 4, width=45, tangents=("x", "branch", "gate"), **own_gates),
         gated_residual("one position", 5, width=24, tangents=("branch", "gate"), **own_gates),
         gated_residual("only a sample's gate", 3, 4, width=24, tangents=("gate",), **own_gates),
+        gated_residual("3000 rows", 3000, width=8),
+        gated_residual("1500 positions", 2, 1500, width=8, tangents=("x", "gate"), **own_gates),
         gelu("vector", 67),
         gelu("matrix", 5, 128),
         gelu("wide values", 8, 50, x={"scale": 30.0}),
@@ -543,11 +550,38 @@ LARGE = [
     attention("length 1024, 3 heads of keys", 1, 12, 1024, 64, kv_heads=3, large=True),
     attention("B/2 with a mask", 4, 12, 276, 64, mask=Input((4, 1, 1, 276), true=0.8), large=True),
 ]
-# Sums over so many keys or queries that their rounding errors would show if they grew with the number.
+# Sums of so many terms that their rounding errors would show if they grew with the number.
 LONG = [
-    attention(f"{queries:,} queries, {keys:,} keys", 1, 1, queries, 64, keys=keys, large=True)
-    for n in (2048, 4096, 16384, 65536)
-    for queries, keys in ((16, n), (n, 16))
+    *(
+        attention(f"{queries:,} queries, {keys:,} keys", 1, 1, queries, 64, keys=keys, large=True)
+        for n in (2048, 4096, 16384, 65536)
+        for queries, keys in ((16, n), (n, 16))
+    ),
+    *(
+        make(f"width {width:,}{name}", 4, width=width, x=x, large=True, refused_by=refused_by)
+        for width, refused_by in ((4096, ()), (16384, ("cuda",)), (65536, ("cuda", "triton")))
+        for make, name, x in (
+            (rms_norm, "", {}),
+            (rms_norm, ", one value", {"offset": 0.7, "scale": 0.0}),
+            (rms_norm, ", another value", {"offset": 1 / 3, "scale": 0.0}),
+            (layer_norm, "", {}),
+            (layer_norm, ", offset 4", {"offset": 4.0}),
+        )
+    ),
+    layer_norm_modulate("width 65,536", 2, 2, width=65536, large=True, refused_by=("cuda", "triton")),
+    swiglu("width 65,536", 4, width=65536, large=True),
+    qk_norm_rope("width 4,096", 1, 2, 3, 4096, large=True),
+    linear("65,536 rows", 65536, width=16, out=8, large=True),
+    rms_norm("65,536 rows", 65536, width=24, large=True),
+    layer_norm("65,536 rows", 65536, width=24, large=True),
+    layer_norm_modulate("32,768 positions", 2, 32768, width=24, large=True),
+    gated_residual("65,536 rows", 65536, width=24, large=True),
+    gated_residual(
+        *("32,768 positions", 2, 32768), width=24, gate_a_sample=True, tangents=("x", "gate"), large=True
+    ),
+    qk_norm_rope("length 32,768", 1, 2, 32768, 24, large=True),
+    prepend_tokens("65,536 samples", 65536, 1, 8, (2,), large=True),
+    sinusoidal_embedding("65,536 frequencies", 4, 131072, large=True),
 ]
 OPERATIONS = tuple(dict.fromkeys(case.operation for case in SMALL))
 
