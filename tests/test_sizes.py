@@ -1,4 +1,4 @@
-"""Every operation with each of its dimensions 0 and 1: nothing in, nothing out, zeros where nothing is added up.
+"""Every operation with each of its dimensions 0 and 1: nothing in, nothing out; a sum of nothing is zero.
 
 Attention over no keys, which its kernels refuse, is in test_edge_cases.py.
 """
