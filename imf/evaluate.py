@@ -28,7 +28,7 @@ from imf import vae as autoencoder
 from imf.features import Extractor
 from imf.fid import Statistics
 from imf.figures import Row, figures, measure, plot, read_results, table, write_results
-from imf.files import locked
+from imf.files import check_target, locked
 from imf.generate import (
     ImageError,
     Settings,
@@ -299,6 +299,11 @@ def _check(parser: argparse.ArgumentParser, a: argparse.Namespace) -> None:
         parser.error(f"--seed must be at least 0 and below 2 ** 63, got {a.seed}")
     if a.plot and not a.checkpoint:
         parser.error("--plot draws over the guidance of samples: it needs --checkpoint")
+    if not a.make_statistics and a.out.exists() and not a.out.is_dir():
+        parser.error(f"--out must be a folder, got a file or a device: {a.out}")
+    for path in (a.plot, Path(a.make_statistics[1]) if a.make_statistics else None):
+        if path:
+            check_target(path)  # before hours of work
 
 
 if __name__ == "__main__":

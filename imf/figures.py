@@ -14,10 +14,10 @@ from torch import Tensor
 
 from imf.features import Extractor
 from imf.fid import Moments, Statistics, frechet_distance, inception_score
-from imf.files import check_regular
+from imf.files import check_regular, replacing
 from imf.generate import different
 from imf.processes import Processes
-from imf.run import write_json
+from imf.run import naming, write_json
 
 SPLITS = 10  # of the Inception score
 
@@ -166,4 +166,5 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
             axes.plot(*zip(*points, strict=True), marker="o", label=text)
         axes.set(xlabel="ω", ylabel=label)
         axes.legend()
-    figure.savefig(path, dpi=150)
+    with naming(path), replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)

@@ -94,6 +94,17 @@ def check_regular(path: Path) -> os.stat_result:
     return status
 
 
+def check_target(path: Path) -> None:
+    """Whether a file can get this name, asked before the work that fills it.
+
+    Raises: IrregularFile if something else is there, which a rename would destroy; OSError without a folder.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder: {path.parent}")
+    if path.exists():
+        check_regular(path)
+
+
 @contextmanager
 def replacing(path: Path, *, synced: bool = False) -> Iterator[Path]:
     """A temporary path to write to; what is there when the block ends well gets the name `path`.
@@ -102,7 +113,9 @@ def replacing(path: Path, *, synced: bool = False) -> Iterator[Path]:
     and perhaps a temporary one, named .<name>.tmp.
 
     synced: file and name are on the disk when this ends.
+    Raises: what `check_target` does, before the block begins.
     """
+    check_target(path)
     temporary = path.with_name(f".{path.name}.tmp")  # same folder, so the rename stays inside one file system
     try:
         yield temporary

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from imf.config import TrainConfig, ema_decay, learning_rate, to_dict
-from imf.files import replacing
+from imf.files import IrregularFile, replacing
 
 BAR = "{desc} {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}, {elapsed}<{remaining}{postfix}"
 TERMS = ("loss", "loss_u", "loss_v", "gradient norm")  # what a training step reports
@@ -114,6 +114,8 @@ def naming(path: Path) -> Iterator[None]:
     """Within it an OSError gets the file's name: that of a write, on a full disk, has none."""
     try:
         yield
+    except IrregularFile:  # names it
+        raise
     except OSError as error:
         raise OSError(f"{path}: could not be written: {error}") from error
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from imf import checkpoint
 from imf import vae as autoencoder
 from imf.config import check_guidance
-from imf.files import replacing
+from imf.files import check_target, replacing
 from imf.model import IMF, IMFConfig, config_of, velocities
 from imf.run import exit_status, interruptible, naming
 
@@ -188,6 +188,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _draw(arguments: argparse.Namespace) -> str:
     """Write the grid that was asked for; what was done, as text."""
+    check_target(arguments.out)
     path = checkpoint.find(arguments.checkpoint)
     network, metadata = checkpoint.load_network(path, arguments.weights)
     omega, *interval = metadata.config.sampling

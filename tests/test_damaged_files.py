@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import shutil
 import time
@@ -9,13 +10,15 @@ import zlib
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_evaluation import network_file
 from tiny_run import ALONE, NETWORK, arguments, config, differing, state_and_data, tensors
 
-from imf import checkpoint, evaluate, sample, train
+from imf import checkpoint, convert, evaluate, sample, train
 from imf.checkpoint import CheckpointError
+from imf.data import prepare
 
 
 @pytest.fixture(scope="module")
@@ -260,3 +263,40 @@ def evaluated(tmp_path_factory):
     network_file(folder / "network.safetensors", dataclasses.replace(NETWORK, in_channels=3, num_classes=2))
     assert judge(folder) == 0
     return folder
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+@pytest.mark.parametrize("form", ["a FIFO", "a folder"])
+@pytest.mark.parametrize("case", ["sample", "plot", "results", "statistics", "prepared", "convert"])
+def test_what_is_no_regular_file_is_not_replaced(case, form, evaluated, tmp_path, capsys):
+    """Said before the work begins, where a process that opened a FIFO would wait for ever."""
+    target = tmp_path / f"target{'.safetensors' if case == 'convert' else '.npz'}"
+    network, out = evaluated / "network.safetensors", tmp_path / "out"
+    if case == "results":
+        target = out / "results.json"
+        out.mkdir()
+    (os.mkfifo if form == "a FIFO" else os.mkdir)(target)
+    images = tmp_path / "images" / "ant"
+    images.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(images / "a.png")
+    judging = ["--checkpoint", network, "--count", 2, "--extractor", "pixels", "--device", "cpu"]
+    making = ["--extractor", "pixels", "--device", "cpu", "--make-statistics", images, target]
+    packing = ["--pixels", "--size", 8, "--device", "cpu", "--extractor", "pixels", "--statistics", target]
+    main, options = {
+        "sample": (sample.main, ["--checkpoint", network, "--out", target]),
+        "plot": (evaluate.main, [*judging, "--out", out, "--plot", target]),
+        "results": (evaluate.main, [*judging, "--out", out]),
+        "statistics": (evaluate.main, making),
+        "prepared": (prepare.main, [images.parent, out, *packing]),
+        "convert": (convert.main, ["--to", "official", network, target]),
+    }[case]
+    before, kind = sorted(tmp_path.rglob("*")), os.stat(target).st_mode
+    try:
+        status = main([str(option) for option in options])
+    except SystemExit as stopped:
+        status = stopped.code
+    error = capsys.readouterr().err
+    wanted = f"OUT exists already: {target}" if case == "convert" else f"must be a regular file, got {form}"
+    assert status in (1, 2) and f"{target}" in error and wanted in error and "Traceback" not in error
+    left = [path for path in sorted(tmp_path.rglob("*")) if path.name != ".lock"]
+    assert left == before and os.stat(target).st_mode == kind

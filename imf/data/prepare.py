@@ -46,6 +46,7 @@ from imf.data.plan import (
     warn,
 )
 from imf.data.source import Source
+from imf.files import check_target
 from imf.run import TrainingError, choose_device
 
 FILES, SKIPPED = "files.txt", "skipped.tsv"
@@ -282,8 +283,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     size, workers = arguments.size, arguments.workers or os.cpu_count() or 1
-    if arguments.statistics is not None and not arguments.statistics.parent.is_dir():
-        raise DataError(f"--statistics {arguments.statistics}: no such folder")  # before hours of work
+    if arguments.statistics is not None:
+        try:
+            check_target(arguments.statistics)  # before hours of work
+        except OSError as error:
+            raise DataError(f"--statistics {error}") from error
     device = choose_device(arguments.device)
     extractor = features.load(arguments.extractor, device) if arguments.extractor else None
     encoder = Pixels(size) if arguments.pixels else Latents(arguments.vae, size, device, arguments.precision)
