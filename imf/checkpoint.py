@@ -43,7 +43,7 @@ from imf.sharding import placed_like, whole
 METADATA_KEY, CHECKSUM_KEY = "imf", "crc32"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by the name of a run's precision
 FORMAT = 2  # raise it when a file of the old form can no longer be read
-MOST_POSITIONS = 2**28  # patches times width: the tables of positions are not in the file
+MOST_WEIGHTS = 2**34  # of a network, 64 GiB
 
 
 _CONVERT = "python -m imf.convert SOURCE OUT.safetensors makes a checkpoint of official weights"
@@ -179,15 +179,16 @@ def empty_weights(config: IMFConfig) -> dict[str, Tensor]:
 
     Raises: ValueError for sizes that no machine holds.
     """
-    if (positions := config.patches * config.hidden_size) > MOST_POSITIONS:
-        raise ValueError(
-            f"network: patches times hidden_size must be at most {MOST_POSITIONS:,}, got {positions:,}"
-        )
     try:
         with torch.device("meta"):
             weights: dict[str, Tensor] = build(config).state_dict()
     except (RuntimeError, OverflowError, TypeError) as error:  # PyTorch's, of sizes beyond 64 bits
         raise ValueError(f"network: no tensors can be of the sizes of {config}") from error
+    if (count := sum(x.numel() for x in weights.values())) > MOST_WEIGHTS:
+        raise ValueError(
+            f"network: hidden_size {config.hidden_size}, depth {config.depth}, mlp_ratio "
+            f"{config.mlp_ratio:g}, num_classes {config.num_classes} must make at most {MOST_WEIGHTS:,} weights, got {count:,}"
+        )
     return weights
 
 

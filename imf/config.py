@@ -38,6 +38,8 @@ ROUNDING = ("sharding", "compile", "checkpointing", "cuda_graphs")
 
 
 MOST_THREADS = 4096  # a larger number is a mistake: OpenMP ends the process where it cannot start as many
+MOST_ROWS = 2**20  # images of a step
+MOST_STEPS = 2**40  # and all that is counted in steps; micro steps then fit in 64 bits
 
 
 def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -145,6 +147,9 @@ class TrainConfig:
         for name in ("warmup_steps", "sample_every", "checkpoint_every", "seed", "threads", "weight_decay"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         _require(self.threads <= MOST_THREADS, "threads", f"at most {MOST_THREADS}", self.threads)
+        _require(self.batch_size <= MOST_ROWS, "batch_size", f"at most {MOST_ROWS}", self.batch_size)
+        for name in ("steps", "warmup_steps", "log_every", "sample_every", "checkpoint_every"):
+            _require(getattr(self, name) <= MOST_STEPS, name, f"at most {MOST_STEPS}", getattr(self, name))
         _require(
             self.batch_size % self.accumulate == 0,
             "accumulate",

@@ -15,6 +15,16 @@ from imf_kernels import Dual
 # Condition tokens, in their order: how many carry the class, ω, the guidance interval's ends, and h.
 CLASS_TOKENS, OMEGA_TOKENS, T_MIN_TOKENS, T_MAX_TOKENS, TIME_TOKENS = 8, 4, 2, 2, 4
 SINUSOIDS = 256
+# What is larger is a mistake, which would otherwise fill the memory or never end.
+MOST = {
+    "input_size": 2**16,
+    "in_channels": 2**16,
+    "hidden_size": 2**20,
+    "depth": 2**12,
+    "num_classes": 2**28,
+}
+MOST_MLP_WIDTH = 2**22
+MOST_POSITIONS = 2**28  # patches times width: the tables of positions, which are in no file
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,8 @@ class IMFConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"IMFConfig: {name} must be a positive integer, got {value!r}")
+            if value > MOST.get(name, value):
+                raise ValueError(f"IMFConfig: {name} must be at most {MOST[name]}, got {value}")
         if self.input_size % self.patch_size:
             raise ValueError(
                 f"IMFConfig: input_size must be a multiple of patch_size {self.patch_size}, "
@@ -81,10 +93,19 @@ class IMFConfig:
         if (
             not isinstance(self.mlp_ratio, (int, float))
             or not 0 < self.mlp_ratio < math.inf
-            or self.mlp_width < 1
+            or self.hidden_size * self.mlp_ratio < 1
         ):
             raise ValueError(
                 f"IMFConfig: mlp_ratio must be a number of at least 1 / hidden_size, got {self.mlp_ratio!r}"
+            )
+        if self.hidden_size * self.mlp_ratio > MOST_MLP_WIDTH:
+            raise ValueError(
+                f"IMFConfig: mlp_ratio must be at most {MOST_MLP_WIDTH} / hidden_size, got {self.mlp_ratio!r}"
+            )
+        if (positions := self.patches * self.hidden_size) > MOST_POSITIONS:
+            raise ValueError(
+                f"IMFConfig: hidden_size times patches (input_size / patch_size) ** 2 must be at most "
+                f"{MOST_POSITIONS}, got {positions}"
             )
         self._check_form()
 

@@ -110,6 +110,10 @@ def begin(config: TrainConfig, who: Processes | None = None) -> Run:
     with who.together():
         _check_processes(config, who)
         images = _load_data(config)
+        try:
+            checkpoint.empty_weights(config.network)
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
     state = initial_state(config, precision, who)
     with who.together():
         if config.init_from:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import pytest
 from tiny_run import arguments, config
@@ -58,6 +59,12 @@ def test_names_of_another_version_are_listed(place, name):
         ("--mlp-ratio", "inf", "mlp_ratio must be a number of at least 1 / hidden_size, got inf"),
         ("--mlp-ratio", "nan", "mlp_ratio must be a number of at least 1 / hidden_size, got nan"),
         ("--name", "a/b", "name (--name) must be a plain folder name, got 'a/b'"),
+        ("--batch-size", f"{10**11}", "batch_size (--batch-size) must be at most 1048576, got 100000000000"),
+        ("--steps", f"{10**30}", "steps (--steps) must be at most 1099511627776, got 1000000"),
+        ("--depth", f"{10**8}", "depth must be at most 4096, got 100000000"),
+        ("--hidden-size", f"{2 * 10**12}", "hidden_size must be at most 1048576, got 2000000000000"),
+        ("--mlp-ratio", "1e300", "mlp_ratio must be at most 4194304 / hidden_size, got 1e+300"),
+        ("--mlp-ratio", "1e308", "mlp_ratio must be at most 4194304 / hidden_size, got 1e+308"),
     ],
 )
 def test_wrong_values_are_named(option, value, message, tmp_path, capsys):
@@ -65,6 +72,14 @@ def test_wrong_values_are_named(option, value, message, tmp_path, capsys):
         train.main([*arguments(runs=tmp_path), f"{option}={value}"])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_networks_that_no_machine_holds_are_not_made(tmp_path, capsys):
+    began = time.monotonic()
+    assert train.main(arguments(runs=tmp_path, hidden_size=2**19, num_heads=2**12, depth=9)) == 1
+    wanted = "hidden_size 524288, depth 9, mlp_ratio 2, num_classes 10 must make at most 17,179,869,184 "
+    assert wanted in capsys.readouterr().err
+    assert time.monotonic() - began < 20 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
