@@ -43,6 +43,7 @@ from imf.sharding import placed_like, whole
 METADATA_KEY, CHECKSUM_KEY = "imf", "crc32"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by the name of a run's precision
 FORMAT = 2  # raise it when a file of the old form can no longer be read
+MOST_SECONDS = 2**40
 MOST_WEIGHTS = 2**34  # of a network, 64 GiB
 
 
@@ -187,7 +188,8 @@ def empty_weights(config: IMFConfig) -> dict[str, Tensor]:
     if (count := sum(x.numel() for x in weights.values())) > MOST_WEIGHTS:
         raise ValueError(
             f"network: hidden_size {config.hidden_size}, depth {config.depth}, mlp_ratio "
-            f"{config.mlp_ratio:g}, num_classes {config.num_classes} must make at most {MOST_WEIGHTS:,} weights, got {count:,}"
+            f"{config.mlp_ratio:g}, num_classes {config.num_classes} must make at most {MOST_WEIGHTS:,} "
+            f"weights, got {count:,}"
         )
     return weights
 
@@ -458,7 +460,7 @@ def _check_metadata(metadata: Metadata) -> None:
     fits_threads = threads.isdecimal() and len(threads) < 5 and 1 <= int(threads) <= MOST_THREADS
     for name, fits, wanted in (
         ("step", type(m.step) is int and m.step >= 0, "an integer of at least 0"),
-        ("elapsed", isinstance(elapsed, (int, float)) and 0 <= elapsed < math.inf, "seconds"),
+        ("elapsed", isinstance(elapsed, (int, float)) and 0 <= elapsed <= MOST_SECONDS, "seconds"),
         ("precision", m.precision in tuple(DTYPES), f"one of {', '.join(DTYPES)}"),
         ("environment", fits_threads, f"texts by name, threads from 1 to {MOST_THREADS}"),
         ("autoencoder", isinstance(m.autoencoder, str), "a text"),

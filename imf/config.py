@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
+import torch
+
 from imf.draws import MAX_LOG_POWER
 from imf.layers import IMFConfig
 from imf.methods import METHODS, network_of
@@ -38,6 +40,7 @@ ROUNDING = ("sharding", "compile", "checkpointing", "cuda_graphs")
 
 
 MOST_THREADS = 4096  # a larger number is a mistake: OpenMP ends the process where it cannot start as many
+MOST_FP32 = torch.finfo(torch.float32).max
 MOST_ROWS = 2**20  # images of a step
 MOST_STEPS = 2**40  # and all that is counted in steps; micro steps then fit in 64 bits
 
@@ -141,7 +144,9 @@ class TrainConfig:
             _require(
                 not choices or value in choices, option.name, f"one of {', '.join(choices or ())}", value
             )
-            _require(not isinstance(value, float) or math.isfinite(value), option.name, "finite", value)
+            if kind is float:
+                _require_finite(option.name, value)
+                object.__setattr__(self, option.name, float(value))  # an integer may exceed what tensors take
         for name in ("steps", "batch_size", "accumulate", "log_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("warmup_steps", "sample_every", "checkpoint_every", "seed", "threads", "weight_decay"):
@@ -234,8 +239,9 @@ class TrainConfig:
 
 
 def check_guidance(omega: float, t_min: float, t_max: float) -> None:
-    """Raises ValueError unless omega >= 1 and 0 <= t_min <= t_max <= 1."""
-    _require(math.isfinite(omega) and omega >= 1, "omega", "at least 1", omega)
+    """Raises ValueError unless omega >= 1, finite in fp32, and 0 <= t_min <= t_max <= 1."""
+    _require_finite("omega", omega)
+    _require(omega >= 1, "omega", "at least 1", omega)
     _require(0 <= t_min <= 1, "t_min", "in [0, 1]", t_min)
     _require(t_min <= t_max <= 1, "t_max", f"in [t_min, 1] = [{t_min:g}, 1]", t_max)
 
@@ -329,6 +335,10 @@ def _same_names(prefix: str, values: Mapping[str, Any], kind: Any) -> None:
             f"configuration: missing {', '.join(prefix + n for n in missing) or 'nothing'}; "
             f"unknown {', '.join(prefix + n for n in unknown) or 'nothing'}"
         )
+
+
+def _require_finite(name: str, value: float) -> None:
+    _require(abs(value) <= MOST_FP32, name, "finite in fp32", value)  # NaN is not
 
 
 def _require(condition: bool, name: str, wanted: str, got: Any) -> None:

@@ -97,7 +97,7 @@ def read_results(path: Path, settings: dict[str, Any]) -> list[Row]:
         check_regular(path)
         values = json.loads(path.read_text())
         held, rows = dict(values["settings"]), [_checked(Row(**row)) for row in values["rows"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ResultsError(
             f"{path}: no results of imf.evaluate, or damaged: {error}; move it away, or choose another --out"
         ) from error

@@ -57,7 +57,7 @@ def sample(
     times = torch.linspace(1, 0, steps + 1).tolist()
     z = noise.float()
     for t, r in pairwise(times):
-        guidance = rows * omega, rows * t_min, rows * t_max
+        guidance = rows * float(omega), rows * t_min, rows * t_max
         u = velocities(model, z, rows * t, rows * (t - r), *guidance, y)
         z = z - (t - r) * u
     return z

@@ -180,6 +180,9 @@ def test_headers_of_absurd_sizes(content, tmp_path):
         (lambda v: v["config"].pop("network"), "missing network"),
         (lambda v: v["environment"].update(threads="1000000"), "threads from 1 to 4096"),
         (lambda v: v.update(step="1" * 5000), "step must be an integer"),
+        (lambda v: v.update(elapsed=10**400), "elapsed must be seconds"),
+        (lambda v: v["config"].update(omega=1e308), "omega .* must be finite in fp32"),
+        (lambda v: v["config"].update(omega=10**400), "omega .* must be finite in fp32"),
     ],
 )
 def test_metadata_of_other_versions(change, message, content, tmp_path, state):
@@ -221,6 +224,7 @@ TEXTS = {"nothing": "", "a list": "[1]", "half": '{"seed": ', "nested": "[" * 10
 ROWS = {
     "a figure of text": lambda v: v["rows"][0].update(fid="12"),
     "NaN": lambda v: v["rows"][0].update(fid=float("nan")),
+    "an integer of 401 digits": lambda v: v["rows"][0].update(fid=10**400),
     "steps of another type": lambda v: v["rows"][0].update(steps=1.5),
     "no count": lambda v: v["rows"][0].update(count=None),
     "an unknown figure": lambda v: v["rows"][0].update(recall=1.0),
@@ -263,6 +267,24 @@ def evaluated(tmp_path_factory):
     network_file(folder / "network.safetensors", dataclasses.replace(NETWORK, in_channels=3, num_classes=2))
     assert judge(folder) == 0
     return folder
+
+
+def test_integers_in_the_place_of_floats(content, tmp_path, capsys):
+    """10 ** 30 is more than 64 bits hold, and finite in fp32."""
+    path, grid = tmp_path / "large.safetensors", tmp_path / "grid.png"
+    rewritten(path, content, change_text=lambda values: values["config"].update(omega=10**30, t_min=0))
+    assert sample.main(["--checkpoint", str(path), "--out", str(grid), "--columns", "1"]) == 0
+    assert "omega 1e+30, interval [0, " in capsys.readouterr().out and grid.exists()
+
+
+@pytest.mark.parametrize("omega", ["1e39", "inf", "nan"])
+def test_guidance_that_fp32_does_not_hold(omega, evaluated, tmp_path, capsys):
+    network = ["--checkpoint", str(evaluated / "network.safetensors"), "--omega", omega]
+    judging = ["--count", "2", "--extractor", "pixels", "--device", "cpu", "--out", str(tmp_path / "out")]
+    for main, more in ((sample.main, ["--out", str(tmp_path / "grid.png")]), (evaluate.main, judging)):
+        assert main([*network, *more]) == 1
+        assert "omega (--omega) must be finite in fp32, got " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
