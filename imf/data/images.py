@@ -24,6 +24,7 @@ MAX_BYTES = 1 << 30  # of a file: more than MAX_PIXELS take in any of the format
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 _TO_RGB = ("RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
+_SAMPLE_FORMAT, _SIGNED = 339, 2
 
 
 class BrokenImage(Exception):
@@ -124,6 +125,8 @@ def _formats() -> list[str]:
 
 def _with_eight_bits(image: Image.Image) -> Image.Image:
     mode = image.mode
+    if _SIGNED in getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT, ()):  # Pillow reads 8 bits as unsigned
+        mode = "I"
     if mode in ("L", "RGB"):
         return image
     if mode in ("1", "LA"):
