@@ -232,6 +232,8 @@ def find(path: Path) -> Path:
         return path
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder{_aim(path)}")
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: must be a checkpoint or the folder of a run, got a device or a FIFO")
     checkpoints = list_all(path)
     if not checkpoints:
         hint = f"; {_CONVERT}" if any(path.glob("checkpoint_*")) else ""  # a folder of the official programs
@@ -388,7 +390,7 @@ def _read_text(path: Path, texts: Mapping[str, str]) -> tuple[Metadata, dict[str
         found = values["format"]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(damaged) from error
-    if found != FORMAT:  # asked first: another one may keep its checksum elsewhere
+    if type(found) is not int or found != FORMAT:  # asked first: another one may keep its checksum elsewhere
         raise CheckpointError(
             f"{problem}: this version reads format {FORMAT}, got {str(found)[:20]}: "
             f"read it with the version that wrote it"

@@ -43,8 +43,10 @@ def create_folder(config: TrainConfig) -> Path:
     runs = Path(config.runs)
     try:
         runs.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise TrainingError(f"--runs must be a folder or a path where one can be made, got {runs}") from error
+    except OSError as error:
+        raise TrainingError(
+            f"--runs must be a folder or a path where one can be made, got {runs} ({error.strerror})"
+        ) from error
     number, data = 1, Path(config.data).resolve().name
     while True:
         folder = runs / (config.name or (data if number == 1 else f"{data}-{number}"))
@@ -57,6 +59,10 @@ def create_folder(config: TrainConfig) -> Path:
                     f"{folder} exists already; continue it with --resume {folder}, or choose another --name"
                 ) from None
             number += 1
+        except OSError as error:
+            raise TrainingError(
+                f"{folder} could not be made ({error.strerror}); choose another --runs or --name"
+            ) from error
     (folder / "checkpoints").mkdir()
     (folder / "samples").mkdir()
     return folder

@@ -117,8 +117,11 @@ def begin(config: TrainConfig, who: Processes | None = None) -> Run:
     state = initial_state(config, precision, who)
     with who.together():
         if config.init_from:
-            source = checkpoint.find(Path(config.init_from))
-            checkpoint.load_weights(source, model=state.model, ema=state.ema)
+            try:
+                source = checkpoint.find(Path(config.init_from))
+                checkpoint.load_weights(source, model=state.model, ema=state.ema)
+            except checkpoint.CheckpointError as error:
+                raise TrainingError(f"--init-from: {error}") from error
     folder = None
     with who.together():
         if who.first:

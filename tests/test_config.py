@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import time
 
 import pytest
@@ -133,6 +134,17 @@ def test_runs_must_be_a_folder(tmp_path, capsys):
         assert (
             f"--runs must be a folder or a path where one can be made, got {runs}" in capsys.readouterr().err
         )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc, in which nobody can make a folder")
+def test_folders_that_cannot_be_made(tmp_path, capsys):
+    for runs, name, message in (
+        ("/proc/x", "run", "--runs must be a folder or a path where one can be made, got /proc/x (No such"),
+        ("/proc", "run", "/proc/run could not be made (No such file or directory); choose another --runs"),
+        (tmp_path, "x" * 300, "could not be made (File name too long); choose another --runs or --name"),
+    ):
+        assert train.main(arguments(runs=runs, name=name)) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_truncating_metrics(tmp_path):

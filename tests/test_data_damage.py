@@ -105,6 +105,8 @@ def test_any_field_of_the_index_may_be_anything(folder):
         (("shape",), "488", r"shape must be \[C, H, W\], got '488'"),
         (("class_names",), "ant", "class_names must be a list of names, got 'ant'"),
         (("class_names",), [], "class_names must be"),
+        (("format",), True, "of format True, this version reads 1: make it again"),
+        (("format",), 1.0, "of format 1.0, this version reads 1: make it again"),
         (("encoder", "std", 2), 0, "encoder.std must be positive"),
         (("encoder", "mean", 2), float("nan"), "encoder.mean must be a finite number for each of 4 channels"),
         (("rows",), ..., "rows must be a whole number from 1 on, got None"),

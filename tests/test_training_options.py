@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import sys
 import types
 
@@ -51,12 +52,15 @@ def test_a_run_begins_with_the_averaged_weights_of_another(form, trained, tmp_pa
     ("source", "message"),
     [
         ("none", "no such file or folder"),
+        ("FIFO", "must be a checkpoint or the folder of a run, got a device or a FIFO"),
         ("other", "a checkpoint of another network"),
         ("sampling", "has none"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(source, message, trained, tmp_path, capsys):
     path = tmp_path / source
+    if source == "FIFO":
+        os.mkfifo(path)
     if source == "sampling":
         weights = {n: x for n, x in trained.state.ema.state_dict().items() if not n.startswith("v_blocks")}
         about = checkpoint.read_metadata(checkpoint.path_of(trained.folder, 6))
@@ -64,7 +68,8 @@ def test_weights_that_do_not_fit_are_refused(source, message, trained, tmp_path,
     size = 24 if source == "other" else NETWORK.hidden_size
     options = arguments(runs=tmp_path / "runs", init_from=trained.folder if source == "other" else path)
     assert train.main([*options, "--hidden-size", str(size)]) == 1
-    assert message in capsys.readouterr().err and not (tmp_path / "runs").exists()
+    error = capsys.readouterr().err
+    assert "--init-from: " in error and message in error and not (tmp_path / "runs").exists()
 
 
 def test_a_resumed_run_takes_no_other_weights(trained, capsys):

@@ -35,7 +35,7 @@ def read_index(folder: Path) -> dict[str, Any]:
             )
         raise DataError(f"{folder}: no {INDEX} in it, so it is no folder of imf.data.prepare")
     index = read_json(folder / INDEX)
-    if index.get("format") != FORMAT:
+    if type(index.get("format")) is not int or index["format"] != FORMAT:  # True == 1
         raise DataError(
             f"{folder / INDEX}: of format {short(index.get('format'))}, this version reads {FORMAT}: "
             f"make it again"
