@@ -56,7 +56,7 @@ def test_the_noise_is_left_alone():
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"omega": 0.5}, "omega .* must be at least 1, got 0.5"),
-        ({"omega": float("nan")}, "omega .* must be at least 1, got nan"),
+        ({"omega": float("nan")}, "omega .* must be finite in fp32, got nan"),
         ({"t_min": 0.7, "t_max": 0.6}, r"t_max .* must be in \[t_min, 1\] = \[0.7, 1\], got 0.6"),
         ({"y": LABELS[:3]}, r"got \[4, 1, 8, 8\] and \[3\]"),
     ],
