@@ -29,6 +29,9 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         # One folder per interpreter, kept between builds so that only edited sources are compiled again.
         build = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
+        cache = build / "CMakeCache.txt"
+        if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
+            shutil.rmtree(build)  # of a tree that was moved or copied: CMake refuses it
         configure = [
             program("cmake"),
             *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),

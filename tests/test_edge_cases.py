@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import imf_kernels as ik
-from imf_kernels import Dual
+from imf_kernels import Dual, cpu
 from imf_kernels.testing import cases, errors
 from imf_kernels.testing.cases import FP32, SMALL
 
@@ -278,6 +278,20 @@ def test_what_is_not_finite_in_attention(where, value, backend):
     assert torch.equal(got.tangent[~touched], clean.tangent[~touched])
 
 
+@pytest.mark.parametrize("isa", cpu.instruction_sets())
+@pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
+@pytest.mark.parametrize("keys", [30, 600])
+def test_gradients_of_other_queries_stay_finite(keys, value, isa):
+    """Long enough for bf16 dot products, whose gradient of the query has a term that queries share."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, n, 32, generator=generator).bfloat16() for n in (50, keys, keys))
+    q[0, 0, 3, 1] = value
+    with cpu.use_instruction_set(isa):
+        y = ik.scaled_dot_product_attention(q.requires_grad_(), k, v, backend="cpu")
+        (dq,) = torch.autograd.grad(y, q, torch.ones_like(y))
+    assert dq.isfinite().all(-1).sum() == 49 and not dq[0, 0, 3].isfinite().all()
+
+
 @pytest.mark.operation("scaled_dot_product_attention")
 def test_logits_that_overflow_one_exponential(backend):
     """Logits of ±1e4 leave a softmax of one 1 and zeros: value, tangent and gradients follow that key."""
@@ -339,3 +353,18 @@ def test_layer_norm_of_equal_values_however_large(value, width, kernels):
     (dx,) = torch.autograd.grad(y.primal, x, dy)
     for got, t in ((y.tangent, x_dot), (dx, dy)):
         torch.testing.assert_close(got, 1e-5**-0.5 * (t - t.mean(-1, keepdim=True)), rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("isa", cpu.instruction_sets())
+@pytest.mark.parametrize("rows", [60, 1000, 20000])
+def test_sums_of_equal_cotangents(rows, isa):
+    """The gradient of a mean over many rows: at most 8 + log₂(rows) roundings, of half an ulp, at random."""
+    errors_in_ulps = []
+    for value in torch.rand(30, generator=torch.Generator().manual_seed(0)).tolist():
+        bias = torch.zeros(3, requires_grad=True)
+        with cpu.use_instruction_set(isa):
+            y = ik.layer_norm(torch.ones(rows, 3), (3,), torch.ones(3), bias, backend="cpu")
+            (db,) = torch.autograd.grad(y, bias, torch.full_like(y, value))
+        exact = rows * torch.tensor(value).double().item()
+        errors_in_ulps.append((db.double() - exact).abs().max().item() / math.ulp(exact) / 2**29)
+    assert math.hypot(*errors_in_ulps) / math.sqrt(30) <= 0.5 * math.sqrt(8 + math.log2(rows))

@@ -590,7 +590,8 @@ void backward(const AttentionBackward& a) {
               left_over += multiplied;
               size += weight;
               largest = max(largest, weight);
-              store(k_weights + j, load(k_weights + j) + weight);
+              // A query whose dS is not finite has no part in the mean that its neighbours share.
+              store(k_weights + j, load(k_weights + j) + select_less(weight, Vec(1e30f), weight, Vec(0.0f)));
             }
             row_sums[i] = reduce_add(left_over);
             const float limit = 0.1875f * reduce_add(size);

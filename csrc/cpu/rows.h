@@ -98,9 +98,25 @@ inline Dual<float> inverse_rms(Dual<float> sum, double share, float eps) {
   return {r, -0.5f * r * r * r * (sum.tangent * static_cast<float>(share))};
 }
 
+// Leaves in part(0) the sum of part(0) ... part(count - 1), each [n], added up in pairs, pairs of pairs ...
+template <typename Part>
+inline void add_pairwise(index_t count, index_t n, Part part) {
+  for (index_t distance = 1; distance < count; distance *= 2) {
+    for (index_t i = 0; i + distance < count; i += 2 * distance) {
+      float* sum = part(i);
+      const float* next = part(i + distance);
+      for_each_vec(n, [&](index_t j, int lanes) {
+        store_lanes(sum + j, load_lanes(sum + j, lanes) + load_lanes(next + j, lanes), lanes);
+      });
+    }
+  }
+}
+
 // Sums over the `length` rows of each of several groups, left in sums[groups, width]. A group's rows are cut
 // into blocks by the shape alone: no result depends on the number of threads, which share the blocks.
 class GroupSums {
+  struct RestOfBlock;
+
  public:
   GroupSums(index_t groups, index_t length, index_t width, float* sums)
       : groups_(groups),
@@ -121,12 +137,23 @@ class GroupSums {
   // Out of line, with body in line.
   template <typename Body>
   [[gnu::noinline, gnu::flatten]] void add(Range share, Body body) {
+    constexpr index_t few = 8;  // rows that are added up one after the other
+    const index_t rest_size = (block_rows_ / few - 1) * width_;
+    ScratchOf<RestOfBlock> scratch(rest_size);  // the body may hold one of its own
+    float* rest = scratch.take<float>(rest_size);
     for (index_t block = share.begin; block < share.end; ++block) {
-      float* sum = of_block(block);
-      for (index_t j = 0; j < width_; ++j) sum[j] = 0.0f;
       const index_t group = block / group_blocks_, first = block % group_blocks_ * block_rows_;
       const index_t end = first + block_rows_ < length_ ? first + block_rows_ : length_;
-      for (index_t row = first; row < end; ++row) body(group * length_ + row, sum);
+      const auto part = [&](index_t i) { return i ? rest + (i - 1) * width_ : of_block(block); };
+      index_t parts = 0;
+      for (index_t row = first; row < end || parts == 0; ++parts) {
+        float* sum = part(parts);
+        for (index_t j = 0; j < width_; ++j) sum[j] = 0.0f;
+        for (const index_t last = row + few < end ? row + few : end; row < last; ++row) {
+          body(group * length_ + row, sum);
+        }
+      }
+      add_pairwise(parts, width_, part);
     }
   }
 
@@ -142,15 +169,7 @@ class GroupSums {
       const index_t end = share.end * columns < width_ ? share.end * columns : width_;
       for (index_t group = 0; group < groups_; ++group) {
         const index_t first = group * group_blocks_;
-        for (index_t distance = 1; distance < group_blocks_; distance *= 2) {
-          for (index_t i = 0; i + distance < group_blocks_; i += 2 * distance) {
-            float* sum = of_block(first + i) + begin;
-            const float* next = of_block(first + i + distance) + begin;
-            for_each_vec(end - begin, [&](index_t j, int lanes) {
-              store_lanes(sum + j, load_lanes(sum + j, lanes) + load_lanes(next + j, lanes), lanes);
-            });
-          }
-        }
+        add_pairwise(group_blocks_, end - begin, [&](index_t i) { return of_block(first + i) + begin; });
         const float* total = of_block(first);
         for (index_t j = begin; j < end; ++j) sums_[group * width_ + j] = total[j];
       }
