@@ -54,9 +54,9 @@ inline auto moments(index_t width, Row x) {
   using Number = decltype(x(0, 0));
   const float count = static_cast<float>(width);
   const Number total =
-      sum_over_row<Number>(width, [&](index_t j, int lanes, Number& sum) { sum = sum + x(j, lanes); });
+      sum_over_row<Number, 2>(width, [&](index_t j, int lanes, Number& sum) { sum = sum + x(j, lanes); });
   const auto mean = reduce_add(total) / count;
-  const auto sums = sum_over_row<Pair<Number>, 2>(width, [&](index_t j, int lanes, Pair<Number>& sum) {
+  const auto sums = sum_over_row<Pair<Number>, 1>(width, [&](index_t j, int lanes, Pair<Number>& sum) {
     const Number c = keep_lanes(x(j, lanes) - broadcast(mean), lanes, 0.0f);
     sum = {sum.first + c, fma(c, c, sum.second)};
   });

@@ -123,9 +123,7 @@ class GroupSums {
         length_(length),
         width_(width),
         // Narrow rows make long blocks, whose sums are then few beside the rows.
-        block_rows_(width < 256    ? 64
-                    : width < 1024 ? 32
-                                   : 16),
+        block_rows_(width < 1024 ? 64 : 32),
         group_blocks_(length > block_rows_ ? (length + block_rows_ - 1) / block_rows_ : 1),
         sums_(sums),
         scratch_(group_blocks_ > 1 ? blocks() * width : 0),
