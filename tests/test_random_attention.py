@@ -1,7 +1,7 @@
 """The error rule of the CPU's attention on random shapes, each on one instruction set in turn.
 
 The sizes are log-uniform, up to 2^16 pairs of a query and a key, or up to 4,096 of each. There are enough
-heads for 16 rows: PyTorch's errors in a few draws of fewer rows do not bound those of the next draw. More
+heads for 64 rows: PyTorch's errors in a few draws of fewer rows do not bound those of the next draw. More
 shapes, and a fiftieth as many large ones:
 
     IMF_RANDOM_SHAPES=5000 pytest tests/test_random_attention.py -n auto
@@ -36,7 +36,7 @@ def random_case(seed, large=False):
         keys = size(2**16 // queries)
         if draw.random() < 0.5:
             queries, keys = keys, queries
-    heads = math.ceil(16 / queries)
+    heads = math.ceil(64 / queries)
     if not large:
         keys = min(keys, 2**16 // (heads * queries))
     scales = {"q": 1.0, "k": 1.0, "v": 1.0}
