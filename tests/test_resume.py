@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import FAST, arguments, config, differing, objective_that
+from tiny_run import FAST, arguments, config, cut_short, differing, objective_that
 
 from imf import checkpoint, train
 from imf.run import StopSignals, TrainingError
@@ -49,12 +49,10 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def cut(whole, tmp_path):
     """That run as if killed after step 5: its last checkpoint is of step 4, a line is half written."""
-    folder = tmp_path / "cut"
-    shutil.copytree(whole, folder)
-    checkpoint.path_of(folder, 6).unlink()
+    folder = cut_short(whole, tmp_path / "cut", lines=5)
     (folder / "checkpoints" / ".step-00000006.safetensors.tmp").write_bytes(b"half")
-    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text("".join(lines[:5]) + lines[5][:20])
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write((whole / "metrics.jsonl").read_text().splitlines()[5][:20])
     return folder
 
 

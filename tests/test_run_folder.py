@@ -11,7 +11,7 @@ import sys
 
 import pytest
 from test_resume import final, metrics, resumed
-from tiny_run import arguments, config, differing, objective_that
+from tiny_run import arguments, config, cut_short, differing, objective_that
 
 from imf import checkpoint, train
 from imf.files import FolderInUse, locked
@@ -29,12 +29,8 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def cut(whole, tmp_path):
     """That run as if killed after step 4, before its picture was drawn."""
-    folder = tmp_path / "cut"
-    shutil.copytree(whole, folder)
-    checkpoint.path_of(folder, 6).unlink()
+    folder = cut_short(whole, tmp_path / "cut", lines=4)
     (folder / "samples" / "step-00000004.png").unlink()
-    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text("".join(lines[:4]))
     return folder
 
 

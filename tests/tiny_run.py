@@ -2,10 +2,11 @@
 
 import contextlib
 import itertools
+import shutil
 
 import torch
 
-from imf import data, start, train
+from imf import checkpoint, data, start, train
 from imf.config import TrainConfig
 from imf.methods import network_of
 from imf.model import IMFConfig, build
@@ -63,6 +64,15 @@ def perturbed(method, network=NETWORK):
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
+
+
+def cut_short(whole, folder, *, lines):
+    """A copy of a run of 6 steps without its last checkpoint and with so many lines of metrics."""
+    shutil.copytree(whole, folder)
+    checkpoint.path_of(folder, 6).unlink()
+    kept = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)[:lines]
+    (folder / "metrics.jsonl").write_text("".join(kept))
+    return folder
 
 
 ALONE = Processes()

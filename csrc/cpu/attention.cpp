@@ -14,8 +14,8 @@
 // that an offset of the values still cancels.
 //
 // A sum over many keys or queries has three levels, so that its rounding error does not grow with their
-// number: some 32 terms (small_gemm.h), some 32 such sums, and a total of those whose
-// rounding errors are summed too and added at the end.
+// number: some 32 terms (small_gemm.h), some 32 such sums, and a total of those whose rounding errors are
+// summed too and added at the end.
 #include "cpu/attention.h"
 
 #include <algorithm>

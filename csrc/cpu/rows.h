@@ -1,7 +1,8 @@
 // What the row kernels share: sums over a row, and sums over the rows of a group.
 //
-// Both are pairwise, so their rounding errors grow with the logarithm of the number of terms, also where all
-// terms are equal; and infinite or NaN terms give what a plain sum gives.
+// Both add a few terms one after another and such sums in pairs, pairs of pairs ..., so their rounding errors
+// grow with the logarithm of the number of terms, also where all terms are equal; and infinite or NaN terms
+// give what a plain sum gives.
 #pragma once
 
 #include <cmath>

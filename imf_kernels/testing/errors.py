@@ -25,6 +25,7 @@ from imf_kernels.dual import Dual
 from imf_kernels.testing.cases import Case
 
 Results = dict[str, Tensor]
+CPU = torch.device("cpu")
 
 
 def rms(x: Tensor, dim: int | None = None) -> Tensor:
@@ -155,7 +156,7 @@ class Problem:
     exact: Results
 
     @classmethod
-    def draw(cls, case: Case, dtype: torch.dtype, seed: int, device: torch.device | str = "cpu") -> Problem:
+    def draw(cls, case: Case, dtype: torch.dtype, seed: int, device: torch.device = CPU) -> Problem:
         """Drawn on the CPU, so that a seed gives the same data everywhere; exact results on the device."""
         generator = torch.Generator("cpu").manual_seed(seed)
         primals, tangents = case.draw(generator, dtype)
@@ -166,10 +167,10 @@ class Problem:
         )
         p = cls(case, dtype, seed, primals, tangents, cotangents, {})
         try:
-            there = p.to(torch.device(device))
+            there = p.to(device)
             return replace(there, exact=there.evaluate("reference", dtype=torch.float64))
         except torch.OutOfMemoryError:  # in fp64 a small GPU may have no room for it
-            return replace(p, exact=p.evaluate("reference", dtype=torch.float64)).to(torch.device(device))
+            return replace(p, exact=p.evaluate("reference", dtype=torch.float64)).to(device)
 
     def to(self, device: torch.device) -> Problem:
         def move(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -220,7 +221,7 @@ def yardsticks(
     dtype: torch.dtype,
     seed: int = 0,
     draws: int = 8,
-    device: torch.device = torch.device("cpu"),  # noqa: B008
+    device: torch.device = CPU,
 ) -> dict[str, Yardstick]:
     """PyTorch's errors in float32 for every result of the case: the largest of draws from `seed` on."""
     drawn: list[dict[str, Yardstick]] = []
