@@ -345,7 +345,7 @@ def test_infinite_sums_over_rows(case, cotangents, backend):
 def test_layer_norm_of_equal_values_however_large(value, width, kernels):
     """They normalise to exact zeros, and a derivative sees no more than ε of their variance."""
     if value > 1e35 and kernels != "cpu":
-        pytest.skip("the sum of a row overflows, which only the C++ kernels see to")
+        pytest.skip("the sum of a row overflows, which only the CPU's kernels see to")
     x, x_dot, bias = torch.full((2, width), value), torch.randn(2, width), torch.randn(width)
     y = ik.layer_norm(Dual(x.requires_grad_(), x_dot), (width,), None, bias, backend=kernels)
     assert torch.equal(y.primal, bias.expand(2, width))
@@ -358,7 +358,7 @@ def test_layer_norm_of_equal_values_however_large(value, width, kernels):
 @pytest.mark.parametrize("isa", cpu.instruction_sets())
 @pytest.mark.parametrize("rows", [60, 1000, 20000])
 def test_sums_of_equal_cotangents(rows, isa):
-    """The gradient of a mean over many rows: at most 8 + log₂(rows) roundings, of half an ulp, at random."""
+    """The gradient of a mean over many rows errs as 8 + log₂(rows) roundings of half an ulp at random do."""
     errors_in_ulps = []
     for value in torch.rand(30, generator=torch.Generator().manual_seed(0)).tolist():
         bias = torch.zeros(3, requires_grad=True)

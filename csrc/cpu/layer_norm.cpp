@@ -44,9 +44,10 @@ template <typename Number, typename Row>
   const auto correction = mean_of(centered);
   const Number squares = sum_over_row<Number>(width, [&](index_t j, int lanes, Number& sum) {
     const Number c = keep_lanes(centered(j, lanes) - broadcast(correction), lanes, 0.0f);
-    sum = fma(c, c, sum);
+    sum = add_square(sum, c);
   });
-  return Moments<std::decay_t<decltype(mean)>>{mean, correction, reduce_add(squares) / count};
+  return Moments<std::decay_t<decltype(mean)>>{mean, correction,
+                                               with_whole_tangent(reduce_add(squares)) / count};
 }
 
 template <typename Row>
@@ -58,10 +59,10 @@ inline auto moments(index_t width, Row x) {
   const auto mean = reduce_add(total) / count;
   const auto sums = sum_over_row<Pair<Number>, 1>(width, [&](index_t j, int lanes, Pair<Number>& sum) {
     const Number c = keep_lanes(x(j, lanes) - broadcast(mean), lanes, 0.0f);
-    sum = {sum.first + c, fma(c, c, sum.second)};
+    sum = {sum.first + c, add_square(sum.second, c)};
   });
   const auto correction = reduce_add(sums.first) / count;
-  const auto variance = reduce_add(sums.second) / count - correction * correction;
+  const auto variance = with_whole_tangent(reduce_add(sums.second)) / count - correction * correction;
   if (!std::isfinite(primal(variance))) return moments_of_large<Number>(width, x);
   return Moments<std::decay_t<decltype(mean)>>{mean, correction, variance};
 }

@@ -29,19 +29,38 @@ inline Pair<Number> operator+(Pair<Number> a, Pair<Number> b) {
   return {a.first + b.first, a.second + b.second};
 }
 
+// The terms from `first` on, eight vectors at a time.
+template <typename Number, typename Add>
+IMF_ALWAYS_INLINE Number sum_in_eights(index_t first, index_t n, Add add) {
+  constexpr index_t part = 8 * Vec::width;
+  Number total{};
+  for (; first + part <= n; first += part) {
+    Number sum{};
+    for (int i = 0; i < 8; ++i) add(first + i * Vec::width, Vec::width, sum);
+    total = total + sum;
+  }
+  if (first < n) {
+    Number sum{};
+    for_each_vec(n - first, [&](index_t j, int lanes) { add(first + j, lanes, sum); });
+    total = total + sum;
+  }
+  return total;
+}
+
 // Sums over a row, lane by lane: add(j, lanes, sum) adds the terms at j to `sum`, and is called once for each
-// j, in rising order. 16 vectors make a run, of as many sums side by side as `ways` says, and what is left at
-// the end is taken four vectors at a time. Four runs are added up one after another, then in pairs, pairs of
-// pairs and so on: levels[k] holds the sum of 2^k fours where bit k of `fours` is set.
+// j, in rising order. In long rows 16 vectors make a run, of as many sums side by side as `ways` says, and
+// what is left at the end is taken eight vectors at a time. Four runs are added up one after another, then in
+// pairs, pairs of pairs and so on: levels[k] holds the sum of 2^k fours where bit k of `fours` is set.
 template <typename Number, int ways = 4, typename Add>
 IMF_ALWAYS_INLINE Number sum_over_row(index_t n, Add add) {
-  constexpr index_t part = 4 * Vec::width, run = 4 * part;
+  constexpr index_t part = 8 * Vec::width, run = 2 * part;
   Number levels[32], total{};
-  index_t fours = 0, first = 0;
-  if (n <= part) {  // a head
+  if (__builtin_expect(n <= part, 1)) {  // a head
     for_each_vec(n, [&](index_t j, int lanes) { add(j, lanes, total); });
     return total;
   }
+  if (__builtin_expect(n < run, 1)) return sum_in_eights<Number>(0, n, add);
+  index_t fours = 0, first = 0;
   for (int runs = 1; first + run <= n; ++runs) {
     Number sums[ways] = {};
     for (const index_t end = first + run; first < end; first += ways * Vec::width) {
@@ -57,36 +76,35 @@ IMF_ALWAYS_INLINE Number sum_over_row(index_t n, Add add) {
     levels[level] = total;
     total = Number{};
   }
-  Number rest{};
-  for (; first < n; first += part) {
-    Number sum{};
-    for_each_vec(n - first < part ? n - first : part,
-                 [&](index_t j, int lanes) { add(first + j, lanes, sum); });
-    rest = rest + sum;
-  }
-  total = total + rest;
+  total = total + sum_in_eights<Number>(first, n, add);
   for (int level = 0; fours; ++level, fours >>= 1) {
     if (fours & 1) total = levels[level] + total;
   }
   return total;
 }
 
+// Adds the square of x to a sum of squares, and to its tangent, 2 sum(x x_dot), half of what it grows by:
+// with_whole_tangent makes up for that at the end.
+inline Vec add_square(Vec sum, Vec x) { return fma(x, x, sum); }
+inline Dual<Vec> add_square(Dual<Vec> sum, Dual<Vec> x) {
+  return {fma(x.primal, x.primal, sum.primal), fma(x.primal, x.tangent, sum.tangent)};
+}
+inline float with_whole_tangent(float sum) { return sum; }
+inline Dual<float> with_whole_tangent(Dual<float> sum) { return {sum.primal, 2.0f * sum.tangent}; }
+
 template <typename T>
 IMF_ALWAYS_INLINE float sum_of_squares(const T* x, index_t n) {
-  return reduce_add(sum_over_row<Vec>(n, [&](index_t j, int lanes, Vec& sum) {
-    const Vec xj = load_lanes(x + j, lanes);
-    sum = fma(xj, xj, sum);
-  }));
+  return reduce_add(sum_over_row<Vec>(
+      n, [&](index_t j, int lanes, Vec& sum) { sum = add_square(sum, load_lanes(x + j, lanes)); }));
 }
 
-// The same sum with its tangent, 2 sum(x x_dot). The primal takes the very steps of the one above.
+// The same sum with its tangent. The primal takes the very steps of the one above.
 template <typename T>
 IMF_ALWAYS_INLINE Dual<float> sum_of_squares(const T* x, const T* x_dot, index_t n) {
-  const Dual<float> total = reduce_add(sum_over_row<Dual<Vec>>(n, [&](index_t j, int lanes, Dual<Vec>& sum) {
-    const Dual<Vec> xj = load_dual(x + j, x_dot + j, lanes);
-    sum = {fma(xj.primal, xj.primal, sum.primal), fma(xj.primal, xj.tangent, sum.tangent)};
-  }));
-  return {total.primal, 2.0f * total.tangent};
+  const Dual<Vec> sum = sum_over_row<Dual<Vec>>(n, [&](index_t j, int lanes, Dual<Vec>& sum) {
+    sum = add_square(sum, load_dual(x + j, x_dot + j, lanes));
+  });
+  return with_whole_tangent(reduce_add(sum));
 }
 
 // (sum share + eps)^(-1/2), share the inverse of the number of terms. In a row of one value the rounding
@@ -136,7 +154,7 @@ class GroupSums {
   // Out of line, with body in line.
   template <typename Body>
   [[gnu::noinline, gnu::flatten]] void add(Range share, Body body) {
-    constexpr index_t few = 8;  // rows that are added up one after the other
+    constexpr index_t few = 16;  // rows that are added up one after the other
     const index_t rest_size = (block_rows_ / few - 1) * width_;
     ScratchOf<RestOfBlock> scratch(rest_size);  // the body may hold one of its own
     float* rest = scratch.take<float>(rest_size);

@@ -6,10 +6,6 @@
 namespace imf::cuda {
 namespace {
 
-struct Sums {
-  Dual<float> rest, squares;
-};
-
 template <typename X, typename Y>
 __global__ void __launch_bounds__(most_threads) forward(const LayerNormForward a, const bool aligned) {
   constexpr int n = lanes<X>;
@@ -24,17 +20,21 @@ __global__ void __launch_bounds__(most_threads) forward(const LayerNormForward a
 #pragma unroll
   for (int k = 0; k < x.count; ++k) sum = sum + Dual<float>{x[k], x_dot[k]};
   const Dual<float> mean = team_sum(sum) / count;
-  Sums sums{};
+  Dual<float> rest{0.0f, 0.0f};
+#pragma unroll
+  for (int k = 0; k < x.count; ++k) {
+    if (column<n>(k) < a.width) rest = rest + (Dual<float>{x[k], x_dot[k]} - mean);
+  }
+  const Dual<float> correction = team_sum(rest) / count;
+  // Corrected before it is squared: the rounding error of a large mean may have no finite square.
+  Dual<float> squares{0.0f, 0.0f};
 #pragma unroll
   for (int k = 0; k < x.count; ++k) {
     if (column<n>(k) >= a.width) continue;
-    const Dual<float> centered = Dual<float>{x[k], x_dot[k]} - mean;
-    sums.rest = sums.rest + centered;
-    sums.squares = sums.squares + centered * centered;
+    const Dual<float> centered = Dual<float>{x[k], x_dot[k]} - mean - correction;
+    squares = squares + centered * centered;
   }
-  sums = team_sum(sums);
-  const Dual<float> correction = sums.rest / count;
-  const Dual<float> rstd = rsqrt(sums.squares / count - correction * correction + a.eps);
+  const Dual<float> rstd = rsqrt(team_sum(squares) / count + a.eps);
   if (at.writes()) {
     float* statistics = a.statistics + 3 * at.row;
     statistics[0] = mean.primal;
