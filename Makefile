@@ -17,6 +17,8 @@ DEVELOP := $(VENV)/develop
 # A file of tests goes to one process, so that what its tests share is made once. Threads that wait must leave the
 # cores to other processes.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+# A tool that PYTHON's packages bring already is not installed again: it lies beside PYTHON, not in .venv.
+FIND_TOOLS := PATH="$(abspath $(BIN)):$$PATH"
 CPP := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h)
 TEST_CPP := $(shell find tests -name '*.h' -o -name '*.cpp')
 
@@ -77,13 +79,13 @@ PRELOADED := $(foreach library,libasan.so libstdc++.so,$(shell $(CXX) -print-fil
 test-sanitizers: $(DEVELOP)
 	@mkdir -p $(SANITIZED_PACKAGE)
 	@ln -sfn $(abspath $(filter-out %.so %__pycache__,$(wildcard imf_kernels/*))) $(SANITIZED_PACKAGE)
-	@PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_BUILD_TYPE=Debug \
+	@$(FIND_TOOLS) cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_BUILD_TYPE=Debug \
 	  -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g" -DIMF_SANITIZE=address,undefined -DIMF_CUDA=OFF \
 	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" -DPython_EXECUTABLE="$(abspath $(BIN))/python" \
 	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(abspath $(SANITIZED_PACKAGE))"
-	@PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED) --target _C
+	@$(FIND_TOOLS) cmake --build $(SANITIZED) --target _C
 	LD_PRELOAD="$(PRELOADED)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	PYTHONPATH=$(dir $(SANITIZED_PACKAGE)) OMP_WAIT_POLICY=passive $(BIN)/pytest -n auto --maxprocesses 8 \
+	PYTHONPATH=$(dir $(SANITIZED_PACKAGE)) OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 \
 	  -m "not slow" -k "not triton and not cuda" $(SANITIZED_TESTS) $(ARGS)
 
 # ARGS="'python3.10*' --tests tests/test_jvp.py" for some rows and tests only.
@@ -94,15 +96,15 @@ bench: $(DEVELOP)
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
 lint: $(DEVELOP)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(CPP) $(TEST_CPP)
+	$(FIND_TOOLS) ruff check .
+	$(FIND_TOOLS) ruff format --check .
+	$(BIN)/python -m mypy
+	$(FIND_TOOLS) clang-format --dry-run --Werror $(CPP) $(TEST_CPP)
 
 format: $(DEVELOP)
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP) $(TEST_CPP)
+	$(FIND_TOOLS) ruff check --fix .
+	$(FIND_TOOLS) ruff format .
+	$(FIND_TOOLS) clang-format -i $(CPP) $(TEST_CPP)
 
 info: $(INSTALLED)
 	$(BIN)/python -m imf_kernels.info
@@ -112,7 +114,7 @@ wheel: $(VENV)/torch
 	@echo "Building the source distribution and a wheel of it: about two minutes on two cores"
 	@rm -rf build/dist && $(BIN)/python -m build -q --outdir build/dist
 	@mkdir -p dist && mv build/dist/*.tar.gz dist
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/dist/*.whl
+	$(FIND_TOOLS) auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/dist/*.whl
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info imf_kernels/_C.*.so
