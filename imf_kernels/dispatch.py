@@ -49,7 +49,7 @@ class Backend:
 
     def run(self, x: Tensor, *arguments: Any) -> Any:
         """The operation, with `torch.autocast` off meanwhile: the inputs' dtypes decide what it computes."""
-        call = self.eager if self.traced is None or not torch.compiler.is_compiling() else self.traced
+        call = self.traced if self.traced is not None and in_graph() else self.eager
         if not autocasts(x.device):
             return call(x, *arguments)
         with without_autocast(x.device):
@@ -81,6 +81,11 @@ def choose(operation: str, backends: Sequence[Backend], wanted: str | None, *ten
             return backend
         refused.append(f"{backend.name}: {reason}")
     raise RuntimeError(f"{operation}: no backend can run: {'; '.join(refused)}")
+
+
+def in_graph() -> bool:
+    """Whether calls are recorded or looked at one by one, by the compiler or by modes such as `make_fx`'s."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def with_result(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -31,6 +31,12 @@ def unpack_dual_tensor(x: Tensor) -> tuple[Tensor, Tensor | None]:
     return primal, tangent
 
 
+def carries_tangent(x: Any) -> bool:
+    """Whether a tensor has a tangent at the current dual level."""
+    moves = isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+    return moves and unpack_dual_tensor(x)[1] is not None
+
+
 def primal_of(x: Any) -> Any:
     """What a `Dual` or a dual tensor of PyTorch is without its tangent; anything else as it is."""
     if isinstance(x, Dual):

@@ -14,31 +14,30 @@ insist on a tensor get one. What is different from `torch.func.jvp`:
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
 from imf_kernels.dual import Dual, guarded
-from imf_kernels.dual_tensors import primal_of, unpack_dual_tensor
-from imf_kernels.rules import ARITHMETIC_WHILE_COMPILING, RULES, ZEROS_WHILE_COMPILING
+from imf_kernels.dual_tensors import carries_tangent, primal_of, unpack_dual_tensor
+from imf_kernels.rules import ARITHMETIC_WHILE_COMPILING, REFUSED, REFUSED_WHILE_COMPILING, RULES, ZEROS_WHILE_COMPILING
+from imf_kernels.surroundings import surroundings
 
 # Attention's plain form is the only one of PyTorch's that has a derivative.
 _WITH_ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
-
-
-def _carries_tangent(x: Any) -> bool:
-    moves = isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
-    return moves and unpack_dual_tensor(x)[1] is not None
 
 
 def _as_dual(x: Any) -> Any:
@@ -46,7 +45,12 @@ def _as_dual(x: Any) -> Any:
     if type(x) is not Tensor or not x.is_floating_point():
         return x
     primal, tangent = unpack_dual_tensor(x)
-    return x if tangent is None else Dual(primal, tangent.detach())
+    return x if tangent is None else Dual(primal, _like(tangent.detach(), primal))
+
+
+def _like(tangent: Tensor, primal: Tensor) -> Tensor:
+    """The tangent in its primal's dtype: under `torch.autocast` PyTorch's rules may leave it in another."""
+    return tangent if tangent.dtype == primal.dtype else tangent.to(primal.dtype)
 
 
 def _as_tensor(y: Any) -> Any:
@@ -58,7 +62,7 @@ def _as_tensor(y: Any) -> Any:
 
 def _with_zeros(x: Any) -> Any:
     """A tensor without a tangent with one of zeros, anything else as it is."""
-    if not isinstance(x, Tensor) or not x.is_floating_point() or _carries_tangent(x):
+    if not isinstance(x, Tensor) or not x.is_floating_point() or carries_tangent(x):
         return x
     x = x.contiguous()  # of an expanded one the layout could not be kept
     return fwAD.make_dual(x, torch.zeros_like(x))
@@ -93,8 +97,13 @@ class _Calls(TorchFunctionMode):
 
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
     """The result of a call; and whether one of our operations made it."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._are_functorch_transforms_active():
+        return _by_pytorch(func, args, kwargs), False  # its tensors, of a vmap or grad inside, are PyTorch's
+    if func in REFUSED_WHILE_COMPILING if compiling else func in REFUSED or torch.is_inference_mode_enabled():
+        _refuse(func, args, kwargs)
     rule = RULES.get(func)
-    if rule is None and torch.compiler.is_compiling() and len(args) == 2 and not kwargs:
+    if rule is None and compiling and len(args) == 2 and not kwargs:
         rule = ARITHMETIC_WHILE_COMPILING.get(_method_name(func))
     if rule is not None:
         given, named = [_as_dual(x) for x in args], {name: _as_dual(x) for name, x in kwargs.items()}
@@ -102,8 +111,10 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
             result = rule(*given, **named)
             if result is not NotImplemented:
                 return _as_tensor(result), True
-    if torch.compiler.is_compiling():
-        if func in ZEROS_WHILE_COMPILING and any(map(_carries_tangent, pytree.tree_leaves(args))):
+    if compiling:
+        if func is torch.utils.checkpoint.checkpoint:
+            args = (_seen(args[0]), *args[1:])
+        if func in ZEROS_WHILE_COMPILING and any(map(carries_tangent, pytree.tree_leaves(args))):
             args = pytree.tree_map(_with_zeros, args)
         return _by_pytorch(func, args, kwargs), False
     try:
@@ -117,6 +128,16 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
     _refuse_lost_tangents(func, args, kwargs, result)
     _release_graphs(result)
     return result, False
+
+
+def _seen(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its calls of PyTorch seen: torch.compile calls what it is handed outside of the mode."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _Calls():
+            return function(*args, **kwargs)
+
+    return call
 
 
 def _by_pytorch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -142,7 +163,18 @@ def _name(func: Any) -> str:
 
 
 def _path(result: Any) -> str:
-    return PYTORCHS if any(map(_carries_tangent, pytree.tree_leaves(result))) else NONE
+    return PYTORCHS if any(map(carries_tangent, pytree.tree_leaves(result))) else NONE
+
+
+def _refuse(func: Any, args: Any, kwargs: Any) -> None:
+    if not any(map(carries_tangent, pytree.tree_leaves((args, kwargs)))):
+        return
+    if func in REFUSED:
+        raise NotImplementedError(f"imf_kernels.jvp: {REFUSED[func]}")
+    raise NotImplementedError(
+        f"imf_kernels.jvp: {_name(func)} is called in torch.inference_mode, which drops tangents; enter "
+        "torch.no_grad in its place"
+    )
 
 
 def _refuse_lost_tangents(func: Any, args: Any, kwargs: Any, result: Any) -> None:
@@ -155,7 +187,7 @@ def _refuse_lost_tangents(func: Any, args: Any, kwargs: Any, result: Any) -> Non
         return
     if name.partition("::")[0] in ("aten", "prim", "prims"):
         return
-    if any(map(_carries_tangent, pytree.tree_leaves((args, kwargs)))) and _path(result) == NONE:
+    if any(map(carries_tangent, pytree.tree_leaves((args, kwargs)))) and _path(result) == NONE:
         raise NotImplementedError(
             f"imf_kernels.jvp: the operator {name} has no forward-mode rule; PyTorch would leave its tangent "
             "out in silence. Detach its inputs if it needs none"
@@ -174,10 +206,11 @@ def _release_graphs(result: Any) -> None:
 def jvp(
     func: Callable[..., Any],
     primals: tuple[Any, ...],
-    tangents: tuple[Any, ...],
+    tangents: tuple[Any, ...] = (),
     *,
     strict: bool = False,
     has_aux: bool = False,
+    **of_functional: Any,
 ) -> Any:
     """func(*primals) and its derivative along the tangents, in one pass: `torch.func.jvp` for training.
 
@@ -191,8 +224,9 @@ def jvp(
             PyTorch's forward-mode rule, and one that has none raises. Parts of it that torch.compile made run
             eagerly: compile the function that calls `jvp`.
         primals: arguments of `func`, tensors or pytrees of them.
-        tangents: in the structure of `primals`, each of its primal's shape, dtype and device, and without
-            grad; `None` where an argument has no tangent, which `torch.func.jvp` does not take.
+        tangents: in the structure of `primals`, each of its primal's shape and device and without grad, cast
+            where it is of another floating-point dtype; `None` where an argument has no tangent, which
+            `torch.func.jvp` does not take.
         strict: raise where an output does not depend on the inputs, in the place of a tangent of zeros.
         has_aux: `func` returns (output, aux); aux is handed on as it is, without tangents.
 
@@ -204,32 +238,135 @@ def jvp(
         NotImplementedError: a call that has no forward-mode rule.
         RuntimeError: inside another forward-mode derivative; with `strict`, an independent output.
     """
-    return _jvp(func, primals, tangents, strict, has_aux, _Calls())
+    for name in of_functional:
+        raise TypeError(f"jvp: there is no argument {name!r}{_ADVICE.get(name, '')}")
+    return _jvp(func, primals, tangents, strict, has_aux, _Calls)
+
+
+# Arguments of torch.autograd.functional.jvp.
+_ADVICE = {
+    "v": "; hand it as `tangents`, a tuple like `primals`: jvp(func, (x,), (v,))",
+    "create_graph": "; leave it out: gradients always flow through the primal outputs, never through tangents",
+    "inputs": "; hand them as `primals`, a tuple: jvp(func, (x,), (v,))",
+}
+
+# PyTorch has one dual level a process: the jvps of several threads take turns.
+_ONE_LEVEL = threading.Lock()
+_inside = threading.local()  # of a thread: whether it runs in a jvp
 
 
 def _jvp(
-    func: Callable[..., Any], primals: Any, tangents: Any, strict: bool, has_aux: bool, calls: _Calls
+    func: Callable[..., Any], primals: Any, tangents: Any, strict: bool, has_aux: bool, calls: Any
 ) -> Any:
     pairs, structure = _pairs(primals, tangents)
-    if fwAD._current_level >= 0:
-        raise RuntimeError(
-            "imf_kernels.jvp: called inside another forward-mode derivative (jvp, torch.func.jvp or "
-            "dual_level), in which it does not nest; torch.func.jvp inside torch.func.jvp does"
+    if torch.compiler.is_compiling():
+        if fwAD._current_level >= 0:
+            raise RuntimeError(_NESTED)
+        with fwAD.dual_level():
+            duals = [x if x_dot is None else fwAD.make_dual(x, x_dot) for x, x_dot in pairs]
+            with calls():
+                result = func(*pytree.tree_unflatten(duals, structure))
+            return _taken_apart(result, strict, has_aux)
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "imf_kernels.jvp: called inside a transform of torch.func (grad, vjp, vmap, functionalize …), which "
+            "it does not nest in; torch.func.jvp does, and grad of jvp's primal outputs is .backward()"
         )
-    with fwAD.dual_level():
-        duals = [x if x_dot is None else fwAD.make_dual(x, x_dot) for x, x_dot in pairs]
-        with contextlib.nullcontext() if torch.compiler.is_compiling() else _surroundings(), calls:
-            result = func(*pytree.tree_unflatten(duals, structure))
-        aux: tuple[Any, ...] = ()
-        if has_aux:
-            if not (isinstance(result, tuple) and len(result) == 2):
-                raise TypeError(f"jvp: with has_aux func must return (output, aux), got {_about(result)}")
-            result, aux = result[0], (pytree.tree_map_only(Tensor, primal_of, result[1]),)
-        outputs, structure = pytree.tree_flatten(result)
-        if not outputs or not all(isinstance(y, Tensor) for y in outputs):
-            raise TypeError(f"jvp: func must return tensors, got {[_about(y) for y in outputs]}")
-        parts = [_parts(y, strict) for y in outputs]
-    primals_out, tangents_out = zip(*parts, strict=True)
+    return _without_compiler()(func, pairs, structure, strict, has_aux, calls)
+
+
+_NESTED = (
+    "imf_kernels.jvp: called inside another forward-mode derivative (jvp, torch.func.jvp or "
+    "dual_level), in which it does not nest; torch.func.jvp inside torch.func.jvp does"
+)
+
+
+def _without_compiler() -> Callable[..., Any]:
+    """`_eagerly`, whose calls torch.compile must not compile one by one, without tangents, after a graph break."""
+    return _disabled() if "torch._dynamo" in sys.modules else _eagerly
+
+
+@functools.cache
+def _disabled() -> Callable[..., Any]:
+    return torch._dynamo.disable(_eagerly)  # type: ignore[no-any-return]
+
+
+def _eagerly(func: Any, pairs: Any, structure: Any, strict: bool, has_aux: bool, calls: Any) -> Any:
+    def mode() -> _Inside:
+        return _Inside(calls())
+
+    if getattr(_inside, "is_inside", False):
+        raise RuntimeError(_NESTED)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_ONE_LEVEL)
+        if fwAD._current_level >= 0:
+            raise RuntimeError(_NESTED)
+        if torch.is_inference_mode_enabled():  # it has no tangents
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+        stack.enter_context(fwAD.dual_level())
+        inputs = [_dual_input(x, x_dot) for x, x_dot in pairs]
+        with surroundings(mode), mode():
+            try:
+                result = func(*pytree.tree_unflatten(inputs, structure))
+            except (NotImplementedError, RuntimeError) as error:
+                _name_function_without_rule(error)
+                raise
+        return _taken_apart(result, strict, has_aux)
+
+
+class _Inside:
+    """A thread inside a jvp, whose calls are seen."""
+
+    def __init__(self, calls: _Calls) -> None:
+        self.calls = calls
+
+    def __enter__(self) -> None:
+        self.calls.__enter__()
+        _inside.is_inside = True
+
+    def __exit__(self, *raised: Any) -> None:
+        _inside.is_inside = False
+        self.calls.__exit__(*raised)
+
+
+def _dual_input(x: Any, x_dot: Tensor | None) -> Any:
+    if isinstance(x, Tensor) and x.is_inference():
+        x = x.clone()
+    if x_dot is None:
+        return x
+    if not x.is_contiguous() and not torch.ops.aten.is_non_overlapping_and_dense(x):
+        x = x.contiguous()  # a tangent has its primal's memory layout
+    return fwAD.make_dual(x, x_dot.clone() if x_dot.is_inference() else x_dot)
+
+
+def _name_function_without_rule(error: Exception) -> None:
+    """Raises the error again with the name of the autograd.Function that it is about."""
+    if "jvp" not in str(error) or str(error).startswith("imf_kernels"):
+        return
+    trace = error.__traceback__
+    while trace is not None:
+        frame, trace = trace.tb_frame, trace.tb_next
+        if frame.f_code.co_name == "apply" and frame.f_code.co_filename.endswith("autograd/function.py"):
+            name = getattr(frame.f_locals.get("cls"), "__qualname__", "")
+            raise NotImplementedError(
+                f"imf_kernels.jvp: the autograd.Function {name} has no forward-mode rule, a static method "
+                "jvp(ctx, *tangents). Attention of another package: call "
+                "torch.nn.functional.scaled_dot_product_attention in its place"
+            ) from error
+
+
+def _taken_apart(result: Any, strict: bool, has_aux: bool) -> Any:
+    """What func returned as (output, tangent), with `has_aux` (output, tangent, aux)."""
+    aux: tuple[Any, ...] = ()
+    if has_aux:
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(f"jvp: with has_aux func must return (output, aux), got {_about(result)}")
+        result, aux = result[0], (pytree.tree_map_only(Tensor, primal_of, result[1]),)
+    outputs, structure = pytree.tree_flatten(result)
+    if not outputs or not all(isinstance(y, Tensor) for y in outputs):
+        raise TypeError(f"jvp: func must return tensors, got {[_about(y) for y in outputs]}")
+    primals_out, tangents_out = zip(*(_parts(y, strict) for y in outputs), strict=True)
     return (
         pytree.tree_unflatten(list(primals_out), structure),
         pytree.tree_unflatten(list(tangents_out), structure),
@@ -249,27 +386,27 @@ def _pairs(primals: Any, tangents: Any) -> tuple[list[tuple[Any, Tensor | None]]
             "jvp: tangents must have the structure of primals, with None for no tangent; "
             f"got {tangent_structure} for {structure}"
         )
-    for i, (x, x_dot) in enumerate(zip(leaves, tangent_leaves, strict=True)):
-        if x_dot is not None:
-            _check_tangent(i, x, x_dot)
-    return list(zip(leaves, tangent_leaves, strict=True)), structure
+    pairs = zip(leaves, tangent_leaves, strict=True)
+    return [(x, t if t is None else _checked(i, x, t)) for i, (x, t) in enumerate(pairs)], structure
 
 
-def _check_tangent(i: int, x: Any, x_dot: Any) -> None:
+def _checked(i: int, x: Any, x_dot: Any) -> Tensor:
     if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"jvp: primal {i} must be a floating-point tensor to have a tangent, got {got}")
     if not isinstance(x_dot, Tensor):
         raise TypeError(f"jvp: tangent {i} must be a tensor or None, got {type(x_dot).__name__}")
-    if x_dot.shape != x.shape or x_dot.dtype != x.dtype or x_dot.device != x.device:
+    same_kind = x_dot.is_floating_point() and x.is_floating_point()
+    if x_dot.shape != x.shape or x_dot.device != x.device or not (same_kind or x_dot.dtype == x.dtype):
         raise ValueError(
-            f"jvp: tangent {i} must be {list(x.shape)} of {x.dtype} on {x.device} like its primal, "
-            f"got {list(x_dot.shape)} of {x_dot.dtype} on {x_dot.device}"
+            f"jvp: tangent {i} must be a {list(x.shape)} {'floating-point' if x.is_floating_point() else x.dtype} "
+            f"tensor on {x.device} like its primal, got {list(x_dot.shape)} of {x_dot.dtype} on {x_dot.device}"
         )
     if x_dot.requires_grad:
         raise ValueError(
             f"jvp: tangent {i} requires grad, but no gradient flows through tangents; pass tangent.detach()"
         )
+    return _like(x_dot, x)
 
 
 def _parts(y: Tensor, strict: bool) -> tuple[Tensor, Tensor]:
@@ -283,33 +420,12 @@ def _parts(y: Tensor, strict: bool) -> tuple[Tensor, Tensor]:
                 f"shape {list(y.shape)} does not"
             )
         tangent = torch.zeros_like(primal)
-    tangent = tangent.detach()
+    tangent = _like(tangent.detach(), primal)
     return primal, tangent if torch.compiler.is_compiling() else guarded(tangent, primal)
 
 
 def _about(x: Any) -> str:
     return f"a tuple of {len(x)}" if isinstance(x, tuple) else type(x).__name__
-
-
-@contextlib.contextmanager
-def _surroundings() -> Iterator[None]:
-    """What eager PyTorch needs around `func`, as far as it is loaded."""
-    fsdp = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param_group")
-    with contextlib.ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:
-            # Code that torch.compile made knows nothing of tangents, and would drop them.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if fsdp is not None:
-            # FSDP2 sends what enters a module through a function that returns it as it is. Forward mode wants
-            # a view of the tangent there; its rule gives the tangent itself (2.13) or does not exist (2.11).
-            function = fsdp.RegisterPostBackwardFunction
-            stack.callback(setattr, function, "jvp", staticmethod(function.jvp))
-            function.jvp = staticmethod(_views)
-        yield
-
-
-def _views(ctx: Any, param_group: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if t is None else t.view_as(t) for t in tangents)
 
 
 @dataclass
@@ -359,7 +475,7 @@ def explain(
             tangents,
             False,
             has_aux,
-            _Calls(record, torch.cuda.synchronize if on_gpu else None),
+            lambda: _Calls(record, torch.cuda.synchronize if on_gpu else None),
         )
     ranked = sorted(seen.values(), key=lambda calls: -calls.seconds)
     total = sum(calls.seconds for calls in ranked) or 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,7 +48,24 @@ def contiguous_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def positions_first(like: Tensor, batch: int, length: int, width: int) -> Tensor:
     """An empty [batch, H, length, width], H that of `like`, in projections' memory order [B, L, H, D]."""
-    return like.new_empty((batch, length, like.shape[1], width)).transpose(1, 2)
+    heads = like.shape[1]
+    strides = (length * heads * width, width, heads * width, 1)
+    return like.new_empty_strided((batch, heads, length, width), strides)
+
+
+def in_order_of(x: Tensor, batch: int, length: int, width: int) -> Tensor:
+    """An empty [batch, H, length, width] in the memory order of x [B, H, L, D], as PyTorch's attention gives.
+
+    Heads first where x is contiguous, else positions first, as projections leave it.
+    """
+    if x.is_contiguous():
+        return x.new_empty((batch, x.shape[1], length, width))
+    return positions_first(x, batch, length, width)
+
+
+def not_a_view(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """x.view(shape) as a tensor of its own: autograd lets nobody modify a view that a Function returns."""
+    return torch.ops.aten._unsafe_view.default(x, shape)  # type: ignore[no-any-return]
 
 
 def without_memory(x: Tensor) -> str | None:

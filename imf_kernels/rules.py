@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imf_kernels.dispatch import autocasts
+from imf_kernels.dispatch import autocasts, fact
 from imf_kernels.dual import Dual, linear_map, unpack
-from imf_kernels.layout import last_contiguous
-from imf_kernels.ops import attention, gelu, layer_norm, linear, rms_norm, silu
+from imf_kernels.layout import last_contiguous, not_a_view
+from imf_kernels.ops import attention, check, gelu, layer_norm, linear, rms_norm, silu
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
+# Calls that would lose the tangent of an argument without a word, and why or what to do.
+REFUSED: dict[Any, str] = {}
 
 # The operations on `Dual`s: PyTorch's dual tensors are taken apart before a rule is asked.
 _linear_of_dual = unwrap(linear.linear)
@@ -104,7 +106,8 @@ def _scaled_dot_product_attention(
     if dims == 3:  # [H, L, D]: one batch row
         q, k, v = (linear_map(lambda t: t.unsqueeze(0), x) for x in (q, k, v))
     out = _attention_of_duals(q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
-    return linear_map(lambda t: t.squeeze(0), out) if dims == 3 else out
+    # Views made where autograd is on may be modified: no `linear_map`.
+    return Dual(out.primal.squeeze(0), out.tangent_rows.squeeze(0)) if dims == 3 else out
 
 
 @serves(F.silu)
@@ -124,13 +127,31 @@ def _layer_norm(
     input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Any:
     """In float64 too: PyTorch's own rule cannot be traced by torch.compile."""
-    if not isinstance(input, Dual) or not _plain(weight, bias, like=input.primal):
+    if not isinstance(input, Dual) or not _plain(weight, bias):
         return NotImplemented
-    if tuple(normalized_shape) != tuple(input.shape[-1:]):
+    if _autocast_to(input.device) is not None and _autocast_widens_layer_norm(input.device.type):
+        input, weight, bias = (_cast(x, torch.float32) for x in (input, weight, bias))
+    dims, mixed = len(normalized_shape), input.device.type == "cpu" and input.dtype in check.HALVES
+    for parameter in (weight, bias):
+        if not _plain(parameter, like=input.primal) and not (mixed and parameter.dtype == torch.float32):
+            return NotImplemented
+    if not dims or tuple(normalized_shape) != tuple(input.shape[-dims:]):
         return NotImplemented
-    if _autocast_to(input.device) is not None and input.dtype != torch.float32:  # it may be widened
-        return NotImplemented
-    return _layer_norm_of_dual(linear_map(last_contiguous, input), list(normalized_shape), weight, bias, eps)
+    if dims == 1:
+        x = linear_map(last_contiguous, input)
+        return _layer_norm_of_dual(x, list(normalized_shape), weight, bias, eps)
+    x = linear_map(lambda t: t.reshape(*t.shape[:-dims], -1), input)
+    weight, bias = (None if p is None else p.reshape(-1) for p in (weight, bias))
+    y = _layer_norm_of_dual(x, [x.shape[-1]], weight, bias, eps)
+    return Dual(*(not_a_view(t, input.shape) for t in (y.primal, y.tangent_rows)))
+
+
+@fact
+def _autocast_widens_layer_norm(device: str) -> bool:
+    """Whether `torch.autocast` computes layer norms of 16-bit tensors in fp32 on this type of device."""
+    x = torch.zeros(1, 1, dtype=torch.bfloat16, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        return F.layer_norm(x, (1,)).dtype == torch.float32
 
 
 @serves(F.rms_norm, torch.rms_norm)
@@ -157,6 +178,35 @@ def _group_norm(input: Any, num_groups: int, weight: Any = None, bias: Any = Non
         y_dot = cast(Tensor, n_dot).reshape(input.shape)
         if weight is not None:
             y_dot = y_dot * weight.view(-1, *[1] * (y_dot.dim() - 2))
+        return Dual(y, y_dot.to(y.dtype))
+
+
+@serves(F.batch_norm)
+def _batch_norm(
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """As group_norm's, a channel's values over the batch in the place of a group's: PyTorch's rule cannot be
+    traced by torch.compile."""
+    if not isinstance(input, Dual) or not _plain(running_mean, running_var, weight, bias):
+        return NotImplemented
+    y = F.batch_norm(input.primal, running_mean, running_var, weight, bias, training, momentum, eps)
+    with torch.no_grad():
+        x, x_dot = (part.movedim(1, 0).flatten(1) for part in unpack(input) if part is not None)
+        if training:
+            _, n_dot = layer_norm.normalize(x, x_dot, eps)
+        else:
+            n_dot = x_dot * (running_var.to(x_dot.dtype) + eps).rsqrt().unsqueeze(1)
+        if weight is not None:
+            n_dot = cast(Tensor, n_dot) * weight.unsqueeze(1)
+        moved = input.primal.movedim(1, 0).shape
+        y_dot = cast(Tensor, n_dot).reshape(moved).movedim(0, 1).contiguous()
         return Dual(y, y_dot.to(y.dtype))
 
 
@@ -232,16 +282,8 @@ _STATISTICS = (
     "_native_batch_norm_legit",
     "_batch_norm_with_update",
 )
+_LEAVES_PYTORCH = ("numpy", "__array__", "__dlpack__", "__deepcopy__", "__reduce_ex__", "set_")
 _WRITES_TRUTH_VALUES = ("logical_not_", "logical_and_", "logical_or_", "logical_xor_")
-
-
-def _refuses(reason: str, function: Any) -> None:
-    """Registers a rule that raises wherever an argument carries a tangent."""
-
-    def rule(*args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(f"imf_kernels.jvp: {reason}")
-
-    serves(function)(rule)
 
 
 def _named(module: Any, *names: str) -> Iterator[tuple[str, Any]]:
@@ -249,19 +291,28 @@ def _named(module: Any, *names: str) -> Iterator[tuple[str, Any]]:
 
 
 for _name, _function in _named(torch.special, *_WITHOUT_DERIVATIVE):
-    _refuses(f"torch.special.{_name} has no derivative in PyTorch, which would give zeros", _function)
+    REFUSED[_function] = f"torch.special.{_name} has no derivative in PyTorch, which would give zeros"
 for _module in (torch, torch.ops.aten):
     for _name, _function in _named(_module, *_STATISTICS):
-        _refuses(
-            f"{_name} gives its statistics no tangent; use the function of torch.nn.functional", _function
-        )
+        REFUSED[_function] = f"{_name} gives its statistics no tangent; use the function of torch.nn.functional"
 for _name, _function in _named(Tensor, *_WRITES_TRUTH_VALUES):
-    _refuses(f"torch.Tensor.{_name} would keep the tangent of what it overwrites", _function)
+    REFUSED[_function] = f"torch.Tensor.{_name} would keep the tangent of what it overwrites"
 for _name, _function in _named(F, "linear_cross_entropy"):
-    _refuses(f"torch.nn.functional.{_name} has no forward-mode rule; cross_entropy(linear(x)) has", _function)
-_refuses(
-    "torch.normal gives no tangent to its parameters; mean + std * torch.randn_like(mean) does", torch.normal
+    REFUSED[_function] = (
+        f"torch.nn.functional.{_name} has no forward-mode rule; cross_entropy(linear(x)) has"
+    )
+REFUSED[torch.normal] = (
+    "torch.normal gives no tangent to its parameters; mean + std * torch.randn_like(mean) does"
 )
+for _name, _function in _named(Tensor, *_LEAVES_PYTORCH):
+    REFUSED[_function] = (
+        f"torch.Tensor.{_name} would leave the tangent behind; call it on x.detach(), where the result needs none"
+    )
+REFUSED_WHILE_COMPILING = dict(REFUSED)  # the next one is no key that torch.compile can look up
+if hasattr(Tensor, "__cuda_array_interface__"):
+    REFUSED[Tensor.__cuda_array_interface__.__get__] = (
+        "what reads __cuda_array_interface__ would leave the tangent behind; hand it x.detach()"
+    )
 
 
 @serves(torch.scatter_reduce, Tensor.scatter_reduce, Tensor.scatter_reduce_)

@@ -19,7 +19,7 @@ from imf_kernels import _C, cpu, cuda, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, NoTangent, align, no_gradient, pack, tail, unpack
 from imf_kernels.dual_tensors import takes_dual_tensors
-from imf_kernels.layout import DTYPES, last_contiguous, pointer, positions_first, without_memory
+from imf_kernels.layout import DTYPES, in_order_of, last_contiguous, pointer, without_memory
 from imf_kernels.operators import Operation
 from imf_kernels.ops import check
 from imf_kernels.triton_backend import Kernels
@@ -171,10 +171,10 @@ class _Attention(torch.autograd.Function):
         is_causal: bool,
         scale: float,
     ) -> tuple[Tensor, Tensor | None]:
-        out, out_dot = positions_first(q, q.shape[0], q.shape[2], v.shape[3]), None
+        out, out_dot = in_order_of(q, q.shape[0], q.shape[2], v.shape[3]), None
         stored = next((t for t in (q_dot, k_dot, v_dot) if t is not None), None)
         if stored is not None:
-            out_dot = positions_first(q, stored.shape[0], q.shape[2], v.shape[3])
+            out_dot = in_order_of(q, stored.shape[0], q.shape[2], v.shape[3])
             no_gradient(ctx, out_dot)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         kernels.forward(q, k, v, q_dot, k_dot, v_dot, mask, out, out_dot, lse, scale, is_causal)
@@ -187,9 +187,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, dout_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, mask, lse = ctx.saved_tensors
         _, need_q, _, need_k, _, need_v, *_ = ctx.needs_input_grad
-        dq = positions_first(q, q.shape[0], q.shape[2], q.shape[3]) if need_q else None
-        dk = positions_first(k, k.shape[0], k.shape[2], k.shape[3]) if need_k else None
-        dv = positions_first(v, v.shape[0], v.shape[2], v.shape[3]) if need_v else None
+        dq = in_order_of(q, q.shape[0], q.shape[2], q.shape[3]) if need_q else None
+        dk = in_order_of(k, k.shape[0], k.shape[2], k.shape[3]) if need_k else None
+        dv = in_order_of(v, v.shape[0], v.shape[2], v.shape[3]) if need_v else None
         dout = last_contiguous(dout)
         ctx.kernels.backward(q, k, v, mask, lse, dout, dq, dk, dv, ctx.scale, ctx.is_causal)
         return None, dq, None, dk, None, dv, None, None, None, None

@@ -18,7 +18,7 @@ from imf_kernels import cpu, fp8, gemm
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, unpack
 from imf_kernels.dual_tensors import takes_dual_tensors
-from imf_kernels.layout import count_rows
+from imf_kernels.layout import count_rows, not_a_view
 from imf_kernels.operators import Operation
 from imf_kernels.ops import check
 
@@ -63,11 +63,11 @@ class _Linear(torch.autograd.Function):
         w = weight.to(x.dtype)
         b = None if bias is None else bias.to(x.dtype)
         width, out = x.shape[-1], weight.shape[0]
-        y = products.forward(x.reshape(count_rows(x), width), w, b).view(*x.shape[:-1], out)
-        y_dot = None
+        y = products.forward(x.reshape(count_rows(x), width), w, b)
+        y, y_dot = not_a_view(y, (*x.shape[:-1], out)), None
         if x_dot is not None:
             y_dot = products.forward(x_dot.reshape(count_rows(x_dot), width), w, None)
-            y_dot = y_dot.view(*x_dot.shape[:-1], out)
+            y_dot = not_a_view(y_dot, (*x_dot.shape[:-1], out))
             no_gradient(ctx, y_dot)
         ctx.save_for_backward(x, weight, bias)
         ctx.products = products

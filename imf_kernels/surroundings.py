@@ -1,0 +1,149 @@
+"""What eager PyTorch needs around a function while `jvp` runs it, as far as it is loaded.
+
+The calls of PyTorch reach `jvp` one by one, and the rules of forward mode are PyTorch's. Around that there
+are places where a tangent would be lost or an error be raised for no reason of the function's: code that a
+compiler made, functions of PyTorch that hand tensors on as they are but have no forward-mode rule, threads,
+collectives. Each is mended or refused here, for the time of the call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from imf_kernels.checkpoint import checkpoint
+from imf_kernels.dual_tensors import carries_tangent
+
+Tangents = tuple[Tensor | None, ...]
+
+
+def _views(ctx: Any, *tangents: Tensor | None) -> Tangents:
+    """The rule of a function that returns its tensors as they are: forward mode wants views of tangents."""
+    return tuple(None if t is None else t.view_as(t) for t in tangents)
+
+
+def _views_behind_first(ctx: Any, first: None, *tangents: Tensor | None) -> Tangents:
+    return _views(ctx, *tangents)
+
+
+def _sink(ctx: Any, ddp: None, *tangents: Tensor | None) -> Tangents:
+    cloned = ctx.ddp_weakref()._ddp_sink_clone
+    return tuple(None if t is None else t.clone() if cloned else t.view_as(t) for t in tangents)
+
+
+def _all_reduced(ctx: Any, group: None, op: None, tangent: Tensor) -> Tensor:
+    import torch.distributed as dist
+
+    if ctx.op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
+        raise NotImplementedError(f"imf_kernels.jvp: all_reduce by {ctx.op} is not linear, SUM and AVG are")
+    tangent = tangent.clone()
+    dist.all_reduce(tangent, op=ctx.op, group=ctx.group)
+    return tangent
+
+
+def _all_gathered(ctx: Any, group: None, tangent: Tensor) -> Tangents:
+    import torch.distributed as dist
+
+    gathered = [torch.empty_like(tangent) for _ in range(dist.get_world_size(ctx.group))]
+    dist.all_gather(gathered, tangent.contiguous(), group=ctx.group)
+    return tuple(gathered)
+
+
+# Functions of PyTorch without a forward-mode rule, or with one that forward mode does not take, and a rule.
+_MISSING: list[tuple[str, str, Callable[..., Any]]] = [
+    ("torch.distributed.fsdp._fully_shard._fsdp_param_group", "RegisterPostBackwardFunction", _views_behind_first),
+    ("torch.nn.modules._functions", "BackwardHookFunction", _views),
+    ("torch.nn.parallel.distributed", "_DDPSink", _sink),
+    ("torch.distributed.nn.functional", "_AllReduce", _all_reduced),
+    ("torch.distributed.nn.functional", "_AllGather", _all_gathered),
+]
+
+# The methods by which torch.distributed's functions send tensors.
+_COLLECTIVES = [
+    *("allreduce", "allreduce_coalesced", "allgather", "_allgather_base", "allgather_coalesced"),
+    *("allgather_into_tensor_coalesced", "reduce_scatter", "_reduce_scatter_base"),
+    *("reduce_scatter_tensor_coalesced", "alltoall", "alltoall_base", "broadcast", "reduce", "gather"),
+    *("scatter", "send", "recv", "recv_anysource"),
+]
+
+
+def _refusing(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(group: Any, *args: Any, **kwargs: Any) -> Any:
+        if fwAD._current_level >= 0 and any(map(carries_tangent, pytree.tree_leaves((args, kwargs)))):
+            raise NotImplementedError(
+                f"imf_kernels.jvp: torch.distributed's collective {name} would leave each rank its own tangent, "
+                "or none; torch.distributed.nn.functional.all_reduce and all_gather have a tangent"
+            )
+        return method(group, *args, **kwargs)
+
+    return call
+
+
+def _complete_pytorch() -> None:
+    """Gives PyTorch's functions the rules that they lack, as far as they are loaded: once a process."""
+    for rule in [rule for rule in _MISSING if rule[0] in sys.modules]:
+        module, name, jvp = rule
+        _MISSING.remove(rule)
+        if hasattr(sys.modules[module], name):
+            getattr(sys.modules[module], name).jvp = staticmethod(jvp)
+    if _COLLECTIVES and "torch.distributed.distributed_c10d" in sys.modules:
+        group = torch.distributed.ProcessGroup
+        while _COLLECTIVES:
+            name = _COLLECTIVES.pop()
+            if hasattr(group, name):
+                setattr(group, name, _refusing(name.strip("_"), getattr(group, name)))
+
+
+@contextlib.contextmanager
+def surroundings(mode: Callable[[], Any]) -> Iterator[None]:
+    """Around the call of a function whose tensors carry tangents.
+
+    Args:
+        mode: makes the context in which a thread sees each call of PyTorch.
+    """
+    _complete_pytorch()
+    # Blocks may call PyTorch's checkpoint by its name, which looks up what it calls here.
+    of_pytorch, name = vars(torch.utils.checkpoint.checkpoint.__wrapped__), "__dynamo_disable"  # type: ignore[attr-defined]
+    called, start = of_pytorch.get(name), threading.Thread.start
+    scripts_are_optimized = torch._C._get_graph_executor_optimize()
+    # Code that torch.compile made knows nothing of tangents, and would drop them.
+    compiler = "torch._dynamo" in sys.modules
+    with torch.compiler.set_stance("force_eager") if compiler else contextlib.nullcontext():
+        of_pytorch[name] = checkpoint
+        threading.Thread.start = _starting(start, mode, threading.get_ident())  # type: ignore[method-assign]
+        torch._C._set_graph_executor_optimize(False)  # a script's optimised form drops them too
+        try:
+            yield
+        finally:
+            torch._C._set_graph_executor_optimize(scripts_are_optimized)
+            threading.Thread.start = start  # type: ignore[method-assign]
+            of_pytorch[name] = called
+
+
+def _starting(
+    start: Callable[[threading.Thread], None], mode: Callable[[], Any], owner: int
+) -> Callable[[threading.Thread], None]:
+    """`Thread.start` by which a thread that `func` starts sees its calls of PyTorch."""
+
+    def started(thread: threading.Thread) -> None:
+        if threading.get_ident() == owner:
+            run = thread.run
+
+            def run_inside() -> None:
+                with mode():
+                    run()
+
+            thread.run = run_inside  # type: ignore[method-assign]
+        start(thread)
+
+    return started
