@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
+from imf_kernels.corrections import REWRITTEN
 from imf_kernels.dual import Dual, guarded
 from imf_kernels.dual_tensors import carries_tangent, primal_of, unpack_dual_tensor
 from imf_kernels.rules import ARITHMETIC_WHILE_COMPILING, REFUSED, REFUSED_WHILE_COMPILING, RULES, ZEROS_WHILE_COMPILING
@@ -144,6 +145,7 @@ def _by_pytorch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     if torch.compiler.is_compiling() and getattr(func, "__module__", None) == "torch._tensor":
         # A method that PyTorch writes in Python: torch.compile follows the call of one, not the function.
         return getattr(args[0], _method_name(func))(*args[1:], **kwargs)
+    func = REWRITTEN.get(func, func)
     if func in _WITH_ATTENTION:
         with sdpa_kernel(SDPBackend.MATH):
             return func(*args, **kwargs)

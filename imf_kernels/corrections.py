@@ -1,0 +1,104 @@
+"""Rules for calls whose own rule in PyTorch (2.13) gives a wrong tangent, without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from imf_kernels.dual import Dual, unpack
+from imf_kernels.rules import serves
+
+
+def _of(x: Any) -> tuple[Tensor, Tensor]:
+    """Primal and tangent, zeros for none."""
+    x, x_dot = unpack(x)
+    return x, torch.zeros_like(x) if x_dot is None else x_dot
+
+
+def _factored(factor: Tensor, tangent: Tensor, upper: bool) -> Tensor:
+    """The tangent of A = L Lᵀ, or Uᵀ U, of the triangle that PyTorch reads."""
+    L, L_dot = (t.triu().mT if upper else t.tril() for t in (factor, tangent))
+    half = L_dot @ L.mT
+    return half + half.mT
+
+
+@serves(torch.cholesky_inverse, Tensor.cholesky_inverse)
+def _cholesky_inverse(input: Any, upper: bool = False) -> Any:
+    L, L_dot = _of(input)
+    y = torch.cholesky_inverse(L, upper)
+    with torch.no_grad():
+        return Dual(y, -y @ _factored(L, L_dot, upper) @ y)
+
+
+@serves(torch.cholesky_solve, Tensor.cholesky_solve)
+def _cholesky_solve(input: Any, input2: Any, upper: bool = False) -> Any:
+    (b, b_dot), (L, L_dot) = _of(input), _of(input2)
+    y = torch.cholesky_solve(b, L, upper)
+    with torch.no_grad():
+        return Dual(y, torch.cholesky_solve(b_dot - _factored(L, L_dot, upper) @ y, L, upper))
+
+
+@serves(torch.logcumsumexp, Tensor.logcumsumexp)
+def _logcumsumexp(input: Any, dim: int) -> Any:
+    """ẏ_i = exp(y_{i−1} − y_i) ẏ_{i−1} + exp(x_i − y_i) ẋ_i: PyTorch's exp(x − max) vanishes for spread logits.
+
+    All at once: after steps 1, 2, 4 … position i has taken in so many before it.
+    """
+    x, x_dot = cast(tuple[Tensor, Tensor], unpack(input))
+    y = torch.logcumsumexp(x, dim)
+    if x.dim() == 0:
+        return Dual(y, x_dot)
+    with torch.no_grad():
+        x, x_dot, whole = (t.movedim(dim, -1) for t in (x, x_dot, y))
+        # Where all so far are -inf they are one as likely as the other, and their tangent is lost in the sum.
+        weight, y_dot = torch.zeros_like(x), (x - whole).exp().nan_to_num(0.0) * x_dot
+        weight[..., 1:] = (whole[..., :-1] - whole[..., 1:]).exp().nan_to_num(0.0)
+        step = 1
+        while step < x.shape[-1]:
+            taken = y_dot[..., step:] + weight[..., step:] * y_dot[..., :-step]
+            reach = weight[..., step:] * weight[..., :-step]
+            y_dot = torch.cat((y_dot[..., :step], taken), -1)
+            weight = torch.cat((weight[..., :step], reach), -1)
+            step *= 2
+        return Dual(y, y_dot.movedim(-1, dim).contiguous())
+
+
+@serves(torch.linalg.det, torch.det, Tensor.det)
+def _det(A: Any) -> Any:
+    """ẏ = Σ adj(A)ᵀ ⊙ Ȧ, the adjugate by the singular values: right where A has no inverse."""
+    A, A_dot = cast(tuple[Tensor, Tensor], unpack(A))
+    y = torch.linalg.det(A)
+    with torch.no_grad():
+        U, s, Vh = torch.linalg.svd(A)
+        n = s.shape[-1]
+        others = s.unsqueeze(-2).expand(*s.shape[:-1], n, n).clone()
+        others.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+        cofactors = (U * others.prod(-1).unsqueeze(-2)) @ Vh * torch.linalg.det(U @ Vh)[..., None, None]
+        return Dual(y, (cofactors * A_dot).sum((-2, -1)))
+
+
+# In the place of these, calls whose rules are right. They run where no rule of ours served.
+REWRITTEN: dict[Any, Callable[..., Any]] = {}
+
+
+def _silu(input: Tensor, inplace: bool = False) -> Tensor:
+    if input.is_complex() and not inplace:
+        return input * torch.sigmoid(input)  # the rule of silu leaves out a conjugate
+    return F.silu(input, inplace)
+
+
+def _triangular_solve(
+    input: Tensor, A: Tensor, upper: bool = True, transpose: bool = False, unitriangular: bool = False
+) -> Any:
+    """Its rule in PyTorch forgets both options."""
+    of = A.mT if transpose else A
+    x = torch.linalg.solve_triangular(of, input, upper=upper != transpose, unitriangular=unitriangular)
+    return torch.return_types.triangular_solve((x, A.clone()))  # type: ignore[attr-defined]
+
+
+REWRITTEN[F.silu] = _silu
+REWRITTEN[torch.triangular_solve] = REWRITTEN[Tensor.triangular_solve] = _triangular_solve
