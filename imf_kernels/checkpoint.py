@@ -73,15 +73,26 @@ def checkpoint(
     moving = [i for i, y in enumerate(outputs) if isinstance(y, (Tensor, Dual)) and y.dtype.is_floating_point]
     anchor = torch.ones((), requires_grad=True)  # backward must come even if only weights inside require grad
     primals = _Recompute.apply(again, anchor, len(moving), *(primal_of(outputs[i]) for i in moving), *tensors)
+    of_inputs = tuple(t for t in map(_tangent_of, leaves) if t is not None)
     for i, primal in zip(moving, primals, strict=True):
-        outputs[i] = _with_tangent_of(outputs[i], primal)
+        tangent = _tangent_of(outputs[i])
+        outputs[i] = _with_tangent(primal, tangent, isinstance(outputs[i], Dual), of_inputs)
     return pytree.tree_unflatten(outputs, result_structure)
 
 
-def _with_tangent_of(y: Tensor | Dual, primal: Tensor) -> Tensor | Dual:
-    if isinstance(y, Dual):
-        return Dual(primal, y.tangent_rows)
-    tangent = unpack_dual_tensor(y)[1]
+def _tangent_of(x: Any) -> Tensor | None:
+    if isinstance(x, Dual):
+        return x.tangent_rows
+    moves = isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+    return unpack_dual_tensor(x)[1] if moves else None
+
+
+def _with_tangent(
+    primal: Tensor, tangent: Tensor | None, is_dual: bool, of_inputs: tuple[Tensor, ...]
+) -> Tensor | Dual:
+    tangent = None if tangent is None else _own(tangent, of_inputs)
+    if is_dual:
+        return Dual(primal, tangent)
     return primal if tangent is None else fwAD.make_dual(primal, tangent)
 
 

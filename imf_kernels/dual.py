@@ -209,7 +209,36 @@ def linear_map(function: Callable[[Tensor], Any], x: Tensor | Dual) -> Any:
 
     Returns:
         What `function` returns, with a `Dual` in the place of each tensor if `x` is one.
+
+    Raises:
+        ValueError: `function` is not linear: it does not map zeros to zeros. Eager mode asks once a function
+            and shape.
     """
+    if isinstance(x, Dual) and x._tangent is not None and not torch.compiler.is_compiling():
+        _check_linear(function, x._tangent)
+    return map_both(function, x)
+
+
+_LINEAR: set[Any] = set()  # code of functions that map zeros of a shape and dtype to zeros
+
+
+def _check_linear(function: Callable[[Tensor], Any], like: Tensor) -> None:
+    asked = (getattr(function, "__code__", function), like.shape, like.dtype)
+    if asked in _LINEAR:
+        return
+    with torch.no_grad():
+        of_zeros = pytree.tree_leaves(function(torch.zeros_like(like)))
+    if any(y.any() for y in of_zeros):
+        raise ValueError(
+            "linear_map: function must be linear, but maps zeros to "
+            f"{next(y for y in of_zeros if y.any()).flatten()[:4].tolist()} …; add to a Dual with +, or to its "
+            "primal: Dual(x.primal + a, x.tangent_rows)"
+        )
+    _LINEAR.add(asked)
+
+
+def map_both(function: Callable[[Tensor], Any], x: Tensor | Dual) -> Any:
+    """`linear_map` of a function that is known to be linear."""
     if not isinstance(x, Dual):
         return function(x)
     y = function(x.primal)

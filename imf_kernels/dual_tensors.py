@@ -63,6 +63,8 @@ def takes_dual_tensors(operation: Call) -> Call:
             # Asked twice: the first sees a level that the graph itself enters; the second lets no graph that
             # was made outside be called at a level.
             if not transformed and (_at_dual_level() or forward_ad._current_level >= 0):
+                if traced_jvp.depth:
+                    return _on_traced_dual_tensors(operation, arguments, options)
                 raise RuntimeError(
                     f"{operation.__name__}: torch.compile loses the tangents of torch.autograd.forward_ad; "
                     "call torch.func.jvp inside what is compiled, or pass a Dual"
@@ -74,6 +76,34 @@ def takes_dual_tensors(operation: Call) -> Call:
         return _on_dual_tensors(operation, arguments, options, jvp)
 
     return call  # type: ignore[return-value]
+
+
+class _TracedJVP:
+    """How many calls of `imf_kernels.jvp` a graph that torch.compile traces is inside of."""
+
+    depth = 0
+
+
+traced_jvp = _TracedJVP()
+
+
+def _on_traced_dual_tensors(operation: Callable[..., Any], arguments: Any, options: Any) -> Any:
+    """The operation on dual tensors of a level that the graph itself enters, in `imf_kernels.jvp`."""
+
+    def as_dual(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        primal, tangent = unpack_dual_tensor(x)
+        return x if tangent is None else Dual(primal, tangent.detach())
+
+    def as_tensor(y: Any) -> Any:
+        y, y_dot = unpack(y)
+        return y if y_dot is None else forward_ad.make_dual(y, y_dot)
+
+    leaves, structure = pytree.tree_flatten((arguments, options))
+    arguments, options = pytree.tree_unflatten([as_dual(x) for x in leaves], structure)
+    result = operation(*arguments, **options)
+    return tuple(map(as_tensor, result)) if isinstance(result, tuple) else as_tensor(result)
 
 
 @constant

@@ -33,7 +33,8 @@ from torch.utils import _pytree as pytree
 
 from imf_kernels.corrections import REWRITTEN
 from imf_kernels.dual import Dual, guarded
-from imf_kernels.dual_tensors import carries_tangent, primal_of, unpack_dual_tensor
+from imf_kernels.dual_tensors import carries_tangent, primal_of, traced_jvp, unpack_dual_tensor
+from imf_kernels.layout import not_a_view
 from imf_kernels.rules import ARITHMETIC_WHILE_COMPILING, REFUSED, REFUSED_WHILE_COMPILING, RULES, ZEROS_WHILE_COMPILING
 from imf_kernels.surroundings import surroundings
 
@@ -58,7 +59,12 @@ def _as_tensor(y: Any) -> Any:
     """The reverse."""
     if not isinstance(y, Dual):
         return y
-    return y.primal if y.tangent_rows is None else fwAD.make_dual(y.primal, y.tangent_rows)
+    tangent = y.tangent_rows
+    if tangent is None:
+        return y.primal
+    if not torch.compiler.is_compiling() and tangent._is_view():  # one made without autograd nobody may modify
+        tangent = not_a_view(tangent, tangent.shape)
+    return fwAD.make_dual(y.primal, tangent)
 
 
 def _with_zeros(x: Any) -> Any:
@@ -169,8 +175,9 @@ def _path(result: Any) -> str:
 
 
 def _refuse(func: Any, args: Any, kwargs: Any) -> None:
-    if not any(map(carries_tangent, pytree.tree_leaves((args, kwargs)))):
-        return
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
+        if not any(map(carries_tangent, pytree.tree_leaves((args, kwargs)))):
+            return
     if func in REFUSED:
         raise NotImplementedError(f"imf_kernels.jvp: {REFUSED[func]}")
     raise NotImplementedError(
@@ -266,8 +273,10 @@ def _jvp(
             raise RuntimeError(_NESTED)
         with fwAD.dual_level():
             duals = [x if x_dot is None else fwAD.make_dual(x, x_dot) for x, x_dot in pairs]
+            traced_jvp.depth += 1
             with calls():
                 result = func(*pytree.tree_unflatten(duals, structure))
+            traced_jvp.depth -= 1
             return _taken_apart(result, strict, has_aux)
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(

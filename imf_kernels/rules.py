@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imf_kernels.dispatch import autocasts, fact
-from imf_kernels.dual import Dual, linear_map, unpack
-from imf_kernels.layout import last_contiguous, not_a_view
+from imf_kernels.dual import Dual, map_both, unpack
+from imf_kernels.layout import last_contiguous
 from imf_kernels.ops import attention, check, gelu, layer_norm, linear, rms_norm, silu
 
 Rule = Callable[..., Any]
@@ -62,7 +62,7 @@ def _autocast_to(device: torch.device) -> torch.dtype | None:
 def _cast(x: Any, dtype: torch.dtype | None) -> Any:
     if x is None or dtype is None or x.dtype not in _DTYPES or x.dtype == dtype:
         return x
-    return linear_map(lambda t: t.to(dtype), x)
+    return map_both(lambda t: t.to(dtype), x)
 
 
 @serves(F.linear)
@@ -102,12 +102,11 @@ def _scaled_dot_product_attention(
         return NotImplemented
     if k.shape[-3] != q.shape[-3] and not (enable_gqa and dims == 4):
         return NotImplemented
-    q, k, v = (linear_map(last_contiguous, x) for x in (q, k, v))
+    q, k, v = (map_both(last_contiguous, x) for x in (q, k, v))
     if dims == 3:  # [H, L, D]: one batch row
-        q, k, v = (linear_map(lambda t: t.unsqueeze(0), x) for x in (q, k, v))
+        q, k, v = (map_both(lambda t: t.unsqueeze(0), x) for x in (q, k, v))
     out = _attention_of_duals(q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
-    # Views made where autograd is on may be modified: no `linear_map`.
-    return Dual(out.primal.squeeze(0), out.tangent_rows.squeeze(0)) if dims == 3 else out
+    return map_both(lambda t: t.squeeze(0), out) if dims == 3 else out
 
 
 @serves(F.silu)
@@ -138,12 +137,12 @@ def _layer_norm(
     if not dims or tuple(normalized_shape) != tuple(input.shape[-dims:]):
         return NotImplemented
     if dims == 1:
-        x = linear_map(last_contiguous, input)
+        x = map_both(last_contiguous, input)
         return _layer_norm_of_dual(x, list(normalized_shape), weight, bias, eps)
-    x = linear_map(lambda t: t.reshape(*t.shape[:-dims], -1), input)
+    x = map_both(lambda t: t.reshape(*t.shape[:-dims], -1), input)
     weight, bias = (None if p is None else p.reshape(-1) for p in (weight, bias))
     y = _layer_norm_of_dual(x, [x.shape[-1]], weight, bias, eps)
-    return Dual(*(not_a_view(t, input.shape) for t in (y.primal, y.tangent_rows)))
+    return map_both(lambda t: t.reshape(input.shape), y)
 
 
 @fact
@@ -162,7 +161,7 @@ def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float 
         return NotImplemented
     if weight is None:
         weight = input.primal.new_ones(input.shape[-1])
-    return _rms_norm_of_dual(linear_map(last_contiguous, input), weight, eps)
+    return _rms_norm_of_dual(map_both(last_contiguous, input), weight, eps)
 
 
 @serves(F.group_norm)
@@ -282,7 +281,7 @@ _STATISTICS = (
     "_native_batch_norm_legit",
     "_batch_norm_with_update",
 )
-_LEAVES_PYTORCH = ("numpy", "__array__", "__dlpack__", "__deepcopy__", "__reduce_ex__", "set_")
+_LEAVES_PYTORCH = ("numpy", "__array__", "__dlpack__", "__deepcopy__", "storage", "untyped_storage")
 _WRITES_TRUTH_VALUES = ("logical_not_", "logical_and_", "logical_or_", "logical_xor_")
 
 
