@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_jvp import FUNCTIONS, X_DOT, Block, X, masks
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import imf_kernels as ik
+from torch import nn
 
 
 def step(func, x, x_dot):
@@ -91,3 +93,81 @@ def test_lengths_that_change_compile_twice_at_most(function):
         for got, wanted in zip(compiled(x, x_dot), ik.jvp(function, (x,), (x_dot,)), strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
     assert counter.frame_count <= 2
+
+
+WEIGHT = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def _checkpointed(x):
+    return ik.checkpoint(lambda x: F.linear(F.layer_norm(x, (16,)), WEIGHT), x)
+
+
+def _operations(x):
+    y = ik.silu(ik.linear(x, WEIGHT)) + ik.layer_norm(x, [16])
+    heads = y.view(*x.shape[:2], 2, 8).transpose(1, 2)
+    return ik.rms_norm(ik.scaled_dot_product_attention(heads, heads, heads), torch.ones(8))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        _checkpointed,
+        _operations,
+        lambda x: F.layer_norm(x, x.shape[1:]),
+        lambda x: F.batch_norm(x, None, None, training=True),
+        lambda x: F.batch_norm(x, torch.zeros(6), torch.ones(6) / 2),
+    ],
+    ids=["checkpoint", "operations", "layer_norm over two", "batch_norm", "batch_norm of running statistics"],
+)
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_calls_whose_rule_the_compiler_cannot_follow(function, autocast):
+    def loss(x, x_dot):
+        y, y_dot = ik.jvp(function, (x,), (x_dot,))
+        return y.float().square().sum(), y_dot
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        x, wanted_x = (X.clone().requires_grad_() for _ in range(2))
+        wanted, wanted_dot = loss(wanted_x, X_DOT)
+        got, got_dot = torch.compile(loss, backend="aot_eager", fullgraph=True)(x, X_DOT)
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if autocast else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(got, wanted, **tolerance)
+    torch.testing.assert_close(got_dot.detach(), wanted_dot.detach(), **tolerance)
+    got.backward()
+    wanted.backward()
+    torch.testing.assert_close(x.grad, wanted_x.grad, **tolerance)
+
+
+def _branches(x):
+    return x.sin() if x.sum() < 1e9 else x
+
+
+def _prints(x):
+    y = F.silu(x)
+    print(end="")
+    return y * x
+
+
+def _asks(x):
+    return x * x.abs().max().item()
+
+
+def _disabled(x):
+    return torch._dynamo.disable(lambda x: F.gelu(x))(x) * 2
+
+
+@pytest.mark.parametrize("function", [_branches, _prints, _asks, _disabled])
+@pytest.mark.parametrize("inside", [False, True], ids=["", "in a module"])
+def test_graph_breaks(function, inside):
+    """The default of torch.compile: what follows the break runs eagerly, with its tangents."""
+
+    class Module(nn.Module):
+        def forward(self, x):
+            return function(F.linear(x, WEIGHT))
+
+    func = Module() if inside else function
+    wanted, wanted_dot = ik.jvp(func, (X,), (X_DOT,))
+    compiled = torch.compile(lambda x, x_dot: ik.jvp(func, (x,), (x_dot,)), backend="aot_eager")
+    for _ in range(2):
+        y, y_dot = compiled(X, X_DOT)
+        torch.testing.assert_close(y, wanted)
+        torch.testing.assert_close(y_dot, wanted_dot)
