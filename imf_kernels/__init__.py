@@ -4,6 +4,7 @@ Every operation takes tensors or `Dual`s (a primal and its tangent), computes bo
 gradients flow through the primal alone.
 """
 
+from imf_kernels.arithmetic import cat
 from imf_kernels.checkpoint import checkpoint
 from imf_kernels.dual import Dual, linear_map, primal
 from imf_kernels.forward import explain, jvp
@@ -25,6 +26,7 @@ __version__ = "0.1.0"  # of both packages: pyproject.toml reads it here
 
 __all__ = [
     "Dual",
+    "cat",
     "checkpoint",
     "explain",
     "fp8_products",

@@ -37,10 +37,10 @@ def checkpoint(
     """function(*args, **kwargs) without keeping what its backward needs: that recomputes it.
 
     The signature is that of `torch.utils.checkpoint.checkpoint`, to be handed to networks that checkpoint
-    their blocks by a function of one's choice, as in `checkpoint_wrapper(block, checkpoint_fn=ik.checkpoint)`;
-    inside `jvp` a call of PyTorch's own comes here too. With tangents (inside `jvp`, or arguments that are
-    `Dual`s) the first run computes them without a graph, and backward recomputes the primal alone; otherwise
-    this is PyTorch's own.
+    their blocks by a function of one's choice, as `checkpoint_wrapper(block, checkpoint_fn=ik.checkpoint)`
+    does; inside `jvp` a call of PyTorch's own comes here too. With tangents (inside `jvp`, or arguments that
+    are `Dual`s) the first run computes them without a graph, and backward recomputes the primal alone;
+    otherwise this is PyTorch's own.
 
     Args:
         function: takes tensors, and gives the same each time.
@@ -56,7 +56,7 @@ def checkpoint(
     leaves, structure = pytree.tree_flatten((args, kwargs), is_leaf=is_dual)
     with_tangents = fwAD._current_level >= 0 or any(map(is_dual, leaves))
     if not with_tangents or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        own = torch.utils.checkpoint.checkpoint
+        own: Any = torch.utils.checkpoint.checkpoint
         if with_tangents and not torch.compiler.is_compiling():
             own = own.__wrapped__  # inside `jvp` its name stands for this function
         options: dict[str, Any] = {} if context_fn is None else {"context_fn": context_fn}
@@ -98,7 +98,7 @@ def _with_tangent(
 
 def _own(y: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
     """What a Function may return for others to modify: no view, and no memory of its inputs."""
-    if any(torch._C._is_alias_of(y, x) for x in inputs):
+    if any(torch._C._is_alias_of(y, x) for x in inputs):  # type: ignore[attr-defined]
         return y.clone()
     return not_a_view(y, y.shape)
 
@@ -154,8 +154,8 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
         if not torch.autograd._is_checkpoint_valid():
             raise RuntimeError(
-                "imf_kernels.checkpoint: a checkpoint that carried tangents takes .backward() on the loss, not "
-                "torch.autograd.grad nor backward(inputs=…), which do not see into it"
+                "imf_kernels.checkpoint: a checkpoint that carried tangents takes .backward() on the loss, "
+                "not torch.autograd.grad nor backward(inputs=…), which do not see into it"
             )
         inputs = [x.detach().requires_grad_() if x.requires_grad else x for x in ctx.saved_tensors]
         with torch.enable_grad(), fwAD._set_fwd_grad_enabled(False):

@@ -44,7 +44,7 @@ def _cholesky_solve(input: Any, input2: Any, upper: bool = False) -> Any:
 
 @serves(torch.logcumsumexp, Tensor.logcumsumexp)
 def _logcumsumexp(input: Any, dim: int) -> Any:
-    """ẏ_i = exp(y_{i−1} − y_i) ẏ_{i−1} + exp(x_i − y_i) ẋ_i: PyTorch's exp(x − max) vanishes for spread logits.
+    """ẏ_i = exp(y_{i−1} − y_i) ẏ_{i−1} + exp(x_i − y_i) ẋ_i. PyTorch's exp(x − max) is 0 for spread logits.
 
     All at once: after steps 1, 2, 4 … position i has taken in so many before it.
     """
@@ -97,7 +97,7 @@ def _triangular_solve(
     """Its rule in PyTorch forgets both options."""
     of = A.mT if transpose else A
     x = torch.linalg.solve_triangular(of, input, upper=upper != transpose, unitriangular=unitriangular)
-    return torch.return_types.triangular_solve((x, A.clone()))  # type: ignore[attr-defined]
+    return torch.return_types.triangular_solve((x, A.clone()))
 
 
 REWRITTEN[F.silu] = _silu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,10 @@ class Dual:
     """A primal `x` and its tangent `x_dot`: the pair that every operation of this library maps to a pair.
 
     Gradients flow through the primal; the tangent is data. Shape, dtype and device are those of the primal.
+    Beside the operations of this library there are + − × ÷ with tensors, numbers and `Dual`s, indexing,
+    `cat`, and the methods of tensors that are linear: reshape, view, flatten, unflatten, expand, repeat,
+    transpose, permute, movedim, squeeze, unsqueeze, chunk, split, unbind, flip, roll, sum, mean, to and other
+    casts, contiguous, clone.
 
     Args:
         primal: any floating-point tensor, [B, ...].
@@ -72,6 +77,55 @@ class Dual:
     def device(self) -> torch.device:
         return self.primal.device
 
+    @property
+    def ndim(self) -> int:
+        return self.primal.dim()
+
+    def dim(self) -> int:
+        return self.primal.dim()
+
+    def size(self, *dim: int) -> Any:
+        return self.primal.size(*dim)
+
+    def __len__(self) -> int:
+        return len(self.primal)
+
+    def __add__(self, other: Any) -> Dual:
+        return arithmetic.add(self, other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Dual:
+        return arithmetic.sub(self, other)
+
+    def __rsub__(self, other: Any) -> Dual:
+        return arithmetic.sub(other, self)
+
+    def __mul__(self, other: Any) -> Dual:
+        return arithmetic.mul(self, other)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Dual:
+        return arithmetic.div(self, other)
+
+    def __rtruediv__(self, other: Any) -> Dual:
+        return arithmetic.div(other, self)
+
+    def __neg__(self) -> Dual:
+        return arithmetic.neg(self)
+
+    def __getitem__(self, at: Any) -> Any:
+        return arithmetic.index(self, at)
+
+    def __getattr__(self, name: str) -> Any:
+        method = arithmetic.METHODS.get(name)
+        if method is not None:
+            return partial(method, self)
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(f"Dual has no attribute {name!r}")
+        raise AttributeError(f"Dual has no {name}. {_INSTEAD}")
+
     def __repr__(self) -> str:
         stored = "None" if self._tangent is None else f"{list(self._tangent.shape)}"
         return (
@@ -82,11 +136,23 @@ class Dual:
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        function = arithmetic.FUNCTIONS.get(_ARITHMETIC.get(func, ""))
+        if function is not None and len(args) == 2 and not kwargs:  # a tensor on the left
+            return function(*args)
         name = torch.overrides.resolve_name(func) or repr(func)
-        raise TypeError(
-            f"{name} got a Dual. Use the operation of that name in imf_kernels where there is one; for a "
-            "function that is linear and keeps batch rows apart, imf_kernels.linear_map(function, x)"
-        )
+        raise TypeError(f"{name} got a Dual. {_INSTEAD}")
+
+
+_INSTEAD = (
+    "Use the operation of that name in imf_kernels where there is one; for a function that is linear and "
+    "keeps batch rows apart, imf_kernels.linear_map(function, x); where no tangent is wanted, x.primal"
+)
+_ARITHMETIC = {
+    **{getattr(torch, name): name for name in ("add", "sub", "mul", "div")},
+    **{getattr(Tensor, name): name for name in ("add", "sub", "mul", "div")},
+    **{getattr(Tensor, f"__{name}__"): name for name in ("add", "sub", "mul")},
+    Tensor.__truediv__: "div",
+}
 
 
 class NoTangent(TypeError):
@@ -231,8 +297,8 @@ def _check_linear(function: Callable[[Tensor], Any], like: Tensor) -> None:
     if any(y.any() for y in of_zeros):
         raise ValueError(
             "linear_map: function must be linear, but maps zeros to "
-            f"{next(y for y in of_zeros if y.any()).flatten()[:4].tolist()} …; add to a Dual with +, or to its "
-            "primal: Dual(x.primal + a, x.tangent_rows)"
+            f"{next(y for y in of_zeros if y.any()).flatten()[:4].tolist()} …; what does not depend on the "
+            "Dual is added to it with +"
         )
     _LINEAR.add(asked)
 
@@ -285,3 +351,5 @@ pytree.register_pytree_node(
     serialized_type_name="imf_kernels.Dual",
     flatten_with_keys_fn=_flatten_with_keys,
 )
+
+from imf_kernels import arithmetic  # noqa: E402  (it needs `Dual`)

@@ -35,7 +35,13 @@ from imf_kernels.corrections import REWRITTEN
 from imf_kernels.dual import Dual, guarded
 from imf_kernels.dual_tensors import carries_tangent, primal_of, traced_jvp, unpack_dual_tensor
 from imf_kernels.layout import not_a_view
-from imf_kernels.rules import ARITHMETIC_WHILE_COMPILING, REFUSED, REFUSED_WHILE_COMPILING, RULES, ZEROS_WHILE_COMPILING
+from imf_kernels.rules import (
+    ARITHMETIC_WHILE_COMPILING,
+    REFUSED,
+    REFUSED_WHILE_COMPILING,
+    RULES,
+    ZEROS_WHILE_COMPILING,
+)
 from imf_kernels.surroundings import surroundings
 
 # Attention's plain form is the only one of PyTorch's that has a derivative.
@@ -62,7 +68,9 @@ def _as_tensor(y: Any) -> Any:
     tangent = y.tangent_rows
     if tangent is None:
         return y.primal
-    if not torch.compiler.is_compiling() and tangent._is_view():  # one made without autograd nobody may modify
+    if (
+        not torch.compiler.is_compiling() and tangent._is_view()
+    ):  # one made without autograd nobody may modify
         tangent = not_a_view(tangent, tangent.shape)
     return fwAD.make_dual(y.primal, tangent)
 
@@ -138,7 +146,7 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
 
 
 def _seen(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its calls of PyTorch seen: torch.compile calls what it is handed outside of the mode."""
+    """The function with its calls of PyTorch seen: torch.compile leaves the mode for what it checkpoints."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with _Calls():
@@ -255,7 +263,7 @@ def jvp(
 # Arguments of torch.autograd.functional.jvp.
 _ADVICE = {
     "v": "; hand it as `tangents`, a tuple like `primals`: jvp(func, (x,), (v,))",
-    "create_graph": "; leave it out: gradients always flow through the primal outputs, never through tangents",
+    "create_graph": "; leave it out: gradients always flow through primal outputs, never through tangents",
     "inputs": "; hand them as `primals`, a tuple: jvp(func, (x,), (v,))",
 }
 
@@ -280,8 +288,8 @@ def _jvp(
             return _taken_apart(result, strict, has_aux)
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
-            "imf_kernels.jvp: called inside a transform of torch.func (grad, vjp, vmap, functionalize …), which "
-            "it does not nest in; torch.func.jvp does, and grad of jvp's primal outputs is .backward()"
+            "imf_kernels.jvp: called inside a transform of torch.func (grad, vjp, vmap, functionalize …), "
+            "which it does not nest in; torch.func.jvp does, and grad of jvp's primal outputs is .backward()"
         )
     return _without_compiler()(func, pairs, structure, strict, has_aux, calls)
 
@@ -293,13 +301,13 @@ _NESTED = (
 
 
 def _without_compiler() -> Callable[..., Any]:
-    """`_eagerly`, whose calls torch.compile must not compile one by one, without tangents, after a graph break."""
+    """`_eagerly`: after a graph break torch.compile must not compile its calls, without their tangents."""
     return _disabled() if "torch._dynamo" in sys.modules else _eagerly
 
 
 @functools.cache
 def _disabled() -> Callable[..., Any]:
-    return torch._dynamo.disable(_eagerly)  # type: ignore[no-any-return]
+    return torch._dynamo.disable(_eagerly)
 
 
 def _eagerly(func: Any, pairs: Any, structure: Any, strict: bool, has_aux: bool, calls: Any) -> Any:
@@ -407,11 +415,12 @@ def _checked(i: int, x: Any, x_dot: Any) -> Tensor:
         raise TypeError(f"jvp: primal {i} must be a floating-point tensor to have a tangent, got {got}")
     if not isinstance(x_dot, Tensor):
         raise TypeError(f"jvp: tangent {i} must be a tensor or None, got {type(x_dot).__name__}")
-    same_kind = x_dot.is_floating_point() and x.is_floating_point()
-    if x_dot.shape != x.shape or x_dot.device != x.device or not (same_kind or x_dot.dtype == x.dtype):
+    same_kind = x.is_floating_point()
+    fits = x_dot.is_floating_point() if same_kind else x_dot.dtype == x.dtype
+    if x_dot.shape != x.shape or x_dot.device != x.device or not fits:
         raise ValueError(
-            f"jvp: tangent {i} must be a {list(x.shape)} {'floating-point' if x.is_floating_point() else x.dtype} "
-            f"tensor on {x.device} like its primal, got {list(x_dot.shape)} of {x_dot.dtype} on {x_dot.device}"
+            f"jvp: tangent {i} must be a {list(x.shape)} {'floating-point' if same_kind else x.dtype} tensor "
+            f"on {x.device} like its primal, got {list(x_dot.shape)} of {x_dot.dtype} on {x_dot.device}"
         )
     if x_dot.requires_grad:
         raise ValueError(

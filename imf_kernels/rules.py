@@ -293,19 +293,19 @@ for _name, _function in _named(torch.special, *_WITHOUT_DERIVATIVE):
     REFUSED[_function] = f"torch.special.{_name} has no derivative in PyTorch, which would give zeros"
 for _module in (torch, torch.ops.aten):
     for _name, _function in _named(_module, *_STATISTICS):
-        REFUSED[_function] = f"{_name} gives its statistics no tangent; use the function of torch.nn.functional"
+        REFUSED[_function] = (
+            f"{_name} gives its statistics no tangent; use the function of torch.nn.functional"
+        )
 for _name, _function in _named(Tensor, *_WRITES_TRUTH_VALUES):
     REFUSED[_function] = f"torch.Tensor.{_name} would keep the tangent of what it overwrites"
 for _name, _function in _named(F, "linear_cross_entropy"):
-    REFUSED[_function] = (
-        f"torch.nn.functional.{_name} has no forward-mode rule; cross_entropy(linear(x)) has"
-    )
+    REFUSED[_function] = f"torch.nn.functional.{_name} has no forward-mode rule; cross_entropy(linear(x)) has"
 REFUSED[torch.normal] = (
     "torch.normal gives no tangent to its parameters; mean + std * torch.randn_like(mean) does"
 )
 for _name, _function in _named(Tensor, *_LEAVES_PYTORCH):
     REFUSED[_function] = (
-        f"torch.Tensor.{_name} would leave the tangent behind; call it on x.detach(), where the result needs none"
+        f"torch.Tensor.{_name} would leave the tangent behind; call it on x.detach(), where none is needed"
     )
 REFUSED_WHILE_COMPILING = dict(REFUSED)  # the next one is no key that torch.compile can look up
 if hasattr(Tensor, "__cuda_array_interface__"):

@@ -58,9 +58,14 @@ def _all_gathered(ctx: Any, group: None, tangent: Tensor) -> Tangents:
     return tuple(gathered)
 
 
+_FSDP = "torch.distributed.fsdp._fully_shard"
 # Functions of PyTorch without a forward-mode rule, or with one that forward mode does not take, and a rule.
 _MISSING: list[tuple[str, str, Callable[..., Any]]] = [
-    ("torch.distributed.fsdp._fully_shard._fsdp_param_group", "RegisterPostBackwardFunction", _views_behind_first),
+    (
+        "torch.distributed.fsdp._fully_shard._fsdp_param_group",
+        "RegisterPostBackwardFunction",
+        _views_behind_first,
+    ),
     ("torch.nn.modules._functions", "BackwardHookFunction", _views),
     ("torch.nn.parallel.distributed", "_DDPSink", _sink),
     ("torch.distributed.nn.functional", "_AllReduce", _all_reduced),
@@ -81,8 +86,8 @@ def _refusing(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     def call(group: Any, *args: Any, **kwargs: Any) -> Any:
         if fwAD._current_level >= 0 and any(map(carries_tangent, pytree.tree_leaves((args, kwargs)))):
             raise NotImplementedError(
-                f"imf_kernels.jvp: torch.distributed's collective {name} would leave each rank its own tangent, "
-                "or none; torch.distributed.nn.functional.all_reduce and all_gather have a tangent"
+                f"imf_kernels.jvp: torch.distributed's collective {name} would leave each rank its own "
+                "tangent, or none; torch.distributed.nn.functional.all_reduce and all_gather have a tangent"
             )
         return method(group, *args, **kwargs)
 
@@ -113,21 +118,22 @@ def surroundings(mode: Callable[[], Any]) -> Iterator[None]:
     """
     _complete_pytorch()
     # Blocks may call PyTorch's checkpoint by its name, which looks up what it calls here.
-    of_pytorch, name = vars(torch.utils.checkpoint.checkpoint.__wrapped__), "__dynamo_disable"  # type: ignore[attr-defined]
-    called, start = of_pytorch.get(name), threading.Thread.start
+    pytorchs: Any = torch.utils.checkpoint.checkpoint
+    looked_up, name = pytorchs.__wrapped__.__dict__, "__dynamo_disable"
+    called, start = looked_up.get(name), threading.Thread.start
     scripts_are_optimized = torch._C._get_graph_executor_optimize()
     # Code that torch.compile made knows nothing of tangents, and would drop them.
     compiler = "torch._dynamo" in sys.modules
     with torch.compiler.set_stance("force_eager") if compiler else contextlib.nullcontext():
-        of_pytorch[name] = checkpoint
-        threading.Thread.start = _starting(start, mode, threading.get_ident())  # type: ignore[method-assign]
+        looked_up[name] = checkpoint
+        threading.Thread.start = _starting(start, mode, threading.get_ident())  # type: ignore[method-assign,assignment]
         torch._C._set_graph_executor_optimize(False)  # a script's optimised form drops them too
         try:
             yield
         finally:
             torch._C._set_graph_executor_optimize(scripts_are_optimized)
             threading.Thread.start = start  # type: ignore[method-assign]
-            of_pytorch[name] = called
+            looked_up[name] = called
 
 
 def _starting(

@@ -79,7 +79,9 @@ def test_differentiating_a_tangent_is_loud():
     assert not Dual(torch.randn(3), torch.randn(3)).tangent.requires_grad
 
 
-@pytest.mark.parametrize("call", [torch.sin, lambda d: torch.add(ones(3), d), lambda d: torch.cat([d, d])])
+@pytest.mark.parametrize(
+    "call", [torch.sin, lambda d: torch.maximum(ones(3), d), lambda d: torch.cat([d, d])]
+)
 def test_pytorch_functions_refuse_a_dual(call):
     with pytest.raises(TypeError, match=r"got a Dual. Use the operation of that name in imf_kernels"):
         call(Dual(ones(3)))

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_jvp import FUNCTIONS, X_DOT, Block, X, masks
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import imf_kernels as ik
-from torch import nn
 
 
 def step(func, x, x_dot):

@@ -1,4 +1,5 @@
-"""In-place methods behind every call that `jvp` serves: right as PyTorch's own are, gradients too, or refused."""
+"""In-place methods behind every call that `jvp` serves: right as PyTorch's own are, gradients too, or
+refused."""
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ def _weight(*shape):
 
 
 W = _weight(WIDTH, WIDTH)
+
+
 def _like(x, *parameters):
     return [p.to(x.dtype) for p in parameters]
 
@@ -31,9 +34,9 @@ SERVED = {
     "silu": F.silu,
     "gelu": F.gelu,
     "attention": lambda x: F.scaled_dot_product_attention(*[x.view(1, 2, 3, WIDTH)] * 3).view(ROWS, WIDTH),
-    "attention of three dimensions": lambda x: F.scaled_dot_product_attention(*[x.view(2, 3, WIDTH)] * 3).view(
-        ROWS, WIDTH
-    ),
+    "attention of three dimensions": lambda x: F.scaled_dot_product_attention(
+        *[x.view(2, 3, WIDTH)] * 3
+    ).view(ROWS, WIDTH),
     "checkpoint": lambda x: ik.checkpoint(lambda x: F.linear(x, *_like(x, W)).sin(), x),
     "checkpoint of its input": lambda x: ik.checkpoint(lambda x: x.view(ROWS, WIDTH), x * 1.0),
 }
@@ -42,10 +45,14 @@ X = _weight(ROWS, WIDTH)
 MASK, INDEX = X > 0.3, torch.tensor([0, 2, 5])
 # How methods are called that want more than nothing, or something else.
 ARGUMENTS = {
-    **dict.fromkeys(("add_", "sub_", "subtract_", "mul_", "multiply_", "div_", "divide_", "true_divide_"), (X + 3,)),
+    **dict.fromkeys(
+        ("add_", "sub_", "subtract_", "mul_", "multiply_", "div_", "divide_", "true_divide_"), (X + 3,)
+    ),
     **dict.fromkeys(("floor_divide_", "remainder_", "fmod_", "pow_", "hypot_", "atan2_", "arctan2_"), (2.5,)),
     **dict.fromkeys(("hypot_", "atan2_", "arctan2_", "copysign_", "nextafter_", "xlogy_"), (X + 3,)),
-    **dict.fromkeys(("eq_", "ne_", "not_equal_", "lt_", "less_", "le_", "less_equal_", "gt_", "greater_"), (X,)),
+    **dict.fromkeys(
+        ("eq_", "ne_", "not_equal_", "lt_", "less_", "le_", "less_equal_", "gt_", "greater_"), (X,)
+    ),
     **dict.fromkeys(("ge_", "greater_equal_"), (X,)),
     **dict.fromkeys(("addcmul_", "addcdiv_"), (X, X + 3)),
     **dict.fromkeys(("addmm_", "sspaddmm_"), (_weight(ROWS, 3), _weight(3, WIDTH))),
@@ -86,7 +93,16 @@ ARGUMENTS = {
     "where_": (),
 }
 # What they give is drawn at random, or no value of the tensor's.
-LEFT_OUT = ("requires_grad_", "retain_grad_", "share_memory_", "apply_", "map_", "map2_", "sparse_resize_", "detach_")
+LEFT_OUT = (
+    "requires_grad_",
+    "retain_grad_",
+    "share_memory_",
+    "apply_",
+    "map_",
+    "map2_",
+    "sparse_resize_",
+    "detach_",
+)
 METHODS = [n for n in dir(Tensor) if n.endswith("_") and not n.startswith("_") and n not in LEFT_OUT]
 
 

@@ -86,8 +86,14 @@ def test_primals_in_any_memory(name, x):
     def func(x):
         return (x * 2).sin() + x.flip(0), x.reshape(-1)[1:] * x.reshape(-1)[:-1]
 
-    for x_dot in (torch.randn(x.shape), torch.randn(x.shape).T.contiguous().T, torch.ones(()).expand(x.shape)):
-        wanted = torch.func.jvp(func, (x.contiguous(),), (x_dot,))  # its own is wrong for some, raises for others
+    for x_dot in (
+        torch.randn(x.shape),
+        torch.randn(x.shape).T.contiguous().T,
+        torch.ones(()).expand(x.shape),
+    ):
+        wanted = torch.func.jvp(
+            func, (x.contiguous(),), (x_dot,)
+        )  # its own is wrong for some, raises for others
         torch.testing.assert_close(ik.jvp(func, (x,), (x_dot,)), wanted)
 
 
@@ -109,7 +115,7 @@ def test_what_leaves_pytorch(name, func):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float16])
 def test_a_tangent_of_another_dtype(dtype):
-    y, y_dot = ik.jvp(torch.sin, (X,), (X_DOT.to(dtype),))
+    _, y_dot = ik.jvp(torch.sin, (X,), (X_DOT.to(dtype),))
     assert y_dot.dtype == torch.float32 and torch.equal(y_dot, X_DOT.to(dtype).float() * X.cos())
 
 
@@ -120,7 +126,12 @@ def test_a_tangent_of_another_dtype(dtype):
         lambda: nn.Sequential(nn.Linear(8, 8), nn.Softmax(-1), nn.Linear(8, 8)),
         lambda: nn.Sequential(nn.Linear(8, 8), nn.GroupNorm(2, 8), nn.GELU()),
         lambda: nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.RMSNorm(8), nn.SiLU()),
-        lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.ReLU(inplace=True), nn.Linear(8, 8)),
+        lambda: nn.Sequential(
+            nn.Linear(8, 8),
+            nn.BatchNorm1d(8, track_running_stats=False),
+            nn.ReLU(inplace=True),
+            nn.Linear(8, 8),
+        ),
     ],
 )
 def test_autocast(block):
@@ -203,7 +214,10 @@ def test_transforms_around(around):
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [({"v": (X_DOT,)}, "'v'; hand it as `tangents`"), ({"create_graph": True}, "'create_graph'; leave it out")],
+    [
+        ({"v": (X_DOT,)}, "'v'; hand it as `tangents`"),
+        ({"create_graph": True}, "'create_graph'; leave it out"),
+    ],
 )
 def test_arguments_of_functional_jvp(arguments, says):
     with pytest.raises(TypeError, match=says):
@@ -239,7 +253,11 @@ def test_a_function_without_a_rule_is_named():
 
 @pytest.mark.parametrize(
     "options",
-    [{"use_reentrant": False}, {"use_reentrant": True}, {"use_reentrant": False, "determinism_check": "none"}],
+    [
+        {"use_reentrant": False},
+        {"use_reentrant": True},
+        {"use_reentrant": False, "determinism_check": "none"},
+    ],
 )
 def test_pytorchs_checkpoint(options):
     network, plain = _network(), _network()
