@@ -52,13 +52,12 @@ class Dual:
         """The whole tangent, of the primal's shape, or `None` where it is a structural zero.
 
         Where the primal carries gradients, differentiating what this returns raises an error instead of
-        leaving a gradient out in silence; `.tangent.detach()` is the plain tensor. Inside `torch.compile`
-        there is no such guard: what this returns there is a constant, as if detached.
+        leaving a gradient out in silence; `.tangent.detach()` is the plain tensor.
         """
         if self._tangent is None:
             return None
         tangent = complete(self._tangent, self.primal.shape[0] if self.primal.dim() else 1)
-        return tangent if torch.compiler.is_compiling() else guarded(tangent, self.primal)
+        return guarded(tangent, self.primal)
 
     @property
     def tangent_rows(self) -> Tensor | None:
@@ -180,6 +179,12 @@ def _check_tangent(primal: Tensor, tangent: Tensor) -> None:
         )
 
 
+_LOST = (
+    "imf_kernels: backward reached a tangent, but no gradient flows through tangents. Call .detach() on it before "
+    "it enters the loss; torch.func.jvp of backend='reference' differentiates tangents, at its price"
+)
+
+
 class _Guard(torch.autograd.Function):
     """Hands a tangent out. Its backward is never right, so it raises."""
 
@@ -189,17 +194,42 @@ class _Guard(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            "imf_kernels: backward reached a tangent, but no gradient flows through tangents. Call "
-            ".detach() on it before it enters the loss; torch.func.jvp of backend='reference' differentiates "
-            "tangents, at its price"
-        )
+        raise RuntimeError(_LOST)
 
 
-def guarded(tangent: Tensor, *sources: Tensor) -> Tensor:
-    """A tangent as it is handed out: where a gradient would flow through it to `sources`, backward raises."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in sources):
-        return _Guard.apply(tangent, *sources)
+class _TracedGuard(torch.autograd.Function):
+    """The same in a graph of torch.compile, which traces a backward that may never be wanted.
+
+    What a graph returns and nobody differentiates gets zeros for its gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tangent: Tensor, primal: Tensor) -> Tensor:
+        return tangent.view_as(tangent)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        return None, _only_zeros(dy)
+
+
+@torch.library.custom_op("imf_kernels::only_zeros", mutates_args=())
+def _only_zeros(gradient: Tensor) -> Tensor:
+    if gradient.any():
+        raise RuntimeError(_LOST)
+    return torch.zeros_like(gradient)
+
+
+@_only_zeros.register_fake
+def _(gradient: Tensor) -> Tensor:
+    return torch.empty_like(gradient)
+
+
+def guarded(tangent: Tensor, primal: Tensor, *others: Tensor) -> Tensor:
+    """A tangent as it is handed out: a backward that would lead through it to its primal, or others, raises."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (primal, *others)):
+        if torch.compiler.is_compiling():
+            return _TracedGuard.apply(tangent, primal)
+        return _Guard.apply(tangent, primal, *others)
     return tangent
 
 

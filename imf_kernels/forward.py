@@ -441,7 +441,7 @@ def _parts(y: Tensor, strict: bool) -> tuple[Tensor, Tensor]:
             )
         tangent = torch.zeros_like(primal)
     tangent = _like(tangent.detach(), primal)
-    return primal, tangent if torch.compiler.is_compiling() else guarded(tangent, primal)
+    return primal, guarded(tangent, primal)
 
 
 def _about(x: Any) -> str:

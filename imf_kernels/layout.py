@@ -48,9 +48,8 @@ def contiguous_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def positions_first(like: Tensor, batch: int, length: int, width: int) -> Tensor:
     """An empty [batch, H, length, width], H that of `like`, in projections' memory order [B, L, H, D]."""
-    heads = like.shape[1]
-    strides = (length * heads * width, width, heads * width, 1)
-    return like.new_empty_strided((batch, heads, length, width), strides)
+    shape = (batch, like.shape[1], length, width)
+    return torch.empty_permuted(shape, (0, 2, 1, 3), dtype=like.dtype, device=like.device)
 
 
 def in_order_of(x: Tensor, batch: int, length: int, width: int) -> Tensor:

@@ -171,3 +171,36 @@ def test_graph_breaks(function, inside):
         y, y_dot = compiled(X, X_DOT)
         torch.testing.assert_close(y, wanted)
         torch.testing.assert_close(y_dot, wanted_dot)
+
+
+def _through(x, x_dot):
+    y, y_dot = ik.jvp(lambda x: F.linear(x, WEIGHT).sin(), (x,), (x_dot,))
+    return (y - y_dot).square().sum()
+
+
+def _through_dual(x, x_dot):
+    y = ik.silu(ik.Dual(x, x_dot))
+    return (y.primal * y.tangent).sum()
+
+
+@pytest.mark.parametrize("loss", [_through, _through_dual])
+def test_a_loss_through_a_tangent(loss):
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for step in (loss, compiled):
+        with pytest.raises(RuntimeError, match=r"no gradient flows through tangents. Call \.detach\(\)"):
+            step(X.clone().requires_grad_(), X_DOT).backward()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(X, X_DOT), loss(X, X_DOT))
+
+
+def test_a_tangent_that_is_handed_out():
+    def step(x, x_dot):
+        return ik.jvp(lambda x: F.linear(x, WEIGHT).sin(), (x,), (x_dot,))
+
+    grads = []
+    for call in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
+        x = X.clone().requires_grad_()
+        y, y_dot = call(x, X_DOT)
+        (y - y_dot.detach()).square().sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads)
