@@ -180,8 +180,8 @@ def _check_tangent(primal: Tensor, tangent: Tensor) -> None:
 
 
 _LOST = (
-    "imf_kernels: backward reached a tangent, but no gradient flows through tangents. Call .detach() on it before "
-    "it enters the loss; torch.func.jvp of backend='reference' differentiates tangents, at its price"
+    "imf_kernels: backward reached a tangent, but no gradient flows through tangents. Call .detach() on it "
+    "before it enters the loss; torch.func.jvp of backend='reference' differentiates tangents, at its price"
 )
 
 
@@ -225,7 +225,7 @@ def _(gradient: Tensor) -> Tensor:
 
 
 def guarded(tangent: Tensor, primal: Tensor, *others: Tensor) -> Tensor:
-    """A tangent as it is handed out: a backward that would lead through it to its primal, or others, raises."""
+    """A tangent as it is handed out: a backward that leads through it to its primal, or others, raises."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (primal, *others)):
         if torch.compiler.is_compiling():
             return _TracedGuard.apply(tangent, primal)

@@ -42,7 +42,7 @@ from imf_kernels.rules import (
     RULES,
     ZEROS_WHILE_COMPILING,
 )
-from imf_kernels.surroundings import surroundings
+from imf_kernels.surroundings import Surroundings
 
 # Attention's plain form is the only one of PyTorch's that has a derivative.
 _WITH_ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
@@ -316,16 +316,19 @@ def _eagerly(func: Any, pairs: Any, structure: Any, strict: bool, has_aux: bool,
 
     if getattr(_inside, "is_inside", False):
         raise RuntimeError(_NESTED)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_ONE_LEVEL)
+    with _ONE_LEVEL:
         if fwAD._current_level >= 0:
             raise RuntimeError(_NESTED)
         if torch.is_inference_mode_enabled():  # it has no tangents
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.no_grad())
-        stack.enter_context(fwAD.dual_level())
+            with torch.inference_mode(False), torch.no_grad():
+                return _at_a_level(func, pairs, structure, strict, has_aux, mode)
+        return _at_a_level(func, pairs, structure, strict, has_aux, mode)
+
+
+def _at_a_level(func: Any, pairs: Any, structure: Any, strict: bool, has_aux: bool, mode: Any) -> Any:
+    with fwAD.dual_level():
         inputs = [_dual_input(x, x_dot) for x, x_dot in pairs]
-        with surroundings(mode), mode():
+        with Surroundings(mode), mode():
             try:
                 result = func(*pytree.tree_unflatten(inputs, structure))
             except (NotImplementedError, RuntimeError) as error:

@@ -8,15 +8,15 @@ collectives. Each is mended or refused here, for the time of the call.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -109,31 +109,40 @@ def _complete_pytorch() -> None:
                 setattr(group, name, _refusing(name.strip("_"), getattr(group, name)))
 
 
-@contextlib.contextmanager
-def surroundings(mode: Callable[[], Any]) -> Iterator[None]:
+class Surroundings:
     """Around the call of a function whose tensors carry tangents.
 
     Args:
         mode: makes the context in which a thread sees each call of PyTorch.
     """
-    _complete_pytorch()
-    # Blocks may call PyTorch's checkpoint by its name, which looks up what it calls here.
-    pytorchs: Any = torch.utils.checkpoint.checkpoint
-    looked_up, name = pytorchs.__wrapped__.__dict__, "__dynamo_disable"
-    called, start = looked_up.get(name), threading.Thread.start
-    scripts_are_optimized = torch._C._get_graph_executor_optimize()
-    # Code that torch.compile made knows nothing of tangents, and would drop them.
-    compiler = "torch._dynamo" in sys.modules
-    with torch.compiler.set_stance("force_eager") if compiler else contextlib.nullcontext():
-        looked_up[name] = checkpoint
-        threading.Thread.start = _starting(start, mode, threading.get_ident())  # type: ignore[method-assign,assignment]
+
+    def __init__(self, mode: Callable[[], Any]) -> None:
+        self.mode = mode
+
+    def __enter__(self) -> None:
+        _complete_pytorch()
+        # Code that torch.compile made knows nothing of tangents, and would drop them.
+        self.stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else None
+        if self.stance is not None:
+            self.stance.__enter__()
+        # Blocks may call PyTorch's checkpoint by its name, which looks up what it calls here.
+        self.pytorchs_checkpoint = _LOOKED_UP.get(_NAME)
+        _LOOKED_UP[_NAME] = checkpoint
+        self.start = threading.Thread.start
+        threading.Thread.start = _starting(self.start, self.mode, threading.get_ident())  # type: ignore[method-assign,assignment]
+        self.scripts_are_optimized = torch._C._get_graph_executor_optimize()
         torch._C._set_graph_executor_optimize(False)  # a script's optimised form drops them too
-        try:
-            yield
-        finally:
-            torch._C._set_graph_executor_optimize(scripts_are_optimized)
-            threading.Thread.start = start  # type: ignore[method-assign]
-            looked_up[name] = called
+
+    def __exit__(self, *raised: Any) -> None:
+        torch._C._set_graph_executor_optimize(self.scripts_are_optimized)
+        threading.Thread.start = self.start  # type: ignore[method-assign]
+        _LOOKED_UP[_NAME] = self.pytorchs_checkpoint
+        if self.stance is not None:
+            self.stance.__exit__(*raised)
+
+
+_pytorchs_checkpoint: Any = torch.utils.checkpoint.checkpoint
+_LOOKED_UP, _NAME = _pytorchs_checkpoint.__wrapped__.__dict__, "__dynamo_disable"
 
 
 def _starting(

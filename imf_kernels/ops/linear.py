@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imf_kernels import cpu, fp8, gemm
-from imf_kernels.dispatch import Backend, always, choose
+from imf_kernels.dispatch import Backend, always, choose, in_graph
 from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, unpack
 from imf_kernels.dual_tensors import takes_dual_tensors
 from imf_kernels.layout import count_rows, not_a_view
@@ -62,12 +62,9 @@ class _Linear(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         w = weight.to(x.dtype)
         b = None if bias is None else bias.to(x.dtype)
-        width, out = x.shape[-1], weight.shape[0]
-        y = products.forward(x.reshape(count_rows(x), width), w, b)
-        y, y_dot = not_a_view(y, (*x.shape[:-1], out)), None
+        y, y_dot = _product(products, x, w, b), None
         if x_dot is not None:
-            y_dot = products.forward(x_dot.reshape(count_rows(x_dot), width), w, None)
-            y_dot = not_a_view(y_dot, (*x_dot.shape[:-1], out))
+            y_dot = _product(products, x_dot, w, None)
             no_gradient(ctx, y_dot)
         ctx.save_for_backward(x, weight, bias)
         ctx.products = products
@@ -87,6 +84,15 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             dbias = rows.sum(0, dtype=torch.float32).to(bias.dtype)
         return None, dx, None, dweight, dbias
+
+
+def _product(products: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[..., in] → [..., out]; no view of the product, which autograd would let nobody modify."""
+    if x.dim() == 2:
+        return products.forward(x, weight, bias)
+    y = products.forward(x.reshape(count_rows(x), x.shape[-1]), weight, bias)
+    shape = (*x.shape[:-1], weight.shape[0])
+    return not_a_view(y, shape) if in_graph() else y.resize_(shape)  # which takes a third of the time
 
 
 _OPERATION = Operation(
