@@ -130,3 +130,46 @@ def test_tiles_of_another_size(monkeypatch):
     for causal in (False, True):
         p = errors.problem(attention("tiles", 1, 1, 50, 24, keys=101, is_causal=causal), torch.float16)
         p.check(p.evaluate("triton"))
+
+
+@masking
+@pytest.mark.parametrize(
+    "value",
+    [torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min, torch.finfo(torch.float32).max, -1e30],
+)
+def test_masks_of_the_largest_numbers(value, backend):
+    """A row of them adds nothing that differs: its output is the mean of the values, its gradients finite."""
+    q, k, v, q_dot, k_dot, v_dot = torch.randn(
+        6, 2, 3, 5, 8, generator=torch.Generator().manual_seed(0)
+    ).unbind()
+    mask = torch.zeros(5, 5)
+    mask[2], mask[3, :2] = value, value
+    seen = mask.double()
+    names = ("output", "tangent", "gradient of q", "gradient of k", "gradient of v")
+
+    def results(backend, dtype, mask):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        duals = [Dual(x, t.to(dtype)) for x, t in zip(leaves, (q_dot, k_dot, v_dot), strict=True)]
+        y = SDPA(*duals, mask.to(dtype), backend=backend)
+        return y.primal, y.tangent.detach(), *torch.autograd.grad(y.primal, leaves, v_dot.to(dtype))
+
+    exact = results("reference", torch.float64, seen)
+    plain = results("reference", torch.float32, mask)
+    for name, got, wanted, fp32 in zip(
+        names, results(backend, torch.float32, mask), exact, plain, strict=True
+    ):
+        errors.check(name, got, wanted, errors.Yardstick.of(fp32, wanted))
+    if value < 0:
+        torch.testing.assert_close(exact[0][:, :, 2], v.double().mean(2))
+
+
+@masking
+def test_masks_of_large_numbers_leave_gradients_finite(backend):
+    """Of -1e9, as many networks write it, in all of a row: fp32 rounds what is added to it away."""
+    x = torch.randn(3, 1, 2, 4, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    mask = torch.zeros(4, 4)
+    mask[1], mask[2, 1:] = -1e9, -1e9
+    y = SDPA(Dual(x[0], x[1].detach()), x[1], x[2], mask, backend=backend).primal
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert dx.isfinite().all() and y.isfinite().all()
+    torch.testing.assert_close(y[:, :, 2], x[2][:, :, 0].detach())

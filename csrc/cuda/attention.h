@@ -10,7 +10,7 @@ struct AttentionForward {
   DType type;
   HeadsTensor q, k, v, out;
   HeadsTensor q_dot, k_dot, v_dot, out_dot;
-  float* lse;  // [batch, heads, queries]: natural logarithm of the softmax's denominator
+  float* lse;  // [batch, heads, queries]: logarithm of the softmax's denominator to base 2
   // Tangents belong to the last `tangent_batch` samples. Key and value have heads / group heads.
   index_t batch, tangent_batch, heads, group, queries, keys, width, value_width;
   float scale;

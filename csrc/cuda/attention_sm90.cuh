@@ -449,8 +449,7 @@ __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base,
         }
       }
       if (lane % 4 == 0) {
-        const float ln_2 = 0.6931471805599453f;
-        p.lse[static_cast<index_t>(head) * p.queries + row] = rows.highest[r] * ln_2 + logf(total);
+        p.lse[static_cast<index_t>(head) * p.queries + row] = rows.highest[r] + log2f(total);
       }
     }
   }

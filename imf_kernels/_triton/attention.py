@@ -36,7 +36,7 @@ from imf_kernels import triton_backend
 from imf_kernels._triton.attention_tiles import tiles_for
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
+_LARGEST = tl.constexpr(3.4028234e38)
 
 # A tensor reaches a kernel as (pointer, strides of batch, head, position), or None. Strides are in units of
 # ALIGN elements, 16 bytes where all of them allow it, so that the compiler knows where rows begin. Inside, a
@@ -172,7 +172,11 @@ def _bias(mask, b, h, rows, columns, queries, keys, CAUSAL: tl.constexpr, EDGE: 
         if mask[0].dtype.element_ty == tl.uint8:
             values = tl.where(values != 0, 0.0, -float("inf"))
         else:
-            values = values.to(tl.float32) * _LOG2E
+            values = values.to(tl.float32)
+            finite = (values > -float("inf")) & (values < float("inf"))
+            values *= _LOG2E
+            values = tl.where(finite & (values < -_LARGEST), -_LARGEST, values)
+            values = tl.where(finite & (values > _LARGEST), _LARGEST, values)
         bias = (values + bias[0],) if EDGE else (values,)
     return bias
 
@@ -314,14 +318,14 @@ def forward_kernel(
     if out_dot is not None:
         o_dot = _plus(_scaled(sums_dot, inverse), -dot * inverse, o)
         _store(_head(out_dot, b, h, ALIGN), o_dot, first, queries, BLOCK_M, VALUE_WIDTH, ALIGN)
-    tl.store(lse + (b * heads + h) * queries + rows, highest * _LN2 + tl.log(total), mask=rows < queries)
+    tl.store(lse + (b * heads + h) * queries + rows, highest + tl.log2(total), mask=rows < queries)
 
 
 @triton.jit
 def _load_lse(lse, rows, queries):
-    """In units of ln 2. Rows that are not there get no weight from it, nor do those that see no key."""
+    """Rows that are not there get no weight from it, nor do those that see no key."""
     values = tl.load(lse + rows, mask=rows < queries, other=float("inf"))
-    return tl.where(values == -float("inf"), 0.0, values * _LOG2E)
+    return tl.where(values == -float("inf"), 0.0, values)
 
 
 @triton.jit
@@ -480,7 +484,7 @@ def forward(
     scale: float,
     is_causal: bool,
 ) -> None:
-    """Fills out [B, H, L_q, D_v], lse [B, H, L_q] (natural, -inf where nothing is seen) and out_dot.
+    """Fills out [B, H, L_q, D_v], lse [B, H, L_q] (in units of ln 2, -inf where nothing is seen) and out_dot.
 
     Tangents belong to the last rows of the batch, `out_dot.shape[0]` of them. The others have a launch of
     their own: with registers for tangents fewer programs would share a processor.
