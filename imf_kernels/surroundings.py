@@ -13,7 +13,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -28,7 +28,12 @@ Tangents = tuple[Tensor | None, ...]
 
 def _views(ctx: Any, *tangents: Tensor | None) -> Tangents:
     """The rule of a function that returns its tensors as they are: forward mode wants views of tangents."""
-    return tuple(None if t is None else t.view_as(t) for t in tangents)
+    return tuple(t.view_as(t) if _is_one(t) else None for t in tangents)
+
+
+def _is_one(tangent: Tensor | None) -> TypeGuard[Tensor]:
+    """PyTorch hands the rule zeros for tensors of integers too, and takes none of them back."""
+    return tangent is not None and (tangent.is_floating_point() or tangent.is_complex())
 
 
 def _views_behind_first(ctx: Any, first: None, *tangents: Tensor | None) -> Tangents:
@@ -37,7 +42,7 @@ def _views_behind_first(ctx: Any, first: None, *tangents: Tensor | None) -> Tang
 
 def _sink(ctx: Any, ddp: None, *tangents: Tensor | None) -> Tangents:
     cloned = ctx.ddp_weakref()._ddp_sink_clone
-    return tuple(None if t is None else t.clone() if cloned else t.view_as(t) for t in tangents)
+    return tuple((t.clone() if cloned else t.view_as(t)) if _is_one(t) else None for t in tangents)
 
 
 def _all_reduced(ctx: Any, group: None, op: None, tangent: Tensor) -> Tensor:
