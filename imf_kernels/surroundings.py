@@ -13,7 +13,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -28,12 +28,7 @@ Tangents = tuple[Tensor | None, ...]
 
 def _views(ctx: Any, *tangents: Tensor | None) -> Tangents:
     """The rule of a function that returns its tensors as they are: forward mode wants views of tangents."""
-    return tuple(t.view_as(t) if _is_one(t) else None for t in tangents)
-
-
-def _is_one(tangent: Tensor | None) -> TypeGuard[Tensor]:
-    """PyTorch hands the rule zeros for tensors of integers too, and takes none of them back."""
-    return tangent is not None and (tangent.is_floating_point() or tangent.is_complex())
+    return tuple(None if t is None else t.view_as(t) for t in tangents)
 
 
 def _views_behind_first(ctx: Any, first: None, *tangents: Tensor | None) -> Tangents:
@@ -42,7 +37,25 @@ def _views_behind_first(ctx: Any, first: None, *tangents: Tensor | None) -> Tang
 
 def _sink(ctx: Any, ddp: None, *tangents: Tensor | None) -> Tangents:
     cloned = ctx.ddp_weakref()._ddp_sink_clone
-    return tuple((t.clone() if cloned else t.view_as(t)) if _is_one(t) else None for t in tangents)
+    return tuple(
+        zeros if t is None else t.clone() if cloned else t.view_as(t)
+        for t, zeros in zip(tangents, ctx.zeros, strict=True)
+    )
+
+
+def _sink_with_zeros(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The function asks PyTorch for no zeros, without which a floating-point output raises in forward mode."""
+
+    @functools.wraps(forward)
+    def call(ctx: Any, ddp: Any, *outputs: Any) -> Any:
+        if fwAD._current_level >= 0:
+            floating = [isinstance(y, Tensor) and (y.is_floating_point() or y.is_complex()) for y in outputs]
+            ctx.zeros = [
+                y.new_zeros(()).expand(y.shape) if is_ else None for y, is_ in zip(outputs, floating)
+            ]
+        return forward(ctx, ddp, *outputs)
+
+    return call
 
 
 def _all_reduced(ctx: Any, group: None, op: None, tangent: Tensor) -> Tensor:
@@ -100,7 +113,10 @@ def _complete_pytorch() -> None:
         module, name, jvp = rule
         _MISSING.remove(rule)
         if hasattr(sys.modules[module], name):
-            getattr(sys.modules[module], name).jvp = staticmethod(jvp)
+            function = getattr(sys.modules[module], name)
+            function.jvp = staticmethod(jvp)
+            if jvp is _sink:
+                function.forward = staticmethod(_sink_with_zeros(function.forward))
     if _COLLECTIVES and "torch.distributed.distributed_c10d" in sys.modules:
         group = torch.distributed.ProcessGroup
         while _COLLECTIVES:

@@ -443,7 +443,9 @@ def omnigen():
 
     length = TEXT + 1 + 16
     places = torch.arange(length)[None].expand(2, -1)
-    return Case(module, call, (image(), time()), (torch.randint(50, (2, TEXT)), places, torch.ones(2, length, length)))
+    return Case(
+        module, call, (image(), time()), (torch.randint(50, (2, TEXT)), places, torch.ones(2, length, length))
+    )
 
 
 def cosmos():
@@ -544,9 +546,9 @@ def autoencoder_kl():
 
 def autoencoder_dc():
     module = diffusers.AutoencoderDC(
-        latent_channels=4, attention_head_dim=4, encoder_block_types=("ResBlock", "EfficientViTBlock"),
-        decoder_block_types=("ResBlock", "EfficientViTBlock"), encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8), encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1),
+        latent_channels=8, attention_head_dim=8, encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"), encoder_block_out_channels=(16, 16),
+        decoder_block_out_channels=(16, 16), encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1),
         encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)),
     )  # fmt: skip
     return Case(module, lambda net, x: net(x).sample, (image(3, 16),))
@@ -570,7 +572,7 @@ def autoencoder_oobleck():
 
 def autoencoder_wan():
     module = diffusers.AutoencoderKLWan(
-        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        base_dim=8, z_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
     )
     return Case(module, lambda net, x: net(x).sample, (torch.randn(1, 3, 5, 16, 16),))
 

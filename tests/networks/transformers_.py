@@ -82,7 +82,7 @@ def swin_v2():
     config = hf.Swinv2Config(
         image_size=16,
         patch_size=2,
-        embed_dim=8,
+        embed_dim=16,
         depths=[2, 1],
         num_heads=[2, 2],
         window_size=4,
@@ -99,9 +99,11 @@ def convnext_v2():
     return _vision(hf.ConvNextV2Model, hf.ConvNextV2Config(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2))
 
 
-def resnet():
-    config = hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
-    return _vision(hf.ResNetModel, config)
+def regnet():
+    config = hf.RegNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], groups_width=8, layer_type="y"
+    )
+    return _vision(hf.RegNetModel, config)
 
 
 def segformer():
@@ -117,7 +119,11 @@ def mobilevit():
     config = hf.MobileViTConfig(
         image_size=32, hidden_sizes=[8, 8, 8], neck_hidden_sizes=[8, 8, 8, 8, 8, 8, 8], num_attention_heads=2
     )
-    return _vision(hf.MobileViTModel, config, size=32)
+    case = _vision(hf.MobileViTModel, config, size=32)
+    with torch.no_grad():
+        for p in case.module.parameters():
+            p.mul_(5.0 if p.dim() > 1 else 1.0)  # else its output hardly depends on pixels
+    return case
 
 
 def vit_mae():
@@ -272,7 +278,7 @@ TRANSFORMERS = [
         swin_v2,
         convnext,
         convnext_v2,
-        resnet,
+        regnet,
         segformer,
     ),
     *(
