@@ -7,6 +7,7 @@ needed there, and what is saved differs between a run with tangents and one with
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,7 @@ def checkpoint(
     Raises:
         RuntimeError: with tangents, in a backward by `torch.autograd.grad` or with `inputs`, which do not see
             into `function`: `.backward()` on the loss works.
+        NotImplementedError: with tangents, inside DistributedDataParallel(find_unused_parameters=True).
     """
     leaves, structure = pytree.tree_flatten((args, kwargs), is_leaf=is_dual)
     with_tangents = fwAD._current_level >= 0 or any(map(is_dual, leaves))
@@ -64,6 +66,7 @@ def checkpoint(
             options |= {"determinism_check": determinism_check, "debug": debug, "early_stop": early_stop}
         options |= {"use_reentrant": use_reentrant, "preserve_rng_state": preserve_rng_state}
         return own(function, *args, **options, **kwargs)
+    _refuse_search_of_unused_parameters()
     first, second = context_fn() if context_fn is not None else (contextlib.nullcontext(),) * 2
     inputs = [primal_of(x) for x in leaves]
     again = _Again(function, inputs, structure, preserve_rng_state, second)
@@ -78,6 +81,17 @@ def checkpoint(
         tangent = _tangent_of(outputs[i])
         outputs[i] = _with_tangent(primal, tangent, isinstance(outputs[i], Dual), of_inputs)
     return pytree.tree_unflatten(outputs, result_structure)
+
+
+def _refuse_search_of_unused_parameters() -> None:
+    distributed = sys.modules.get("torch.nn.parallel.distributed")
+    ddp = distributed.DistributedDataParallel._active_ddp_module if distributed else None
+    if ddp is not None and ddp.find_unused_parameters and not ddp.static_graph:
+        raise NotImplementedError(
+            "imf_kernels.checkpoint: DistributedDataParallel(find_unused_parameters=True) does not find the "
+            "parameters inside a checkpoint that carries tangents and would take them for unused; "
+            "static_graph=True in its place finds those that are"
+        )
 
 
 def _tangent_of(x: Any) -> Tensor | None:

@@ -37,7 +37,25 @@ def _views_behind_first(ctx: Any, first: None, *tangents: Tensor | None) -> Tang
 
 def _sink(ctx: Any, ddp: None, *tangents: Tensor | None) -> Tangents:
     cloned = ctx.ddp_weakref()._ddp_sink_clone
-    return tuple(None if t is None else t.clone() if cloned else t.view_as(t) for t in tangents)
+    return tuple(
+        zeros if t is None else t.clone() if cloned else t.view_as(t)
+        for t, zeros in zip(tangents, ctx.zeros, strict=True)
+    )
+
+
+def _sink_with_zeros(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The function asks PyTorch for no zeros, without which a floating-point output raises in forward mode."""
+
+    @functools.wraps(forward)
+    def call(ctx: Any, ddp: Any, *outputs: Any) -> Any:
+        if fwAD._current_level >= 0:
+            floating = [isinstance(y, Tensor) and (y.is_floating_point() or y.is_complex()) for y in outputs]
+            ctx.zeros = [
+                y.new_zeros(()).expand(y.shape) if is_ else None for y, is_ in zip(outputs, floating)
+            ]
+        return forward(ctx, ddp, *outputs)
+
+    return call
 
 
 def _all_reduced(ctx: Any, group: None, op: None, tangent: Tensor) -> Tensor:
@@ -100,7 +118,10 @@ def _complete_pytorch() -> None:
         module, name, jvp = rule
         _MISSING.remove(rule)
         if hasattr(sys.modules[module], name):
-            getattr(sys.modules[module], name).jvp = staticmethod(jvp)
+            function = getattr(sys.modules[module], name)
+            function.jvp = staticmethod(jvp)
+            if jvp is _sink:
+                function.forward = staticmethod(_sink_with_zeros(function.forward))
     if _COLLECTIVES and "torch.distributed.distributed_c10d" in sys.modules:
         group = torch.distributed.ProcessGroup
         while _COLLECTIVES:

@@ -275,6 +275,17 @@ def test_pytorchs_checkpoint(options):
     assert dx.any()
 
 
+class _Several(nn.Module):
+    """Returns what moves beside what does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = _network()
+
+    def forward(self, x):
+        return self.network(x), torch.ones(3), torch.arange(3)
+
+
 @pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"find_unused_parameters": True}])
 def test_ddp(options, tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -284,6 +295,10 @@ def test_ddp(options, tmp_path):
             y, y_dot = ik.jvp(network, (X,), (X_DOT,))
             y.sum().backward()
         torch.testing.assert_close(y_dot, ik.jvp(plain, (X,), (X_DOT,))[1])
+        several = DistributedDataParallel(_Several(), **options)
+        (y, apart, places), (y_dot, apart_dot, _) = ik.jvp(several, (X,), (X_DOT,))
+        assert torch.equal(y_dot, ik.jvp(_Several(), (X,), (X_DOT,))[1][0])
+        assert torch.equal(apart, torch.ones(3)) and not apart_dot.any() and places.tolist() == [0, 1, 2]
         with pytest.raises(NotImplementedError, match="collective allreduce would leave each rank its own"):
             ik.jvp(_all_reduced, (X,), (X_DOT,))
         with pytest.raises(NotImplementedError, match="collective allgather would leave"):
@@ -297,6 +312,33 @@ def test_ddp(options, tmp_path):
         assert torch.equal(y_dot, 2 * X_DOT)
         y, y_dot = ik.jvp(lambda x: torch.cat(differentiable.all_gather(2 * x)), (X,), (X_DOT,))
         assert torch.equal(y_dot, 2 * X_DOT)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"find_unused_parameters": True}])
+def test_checkpoints_inside_ddp(options, tmp_path):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = _network()
+
+        def forward(self, x):
+            return ik.checkpoint(self.network, x)
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        network, plain = DistributedDataParallel(Checkpointed(), **options), _network()
+        if "find_unused_parameters" in options:
+            with pytest.raises(NotImplementedError, match=r"checkpoint: DistributedDataParallel.*static_graph=True"):
+                ik.jvp(network, (X,), (X_DOT,))
+            return
+        for _ in range(2):
+            network.zero_grad()
+            ik.jvp(network, (X,), (X_DOT,))[0].sum().backward()
+        plain(X).sum().backward()
+        for got, want in zip(network.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(got.grad, want.grad)
     finally:
         torch.distributed.destroy_process_group()
 
