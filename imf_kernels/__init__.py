@@ -7,7 +7,8 @@ gradients flow through the primal alone.
 from imf_kernels.arithmetic import cat
 from imf_kernels.checkpoint import checkpoint
 from imf_kernels.dual import Dual, linear_map, primal
-from imf_kernels.forward import explain, jvp
+from imf_kernels.explain import explain
+from imf_kernels.forward import jvp
 from imf_kernels.fp8 import fp8_products
 from imf_kernels.ops.attention import scaled_dot_product_attention
 from imf_kernels.ops.gated_residual import gated_residual

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -78,6 +79,15 @@ def takes_dual_tensors(operation: Call) -> Call:
     return call  # type: ignore[return-value]
 
 
+class _Watch:
+    """Who is told of each operation: its name, path, why not, and seconds. See imf_kernels/explain.py."""
+
+    seen: Callable[[str, str, str, float], None] | None = None
+
+
+watch = _Watch()
+
+
 class _TracedJVP:
     """How many calls of `imf_kernels.jvp` a graph that torch.compile traces is inside of."""
 
@@ -123,6 +133,17 @@ def _single_jvp() -> Any:
 @torch._disable_dynamo  # else what falls back to eager mode here would be compiled function by function
 def _on_dual_tensors(operation: Callable[..., Any], arguments: Any, options: Any, jvp: Any) -> Any:
     """The operation at a dual level of `forward_ad`, or inside the transform `jvp`, which wraps tensors."""
+    start = time.perf_counter()
+    with torch._C.DisableTorchFunction():  # what it calls is no call of the function that `jvp` runs
+        results, moves = _results(operation, arguments, options, jvp)
+    if watch.seen is not None:
+        path = "imf_kernels" if moves else "no tangent"
+        watch.seen(f"imf_kernels.{operation.__name__}", path, "", time.perf_counter() - start)
+    return results
+
+
+def _results(operation: Callable[..., Any], arguments: Any, options: Any, jvp: Any) -> tuple[Any, bool]:
+    """What the operation returns, and whether an argument carries a tangent."""
 
     def unwrapped(x: Any) -> Any:
         wrapping = jvp is not None and isinstance(x, Tensor)
@@ -141,7 +162,7 @@ def _on_dual_tensors(operation: Callable[..., Any], arguments: Any, options: Any
                 f"{operation.__name__}: arguments must be Duals or dual tensors of PyTorch's forward mode, "
                 "got both"
             )
-        return operation(*arguments, **options)
+        return operation(*arguments, **options), True
 
     def handed_out(y: Tensor | Dual) -> tuple[Tensor, Tensor | None]:
         y, y_dot = unpack(y)
@@ -149,7 +170,10 @@ def _on_dual_tensors(operation: Callable[..., Any], arguments: Any, options: Any
 
     try:
         with contextlib.nullcontext() if jvp is None else jvp.lower():
-            duals = [x if t is None else Dual(x, t.detach()) for x, t in zip(primals, tangents, strict=True)]
+            duals = [
+                x if t is None else Dual(x, t.detach().to(x.dtype))
+                for x, t in zip(primals, tangents, strict=True)
+            ]
             plain_arguments, plain_options = pytree.tree_unflatten(duals, structure)
             result = operation(*plain_arguments, **plain_options)
             results = [handed_out(y) for y in (result if isinstance(result, tuple) else (result,))]
@@ -157,9 +181,9 @@ def _on_dual_tensors(operation: Callable[..., Any], arguments: Any, options: Any
         if options.get("backend") is not None:
             raise
         log_once(operation.__name__, "reference", str(error))
-        return operation(*arguments, **{**options, "backend": "reference"})
+        return operation(*arguments, **{**options, "backend": "reference"}), True
     dual_tensors = tuple(
         wrapped(y) if y_dot is None else forward_ad.make_dual(wrapped(y), wrapped(y_dot))
         for y, y_dot in results
     )
-    return dual_tensors if isinstance(result, tuple) else dual_tensors[0]
+    return dual_tensors if isinstance(result, tuple) else dual_tensors[0], bool(sources)

@@ -19,7 +19,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,6 +40,7 @@ from imf_kernels.rules import (
     REFUSED_WHILE_COMPILING,
     RULES,
     ZEROS_WHILE_COMPILING,
+    NotServed,
 )
 from imf_kernels.surroundings import Surroundings
 
@@ -83,6 +83,7 @@ def _with_zeros(x: Any) -> Any:
     return fwAD.make_dual(x, torch.zeros_like(x))
 
 
+NO_RULE = NotServed("")
 # By which path the tangent of a call comes.
 OURS, PYTORCHS, NONE = "imf_kernels", "PyTorch's rule", "no tangent"
 
@@ -92,7 +93,7 @@ class _Calls(TorchFunctionMode):
 
     def __init__(
         self,
-        seen: Callable[[Any, str, float], None] | None = None,
+        seen: Callable[[str, str, str, float], None] | None = None,
         synchronize: Callable[[], Any] | None = None,
     ) -> None:
         super().__init__()
@@ -104,34 +105,38 @@ class _Calls(TorchFunctionMode):
             return _call(func, args, kwargs)[0]
         self.synchronize()
         start = time.perf_counter()
-        result, ours = _call(func, args, kwargs)
+        result, why = _call(func, args, kwargs)
         self.synchronize()
-        self.seen(func, OURS if ours else _path(result), time.perf_counter() - start)
+        path, reason = (OURS, "") if why is None else (_path(result), why.why)
+        self.seen(_name(func), path, reason, time.perf_counter() - start)
         return result
 
 
-def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
-    """The result of a call; and whether one of our operations made it."""
+def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, NotServed | None]:
+    """The result of a call; and why PyTorch's rule made it, `None` where one of our operations did."""
     compiling = torch.compiler.is_compiling()
     if not compiling and torch._C._are_functorch_transforms_active():
-        return _by_pytorch(func, args, kwargs), False  # its tensors, of a vmap or grad inside, are PyTorch's
+        return _by_pytorch(
+            func, args, kwargs
+        ), NO_RULE  # its tensors, of a vmap or grad inside, are PyTorch's
     if func in REFUSED_WHILE_COMPILING if compiling else func in REFUSED or torch.is_inference_mode_enabled():
         _refuse(func, args, kwargs)
-    rule = RULES.get(func)
+    rule, why = RULES.get(func), NO_RULE
     if rule is None and compiling and len(args) == 2 and not kwargs:
         rule = ARITHMETIC_WHILE_COMPILING.get(_method_name(func))
     if rule is not None:
         given, named = [_as_dual(x) for x in args], {name: _as_dual(x) for name, x in kwargs.items()}
         if any(isinstance(x, Dual) for x in (*given, *named.values())):
             result = rule(*given, **named)
-            if result is not NotImplemented:
-                return _as_tensor(result), True
+            if not isinstance(result, NotServed):
+                return _as_tensor(result), None
+            why = result
     if compiling:
         if func is torch.utils.checkpoint.checkpoint:
             args = (_seen(args[0]), *args[1:])
         if func in ZEROS_WHILE_COMPILING and any(map(carries_tangent, pytree.tree_leaves(args))):
             args = pytree.tree_map(_with_zeros, args)
-        return _by_pytorch(func, args, kwargs), False
+        return _by_pytorch(func, args, kwargs), why
     try:
         result = _by_pytorch(func, args, kwargs)
     except (NotImplementedError, RuntimeError) as error:
@@ -142,7 +147,7 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
         raise
     _refuse_lost_tangents(func, args, kwargs, result)
     _release_graphs(result)
-    return result, False
+    return result, why
 
 
 def _seen(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -449,61 +454,3 @@ def _parts(y: Tensor, strict: bool) -> tuple[Tensor, Tensor]:
 
 def _about(x: Any) -> str:
     return f"a tuple of {len(x)}" if isinstance(x, tuple) else type(x).__name__
-
-
-@dataclass
-class Calls:
-    """The calls of one function of PyTorch that `explain` has seen.
-
-    Attributes:
-        name: as PyTorch documents it.
-        path: "imf_kernels" (an operation of this library), "PyTorch's rule" or "no tangent".
-        count: how many.
-        seconds: in all.
-    """
-
-    name: str
-    path: str
-    count: int = 0
-    seconds: float = 0.0
-
-
-def explain(
-    func: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...], *, has_aux: bool = False
-) -> list[Calls]:
-    """Prints which calls of `func` take which path inside `jvp`, and their share of its time.
-
-    Runs it twice and times the second; on a GPU it waits for each call.
-
-    Args:
-        func, primals, tangents, has_aux: as of `jvp`.
-
-    Returns:
-        What it printed, the longest first.
-    """
-    on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in pytree.tree_leaves(primals))
-    seen: dict[tuple[str, str], Calls] = {}
-
-    def record(function: Any, path: str, seconds: float) -> None:
-        name = _name(function)
-        calls = seen.setdefault((name, path), Calls(name, path))
-        calls.count += 1
-        calls.seconds += seconds
-
-    for _ in range(2):
-        seen.clear()
-        _jvp(
-            func,
-            primals,
-            tangents,
-            False,
-            has_aux,
-            lambda: _Calls(record, torch.cuda.synchronize if on_gpu else None),
-        )
-    ranked = sorted(seen.values(), key=lambda calls: -calls.seconds)
-    total = sum(calls.seconds for calls in ranked) or 1.0
-    width = max((len(calls.name) for calls in ranked), default=4)
-    print(f"{'call':{width}}  {'path':14}  {'count':>5}  {'time':>5}")
-    for calls in ranked:
-        print(f"{calls.name:{width}}  {calls.path:14}  {calls.count:5}  {calls.seconds / total:5.1%}")
-    return ranked

@@ -1,7 +1,7 @@
 """Which calls of PyTorch the operations of this library serve inside `imf_kernels.jvp`, and when.
 
 A rule has the signature of the function that it serves. It is asked where an argument carries a tangent, gets
-a `Dual` in the place of each such tensor and gives its result in the same form; or `NotImplemented`, where
+a `Dual` in the place of each such tensor and gives its result in the same form; or `NotServed`, where
 PyTorch's own forward-mode rule must serve. Each hands over only what its operation takes as PyTorch does:
 PyTorch's own errors stay PyTorch's.
 """
@@ -22,6 +22,19 @@ from imf_kernels.layout import last_contiguous
 from imf_kernels.ops import attention, check, gelu, layer_norm, linear, rms_norm, silu
 
 Rule = Callable[..., Any]
+
+
+class NotServed:
+    """What a rule returns where PyTorch's own must serve, and why."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+
+_PARAMETER = NotServed("a parameter has a tangent, or is of a subclass of Tensor")
+_DTYPE = NotServed("not of one dtype of float32, bfloat16 and float16")
+_SHAPE = NotServed("a shape that PyTorch may take or refuse")
+_ALSO = NotServed("a case that PyTorch sees to")
 RULES: dict[Any, Rule] = {}
 # Calls that would lose the tangent of an argument without a word, and why or what to do.
 REFUSED: dict[Any, str] = {}
@@ -67,12 +80,14 @@ def _cast(x: Any, dtype: torch.dtype | None) -> Any:
 
 @serves(F.linear)
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
-    if not isinstance(input, Dual) or not _plain(weight, bias) or weight.dim() != 2:
-        return NotImplemented
+    if not isinstance(input, Dual) or not _plain(weight, bias):
+        return _PARAMETER
     dtype = _autocast_to(input.device)
     x, w, b = _cast(input, dtype), _cast(weight, dtype), _cast(bias, dtype)
-    if x.dtype not in _DTYPES or not _plain(w, b, like=x.primal) or input.shape[-1:] != weight.shape[1:]:
-        return NotImplemented
+    if x.dtype not in _DTYPES or not _plain(w, b, like=x.primal):
+        return _DTYPE
+    if weight.dim() != 2 or input.shape[-1:] != weight.shape[1:]:
+        return _SHAPE
     return _linear_of_dual(x, w, b)
 
 
@@ -90,18 +105,22 @@ def _scaled_dot_product_attention(
     dtype = _autocast_to(query.device)
     q, k, v = (_cast(x, dtype) for x in (query, key, value))
     if attn_mask is not None and (not _plain(attn_mask) or attn_mask.requires_grad):
-        return NotImplemented
+        return NotServed("a mask that requires grad or has a tangent")
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, q.dtype):
-        return NotImplemented
-    if dropout_p or (is_causal and attn_mask is not None) or q.dtype not in _DTYPES:
-        return NotImplemented
+        return NotServed("a mask that is neither of bool nor of float32 nor of the query's dtype")
+    if dropout_p:
+        return NotServed("dropout of the weights")
+    if is_causal and attn_mask is not None:
+        return _ALSO
     dims = len(q.shape)
-    if dims not in (3, 4) or any(len(x.shape) != dims or x.dtype != q.dtype for x in (k, v)):
-        return NotImplemented
+    if q.dtype not in _DTYPES or any(x.dtype != q.dtype for x in (k, v)):
+        return _DTYPE
+    if dims not in (3, 4) or any(len(x.shape) != dims for x in (k, v)):
+        return NotServed("neither three nor four dimensions")
     if any(x.shape[:-3] != q.shape[:-3] for x in (k, v)) or k.shape[-3] != v.shape[-3]:
-        return NotImplemented
+        return NotServed("sizes of batch or heads that broadcast")
     if k.shape[-3] != q.shape[-3] and not (enable_gqa and dims == 4):
-        return NotImplemented
+        return NotServed("numbers of heads that broadcast")
     q, k, v = (map_both(last_contiguous, x) for x in (q, k, v))
     if dims == 3:  # [H, L, D]: one batch row
         q, k, v = (map_both(lambda t: t.unsqueeze(0), x) for x in (q, k, v))
@@ -111,14 +130,14 @@ def _scaled_dot_product_attention(
 
 @serves(F.silu)
 def _silu(input: Any, inplace: bool = False) -> Any:
-    if inplace or input.dtype not in _DTYPES:
-        return NotImplemented
-    return _silu_of_dual(input)
+    if inplace:
+        return NotServed("in place")
+    return _silu_of_dual(input) if input.dtype in _DTYPES else _DTYPE
 
 
 @serves(F.gelu)
 def _gelu(input: Any, approximate: str = "none") -> Any:
-    return _gelu_of_dual(input, approximate=approximate) if input.dtype in _DTYPES else NotImplemented
+    return _gelu_of_dual(input, approximate=approximate) if input.dtype in _DTYPES else _DTYPE
 
 
 @serves(F.layer_norm)
@@ -127,15 +146,15 @@ def _layer_norm(
 ) -> Any:
     """In float64 too: PyTorch's own rule cannot be traced by torch.compile."""
     if not isinstance(input, Dual) or not _plain(weight, bias):
-        return NotImplemented
+        return _PARAMETER
     if _autocast_to(input.device) is not None and _autocast_widens_layer_norm(input.device.type):
         input, weight, bias = (_cast(x, torch.float32) for x in (input, weight, bias))
     dims, mixed = len(normalized_shape), input.device.type == "cpu" and input.dtype in check.HALVES
     for parameter in (weight, bias):
         if not _plain(parameter, like=input.primal) and not (mixed and parameter.dtype == torch.float32):
-            return NotImplemented
+            return _DTYPE
     if not dims or tuple(normalized_shape) != tuple(input.shape[-dims:]):
-        return NotImplemented
+        return _SHAPE
     if dims == 1:
         x = map_both(last_contiguous, input)
         return _layer_norm_of_dual(x, list(normalized_shape), weight, bias, eps)
@@ -155,10 +174,14 @@ def _autocast_widens_layer_norm(device: str) -> bool:
 
 @serves(F.rms_norm, torch.rms_norm)
 def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
-    if not isinstance(input, Dual) or not _plain(weight, like=input.primal) or eps is None:
-        return NotImplemented
-    if tuple(normalized_shape) != tuple(input.shape[-1:]) or input.dtype not in _DTYPES:
-        return NotImplemented
+    if not isinstance(input, Dual) or not _plain(weight):
+        return _PARAMETER
+    if input.dtype not in _DTYPES or not _plain(weight, like=input.primal):
+        return _DTYPE
+    if eps is None:
+        return NotServed("no eps, which is then that of the dtype")
+    if tuple(normalized_shape) != tuple(input.shape[-1:]):
+        return NotServed("over other dimensions than the last one")
     if weight is None:
         weight = input.primal.new_ones(input.shape[-1])
     return _rms_norm_of_dual(map_both(last_contiguous, input), weight, eps)
@@ -168,7 +191,7 @@ def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float 
 def _group_norm(input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
     """ẏ = (ẋ r + (x − m) ṙ − ṁ r) w by group: PyTorch's rule fails on inputs that are not contiguous."""
     if not isinstance(input, Dual) or not _plain(weight, bias):
-        return NotImplemented
+        return _PARAMETER
     y = F.group_norm(input.primal, num_groups, weight, bias, eps)
     with torch.no_grad():
         groups = (input.shape[0], num_groups, -1)
@@ -194,7 +217,7 @@ def _batch_norm(
     """As group_norm's, a channel's values over the batch in the place of a group's: PyTorch's rule cannot be
     traced by torch.compile."""
     if not isinstance(input, Dual) or not _plain(running_mean, running_var, weight, bias):
-        return NotImplemented
+        return _PARAMETER
     y = F.batch_norm(input.primal, running_mean, running_var, weight, bias, training, momentum, eps)
     with torch.no_grad():
         x, x_dot = (part.movedim(1, 0).flatten(1) for part in unpack(input) if part is not None)
@@ -224,7 +247,7 @@ def _arithmetic(
     def rule(a: Any, b: Any) -> Any:
         (a, a_dot), (b, b_dot) = unpack(a), unpack(b)
         if a_dot is not None and b_dot is not None:
-            return NotImplemented
+            return _ALSO
         result = y(a, b)
         with torch.no_grad():
             y_dot = of_b(b_dot, a, b, result) if a_dot is None else of_a(a_dot, a, b, result)
@@ -321,7 +344,7 @@ def _scatter_reduce(input: Any, dim: int, index: Any, src: Any, reduce: str, **o
             "imf_kernels.jvp: scatter_reduce with reduce='prod' has no tangent in PyTorch, which would give "
             "zeros"
         )
-    return NotImplemented
+    return _ALSO
 
 
 @serves(torch.linalg.lstsq)
@@ -331,7 +354,7 @@ def _lstsq(A: Any, B: Any, rcond: Any = None, *, driver: str | None = None) -> A
             f"imf_kernels.jvp: linalg.lstsq with driver={driver!r} gives its singular values no tangent; the "
             "other drivers return none"
         )
-    return NotImplemented
+    return _ALSO
 
 
 @serves(F.nll_loss, F.cross_entropy)
@@ -341,7 +364,7 @@ def _class_weights(input: Any, target: Any, weight: Any = None, *args: Any, **kw
             "imf_kernels.jvp: PyTorch would leave out the tangent of a loss's class weights; detach the "
             "weights, or write the weighted sum"
         )
-    return NotImplemented
+    return _ALSO
 
 
 @serves(F.embedding)
@@ -353,4 +376,4 @@ def _embedding(
             "imf_kernels.jvp: embedding with max_norm scales its table in place, which PyTorch leaves out of "
             "its tangent"
         )
-    return NotImplemented
+    return _ALSO

@@ -43,15 +43,21 @@ def _sink(ctx: Any, ddp: None, *tangents: Tensor | None) -> Tangents:
     )
 
 
+def _zeros_like(y: Any) -> Tensor | None:
+    moves = isinstance(y, Tensor) and (y.is_floating_point() or y.is_complex())
+    return y.new_zeros(()).expand(y.shape) if moves else None
+
+
 def _sink_with_zeros(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The function asks PyTorch for no zeros, without which a floating-point output raises in forward mode."""
+    """It asks PyTorch for no zeros, without which a floating-point output raises in forward mode."""
 
     @functools.wraps(forward)
     def call(ctx: Any, ddp: Any, *outputs: Any) -> Any:
         if fwAD._current_level >= 0:
             floating = [isinstance(y, Tensor) and (y.is_floating_point() or y.is_complex()) for y in outputs]
             ctx.zeros = [
-                y.new_zeros(()).expand(y.shape) if is_ else None for y, is_ in zip(outputs, floating)
+                y.new_zeros(()).expand(y.shape) if is_ else None
+                for y, is_ in zip(outputs, floating, strict=True)
             ]
         return forward(ctx, ddp, *outputs)
 

@@ -19,11 +19,9 @@ import importlib
 import json
 import math
 import os
-import platform
 import re
 import select
 import signal
-import sys
 import tempfile
 import time
 import warnings
@@ -36,7 +34,7 @@ from unittest import mock
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
-from networks import NETWORKS, SOURCES, made
+from networks import NETWORKS, made
 from networks.case import Case
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel

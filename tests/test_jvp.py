@@ -377,7 +377,32 @@ def test_a_compiled_part_of_the_network_runs_eagerly():
 def test_explain(capsys):
     calls = ik.explain(Block(), (X,), (X_DOT,))
     printed = capsys.readouterr().out
-    linear = next(c for c in calls if c.name == "torch.nn.functional.linear")
-    assert (linear.path, linear.count) == ("imf_kernels", 4)
+    linear = [c for c in calls if c.name == "torch.nn.functional.linear"]
+    assert {c.path for c in linear} == {"imf_kernels"} and sum(c.count for c in linear) == 4
     assert next(c for c in calls if c.name == "torch.Tensor.add").path == "PyTorch's rule"
     assert "torch.nn.functional.linear" in printed and "%" in printed
+
+
+class _Attention(torch.nn.Module):
+    """Attention and a norm written out, as in older networks."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.norm = torch.nn.Linear(16, 48), torch.nn.RMSNorm(16)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return ik.silu(y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def test_explain_says_where_and_why(capsys):
+    network = torch.nn.Sequential(_Attention(), _Attention())
+    calls = {c.name: c for c in ik.explain(network, (X,), (X_DOT,))}
+    printed = capsys.readouterr().out
+    assert (calls["imf_kernels.silu"].path, calls["imf_kernels.silu"].count) == ("imf_kernels", 2)
+    assert calls["torch.nn.functional.linear"].where == "*.qkv"
+    norm = next(c for name, c in calls.items() if "rms_norm" in name)
+    assert (norm.path, norm.where) == ("PyTorch's rule", "*.norm") and "no eps" in norm.why
+    assert "2 times: matmul, softmax and matmul" in printed and "2 times: x · rsqrt(mean(x²))" in printed
+    assert not torch.nn.modules.module._global_forward_hooks

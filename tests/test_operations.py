@@ -151,7 +151,16 @@ def test_the_reference_is_what_pytorch_derives(case):
 
 
 def test_every_public_operation_has_cases():
-    classes_and_helpers = {"Dual", "checkpoint", "explain", "fp8_products", "jvp", "linear_map", "primal"}
+    classes_and_helpers = {
+        "Dual",
+        "cat",
+        "checkpoint",
+        "explain",
+        "fp8_products",
+        "jvp",
+        "linear_map",
+        "primal",
+    }
     classes_and_helpers |= {"rope_tables"}
     assert set(OPERATIONS) == set(ik.__all__) - classes_and_helpers == set(PLAIN)
     assert {case.operation for case in LARGE} == set(OPERATIONS)
