@@ -54,11 +54,7 @@ def _sink_with_zeros(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def call(ctx: Any, ddp: Any, *outputs: Any) -> Any:
         if fwAD._current_level >= 0:
-            floating = [isinstance(y, Tensor) and (y.is_floating_point() or y.is_complex()) for y in outputs]
-            ctx.zeros = [
-                y.new_zeros(()).expand(y.shape) if is_ else None
-                for y, is_ in zip(outputs, floating, strict=True)
-            ]
+            ctx.zeros = [_zeros_like(y) for y in outputs]
         return forward(ctx, ddp, *outputs)
 
     return call
