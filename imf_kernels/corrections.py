@@ -8,8 +8,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from imf_kernels.dual import Dual, unpack
+from imf_kernels.dual_tensors import carries_tangent
 from imf_kernels.rules import serves
 
 
@@ -81,6 +83,27 @@ def _det(A: Any) -> Any:
         return Dual(y, (cofactors * A_dot).sum((-2, -1)))
 
 
+@serves(torch.cdist)
+def _cdist(
+    x1: Any, x2: Any, p: float = 2.0, compute_mode: str = "use_mm_for_euclid_dist_if_necessary"
+) -> Any:
+    """Of Euclidean distances, which have no rule; by products of matrices where PyTorch takes those."""
+    if p != 2:
+        return NotImplemented
+    (a, a_dot), (b, b_dot) = _of(x1), _of(x2)
+    y = torch.cdist(a, b, p, compute_mode)
+    many = compute_mode == "use_mm_for_euclid_dist_if_necessary" and max(a.shape[-2], b.shape[-2]) > 25
+    with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
+        a, a_dot, b, b_dot = (t.to(y.dtype) for t in (a, a_dot, b, b_dot))
+        if many or compute_mode == "use_mm_for_euclid_dist":
+            own = (a * a_dot).sum(-1).unsqueeze(-1) + (b * b_dot).sum(-1).unsqueeze(-2)
+            y_dot = own - a_dot @ b.mT - a @ b_dot.mT
+        else:
+            apart = (t.unsqueeze(-2) - u.unsqueeze(-3) for t, u in ((a, b), (a_dot, b_dot)))
+            y_dot = torch.linalg.vecdot(*apart)
+        return Dual(y, torch.where(y > 0, y_dot / y, 0.0))
+
+
 # In the place of these, calls whose rules are right. They run where no rule of ours served.
 REWRITTEN: dict[Any, Callable[..., Any]] = {}
 
@@ -102,3 +125,25 @@ def _triangular_solve(
 
 REWRITTEN[F.silu] = _silu
 REWRITTEN[torch.triangular_solve] = REWRITTEN[Tensor.triangular_solve] = _triangular_solve
+
+
+def _without_libraries(func: Callable[..., Any]) -> Callable[..., Any]:
+    """A recurrent layer by PyTorch's own kernels: those of oneDNN and cuDNN have no rule."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not any(map(carries_tangent, pytree.tree_leaves((args, kwargs)))):
+            return func(*args, **kwargs)
+        mkldnn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+        torch._C._set_mkldnn_enabled(False)
+        torch._C._set_cudnn_enabled(False)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            torch._C._set_mkldnn_enabled(mkldnn)
+            torch._C._set_cudnn_enabled(cudnn)
+
+    return call
+
+
+for _func in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
+    REWRITTEN[_func] = _without_libraries(_func)

@@ -2,9 +2,9 @@
 
 Each network runs in each mode, in a process of its own: is what `imf_kernels.jvp` gives right, or refused?
 
-- Right: the primal, its tangent and the gradients of a loss on the primal agree with float64, whose tangent is
-  that of torch.func.jvp with attention in its plain form, of PyTorch's dual tensors where that raises, and of
-  differences where both do.
+- Right: the primal, its tangent and the gradients of a loss on the primal agree with float64, whose tangent
+  is that of torch.func.jvp with attention in its plain form, of PyTorch's dual tensors where that raises, and
+  of differences where both do.
 - Refused: a sentence of imf_kernels says what PyTorch forbids.
 - "PyTorch: no": the same network without a derivative cannot run in that mode either, or bfloat16 does not
   resolve its tangent for torch.func.jvp either.
@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import functools
 import importlib
+import importlib.metadata
 import json
 import math
 import os
@@ -24,7 +25,9 @@ import select
 import signal
 import tempfile
 import time
+import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -204,7 +207,11 @@ def _seed() -> None:
 
 def _tangent(function: Callable[..., Any], moving: Any, tangents: Any) -> tuple[str, Tensor]:
     """By which of PyTorch's ways it was found, and the tangent."""
-    with sdpa_kernel(SDPBackend.MATH), mock.patch.object(F, "group_norm", _group_norm):
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        mock.patch.object(F, "group_norm", _group_norm),
+        mock.patch.object(torch, "cdist", lambda x, y: (x.unsqueeze(-2) - y.unsqueeze(-3)).norm(dim=-1)),
+    ):
         with contextlib.suppress(RuntimeError, NotImplementedError):
             _seed()
             return "torch.func.jvp", torch.func.jvp(function, moving, tangents)[1]
@@ -408,8 +415,6 @@ def _first_line(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    import traceback
-
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if "imf_kernels" in f.filename]
     last = [*ours[-1:], *frames[-1:]]
@@ -470,6 +475,87 @@ def _child(name: str, modes: list[str], writing: int) -> None:
         os.write(writing, (json.dumps(asdict(found)) + "\n").encode())
 
 
+def versions() -> str:
+    names = "torch", "diffusers", "transformers"
+    return ", ".join(f"{name} {importlib.metadata.version(name).partition('+')[0]}" for name in names)
+
+
+def page(results: dict[str, dict[str, Any]]) -> str:
+    """The table of all results as Markdown."""
+    notes: dict[str, int] = {}
+    rows = []
+    for source, functions in SOURCES.items():
+        for name in (f.__name__ for f in functions):
+            cells = [_entry(results.get(name, {}).get(mode), notes) for mode in MODES]
+            rows.append(f"| {name} | {source} | {' | '.join(cells)} |")
+    counts = {
+        mode: Counter(modes[mode]["result"] for modes in results.values() if mode in modes) for mode in MODES
+    }
+    total = sum(counts.values(), Counter())
+    share = total[RIGHT] / (total.total() or 1)
+    kinds = [
+        kind
+        for kind in (RIGHT, REFUSED, PYTORCH, WRONG, CRASH, LATE)
+        if total[kind] or kind in (WRONG, CRASH)
+    ]
+    by_kind = ", ".join(f"{total[kind]} {kind}" for kind in kinds)
+    lines = [
+        *_INTRODUCTION.format(networks=len(NETWORKS), versions=versions()).splitlines(),
+        f"Of {total.total()} cells {share:.1%} are right: {by_kind}.",
+        "",
+        f"| | | {' | '.join(MODES.values())} |",
+        f"| --- | --- |{' --- |' * len(MODES)}",
+        *rows,
+        *(f"| {kind} | | {' | '.join(str(counts[mode][kind]) for mode in MODES)} |" for kind in kinds),
+        "",
+        *(f"{number}. {text}" for text, number in notes.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_INTRODUCTION = """\
+# Networks
+
+What `imf_kernels.jvp` gives for {networks} networks, unmodified, tiny and with random weights, made by
+`python tests/network_table.py` with {versions}. Right: the primal, its tangent and the gradients of a loss
+on the primal agree with float64. Refused: a sentence says what PyTorch forbids. "PyTorch: no": the network
+cannot run in that mode without a derivative either, or bfloat16 resolves its tangent for `torch.func.jvp`
+as little. Numbers stand for the notes below.
+"""
+
+
+def _entry(found: dict[str, Any] | None, notes: dict[str, int]) -> str:
+    if found is None:
+        return ""
+    if found["result"] == RIGHT:
+        return RIGHT
+    text = found["why"].replace("|", "\\|").replace("<", "\\<").replace("*", "\\*").replace("_", "\\_")
+    return f"{found['result']} [{notes.setdefault(text, len(notes) + 1)}]"
+
+
+def recorded() -> dict[tuple[str, str], str]:
+    """The results of the page, where it was made with these versions."""
+    text = PAGE.read_text() if PAGE.exists() else ""
+    if f"with {versions()}." not in text.replace("\n", " "):
+        return {}
+    found = {}
+    for line in text.splitlines():
+        name, _, *cells = (cell.strip() for cell in line.strip("|").split("|")) if "|" in line else ("", "")
+        if name in NETWORKS:
+            found |= {
+                (name, mode): cell.partition(" [")[0] for mode, cell in zip(MODES, cells, strict=True) if cell
+            }
+    return found
+
+
+def _warm_up() -> None:
+    """What torch.compile imports when it is first called, once for all processes."""
+    layer, x = nn.Linear(2, 2), torch.ones(1, 2)
+    step = torch.compile(lambda x: ik.jvp(layer, (x,), (x,)), backend="aot_eager")
+    step(x)[0].sum().backward()
+    torch._dynamo.reset()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="of networks; all unless told")
@@ -479,7 +565,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if {*arguments.modes} & {"compile", "fullgraph", "inductor"}:
-        importlib.import_module("torch._inductor.compile_fx")  # once for all processes
+        importlib.import_module("torch._inductor.compile_fx")
+        _warm_up()
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     results: dict[str, dict[str, Any]] = {}
     if arguments.results and arguments.results.exists():
@@ -496,7 +583,7 @@ def main() -> None:
         if modes:
             _in_a_process(name, modes, report)
     if arguments.write:
-        PAGE.write_text(page(results))
+        PAGE.write_text(page({name: results[name] for name in NETWORKS if name in results}))
 
 
 if __name__ == "__main__":

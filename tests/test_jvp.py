@@ -1,5 +1,6 @@
 """`imf_kernels.jvp` against `torch.func.jvp`: results, gradients, and the semantics of PyTorch's calls."""
 
+import copy
 import math
 
 import pytest
@@ -272,7 +273,7 @@ def twice(x: torch.Tensor) -> torch.Tensor:
         (twice, "imf_kernels_tests::twice has no forward-mode rule"),
         (torch.ops.imf_kernels_tests.twice, "imf_kernels_tests::twice has no forward-mode rule"),
         (lambda x: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*[x[None]] * 3)[0], "flash"),
-        (lambda x: torch.cdist(x, x), r"cdist has no forward-mode rule in PyTorch"),
+        (lambda x: torch.cdist(x, x, p=1.0), r"cdist has no forward-mode rule in PyTorch"),
         (lambda x: torch.special.bessel_j0(x), r"torch\.special\.bessel_j0 has no derivative in PyTorch"),
     ],
     ids=["autograd.Function", "custom_op", "torch.ops", "flash", "cdist", "bessel_j0"],
@@ -280,6 +281,39 @@ def twice(x: torch.Tensor) -> torch.Tensor:
 def test_what_has_no_forward_rule_says_so(func, says):
     with pytest.raises((NotImplementedError, RuntimeError), match=says):
         ik.jvp(func, (X,), (X_DOT,))
+
+
+def _distances(mode):
+    return lambda x: torch.cdist(x, 2 * x.flip(1)[:, :4] + 1, compute_mode=mode)
+
+
+@pytest.mark.parametrize(
+    "func",
+    [
+        *map(_distances, ("use_mm_for_euclid_dist", "donot_use_mm_for_euclid_dist")),
+        lambda x: torch.cdist(x.reshape(-1, 16), torch.ones(30, 16, dtype=x.dtype)),
+        *(
+            lambda x, layer=layer: copy.deepcopy(layer).to(x.dtype)(x)[0]
+            for layer in (
+                nn.LSTM(16, 5, 2, bidirectional=True),
+                nn.LSTM(16, 5, batch_first=True),
+                nn.GRU(16, 5),
+            )
+        ),
+    ],
+    ids=["cdist by mm", "cdist", "cdist of many", "lstm", "lstm, batch first", "gru"],
+)
+def test_distances_and_recurrent_layers(func):
+    x, x_dot, step = X.double(), X_DOT.double(), 1e-6
+    wanted = (func(x + step * x_dot) - func(x - step * x_dot)) / (2 * step)
+    y, y_dot = ik.jvp(func, (X,), (X_DOT,))
+    torch.testing.assert_close(y, func(X))
+    torch.testing.assert_close(y_dot.double(), wanted, rtol=1e-4, atol=1e-5)
+    assert torch.backends.mkldnn.enabled
+
+
+def test_distance_zero():
+    assert not ik.jvp(lambda x: torch.cdist(x, x.detach()), (X,), (X_DOT,))[1].diagonal(dim1=1, dim2=2).any()
 
 
 @pytest.mark.parametrize(

@@ -37,10 +37,6 @@ def vit():
     return _vision(hf.ViTModel, hf.ViTConfig(**SMALL, **IMAGE))
 
 
-def deit():
-    return _vision(hf.DeiTModel, hf.DeiTConfig(**SMALL, **IMAGE))
-
-
 def beit():
     config = hf.BeitConfig(**SMALL, **IMAGE, use_relative_position_bias=True, layer_scale_init_value=0.1)
     return _vision(hf.BeitModel, config)
@@ -95,10 +91,6 @@ def convnext():
     return _vision(hf.ConvNextModel, hf.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2))
 
 
-def convnext_v2():
-    return _vision(hf.ConvNextV2Model, hf.ConvNextV2Config(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2))
-
-
 def regnet():
     config = hf.RegNetConfig(
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], groups_width=8, layer_type="y"
@@ -143,11 +135,6 @@ def bert():
     )
 
 
-def roberta():
-    module = hf.RobertaModel(hf.RobertaConfig(**SMALL, vocab_size=50), add_pooling_layer=False)
-    return Case(module, _of_embeddings, (text(16),))
-
-
 def modern_bert():
     module = hf.ModernBertModel(hf.ModernBertConfig(**SMALL, vocab_size=50, pad_token_id=0))
     return Case(module, _of_embeddings, (text(16),))
@@ -179,10 +166,6 @@ def mixtral():
     return Case(hf.MixtralModel(config), _decoded, (text(16),))
 
 
-def gemma():
-    return Case(hf.GemmaModel(hf.GemmaConfig(**DECODER)), _decoded, (text(16),))
-
-
 def gemma_2():
     return Case(hf.Gemma2Model(hf.Gemma2Config(**DECODER, sliding_window=3)), _decoded, (text(16),))
 
@@ -199,13 +182,6 @@ def mamba():
 def t5_encoder():
     module = hf.T5EncoderModel(
         hf.T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=50)
-    )
-    return Case(module, _of_embeddings, (text(16),))
-
-
-def umt5_encoder():
-    module = hf.UMT5EncoderModel(
-        hf.UMT5Config(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=50)
     )
     return Case(module, _of_embeddings, (text(16),))
 
@@ -236,14 +212,6 @@ def wav2vec2():
     return Case(hf.Wav2Vec2Model(config), lambda net, x: net(x).last_hidden_state, (torch.randn(2, 200),))
 
 
-def hubert():
-    config = hf.HubertConfig(
-        **SMALL, conv_dim=[8, 8], conv_stride=[5, 2], conv_kernel=[10, 3], num_feat_extract_layers=2,
-        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, vocab_size=20,
-    )  # fmt: skip
-    return Case(hf.HubertModel(config), lambda net, x: net(x).last_hidden_state, (torch.randn(2, 200),))
-
-
 def encodec():
     config = hf.EncodecConfig(
         hidden_size=8,
@@ -268,7 +236,6 @@ def perceiver():
 TRANSFORMERS = [
     *(
         vit,
-        deit,
         beit,
         dinov2,
         dinov3,
@@ -277,7 +244,6 @@ TRANSFORMERS = [
         swin,
         swin_v2,
         convnext,
-        convnext_v2,
         regnet,
         segformer,
     ),
@@ -285,25 +251,21 @@ TRANSFORMERS = [
         mobilevit,
         vit_mae,
         bert,
-        roberta,
         modern_bert,
         deberta_v2,
         gpt2,
         llama,
         mistral,
         mixtral,
-        gemma,
         gemma_2,
     ),
     *(
         qwen_3,
         mamba,
         t5_encoder,
-        umt5_encoder,
         bart_encoder,
         whisper_encoder,
         wav2vec2,
-        hubert,
         encodec,
         perceiver,
     ),
