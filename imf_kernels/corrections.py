@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from imf_kernels.dual import Dual, unpack
 from imf_kernels.dual_tensors import carries_tangent
-from imf_kernels.rules import serves
+from imf_kernels.rules import NotServed, serves
 
 
 def _of(x: Any) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ def _cdist(
 ) -> Any:
     """Of Euclidean distances, which have no rule; by products of matrices where PyTorch takes those."""
     if p != 2:
-        return NotImplemented
+        return NotServed("of another p than 2")
     (a, a_dot), (b, b_dot) = _of(x1), _of(x2)
     y = torch.cdist(a, b, p, compute_mode)
     many = compute_mode == "use_mm_for_euclid_dist_if_necessary" and max(a.shape[-2], b.shape[-2]) > 25

@@ -18,6 +18,7 @@ import functools
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
 from imf_kernels.corrections import REWRITTEN
+from imf_kernels.dispatch import logger
 from imf_kernels.dual import Dual, guarded
 from imf_kernels.dual_tensors import carries_tangent, primal_of, traced_jvp, unpack_dual_tensor
 from imf_kernels.layout import not_a_view
@@ -68,9 +70,8 @@ def _as_tensor(y: Any) -> Any:
     tangent = y.tangent_rows
     if tangent is None:
         return y.primal
-    if (
-        not torch.compiler.is_compiling() and tangent._is_view()
-    ):  # one made without autograd nobody may modify
+    if not torch.compiler.is_compiling() and tangent._is_view():
+        # A view that was made without autograd nobody may modify.
         tangent = not_a_view(tangent, tangent.shape)
     return fwAD.make_dual(y.primal, tangent)
 
@@ -116,9 +117,8 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
     """The result of a call; and why PyTorch's rule made it, `None` where one of our operations did."""
     compiling = torch.compiler.is_compiling()
     if not compiling and torch._C._are_functorch_transforms_active():
-        return _by_pytorch(
-            func, args, kwargs
-        ), NO_RULE  # its tensors, of a vmap or grad inside, are PyTorch's
+        # The tensors of a vmap or grad inside are PyTorch's.
+        return _by_pytorch(func, args, kwargs), NO_RULE
     if func in REFUSED_WHILE_COMPILING if compiling else func in REFUSED or torch.is_inference_mode_enabled():
         _refuse(func, args, kwargs)
     rule, why = RULES.get(func), NO_RULE
@@ -285,7 +285,7 @@ def _jvp(
         if fwAD._current_level >= 0:
             raise RuntimeError(_NESTED)
         with fwAD.dual_level():
-            duals = [x if x_dot is None else fwAD.make_dual(x, x_dot) for x, x_dot in pairs]
+            duals = [_dual_input(x, x_dot) for x, x_dot in pairs]
             traced_jvp.depth += 1
             with calls():
                 result = func(*pytree.tree_unflatten(duals, structure))
@@ -321,6 +321,7 @@ def _eagerly(func: Any, pairs: Any, structure: Any, strict: bool, has_aux: bool,
 
     if getattr(_inside, "is_inside", False):
         raise RuntimeError(_NESTED)
+    _say_what_runs_eagerly(func)
     with _ONE_LEVEL:
         if fwAD._current_level >= 0:
             raise RuntimeError(_NESTED)
@@ -342,6 +343,26 @@ def _at_a_level(func: Any, pairs: Any, structure: Any, strict: bool, has_aux: bo
         return _taken_apart(result, strict, has_aux)
 
 
+_asked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+
+def _say_what_runs_eagerly(func: Any) -> None:
+    """Logs once what torch.compile made of a module, or of a part of it: it does not run here."""
+    if "torch._dynamo" not in sys.modules or not isinstance(func, torch.nn.Module) or func in _asked:
+        return
+    _asked.add(func)
+    compiled = [
+        name or type(module).__name__
+        for name, module in func.named_modules()
+        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+    ]
+    if compiled:
+        logger.info(
+            "jvp runs eagerly what torch.compile made: %s. Compile the function that calls jvp",
+            ", ".join(compiled),
+        )
+
+
 class _Inside:
     """A thread inside a jvp, whose calls are seen."""
 
@@ -358,13 +379,14 @@ class _Inside:
 
 
 def _dual_input(x: Any, x_dot: Tensor | None) -> Any:
-    if isinstance(x, Tensor) and x.is_inference():
-        x = x.clone()
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        x, x_dot = (t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in (x, x_dot))
     if x_dot is None:
         return x
-    if not x.is_contiguous() and not torch.ops.aten.is_non_overlapping_and_dense(x):
+    if not x.is_contiguous() and (compiling or not torch.ops.aten.is_non_overlapping_and_dense(x)):
         x = x.contiguous()  # a tangent has its primal's memory layout
-    return fwAD.make_dual(x, x_dot.clone() if x_dot.is_inference() else x_dot)
+    return fwAD.make_dual(x, x_dot)
 
 
 def _name_function_without_rule(error: Exception) -> None:

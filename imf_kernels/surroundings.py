@@ -81,11 +81,7 @@ def _all_gathered(ctx: Any, group: None, tangent: Tensor) -> Tangents:
 _FSDP = "torch.distributed.fsdp._fully_shard"
 # Functions of PyTorch without a forward-mode rule, or with one that forward mode does not take, and a rule.
 _MISSING: list[tuple[str, str, Callable[..., Any]]] = [
-    (
-        "torch.distributed.fsdp._fully_shard._fsdp_param_group",
-        "RegisterPostBackwardFunction",
-        _views_behind_first,
-    ),
+    (f"{_FSDP}._fsdp_param_group", "RegisterPostBackwardFunction", _views_behind_first),
     ("torch.nn.modules._functions", "BackwardHookFunction", _views),
     ("torch.nn.parallel.distributed", "_DDPSink", _sink),
     ("torch.distributed.nn.functional", "_AllReduce", _all_reduced),

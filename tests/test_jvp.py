@@ -399,13 +399,16 @@ def test_gradients_accumulate():
         torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-5)
 
 
-def test_a_compiled_part_of_the_network_runs_eagerly():
+def test_a_compiled_part_of_the_network_runs_eagerly(caplog):
     block = Block()
     wanted = ik.jvp(block, (X,), (X_DOT,))
     compiled = torch.compile(block, backend="eager")
     compiled(X)
+    caplog.set_level("INFO", "imf_kernels")
     for got, want in zip(ik.jvp(compiled, (X,), (X_DOT,)), wanted, strict=True):
         assert torch.equal(got, want)
+    ik.jvp(compiled, (X,), (X_DOT,))
+    assert caplog.text.count("runs eagerly what torch.compile made") == 1
 
 
 def test_explain(capsys):

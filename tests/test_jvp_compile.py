@@ -204,3 +204,12 @@ def test_a_tangent_that_is_handed_out():
         (y - y_dot.detach()).square().sum().backward()
         grads.append(x.grad)
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("x", [torch.tensor(0.5).expand(4), torch.randn(20).unfold(0, 8, 2)[:4]])
+def test_primals_that_overlap_themselves(x):
+    x_dot = torch.randn(x.shape)
+    wanted = ik.jvp(torch.sin, (x,), (x_dot,))
+    compiled = torch.compile(lambda x, v: ik.jvp(torch.sin, (x,), (v,)), backend="aot_eager", fullgraph=True)
+    for got, want in zip(compiled(x, x_dot), wanted, strict=True):
+        torch.testing.assert_close(got, want)
