@@ -137,6 +137,25 @@ def test_calls_whose_rule_the_compiler_cannot_follow(function, autocast):
     torch.testing.assert_close(x.grad, wanted_x.grad, **tolerance)
 
 
+def test_gradients_in_another_layout_than_traced():
+    """That of a convolution behind attention."""
+    generator = torch.Generator().manual_seed(3)
+    x, x_dot = (torch.randn(1, 8, 4, 4, generator=generator) for _ in range(2))
+    into, out = torch.randn(24, 8, 1, 1, generator=generator), torch.randn(8, 8, 1, 1, generator=generator)
+    into.requires_grad_()
+    out.requires_grad_()
+
+    def function(x):
+        q, k, v = F.conv2d(x, into).reshape(1, 1, 24, -1).permute(0, 1, 3, 2).contiguous().chunk(3, -1)
+        y = F.scaled_dot_product_attention(q, k, v).squeeze(1).permute(0, 2, 1).reshape(1, 8, 4, 4)
+        return F.conv2d(y, out)
+
+    wanted = torch.autograd.grad(function(x).square().sum(), (into, out))
+    step = torch.compile(lambda *x: ik.jvp(function, x, (x_dot,)), backend="aot_eager", fullgraph=True)
+    got = torch.autograd.grad(step(x)[0].square().sum(), (into, out))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3)
+
+
 ONES, SQUARE = torch.ones(4, 6, 16), torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(2))
 FACTORS = {
     "add": lambda x: torch.add(x, ONES, alpha=2),
