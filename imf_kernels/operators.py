@@ -90,7 +90,11 @@ class Operation:
 
     def _launch(self, kernel: str, *arguments: Any, backend: str) -> Any:
         """Lays out again what compiled code hands over in another order than it was traced with."""
-        laid_out = (last_contiguous(x) if isinstance(x, Tensor) else x for x in arguments)
+        read = (a.alias_info is None for a in self._kernels[kernel]._schema.arguments)
+        laid_out = [
+            last_contiguous(x) if is_read and isinstance(x, Tensor) else x
+            for x, is_read in zip(arguments, read, strict=False)
+        ]
         return getattr(self._backends[backend], kernel)(*laid_out)
 
 
