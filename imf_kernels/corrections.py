@@ -147,3 +147,74 @@ def _without_libraries(func: Callable[..., Any]) -> Callable[..., Any]:
 
 for _func in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
     REWRITTEN[_func] = _without_libraries(_func)
+
+
+# While torch.compile traces, PyTorch's rules (2.13) multiply the zeros of an operand without a tangent by
+# these factors, which compiled code answers with a segmentation fault: the factors are multiplied in before.
+
+
+def _factored_in(
+    func: Any, names: tuple[str, ...], factors: tuple[str, ...], plain: Callable[..., Any]
+) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = [kwargs.get(name, 1) for name in factors]
+        known = len(args) <= len(names) and {*kwargs} <= {*names, *factors}
+        if not torch.compiler.is_compiling() or not known or all(factor == 1 for factor in given):
+            return func(*args, **kwargs)
+        return plain(*args, *(kwargs[name] for name in names[len(args) :]), *given)
+
+    return call
+
+
+def _added(sign: int) -> Callable[..., Any]:
+    return lambda x, y, alpha: x + (sign * alpha) * y
+
+
+def _added_in_place(sign: int) -> Callable[..., Any]:
+    return lambda x, y, alpha: x.add_((sign * alpha) * y)
+
+
+def _product_added(product: Callable[..., Any]) -> Callable[..., Any]:
+    def plain(x: Tensor, a: Tensor, b: Tensor, beta: Any, alpha: Any) -> Tensor:
+        y = alpha * product(a, b)
+        return beta * x + y if beta != 0 else y.expand(torch.broadcast_shapes(x.shape, y.shape))
+
+    return plain
+
+
+def _product_added_in_place(product: Callable[..., Any]) -> Callable[..., Any]:
+    def plain(x: Tensor, a: Tensor, b: Tensor, beta: Any, alpha: Any) -> Tensor:
+        return (x.mul_(beta) if beta != 0 else x.zero_()).add_(alpha * product(a, b))
+
+    return plain
+
+
+def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    return torch.bmm(a, b).sum(0)
+
+
+def _complete(name: str, names: tuple[str, ...], factors: tuple[str, ...], plain: Any, in_place: Any) -> None:
+    for func in (getattr(torch, name), getattr(Tensor, name)):
+        REWRITTEN[func] = _factored_in(func, names, factors, plain)
+    func = getattr(Tensor, f"{name}_")
+    REWRITTEN[func] = _factored_in(func, names, factors, in_place)
+
+
+for _name, _sign in (("add", 1), ("sub", -1), ("subtract", -1)):
+    _complete(_name, ("input", "other"), ("alpha",), _added(_sign), _added_in_place(_sign))
+_complete(
+    "addcmul",
+    ("input", "tensor1", "tensor2"),
+    ("value",),
+    lambda x, a, b, value: x + value * (a * b),
+    lambda x, a, b, value: x.add_(value * (a * b)),
+)
+for _name, _operands, _product in (
+    ("addmm", ("mat1", "mat2"), torch.mm),
+    ("baddbmm", ("batch1", "batch2"), torch.bmm),
+    ("addbmm", ("batch1", "batch2"), _sum_of_products),
+    ("addmv", ("mat", "vec"), torch.mv),
+    ("addr", ("vec1", "vec2"), torch.outer),
+):
+    _product_plain, _product_in_place = _product_added(_product), _product_added_in_place(_product)
+    _complete(_name, ("input", *_operands), ("beta", "alpha"), _product_plain, _product_in_place)

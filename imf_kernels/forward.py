@@ -28,6 +28,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.fx.experimental.symbolic_shapes import guard_or_true
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
@@ -134,6 +135,8 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
     if compiling:
         if func is torch.utils.checkpoint.checkpoint:
             args = (_seen(args[0]), *args[1:])
+        if func is Tensor.__getitem__ and carries_tangent(args[0]):
+            _expect_some(args[1])
         if func in ZEROS_WHILE_COMPILING and any(map(carries_tangent, pytree.tree_leaves(args))):
             args = pytree.tree_map(_with_zeros, args)
         return _by_pytorch(func, args, kwargs), why
@@ -148,6 +151,13 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
     _refuse_lost_tangents(func, args, kwargs, result)
     _release_graphs(result)
     return result, why
+
+
+def _expect_some(index: Any) -> None:
+    """Places whose number depends on data, which forward mode cannot follow unless there are some."""
+    for places in index if isinstance(index, tuple) else (index,):
+        if isinstance(places, Tensor) and places.dtype == torch.int64 and guard_or_true(places.numel() != 0):
+            torch._check(places.numel() >= 1)
 
 
 def _seen(function: Callable[..., Any]) -> Callable[..., Any]:

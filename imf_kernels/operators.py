@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from imf_kernels.dispatch import Backend, always
+from imf_kernels.layout import last_contiguous
 
 _LIBRARY = torch.library.Library("imf_kernels", "DEF")
 
@@ -88,7 +89,13 @@ class Operation:
         return [y] if y_dot is None else [y, y_dot]
 
     def _launch(self, kernel: str, *arguments: Any, backend: str) -> Any:
-        return getattr(self._backends[backend], kernel)(*arguments)
+        """Lays out again what compiled code hands over in another order than it was traced with."""
+        read = (a.alias_info is None for a in self._kernels[kernel]._schema.arguments)
+        laid_out = [
+            last_contiguous(x) if is_read and isinstance(x, Tensor) else x
+            for x, is_read in zip(arguments, read, strict=False)
+        ]
+        return getattr(self._backends[backend], kernel)(*laid_out)
 
 
 def _define(name: str, schema: str) -> Any:

@@ -60,7 +60,7 @@ MODES = {
 WITH_INDUCTOR = ("sit", "mf_dit", "unet", "u_vit", "edm2", "pmf", "dit", "flux", "unet_2d", "vit")
 RIGHT, REFUSED, PYTORCH, WRONG, CRASH, LATE = "right", "refused", "PyTorch: no", "WRONG", "crash", "timeout"
 PAGE = Path(__file__).parents[1] / "docs" / "networks.md"
-SECONDS = 90  # a cell
+SECONDS = 180  # a cell
 INDUCTOR_SECONDS = 400
 
 

@@ -137,6 +137,52 @@ def test_calls_whose_rule_the_compiler_cannot_follow(function, autocast):
     torch.testing.assert_close(x.grad, wanted_x.grad, **tolerance)
 
 
+def test_gradients_in_another_layout_than_traced():
+    """That of a convolution behind attention."""
+    generator = torch.Generator().manual_seed(3)
+    x, x_dot = (torch.randn(1, 8, 4, 4, generator=generator) for _ in range(2))
+    into, out = torch.randn(24, 8, 1, 1, generator=generator), torch.randn(8, 8, 1, 1, generator=generator)
+    into.requires_grad_()
+    out.requires_grad_()
+
+    def function(x):
+        q, k, v = F.conv2d(x, into).reshape(1, 1, 24, -1).permute(0, 1, 3, 2).contiguous().chunk(3, -1)
+        y = F.scaled_dot_product_attention(q, k, v).squeeze(1).permute(0, 2, 1).reshape(1, 8, 4, 4)
+        return F.conv2d(y, out)
+
+    wanted = torch.autograd.grad(function(x).square().sum(), (into, out))
+    step = torch.compile(lambda *x: ik.jvp(function, x, (x_dot,)), backend="aot_eager", fullgraph=True)
+    got = torch.autograd.grad(step(x)[0].square().sum(), (into, out))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3)
+
+
+ONES, SQUARE = torch.ones(4, 6, 16), torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(2))
+FACTORS = {
+    "add": lambda x: torch.add(x, ONES, alpha=2),
+    "add_": lambda x: ONES.clone().add_(x, alpha=2),
+    "sub": lambda x: torch.sub(input=x, other=ONES, alpha=2),
+    "sub_": lambda x: (x * 1).sub_(ONES, alpha=2),
+    "addcmul": lambda x: torch.addcmul(ONES, x, 3 * ONES, value=2),
+    "addcmul_": lambda x: (x * 1).addcmul_(ONES, 3 * ONES, value=2),
+    "addmm": lambda x: torch.addmm(SQUARE[0], x[0], x[0].mT, beta=0),
+    "baddbmm": lambda x: torch.baddbmm(SQUARE, x, x.mT, beta=0.5, alpha=2),
+    "baddbmm_": lambda x: SQUARE.clone().baddbmm_(x, x.mT, beta=0),
+    "addbmm": lambda x: torch.addbmm(SQUARE[0], batch2=x.mT, batch1=x, beta=2),
+    "addmv": lambda x: torch.addmv(SQUARE[0, 0], x[0], x[0, 0], beta=2),
+    "addr": lambda x: SQUARE[0].addr(x[0, :, 0], x[0, :, 1], beta=2),
+}
+
+
+@pytest.mark.parametrize("function", FACTORS.values(), ids=FACTORS)
+def test_factors_of_what_has_no_tangent(function):
+    """PyTorch's rules end the process."""
+    wanted = ik.jvp(function, (X,), (X_DOT,))
+    got = torch.compile(
+        lambda x, x_dot: ik.jvp(function, (x,), (x_dot,)), backend="aot_eager", fullgraph=True
+    )(X, X_DOT)
+    torch.testing.assert_close(got, wanted)
+
+
 def _branches(x):
     return x.sin() if x.sum() < 1e9 else x
 
