@@ -27,8 +27,8 @@ import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.fx.experimental.symbolic_shapes import guard_or_true
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
