@@ -106,7 +106,7 @@ class _Calls(TorchFunctionMode):
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
     """The result of a call; and whether one of our operations made it."""
     compiling = torch.compiler.is_compiling()
-    if not compiling and torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         return _by_pytorch(func, args, kwargs), False  # its tensors, of a vmap or grad inside, are PyTorch's
     if func in REFUSED_WHILE_COMPILING if compiling else func in REFUSED or torch.is_inference_mode_enabled():
         _refuse(func, args, kwargs)

@@ -564,7 +564,9 @@ def autoencoder_wan():
 
 def vq_model():
     module = diffusers.VQModel(block_out_channels=(8,), norm_num_groups=4, num_vq_embeddings=4)
-    torch.nn.init.normal_(module.quantize.embedding.weight)  # far apart, so that rounding chooses no other one
+    torch.nn.init.normal_(
+        module.quantize.embedding.weight
+    )  # far apart, so that rounding chooses no other one
     return Case(module, lambda net, x: net(x).sample, (image(3),))
 
 
