@@ -117,7 +117,7 @@ class _Calls(TorchFunctionMode):
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, NotServed | None]:
     """The result of a call; and why PyTorch's rule made it, `None` where one of our operations did."""
     compiling = torch.compiler.is_compiling()
-    if not compiling and torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         # The tensors of a vmap or grad inside are PyTorch's.
         return _by_pytorch(func, args, kwargs), NO_RULE
     if func in REFUSED_WHILE_COMPILING if compiling else func in REFUSED or torch.is_inference_mode_enabled():

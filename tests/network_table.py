@@ -37,7 +37,7 @@ from unittest import mock
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
-from networks import NETWORKS, made
+from networks import NETWORKS, SOURCES, made
 from networks.case import Case
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -520,7 +520,7 @@ What `imf_kernels.jvp` gives for {networks} networks, unmodified, tiny and with 
 `python tests/network_table.py` with {versions}. Right: the primal, its tangent and the gradients of a loss
 on the primal agree with float64. Refused: a sentence says what PyTorch forbids. "PyTorch: no": the network
 cannot run in that mode without a derivative either, or bfloat16 resolves its tangent for `torch.func.jvp`
-as little. Numbers stand for the notes below.
+as little. Numbers stand for the notes below; empty cells have not been run yet.
 """
 
 

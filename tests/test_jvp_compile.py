@@ -156,6 +156,14 @@ def test_gradients_in_another_layout_than_traced():
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3)
 
 
+def test_vmap_of_what_moves():
+    def function(x):
+        return torch.vmap(F.silu)(x) * torch.vmap(lambda i: (i > 1).float())(torch.arange(16))
+
+    got = torch.compile(lambda *x: ik.jvp(function, x, (X_DOT,)), backend="aot_eager", fullgraph=True)(X)
+    torch.testing.assert_close(got, ik.jvp(function, (X,), (X_DOT,)))
+
+
 ONES, SQUARE = torch.ones(4, 6, 16), torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(2))
 FACTORS = {
     "add": lambda x: torch.add(x, ONES, alpha=2),
