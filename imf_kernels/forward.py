@@ -406,10 +406,13 @@ def _name_function_without_rule(error: Exception) -> None:
     trace = error.__traceback__
     while trace is not None:
         frame, trace = trace.tb_frame, trace.tb_next
-        if frame.f_code.co_name == "apply" and frame.f_code.co_filename.endswith("autograd/function.py"):
-            name = getattr(frame.f_locals.get("cls"), "__qualname__", "")
+        names = frame.f_locals
+        function = names.get("cls") or getattr(
+            names.get("self"), "_forward_cls", None
+        )  # the latter from 2.14 on
+        if frame.f_code.co_filename.endswith("autograd/function.py") and function is not None:
             raise NotImplementedError(
-                f"imf_kernels.jvp: the autograd.Function {name} has no forward-mode rule, a static method "
+                f"imf_kernels.jvp: the autograd.Function {function.__qualname__} has no forward-mode rule, a static method "
                 "jvp(ctx, *tangents). Attention of another package: call "
                 "torch.nn.functional.scaled_dot_product_attention in its place"
             ) from error
