@@ -412,8 +412,8 @@ def _name_function_without_rule(error: Exception) -> None:
         )  # the latter from 2.14 on
         if frame.f_code.co_filename.endswith("autograd/function.py") and function is not None:
             raise NotImplementedError(
-                f"imf_kernels.jvp: the autograd.Function {function.__qualname__} has no forward-mode rule, a static "
-                "method jvp(ctx, *tangents). Attention of another package: call "
+                f"imf_kernels.jvp: the autograd.Function {function.__qualname__} has no forward-mode rule, a "
+                "static method jvp(ctx, *tangents). Attention of another package: call "
                 "torch.nn.functional.scaled_dot_product_attention in its place"
             ) from error
 
