@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from imf_kernels import triton_backend
+from imf_kernels.dispatch import fact
 from imf_kernels.layout import count_rows
 from imf_kernels.triton_backend import Kernels
 
@@ -66,12 +67,28 @@ def used_for(x: Tensor, weight: Tensor) -> str | None:
             "linear: inside fp8_products('everything') nothing may require a gradient: wrap the call in "
             "torch.no_grad(), or take fp8_products('tangents')"
         )
+    if x.device.type == "cpu" and not cpu_scales_rows():
+        raise RuntimeError(
+            f"linear: FP8 on a CPU needs a newer PyTorch than {torch.__version__}, whose _scaled_mm takes "
+            "one scale for all rows"
+        )
     if x.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(x.device) < (8, 9):
         raise RuntimeError(
             f"linear: FP8 needs a GPU of compute capability 8.9 or newer, got "
             f"{torch.cuda.get_device_name(x.device)}"
         )
     return where
+
+
+@fact
+def cpu_scales_rows() -> bool:
+    """Whether PyTorch's products in FP8 on a CPU take a scale for each row (2.11's do not)."""
+    x, scale = torch.zeros(MULTIPLE, MULTIPLE).to(DTYPE), torch.ones(MULTIPLE, 1)
+    try:
+        torch._scaled_mm(x, x.t(), scale, scale.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
 
 
 @torch.no_grad()
