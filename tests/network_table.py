@@ -517,10 +517,17 @@ _INTRODUCTION = """\
 # Networks
 
 What `imf_kernels.jvp` gives for {networks} networks, unmodified, tiny and with random weights, made by
-`python tests/network_table.py` with {versions}. Right: the primal, its tangent and the gradients of a loss
-on the primal agree with float64. Refused: a sentence says what PyTorch forbids. "PyTorch: no": the network
-cannot run in that mode without a derivative either, or bfloat16 resolves its tangent for `torch.func.jvp`
-as little. Numbers stand for the notes below; empty cells have not been run yet.
+`python tests/network_table.py` with {versions}.
+
+- Right: the primal, its tangent and the gradients of a loss on the primal agree with float64.
+- Refused: a sentence says what PyTorch forbids.
+- PyTorch: no: the network cannot run in that mode without a derivative either, or bfloat16 resolves its
+  tangent for `torch.func.jvp` as little.
+
+Numbers stand for the notes below; empty cells have not been run yet, and the columns ran on several
+commits of a day. Not in the table: a ResNet of transformers, whose tangent under autocast was off by 7.4 %
+where 5 % are allowed; why is not known.
+
 """
 
 
