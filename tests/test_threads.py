@@ -57,11 +57,14 @@ def run_python(script, *arguments, **environment):
     )
 
 
+def _built_by_clang():
+    file = getattr(_C, "__file__", None)  # kernels on an emulated processor have none
+    return file is not None and b"clang version" in Path(file).read_bytes()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 @pytest.mark.skipif(not _C.openmp, reason="built without OpenMP")
-@pytest.mark.skipif(
-    b"clang version" in Path(_C.__file__).read_bytes(), reason="Clang's OpenMP runtime is not PyTorch's"
-)
+@pytest.mark.skipif(_built_by_clang(), reason="Clang's OpenMP runtime is not PyTorch's")
 def test_one_openmp_runtime_is_mapped():
     result = run_python("""
         import imf_kernels, torch
