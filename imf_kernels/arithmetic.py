@@ -7,7 +7,8 @@ and in order works on those; everything else first completes the tangent.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import reduce
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -54,8 +55,7 @@ def _of_two(
                 parts.append(part.expand(tangent.shape).to(result.dtype))
         if not parts:
             return Dual(result, None)
-        first, *rest = align(*parts)
-        return Dual(result, first + rest[0] if rest else first)  # type: ignore[operator]
+        return Dual(result, reduce(torch.add, cast(list[Tensor], align(*parts))))
 
 
 def add(a: Operand, b: Operand) -> Dual:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from imf_kernels.dual import Dual, is_dual
-from imf_kernels.dual_tensors import primal_of, unpack_dual_tensor
+from imf_kernels.dual_tensors import primal_of, tangent_of
 from imf_kernels.layout import not_a_view
 
 Context = contextlib.AbstractContextManager[Any]
@@ -57,9 +57,10 @@ def checkpoint(
     """
     leaves, structure = pytree.tree_flatten((args, kwargs), is_leaf=is_dual)
     with_tangents = fwAD._current_level >= 0 or any(map(is_dual, leaves))
-    if not with_tangents or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    compiling = torch.compiler.is_compiling()
+    if not with_tangents or compiling or not torch.is_grad_enabled():
         own: Any = torch.utils.checkpoint.checkpoint
-        if with_tangents and not torch.compiler.is_compiling():
+        if with_tangents and not compiling:
             own = own.__wrapped__  # inside `jvp` its name stands for this function
         options: dict[str, Any] = {} if context_fn is None else {"context_fn": context_fn}
         if not use_reentrant:
@@ -76,10 +77,9 @@ def checkpoint(
     moving = [i for i, y in enumerate(outputs) if isinstance(y, (Tensor, Dual)) and y.dtype.is_floating_point]
     anchor = torch.ones((), requires_grad=True)  # backward must come even if only weights inside require grad
     primals = _Recompute.apply(again, anchor, len(moving), *(primal_of(outputs[i]) for i in moving), *tensors)
-    of_inputs = tuple(t for t in map(_tangent_of, leaves) if t is not None)
+    of_inputs = tuple(t for t in map(tangent_of, leaves) if t is not None)
     for i, primal in zip(moving, primals, strict=True):
-        tangent = _tangent_of(outputs[i])
-        outputs[i] = _with_tangent(primal, tangent, isinstance(outputs[i], Dual), of_inputs)
+        outputs[i] = _with_tangent_of(outputs[i], primal, of_inputs)
     return pytree.tree_unflatten(outputs, result_structure)
 
 
@@ -94,18 +94,10 @@ def _refuse_search_of_unused_parameters() -> None:
         )
 
 
-def _tangent_of(x: Any) -> Tensor | None:
-    if isinstance(x, Dual):
-        return x.tangent_rows
-    moves = isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
-    return unpack_dual_tensor(x)[1] if moves else None
-
-
-def _with_tangent(
-    primal: Tensor, tangent: Tensor | None, is_dual: bool, of_inputs: tuple[Tensor, ...]
-) -> Tensor | Dual:
+def _with_tangent_of(y: Tensor | Dual, primal: Tensor, of_inputs: tuple[Tensor, ...]) -> Tensor | Dual:
+    tangent = tangent_of(y)
     tangent = None if tangent is None else _own(tangent, of_inputs)
-    if is_dual:
+    if isinstance(y, Dual):
         return Dual(primal, tangent)
     return primal if tangent is None else fwAD.make_dual(primal, tangent)
 

@@ -151,6 +151,7 @@ for _func in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
 
 # While torch.compile traces, PyTorch's rules (2.13) multiply the zeros of an operand without a tangent by
 # these factors, which compiled code answers with a segmentation fault: the factors are multiplied in before.
+REWRITTEN_WHILE_COMPILING: dict[Any, Callable[..., Any]] = {}
 
 
 def _factored_in(
@@ -159,7 +160,7 @@ def _factored_in(
     def call(*args: Any, **kwargs: Any) -> Any:
         given = [kwargs.get(name, 1) for name in factors]
         known = len(args) <= len(names) and {*kwargs} <= {*names, *factors}
-        if not torch.compiler.is_compiling() or not known or all(factor == 1 for factor in given):
+        if not known or all(factor == 1 for factor in given):
             return func(*args, **kwargs)
         return plain(*args, *(kwargs[name] for name in names[len(args) :]), *given)
 
@@ -195,9 +196,9 @@ def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
 
 def _complete(name: str, names: tuple[str, ...], factors: tuple[str, ...], plain: Any, in_place: Any) -> None:
     for func in (getattr(torch, name), getattr(Tensor, name)):
-        REWRITTEN[func] = _factored_in(func, names, factors, plain)
+        REWRITTEN_WHILE_COMPILING[func] = _factored_in(func, names, factors, plain)
     func = getattr(Tensor, f"{name}_")
-    REWRITTEN[func] = _factored_in(func, names, factors, in_place)
+    REWRITTEN_WHILE_COMPILING[func] = _factored_in(func, names, factors, in_place)
 
 
 for _name, _sign in (("add", 1), ("sub", -1), ("subtract", -1)):

@@ -324,11 +324,12 @@ def _check_linear(function: Callable[[Tensor], Any], like: Tensor) -> None:
         return
     with torch.no_grad():
         of_zeros = pytree.tree_leaves(function(torch.zeros_like(like)))
-    if any(y.any() for y in of_zeros):
+    for y in of_zeros:
+        if not y.any():
+            continue
         raise ValueError(
-            "linear_map: function must be linear, but maps zeros to "
-            f"{next(y for y in of_zeros if y.any()).flatten()[:4].tolist()} …; what does not depend on the "
-            "Dual is added to it with +"
+            f"linear_map: function must be linear, but maps zeros to {y.flatten()[:4].tolist()} …; "
+            "what does not depend on the Dual is added to it with +"
         )
     _LINEAR.add(asked)
 

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from imf_kernels.dispatch import constant, log_once
 from imf_kernels.dual import Dual, NoTangent, guarded, is_dual, unpack
+from imf_kernels.layout import not_a_view
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 
@@ -32,18 +33,54 @@ def unpack_dual_tensor(x: Tensor) -> tuple[Tensor, Tensor | None]:
     return primal, tangent
 
 
+def can_move(x: Any) -> bool:
+    """Whether x is a tensor of numbers that a tangent may belong to."""
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
 def carries_tangent(x: Any) -> bool:
     """Whether a tensor has a tangent at the current dual level."""
-    moves = isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
-    return moves and unpack_dual_tensor(x)[1] is not None
+    return can_move(x) and unpack_dual_tensor(x)[1] is not None
 
 
 def primal_of(x: Any) -> Any:
     """What a `Dual` or a dual tensor of PyTorch is without its tangent; anything else as it is."""
     if isinstance(x, Dual):
         return x.primal
-    moves = isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
-    return forward_ad.unpack_dual(x).primal if moves else x
+    return forward_ad.unpack_dual(x).primal if can_move(x) else x
+
+
+def tangent_of(x: Any) -> Tensor | None:
+    """The tangent, as it is stored, of a `Dual` or a dual tensor of PyTorch; `None` of anything else."""
+    if isinstance(x, Dual):
+        return x.tangent_rows
+    return unpack_dual_tensor(x)[1] if can_move(x) else None
+
+
+def in_dtype_of(primal: Tensor, tangent: Tensor) -> Tensor:
+    """The tangent in its primal's dtype: under `torch.autocast` PyTorch's rules may leave it in another."""
+    return tangent if tangent.dtype == primal.dtype else tangent.to(primal.dtype)
+
+
+def as_dual(x: Any) -> Any:
+    """A dual tensor of PyTorch as a `Dual`, anything else as it is."""
+    if type(x) is not Tensor or not x.is_floating_point():
+        return x
+    primal, tangent = unpack_dual_tensor(x)
+    return x if tangent is None else Dual(primal, in_dtype_of(primal, tangent.detach()))
+
+
+def as_dual_tensor(y: Any) -> Any:
+    """The reverse."""
+    if not isinstance(y, Dual):
+        return y
+    tangent = y.tangent_rows
+    if tangent is None:
+        return y.primal
+    if not torch.compiler.is_compiling() and tangent._is_view():
+        # A view that was made without autograd nobody may modify.
+        tangent = not_a_view(tangent, tangent.shape)
+    return forward_ad.make_dual(y.primal, tangent)
 
 
 def takes_dual_tensors(operation: Call) -> Call:
@@ -79,6 +116,10 @@ def takes_dual_tensors(operation: Call) -> Call:
     return call  # type: ignore[return-value]
 
 
+# By which path the tangent of a call comes.
+OURS, PYTORCHS, NO_TANGENT = "imf_kernels", "PyTorch's rule", "no tangent"
+
+
 class _Watch:
     """Who is told of each operation: its name, path, why not, and seconds. See imf_kernels/explain.py."""
 
@@ -100,20 +141,10 @@ traced_jvp = _TracedJVP()
 def _on_traced_dual_tensors(operation: Callable[..., Any], arguments: Any, options: Any) -> Any:
     """The operation on dual tensors of a level that the graph itself enters, in `imf_kernels.jvp`."""
 
-    def as_dual(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            return x
-        primal, tangent = unpack_dual_tensor(x)
-        return x if tangent is None else Dual(primal, tangent.detach())
-
-    def as_tensor(y: Any) -> Any:
-        y, y_dot = unpack(y)
-        return y if y_dot is None else forward_ad.make_dual(y, y_dot)
-
     leaves, structure = pytree.tree_flatten((arguments, options))
     arguments, options = pytree.tree_unflatten([as_dual(x) for x in leaves], structure)
     result = operation(*arguments, **options)
-    return tuple(map(as_tensor, result)) if isinstance(result, tuple) else as_tensor(result)
+    return tuple(map(as_dual_tensor, result)) if isinstance(result, tuple) else as_dual_tensor(result)
 
 
 @constant
@@ -137,7 +168,7 @@ def _on_dual_tensors(operation: Callable[..., Any], arguments: Any, options: Any
     with torch._C.DisableTorchFunction():  # what it calls is no call of the function that `jvp` runs
         results, moves = _results(operation, arguments, options, jvp)
     if watch.seen is not None:
-        path = "imf_kernels" if moves else "no tangent"
+        path = OURS if moves else NO_TANGENT
         watch.seen(f"imf_kernels.{operation.__name__}", path, "", time.perf_counter() - start)
     return results
 
@@ -171,7 +202,7 @@ def _results(operation: Callable[..., Any], arguments: Any, options: Any, jvp: A
     try:
         with contextlib.nullcontext() if jvp is None else jvp.lower():
             duals = [
-                x if t is None else Dual(x, t.detach().to(x.dtype))
+                x if t is None else Dual(x, in_dtype_of(x, t.detach()))
                 for x, t in zip(primals, tangents, strict=True)
             ]
             plain_arguments, plain_options = pytree.tree_unflatten(duals, structure)

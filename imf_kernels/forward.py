@@ -32,11 +32,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
-from imf_kernels.corrections import REWRITTEN
+from imf_kernels.corrections import REWRITTEN, REWRITTEN_WHILE_COMPILING
 from imf_kernels.dispatch import logger
 from imf_kernels.dual import Dual, guarded
-from imf_kernels.dual_tensors import carries_tangent, primal_of, traced_jvp, unpack_dual_tensor
-from imf_kernels.layout import not_a_view
+from imf_kernels.dual_tensors import (
+    NO_TANGENT,
+    OURS,
+    PYTORCHS,
+    as_dual,
+    as_dual_tensor,
+    can_move,
+    carries_tangent,
+    in_dtype_of,
+    primal_of,
+    traced_jvp,
+    unpack_dual_tensor,
+)
 from imf_kernels.rules import (
     ARITHMETIC_WHILE_COMPILING,
     REFUSED,
@@ -51,32 +62,6 @@ from imf_kernels.surroundings import Surroundings
 _WITH_ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 
 
-def _as_dual(x: Any) -> Any:
-    """A dual tensor of PyTorch as a `Dual`, anything else as it is."""
-    if type(x) is not Tensor or not x.is_floating_point():
-        return x
-    primal, tangent = unpack_dual_tensor(x)
-    return x if tangent is None else Dual(primal, _like(tangent.detach(), primal))
-
-
-def _like(tangent: Tensor, primal: Tensor) -> Tensor:
-    """The tangent in its primal's dtype: under `torch.autocast` PyTorch's rules may leave it in another."""
-    return tangent if tangent.dtype == primal.dtype else tangent.to(primal.dtype)
-
-
-def _as_tensor(y: Any) -> Any:
-    """The reverse."""
-    if not isinstance(y, Dual):
-        return y
-    tangent = y.tangent_rows
-    if tangent is None:
-        return y.primal
-    if not torch.compiler.is_compiling() and tangent._is_view():
-        # A view that was made without autograd nobody may modify.
-        tangent = not_a_view(tangent, tangent.shape)
-    return fwAD.make_dual(y.primal, tangent)
-
-
 def _with_zeros(x: Any) -> Any:
     """A tensor without a tangent with one of zeros, anything else as it is."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or carries_tangent(x):
@@ -86,8 +71,6 @@ def _with_zeros(x: Any) -> Any:
 
 
 NO_RULE = NotServed("")
-# By which path the tangent of a call comes.
-OURS, PYTORCHS, NONE = "imf_kernels", "PyTorch's rule", "no tangent"
 
 
 class _Calls(TorchFunctionMode):
@@ -126,11 +109,11 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
     if rule is None and compiling and len(args) == 2 and not kwargs:
         rule = ARITHMETIC_WHILE_COMPILING.get(_method_name(func))
     if rule is not None:
-        given, named = [_as_dual(x) for x in args], {name: _as_dual(x) for name, x in kwargs.items()}
+        given, named = [as_dual(x) for x in args], {name: as_dual(x) for name, x in kwargs.items()}
         if any(isinstance(x, Dual) for x in (*given, *named.values())):
             result = rule(*given, **named)
             if not isinstance(result, NotServed):
-                return _as_tensor(result), None
+                return as_dual_tensor(result), None
             why = result
     if compiling:
         if func is torch.utils.checkpoint.checkpoint:
@@ -175,6 +158,8 @@ def _by_pytorch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         # A method that PyTorch writes in Python: torch.compile follows the call of one, not the function.
         return getattr(args[0], _method_name(func))(*args[1:], **kwargs)
     func = REWRITTEN.get(func, func)
+    if torch.compiler.is_compiling():
+        func = REWRITTEN_WHILE_COMPILING.get(func, func)
     if func in _WITH_ATTENTION:
         with sdpa_kernel(SDPBackend.MATH):
             return func(*args, **kwargs)
@@ -194,7 +179,7 @@ def _name(func: Any) -> str:
 
 
 def _path(result: Any) -> str:
-    return PYTORCHS if any(map(carries_tangent, pytree.tree_leaves(result))) else NONE
+    return PYTORCHS if any(map(carries_tangent, pytree.tree_leaves(result))) else NO_TANGENT
 
 
 def _refuse(func: Any, args: Any, kwargs: Any) -> None:
@@ -219,7 +204,7 @@ def _refuse_lost_tangents(func: Any, args: Any, kwargs: Any, result: Any) -> Non
         return
     if name.partition("::")[0] in ("aten", "prim", "prims"):
         return
-    if any(map(carries_tangent, pytree.tree_leaves((args, kwargs)))) and _path(result) == NONE:
+    if any(map(carries_tangent, pytree.tree_leaves((args, kwargs)))) and _path(result) == NO_TANGENT:
         raise NotImplementedError(
             f"imf_kernels.jvp: the operator {name} has no forward-mode rule; PyTorch would leave its tangent "
             "out in silence. Detach its inputs if it needs none"
@@ -407,9 +392,8 @@ def _name_function_without_rule(error: Exception) -> None:
     while trace is not None:
         frame, trace = trace.tb_frame, trace.tb_next
         names = frame.f_locals
-        function = names.get("cls") or getattr(
-            names.get("self"), "_forward_cls", None
-        )  # the latter from 2.14 on
+        # From PyTorch 2.14 on it is the object whose class was made of the Function.
+        function = names.get("cls") or getattr(names.get("self"), "_forward_cls", None)
         if frame.f_code.co_filename.endswith("autograd/function.py") and function is not None:
             raise NotImplementedError(
                 f"imf_kernels.jvp: the autograd.Function {function.__qualname__} has no forward-mode rule, a "
@@ -453,7 +437,7 @@ def _pairs(primals: Any, tangents: Any) -> tuple[list[tuple[Any, Tensor | None]]
 
 
 def _checked(i: int, x: Any, x_dot: Any) -> Tensor:
-    if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
+    if not can_move(x):
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"jvp: primal {i} must be a floating-point tensor to have a tangent, got {got}")
     if not isinstance(x_dot, Tensor):
@@ -469,11 +453,11 @@ def _checked(i: int, x: Any, x_dot: Any) -> Tensor:
         raise ValueError(
             f"jvp: tangent {i} requires grad, but no gradient flows through tangents; pass tangent.detach()"
         )
-    return _like(x_dot, x)
+    return in_dtype_of(x, x_dot)
 
 
 def _parts(y: Tensor, strict: bool) -> tuple[Tensor, Tensor]:
-    if not (y.is_floating_point() or y.is_complex()):
+    if not can_move(y):
         return y, torch.zeros_like(y)
     primal, tangent = unpack_dual_tensor(y)
     if tangent is None:
@@ -483,7 +467,7 @@ def _parts(y: Tensor, strict: bool) -> tuple[Tensor, Tensor]:
                 f"shape {list(y.shape)} does not"
             )
         tangent = torch.zeros_like(primal)
-    tangent = _like(tangent.detach(), primal)
+    tangent = in_dtype_of(primal, tangent.detach())
     return primal, guarded(tangent, primal)
 
 

@@ -48,6 +48,7 @@ class Operation:
         self._function = function
         self._backends: dict[str, Any] = {}
         self._kernels: dict[str, Any] = {}
+        self._read: dict[str, list[bool]] = {}  # of each kernel's arguments, whether it only reads them
         self._operator = _define(name, f"{schema} -> Tensor[]")
         _LIBRARY.impl(name, self._compose, "CompositeImplicitAutograd")
         *single, last, _ = self._operator._schema.arguments  # the last one is the backend
@@ -55,6 +56,7 @@ class Operation:
         for kernel, kernel_schema in kernels.items():
             qualified = f"{name}_{kernel}"
             self._kernels[kernel] = _define(qualified, kernel_schema)
+            self._read[kernel] = [a.alias_info is None for a in self._kernels[kernel]._schema.arguments]
             _LIBRARY.impl(qualified, partial(self._launch, kernel), "CompositeExplicitAutograd")
             fake = (fakes or {}).get(kernel, _fills)
             torch.library.register_fake(f"imf_kernels::{qualified}", partial(_fake, fake), lib=_LIBRARY)
@@ -90,10 +92,9 @@ class Operation:
 
     def _launch(self, kernel: str, *arguments: Any, backend: str) -> Any:
         """Lays out again what compiled code hands over in another order than it was traced with."""
-        read = (a.alias_info is None for a in self._kernels[kernel]._schema.arguments)
         laid_out = [
             last_contiguous(x) if is_read and isinstance(x, Tensor) else x
-            for x, is_read in zip(arguments, read, strict=False)
+            for x, is_read in zip(arguments, self._read[kernel], strict=False)  # the backend stands last
         ]
         return getattr(self._backends[backend], kernel)(*laid_out)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from imf_kernels.checkpoint import checkpoint
-from imf_kernels.dual_tensors import carries_tangent
+from imf_kernels.dual_tensors import can_move, carries_tangent
 
 Tangents = tuple[Tensor | None, ...]
 
@@ -44,8 +44,7 @@ def _sink(ctx: Any, ddp: None, *tangents: Tensor | None) -> Tangents:
 
 
 def _zeros_like(y: Any) -> Tensor | None:
-    moves = isinstance(y, Tensor) and (y.is_floating_point() or y.is_complex())
-    return y.new_zeros(()).expand(y.shape) if moves else None
+    return y.new_zeros(()).expand(y.shape) if can_move(y) else None
 
 
 def _sink_with_zeros(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -33,6 +33,11 @@ ISAS = ("plain", "neon", "avx2", "avx512", "avx512_bf16")
 KERNELS = (*(f"cpu-{isa}" for isa in ISAS), "triton", "cuda")
 BACKENDS = ("reference", *KERNELS)
 
+# What imf_kernels makes public beside its operations.
+NO_OPERATIONS = {
+    *("Dual", "cat", "checkpoint", "explain", "fp8_products", "jvp", "linear_map", "primal", "rope_tables"),
+}
+
 CUDA_ON_GPU = ON_GPU and not cuda.missing()
 
 _DTYPES = {

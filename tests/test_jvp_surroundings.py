@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from test_jvp import Twice
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -236,19 +237,9 @@ def test_backward_hooks(hook):
     assert len(calls) == 4
 
 
-class _Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, dy):
-        return 2 * dy
-
-
 def test_a_function_without_a_rule_is_named():
-    with pytest.raises(NotImplementedError, match=r"autograd.Function _Doubled has no forward-mode rule"):
-        ik.jvp(lambda x: _Doubled.apply(x.sin()), (X,), (X_DOT,))
+    with pytest.raises(NotImplementedError, match=r"autograd.Function Twice has no forward-mode rule"):
+        ik.jvp(lambda x: Twice.apply(x.sin()), (X,), (X_DOT,))
 
 
 @pytest.mark.parametrize(

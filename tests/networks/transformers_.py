@@ -61,30 +61,25 @@ def clip_vision():
     return _vision(hf.CLIPVisionModel, hf.CLIPVisionConfig(**SMALL, **IMAGE))
 
 
-def swin():
-    config = hf.SwinConfig(
+def _swin(model, config, width):
+    made = config(
         image_size=16,
         patch_size=2,
-        embed_dim=8,
+        embed_dim=width,
         depths=[2, 1],
         num_heads=[2, 2],
         window_size=4,
         drop_path_rate=0.0,
     )
-    return _vision(hf.SwinModel, config)
+    return _vision(model, made)
+
+
+def swin():
+    return _swin(hf.SwinModel, hf.SwinConfig, 8)
 
 
 def swin_v2():
-    config = hf.Swinv2Config(
-        image_size=16,
-        patch_size=2,
-        embed_dim=16,
-        depths=[2, 1],
-        num_heads=[2, 2],
-        window_size=4,
-        drop_path_rate=0.0,
-    )
-    return _vision(hf.Swinv2Model, config)
+    return _swin(hf.Swinv2Model, hf.Swinv2Config, 16)
 
 
 def convnext():
