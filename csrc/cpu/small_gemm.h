@@ -6,8 +6,9 @@
 // `panel_width` columns, each panel a contiguous [k, panel_width] block of units (the last one as many whole
 // vectors as it needs), zero-padded. C's rows have room for n rounded up to whole vectors.
 //
-// About `terms` units are added one after the other, at most half as many again; such sums are added to C.
-// Rounding errors thus grow as the square roots of two short lengths, not of one long one.
+// About `terms` units are added one after the other, at most half as many again; such sums are added to C, or
+// in pairs where the terms are few. Rounding errors thus grow as the square roots of two short lengths, not
+// of one long one.
 #pragma once
 
 #include "cpu/vec.h"
@@ -122,11 +123,35 @@ inline void product_block(const Unit* a, index_t a_row, index_t a_column, const 
   }
 }
 
+// The same with sums of about `terms` units added in pairs, those in pairs, and so on.
+template <int rows, int vecs, typename Unit>
+void product_block_in_pairs(const Unit* a, index_t a_row, index_t a_column, const Unit* b, index_t b_row,
+                            float* c, index_t c_row, index_t k, bool add, index_t terms) {
+  if (2 * k <= 3 * terms) {
+    product_block<rows, vecs>(a, a_row, a_column, b, b_row, c, c_row, k, add, k);
+    return;
+  }
+  constexpr index_t width = vecs * Vec::width;
+  float halves[2][rows * width];
+  const index_t half = k / 2;
+  product_block_in_pairs<rows, vecs>(a, a_row, a_column, b, b_row, halves[0], width, half, false, terms);
+  product_block_in_pairs<rows, vecs>(a + half * a_column, a_row, a_column, b + half * b_row, b_row, halves[1],
+                                     width, k - half, false, terms);
+  for (int i = 0; i < rows; ++i) {
+    for (index_t j = 0; j < width; j += Vec::width) {
+      const Vec sum = load(halves[0] + i * width + j) + load(halves[1] + i * width + j);
+      store(c + i * c_row + j, add ? load(c + i * c_row + j) + sum : sum);
+    }
+  }
+}
+
 template <int vecs, typename Unit, int rows = block_rows>
 inline void product_rows(index_t m, Strided<Unit> a, const Unit* b, index_t b_row, float* c, index_t c_row,
                          index_t k, bool add, index_t terms) {
+  const auto block =
+      terms < usual_terms ? product_block_in_pairs<rows, vecs, Unit> : product_block<rows, vecs, Unit>;
   for (; m >= rows; m -= rows) {
-    product_block<rows, vecs>(a.data, a.row_stride, a.column_stride, b, b_row, c, c_row, k, add, terms);
+    block(a.data, a.row_stride, a.column_stride, b, b_row, c, c_row, k, add, terms);
     a.data += rows * a.row_stride;
     c += rows * c_row;
   }
