@@ -6,6 +6,7 @@ import random
 import shutil
 import sys
 
+import children
 import numpy as np
 import pytest
 import tiny_data
@@ -244,12 +245,7 @@ def test_the_commands_name_the_file(folder, tmp_path, capsys):
 def test_a_damaged_record_costs_its_shard_alone(tmp_path, capsys, record):
     source, out, whole = tiny_data.images(tmp_path / "source"), tmp_path / "out", tmp_path / "whole"
     assert tiny_data.pack(source, whole) == 0
-
-    def killed():
-        tiny_data.kill_before(12, out)
-        return tiny_data.pack(source, out)
-
-    assert tiny_data.in_child(killed, tmp_path / "log") != 0
+    assert children.run(tmp_path / "log", tiny_data.pack_until, 12, source, out) != 0
     (out / "records" / "00000.json").write_bytes(record)
     assert tiny_data.pack(source, out) == 0
     assert "records/00000.json: " in (said := capsys.readouterr().err) and "is made again" in said

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -13,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import children
 import numpy as np
 import pytest
 import tiny_data
@@ -233,24 +233,19 @@ def test_broken_images_are_named(files, tmp_path, capsys):
     assert status == 1 and "wanted 4 images (--count), found 3" in capsys.readouterr().err
 
 
-def judge(arguments):
-    sys.exit(evaluate.main(arguments))
-
-
 @pytest.mark.slow
 def test_killed_at_any_moment_an_evaluation_goes_on(files, tmp_path):
     grid = ["--omega", 1, 4, "--steps", 1, 2, "--count", 200]
     arguments = ["--checkpoint", files / "network.safetensors", "--extractor", files / "means.pt", *grid]
     arguments += ["--reference", files / "reference.npz", "--batch-size", 3, "--device", "cpu"]
-    chance, context = random.Random(0), multiprocessing.get_context("fork")
+    chance = random.Random(0)
     where = [str(a) for a in (*arguments, "--samples-dir", tmp_path / "s", "--out", tmp_path / "out")]
     made = []
     for _ in range(20):
-        child = context.Process(target=judge, args=(where,))
-        child.start()
+        child = children.start(evaluate.main, where)
         time.sleep(chance.uniform(0, 1.5))
         child.kill()
-        child.join()
+        children.finish(child)
         made.append(len(generate.image_files(tmp_path / "s")))
     assert any(0 < count < 800 for count in made), made  # not all before the first sample or after the last
     assert evaluate.main(where) == 0

@@ -1,12 +1,10 @@
 """Samples by number: their noise, classes and files, and going on after a kill."""
 
 import json
-import multiprocessing
-import os
 import random
-import signal
 import time
 
+import children
 import numpy as np
 import pytest
 import torch
@@ -145,17 +143,18 @@ def paint_slowly(folder):
     list(generate.generate(Painter(pause=0.01), SETTINGS, range(12), batch_size=2, folder=folder))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_at_any_moment_it_goes_on(tmp_path, seed):
-    chance = random.Random(seed)
-    context = multiprocessing.get_context("fork")
-    for _ in range(4):
-        child = context.Process(target=paint_slowly, args=(tmp_path,))
-        child.start()
-        time.sleep(chance.uniform(0, 0.08))
-        os.kill(child.pid, signal.SIGKILL)
-        child.join()
-        for path in generate.image_files(tmp_path):  # what has a name is whole
-            assert np.asarray(Image.open(path)).shape == (8, 8, 3)
-    assert torch.equal(painted(folder=tmp_path), painted())
-    assert json.loads((tmp_path / generate.SETTINGS).read_text()) == vars(SETTINGS)
+def test_killed_at_any_moment_it_goes_on(tmp_path):
+    chance, counts = random.Random(0), []
+    for number in range(3):
+        folder = tmp_path / str(number)
+        for _ in range(4):
+            child = children.start(paint_slowly, folder)
+            time.sleep(chance.uniform(0, 0.1))
+            child.kill()
+            children.finish(child)
+            for path in (made := generate.image_files(folder) if folder.exists() else []):
+                assert np.asarray(Image.open(path)).shape == (8, 8, 3)  # what has a name is whole
+            counts.append(len(made))
+        assert torch.equal(painted(folder=folder), painted())
+        assert json.loads((folder / generate.SETTINGS).read_text()) == vars(SETTINGS)
+    assert any(0 < count < 12 for count in counts), counts

@@ -1,15 +1,14 @@
 """Preparing data survives being killed, a full disk and a second process: the bytes end up the same."""
 
 import fcntl
-import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
 import time
 
+import children
 import pytest
 import tiny_data
 
@@ -36,12 +35,7 @@ def test_killed_before_any_change_of_a_file(source, whole, tmp_path):
     """A process for every file operation, killed just before it, each in a folder of its own."""
     for number in range(1, 1000):
         out = tmp_path / str(number)
-
-        def killed(number=number, out=out):
-            tiny_data.kill_before(number, out)
-            return tiny_data.pack(source, out)
-
-        status = tiny_data.in_child(killed, tmp_path / "log")
+        status = children.run(tmp_path / "log", tiny_data.pack_until, number, source, out)
         if status != 0:
             assert status == -signal.SIGKILL, (tmp_path / "log").read_text()
             if (out / "index.json").exists():
@@ -59,15 +53,11 @@ def test_killed_before_any_change_of_a_file(source, whole, tmp_path):
 def test_killed_again_and_again(source, whole, tmp_path):
     """Every process lives for 13 changes of files, three at its start: what is recorded stays as it is."""
     out, status, runs = tmp_path / "out", None, 0
-
-    def killed():
-        tiny_data.kill_before(13, out)
-        return tiny_data.pack(source, out)
-
     while status != 0:
         shards = [out / f"shard-{path.stem}.npy" for path in (out / "records").glob("0*.json")]
         before = {path: path.stat().st_mtime_ns for path in shards if path.exists()}  # the last has no rows
-        status, runs = tiny_data.in_child(killed, tmp_path / "log"), runs + 1
+        status = children.run(tmp_path / "log", tiny_data.pack_until, 13, source, out)
+        runs += 1
         assert before == {path: path.stat().st_mtime_ns for path in before}
         assert runs < 10, (tmp_path / "log").read_text()
     assert runs > 2 and tiny_data.content(out) == whole
@@ -76,12 +66,8 @@ def test_killed_again_and_again(source, whole, tmp_path):
 def test_full_disk(source, whole, tmp_path):
     """A limit on the size of files, as a disk without room: said clearly, and gone on from."""
     out = tmp_path / "out"
-
-    def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))  # less than a shard of 4 rows
-        return tiny_data.pack(source, out)
-
-    assert tiny_data.in_child(limited, tmp_path / "log") == 1
+    # Less than a shard of 4 rows takes.
+    assert children.run(tmp_path / "log", tiny_data.pack_in, 700, source, out) == 1
     said = (tmp_path / "log").read_text()
     assert "shard-00000.npy: could not be written" in said and "bytes are free there; make room" in said
     assert "Traceback" not in said and not list(out.rglob(".*.tmp"))
@@ -90,12 +76,7 @@ def test_full_disk(source, whole, tmp_path):
 
 def test_truncated_shard_of_a_half_made_folder_is_made_again(source, whole, tmp_path, capsys):
     out = tmp_path / "out"
-
-    def killed():
-        tiny_data.kill_before(10, out)
-        return tiny_data.pack(source, out)
-
-    assert tiny_data.in_child(killed, tmp_path / "log") == -signal.SIGKILL
+    assert children.run(tmp_path / "log", tiny_data.pack_until, 10, source, out) == -signal.SIGKILL
     path = out / "shard-00000.npy"
     path.write_bytes(path.read_bytes()[:-1])
     assert tiny_data.pack(source, out) == 0
@@ -119,20 +100,14 @@ def test_killed_at_random_moments(tmp_path):
     pytest.importorskip("diffusers")
     source = tiny_data.images(tmp_path / "source", count=100)
     vae = tiny_data.autoencoder(tmp_path / "vae")
-    context = multiprocessing.get_context("forkserver")  # imports, which take seconds, once for all processes
-    context.set_forkserver_preload(["imf.data.prepare", "diffusers.models.autoencoders.autoencoder_kl"])
 
     def start(out):
         options = f"--vae {vae} --size 32 --shard-size 3 --batch-size 2 --workers 1 --device cpu".split()
-        process = context.Process(target=prepare.main, args=([str(source), str(out), *options],))
-        process.start()
-        return process
+        return children.start(prepare.main, [str(source), str(out), *options])
 
     def finish(out):
         began = time.monotonic()
-        process = start(out)
-        process.join()
-        assert process.exitcode == 0
+        assert children.finish(start(out)) == 0
         return tiny_data.content(out), time.monotonic() - began
 
     finish(tmp_path / "first")  # in which the imports happen
@@ -142,8 +117,7 @@ def test_killed_at_random_moments(tmp_path):
         process = start(out)
         time.sleep(rng.uniform(0, duration / 2))
         process.kill()
-        process.join()
-        if process.exitcode == 0:  # it had ended: from the start once more
+        if children.finish(process) == 0:  # it had ended: from the start once more
             assert tiny_data.content(out) == whole
             shutil.rmtree(out)
         else:

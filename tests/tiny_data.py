@@ -1,9 +1,9 @@
 """Small sources, autoencoders and folders for the tests of data."""
 
 import os
+import resource
 import signal
 import sys
-import traceback
 
 import numpy as np
 from PIL import Image
@@ -57,26 +57,6 @@ def content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def in_child(function, log):
-    """Runs `function` in a forked process, its output in the file `log`; returns its exit status."""
-    child = os.fork()
-    if child == 0:
-        status = 70
-        try:
-            descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
-            sys.stdout = os.fdopen(1, "w")
-            sys.stderr = os.fdopen(2, "w", buffering=1)
-            status = function()
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def kill_before(number, folder):
     """From now on this process is killed (SIGKILL) before its `number`-th change of what lies in `folder`."""
     left = number
@@ -94,3 +74,15 @@ def kill_before(number, folder):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
+
+
+def pack_until(number, source, out):
+    """Packs until the `number`-th change of what lies in `out`."""
+    kill_before(number, out)
+    return pack(source, out)
+
+
+def pack_in(size, source, out):
+    """Packs where no file may have more than `size` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    return pack(source, out)
