@@ -56,7 +56,7 @@ from imf_kernels.rules import (
     ZEROS_WHILE_COMPILING,
     NotServed,
 )
-from imf_kernels.surroundings import Surroundings
+from imf_kernels.surroundings import Surroundings, refuse_functions_in_graphs
 
 # Attention's plain form is the only one of PyTorch's that has a derivative.
 _WITH_ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
@@ -279,6 +279,7 @@ def _jvp(
     if torch.compiler.is_compiling():
         if fwAD._current_level >= 0:
             raise RuntimeError(_NESTED)
+        refuse_functions_in_graphs()
         with fwAD.dual_level():
             duals = [_dual_input(x, x_dot) for x, x_dot in pairs]
             traced_jvp.depth += 1

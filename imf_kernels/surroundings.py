@@ -127,6 +127,44 @@ def _complete_pytorch() -> None:
                 setattr(group, name, _refusing(name.strip("_"), getattr(group, name)))
 
 
+def refuse_functions_in_graphs() -> None:
+    """While it traces a jvp, torch.compile leaves its graph for an autograd.Function whose inputs move.
+
+    Where nothing requires grad it would follow `forward` and never ask for the Function's own `jvp`.
+    """
+    from torch._dynamo.exc import Unsupported
+    from torch._dynamo.variables.misc import AutogradFunctionVariable, VariableTracker
+
+    traced = AutogradFunctionVariable.call_apply
+
+    if hasattr(traced, "__wrapped__"):
+        return
+
+    @functools.wraps(traced)
+    def call_apply(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        moves = False
+
+        def visit(value: Any) -> None:
+            nonlocal moves
+            moves = moves or (
+                value.is_tensor() and carries_tangent(value.proxy.node.meta.get("example_value"))
+            )
+
+        if fwAD._current_level >= 0 and not self.fn_cls.__module__.startswith("torch."):
+            VariableTracker.visit(visit, (args, kwargs))
+        if moves:
+            raise Unsupported(
+                f"imf_kernels.jvp: torch.compile would not call jvp of the autograd.Function "
+                f"{self.fn_cls.__qualname__}; without fullgraph=True it runs outside of the graph"
+            )
+        return traced(self, tx, args, kwargs)
+
+    AutogradFunctionVariable.call_apply = call_apply  # type: ignore[method-assign]
+
+
+refuse_functions_in_graphs._dynamo_marked_constant = True  # type: ignore[attr-defined]  # called while tracing
+
+
 class Surroundings:
     """Around the call of a function whose tensors carry tangents.
 

@@ -267,3 +267,60 @@ def test_primals_that_overlap_themselves(x):
     compiled = torch.compile(lambda x, v: ik.jvp(torch.sin, (x,), (v,)), backend="aot_eager", fullgraph=True)
     for got, want in zip(compiled(x, x_dot), wanted, strict=True):
         torch.testing.assert_close(got, want)
+
+
+class _Straight(torch.autograd.Function):
+    """Rounds, and hands its derivatives through."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy
+
+
+class _WithRule(_Straight):
+    @staticmethod
+    def jvp(ctx, x_dot):
+        return x_dot.clone()
+
+
+class _Module(torch.nn.Module):
+    def forward(self, x):
+        return 2 * _WithRule.apply(x)
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["", "gradients"])
+@pytest.mark.parametrize("function", [_WithRule.apply, _Module()], ids=["function", "module"])
+def test_the_rule_of_a_function(function, gradients):
+    x = X.clone().requires_grad_(gradients)
+
+    def step(x, x_dot):
+        return ik.jvp(lambda x: function(3 * x).sin(), (x,), (x_dot,))
+
+    y, y_dot = torch.compile(step, backend="aot_eager")(x, X_DOT)
+    factor = 2 if isinstance(function, torch.nn.Module) else 1
+    wanted = factor * (3 * X).round()
+    torch.testing.assert_close(y.detach(), wanted.sin())
+    torch.testing.assert_close(y_dot.detach(), wanted.cos() * 3 * factor * X_DOT)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"would not call jvp of the .* _WithRule"):
+        torch.compile(step, backend="aot_eager", fullgraph=True)(x, X_DOT)
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["", "gradients"])
+def test_a_function_without_a_rule(gradients):
+    x = X.clone().requires_grad_(gradients)
+    step = torch.compile(lambda x, x_dot: ik.jvp(_Straight.apply, (x,), (x_dot,)), backend="aot_eager")
+    with pytest.raises(NotImplementedError, match="Function _Straight has no forward-mode rule"):
+        step(x, X_DOT)
+
+
+def test_a_function_of_what_does_not_move():
+    def step(x, x_dot):
+        return ik.jvp(lambda x: x * _Straight.apply(WEIGHT[0]), (x,), (x_dot,))
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)(X, X_DOT)
+    torch.testing.assert_close(compiled, step(X, X_DOT))
