@@ -86,6 +86,13 @@ def convnext():
     return _vision(hf.ConvNextModel, hf.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2))
 
 
+def resnet():
+    config = hf.ResNetConfig(
+        num_channels=3, embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic"
+    )
+    return _vision(hf.ResNetModel, config, size=32)
+
+
 def regnet():
     config = hf.RegNetConfig(
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], groups_width=8, layer_type="y"
@@ -239,6 +246,7 @@ TRANSFORMERS = [
         swin,
         swin_v2,
         convnext,
+        resnet,
         regnet,
         segformer,
     ),
