@@ -35,6 +35,7 @@ class Operation:
         schema: "(Tensor x, Tensor? x_dot, …)".
         kernels: the functions of the kernels by name, as schemas: Tensor(a!), Tensor(b!) … are those filled.
         fakes: for those of them that return tensors: the same function, but of tensors without memory.
+        contiguous: whether kernels take contiguous tensors alone, not rows at any distance.
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class Operation:
         schema: str,
         kernels: Mapping[str, str],
         fakes: Mapping[str, Callable[..., Any]] | None = None,
+        contiguous: bool = False,
     ) -> None:
         self._function = function
+        self._lay_out = Tensor.contiguous if contiguous else last_contiguous
         self._backends: dict[str, Any] = {}
         self._kernels: dict[str, Any] = {}
         self._read: dict[str, list[bool]] = {}  # of each kernel's arguments, whether it only reads them
@@ -93,7 +96,7 @@ class Operation:
     def _launch(self, kernel: str, *arguments: Any, backend: str) -> Any:
         """Lays out again what compiled code hands over in another order than it was traced with."""
         laid_out = [
-            last_contiguous(x) if is_read and isinstance(x, Tensor) else x
+            self._lay_out(x) if is_read and isinstance(x, Tensor) else x
             for x, is_read in zip(arguments, self._read[kernel], strict=False)  # the backend stands last
         ]
         return getattr(self._backends[backend], kernel)(*laid_out)

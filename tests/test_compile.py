@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from conftest import running_on
+from conftest import has_triton, running_on
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import imf_kernels as ik
 from imf.model import IMFConfig, build
 from imf_kernels import Dual, info
-from imf_kernels.testing import errors
+from imf_kernels.testing import cases, errors
 from imf_kernels.testing.cases import FP32, OPERATIONS, SMALL
 
 pytestmark = pytest.mark.filterwarnings(
@@ -367,3 +367,44 @@ def test_export(strict):
     for exported in (program, program.run_decompositions()):
         y, wanted = exported.module()(x), module(x)
         assert torch.equal(y.primal, wanted.primal) and torch.equal(y.tangent_rows, wanted.tangent_rows)
+
+
+MADE_BY_KERNELS = {"statistics", "rstd", "lse"}  # in memory of the operation's own
+
+
+class Relaid(TorchDispatchMode):
+    """Hands each kernel what it reads in another order of dimensions in memory, as compiled code may."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "imf_kernels":
+            arguments = operator._schema.arguments
+            read = [a.alias_info is None and a.name not in MADE_BY_KERNELS for a in arguments]
+            args = [relaid(x) if is_read else x for x, is_read in zip(args, read, strict=False)]
+        return operator(*args, **kwargs or {})
+
+
+def relaid(x):
+    if not isinstance(x, torch.Tensor) or x.dim() < 3:
+        return x
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+RELAID = [
+    *(case for case in CASES if len(next(iter(case.inputs.values())).shape) > 2),
+    cases.gelu("tensor", 3, 5, 7),
+    cases.silu("tensor", 3, 5, 7),
+    cases.linear("tensor", 3, 5, width=7, out=4),
+]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("case", RELAID, ids=str)
+def test_other_strides_than_traced(case, backend, monkeypatch):
+    if backend in case.refused_by or (backend == "triton" and not has_triton(case.operation)):
+        pytest.skip(f"{backend} does not run it")
+    p = errors.problem(case, FP32)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with Relaid():
+        results = p.evaluate(backend)
+    monkeypatch.undo()
+    p.check(results)

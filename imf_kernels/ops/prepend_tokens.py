@@ -125,6 +125,7 @@ _OPERATION = Operation(
         "forward": "(Tensor x, Tensor? x_dot, Tensor[] tokens, Tensor[] embeddings, "
         "Tensor?[] embedding_dots, Tensor(a!) y, Tensor(b!)? y_dot) -> ()"
     },
+    contiguous=True,
 )
 _BACKENDS = (
     _OPERATION.backend("cpu", _CPU, cpu.unavailable),
