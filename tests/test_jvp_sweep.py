@@ -170,7 +170,7 @@ def outcomes(op, samples, edges=False):
 
 
 # Where the slope at an edge tells nothing: an epsilon below the step is in the formula; matrices of equal
-# elements have no such factors; values differ by more than float64 resolves; at one point PyTorch's rule takes a
+# elements have no such factors; values differ by more than float64 resolves; at one point PyTorch takes a
 # number of its own; PyTorch reads past an empty tensor.
 NO_EDGES = {
     *("nn.functional.normalize", "nn.functional.triplet_margin_loss", "nn.functional.cosine_embedding_loss"),

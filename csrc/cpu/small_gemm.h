@@ -123,11 +123,11 @@ inline void product_block(const Unit* a, index_t a_row, index_t a_column, const 
   }
 }
 
-// The same with sums of about `terms` units added in pairs, those in pairs, and so on.
+// The same with sums of at most `terms` units added in pairs, those in pairs, and so on.
 template <int rows, int vecs, typename Unit>
 void product_block_in_pairs(const Unit* a, index_t a_row, index_t a_column, const Unit* b, index_t b_row,
                             float* c, index_t c_row, index_t k, bool add, index_t terms) {
-  if (2 * k <= 3 * terms) {
+  if (k <= terms) {
     product_block<rows, vecs>(a, a_row, a_column, b, b_row, c, c_row, k, add, k);
     return;
   }
