@@ -284,7 +284,7 @@ def _jvp(
             duals = [_dual_input(x, x_dot) for x, x_dot in pairs]
             traced_jvp.depth += 1
             with calls():
-                result = func(*pytree.tree_unflatten(duals, structure))
+                result = func(*_arguments(duals, structure))
             traced_jvp.depth -= 1
             return _taken_apart(result, strict, has_aux)
     if torch._C._are_functorch_transforms_active():
@@ -332,7 +332,7 @@ def _at_a_level(func: Any, pairs: Any, structure: Any, strict: bool, has_aux: bo
         inputs = [_dual_input(x, x_dot) for x, x_dot in pairs]
         with Surroundings(mode), mode():
             try:
-                result = func(*pytree.tree_unflatten(inputs, structure))
+                result = func(*_arguments(inputs, structure))
             except (NotImplementedError, RuntimeError) as error:
                 _name_function_without_rule(error)
                 raise
@@ -405,6 +405,8 @@ def _name_function_without_rule(error: Exception) -> None:
 
 def _taken_apart(result: Any, strict: bool, has_aux: bool) -> Any:
     """What func returned as (output, tangent), with `has_aux` (output, tangent, aux)."""
+    if isinstance(result, Tensor) and not has_aux:
+        return _parts(result, strict)
     aux: tuple[Any, ...] = ()
     if has_aux:
         if not (isinstance(result, tuple) and len(result) == 2):
@@ -422,19 +424,29 @@ def _taken_apart(result: Any, strict: bool, has_aux: bool) -> Any:
 
 
 def _pairs(primals: Any, tangents: Any) -> tuple[list[tuple[Any, Tensor | None]], Any]:
-    """Each leaf of the primals with its tangent, checked; and the primals' structure."""
+    """Each leaf of the primals with its tangent, checked; and their structure, `None` where all are tensors."""
     for name, value in (("primals", primals), ("tangents", tangents)):
         if not isinstance(value, tuple):
             raise TypeError(f"jvp: {name} must be a tuple, as in jvp(f, (x,), (x_dot,)); got {_about(value)}")
-    leaves, structure = pytree.tree_flatten(primals)
-    tangent_leaves, tangent_structure = pytree.tree_flatten(tangents)
-    if structure != tangent_structure:
-        raise ValueError(
-            "jvp: tangents must have the structure of primals, with None for no tangent; "
-            f"got {tangent_structure} for {structure}"
-        )
-    pairs = zip(leaves, tangent_leaves, strict=True)
+    structure = None
+    if not (
+        len(primals) == len(tangents)
+        and all(isinstance(x, Tensor) for x in primals)
+        and all(t is None or isinstance(t, Tensor) for t in tangents)
+    ):
+        primals, structure = pytree.tree_flatten(primals)
+        tangents, tangent_structure = pytree.tree_flatten(tangents)
+        if structure != tangent_structure:
+            raise ValueError(
+                "jvp: tangents must have the structure of primals, with None for no tangent; "
+                f"got {tangent_structure} for {structure}"
+            )
+    pairs = zip(primals, tangents, strict=True)
     return [(x, t if t is None else _checked(i, x, t)) for i, (x, t) in enumerate(pairs)], structure
+
+
+def _arguments(inputs: list[Any], structure: Any) -> Any:
+    return inputs if structure is None else pytree.tree_unflatten(inputs, structure)
 
 
 def _checked(i: int, x: Any, x_dot: Any) -> Tensor:
