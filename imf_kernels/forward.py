@@ -424,7 +424,7 @@ def _taken_apart(result: Any, strict: bool, has_aux: bool) -> Any:
 
 
 def _pairs(primals: Any, tangents: Any) -> tuple[list[tuple[Any, Tensor | None]], Any]:
-    """Each leaf of the primals with its tangent, checked; and their structure, `None` where all are tensors."""
+    """Each leaf of the primals with its tangent, checked; and their structure, `None` of plain tensors."""
     for name, value in (("primals", primals), ("tangents", tangents)):
         if not isinstance(value, tuple):
             raise TypeError(f"jvp: {name} must be a tuple, as in jvp(f, (x,), (x_dot,)); got {_about(value)}")
