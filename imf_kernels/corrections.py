@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from imf_kernels.dual import Dual, unpack
 from imf_kernels.dual_tensors import carries_tangent
-from imf_kernels.rules import NotServed, serves
+from imf_kernels.rules import WITHOUT_RULE, NotServed, serves
 
 
 def _of(x: Any) -> tuple[Tensor, Tensor]:
@@ -104,14 +105,29 @@ def _cdist(
         return Dual(y, torch.where(y > 0, y_dot / y, 0.0))
 
 
+# The functions that are corrected above. Inside a vmap or grad no `Dual` can be made of a tensor.
+WRONG_IN_PYTORCH: list[Any] = [
+    *(torch.cholesky_inverse, Tensor.cholesky_inverse, torch.cholesky_solve, Tensor.cholesky_solve),
+    *(torch.logcumsumexp, Tensor.logcumsumexp, torch.linalg.det, torch.det, Tensor.det),
+]
+REFUSED_INSIDE_TRANSFORMS = {
+    **WITHOUT_RULE,
+    **{
+        function: f"{function.__name__} inside a transform of torch.func (vmap, grad …) has a wrong rule in "
+        "PyTorch; outside of the transform it is corrected"
+        for function in WRONG_IN_PYTORCH
+    },
+}
+
 # In the place of these, calls whose rules are right. They run where no rule of ours served.
 REWRITTEN: dict[Any, Callable[..., Any]] = {}
 
 
 def _silu(input: Tensor, inplace: bool = False) -> Tensor:
-    if input.is_complex() and not inplace:
-        return input * torch.sigmoid(input)  # the rule of silu leaves out a conjugate
-    return F.silu(input, inplace)
+    if not input.is_complex():
+        return F.silu(input, inplace)
+    y = input * torch.sigmoid(input)  # the rule of silu leaves out a conjugate
+    return input.copy_(y) if inplace else y
 
 
 def _triangular_solve(
@@ -123,7 +139,8 @@ def _triangular_solve(
     return torch.return_types.triangular_solve((x, A.clone()))
 
 
-REWRITTEN[F.silu] = _silu
+REWRITTEN[F.silu] = REWRITTEN[torch._C._nn.silu] = _silu
+REWRITTEN[torch._C._nn.silu_] = partial(_silu, inplace=True)
 REWRITTEN[torch.triangular_solve] = REWRITTEN[Tensor.triangular_solve] = _triangular_solve
 
 

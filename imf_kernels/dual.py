@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from imf_kernels.layout import not_a_view
+
 
 class Dual:
     """A primal `x` and its tangent `x_dot`: the pair that every operation of this library maps to a pair.
@@ -190,7 +192,7 @@ class _Guard(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tangent: Tensor, *sources: Tensor) -> Tensor:
-        return tangent.view_as(tangent)
+        return not_a_view(tangent, tangent.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -205,7 +207,7 @@ class _TracedGuard(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tangent: Tensor, primal: Tensor) -> Tensor:
-        return tangent.view_as(tangent)
+        return not_a_view(tangent, tangent.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,8 +32,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
-from imf_kernels.corrections import REWRITTEN, REWRITTEN_WHILE_COMPILING
-from imf_kernels.dispatch import logger
+from imf_kernels.corrections import (
+    REFUSED_INSIDE_TRANSFORMS,
+    REWRITTEN,
+    REWRITTEN_WHILE_COMPILING,
+    WRONG_IN_PYTORCH,
+)
+from imf_kernels.dispatch import constant, logger
 from imf_kernels.dual import Dual, guarded
 from imf_kernels.dual_tensors import (
     NO_TANGENT,
@@ -50,13 +55,15 @@ from imf_kernels.dual_tensors import (
 )
 from imf_kernels.rules import (
     ARITHMETIC_WHILE_COMPILING,
+    CONTROL_FLOW,
     REFUSED,
     REFUSED_WHILE_COMPILING,
     RULES,
     ZEROS_WHILE_COMPILING,
     NotServed,
 )
-from imf_kernels.surroundings import Surroundings, refuse_functions_in_graphs
+from imf_kernels.surroundings import Surroundings
+from imf_kernels.tracing import refuse_while_tracing
 
 # Attention's plain form is the only one of PyTorch's that has a derivative.
 _WITH_ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
@@ -70,11 +77,34 @@ def _with_zeros(x: Any) -> Any:
     return fwAD.make_dual(x, torch.zeros_like(x))
 
 
+def _method_name(func: Any) -> str:
+    """The name of a method, behind the decorator of those that PyTorch writes in Python.
+
+    From PyTorch 2.15 on torch.compile reads the name of the decorator's own function, "wrapped", from them.
+    """
+    return getattr(getattr(func, "__wrapped__", func), "__name__", "")
+
+
 NO_RULE = NotServed("")
+_OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+# Functions that are refused or corrected, by the names of the operators behind them.
+_PUBLIC = {
+    f"aten::{prefix}{_method_name(function)}": function
+    for function in (*REFUSED, *REWRITTEN, *WRONG_IN_PYTORCH)
+    for prefix in ("", "special_", "linalg_")
+}
+
+
+class _Run:
+    """A run of jvp: threads that it started and that outlive it go on without it."""
+
+    over = False
 
 
 class _Calls(TorchFunctionMode):
     """Sees every call of PyTorch, and sends it where its tangent is computed."""
+
+    run = _Run()
 
     def __init__(
         self,
@@ -86,6 +116,8 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.run.over:
+            return func(*args, **kwargs)
         if self.seen is None:
             return _call(func, args, kwargs)[0]
         self.synchronize()
@@ -100,8 +132,12 @@ class _Calls(TorchFunctionMode):
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, NotServed | None]:
     """The result of a call; and why PyTorch's rule made it, `None` where one of our operations did."""
     compiling = torch.compiler.is_compiling()
+    if isinstance(func, _OPERATORS):
+        func = _PUBLIC.get(_operator_name(func).partition(".")[0], func)
     if torch._C._are_functorch_transforms_active():
-        # The tensors of a vmap or grad inside are PyTorch's.
+        # The tensors of a vmap or grad inside are PyTorch's, and it does not say which of them move.
+        if func in REFUSED_INSIDE_TRANSFORMS:
+            raise NotImplementedError(f"imf_kernels.jvp: {REFUSED_INSIDE_TRANSFORMS[func]}")
         return _by_pytorch(func, args, kwargs), NO_RULE
     if func in REFUSED_WHILE_COMPILING if compiling else func in REFUSED or torch.is_inference_mode_enabled():
         _refuse(func, args, kwargs)
@@ -115,6 +151,8 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
             if not isinstance(result, NotServed):
                 return as_dual_tensor(result), None
             why = result
+    if _writes_in_graph(func) if compiling else func in _IN_PLACE_METHODS:
+        args, kwargs = _apart(args, kwargs)
     if compiling:
         if func is torch.utils.checkpoint.checkpoint:
             args = (_seen(args[0]), *args[1:])
@@ -122,7 +160,9 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
             _expect_some(args[1])
         if func in ZEROS_WHILE_COMPILING and any(map(carries_tangent, pytree.tree_leaves(args))):
             args = pytree.tree_map(_with_zeros, args)
-        return _by_pytorch(func, args, kwargs), why
+        result = _by_pytorch(func, args, kwargs)
+        _refuse_lost_tangents(func, args, kwargs, result)
+        return result, why
     try:
         result = _by_pytorch(func, args, kwargs)
     except (NotImplementedError, RuntimeError) as error:
@@ -134,6 +174,41 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
     _refuse_lost_tangents(func, args, kwargs, result)
     _release_graphs(result)
     return result, why
+
+
+_IN_PLACE = frozenset(
+    name
+    for name in dir(Tensor)
+    if (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and len(name) > 6)
+)
+_IN_PLACE_METHODS = frozenset(getattr(Tensor, name) for name in _IN_PLACE)
+
+
+def _writes_in_graph(func: Any) -> bool:
+    return not isinstance(func, torch._ops.HigherOrderOperator) and _method_name(func) in _IN_PLACE
+
+
+def _apart(args: Any, kwargs: Any) -> Any:
+    """What an in-place method takes, apart from the tensor it writes: PyTorch's rules read it afterwards."""
+    written = args[0]
+
+    def apart(x: Any) -> Any:
+        return x.clone() if can_move(x) and _may_be_same_memory(x, written) else x
+
+    if len(args) == 2 and not kwargs:
+        return (written, apart(args[1])), kwargs
+    rest, named = pytree.tree_map(apart, (args[1:], kwargs))
+    return (written, *rest), named
+
+
+def _may_be_same_memory(x: Tensor, y: Any) -> bool:
+    if not isinstance(y, Tensor) or x.shape != y.shape:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    if x.stride() != y.stride() or x.storage_offset() != y.storage_offset():
+        return False
+    return bool(torch._C._is_alias_of(x, y))  # type: ignore[attr-defined]
 
 
 def _expect_some(index: Any) -> None:
@@ -166,14 +241,6 @@ def _by_pytorch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     return func(*args, **kwargs)
 
 
-def _method_name(func: Any) -> str:
-    """The name of a method, behind the decorator of those that PyTorch writes in Python.
-
-    From PyTorch 2.15 on torch.compile reads the name of the decorator's own function, "wrapped", from them.
-    """
-    return getattr(getattr(func, "__wrapped__", func), "__name__", "")
-
-
 def _name(func: Any) -> str:
     return resolve_name(func) or getattr(func, "__qualname__", repr(func))
 
@@ -194,21 +261,28 @@ def _refuse(func: Any, args: Any, kwargs: Any) -> None:
     )
 
 
+@constant
+def _operator_name(func: Any) -> str:
+    return func._qualified_op_name if isinstance(func, torch._ops.OpOverloadPacket) else func.name()
+
+
 def _refuse_lost_tangents(func: Any, args: Any, kwargs: Any, result: Any) -> None:
-    """Operators of other libraries give no tangent, and PyTorch says nothing."""
-    if isinstance(func, torch._ops.OpOverload):
-        name = func.name()
-    elif isinstance(func, torch._ops.OpOverloadPacket):
-        name = func._qualified_op_name
+    """Operators of other libraries, and control flow, give no tangent, and PyTorch says nothing."""
+    if isinstance(func, torch._ops.HigherOrderOperator):
+        refused = CONTROL_FLOW
+    elif isinstance(func, _OPERATORS):
+        name = _operator_name(func)
+        if name.startswith(("aten::", "prim")):
+            return
+        refused = (
+            f"the operator {name} has no forward-mode rule; PyTorch would leave its tangent out in silence. "
+            "Detach its inputs if it needs none"
+        )
     else:
         return
-    if name.partition("::")[0] in ("aten", "prim", "prims"):
-        return
-    if any(map(carries_tangent, pytree.tree_leaves((args, kwargs)))) and _path(result) == NO_TANGENT:
-        raise NotImplementedError(
-            f"imf_kernels.jvp: the operator {name} has no forward-mode rule; PyTorch would leave its tangent "
-            "out in silence. Detach its inputs if it needs none"
-        )
+    lost = any(can_move(y) and not carries_tangent(y) for y in pytree.tree_leaves(result))
+    if lost and any(map(carries_tangent, pytree.tree_leaves((args, kwargs)))):
+        raise NotImplementedError(f"imf_kernels.jvp: {refused}")
 
 
 def _release_graphs(result: Any) -> None:
@@ -267,9 +341,20 @@ _ADVICE = {
     "inputs": "; hand them as `primals`, a tuple: jvp(func, (x,), (v,))",
 }
 
+
 # PyTorch has one dual level a process: the jvps of several threads take turns.
 _ONE_LEVEL = threading.Lock()
-_inside = threading.local()  # of a thread: whether it runs in a jvp
+_TURN = 600.0  # seconds that a thread waits for its own
+_inside = threading.local()  # of a thread: the run of jvp that it belongs to
+
+
+def is_inside() -> bool:
+    """Whether this thread runs in a jvp."""
+    return not getattr(_inside, "run", _OUTSIDE).over
+
+
+_OUTSIDE = _Run()
+_OUTSIDE.over = True
 
 
 def _jvp(
@@ -279,8 +364,8 @@ def _jvp(
     if torch.compiler.is_compiling():
         if fwAD._current_level >= 0:
             raise RuntimeError(_NESTED)
-        refuse_functions_in_graphs()
-        with fwAD.dual_level():
+        refuse_while_tracing()
+        with fwAD._set_fwd_grad_enabled(True), fwAD.dual_level():
             duals = [_dual_input(x, x_dot) for x, x_dot in pairs]
             traced_jvp.depth += 1
             with calls():
@@ -300,6 +385,11 @@ _NESTED = (
     "dual_level), in which it does not nest; torch.func.jvp inside torch.func.jvp does"
 )
 
+_INSIDE = (
+    "imf_kernels.jvp: a forward-mode derivative (torch.func.jvp, jacfwd, hessian …) inside, in which it does "
+    "not nest; torch.func.jvp around it does"
+)
+
 
 def _without_compiler() -> Callable[..., Any]:
     """`_eagerly`: after a graph break torch.compile must not compile its calls, without their tangents."""
@@ -312,28 +402,41 @@ def _disabled() -> Callable[..., Any]:
 
 
 def _eagerly(func: Any, pairs: Any, structure: Any, strict: bool, has_aux: bool, calls: Any) -> Any:
-    def mode() -> _Inside:
-        return _Inside(calls())
-
-    if getattr(_inside, "is_inside", False):
+    if is_inside():
         raise RuntimeError(_NESTED)
     _say_what_runs_eagerly(func)
-    with _ONE_LEVEL:
+    if not _ONE_LEVEL.acquire(timeout=_TURN):
+        raise RuntimeError(
+            f"imf_kernels.jvp: another thread has been inside jvp for {_TURN:g} s, and one runs at a time. "
+            "Does it wait for this thread?"
+        )
+    run = _Run()
+    try:
         if fwAD._current_level >= 0:
             raise RuntimeError(_NESTED)
-        if torch.is_inference_mode_enabled():  # it has no tangents
-            with torch.inference_mode(False), torch.no_grad():
-                return _at_a_level(func, pairs, structure, strict, has_aux, mode)
-        return _at_a_level(func, pairs, structure, strict, has_aux, mode)
+        inference = torch.is_inference_mode_enabled()  # it has no tangents
+        with _outside_inference_mode() if inference else contextlib.nullcontext():
+            return _at_a_level(func, pairs, structure, strict, has_aux, lambda: _Inside(calls(), run))
+    finally:
+        run.over = True
+        _ONE_LEVEL.release()
+
+
+@contextlib.contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _at_a_level(func: Any, pairs: Any, structure: Any, strict: bool, has_aux: bool, mode: Any) -> Any:
-    with fwAD.dual_level():
+    with fwAD._set_fwd_grad_enabled(True), fwAD.dual_level():
         inputs = [_dual_input(x, x_dot) for x, x_dot in pairs]
         with Surroundings(mode), mode():
             try:
                 result = func(*_arguments(inputs, structure))
             except (NotImplementedError, RuntimeError) as error:
+                if str(error).startswith("Nested forward mode AD"):
+                    raise NotImplementedError(_INSIDE) from error
                 _name_function_without_rule(error)
                 raise
         return _taken_apart(result, strict, has_aux)
@@ -360,27 +463,30 @@ def _say_what_runs_eagerly(func: Any) -> None:
 
 
 class _Inside:
-    """A thread inside a jvp, whose calls are seen."""
+    """A thread inside a run of jvp, whose calls are seen."""
 
-    def __init__(self, calls: _Calls) -> None:
-        self.calls = calls
+    def __init__(self, calls: _Calls, run: _Run) -> None:
+        self.calls, calls.run, self.run = calls, run, run
 
     def __enter__(self) -> None:
         self.calls.__enter__()
-        _inside.is_inside = True
+        _inside.run = self.run
 
     def __exit__(self, *raised: Any) -> None:
-        _inside.is_inside = False
+        _inside.run = _OUTSIDE
         self.calls.__exit__(*raised)
 
 
 def _dual_input(x: Any, x_dot: Tensor | None) -> Any:
-    compiling = torch.compiler.is_compiling()
-    if not compiling:
-        x, x_dot = (t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in (x, x_dot))
+    if torch.compiler.is_compiling():
+        if x_dot is None:
+            return x
+        # Views of a dual tensor want its tangent to lie in memory as it does, from the same offset on.
+        return fwAD.make_dual(*(t.clone(memory_format=torch.contiguous_format) for t in (x, x_dot)))
+    x, x_dot = (t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in (x, x_dot))
     if x_dot is None:
         return x
-    if not x.is_contiguous() and (compiling or not torch.ops.aten.is_non_overlapping_and_dense(x)):
+    if not x.is_contiguous() and not torch.ops.aten.is_non_overlapping_and_dense(x):
         x = x.contiguous()  # a tangent has its primal's memory layout
     return fwAD.make_dual(x, x_dot)
 

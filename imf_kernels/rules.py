@@ -8,6 +8,7 @@ PyTorch's own errors stay PyTorch's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from inspect import unwrap
 from typing import Any, cast
@@ -87,6 +88,8 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if x.dtype not in _DTYPES or not _plain(w, b, like=x.primal):
         return _DTYPE
     if weight.dim() != 2 or input.shape[-1:] != weight.shape[1:]:
+        return _SHAPE
+    if bias is not None and bias.shape != weight.shape[:1]:
         return _SHAPE
     return _linear_of_dual(x, w, b)
 
@@ -194,7 +197,7 @@ def _group_norm(input: Any, num_groups: int, weight: Any = None, bias: Any = Non
         return _PARAMETER
     y = F.group_norm(input.primal, num_groups, weight, bias, eps)
     with torch.no_grad():
-        groups = (input.shape[0], num_groups, -1)
+        groups = (input.shape[0], num_groups, math.prod(input.shape[1:]) // num_groups)
         x, x_dot = (part.reshape(groups) for part in unpack(input) if part is not None)
         _, n_dot = layer_norm.normalize(x, x_dot, eps)
         y_dot = cast(Tensor, n_dot).reshape(input.shape)
@@ -304,7 +307,11 @@ _STATISTICS = (
     "_native_batch_norm_legit",
     "_batch_norm_with_update",
 )
-_LEAVES_PYTORCH = ("numpy", "__array__", "__dlpack__", "__deepcopy__", "storage", "untyped_storage")
+_LEAVES_PYTORCH = (
+    *("numpy", "__array__", "__dlpack__", "__deepcopy__", "storage", "untyped_storage", "data_ptr"),
+    *("apply_", "map_", "map2_"),
+)
+CONTROL_FLOW = "torch.cond, while_loop, scan and map have no forward-mode rule; Python's own if and for do"
 _WRITES_TRUTH_VALUES = ("logical_not_", "logical_and_", "logical_or_", "logical_xor_")
 
 
@@ -326,11 +333,20 @@ for _name, _function in _named(F, "linear_cross_entropy"):
 REFUSED[torch.normal] = (
     "torch.normal gives no tangent to its parameters; mean + std * torch.randn_like(mean) does"
 )
+WITHOUT_RULE = dict(REFUSED)
 for _name, _function in _named(Tensor, *_LEAVES_PYTORCH):
     REFUSED[_function] = (
         f"torch.Tensor.{_name} would leave the tangent behind; call it on x.detach(), where none is needed"
     )
 REFUSED_WHILE_COMPILING = dict(REFUSED)  # the next one is no key that torch.compile can look up
+REFUSED[Tensor.data.__set__] = (  # type: ignore[attr-defined]
+    "the data of a tensor is set, which would keep the tangent it had; write with copy_"
+)
+for _function in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
+    REFUSED[_function] = (
+        f"{_function.__qualname__} of what has a tangent gives a gradient without one; torch.func.grad and "
+        "torch.func.vjp inside give it one"
+    )
 if hasattr(Tensor, "__cuda_array_interface__"):
     REFUSED[Tensor.__cuda_array_interface__.__get__] = (
         "what reads __cuda_array_interface__ would leave the tangent behind; hand it x.detach()"

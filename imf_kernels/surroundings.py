@@ -17,11 +17,13 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.utils.checkpoint
+import torch.utils.dlpack
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from imf_kernels.checkpoint import checkpoint
 from imf_kernels.dual_tensors import can_move, carries_tangent
+from imf_kernels.rules import REFUSED
 
 Tangents = tuple[Tensor | None, ...]
 
@@ -87,13 +89,13 @@ _MISSING: list[tuple[str, str, Callable[..., Any]]] = [
     ("torch.distributed.nn.functional", "_AllGather", _all_gathered),
 ]
 
-# The methods by which torch.distributed's functions send tensors.
-_COLLECTIVES = [
-    *("allreduce", "allreduce_coalesced", "allgather", "_allgather_base", "allgather_coalesced"),
-    *("allgather_into_tensor_coalesced", "reduce_scatter", "_reduce_scatter_base"),
-    *("reduce_scatter_tensor_coalesced", "alltoall", "alltoall_base", "broadcast", "reduce", "gather"),
-    *("scatter", "send", "recv", "recv_anysource"),
-]
+# Methods of a process group, and of its backends, that send no tensor of the caller's.
+_SEND_NOTHING = {
+    *("abort", "allocate_tensor", "barrier", "boxed", "eager_connect_single_device", "get_group_store"),
+    *("merge_remote_group", "memory_stats", "monitored_barrier", "name", "rank", "resume", "set_timeout"),
+    *("shrink", "shutdown", "size", "split_group", "suspend", "unbox"),
+}
+_patched: set[Any] = set()
 
 
 def _refusing(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,6 +111,16 @@ def _refusing(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _refusing_to_leave(to_dlpack: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @functools.wraps(to_dlpack)
+    def call(tensor: Any) -> Any:
+        if fwAD._current_level >= 0 and carries_tangent(tensor):
+            raise NotImplementedError(f"imf_kernels.jvp: {REFUSED[Tensor.__dlpack__]}")
+        return to_dlpack(tensor)
+
+    return call
+
+
 def _complete_pytorch() -> None:
     """Gives PyTorch's functions the rules that they lack, as far as they are loaded: once a process."""
     for rule in [rule for rule in _MISSING if rule[0] in sys.modules]:
@@ -119,50 +131,16 @@ def _complete_pytorch() -> None:
             function.jvp = staticmethod(jvp)
             if jvp is _sink:
                 function.forward = staticmethod(_sink_with_zeros(function.forward))
-    if _COLLECTIVES and "torch.distributed.distributed_c10d" in sys.modules:
-        group = torch.distributed.ProcessGroup
-        while _COLLECTIVES:
-            name = _COLLECTIVES.pop()
-            if hasattr(group, name):
-                setattr(group, name, _refusing(name.strip("_"), getattr(group, name)))
-
-
-def refuse_functions_in_graphs() -> None:
-    """While it traces a jvp, torch.compile leaves its graph for an autograd.Function whose inputs move.
-
-    Where nothing requires grad it would follow `forward` and never ask for the Function's own `jvp`.
-    """
-    from torch._dynamo.exc import Unsupported
-    from torch._dynamo.variables.misc import AutogradFunctionVariable, VariableTracker
-
-    traced = AutogradFunctionVariable.call_apply
-
-    if hasattr(traced, "__wrapped__"):
-        return
-
-    @functools.wraps(traced)
-    def call_apply(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        moves = False
-
-        def visit(value: Any) -> None:
-            nonlocal moves
-            moves = moves or (
-                value.is_tensor() and carries_tangent(value.proxy.node.meta.get("example_value"))
-            )
-
-        if fwAD._current_level >= 0 and not self.fn_cls.__module__.startswith("torch."):
-            VariableTracker.visit(visit, (args, kwargs))
-        if moves:
-            raise Unsupported(
-                f"imf_kernels.jvp: torch.compile would not call jvp of the autograd.Function "
-                f"{self.fn_cls.__qualname__}; without fullgraph=True it runs outside of the graph"
-            )
-        return traced(self, tx, args, kwargs)
-
-    AutogradFunctionVariable.call_apply = call_apply  # type: ignore[method-assign]
-
-
-refuse_functions_in_graphs._dynamo_marked_constant = True  # type: ignore[attr-defined]  # called while tracing
+    if torch.utils.dlpack not in _patched:
+        _patched.add(torch.utils.dlpack)
+        torch.utils.dlpack.to_dlpack = _refusing_to_leave(torch.utils.dlpack.to_dlpack)  # type: ignore[assignment]
+    if "torch.distributed.distributed_c10d" in sys.modules and torch.distributed not in _patched:
+        _patched.add(torch.distributed)
+        for kind in (torch.distributed.ProcessGroup, torch._C._distributed_c10d.Backend):
+            for name, method in list(vars(kind).items()):
+                sends = name.startswith(("_allgather", "_reduce_scatter")) or not name.startswith("_")
+                if sends and name not in _SEND_NOTHING and type(method).__name__ == "instancemethod":
+                    setattr(kind, name, _refusing(name.strip("_"), method))
 
 
 class Surroundings:

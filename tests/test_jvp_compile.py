@@ -324,3 +324,36 @@ def test_a_function_of_what_does_not_move():
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)(X, X_DOT)
     torch.testing.assert_close(compiled, step(X, X_DOT))
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: 2 * x[0], lambda x: x.select(1, 1).sin(), lambda x: x[:, 1:].square()]
+)
+def test_inputs_that_are_views(function):
+    """As parts of a batch are."""
+    both = torch.randn(2, 4, 8)
+    parts = {
+        "unbind": (both[0], both[1]),
+        "one of them": (both[0].clone(), both[1]),
+        "rows": (both.flatten(0, 1)[2:6], both.flatten(0, 1)[1:5]),
+        "chunks": both.reshape(4, 16).chunk(2, 1),
+        "transposed": (both[0].mT.contiguous().mT, both[1]),
+    }
+    compiled = torch.compile(
+        lambda x, x_dot: ik.jvp(function, (x,), (x_dot,)), backend="aot_eager", fullgraph=True
+    )
+    for name, (x, x_dot) in parts.items():
+        torch._dynamo.reset()
+        for got, want in zip(compiled(x, x_dot), ik.jvp(function, (x,), (x_dot,)), strict=True):
+            torch.testing.assert_close(got, want, msg=lambda message, name=name: f"{name}: {message}")
+
+
+def test_a_compiler_that_fails_leaves_forward_mode():
+    def failing(module, inputs):
+        torch._C._enter_dual_level()
+        raise ValueError("this compiler fails")
+
+    step = torch.compile(lambda x, x_dot: ik.jvp(torch.sin, (x,), (x_dot,)), backend=failing, fullgraph=True)
+    with pytest.raises(Exception, match="this compiler fails"):
+        step(X, X_DOT)
+    assert torch.equal(ik.jvp(torch.sin, (X,), (X_DOT,))[1], X_DOT * X.cos())
