@@ -502,10 +502,15 @@ def _name_function_without_rule(error: Exception) -> None:
         # From PyTorch 2.14 on it is the object whose class was made of the Function.
         function = names.get("cls") or getattr(names.get("self"), "_forward_cls", None)
         if frame.f_code.co_filename.endswith("autograd/function.py") and function is not None:
+            tensor_parallel = function.__module__.startswith("torch.distributed.tensor")
+            advice = (
+                "DTensors have no forward mode in PyTorch; parameters of FSDP2, which are gathered first, do"
+                if tensor_parallel
+                else "Attention of another package: call torch.nn.functional.scaled_dot_product_attention"
+            )
             raise NotImplementedError(
                 f"imf_kernels.jvp: the autograd.Function {function.__qualname__} has no forward-mode rule, a "
-                "static method jvp(ctx, *tangents). Attention of another package: call "
-                "torch.nn.functional.scaled_dot_product_attention in its place"
+                f"static method jvp(ctx, *tangents). {advice}"
             ) from error
 
 
