@@ -15,10 +15,10 @@ class Dual:
     """A primal `x` and its tangent `x_dot`: the pair that every operation of this library maps to a pair.
 
     Gradients flow through the primal; the tangent is data. Shape, dtype and device are those of the primal.
-    Beside the operations of this library there are + − × ÷ with tensors, numbers and `Dual`s, indexing,
-    `cat`, and the methods of tensors that are linear: reshape, view, flatten, unflatten, expand, repeat,
-    transpose, permute, movedim, squeeze, unsqueeze, chunk, split, unbind, flip, roll, sum, mean, to and other
-    casts, contiguous, clone.
+    Besides the operations of this library there are + − × ÷ with tensors, numbers and `Dual`s, ** with a
+    number, indexing, `cat`, and the methods of tensors that are linear: reshape, view, flatten, unflatten,
+    expand, repeat, transpose, permute, movedim, squeeze, unsqueeze, chunk, split, unbind, flip, roll, sum,
+    mean, to and other casts, contiguous, clone. Other operators raise a TypeError that says what to use.
 
     Args:
         primal: any floating-point tensor, [B, ...].
@@ -83,36 +83,50 @@ class Dual:
     def dim(self) -> int:
         return self.primal.dim()
 
-    def size(self, *dim: int) -> Any:
-        return self.primal.size(*dim)
+    def size(self, dim: int | None = None) -> Any:
+        return self.primal.size() if dim is None else self.primal.size(dim)
 
     def __len__(self) -> int:
         return len(self.primal)
 
+    # NumPy leaves `number * dual` to the Dual, and refuses `array * dual`.
+    __array_ufunc__ = None
+
     def __add__(self, other: Any) -> Dual:
-        return arithmetic.add(self, other)
+        return _arithmetic("add", self, other)
 
     __radd__ = __add__
 
     def __sub__(self, other: Any) -> Dual:
-        return arithmetic.sub(self, other)
+        return _arithmetic("sub", self, other)
 
     def __rsub__(self, other: Any) -> Dual:
-        return arithmetic.sub(other, self)
+        return _arithmetic("sub", other, self)
 
     def __mul__(self, other: Any) -> Dual:
-        return arithmetic.mul(self, other)
+        return _arithmetic("mul", self, other)
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> Dual:
-        return arithmetic.div(self, other)
+        return _arithmetic("div", self, other)
 
     def __rtruediv__(self, other: Any) -> Dual:
-        return arithmetic.div(other, self)
+        return _arithmetic("div", other, self)
+
+    def __pow__(self, exponent: Any) -> Dual:
+        exponent = arithmetic.operand(exponent)
+        if exponent is None:
+            return NotImplemented
+        if isinstance(exponent, (Tensor, Dual)):
+            raise TypeError(f"** of a Dual takes a number as its exponent. {_BY_JVP}")
+        return arithmetic.power(self, exponent)
 
     def __neg__(self) -> Dual:
         return arithmetic.neg(self)
+
+    def __pos__(self) -> Dual:
+        return self
 
     def __getitem__(self, at: Any) -> Any:
         return arithmetic.index(self, at)
@@ -152,6 +166,78 @@ _ARITHMETIC = {
     **{getattr(Tensor, f"__{name}__"): name for name in ("add", "sub", "mul")},
     Tensor.__truediv__: "div",
 }
+
+
+_SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+
+
+def _arithmetic(name: str, a: Any, b: Any) -> Any:
+    left, right = arithmetic.operand(a), arithmetic.operand(b)
+    if left is not None and right is not None:
+        return arithmetic.FUNCTIONS[name](left, right)
+    if hasattr(b if right is None else a, "__array__"):
+        raise TypeError(
+            f"unsupported operand type(s) for {_SIGNS[name]}: {type(a).__name__!r} and {type(b).__name__!r}. "
+            "torch.from_numpy(array) makes a tensor of an array"
+        )
+    return NotImplemented
+
+
+_BY_JVP = (
+    "imf_kernels.jvp(function, (x.primal,), (x.tangent.detach(),)) differentiates any function of tensors; "
+    "where no tangent is wanted, x.primal"
+)
+_ONE_NUMBER = "A number has no tangent: x.primal.item()"
+_BITS = "A Dual has no bits; for masks, x.primal > 0 or the like"
+# Operators that a Dual has not: how Python writes them, and what to use instead.
+_REFUSED = {
+    ("matmul", "rmatmul"): (
+        "@",
+        "imf_kernels.linear(x, w) is x @ w.mT; with another constant matrix, which keeps batch rows apart, "
+        "imf_kernels.linear_map(lambda a: a @ w, x); for the product of two Duals, imf_kernels.jvp("
+        "torch.matmul, (a.primal, b.primal), (a.tangent.detach(), b.tangent.detach()))",
+    ),
+    ("rpow",): ("** with a Dual as exponent", _BY_JVP),
+    ("abs",): ("abs()", _BY_JVP),
+    ("floordiv", "rfloordiv"): ("//", _BY_JVP),
+    ("mod", "rmod"): ("%", _BY_JVP),
+    ("divmod", "rdivmod"): ("divmod()", _BY_JVP),
+    ("lt", "le", "gt", "ge", "eq", "ne"): ("Comparison", "A comparison has no tangent: compare x.primal"),
+    ("setitem", "delitem"): (
+        "x[i] = value",
+        "A Dual does not change: join its parts with imf_kernels.cat, or x * mask + values",
+    ),
+    ("bool",): ("bool()", "Its truth would be that of its values: bool(x.primal); or x is not None"),
+    ("int",): ("int()", _ONE_NUMBER),
+    ("float",): ("float()", _ONE_NUMBER),
+    ("complex",): ("complex()", _ONE_NUMBER),
+    ("round",): ("round()", _BY_JVP),
+    ("floor",): ("math.floor()", _BY_JVP),
+    ("ceil",): ("math.ceil()", _BY_JVP),
+    ("trunc",): ("math.trunc()", _BY_JVP),
+    ("invert",): ("~", _BITS),
+    ("and", "rand"): ("&", _BITS),
+    ("or", "ror"): ("|", _BITS),
+    ("xor", "rxor"): ("^", _BITS),
+    ("lshift", "rlshift"): ("<<", _BITS),
+    ("rshift", "rrshift"): (">>", _BITS),
+    ("array",): (
+        "Conversion to NumPy",
+        "Take one array of each part: x.primal.detach().numpy(), x.tangent.detach().numpy()",
+    ),
+}
+
+
+def _refusal(what: str, instead: str) -> Callable[..., Any]:
+    def operator(*args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{what} is not defined for a Dual. {instead}")
+
+    return operator
+
+
+for _names, _texts in _REFUSED.items():
+    for _name in _names:
+        setattr(Dual, f"__{_name}__", _refusal(*_texts))
 
 
 class NoTangent(TypeError):
