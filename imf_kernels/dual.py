@@ -393,31 +393,72 @@ def linear_map(function: Callable[[Tensor], Any], x: Tensor | Dual) -> Any:
         What `function` returns, with a `Dual` in the place of each tensor if `x` is one.
 
     Raises:
-        ValueError: `function` is not linear: it does not map zeros to zeros. Eager mode asks once a function
-            and shape.
+        ValueError: `function` is not linear: it does not map zeros to zeros, or f(−2x) is not −2 f(x) for
+            an x of numbers between −4 and 6. Eager mode asks once per function and shape.
     """
     if isinstance(x, Dual) and x._tangent is not None and not torch.compiler.is_compiling():
         _check_linear(function, x._tangent)
     return map_both(function, x)
 
 
-_LINEAR: set[Any] = set()  # code of functions that map zeros of a shape and dtype to zeros
+_LINEAR: set[Any] = set()  # code of functions that were asked for a shape and dtype, and found linear
 
 
 def _check_linear(function: Callable[[Tensor], Any], like: Tensor) -> None:
     asked = (getattr(function, "__code__", function), like.shape, like.dtype)
     if asked in _LINEAR:
         return
-    with torch.no_grad():
-        of_zeros = pytree.tree_leaves(function(torch.zeros_like(like)))
-    for y in of_zeros:
-        if not y.any():
-            continue
-        raise ValueError(
-            f"linear_map: function must be linear, but maps zeros to {y.flatten()[:4].tolist()} …; "
-            "what does not depend on the Dual is added to it with +"
-        )
+    # The program's random numbers stay the same whether or not this asks.
+    with torch.no_grad(), torch.random.fork_rng([like.device] if like.is_cuda else []):
+        for y in pytree.tree_leaves(function(torch.zeros_like(like))):
+            if isinstance(y, Tensor) and y.any():
+                raise ValueError(
+                    f"linear_map: function must be linear, but maps zeros to {_first(y)} …; "
+                    "what does not depend on the Dual is added to it with +"
+                )
+        x = _between_minus_4_and_6(like)
+        scaled = -2 * x  # before `function`, which may write into x
+        ys, of_scaled = (pytree.tree_leaves(function(v)) for v in (x, scaled))
+        for y, y_of_scaled in zip(ys, of_scaled, strict=False):
+            _check_scaled(y, y_of_scaled)
     _LINEAR.add(asked)
+
+
+def _first(y: Tensor) -> list[float]:
+    return y.flatten()[:4].tolist()
+
+
+def _between_minus_4_and_6(like: Tensor) -> Tensor:
+    """Numbers without a pattern and without random numbers: the fractional parts of multiples of √2."""
+    some = (torch.arange(1, 4100, device=like.device, dtype=torch.float32) * 2**0.5).frac_() * 10 - 4
+    return some.to(like.dtype).repeat(like.numel() // 4099 + 1)[: like.numel()].view(like.shape)
+
+
+def _check_scaled(y: Any, of_scaled: Any) -> None:
+    """Raises where f(−2x) is not −2 f(x).
+
+    Scaling by −2 rounds nothing, so that the tolerance is only for sums whose order changes between calls.
+    Numbers below the normal ones are rounded, and count as 0; infinities, where float16 overflows, as equal.
+    """
+    if not isinstance(y, Tensor) or not y.is_floating_point():
+        return  # no Dual takes these
+    tolerance, tiny = max(1e-3, 4 * torch.finfo(y.dtype).eps), torch.finfo(y.dtype).tiny
+    if y.shape == of_scaled.shape:
+        if not y.numel():
+            return
+        y, of_scaled = (v if v.dtype == torch.float64 else v.float() for v in (y, of_scaled))
+        difference = (of_scaled + 2 * y).abs()
+        compared = y.isfinite() & of_scaled.isfinite()
+        largest = torch.where(compared, y.abs(), 0).max()
+        wrong = compared & ~(difference <= tolerance * largest + tiny) | (y.isnan() != of_scaled.isnan())
+        if not wrong.any():
+            return
+        y, of_scaled = y[wrong], of_scaled[wrong]
+    raise ValueError(
+        f"linear_map: function must be linear, but maps some x to {_first(y)} … and -2x to "
+        f"{_first(of_scaled)} …; use the operation of that name in imf_kernels where there is one, "
+        "imf_kernels.jvp for any function of tensors; draw random numbers outside of function"
+    )
 
 
 def map_both(function: Callable[[Tensor], Any], x: Tensor | Dual) -> Any:

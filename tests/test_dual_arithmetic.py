@@ -298,6 +298,61 @@ def test_linear_map_asks_whether_its_function_is_linear():
     ik.linear_map(lambda a: a.flip(1) * ROW, x)
 
 
+NOT_LINEAR = {
+    **{f.__name__: f for f in (torch.relu, torch.sin, torch.square, torch.abs, torch.tanh, torch.sqrt)},
+    **{f.__name__: f for f in (F.gelu, F.leaky_relu, F.relu6, F.softshrink, F.normalize)},
+    "largest": lambda a: a.amax(-1),
+    "sorted": lambda a: a.sort(-1).values,
+    "clamped in place": lambda a: a.clamp_(-3, 3),
+    "what is positive": lambda a: a[a > 0],
+    "dropout": lambda a: F.dropout(a, 0.5),
+    "the second of two": lambda a: (a.mT, a * a),
+    "deep in a tree": lambda a: {"a": a, "b": [a.mT, (a.log1p(),)]},
+}
+LINEAR = {
+    "convolution": lambda a: F.conv1d(a, SAMPLES[:4].expand(4, L, D)[..., :3].to(a.dtype), padding=1),
+    "product": lambda a: a @ X[0].mT.to(a.dtype),
+    "differences": lambda a: a.diff(n=2, dim=-1) - a.diff(n=2, dim=-1).mean(-1, keepdim=True),
+    "in place": lambda a: a.clone().mul_(3),
+    "to infinity": lambda a: (a * 6e4).sum(-1),
+    "to almost nothing": lambda a: a * 1e-7,
+    "zeros": lambda a: a * 0,
+    "empty": lambda a: a[..., :0],
+    "no dropout": lambda a: F.dropout(a, 0.5, training=False),
+    "trees": lambda a: {"a": a.mT, "b": [a, (a.cumsum(-1),)]},
+}
+
+
+@pytest.mark.parametrize("rows", [B, 1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_linear_map_asks_whether_its_function_scales(dtype, rows):
+    x = Dual(X.to(dtype), X_DOT[B - rows :].to(dtype))
+    state = torch.get_rng_state()
+    for function in NOT_LINEAR.values():
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"must be linear, but maps (some x to .* and -2x|zeros) to"):
+                ik.linear_map(function, x)
+    for function in LINEAR.values():
+        ik.linear_map(function, x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_question_of_linear_map_does_not_depend_on_values_and_is_put_once():
+    calls = []
+
+    def function(a):
+        calls.append(torch.is_grad_enabled())
+        return a * 2
+
+    for t in (X_DOT / 0, X_DOT * math.nan, X_DOT):
+        ik.linear_map(function, Dual(X.clone().requires_grad_(), t))
+    assert calls == [False] * 3 + [True, False] * 3  # zeros, x, -2x; then primal and tangent
+    for t in (X_DOT[:0], X_DOT[:0, :0], torch.tensor(2.0)):
+        ik.linear_map(function, Dual(t, t))
+    with pytest.raises(ValueError, match="must be linear"):
+        ik.linear_map(torch.abs, Dual(X[:3, :2], torch.full((3, 2, D), math.inf, dtype=X.dtype)))
+
+
 @pytest.mark.parametrize("rows", [B, 2])
 @pytest.mark.parametrize("order", [(0, 2, 1), (1, 0, 2), (2, 1, 0)])
 def test_view_where_only_the_strides_of_the_tangent_do_not_allow_it(order, rows):
