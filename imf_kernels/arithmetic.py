@@ -1,4 +1,4 @@
-"""What `Dual`s share with tensors: + − × ÷, indexing, and the methods that are linear in the tensor.
+"""What `Dual`s share with tensors: + − × ÷, powers, indexing, and the methods that are linear in the tensor.
 
 A tangent may be stored for the last rows of the batch alone (imf_kernels/dual.py). What keeps the rows apart
 and in order works on those; everything else first completes the tangent.
@@ -6,6 +6,7 @@ and in order works on those; everything else first completes the tangent.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any, cast
@@ -14,9 +15,17 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from imf_kernels.dual import Dual, align, complete, unpack
+from imf_kernels.dual import Dual, align, complete, primal, tail, unpack
 
 Operand = Any  # Tensor | Dual | float
+_OPERANDS = (Tensor, Dual, int, float, complex, torch.SymInt, torch.SymFloat)
+
+
+def operand(x: Any) -> Operand | None:
+    """Returns what + − × ÷ take, a number of NumPy as one of Python; `None` for anything else."""
+    if isinstance(x, _OPERANDS):
+        return x
+    return x.item() if isinstance(x, numbers.Number) and hasattr(x, "item") else None
 
 
 def _tangent_in(y: Tensor, x: Operand, tangent: Tensor | None) -> Tensor | None:
@@ -78,6 +87,16 @@ def neg(x: Dual) -> Dual:
     return mul(x, -1.0)
 
 
+def power(x: Dual, n: float) -> Dual:
+    """xⁿ with a number n, whose tangent is n xⁿ⁻¹ ẋ."""
+    y, tangent = x.primal**n, x.tangent_rows
+    if tangent is None:
+        return Dual(y, None)
+    with torch.no_grad():
+        y_dot = n * tail(x.primal, tangent) ** (n - 1) * tangent if n != 0 else torch.zeros_like(tangent)
+        return Dual(y, y_dot)
+
+
 def cat(tensors: Sequence[Tensor | Dual], dim: int = 0) -> Any:
     """`torch.cat` of tensors and `Dual`s: a `Dual` where one of them is.
 
@@ -106,22 +125,21 @@ def cat(tensors: Sequence[Tensor | Dual], dim: int = 0) -> Any:
 
 
 def _on_both(
-    x: Dual, on_primal: Callable[[Tensor], Any], on_rows: Callable[[Tensor, Any], Any] | None
+    x: Dual, y: Any, on_whole: Callable[[Tensor], Any], on_rows: Callable[[Tensor], Any] | None
 ) -> Any:
-    """A linear method of primal and tangent.
+    """The Duals of y, which a linear method has made of the primal.
 
-    `on_rows(tangent, y)` is the method where the rows stay apart and in order, given what the primal became;
-    with `None` they do not, and the tangent is completed before `on_primal` takes it too.
+    `on_rows` is the method of a stored tangent where the rows stay apart and in order; with `None` they do
+    not, and the tangent is completed before `on_whole` takes it.
     """
-    primal, tangent = unpack(x)
-    y = on_primal(primal)
+    tangent = x.tangent_rows
     if tangent is None:
         return pytree.tree_map(lambda part: Dual(part, None), y)
     with torch.no_grad():
         if on_rows is None:
-            y_dot = on_primal(complete(tangent, primal.shape[0] if primal.dim() else 1))
+            y_dot = on_whole(complete(tangent, x.primal.shape[0] if x.primal.dim() else 1))
         else:
-            y_dot = on_rows(tangent, y)
+            y_dot = on_rows(tangent)
     return pytree.tree_map(Dual, y, y_dot)
 
 
@@ -130,57 +148,99 @@ def _is_first(dim: int, of: Tensor) -> bool:
 
 
 def index(x: Dual, at: Any) -> Any:
-    """x[at]: the rows of the batch stay where the first index takes all of them."""
-    first = at[0] if isinstance(at, tuple) and at else at
-    if first is Ellipsis:
-        taken = sum(1 for i in at[1:] if i is not None) if isinstance(at, tuple) else 0
-        keeps = taken < x.primal.dim()
-    else:
-        keeps = isinstance(first, slice) and first == slice(None)
-    return _on_both(x, lambda t: t[at], (lambda t, y: t[at]) if keeps else None)
+    """x[at]."""
+
+    def taken(t: Tensor) -> Any:
+        return t[at]
+
+    y = x.primal[at]
+    return _on_both(x, y, taken, taken if _takes_all_rows(at, x.primal.dim()) else None)
+
+
+def _takes_all_rows(at: Any, dims: int) -> bool:
+    """Whether an index surely takes all of dimension 0 and leaves it first; else the tangent is completed."""
+    first, *others = at if isinstance(at, tuple) and at else (at,)
+    begun = ended = False  # tensors and lists; where something separates them, theirs becomes dimension 0
+    for i in others:
+        if isinstance(i, (slice, int)) or i is None or i is Ellipsis:
+            ended = begun
+            if isinstance(i, bool):
+                return False
+        elif ended:
+            return False
+        else:
+            begun = True
+    if first is not Ellipsis:
+        return isinstance(first, slice) and first == slice(None)
+    rest = [_dims_indexed(i) for i in others]
+    return None not in rest and sum(cast(list[int], rest)) < dims
+
+
+def _dims_indexed(i: Any) -> int | None:
+    """How many dimensions an element of an index takes; `None` where it would have to be looked into."""
+    if i is None or isinstance(i, (int, slice)):
+        return int(i is not None)
+    if isinstance(i, Tensor):
+        return i.dim() if i.dtype in (torch.bool, torch.uint8) else 1
+    return None
+
+
+def _listed(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Numbers that a method takes one by one or as one sequence."""
+    return tuple(given[0]) if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
 
 
 def reshaped(name: str) -> Callable[..., Any]:
-    """`reshape` and `view`."""
+    """`reshape` and `view`, the tangent of which is copied where only its strides do not allow a view."""
 
-    def method(x: Dual, *shape: Any) -> Any:
-        shape = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
-        if len(shape) == 1 and isinstance(shape[0], torch.dtype):
-            raise TypeError(f"Dual.{name}: takes a shape, got {shape[0]}; .to(dtype) casts")
-        y = getattr(x.primal, name)(*shape)
+    def method(x: Dual, *shape: Any, **named: Any) -> Any:
+        for given in (*shape[:1], *named.values()):
+            if isinstance(given, torch.dtype):
+                raise TypeError(f"Dual.{name}: takes a shape, got {given}; .to(dtype) casts")
+        y = getattr(x.primal, name)(*shape, **named)
         keeps = x.primal.dim() > 0 and y.dim() > 0 and y.shape[0] == x.primal.shape[0]
-        rows = (lambda t, y: getattr(t, name)(t.shape[0], *y.shape[1:])) if keeps else None
-        return _on_both(x, lambda t: getattr(t, name)(*shape), rows)
+        rows = (lambda t: t.reshape(t.shape[0], *y.shape[1:])) if keeps else None
+        return _on_both(x, y, lambda t: t.reshape(y.shape), rows)
 
     return method
 
 
-def expand(x: Dual, *shape: Any) -> Any:
-    shape = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
-    keeps = len(shape) == x.primal.dim() and shape[0] in (-1, x.primal.shape[0])
-    rows = (lambda t, y: t.expand(-1, *shape[1:])) if keeps else None
-    return _on_both(x, lambda t: t.expand(*shape), rows)
+def expand(x: Dual, *size: Any, **named: Any) -> Any:
+    y = x.primal.expand(*size, **named)
+    keeps = x.primal.dim() == y.dim() > 0 and y.shape[0] == x.primal.shape[0]
+    rows = (lambda t: t.expand(-1, *y.shape[1:])) if keeps else None
+    return _on_both(x, y, lambda t: t.expand(y.shape), rows)
+
+
+_AS_IN_NUMPY = {"axis": "dim", "axis0": "dim0", "axis1": "dim1"}  # other names that PyTorch takes
 
 
 def linear(name: str, dims: Callable[..., Sequence[int]]) -> Callable[..., Any]:
-    """A linear method; dims(x, *its arguments) are the dimensions that it works along."""
+    """A linear method; dims(x, *its arguments) are the dimensions that it works along.
+
+    The arguments have the names that they have in PyTorch, which sees them first and refuses what is wrong.
+    """
 
     def method(x: Dual, *args: Any, **kwargs: Any) -> Any:
-        of_batch = any(_is_first(d, x.primal) for d in dims(x.primal, *args, **kwargs))
-
-        def on_primal(t: Tensor) -> Any:
+        def of(t: Tensor) -> Any:
             return getattr(t, name)(*args, **kwargs)
 
-        return _on_both(x, on_primal, None if of_batch else lambda t, y: on_primal(t))
+        y = of(x.primal)
+        named = {_AS_IN_NUMPY.get(key, key): value for key, value in kwargs.items()}
+        of_batch = any(_is_first(d, x.primal) for d in dims(x.primal, *args, **named))
+        return _on_both(x, y, of, None if of_batch else of)
 
     return method
 
 
 def _all(x: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Sequence[int]:
-    return range(x.dim()) if dim is None else dim if isinstance(dim, (tuple, list)) else (dim,)
+    """`dim`, a number or several; none or an empty list means all."""
+    if dim is None or (isinstance(dim, (tuple, list)) and not dim):
+        return range(x.dim())
+    return dim if isinstance(dim, (tuple, list)) else (dim,)
 
 
-def _from_to(x: Tensor, start_dim: int = 0, end_dim: int = -1) -> Sequence[int]:
+def _flattened(x: Tensor, start_dim: int = 0, end_dim: int = -1) -> Sequence[int]:
     return (start_dim,)
 
 
@@ -188,12 +248,16 @@ def _two(x: Tensor, dim0: int, dim1: int) -> Sequence[int]:
     return dim0, dim1
 
 
-def _moved(x: Tensor, *dims: Any) -> Sequence[int]:
-    order = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
-    return () if _is_first(order[0], x) else (0,)
+def _permuted(x: Tensor, *order: Any, dims: Any = ()) -> Sequence[int]:
+    order = _listed(order) or tuple(dims)
+    return () if order and _is_first(order[0], x) else (0,)
 
 
-def _by_parts(x: Tensor, size: Any, dim: int = 0) -> Sequence[int]:
+def _moved(x: Tensor, source: Any, destination: Any) -> Sequence[int]:
+    return *_all(x, source), *_all(x, destination)
+
+
+def _by_parts(x: Tensor, size: Any = None, dim: int = 0, **named_size: Any) -> Sequence[int]:
     return (dim,)
 
 
@@ -213,34 +277,37 @@ def _unflattened(x: Tensor, dim: int, sizes: Any) -> Sequence[int]:
     return (dim,)
 
 
-def _repeated(x: Tensor, *sizes: Any) -> Sequence[int]:
-    sizes = tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
-    return () if len(sizes) == x.dim() and sizes[0] == 1 else (0,)
+def _repeated(x: Tensor, *times: Any, repeats: Any = ()) -> Sequence[int]:
+    times = _listed(times) or tuple(repeats)
+    return () if len(times) == x.dim() > 0 and times[0] == 1 else (0,)
 
 
-def _flipped(x: Tensor, *dims: Any) -> Sequence[int]:
-    return dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
+def _flipped(x: Tensor, *along: Any, dims: Any = ()) -> Sequence[int]:
+    return _listed(along) or tuple(dims)
 
 
 def _rolled(x: Tensor, shifts: Any, dims: Any = None) -> Sequence[int]:
     return _all(x, dims)
 
 
+def to(x: Dual, *args: Any, **kwargs: Any) -> Any:
+    """`Tensor.to`, which may be asked for the dtype and device of another tensor."""
+    return linear("to", _none)(x, *map(primal, args), **kwargs)
+
+
 METHODS: dict[str, Callable[..., Any]] = {
     "reshape": reshaped("reshape"),
     "view": reshaped("view"),
     "expand": expand,
-    **{
-        name: linear(name, _none)
-        for name in ("to", "float", "double", "bfloat16", "half", "contiguous", "clone")
-    },
+    "to": to,
+    **{name: linear(name, _none) for name in ("float", "double", "bfloat16", "half", "contiguous", "clone")},
     **{name: linear(name, _two) for name in ("transpose", "swapaxes", "swapdims")},
     **{name: linear(name, _by_parts) for name in ("chunk", "split", "tensor_split")},
     **{name: linear(name, _all) for name in ("sum", "mean", "squeeze")},
-    "flatten": linear("flatten", _from_to),
+    "flatten": linear("flatten", _flattened),
     "flip": linear("flip", _flipped),
-    "movedim": linear("movedim", lambda x, source, to: (*_all(x, source), *_all(x, to))),
-    "permute": linear("permute", _moved),
+    "movedim": linear("movedim", _moved),
+    "permute": linear("permute", _permuted),
     "repeat": linear("repeat", _repeated),
     "roll": linear("roll", _rolled),
     "unbind": linear("unbind", _one),

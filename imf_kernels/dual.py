@@ -17,10 +17,10 @@ class Dual:
     """A primal `x` and its tangent `x_dot`: the pair that every operation of this library maps to a pair.
 
     Gradients flow through the primal; the tangent is data. Shape, dtype and device are those of the primal.
-    Beside the operations of this library there are + − × ÷ with tensors, numbers and `Dual`s, indexing,
-    `cat`, and the methods of tensors that are linear: reshape, view, flatten, unflatten, expand, repeat,
-    transpose, permute, movedim, squeeze, unsqueeze, chunk, split, unbind, flip, roll, sum, mean, to and other
-    casts, contiguous, clone.
+    Besides the operations of this library there are + − × ÷ with tensors, numbers and `Dual`s, ** with a
+    number, indexing, `cat`, and the methods of tensors that are linear: reshape, view, flatten, unflatten,
+    expand, repeat, transpose, permute, movedim, squeeze, unsqueeze, chunk, split, unbind, flip, roll, sum,
+    mean, to and other casts, contiguous, clone. Other operators raise a TypeError that says what to use.
 
     Args:
         primal: any floating-point tensor, [B, ...].
@@ -85,36 +85,50 @@ class Dual:
     def dim(self) -> int:
         return self.primal.dim()
 
-    def size(self, *dim: int) -> Any:
-        return self.primal.size(*dim)
+    def size(self, dim: int | None = None) -> Any:
+        return self.primal.size() if dim is None else self.primal.size(dim)
 
     def __len__(self) -> int:
         return len(self.primal)
 
+    # NumPy leaves `number * dual` to the Dual, and refuses `array * dual`.
+    __array_ufunc__ = None
+
     def __add__(self, other: Any) -> Dual:
-        return arithmetic.add(self, other)
+        return _arithmetic("add", self, other)
 
     __radd__ = __add__
 
     def __sub__(self, other: Any) -> Dual:
-        return arithmetic.sub(self, other)
+        return _arithmetic("sub", self, other)
 
     def __rsub__(self, other: Any) -> Dual:
-        return arithmetic.sub(other, self)
+        return _arithmetic("sub", other, self)
 
     def __mul__(self, other: Any) -> Dual:
-        return arithmetic.mul(self, other)
+        return _arithmetic("mul", self, other)
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> Dual:
-        return arithmetic.div(self, other)
+        return _arithmetic("div", self, other)
 
     def __rtruediv__(self, other: Any) -> Dual:
-        return arithmetic.div(other, self)
+        return _arithmetic("div", other, self)
+
+    def __pow__(self, exponent: Any) -> Dual:
+        exponent = arithmetic.operand(exponent)
+        if exponent is None:
+            return NotImplemented
+        if isinstance(exponent, (Tensor, Dual)):
+            raise TypeError(f"** of a Dual takes a number as its exponent. {_BY_JVP}")
+        return arithmetic.power(self, exponent)
 
     def __neg__(self) -> Dual:
         return arithmetic.neg(self)
+
+    def __pos__(self) -> Dual:
+        return self
 
     def __getitem__(self, at: Any) -> Any:
         return arithmetic.index(self, at)
@@ -154,6 +168,78 @@ _ARITHMETIC = {
     **{getattr(Tensor, f"__{name}__"): name for name in ("add", "sub", "mul")},
     Tensor.__truediv__: "div",
 }
+
+
+_SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+
+
+def _arithmetic(name: str, a: Any, b: Any) -> Any:
+    left, right = arithmetic.operand(a), arithmetic.operand(b)
+    if left is not None and right is not None:
+        return arithmetic.FUNCTIONS[name](left, right)
+    if hasattr(b if right is None else a, "__array__"):
+        raise TypeError(
+            f"unsupported operand type(s) for {_SIGNS[name]}: {type(a).__name__!r} and {type(b).__name__!r}. "
+            "torch.from_numpy(array) makes a tensor of an array"
+        )
+    return NotImplemented
+
+
+_BY_JVP = (
+    "imf_kernels.jvp(function, (x.primal,), (x.tangent.detach(),)) differentiates any function of tensors; "
+    "where no tangent is wanted, x.primal"
+)
+_ONE_NUMBER = "A number has no tangent: x.primal.item()"
+_BITS = "A Dual has no bits; for masks, x.primal > 0 or the like"
+# Operators that a Dual has not: how Python writes them, and what to use instead.
+_REFUSED = {
+    ("matmul", "rmatmul"): (
+        "@",
+        "imf_kernels.linear(x, w) is x @ w.mT; with another constant matrix, which keeps batch rows apart, "
+        "imf_kernels.linear_map(lambda a: a @ w, x); for the product of two Duals, imf_kernels.jvp("
+        "torch.matmul, (a.primal, b.primal), (a.tangent.detach(), b.tangent.detach()))",
+    ),
+    ("rpow",): ("** with a Dual as exponent", _BY_JVP),
+    ("abs",): ("abs()", _BY_JVP),
+    ("floordiv", "rfloordiv"): ("//", _BY_JVP),
+    ("mod", "rmod"): ("%", _BY_JVP),
+    ("divmod", "rdivmod"): ("divmod()", _BY_JVP),
+    ("lt", "le", "gt", "ge", "eq", "ne"): ("Comparison", "A comparison has no tangent: compare x.primal"),
+    ("setitem", "delitem"): (
+        "x[i] = value",
+        "A Dual does not change: join its parts with imf_kernels.cat, or x * mask + values",
+    ),
+    ("bool",): ("bool()", "Its truth would be that of its values: bool(x.primal); or x is not None"),
+    ("int",): ("int()", _ONE_NUMBER),
+    ("float",): ("float()", _ONE_NUMBER),
+    ("complex",): ("complex()", _ONE_NUMBER),
+    ("round",): ("round()", _BY_JVP),
+    ("floor",): ("math.floor()", _BY_JVP),
+    ("ceil",): ("math.ceil()", _BY_JVP),
+    ("trunc",): ("math.trunc()", _BY_JVP),
+    ("invert",): ("~", _BITS),
+    ("and", "rand"): ("&", _BITS),
+    ("or", "ror"): ("|", _BITS),
+    ("xor", "rxor"): ("^", _BITS),
+    ("lshift", "rlshift"): ("<<", _BITS),
+    ("rshift", "rrshift"): (">>", _BITS),
+    ("array",): (
+        "Conversion to NumPy",
+        "Take one array of each part: x.primal.detach().numpy(), x.tangent.detach().numpy()",
+    ),
+}
+
+
+def _refusal(what: str, instead: str) -> Callable[..., Any]:
+    def operator(*args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{what} is not defined for a Dual. {instead}")
+
+    return operator
+
+
+for _names, _texts in _REFUSED.items():
+    for _name in _names:
+        setattr(Dual, f"__{_name}__", _refusal(*_texts))
 
 
 class NoTangent(TypeError):
@@ -309,31 +395,72 @@ def linear_map(function: Callable[[Tensor], Any], x: Tensor | Dual) -> Any:
         What `function` returns, with a `Dual` in the place of each tensor if `x` is one.
 
     Raises:
-        ValueError: `function` is not linear: it does not map zeros to zeros. Eager mode asks once a function
-            and shape.
+        ValueError: `function` is not linear: it does not map zeros to zeros, or f(−2x) is not −2 f(x) for
+            an x of numbers between −4 and 6. Eager mode asks once per function and shape.
     """
     if isinstance(x, Dual) and x._tangent is not None and not torch.compiler.is_compiling():
         _check_linear(function, x._tangent)
     return map_both(function, x)
 
 
-_LINEAR: set[Any] = set()  # code of functions that map zeros of a shape and dtype to zeros
+_LINEAR: set[Any] = set()  # code of functions that were asked for a shape and dtype, and found linear
 
 
 def _check_linear(function: Callable[[Tensor], Any], like: Tensor) -> None:
     asked = (getattr(function, "__code__", function), like.shape, like.dtype)
     if asked in _LINEAR:
         return
-    with torch.no_grad():
-        of_zeros = pytree.tree_leaves(function(torch.zeros_like(like)))
-    for y in of_zeros:
-        if not y.any():
-            continue
-        raise ValueError(
-            f"linear_map: function must be linear, but maps zeros to {y.flatten()[:4].tolist()} …; "
-            "what does not depend on the Dual is added to it with +"
-        )
+    # The program's random numbers stay the same whether or not this asks.
+    with torch.no_grad(), torch.random.fork_rng([like.device] if like.is_cuda else []):
+        for y in pytree.tree_leaves(function(torch.zeros_like(like))):
+            if isinstance(y, Tensor) and y.any():
+                raise ValueError(
+                    f"linear_map: function must be linear, but maps zeros to {_first(y)} …; "
+                    "what does not depend on the Dual is added to it with +"
+                )
+        x = _between_minus_4_and_6(like)
+        scaled = -2 * x  # before `function`, which may write into x
+        ys, of_scaled = (pytree.tree_leaves(function(v)) for v in (x, scaled))
+        for y, y_of_scaled in zip(ys, of_scaled, strict=False):
+            _check_scaled(y, y_of_scaled)
     _LINEAR.add(asked)
+
+
+def _first(y: Tensor) -> list[float]:
+    return y.flatten()[:4].tolist()
+
+
+def _between_minus_4_and_6(like: Tensor) -> Tensor:
+    """Numbers without a pattern and without random numbers: the fractional parts of multiples of √2."""
+    some = (torch.arange(1, 4100, device=like.device, dtype=torch.float32) * 2**0.5).frac_() * 10 - 4
+    return some.to(like.dtype).repeat(like.numel() // 4099 + 1)[: like.numel()].view(like.shape)
+
+
+def _check_scaled(y: Any, of_scaled: Any) -> None:
+    """Raises where f(−2x) is not −2 f(x).
+
+    Scaling by −2 rounds nothing, so that the tolerance is only for sums whose order changes between calls.
+    Numbers below the normal ones are rounded, and count as 0; infinities, where float16 overflows, as equal.
+    """
+    if not isinstance(y, Tensor) or not y.is_floating_point():
+        return  # no Dual takes these
+    tolerance, tiny = max(1e-3, 4 * torch.finfo(y.dtype).eps), torch.finfo(y.dtype).tiny
+    if y.shape == of_scaled.shape:
+        if not y.numel():
+            return
+        y, of_scaled = (v if v.dtype == torch.float64 else v.float() for v in (y, of_scaled))
+        difference = (of_scaled + 2 * y).abs()
+        compared = y.isfinite() & of_scaled.isfinite()
+        largest = torch.where(compared, y.abs(), 0).max()
+        wrong = compared & ~(difference <= tolerance * largest + tiny) | (y.isnan() != of_scaled.isnan())
+        if not wrong.any():
+            return
+        y, of_scaled = y[wrong], of_scaled[wrong]
+    raise ValueError(
+        f"linear_map: function must be linear, but maps some x to {_first(y)} … and -2x to "
+        f"{_first(of_scaled)} …; use the operation of that name in imf_kernels where there is one, "
+        "imf_kernels.jvp for any function of tensors; draw random numbers outside of function"
+    )
 
 
 def map_both(function: Callable[[Tensor], Any], x: Tensor | Dual) -> Any:

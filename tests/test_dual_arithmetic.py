@@ -2,7 +2,9 @@
 networks written with them."""
 
 import math
+import operator
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,7 +87,94 @@ EXPRESSIONS = {
     "cat of the batch": lambda x, z: _cat([z, x, SAMPLES.expand(B, L, D)], 0),
     "to": lambda x, z: x.float().to(torch.float64) + z.double(),
     "contiguous": lambda x, z: x.transpose(1, 2).contiguous().clone(),
+    "+x": lambda x, z: +x - (+z),
+    "x**2": lambda x, z: x**2 + z**1,
+    "x**-1.5": lambda x, z: (x * x + 1) ** -1.5 - (z * z + 1) ** np.float32(0.5),
+    "x**0": lambda x, z: x**0 + z * (x - x) ** 2,
+    "numbers of NumPy": lambda x, z: np.sqrt(0.5) * x + np.float32(3) / (z * np.int64(2)) - x / np.float16(4),
 }  # fmt: skip
+
+_ADVANCED, _MASK = torch.tensor([1, 3]), torch.arange(B * L * D).view(B, L, D) % 3 == 0
+INDICES = {
+    "separated": lambda x: x[:, [0, 1], :, None][:, :, [2, 5], 0],
+    "separated by a slice": lambda x: x.unflatten(2, (2, 3))[:, _ADVANCED, :, [0, 2]],
+    "separated by None": lambda x: x[:, _ADVANCED, None, _ADVANCED],
+    "separated after an ellipsis": lambda x: x.unflatten(2, (2, 3))[..., _ADVANCED, :, _ADVANCED - 1],
+    "separated, as many as the batch": lambda x: x[:, [0, 1, 2, 3, 0], None, [0, 1, 2, 3, 4]],
+    "separated by an ellipsis": lambda x: x[:, _ADVANCED, ..., _ADVANCED],
+    "separated masks": lambda x: x[:, None].unflatten(3, (2, 3))[:, :, _MASK[0, :, 0], :, [0, 1, 2, 0]],
+    "adjacent": lambda x: x[:, _ADVANCED, _ADVANCED] + x[..., _ADVANCED, [1, 3]],
+    "two dimensions": lambda x: x[:, _ADVANCED.expand(3, 2), 1:],
+    "a number and a tensor": lambda x: x.unflatten(2, (2, 3))[:, 1, :, _ADVANCED - 1],
+    "tensors of no dimension": lambda x: x.unflatten(2, (2, 3))[:, torch.tensor(1), :, torch.tensor(0)],
+    "all by a mask": lambda x: x[..., _MASK],
+    "two dimensions by a mask": lambda x: x[..., _MASK[0]] * x[:, _MASK[0]],
+    "the batch by a mask": lambda x: x[_MASK[:, 0, 1]] + x[[False, True, False, False, True], ...][:1],
+    "the batch and rows by a mask": lambda x: x[_MASK[:, :, 0]],
+    "a list as mask": lambda x: x[..., [True, False, True, False, False, True]],
+    "an array of NumPy": lambda x: x[..., np.array([0, 2])] + x[:, :, np.array([1, 1])],
+    "a number of NumPy": lambda x: x[:, np.int64(1)] + x[..., np.int64(1)][:, :1],
+    "true": lambda x: x[:, True] + x[True].transpose(0, 1) + x[..., True].movedim(-1, 1),
+    "a true tensor": lambda x: x[..., torch.tensor(True)] + x[:, :, torch.tensor(True)].movedim(2, -1),
+    "the batch by a tensor": lambda x: x[torch.tensor([4, 0, 0]), :, 1] + x[[1, 2, 4], 1, [0, 1, 2], None],
+    "the batch by two dimensions": lambda x: x[torch.tensor([[4, 0], [0, 3]])],
+    "the batch by its own order": lambda x: x[torch.arange(B)] + x[list(range(B))[::-1]],
+    "None first": lambda x: x[None, :, 1].sum(-1) + x[None, ..., 2, None][..., 1, 0],
+    "None after": lambda x: x[:, None, ..., None],
+    "ellipsis alone": lambda x: x[...] + x[()] + x[:] + x[..., :],
+    "ellipsis of nothing": lambda x: x[..., 1:4, :, 2] + x[..., :3, ::2, 1][:, [0, 1, 0, 1]],
+    "ellipsis behind": lambda x: x[2:, ...] + x[-3:, ...],
+    "the last rows": lambda x: x[-1] + x[B - 1 :],
+    "every second": lambda x: x[::2] + x[::2, :, :],
+    "from 0": lambda x: x[0:, 1] + x[0:B, 2],
+    "beyond": lambda x: x[:100] + x[-100:],
+    "none of them": lambda x: x[:, :0].sum((1, 2)) + x[:0].sum(),
+}
+KEYWORDS = {
+    "split": lambda x: x.split(split_size=2, dim=1)[1] + x.split(2, dim=-2)[0],
+    "split into sizes": lambda x: x.split(dim=2, split_size=[1, 2, 3])[2] + x.split(split_size=4)[1][..., :3],
+    "chunk": lambda x: x.chunk(chunks=2, dim=1)[1] + x.chunk(2, axis=1)[0],
+    "chunk the batch": lambda x: x.chunk(chunks=2)[1],
+    "tensor_split": lambda x: x.tensor_split(sections=3, dim=2)[1] + x.tensor_split(indices=(2, 4), dim=2)[1],
+    "permute": lambda x: x.permute(dims=(0, 2, 1)) + x.permute(dims=[0, -1, 1]) + x.permute([0, 2, 1]),
+    "permute the batch": lambda x: x.permute(dims=(1, 0, 2)) + x.permute(dims=(-2, 0, 2)),
+    "flip": lambda x: x.flip(dims=(1,)) + x.flip(dims=[-1, 0]) + x.flip((1, 2)) + x.flip(dims=()),
+    "movedim": lambda x: x.movedim(source=1, destination=2) + x.movedim(source=(2, 1), destination=(1, 2)),
+    "movedim the batch": lambda x: x.movedim(1, destination=0) + x.movedim(source=[0], destination=[1]),
+    "repeat": lambda x: x.repeat(repeats=(1, 2, 1)) + x.repeat([1, 2, 1]) + x.repeat(torch.Size([1, 2, 1])),
+    "repeat the batch": lambda x: x.repeat(repeats=(2, 1, 1)) + x.repeat(repeats=(1, 2, 1, 1))[0, [0, 1] * B],
+    "expand": lambda x: x[:, :, None].expand(size=(B, L, 3, D)) + x[:, :, None].expand(size=(-1, -1, 3, -1)),
+    "expand the batch": lambda x: x.expand(size=(2, -1, L, D), implicit=False),
+    "expand a number": lambda x: x[0, 0, 0].expand(()) + x.sum().expand(size=()) + x.sum().expand(2),
+    "reshape": lambda x: x.reshape(shape=(B, -1)) + x.flatten(start_dim=1) + x.view(size=(B, L * D)),
+    "reshape the batch": lambda x: x.reshape(shape=(-1, D)) + x.flatten(start_dim=0, end_dim=1)
+        + x.view(size=(-1, D)) + x.flatten(end_dim=1),
+    "unflatten": lambda x: x.unflatten(dim=-1, sizes=(2, 3)) + x.unflatten(2, sizes=(2, -1)),
+    "unflatten the batch": lambda x: x.unflatten(sizes=(5, 1), dim=0),
+    "transpose": lambda x: x.transpose(dim0=1, dim1=2) + x.swapaxes(axis0=1, axis1=-1) + x.swapdims(1, 2),
+    "transpose the batch": lambda x: x.transpose(dim0=1, dim1=0) + x.swapaxes(axis0=-3, axis1=1),
+    "squeeze": lambda x: x[:, :1].squeeze(dim=1) + x[:, :, None, :1].squeeze(dim=(2, 3))[:, :1]
+        + x[:, :1].squeeze(axis=1) + x[:, :1].squeeze(),
+    "squeeze the batch": lambda x: x[3:4].squeeze(dim=0) + x[3:4].squeeze(dim=(0, 1)),
+    "unsqueeze": lambda x: x.unsqueeze(dim=1) + x.unsqueeze(axis=-3),
+    "unsqueeze the batch": lambda x: x.unsqueeze(dim=0) + x.unsqueeze(axis=-4),
+    "unbind": lambda x: x.unbind(dim=1)[1] + x.unbind(axis=1)[0] + x.unbind(dim=0)[B - 1][:1],
+    "roll": lambda x: x.roll(shifts=1, dims=1) + x.roll(shifts=(1, 2), dims=(1, -1)),
+    "roll the batch": lambda x: x.roll(shifts=1) + x.roll(1, dims=()) + x.roll(shifts=(1, 2), dims=(2, 0)),
+    "sum": lambda x: x.sum(dim=1) + x.sum(axis=1) + x.sum(dim=(1,), keepdim=True)[:, 0]
+        + x.sum(dim=[1], keepdims=True, dtype=torch.float64).squeeze(1) + x.sum(1, True).squeeze(1),
+    "sum of all": lambda x: x.sum(dim=()) + x.sum(dim=None) + x.sum(dtype=torch.float64) + x.sum(dim=0),
+    "mean": lambda x: x.mean(dim=-1) + x.mean(axis=(2,)),
+    "mean of all": lambda x: x.mean(dim=()) + x.mean(dim=[]) + x.mean(()) + x.mean(axis=0) + x.mean(dim=None),
+    "casts": lambda x: x.to(dtype=torch.float64, copy=True) + x.clone(memory_format=torch.preserve_format)
+        + x.contiguous(memory_format=torch.contiguous_format) + x.to(x),
+    "size": lambda x: x * x.size(dim=1) + x.size(-1) + x.size()[0] + x.size(dim=None)[1],
+}  # fmt: skip
+EXPRESSIONS |= {
+    f"{kind} {name}": lambda x, z, f=function: f(x)
+    for kind, functions in (("index", INDICES), ("keyword", KEYWORDS))
+    for name, function in functions.items()
+}
 
 
 @pytest.mark.parametrize("rows", [(B, B), (2, B), (B, 3), (2, 3), (2, None), (None, 3), (0, 2)], ids=str)
@@ -134,7 +223,61 @@ def test_mixed_dtypes():
     ("call", "says"),
     [
         (lambda x: x.relu(), "Dual has no relu. Use the operation of that name in imf_kernels"),
-        (lambda x: x @ x.transpose(1, 2), "unsupported operand"),
+        (lambda x: x @ x.transpose(1, 2), "for the product of two Duals, imf_kernels.jvp"),
+        (lambda x: x @ ROW, r"@ is not defined for a Dual. imf_kernels.linear\(x, w\) is x @ w.mT"),
+        (lambda x: X.mT @ x, "imf_kernels.linear_map"),
+        (lambda x: np.ones((L, L)) @ x, "imf_kernels.linear_map"),
+        (abs, r"abs\(\) is not defined for a Dual. imf_kernels.jvp"),
+        (lambda x: x**x, "takes a number as its exponent. imf_kernels.jvp"),
+        (lambda x: x**ROW, "takes a number as its exponent. imf_kernels.jvp"),
+        (lambda x: 2**x, "a Dual as exponent"),
+        (lambda x: X**x, "a Dual as exponent"),
+        *(
+            (f, "compare x.primal")
+            for f in (
+                lambda x: x > 0,
+                lambda x: 0 < x,  # noqa: SIM300
+                lambda x: x <= X,
+                lambda x: X >= x,  # noqa: SIM300
+                lambda x: x == 0,
+                lambda x: x != x,
+                lambda x: np.ones(D) == x,
+            )
+        ),
+        *(
+            (f, "is not defined for a Dual. imf_kernels.jvp")
+            for f in (
+                lambda x: x // 2,
+                lambda x: 2 // x,
+                lambda x: X % x,
+                lambda x: divmod(x, 2),
+                round,
+                math.floor,
+            )
+        ),
+        *((f, r"x.primal.item\(\)") for f in (float, int, complex)),
+        (lambda x: operator.setitem(x, (slice(None), 0), 1), "join its parts with imf_kernels.cat"),
+        (lambda x: operator.delitem(x, 0), "join its parts with imf_kernels.cat"),
+        (lambda x: 1 if x else 0, r"bool\(x.primal\)"),
+        (lambda x: ~x, "x.primal > 0"),
+        (lambda x: x & x, "x.primal > 0"),
+        (np.asarray, r"x.primal.detach\(\).numpy\(\)"),
+        (np.sin, "does not support ufuncs"),
+        (lambda x: np.add(np.ones(D), x), "does not support ufuncs"),
+        *(
+            (f, r"unsupported operand type\(s\) for .*ndarray.*torch.from_numpy")
+            for f in (
+                lambda x: np.ones(D) * x,
+                lambda x: x * np.ones(D),
+                lambda x: np.ones(D) + x,
+                lambda x: x - np.array(1.0),
+                lambda x: np.ones(D) / x,
+            )
+        ),
+        (lambda x: x + "1", r"unsupported operand type\(s\) for \+: 'Dual' and 'str'"),
+        (lambda x: x.chunk(), "chunk"),
+        (lambda x: x.chunk(parts=2), "chunk"),
+        (lambda x: x.roll(shifts=1, axis=1), "roll"),
         (lambda x: torch.cat([x, x]), "torch.cat got a Dual"),
         (lambda x: x.never, "Dual has no attribute 'never'"),
         (lambda x: X.add_(x), "add_ got a Dual"),
@@ -153,6 +296,90 @@ def test_linear_map_asks_whether_its_function_is_linear():
             with pytest.raises(ValueError, match="must be linear, but maps zeros to"):
                 ik.linear_map(function, x)
     ik.linear_map(lambda a: a.flip(1) * ROW, x)
+
+
+NOT_LINEAR = {
+    **{f.__name__: f for f in (torch.relu, torch.sin, torch.square, torch.abs, torch.tanh, torch.sqrt)},
+    **{f.__name__: f for f in (F.gelu, F.leaky_relu, F.relu6, F.softshrink, F.normalize)},
+    "largest": lambda a: a.amax(-1),
+    "sorted": lambda a: a.sort(-1).values,
+    "clamped in place": lambda a: a.clamp_(-3, 3),
+    "what is positive": lambda a: a[a > 0],
+    "dropout": lambda a: F.dropout(a, 0.5),
+    "the second of two": lambda a: (a.mT, a * a),
+    "deep in a tree": lambda a: {"a": a, "b": [a.mT, (a.log1p(),)]},
+}
+LINEAR = {
+    "convolution": lambda a: F.conv1d(a, SAMPLES[:4].expand(4, L, D)[..., :3].to(a.dtype), padding=1),
+    "product": lambda a: a @ X[0].mT.to(a.dtype),
+    "differences": lambda a: a.diff(n=2, dim=-1) - a.diff(n=2, dim=-1).mean(-1, keepdim=True),
+    "in place": lambda a: a.clone().mul_(3),
+    "to infinity": lambda a: (a * 6e4).sum(-1),
+    "to almost nothing": lambda a: a * 1e-7,
+    "zeros": lambda a: a * 0,
+    "empty": lambda a: a[..., :0],
+    "no dropout": lambda a: F.dropout(a, 0.5, training=False),
+    "trees": lambda a: {"a": a.mT, "b": [a, (a.cumsum(-1),)]},
+}
+
+
+@pytest.mark.parametrize("rows", [B, 1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_linear_map_asks_whether_its_function_scales(dtype, rows):
+    x = Dual(X.to(dtype), X_DOT[B - rows :].to(dtype))
+    state = torch.get_rng_state()
+    for function in NOT_LINEAR.values():
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"must be linear, but maps (some x to .* and -2x|zeros) to"):
+                ik.linear_map(function, x)
+    for function in LINEAR.values():
+        ik.linear_map(function, x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_question_of_linear_map_does_not_depend_on_values_and_is_put_once():
+    calls = []
+
+    def function(a):
+        calls.append(torch.is_grad_enabled())
+        return a * 2
+
+    for t in (X_DOT / 0, X_DOT * math.nan, X_DOT):
+        ik.linear_map(function, Dual(X.clone().requires_grad_(), t))
+    assert calls == [False] * 3 + [True, False] * 3  # zeros, x, -2x; then primal and tangent
+    for t in (X_DOT[:0], X_DOT[:0, :0], torch.tensor(2.0)):
+        ik.linear_map(function, Dual(t, t))
+    with pytest.raises(ValueError, match="must be linear"):
+        ik.linear_map(torch.abs, Dual(X[:3, :2], torch.full((3, 2, D), math.inf, dtype=X.dtype)))
+
+
+@pytest.mark.parametrize("rows", [B, 2])
+@pytest.mark.parametrize("order", [(0, 2, 1), (1, 0, 2), (2, 1, 0)])
+def test_view_where_only_the_strides_of_the_tangent_do_not_allow_it(order, rows):
+    t = X_DOT[B - rows :].permute(order).contiguous().permute(*map(order.index, range(3)))
+    x, plain = Dual(X, t), Dual(X, t.contiguous())
+    for size in ((B, -1), (-1, D), (L * D, B), (B, 2, 2, 3, 2), (-1,)):
+        assert torch.equal(x.view(size).tangent, plain.tangent.view(size))
+        assert torch.equal(x.view(size=size).primal, X.view(size))
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        Dual(X.mT, X_DOT.mT.contiguous()).view(-1)
+
+
+def test_tensor_split_by_a_tensor():  # for which PyTorch has no forward mode
+    at = torch.tensor([1, 3])
+    for n in (B, 2):
+        for dim in (0, 1, -1):
+            y = Dual(X, X_DOT[B - n :]).tensor_split(tensor_indices_or_sections=at, dim=dim)
+            whole = torch.cat([torch.zeros_like(X[n:]), X_DOT[B - n :]])
+            for part, wanted in zip(y, whole.tensor_split(at, dim), strict=True):
+                assert torch.equal(part.tangent, wanted)
+
+
+def test_what_says_to_use_imf_kernels_jvp_can_use_it():
+    x, w = Dual(X, X_DOT[2:]), Dual(Z.mT, Z_DOT.mT)
+    got = ik.jvp(torch.matmul, (x.primal, w.primal), (x.tangent.detach(), w.tangent.detach()))
+    wanted = torch.func.jvp(torch.matmul, (X, Z.mT), (x.tangent, Z_DOT.mT))
+    torch.testing.assert_close(got, wanted)
 
 
 # Three networks, each once as a module of PyTorch and once of operations that take Duals or tensors.
