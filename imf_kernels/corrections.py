@@ -23,10 +23,10 @@ def _of(x: Any) -> tuple[Tensor, Tensor]:
 
 
 def _factored(factor: Tensor, tangent: Tensor, upper: bool) -> Tensor:
-    """The tangent of A = L Lᵀ, or Uᵀ U, of the triangle that PyTorch reads."""
-    L, L_dot = (t.triu().mT if upper else t.tril() for t in (factor, tangent))
-    half = L_dot @ L.mT
-    return half + half.mT
+    """The tangent of A = L Lᴴ, or Uᴴ U, of the triangle that PyTorch reads."""
+    L, L_dot = (t.triu().mH if upper else t.tril() for t in (factor, tangent))
+    half = L_dot @ L.mH
+    return half + half.mH
 
 
 @serves(torch.cholesky_inverse, Tensor.cholesky_inverse)
@@ -80,8 +80,8 @@ def _det(A: Any) -> Any:
         n = s.shape[-1]
         others = s.unsqueeze(-2).expand(*s.shape[:-1], n, n).clone()
         others.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-        cofactors = (U * others.prod(-1).unsqueeze(-2)) @ Vh * torch.linalg.det(U @ Vh)[..., None, None]
-        return Dual(y, (cofactors * A_dot).sum((-2, -1)))
+        cofactors = ((U * others.prod(-1).unsqueeze(-2)) @ Vh).conj()
+        return Dual(y, torch.linalg.det(U @ Vh) * (cofactors * A_dot).sum((-2, -1)))
 
 
 @serves(torch.cdist)

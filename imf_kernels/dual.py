@@ -23,22 +23,22 @@ class Dual:
     mean, to and other casts, contiguous, clone. Other operators raise a TypeError that says what to use.
 
     Args:
-        primal: any floating-point tensor, [B, ...].
+        primal: any floating-point or complex tensor, [B, ...]; the operations take floating-point ones.
         tangent: of the primal's dtype and device, and either of its shape; or [n, ...] with n < B, which
             belongs to the last n rows of the batch, the others being structural zeros; or `None`, a
             structural zero altogether. Operations skip the work that structural zeros make needless.
 
     Raises:
         ValueError: a tangent of another shape, dtype or device, or one that requires grad.
-        TypeError: a primal or tangent that is no tensor, or no floating-point tensor.
+        TypeError: a primal or tangent that is no tensor, or one of integers.
     """
 
     __slots__ = ("_primal", "_tangent")
 
     def __init__(self, primal: Tensor, tangent: Tensor | None = None) -> None:
-        if not isinstance(primal, Tensor) or not primal.is_floating_point():
+        if not isinstance(primal, Tensor) or not (primal.is_floating_point() or primal.is_complex()):
             got = primal.dtype if isinstance(primal, Tensor) else type(primal).__name__
-            raise TypeError(f"Dual: primal must be a floating-point tensor, got {got}")
+            raise TypeError(f"Dual: primal must be a floating-point or complex tensor, got {got}")
         if tangent is not None:
             _check_tangent(primal, tangent)
         self._primal = primal

@@ -64,7 +64,7 @@ def in_dtype_of(primal: Tensor, tangent: Tensor) -> Tensor:
 
 def as_dual(x: Any) -> Any:
     """A dual tensor of PyTorch as a `Dual`, anything else as it is."""
-    if type(x) is not Tensor or not x.is_floating_point():
+    if type(x) is not Tensor or not can_move(x):
         return x
     primal, tangent = unpack_dual_tensor(x)
     return x if tangent is None else Dual(primal, in_dtype_of(primal, tangent.detach()))

@@ -176,7 +176,7 @@ NO_EDGES = {
     *("nn.functional.normalize", "nn.functional.triplet_margin_loss", "nn.functional.cosine_embedding_loss"),
     *("nn.functional.triplet_margin_with_distance_loss", "qr", "linalg.qr", "svd_lowrank", "pca_lowrank"),
     *("masked.normalize", "linalg.eig", "linalg.eigvals", "linalg.householder_product"),
-    *("frexp", "nextafter", "nn.functional.softshrink", "_segment_reduce"),
+    *("frexp", "nextafter", "nn.functional.softshrink", "nn.functional.hardshrink", "_segment_reduce"),
 }
 
 
