@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import itertools
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils import _pytree as pytree
 
 from imf_kernels import dual_tensors
@@ -27,6 +32,7 @@ class Calls:
         why: what kept an operation of this library from serving it, where there is one.
         count: how many.
         seconds: in all.
+        memory: bytes of tensors above those there before, at the height of the call that took most.
     """
 
     name: str
@@ -35,14 +41,16 @@ class Calls:
     why: str = ""
     count: int = 0
     seconds: float = 0.0
+    memory: int = 0
 
 
 def explain(
     func: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...], *, has_aux: bool = False
 ) -> list[Calls]:
-    """Prints which calls of `func` take which path inside `jvp`, their share of its time, and advice.
+    """Prints which calls of `func` take which path inside `jvp`, their share of its time, memory, and advice.
 
-    Runs it twice and times the second; on a GPU it waits for each call.
+    Runs it three times, times the second and asks PyTorch's profiler for the memory of the third; on a GPU it
+    waits for each call.
 
     Args:
         func, primals, tangents, has_aux: as of `jvp`.
@@ -53,9 +61,11 @@ def explain(
     on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in pytree.tree_leaves(primals))
     seen: dict[tuple[str, ...], Calls] = {}
     names: list[str] = []
+    spans: list[tuple[Calls, int, int]] = []
     modules = _Modules(func)
 
     def record(name: str, path: str, why: str, seconds: float) -> None:
+        end = time.time_ns()
         if name.endswith("__get__"):  # an attribute
             return
         names.append(name)
@@ -63,15 +73,26 @@ def explain(
         calls = seen.setdefault((name, path, where, why), Calls(name, path, where, why))
         calls.count += 1
         calls.seconds += seconds
+        spans.append((calls, end - round(1e9 * seconds), end))
 
-    for _ in range(2):
-        seen.clear()
-        names.clear()
+    def run() -> None:
+        for found in (seen, names, spans):
+            found.clear()
         with modules.followed(), _operations(record):
             _jvp(
                 *(func, primals, tangents, False, has_aux),
                 lambda: _Calls(record, torch.cuda.synchronize if on_gpu else None),
             )
+
+    run()
+    run()
+    timed = {key: calls.seconds for key, calls in seen.items()}
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=kinds, profile_memory=True) as profiled:
+        run()
+    _add_memory(spans, profiled, DeviceType.CUDA if on_gpu else DeviceType.CPU)
+    for key, calls in seen.items():
+        calls.seconds = timed.get(key, calls.seconds)
     ranked = sorted(seen.values(), key=lambda calls: -calls.seconds)
     _print(ranked)
     for advice in _advice(names):
@@ -79,15 +100,27 @@ def explain(
     return ranked
 
 
+def _add_memory(spans: list[tuple[Calls, int, int]], profiled: Any, device: DeviceType) -> None:
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = sorted((e for e in events if e.device_type() == device), key=lambda e: e.start_ns())
+    times = [e.start_ns() for e in events]
+    held = [0, *itertools.accumulate(e.nbytes() for e in events)]
+    for calls, start, end in spans:
+        first, last = bisect.bisect_left(times, start), bisect.bisect_right(times, end)
+        calls.memory = max(calls.memory, max(held[first : last + 1]) - held[first])
+
+
 def _print(ranked: list[Calls]) -> None:
     total = sum(calls.seconds for calls in ranked) or 1.0
     width = max((len(calls.name) for calls in ranked), default=4)
     place = max([5, *(len(calls.where) for calls in ranked)])
-    print(f"{'call':{width}}  {'path':14}  {'count':>5}  {'time':>5}  {'where':{place}}  not served because")
+    head = f"{'call':{width}}  {'path':14}  {'count':>5}  {'time':>5}  {'memory':>9}  {'where':{place}}"
+    print(f"{head}  not served because")
     for calls in ranked:
         share = f"{calls.seconds / total:5.1%}"
-        line = f"{calls.name:{width}}  {calls.path:14}  {calls.count:5}  {share}  {calls.where:{place}}"
-        print(f"{line}  {calls.why}".rstrip())
+        memory = f"{calls.memory / 2**20:5.1f} MiB"
+        line = f"{calls.name:{width}}  {calls.path:14}  {calls.count:5}  {share}  {memory}"
+        print(f"{line}  {calls.where:{place}}  {calls.why}".rstrip())
 
 
 class _Modules:

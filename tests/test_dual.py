@@ -13,9 +13,9 @@ def ones(*shape, **options):
 
 
 BAD = {
-    "integers": (lambda: Dual(ones(2).long()), TypeError, "must be a floating-point or complex tensor, got torch.int64"),
-    "no tensor": (lambda: Dual([1.0]), TypeError, "primal must be a floating-point or complex tensor, got list"),
-    "a Dual": (lambda: Dual(Dual(ones(2))), TypeError, "primal must be a floating-point or complex tensor, got Dual"),
+    "integers": (lambda: Dual(ones(2).long()), TypeError, "floating-point or complex tensor, got torch.int64"),
+    "no tensor": (lambda: Dual([1.0]), TypeError, "floating-point or complex tensor, got list"),
+    "a Dual": (lambda: Dual(Dual(ones(2))), TypeError, "floating-point or complex tensor, got Dual"),
     "tangent no tensor": (lambda: Dual(ones(2), 1.0), TypeError, "must be a tensor or None, got float"),
     "other width": (lambda: Dual(ones(2, 3), ones(2, 4)), ValueError,
                     "the shape of its primal, [2, 3], or fewer rows of it, [n, 3]; got [2, 4]"),

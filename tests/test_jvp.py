@@ -420,6 +420,16 @@ def test_explain(capsys):
     assert "torch.nn.functional.linear" in printed and "%" in printed
 
 
+def test_explain_says_what_memory_a_call_takes():
+    network = torch.nn.Sequential(torch.nn.GELU(), torch.nn.Linear(256, 64))
+    x, x_dot = torch.randn(2, 128, 256)
+    rows = {c.name.rpartition(".")[2]: c.memory for c in ik.explain(network, (x,), (x_dot,))}
+    assert 2 * x.nbytes <= rows["gelu"] <= 2.1 * x.nbytes
+    assert (
+        x.nbytes / 2 <= rows["linear"] <= 3 * x.nbytes
+    )  # two outputs of a quarter of the width, and room to work
+
+
 class _Attention(torch.nn.Module):
     """Attention and a norm written out, as in older networks."""
 
