@@ -312,14 +312,16 @@ def test_checkpoints_inside_ddp(options, tmp_path):
     class Checkpointed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.network = _network()
+            self.network, self.outside = _network(), nn.Linear(8, 8)
 
         def forward(self, x):
-            return ik.checkpoint(self.network, x)
+            c = self.outside(x).sin()
+            return ik.checkpoint(lambda q: self.network(q) * c, x) + c
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        network, plain = DistributedDataParallel(Checkpointed(), **options), _network()
+        network, plain = DistributedDataParallel(Checkpointed(), **options), Checkpointed()
+        plain.load_state_dict(network.module.state_dict())
         if "find_unused_parameters" in options:
             with pytest.raises(NotImplementedError, match=r"DistributedDataParallel.*static_graph=True"):
                 ik.jvp(network, (X,), (X_DOT,))
