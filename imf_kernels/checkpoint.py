@@ -379,7 +379,7 @@ class _Recompute(torch.autograd.Function):
         outputs = [others.get(id(y), y) for y in outputs if can_move(y)]
         pairs = [(y, dy) for y, dy in zip(outputs, dys, strict=True) if y.requires_grad]
         ys = [y for y, _ in pairs]
-        kept = _is_older_among(ys, before)
+        kept = _reaches_outside(ys, before, ctx._sequence_nr())
         torch.autograd.backward(ys, [dy for _, dy in pairs], retain_graph=kept or None)
         return (
             None,
@@ -390,20 +390,28 @@ class _Recompute(torch.autograd.Function):
         )
 
 
-def _is_older_among(outputs: list[Tensor], number: int) -> bool:
-    """Whether their graph goes on into one that is older than the node of that number.
+def _reaches_outside(outputs: list[Tensor], start: int, checkpoint: int) -> bool:
+    """Whether the graph of recomputed outputs goes on into one that is older than the recomputation.
 
     It does where a call that no mode sees takes a tensor with a graph from outside. Such a graph is kept: the
     backward around this one, or that of another checkpoint, goes through it too.
+
+    Args:
+        start: the number of the first node of the recomputation.
+        checkpoint: the number of the checkpoint's own node.
     """
     nodes = {y.grad_fn: None for y in outputs if y.grad_fn is not None}
     waiting = list(nodes)
     end = torch._C._autograd._get_sequence_nr()
     while waiting:
         node = waiting.pop()
-        if not number <= node._sequence_nr() < end:
-            if node.name() == "torch::autograd::AccumulateGrad":
-                continue
+        number = node._sequence_nr()
+        if not start <= number < end and node.name() != "torch::autograd::AccumulateGrad":
+            if number >= checkpoint:
+                raise RuntimeError(
+                    "imf_kernels.checkpoint: a checkpointed function closes over a variable that has been "
+                    "given another value since, which backward would recompute with: pass it as an argument"
+                )
             return True
         for following, _ in node.next_functions:
             if following is not None and following not in nodes:

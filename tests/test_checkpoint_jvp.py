@@ -210,6 +210,23 @@ def twice(run, c, b, x):
     return run(lambda q: b(q) * c, run(lambda q: (b(q) * c).sin() + c.mean(), x)) + c
 
 
+def mapped(run, c, b, x):
+    return run(lambda q: torch.vmap(lambda r, d: b(r) * d)(q, c) + torch.vmap(lambda r: r * c[0])(q), x) + c
+
+
+def under_no_grad(run, c, b, x):
+    def own(q):
+        with torch.no_grad():
+            factor = (c * 2).sigmoid()
+        return b(q) * factor * c
+
+    return run(own, x)
+
+
+def complex_numbers(run, c, b, x):
+    return run(lambda q: torch.complex(b(q), c), x).abs()
+
+
 def nested(run, c, b, x):
     def own(q):
         return run(lambda p: (b(p) * c).tanh(), q) + c
@@ -259,6 +276,9 @@ CLOSING = {
     "nested": nested,
     "nested, reentrant": nested_reentrant,
     "changing": changing,
+    "mapped": mapped,
+    "under no_grad": under_no_grad,
+    "complex": complex_numbers,
     "with grad inside": with_grad_inside,
     "in a list": lambda run, c, b, x: run(lambda q: torch.cat([b(q), c]).sin().chunk(2)[1], x) + c,
     "by keyword": lambda run, c, b, x: run(lambda q: F.linear(input=b(q), weight=c[0].T @ c[0]), x) + c,
@@ -321,6 +341,42 @@ def test_a_closed_over_graph_is_passed_once():
     a.weight.register_hook(lambda dy: passed.append(dy))
     ik.jvp(func, (X,), (X_DOT,))[0].sum().backward()
     assert len(passed) == 1
+
+
+def test_a_variable_with_another_value_since():
+    b = nn.Linear(16, 16)
+
+    def func(x):
+        x = ik.checkpoint(lambda q: b(q) + x, x)
+        x = x.sin()
+        return x
+
+    y, _ = ik.jvp(func, (X.clone().requires_grad_(),), (X_DOT,))
+    with pytest.raises(RuntimeError, match=r"another value since.*pass it as an argument"):
+        y.sum().backward()
+
+
+def test_what_a_function_closes_over_changes_since():
+    a, b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def func(x):
+        c = a(x).sin()
+        y = ik.checkpoint(lambda q: b(q) * c, x)
+        c.add_(1)
+        return y
+
+    y, _ = ik.jvp(func, (X,), (X_DOT,))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_backward_twice_over_a_closed_over_graph():
+    model = Closing(CLOSING["product"])
+    y, _ = ik.jvp(lambda x: model(x, ik.checkpoint), (X,), (X_DOT,))
+    y.sum().backward(retain_graph=True)
+    once = [p.grad.clone() for p in model.parameters()]
+    y.sum().backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], [2 * g for g in once])
 
 
 def test_with_duals_a_function_closes_over_a_graph():
