@@ -32,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
+from imf_kernels.checkpoint import threads
 from imf_kernels.corrections import (
     REFUSED_INSIDE_TRANSFORMS,
     REWRITTEN,
@@ -355,6 +356,7 @@ def is_inside() -> bool:
 
 _OUTSIDE = _Run()
 _OUTSIDE.over = True
+threads.is_inside = is_inside
 
 
 def _jvp(

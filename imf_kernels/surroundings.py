@@ -121,6 +121,18 @@ def _refusing_to_leave(to_dlpack: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return call
 
 
+def _without_plans(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A script keeps a plan that it was optimised by, outside of a jvp, and whose tangents would be zeros."""
+
+    @functools.wraps(run)
+    def call(script: Any, *args: Any, **kwargs: Any) -> Any:
+        if fwAD._current_level >= 0:
+            script._debug_flush_compilation_cache()
+        return run(script, *args, **kwargs)
+
+    return call
+
+
 def _complete_pytorch() -> None:
     """Gives PyTorch's functions the rules that they lack, as far as they are loaded: once a process."""
     for rule in [rule for rule in _MISSING if rule[0] in sys.modules]:
@@ -131,6 +143,10 @@ def _complete_pytorch() -> None:
             function.jvp = staticmethod(jvp)
             if jvp is _sink:
                 function.forward = staticmethod(_sink_with_zeros(function.forward))
+    if torch.jit not in _patched:
+        _patched.add(torch.jit)
+        for script in (torch._C.ScriptFunction, torch._C.ScriptMethod):
+            script.__call__ = _without_plans(script.__call__)  # type: ignore[method-assign]
     if torch.utils.dlpack not in _patched:
         _patched.add(torch.utils.dlpack)
         torch.utils.dlpack.to_dlpack = _refusing_to_leave(torch.utils.dlpack.to_dlpack)  # type: ignore[assignment]

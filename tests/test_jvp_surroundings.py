@@ -69,6 +69,21 @@ def test_scripts():
     assert torch._C._get_graph_executor_optimize()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda network: torch.jit.trace(network, X)])
+def test_scripts_that_were_trained(make):
+    """Their plans, made without tangents, are not kept."""
+    scripted = make(_network())
+    for _ in range(3):
+        for _ in range(3):
+            scripted(X).sum().backward()
+        _agrees(scripted, by=_network())
+    gelu, weight = torch.jit.script(_tanh_gelu), torch.ones(8, requires_grad=True)
+    for _ in range(3):
+        gelu(X * weight).sum().backward()
+    _agrees(lambda x: gelu(x * weight), by=lambda x: _tanh_gelu(x * weight))
+
+
 def _tanh_gelu(x: torch.Tensor) -> torch.Tensor:
     return x * 0.5 * (1.0 + torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x)))
 
@@ -312,14 +327,16 @@ def test_checkpoints_inside_ddp(options, tmp_path):
     class Checkpointed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.network = _network()
+            self.network, self.outside = _network(), nn.Linear(8, 8)
 
         def forward(self, x):
-            return ik.checkpoint(self.network, x)
+            c = self.outside(x).sin()
+            return ik.checkpoint(lambda q: self.network(q) * c, x) + c
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        network, plain = DistributedDataParallel(Checkpointed(), **options), _network()
+        network, plain = DistributedDataParallel(Checkpointed(), **options), Checkpointed()
+        plain.load_state_dict(network.module.state_dict())
         if "find_unused_parameters" in options:
             with pytest.raises(NotImplementedError, match=r"DistributedDataParallel.*static_graph=True"):
                 ik.jvp(network, (X,), (X_DOT,))
