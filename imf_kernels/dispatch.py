@@ -50,7 +50,7 @@ class Backend:
     def run(self, x: Tensor, *arguments: Any) -> Any:
         """The operation, with `torch.autocast` off meanwhile: the inputs' dtypes decide what it computes."""
         call = self.traced if self.traced is not None and in_graph() else self.eager
-        if not autocasts(x.device):
+        if not torch._C._is_any_autocast_enabled():  # mostly not, and asked here it costs no call
             return call(x, *arguments)
         with without_autocast(x.device):
             return call(x, *arguments)
@@ -75,7 +75,8 @@ def choose(operation: str, backends: Sequence[Backend], wanted: str | None, *ten
     for backend in backends:
         if not backend.default:
             continue
-        if (reason := backend.on_request(tensors) or backend.unavailable(tensors)) is None:
+        reason = None if backend.on_request is always else backend.on_request(tensors)
+        if (reason := reason or backend.unavailable(tensors)) is None:
             if refused and not torch.compiler.is_compiling():
                 log_once(operation, backend.name, "; ".join(refused))
             return backend

@@ -467,12 +467,13 @@ def map_both(function: Callable[[Tensor], Any], x: Tensor | Dual) -> Any:
     """`linear_map` of a function that is known to be linear."""
     if not isinstance(x, Dual):
         return function(x)
-    y = function(x.primal)
-    if x._tangent is None:
-        return pytree.tree_map(Dual, y)
-    with torch.no_grad():
-        y_dot = function(x._tangent)
-    return pytree.tree_map(Dual, y, y_dot)
+    y, y_dot = function(x.primal), None
+    if x._tangent is not None:
+        with torch.no_grad():
+            y_dot = function(x._tangent)
+    if isinstance(y, Tensor):
+        return Dual(y, y_dot)
+    return pytree.tree_map(Dual, y) if y_dot is None else pytree.tree_map(Dual, y, y_dot)
 
 
 def _flatten(x: Dual) -> tuple[list[Any], tuple[int, int] | None]:

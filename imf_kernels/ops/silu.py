@@ -17,7 +17,7 @@ from imf_kernels import cpu, cuda, triton_backend
 from imf_kernels.dispatch import Backend, always, choose
 from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, tail, unpack
 from imf_kernels.dual_tensors import takes_dual_tensors
-from imf_kernels.layout import DTYPES, contiguous_like, pointer
+from imf_kernels.layout import DTYPES, pointer
 from imf_kernels.operators import Operation
 from imf_kernels.ops import check
 from imf_kernels.triton_backend import Kernels
@@ -43,10 +43,10 @@ class _Silu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernels: Any, x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
         x = x.contiguous()
-        y, y_dot = contiguous_like(x), None
+        y, y_dot = torch.empty_like(x, memory_format=torch.contiguous_format), None
         if x_dot is not None:
             x_dot = x_dot.contiguous()
-            y_dot = contiguous_like(x_dot)
+            y_dot = torch.empty_like(x_dot, memory_format=torch.contiguous_format)
             no_gradient(ctx, y_dot)
         kernels.forward(x, x_dot, y, y_dot)
         ctx.save_for_backward(x)
@@ -57,7 +57,7 @@ class _Silu(torch.autograd.Function):
     @check.backward_of("silu")
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        dx = contiguous_like(x)
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         ctx.kernels.backward(x, dy.contiguous(), dx)
         return None, dx, None
 
