@@ -69,6 +69,9 @@ LOST = {
     "map": lambda x: mapped(torch.sin, x),
 }
 
+# PyTorch 2.11 leaves out what an error inside control flow says.
+REFUSAL = r"imf_kernels\.jvp: .*(rule|tangent)|twice|higher order operator doesn't work"
+
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("func", LOST.values(), ids=LOST)
