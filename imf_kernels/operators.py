@@ -95,11 +95,14 @@ class Operation:
 
     def _launch(self, kernel: str, *arguments: Any, backend: str) -> Any:
         """Lays out again what compiled code hands over in another order than it was traced with."""
-        laid_out = [
-            self._lay_out(x) if is_read and isinstance(x, Tensor) else x
-            for x, is_read in zip(arguments, self._read[kernel], strict=False)  # the backend stands last
-        ]
-        return getattr(self._backends[backend], kernel)(*laid_out)
+        laid_out = [self._lay_out(x) if isinstance(x, Tensor) else x for x in arguments]
+        result = getattr(self._backends[backend], kernel)(*laid_out)
+        for x, used, is_read in zip(
+            arguments, laid_out, self._read[kernel], strict=False
+        ):  # backend stands last
+            if used is not x and not is_read:
+                x.copy_(used)
+        return result
 
 
 def _define(name: str, schema: str) -> Any:

@@ -379,7 +379,14 @@ class Relaid(TorchDispatchMode):
         if operator.namespace == "imf_kernels":
             arguments = operator._schema.arguments
             read = [a.alias_info is None and a.name not in MADE_BY_KERNELS for a in arguments]
-            args = [relaid(x) if is_read else x for x, is_read in zip(args, read, strict=False)]
+            # What an elementwise kernel fills lies as its input does.
+            fills = operator._schema.name.rpartition("::")[2].startswith(("gelu", "silu"))
+            given = [relaid(x) if is_read or fills else x for x, is_read in zip(args, read, strict=False)]
+            result = operator(*given, **kwargs or {})
+            for x, used in zip(args, given, strict=True):
+                if used is not x and fills:
+                    x.copy_(used)
+            return result
         return operator(*args, **kwargs or {})
 
 

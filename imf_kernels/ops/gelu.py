@@ -59,10 +59,10 @@ class _GELU(torch.autograd.Function):
         ctx: Any, kernels: Any, x: Tensor, x_dot: Tensor | None, by_tanh: bool
     ) -> tuple[Tensor, Tensor | None]:
         x = x.contiguous()
-        y, y_dot = torch.empty_like(x, memory_format=torch.contiguous_format), None
+        y, y_dot = torch.empty_like(x), None
         if x_dot is not None:
             x_dot = x_dot.contiguous()
-            y_dot = torch.empty_like(x_dot, memory_format=torch.contiguous_format)
+            y_dot = torch.empty_like(x_dot)
             no_gradient(ctx, y_dot)
         kernels.forward(x, x_dot, y, y_dot, by_tanh)
         ctx.save_for_backward(x)
@@ -73,7 +73,7 @@ class _GELU(torch.autograd.Function):
     @check.backward_of("gelu")
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dx = torch.empty_like(x)
         ctx.kernels.backward(x, dy.contiguous(), dx, ctx.by_tanh)
         return None, dx, None, None
 

@@ -43,10 +43,10 @@ class _Silu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernels: Any, x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
         x = x.contiguous()
-        y, y_dot = torch.empty_like(x, memory_format=torch.contiguous_format), None
+        y, y_dot = torch.empty_like(x), None
         if x_dot is not None:
             x_dot = x_dot.contiguous()
-            y_dot = torch.empty_like(x_dot, memory_format=torch.contiguous_format)
+            y_dot = torch.empty_like(x_dot)
             no_gradient(ctx, y_dot)
         kernels.forward(x, x_dot, y, y_dot)
         ctx.save_for_backward(x)
@@ -57,7 +57,7 @@ class _Silu(torch.autograd.Function):
     @check.backward_of("silu")
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dx = torch.empty_like(x)
         ctx.kernels.backward(x, dy.contiguous(), dx)
         return None, dx, None
 
