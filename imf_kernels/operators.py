@@ -97,9 +97,8 @@ class Operation:
         """Lays out again what compiled code hands over in another order than it was traced with."""
         laid_out = [self._lay_out(x) if isinstance(x, Tensor) else x for x in arguments]
         result = getattr(self._backends[backend], kernel)(*laid_out)
-        for x, used, is_read in zip(
-            arguments, laid_out, self._read[kernel], strict=False
-        ):  # backend stands last
+        # The backend stands last in the schema.
+        for x, used, is_read in zip(arguments, laid_out, self._read[kernel], strict=False):
             if used is not x and not is_read:
                 x.copy_(used)
         return result
