@@ -5,7 +5,7 @@
 
 The forms are bench_step.py's, in bf16, and beside them:
 
-- `ours, CUDA graph`: as `--cuda-graphs` of imf.train runs it; `…, FP8`: with `--fp8`.
+- `ours, CUDA graph`: as `--cuda-graphs` of imf.train runs it.
 - `ours, compiled`: with `--compile`.
 - `forward and backward, fused attention, compiled`: the network in plain PyTorch with both heads: what a
   step with no derivative and no guidance would cost with the best of PyTorch. `flow matching, …`: u alone.
@@ -34,7 +34,7 @@ from imf.model import PRESETS, IMFConfig
 from imf_kernels.testing import timer
 
 FORMS = (
-    "ours", "ours, CUDA graph", "ours, CUDA graph, FP8", "ours, compiled", "one forward and backward",
+    "ours", "ours, CUDA graph", "ours, compiled", "one forward and backward",
     "forward and backward, fused attention, compiled", "flow matching, fused attention, compiled",
     "official", "official, compiled",
 )  # fmt: skip

@@ -136,7 +136,7 @@ def make(
     def loss() -> Tensor:
         if ours:
             step = prepared if "CUDA graph" in form else drawn
-            return improved_mean_flow(network, x, y, step, fp8="FP8" in form).loss
+            return improved_mean_flow(network, x, y, step).loss
         if "forward and backward" in form:
             u, v = network(z, h, *conditions, y)
             return F.mse_loss(u, v_t) + F.mse_loss(v, v_t)

@@ -14,7 +14,6 @@ from imf.draws import MAX_LOG_POWER
 from imf.layers import IMFConfig
 from imf.methods import METHODS, network_of
 from imf.objective import Guidance
-from imf_kernels.fp8 import MULTIPLE
 
 # 8 x 8 images in patches of 2 x 2: 16 patch tokens beside the 20 condition tokens.
 DIGITS_NETWORK = IMFConfig(
@@ -113,9 +112,6 @@ class TrainConfig:
     )
     compile: bool = _option(False, "compile the blocks of the network by torch.compile")
     checkpointing: bool = _option(False, "keep no activations inside blocks: backward recomputes them")
-    fp8: bool = _option(
-        False, "take products that carry no gradient (v_c, v_u, the tangent) in FP8; with --precision bf16"
-    )
     cuda_graphs: bool = _option(
         False, "replay steps as CUDA graphs: one process on a GPU, without accumulation or checkpointing"
     )
@@ -161,12 +157,6 @@ class TrainConfig:
             f"a divisor of the batch size {self.batch_size}",
             self.accumulate,
         )
-        if self.fp8:
-            _require(self.precision == "bf16", "precision", "bf16 with fp8", self.precision)
-            _require(not self.compile, "compile", "off with fp8", self.compile)
-            fits = self.network.hidden_size % MULTIPLE == 0
-            wanted = f"a multiple of {MULTIPLE} with fp8"
-            _require(fits, "hidden_size", wanted, self.network.hidden_size)
         if self.cuda_graphs:
             _require(self.accumulate == 1, "accumulate", "1 with cuda_graphs", self.accumulate)
             _require(not self.checkpointing, "checkpointing", "off with cuda_graphs", self.checkpointing)

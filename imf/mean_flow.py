@@ -27,7 +27,6 @@ from imf.objective import (
     adaptive,
     check_batch,
     evaluated,
-    in_fp8,
     interpolate,
     rounded_once,
     target,
@@ -43,7 +42,6 @@ def mean_flow(
     *,
     guidance: Guidance,
     tangent: str = "v_g",
-    fp8: bool = False,
     norm_eps: float = 0.01,
     norm_p: float = 1.0,
 ) -> Loss:
@@ -55,7 +53,7 @@ def mean_flow(
 
     Args:
         model: an `imf.dit.DiT` without guidance as an input; its `config.num_classes` is the null label.
-        x, y, draws, fp8, norm_eps, norm_p: as of `imf.objective.improved_mean_flow`; of the draws ω and the
+        x, y, draws, norm_eps, norm_p: as of `imf.objective.improved_mean_flow`; of the draws ω and the
             interval are not used.
         guidance: what the network is trained for.
         tangent: "v_g", or "v_c" for the v-loss with the boundary condition.
@@ -73,14 +71,12 @@ def mean_flow(
     n_fm, t, h = draws.n_fm, draws.t, draws.t - draws.r
     z, v_t = interpolate(x, draws)
     with rounded_once(model, x):
-        with in_fp8(fp8, "everything"):
-            v_c, v_u = evaluated(model, z, y, draws, c_rows, step.u_rows, "u")
+        v_c, v_u = evaluated(model, z, y, draws, c_rows, step.u_rows, "u")
         direction = (v_c if tangent == "v_c" else target(v_t, v_c, v_u, step))[n_fm:]
 
         one, labels = torch.ones_like(t[n_fm:]), y.masked_fill(draws.drop, null)
         given = draws.omega, draws.t_min, draws.t_max, labels
-        with in_fp8(fp8, "tangents"):
-            u = velocities(model, Dual(z, direction), Dual(t, one), Dual(h, one), *given, heads="u")
+        u = velocities(model, Dual(z, direction), Dual(t, one), Dual(h, one), *given, heads="u")
 
     v_c[:n_fm] = u.primal.detach()[:n_fm]
     v_g = target(v_t, v_c, v_u, step)

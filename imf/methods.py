@@ -70,12 +70,9 @@ METHODS = {
 }
 
 
-def objective(method: str, guidance: Guidance, fp8: bool = False) -> Objective:
-    """The objective of a method; `guidance` is what networks without ω as an input are trained for.
-
-    fp8: as of `imf.objective.improved_mean_flow`.
-    """
-    return partial(METHODS[method].objective, guidance=guidance_of(method, guidance), fp8=fp8)
+def objective(method: str, guidance: Guidance) -> Objective:
+    """The objective of a method; `guidance` is what networks without ω as an input are trained for."""
+    return partial(METHODS[method].objective, guidance=guidance_of(method, guidance))
 
 
 def guidance_of(method: str, guidance: Guidance) -> Guidance | None:

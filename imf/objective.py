@@ -21,7 +21,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-import imf_kernels as ik
 from imf.draws import Draws, form
 from imf.model import config_of, velocities
 from imf.sharding import sharded
@@ -116,7 +115,6 @@ def improved_mean_flow(
     draws: Draws | Prepared,
     *,
     guidance: Guidance | None = None,
-    fp8: bool = False,
     norm_eps: float = 0.01,
     norm_p: float = 1.0,
 ) -> Loss:
@@ -133,8 +131,6 @@ def improved_mean_flow(
         draws: the step's random numbers, or what `prepare` made of them.
         guidance: of a network without ω as an input; it then decides v_g in the place of the drawn ω and
             interval. What `prepare` made has it already.
-        fp8: whether products that carry no gradient, of v_c, v_u and the tangent, are taken in FP8, as
-            `imf_kernels.fp8_products` says; the result is then the objective's but for their errors.
         norm_eps, norm_p: c and p of the adaptive weights.
 
     Returns:
@@ -150,15 +146,13 @@ def improved_mean_flow(
     z, v_t = interpolate(x, draws)
     with rounded_once(model, x):
         # v_c where the tangent needs it, v_u where the target does, in one evaluation of the v-head.
-        with in_fp8(fp8, "everything"):
-            v_c, v_u = evaluated(model, z, y, draws, step.c_rows, step.u_rows, "v")
+        v_c, v_u = evaluated(model, z, y, draws, step.c_rows, step.u_rows, "v")
 
         # The network at (z, t, r), with the derivative along (v_c, 1, 0) of the rows behind the FM rows.
         one = torch.ones_like(t[n_fm:])
         labels = y.masked_fill(draws.drop, null)
         given = draws.omega, draws.t_min, draws.t_max, labels
-        with in_fp8(fp8, "tangents"):
-            u, v = velocities(model, Dual(z, v_c[n_fm:]), Dual(t, one), Dual(h, one), *given, heads="uv")
+        u, v = velocities(model, Dual(z, v_c[n_fm:]), Dual(t, one), Dual(h, one), *given, heads="uv")
 
     v_c[:n_fm] = v.detach()[:n_fm]
     v_g = target(v_t, v_c, v_u, step)
@@ -247,10 +241,6 @@ def evaluated(
 def rounded_once(model: nn.Module, x: Tensor) -> contextlib.AbstractContextManager[None]:
     """Within it weights are rounded once for all passes: on a GPU, unless FSDP2 keeps a part of them."""
     return made_once() if x.device.type != "cpu" and not sharded(model) else contextlib.nullcontext()
-
-
-def in_fp8(fp8: bool, where: str) -> contextlib.AbstractContextManager[None]:
-    return ik.fp8_products(where) if fp8 else contextlib.nullcontext()
 
 
 def adaptive(squares: Tensor, norm_eps: float, norm_p: float) -> Tensor:

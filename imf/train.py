@@ -59,7 +59,7 @@ def training_step(
 
     batches: this process's, of one size in all, so that the mean over processes is that over rows.
     """
-    loss_of = objective(config.method, config.fixed_guidance, config.fp8)
+    loss_of = objective(config.method, config.fixed_guidance)
     guidance = guidance_of(config.method, config.fixed_guidance)
     rates = learning_rate(config, state.step), ema_decay(config, state.step)
 

@@ -9,7 +9,6 @@ from imf_kernels.checkpoint import checkpoint
 from imf_kernels.dual import Dual, linear_map, primal
 from imf_kernels.explain import explain
 from imf_kernels.forward import jvp
-from imf_kernels.fp8 import fp8_products
 from imf_kernels.ops.attention import scaled_dot_product_attention
 from imf_kernels.ops.gated_residual import gated_residual
 from imf_kernels.ops.gelu import gelu
@@ -30,7 +29,6 @@ __all__ = [
     "cat",
     "checkpoint",
     "explain",
-    "fp8_products",
     "gated_residual",
     "gelu",
     "jvp",

@@ -35,7 +35,7 @@ BACKENDS = ("reference", *KERNELS)
 
 # What imf_kernels makes public beside its operations.
 NO_OPERATIONS = {
-    *("Dual", "cat", "checkpoint", "explain", "fp8_products", "jvp", "linear_map", "primal", "rope_tables"),
+    *("Dual", "cat", "checkpoint", "explain", "jvp", "linear_map", "primal", "rope_tables"),
 }
 
 CUDA_ON_GPU = ON_GPU and not cuda.missing()

@@ -2,8 +2,7 @@
 
 Tangent:  ẏ = ẋ Wᵀ (weight and bias carry none).
 Backward: dx = dy W,  dW = dyᵀ x,  db = Σ_rows dy.
-Kernels: PyTorch's matrix products, by the library that suits the processor (imf_kernels/gemm.py); on
-         request in FP8 where there is no gradient (imf_kernels/fp8.py).
+Kernels: PyTorch's matrix products, by the library that suits the processor (imf_kernels/gemm.py).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imf_kernels import cpu, fp8, gemm
+from imf_kernels import cpu, gemm
 from imf_kernels.dispatch import Backend, always, choose, in_graph
 from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, unpack
 from imf_kernels.dual_tensors import takes_dual_tensors
@@ -139,11 +138,4 @@ def linear(
     """
     _check(x, weight, bias)
     primal, tangent = unpack(x)
-    run, in_fp8 = choose("linear", _BACKENDS, backend, primal).run, fp8.used_for(primal, weight)
-    if in_fp8 is None:
-        return pack(*run(primal, tangent, weight, bias), x)
-    if in_fp8 == "everything":
-        y = fp8.product(primal, weight, bias)
-    else:
-        y, _ = run(primal, None, weight, bias)
-    return pack(y, None if tangent is None else fp8.product(tangent, weight), x)
+    return pack(*choose("linear", _BACKENDS, backend, primal).run(primal, tangent, weight, bias), x)
