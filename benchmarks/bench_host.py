@@ -1,13 +1,14 @@
 """What a call costs on the host in eager mode: rows so small that the arithmetic takes next to nothing.
 
-Beside each operation, with its tangent and a weight that requires grad, PyTorch's own function without any
-tangent, and with one under `torch.autograd.forward_ad`. One thread.
+Each operation with its tangent and a weight that requires grad; PyTorch's own function without a tangent, and
+with one under `torch.autograd.forward_ad`. `ik.jvp` and `torch.func.jvp` of one linear layer. One thread.
 
     pytest benchmarks/bench_host.py --benchmark-only
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +22,8 @@ import imf_kernels as ik
 from imf_kernels import Dual
 
 WIDTH = 16
-# By operation: ours, and PyTorch's own, of x [2, 16] and a weight.
+SHAPE = (1, 1, 2, WIDTH)  # one head of two positions
+# By operation: ours, and PyTorch's own, of x [1, 1, 2, 16] and a weight.
 CALLS: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[int, ...]]] = {
     "linear": (ik.linear, F.linear, (WIDTH, WIDTH)),
     "rms_norm": (ik.rms_norm, lambda x, w: F.rms_norm(x, (WIDTH,), w, 1e-6), (WIDTH,)),
@@ -35,6 +37,11 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., Any], tuple[int, ...]]]
     "gated_residual": (
         lambda x, w: ik.gated_residual(x, x, w),
         lambda x, w: torch.addcmul(x, x, w),
+        (WIDTH,),
+    ),
+    "attention": (
+        lambda x, w: ik.scaled_dot_product_attention(x, x, x),
+        lambda x, w: F.scaled_dot_product_attention(x, x, x),
         (WIDTH,),
     ),
 }
@@ -55,7 +62,7 @@ def test_host(benchmark: Any, operation: str, form: str) -> None:
     benchmark.group = f"a call on the host, {operation}"
     benchmark.extra_info |= {"torch": torch.__version__, "host": operation, "form": form}
     ours, pytorchs, shape = CALLS[operation]
-    x, x_dot = torch.randn(2, WIDTH, requires_grad=True), torch.randn(2, WIDTH)
+    x, x_dot = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
     weight: Tensor = torch.randn(shape, requires_grad=True)
     if form == "ours, with tangent":
         benchmark.pedantic(ours, (Dual(x, x_dot), weight), rounds=50, iterations=1000, warmup_rounds=2)
@@ -64,6 +71,18 @@ def test_host(benchmark: Any, operation: str, form: str) -> None:
     elif form == "PyTorch's, no tangent":
         benchmark.pedantic(pytorchs, (x, weight), rounds=50, iterations=1000, warmup_rounds=2)
     else:
-        with fwAD.dual_level():
+        math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # the one that has a rule
+        with fwAD.dual_level(), math if operation == "attention" else contextlib.nullcontext():
             dual = fwAD.make_dual(x, x_dot)
             benchmark.pedantic(pytorchs, (dual, weight), rounds=50, iterations=1000, warmup_rounds=2)
+
+
+@pytest.mark.parametrize("jvp", [ik.jvp, torch.func.jvp], ids=["ik.jvp", "torch.func.jvp"])
+def test_jvp_of_a_linear_layer(benchmark: Any, jvp: Callable[..., Any]) -> None:
+    benchmark.group = "a call on the host, jvp of F.linear"
+    form = "ours, with tangent" if jvp is ik.jvp else "PyTorch's, with tangent"
+    benchmark.extra_info |= {"torch": torch.__version__, "host": "jvp of F.linear", "form": form}
+    x, x_dot = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
+    weight = torch.randn(WIDTH, WIDTH, requires_grad=True)
+    arguments = (lambda x: F.linear(x, weight)), (x,), (x_dot,)
+    benchmark.pedantic(jvp, arguments, rounds=50, iterations=200, warmup_rounds=2)
