@@ -4,8 +4,8 @@
     IMF_REMOTE_KERNELS="qemu-aarch64 build/aarch64/_C" python -m pytest tests/test_vec.py -k neon
 
 Where the variable is set, conftest.py installs this instead of `imf_kernels._C`. The memory of every tensor
-that a call points to is sent with it, and comes back with what the kernel wrote, byte by byte the same
-functions and arguments as in the module: tests/remote_kernels/pybind11/pybind11.h compiles csrc/bindings.cpp.
+of a call is sent with it, and comes back with what the kernel wrote; functions and arguments are those of the
+module: tests/remote_kernels/pybind11/pybind11.h compiles csrc/bindings.cpp.
 A folder named aarch64 is built for that processor, any other one for this.
 """
 
@@ -21,10 +21,11 @@ import types
 from pathlib import Path
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
 ROOT = Path(__file__).parent.parent
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+# Of csrc/common/types.h; 4 is any other one.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 
 
 def build(folder):
@@ -46,29 +47,6 @@ def build(folder):
     return shlex.join(map(str, command))
 
 
-class Storages:
-    """The living storages that `data_ptr` of a tensor was asked for."""
-
-    def __init__(self):
-        self._by_address = {}
-        data_ptr = torch.Tensor.data_ptr
-
-        @functools.wraps(data_ptr)
-        def recorded(x):
-            address = data_ptr(x)
-            if address:
-                storage = x.untyped_storage()
-                self._by_address[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
-            return address
-
-        torch.Tensor.data_ptr = recorded
-
-    def of(self, pointers):
-        """Addresses and sizes of those that one of these integers points into."""
-        living = {a: size for a, (x, size) in self._by_address.copy().items() if not x.expired()}
-        return {a: size for a, size in living.items() if any(a <= p <= a + size for p in pointers)}
-
-
 class RemoteKernels(types.ModuleType):
     """The functions and attributes of the compiled module in the process that `command` starts."""
 
@@ -76,17 +54,18 @@ class RemoteKernels(types.ModuleType):
         super().__init__("imf_kernels._C")
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._lock = threading.Lock()
-        self._storages = Storages()
         for name, value in self._call("attributes").items():
             setattr(self, name, value)
         for name in self.functions:
             setattr(self, name, functools.partial(self._call, name))
+        self.key = lambda arguments: None  # no choice of a kernel is remembered
 
     def _call(self, name, *arguments):
         with self._lock:
-            values = list(_flat(arguments))
-            sizes = self._storages.of([x for x in values if isinstance(x, int)])
-            words = [name, len(sizes), *(x for block in sizes.items() for x in block), *values]
+            storages = [x.untyped_storage() for x in _tensors(arguments) if x.data_ptr()]
+            sizes = {x.data_ptr(): x.nbytes() for x in storages}
+            blocks = (x for block in sizes.items() for x in block)
+            words = [name, torch.get_num_threads(), len(sizes), *blocks, *_words(arguments)]
             pipe = self._process.stdin
             pipe.write(" ".join(map(str, words)).encode() + b"\n")
             for address, size in sizes.items():
@@ -103,14 +82,24 @@ class RemoteKernels(types.ModuleType):
         return json.loads(text)
 
 
-def _flat(values):
-    """The values, and of a sequence its length and its values."""
+def _tensors(values):
     for x in values:
-        if isinstance(x, (list, tuple)):
+        if isinstance(x, torch.Tensor):
+            yield x
+        elif isinstance(x, (list, tuple)):
+            yield from _tensors(x)
+
+
+def _words(values):
+    """The arguments of a call as pybind11.h reads them."""
+    for x in values:
+        if isinstance(x, torch.Tensor):
+            yield from (x.dim(), DTYPES.get(x.dtype, 4), x.data_ptr(), *x.shape, *x.stride())
+        elif isinstance(x, (list, tuple)):
             yield len(x)
-            yield from _flat(x)
+            yield from _words(x)
         else:
-            yield int(x) if isinstance(x, bool) else x
+            yield -1 if x is None else int(x) if isinstance(x, bool) else x
 
 
 def install(command):

@@ -18,14 +18,6 @@ struct float16 {
   std::uint16_t bits;
 };
 
-// Selects the element type of a kernel at run time; the values are those that Python passes. The CPU kernels
-// have none for float16.
-enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
-
-// A [batch, heads, length, width] tensor whose rows are contiguous; tangents hold the last samples only.
-struct HeadsTensor {
-  void* data;         // null: a structural zero, or a gradient that is not wanted
-  index_t stride[3];  // of batch, head, position
-};
+enum class DType : int { float32, bfloat16, float16, boolean, other };
 
 }  // namespace imf

@@ -16,9 +16,10 @@
 // A sum over many keys or queries has three levels, so that its rounding error does not grow with their
 // number: some 32 terms (small_gemm.h), some 32 such sums, and a total of those whose rounding errors are
 // summed too and added at the end.
-#include "cpu/attention.h"
+#include "ops/attention.h"
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "cpu/dtypes.h"
 #include "cpu/parallel.h"
@@ -36,7 +37,7 @@ constexpr index_t keys_per_sum = 4 * key_block;
 constexpr index_t queries_per_sum = 32 * query_block;
 
 template <typename T>
-T* head_of(const HeadsTensor& x, index_t b, index_t h) {
+T* head_of(const Heads& x, index_t b, index_t h) {
   return x.data ? static_cast<T*>(x.data) + b * x.stride[0] + h * x.stride[1] : nullptr;
 }
 
@@ -296,22 +297,23 @@ inline void softmax_block(QueryBlock<Unit>& b, index_t rows, index_t keys, float
 
 template <typename T, typename Unit>
 void forward(const AttentionForward& a) {
-  const index_t width = units<Unit>(a.width), all_keys = units<Unit>(a.keys);
+  const index_t width = units<Unit>(a.q.width), all_keys = units<Unit>(a.k.length);
   constexpr index_t p_stride = key_block / elements_per_unit<Unit>;
-  const index_t value_stride = round_up(a.value_width, Vec::width);
-  const index_t heads = a.batch * a.heads;
-  const index_t query_blocks = (a.queries + query_block - 1) / query_block;
+  const index_t value_stride = round_up(a.v.width, Vec::width);
+  const index_t heads = a.q.batch * a.q.heads;
+  const index_t query_blocks = (a.q.length + query_block - 1) / query_block;
   // Whole heads where there are enough of them; else their queries are divided and the packing repeated.
-  const index_t wanted = heads < 2 * a.threads && heads > 0 ? (2 * a.threads + heads - 1) / heads : 1;
+  const index_t wanted =
+      heads < 2 * a.place.threads && heads > 0 ? (2 * a.place.threads + heads - 1) / heads : 1;
   const index_t stretches = query_blocks < 1 ? 1 : smaller(wanted, query_blocks);
   const index_t tasks = heads * stretches;
-  const int team = team_size(a.threads, heads * a.queries * a.keys, tasks);
-  const bool several_sums = a.keys > keys_per_sum;
-  const index_t terms = logit_terms(a.queries, a.keys);
+  const int team = team_size(a.place.threads, heads * a.q.length * a.k.length, tasks);
+  const bool several_sums = a.k.length > keys_per_sum;
+  const index_t terms = logit_terms(a.q.length, a.k.length);
   TaskQueue queue(tasks);
 
   on_each_thread(team, [&](int) {
-    const index_t k_size = packed_size(width, a.keys), v_size = packed_size(all_keys, a.value_width);
+    const index_t k_size = packed_size(width, a.k.length), v_size = packed_size(all_keys, a.v.width);
     Scratch scratch(2 * k_size + 2 * v_size +
                     2 * query_block * (width + key_block + p_stride + (several_sums ? 3 : 1) * value_stride));
     Unit* k = scratch.take<Unit>(k_size);
@@ -338,8 +340,8 @@ void forward(const AttentionForward& a) {
     }
 
     for (index_t task; queue.next(task);) {
-      const index_t head = task / stretches, b = head / a.heads, h = head % a.heads;
-      const index_t t = b - (a.batch - a.tangent_batch);
+      const index_t head = task / stretches, b = head / a.q.heads, h = head % a.q.heads;
+      const index_t t = b - (a.q.batch - a.out_dot.batch);
       const Range share =
           share_of(query_blocks, static_cast<int>(task % stretches), static_cast<int>(stretches));
       const T* q_head = head_of<T>(a.q, b, h);
@@ -352,24 +354,24 @@ void forward(const AttentionForward& a) {
       T* out_dot_head = t >= 0 ? head_of<T>(a.out_dot, t, h) : nullptr;
       const bool dual = q_dot_head || k_dot_head;
 
-      pack_transposed(k_head, a.k.stride[2], a.keys, a.width, k);
-      pack(v_head, a.v.stride[2], a.keys, a.value_width, v);
-      if (k_dot_head) pack_transposed(k_dot_head, a.k_dot.stride[2], a.keys, a.width, k_dot);
-      if (v_dot_head) pack(v_dot_head, a.v_dot.stride[2], a.keys, a.value_width, v_dot);
+      pack_transposed(k_head, a.k.stride[2], a.k.length, a.q.width, k);
+      pack(v_head, a.v.stride[2], a.k.length, a.v.width, v);
+      if (k_dot_head) pack_transposed(k_dot_head, a.k_dot.stride[2], a.k.length, a.q.width, k_dot);
+      if (v_dot_head) pack(v_dot_head, a.v_dot.stride[2], a.k.length, a.v.width, v_dot);
 
-      for (index_t q0 = share.begin * query_block; q0 < smaller(share.end * query_block, a.queries);
+      for (index_t q0 = share.begin * query_block; q0 < smaller(share.end * query_block, a.q.length);
            q0 += query_block) {
-        const index_t rows = smaller(query_block, a.queries - q0);
-        copy_to_units(q_head + q0 * a.q.stride[2], a.q.stride[2], rows, a.width, block.q);
+        const index_t rows = smaller(query_block, a.q.length - q0);
+        copy_to_units(q_head + q0 * a.q.stride[2], a.q.stride[2], rows, a.q.width, block.q);
         if (q_dot_head) {
-          copy_to_units(q_dot_head + q0 * a.q_dot.stride[2], a.q_dot.stride[2], rows, a.width, block.q_dot);
+          copy_to_units(q_dot_head + q0 * a.q_dot.stride[2], a.q_dot.stride[2], rows, a.q.width, block.q_dot);
         }
         // Tangents of q and k without elements are null pointers: nothing below would write A.
         if (out_dot_head && !dual && !v_dot_head) std::fill_n(block.out_dot, rows * value_stride, 0.0f);
         const Strided<Unit> q{block.q, width, 1}, q_dot{block.q_dot, width, 1};
         const Strided<Unit> p{block.p, p_stride, 1}, p_s_dot{block.p_s_dot, p_stride, 1};
-        for (index_t k0 = 0; k0 < a.keys; k0 += key_block) {
-          const index_t keys = smaller(key_block, a.keys - k0);
+        for (index_t k0 = 0; k0 < a.k.length; k0 += key_block) {
+          const index_t keys = smaller(key_block, a.k.length - k0);
           const bool first = k0 % keys_per_sum == 0;
           // key_block is a multiple of panel_width, so a block of keys begins with a panel.
           const index_t first_unit = k0 / elements_per_unit<Unit>, key_units = units<Unit>(keys);
@@ -384,14 +386,14 @@ void forward(const AttentionForward& a) {
           }
           softmax_block(block, rows, keys, a.scale, value_stride, first, dual, out_dot_head != nullptr);
           const auto add_product = [&](Strided<Unit> weights, const Unit* values, float* sum, bool add) {
-            product(rows, a.value_width, key_units, weights, values, first_unit, all_keys, sum, value_stride,
+            product(rows, a.v.width, key_units, weights, values, first_unit, all_keys, sum, value_stride,
                     add);
           };
           add_product(p, v, block.out, !first);
           if (v_dot_head) add_product(p, v_dot, block.out_dot, !first);
           if (dual) add_product(p_s_dot, v, block.out_dot, !first || v_dot_head);
           const index_t next = k0 + key_block;
-          if (several_sums && (next % keys_per_sum == 0 || next >= a.keys)) {
+          if (several_sums && (next % keys_per_sum == 0 || next >= a.k.length)) {
             if (next == keys_per_sum) begin_sums(total, error, value_stride);
             add_sums(total, error, block, rows, value_stride, Logits(a.scale), dual, out_dot_head != nullptr);
           }
@@ -405,14 +407,14 @@ void forward(const AttentionForward& a) {
           T* out_dot = out_dot_head ? out_dot_head + (q0 + i) * a.out_dot.stride[2] : nullptr;
           const float* sum = sums.out + i * value_stride;
           const float* sum_dot = sums.out_dot + i * value_stride;
-          for_each_vec(a.value_width, [&](index_t j, int lanes) {
+          for_each_vec(a.v.width, [&](index_t j, int lanes) {
             const Vec o = load(sum + j) * Vec(inverse);
             store_lanes(out + j, o, lanes);
             if (out_dot) {
               store_lanes(out_dot + j, fma(Vec(-mean), o, load(sum_dot + j) * Vec(inverse)), lanes);
             }
           });
-          a.row_max[head * a.queries + q0 + i] = sums.max[i];
+          a.lse.data[head * a.q.length + q0 + i] = sums.max[i];
         }
       }
     }
@@ -481,31 +483,31 @@ inline void pair_rows(const float* x, index_t stride, index_t n, Bf16Pair* pairs
 template <typename T, typename Unit>
 void backward(const AttentionBackward& a) {
   constexpr bool rounds = elements_per_unit<Unit> > 1;
-  const index_t width = units<Unit>(a.width), value_units = units<Unit>(a.value_width);
-  const index_t all_keys = units<Unit>(a.keys);
-  const index_t heads = a.batch * a.heads;
-  const index_t stride = round_up(a.width, Vec::width), value_stride = round_up(a.value_width, Vec::width);
-  const index_t key_stride = round_up(a.keys, Vec::width);
+  const index_t width = units<Unit>(a.q.width), value_units = units<Unit>(a.v.width);
+  const index_t all_keys = units<Unit>(a.k.length);
+  const index_t heads = a.q.batch * a.q.heads;
+  const index_t stride = round_up(a.q.width, Vec::width), value_stride = round_up(a.v.width, Vec::width);
+  const index_t key_stride = round_up(a.k.length, Vec::width);
   const Logits logits(a.scale);
-  const index_t terms = logit_terms(a.queries, a.keys);
-  const bool several_dq = a.keys > keys_per_sum, several_dkv = a.queries > queries_per_sum;
-  const int team = team_size(a.threads, heads * a.queries * a.keys, heads);
+  const index_t terms = logit_terms(a.q.length, a.k.length);
+  const bool several_dq = a.k.length > keys_per_sum, several_dkv = a.q.length > queries_per_sum;
+  const int team = team_size(a.place.threads, heads * a.q.length * a.k.length, heads);
   TaskQueue queue(heads);
 
   on_each_thread(team, [&](int) {
     const index_t query_units = units<Unit>(query_block);
-    Scratch scratch(packed_size(width, a.keys) + packed_size(value_units, a.keys) +
-                    packed_size(all_keys, a.width) + LongSum::floats(query_block * stride, several_dq) +
-                    LongSum::floats(a.keys * (stride + value_stride), several_dkv) +
+    Scratch scratch(packed_size(width, a.k.length) + packed_size(value_units, a.k.length) +
+                    packed_size(all_keys, a.q.width) + LongSum::floats(query_block * stride, several_dq) +
+                    LongSum::floats(a.k.length * (stride + value_stride), several_dkv) +
                     query_block * (width + value_units + stride + value_stride + 4 * key_stride) + stride +
                     key_stride);
-    Unit* k_transposed = scratch.take<Unit>(packed_size(width, a.keys));
-    Unit* v_transposed = scratch.take<Unit>(packed_size(value_units, a.keys));
-    Unit* k = scratch.take<Unit>(packed_size(all_keys, a.width));
+    Unit* k_transposed = scratch.take<Unit>(packed_size(width, a.k.length));
+    Unit* v_transposed = scratch.take<Unit>(packed_size(value_units, a.k.length));
+    Unit* k = scratch.take<Unit>(packed_size(all_keys, a.q.width));
     float* k_mean = scratch.take<float>(stride);
     float* k_weights = scratch.take<float>(key_stride);
-    LongSum dk(scratch, a.keys * stride, several_dkv && a.dk.data);
-    LongSum dv(scratch, a.keys * value_stride, several_dkv && a.dv.data);
+    LongSum dk(scratch, a.k.length * stride, several_dkv && a.dk.data);
+    LongSum dv(scratch, a.k.length * value_stride, several_dkv && a.dv.data);
     Unit* q = scratch.take<Unit>(query_block * width);
     Unit* q_panels = scratch.take<Unit>(query_units * stride);
     Unit* dout = scratch.take<Unit>(query_block * value_units);
@@ -528,44 +530,44 @@ void backward(const AttentionBackward& a) {
     }
 
     for (index_t head; queue.next(head);) {
-      const index_t b = head / a.heads, h = head % a.heads;
+      const index_t b = head / a.q.heads, h = head % a.q.heads;
       const T* q_head = head_of<T>(a.q, b, h);
       const T* k_head = head_of<T>(a.k, b, h);
       const T* dout_head = head_of<T>(a.dout, b, h);
       T* dq_head = head_of<T>(a.dq, b, h);
       T* dk_head = head_of<T>(a.dk, b, h);
       T* dv_head = head_of<T>(a.dv, b, h);
-      pack_transposed(k_head, a.k.stride[2], a.keys, a.width, k_transposed);
-      pack_transposed(head_of<T>(a.v, b, h), a.v.stride[2], a.keys, a.value_width, v_transposed);
-      pack(k_head, a.k.stride[2], a.keys, a.width, k);
-      if (a.queries == 0) {
-        std::fill_n(dk.part, a.keys * stride, 0.0f);
-        std::fill_n(dv.part, a.keys * value_stride, 0.0f);
+      pack_transposed(k_head, a.k.stride[2], a.k.length, a.q.width, k_transposed);
+      pack_transposed(head_of<T>(a.v, b, h), a.v.stride[2], a.k.length, a.v.width, v_transposed);
+      pack(k_head, a.k.stride[2], a.k.length, a.q.width, k);
+      if (a.q.length == 0) {
+        std::fill_n(dk.part, a.k.length * stride, 0.0f);
+        std::fill_n(dv.part, a.k.length * value_stride, 0.0f);
       }
       dk.begin();
       dv.begin();
 
-      for (index_t q0 = 0; q0 < a.queries; q0 += query_block) {
-        const index_t rows = smaller(query_block, a.queries - q0), row_units = units<Unit>(rows);
+      for (index_t q0 = 0; q0 < a.q.length; q0 += query_block) {
+        const index_t rows = smaller(query_block, a.q.length - q0), row_units = units<Unit>(rows);
         const T* q_rows = q_head + q0 * a.q.stride[2];
         const T* dout_rows = dout_head + q0 * a.dout.stride[2];
-        copy_to_units(q_rows, a.q.stride[2], rows, a.width, q);
-        copy_to_units(dout_rows, a.dout.stride[2], rows, a.value_width, dout);
-        pack(q_rows, a.q.stride[2], rows, a.width, q_panels);
-        pack(dout_rows, a.dout.stride[2], rows, a.value_width, dout_panels);
-        product(rows, a.keys, width, Strided<Unit>{q, width, 1}, k_transposed, 0, width, p, key_stride, false,
-                terms);
-        product(rows, a.keys, value_units, Strided<Unit>{dout, value_units, 1}, v_transposed, 0, value_units,
-                ds, key_stride, false, terms);
+        copy_to_units(q_rows, a.q.stride[2], rows, a.q.width, q);
+        copy_to_units(dout_rows, a.dout.stride[2], rows, a.v.width, dout);
+        pack(q_rows, a.q.stride[2], rows, a.q.width, q_panels);
+        pack(dout_rows, a.dout.stride[2], rows, a.v.width, dout_panels);
+        product(rows, a.k.length, width, Strided<Unit>{q, width, 1}, k_transposed, 0, width, p, key_stride,
+                false, terms);
+        product(rows, a.k.length, value_units, Strided<Unit>{dout, value_units, 1}, v_transposed, 0,
+                value_units, ds, key_stride, false, terms);
         float row_sums[query_block];  // of dS as it is multiplied
         float limits[query_block];    // 3/16 of the sum of |dS|; infinite where none is larger
         if (rounds) std::fill_n(k_weights, key_stride, 0.0f);
         for (index_t i = 0; i < rows; ++i) {
           float* pi = p + i * key_stride;
           float* dsi = ds + i * key_stride;
-          const float row_max = a.row_max[head * a.queries + q0 + i];
+          const float row_max = a.lse.data[head * a.q.length + q0 + i];
           RowSum sum, dot;
-          for_few(a.keys, [&](index_t first_key, index_t n) {
+          for_few(a.k.length, [&](index_t first_key, index_t n) {
             Vec few(0.0f), few_dot(0.0f);
             for_each_vec(n, [&](index_t offset, int lanes) {
               const index_t j = first_key + offset;
@@ -618,14 +620,14 @@ void backward(const AttentionBackward& a) {
         pair_rows(ds, key_stride, rows, ds_columns);
         const bool first = q0 % queries_per_sum == 0;
         if (dv_head) {
-          product(a.keys, a.value_width, row_units, Strided<Unit>{p_columns, 1, key_stride}, dout_panels, 0,
+          product(a.k.length, a.v.width, row_units, Strided<Unit>{p_columns, 1, key_stride}, dout_panels, 0,
                   row_units, dv.part, value_stride, !first);
         }
         if (dk_head) {
-          product(a.keys, a.width, row_units, Strided<Unit>{ds_columns, 1, key_stride}, q_panels, 0,
+          product(a.k.length, a.q.width, row_units, Strided<Unit>{ds_columns, 1, key_stride}, q_panels, 0,
                   row_units, dk.part, stride, !first);
         }
-        if (q0 + rows == a.queries || (q0 + rows) % queries_per_sum == 0) {
+        if (q0 + rows == a.q.length || (q0 + rows) % queries_per_sum == 0) {
           dv.add_part();
           dk.add_part();
         }
@@ -633,19 +635,19 @@ void backward(const AttentionBackward& a) {
           dq.begin();
           constexpr index_t units_per_sum = keys_per_sum / elements_per_unit<Unit>;
           for (index_t k0 = 0; k0 < all_keys; k0 += units_per_sum) {
-            product(rows, a.width, smaller(units_per_sum, all_keys - k0),
+            product(rows, a.q.width, smaller(units_per_sum, all_keys - k0),
                     Strided<Unit>{ds_rows + k0, ds_row_stride, 1}, k, k0, all_keys, dq.part, stride, false);
             dq.add_part();
           }
           dq.finish();
-          if (rounds) weighted_mean(k_head, a.k.stride[2], a.keys, a.width, k_weights, k_mean);
+          if (rounds) weighted_mean(k_head, a.k.stride[2], a.k.length, a.q.width, k_weights, k_mean);
           for (index_t i = 0; rounds && i < rows; ++i) {
             float* x = dq.part + i * stride;
             if (limits[i] < INFINITY) {
-              for_larger(ds + i * key_stride, ds_rows + i * ds_row_stride, a.keys, limits[i],
+              for_larger(ds + i * key_stride, ds_rows + i * ds_row_stride, a.k.length, limits[i],
                          [&](index_t key, float difference) {
                            row_sums[i] += difference;
-                           for_each_vec(a.width, [&](index_t j, int lanes) {
+                           for_each_vec(a.q.width, [&](index_t j, int lanes) {
                              const Vec kj = load_lanes(k_head + key * a.k.stride[2] + j, lanes);
                              store(x + j, fma(Vec(difference), kj, load(x + j)));
                            });
@@ -655,13 +657,13 @@ void backward(const AttentionBackward& a) {
               store(x + j, fma(Vec(-row_sums[i]), load(k_mean + j), load(x + j)));
             }
           }
-          copy_rows(dq.part, stride, rows, a.width, a.scale, dq_head + q0 * a.dq.stride[2], a.dq.stride[2]);
+          copy_rows(dq.part, stride, rows, a.q.width, a.scale, dq_head + q0 * a.dq.stride[2], a.dq.stride[2]);
         }
       }
       dk.finish();
       dv.finish();
-      if (dk_head) copy_rows(dk.part, stride, a.keys, a.width, a.scale, dk_head, a.dk.stride[2]);
-      if (dv_head) copy_rows(dv.part, value_stride, a.keys, a.value_width, 1.0f, dv_head, a.dv.stride[2]);
+      if (dk_head) copy_rows(dk.part, stride, a.k.length, a.q.width, a.scale, dk_head, a.dk.stride[2]);
+      if (dv_head) copy_rows(dv.part, value_stride, a.k.length, a.v.width, 1.0f, dv_head, a.dv.stride[2]);
     }
   });
 }
@@ -671,8 +673,8 @@ void backward(const AttentionBackward& a) {
 template <typename Shape, typename Body>
 void with_units(const Shape& a, Body body) {
   constexpr index_t enough = 16;
-  const bool fp32 = a.width < enough || a.value_width < enough || a.queries < enough || a.keys < enough;
-  with_type(a.type, [&](auto t) {
+  const bool fp32 = a.q.width < enough || a.v.width < enough || a.q.length < enough || a.k.length < enough;
+  with_type(a.q.dtype, [&](auto t) {
     if (fp32) {
       body(t, float{});
     } else {
@@ -681,22 +683,20 @@ void with_units(const Shape& a, Body body) {
   });
 }
 
-// A tensor without elements has no memory: no address in it is anything but null.
-inline void stay_null(HeadsTensor& x) {
-  if (!x.data) std::fill_n(x.stride, 3, index_t{0});
+template <typename Shape>
+void refuse_masks(const Shape& a) {
+  if (a.mask.data || a.is_causal) throw std::invalid_argument("the CPU's kernels have no masks");
 }
 
 }  // namespace
 
-void attention_forward(const AttentionForward& given) {
-  AttentionForward a = given;
-  for (HeadsTensor* x : {&a.q, &a.k, &a.v, &a.out, &a.q_dot, &a.k_dot, &a.v_dot, &a.out_dot}) stay_null(*x);
+void attention_forward(const AttentionForward& a) {
+  refuse_masks(a);
   with_units(a, [&](auto t, auto unit) { forward<decltype(t), decltype(unit)>(a); });
 }
 
-void attention_backward(const AttentionBackward& given) {
-  AttentionBackward a = given;
-  for (HeadsTensor* x : {&a.q, &a.k, &a.v, &a.dout, &a.dq, &a.dk, &a.dv}) stay_null(*x);
+void attention_backward(const AttentionBackward& a) {
+  refuse_masks(a);
   with_units(a, [&](auto t, auto unit) { backward<decltype(t), decltype(unit)>(a); });
 }
 

@@ -1,6 +1,8 @@
 // From element types known at run time to template arguments.
 #pragma once
 
+#include <stdexcept>
+
 #include "common/types.h"
 
 namespace imf {
@@ -12,8 +14,10 @@ template <typename Body>
 inline void with_type(DType type, Body body) {
   if (type == DType::bfloat16) {
     body(bfloat16{});
-  } else {
+  } else if (type == DType::float32) {
     body(float{});
+  } else {
+    throw std::invalid_argument("the kernels of the CPU take float32 and bfloat16");
   }
 }
 

@@ -1,6 +1,6 @@
 // LayerNorm with its tangent, and its primal backward. The formulas are in imf_kernels/ops/layer_norm.py and
 // imf_kernels/ops/layer_norm_modulate.py.
-#include "cpu/layer_norm.h"
+#include "ops/layer_norm.h"
 
 #include <cmath>
 #include <type_traits>
@@ -83,44 +83,51 @@ inline void normalize(index_t width, float eps, float* statistics, Row x, Gain g
   statistics[2] = primal(rstd);
 }
 
+// The rows of each group.
+inline index_t length_of(index_t rows, index_t groups) { return groups > 1 ? rows / groups : rows; }
+
 template <typename X, typename Y>
 void forward(const LayerNormForward& a) {
-  const X* x = static_cast<const X*>(a.x);
-  const X* x_dot = static_cast<const X*>(a.x_dot);
-  Y* y = static_cast<Y*>(a.y);
-  Y* y_dot = static_cast<Y*>(a.y_dot);
-  const index_t first_tangent = a.rows - a.tangent_rows;
-  const int team = team_size(a.threads, (a.rows + a.tangent_rows) * a.width, a.rows);
+  const X* x = static_cast<const X*>(a.x.data);
+  const X* x_dot = static_cast<const X*>(a.x_dot.data);
+  Y* y = static_cast<Y*>(a.y.data);
+  Y* y_dot = static_cast<Y*>(a.y_dot.data);
+  const index_t rows = a.x.rows, tangent_rows = a.y_dot.rows, width = a.x.width;
+  const index_t length = length_of(rows, a.scale.data ? a.scale.rows : a.shift.rows),
+                first_tangent = rows - tangent_rows;
+  const int team = team_size(a.place.threads, (rows + tangent_rows) * width, rows);
 
   on_each_thread(team, [&](int thread) {
-    const Range share = share_of_rows(a.rows, a.tangent_rows, thread, team);
+    const Range share = share_of_rows(rows, tangent_rows, thread, team);
     for (index_t row = share.begin; row < share.end; ++row) {
-      const X* xi = x + row * a.x_stride;
-      Y* yi = y + row * a.width;
-      const index_t group = row / a.length * a.width;
+      const X* xi = x + row * a.x.stride;
+      Y* yi = y + row * a.y.stride;
+      const index_t group = row / length * width;
       const auto primal_x = [&](index_t j, int lanes) { return load_lanes(xi + j, lanes); };
       const auto primal_gain = [&](index_t j, int lanes) {
-        return Vec(a.one) + load_or_zero(a.scale, group + j, lanes);
+        return Vec(a.one) + load_or_zero(a.scale.data, group + j, lanes);
       };
-      const auto primal_shift = [&](index_t j, int lanes) { return load_or_zero(a.shift, group + j, lanes); };
+      const auto primal_shift = [&](index_t j, int lanes) {
+        return load_or_zero(a.shift.data, group + j, lanes);
+      };
       if (row < first_tangent) {
-        normalize(a.width, a.eps, a.statistics + 3 * row, primal_x, primal_gain, primal_shift,
+        normalize(width, a.eps, a.statistics.data + 3 * row, primal_x, primal_gain, primal_shift,
                   [&](index_t j, Vec part, int lanes) { store_lanes(yi + j, part, lanes); });
         continue;
       }
-      const index_t t = row - first_tangent, t_row = t * a.x_dot_stride;
-      const index_t t_group = group - first_tangent / a.length * a.width;
-      Y* y_dot_i = y_dot + t * a.width;
+      const index_t t = row - first_tangent, t_row = t * a.x_dot.stride;
+      const index_t t_group = group - first_tangent / length * width;
+      Y* y_dot_i = y_dot + t * a.y_dot.stride;
       normalize(
-          a.width, a.eps, a.statistics + 3 * row,
+          width, a.eps, a.statistics.data + 3 * row,
           [&](index_t j, int lanes) {
             return Dual<Vec>{primal_x(j, lanes), load_or_zero(x_dot, t_row + j, lanes)};
           },
           [&](index_t j, int lanes) {
-            return Dual<Vec>{primal_gain(j, lanes), load_or_zero(a.scale_dot, t_group + j, lanes)};
+            return Dual<Vec>{primal_gain(j, lanes), load_or_zero(a.scale_dot.data, t_group + j, lanes)};
           },
           [&](index_t j, int lanes) {
-            return Dual<Vec>{primal_shift(j, lanes), load_or_zero(a.shift_dot, t_group + j, lanes)};
+            return Dual<Vec>{primal_shift(j, lanes), load_or_zero(a.shift_dot.data, t_group + j, lanes)};
           },
           [&](index_t j, Dual<Vec> part, int lanes) { store_dual(yi + j, y_dot_i + j, part, lanes); });
     }
@@ -131,27 +138,29 @@ void forward(const LayerNormForward& a) {
 // dscale = dy n and dshift = dy.
 template <typename X, typename Y>
 void backward(const LayerNormBackward& a) {
-  const X* x = static_cast<const X*>(a.x);
-  const Y* dy = static_cast<const Y*>(a.dy);
-  X* dx = static_cast<X*>(a.dx);
-  const float scale = 1.0f / static_cast<float>(a.width);
-  const int team = team_size(a.threads, 2 * a.groups * a.length * a.width, a.groups * a.length);
+  const X* x = static_cast<const X*>(a.x.data);
+  const Y* dy = static_cast<const Y*>(a.dy.data);
+  X* dx = static_cast<X*>(a.dx.data);
+  const index_t rows = a.x.rows, width = a.x.width;
+  const index_t groups = a.sums.rows / 2, length = length_of(rows, groups);
+  const float scale = 1.0f / static_cast<float>(width);
+  const int team = team_size(a.place.threads, 2 * rows * width, rows);
 
-  sum_over_groups(a.groups, a.length, 2 * a.width, team, a.sums, [&](index_t row, float* dscale) {
-    const X* xi = x + row * a.x_stride;
-    const Y* dyi = dy + row * a.dy_stride;
-    X* dxi = dx + row * a.width;
-    float* dshift = dscale + a.width;
-    const index_t group = row / a.length * a.width;
-    const float* statistics = a.statistics + 3 * row;
+  sum_over_groups(groups, length, 2 * width, team, a.partial, a.sums, [&](index_t row, float* dscale) {
+    const X* xi = x + row * a.x.stride;
+    const Y* dyi = dy + row * a.dy.stride;
+    X* dxi = dx + row * a.dx.stride;
+    float* dshift = dscale + width;
+    const index_t group = row / length * width;
+    const float* statistics = a.statistics.data + 3 * row;
     const Vec mean(statistics[0]), correction(statistics[1]), rstd(statistics[2]);
     const auto normalized = [&](index_t j, int lanes) {
       return keep_lanes((load_lanes(xi + j, lanes) - mean - correction) * rstd, lanes, 0.0f);
     };
     const auto gain = [&](index_t j, int lanes) {
-      return Vec(a.one) + load_or_zero(a.scale, group + j, lanes);
+      return Vec(a.one) + load_or_zero(a.scale.data, group + j, lanes);
     };
-    const Pair<Vec> total = sum_over_row<Pair<Vec>, 2>(a.width, [&](index_t j, int lanes, Pair<Vec>& sum) {
+    const Pair<Vec> total = sum_over_row<Pair<Vec>, 2>(width, [&](index_t j, int lanes, Pair<Vec>& sum) {
       const Vec d = load_lanes(dyi + j, lanes);
       const Vec n = normalized(j, lanes);
       const Vec g = d * gain(j, lanes);
@@ -160,7 +169,7 @@ void backward(const LayerNormBackward& a) {
       sum = {sum.first + g, fma(g, n, sum.second)};
     });
     const Vec mean_g(reduce_add(total.first) * scale), mean_gn(reduce_add(total.second) * scale);
-    for_each_vec(a.width, [&](index_t j, int lanes) {
+    for_each_vec(width, [&](index_t j, int lanes) {
       const Vec g = load_lanes(dyi + j, lanes) * gain(j, lanes);
       store_lanes(dxi + j, rstd * (g - mean_g - normalized(j, lanes) * mean_gn), lanes);
     });
@@ -170,11 +179,11 @@ void backward(const LayerNormBackward& a) {
 }  // namespace
 
 void layer_norm_forward(const LayerNormForward& a) {
-  with_types(a.x_type, a.y_type, [&](auto x, auto y) { forward<decltype(x), decltype(y)>(a); });
+  with_types(a.x.dtype, a.y.dtype, [&](auto x, auto y) { forward<decltype(x), decltype(y)>(a); });
 }
 
 void layer_norm_backward(const LayerNormBackward& a) {
-  with_types(a.x_type, a.y_type, [&](auto x, auto y) { backward<decltype(x), decltype(y)>(a); });
+  with_types(a.x.dtype, a.dy.dtype, [&](auto x, auto y) { backward<decltype(x), decltype(y)>(a); });
 }
 
 }  // namespace IMF_ISA

@@ -1,6 +1,8 @@
 // Per-head RMSNorm and rotary positions with their tangent, and the primal backward. The formulas
 // are in imf_kernels/ops/qk_norm_rope.py.
-#include "cpu/qk_norm_rope.h"
+#include "ops/qk_norm_rope.h"
+
+#include <stdexcept>
 
 #include "cpu/dtypes.h"
 #include "cpu/parallel.h"
@@ -55,47 +57,47 @@ struct RowPosition {
 
 template <typename T>
 void forward(const QkNormRopeForward& a) {
-  const T* x = static_cast<const T*>(a.x);
-  const T* x_dot = static_cast<const T*>(a.x_dot);
-  T* y = static_cast<T*>(a.y);
-  T* y_dot = static_cast<T*>(a.y_dot);
-  const index_t rows = a.batch * a.heads * a.length;
-  const index_t tangent_rows = a.tangent_batch * a.heads * a.length;
+  const T* x = static_cast<const T*>(a.x.data);
+  const T* x_dot = static_cast<const T*>(a.x_dot.data);
+  T* y = static_cast<T*>(a.y.data);
+  T* y_dot = static_cast<T*>(a.y_dot.data);
+  const index_t heads = a.x.heads, length = a.x.length, width = a.x.width;
+  const index_t rows = a.x.batch * heads * length, tangent_rows = a.x_dot.batch * heads * length;
   const index_t first_tangent = rows - tangent_rows;
-  const double share_of_mean = 1.0 / static_cast<double>(a.width);
-  const int team = team_size(a.threads, (rows + tangent_rows) * a.width, rows);
+  const double share_of_mean = 1.0 / static_cast<double>(width);
+  const int team = team_size(a.place.threads, (rows + tangent_rows) * width, rows);
 
   if (rows == 0) return;  // RowPosition divides by the numbers of heads and positions
   on_each_thread(team, [&](int thread) {
     const Range share = share_of_rows(rows, tangent_rows, thread, team);
-    Scratch scratch(2 * a.width);
-    Rotation rotation(scratch, a.width);
-    RowPosition at(share.begin, a.heads, a.length);
-    for (index_t row = share.begin; row < share.end; ++row, at.next(a.heads, a.length)) {
+    Scratch scratch(2 * width);
+    Rotation rotation(scratch, width);
+    RowPosition at(share.begin, heads, length);
+    for (index_t row = share.begin; row < share.end; ++row, at.next(heads, length)) {
       if (row == share.begin || at.h == 0) {
-        rotation.set(a.cos + at.l * (a.width / 2), a.sin + at.l * (a.width / 2), a.width);
+        rotation.set(a.cos.data + at.l * (width / 2), a.sin.data + at.l * (width / 2), width);
       }
-      const T* xi = x + at.offset(a.x_stride);
-      T* yi = y + row * a.width;
+      const T* xi = x + at.offset(a.x.stride);
+      T* yi = y + row * width;
       if (row < first_tangent) {
-        const float rstd = inverse_rms(sum_of_squares(xi, a.width), share_of_mean, a.eps);
-        a.rstd[row] = rstd;
-        for_each_vec(a.width, [&](index_t j, int lanes) {
-          prefetch(xi + j + a.x_stride[2]);
-          const Vec n = load_lanes(xi + j, lanes) * Vec(rstd) * load_lanes(a.weight + j, lanes);
+        const float rstd = inverse_rms(sum_of_squares(xi, width), share_of_mean, a.eps);
+        a.rstd.data[row] = rstd;
+        for_each_vec(width, [&](index_t j, int lanes) {
+          prefetch(xi + j + a.x.stride[2]);
+          const Vec n = load_lanes(xi + j, lanes) * Vec(rstd) * load_lanes(a.weight.data + j, lanes);
           store_lanes(yi + j, rotation.apply(n, j, lanes), lanes);
         });
         continue;
       }
-      const T* ti = x_dot + at.offset(a.x_dot_stride, a.batch - a.tangent_batch);
-      T* y_dot_i = y_dot + (row - first_tangent) * a.width;
-      const Dual<float> rstd = inverse_rms(sum_of_squares(xi, ti, a.width), share_of_mean, a.eps);
-      a.rstd[row] = rstd.primal;
+      const T* ti = x_dot + at.offset(a.x_dot.stride, a.x.batch - a.x_dot.batch);
+      T* y_dot_i = y_dot + (row - first_tangent) * width;
+      const Dual<float> rstd = inverse_rms(sum_of_squares(xi, ti, width), share_of_mean, a.eps);
+      a.rstd.data[row] = rstd.primal;
       const Dual<Vec> r{Vec(rstd.primal), Vec(rstd.tangent)};
-      for_each_vec(a.width, [&](index_t j, int lanes) {
-        prefetch(xi + j + a.x_stride[2]);
-        prefetch(ti + j + a.x_dot_stride[2]);
-        const Dual<Vec> n = load_dual(xi + j, ti + j, lanes) * r * load_lanes(a.weight + j, lanes);
+      for_each_vec(width, [&](index_t j, int lanes) {
+        prefetch(xi + j + a.x.stride[2]);
+        prefetch(ti + j + a.x_dot.stride[2]);
+        const Dual<Vec> n = load_dual(xi + j, ti + j, lanes) * r * load_lanes(a.weight.data + j, lanes);
         store_dual(yi + j, y_dot_i + j, rotation.apply(n, j, lanes), lanes);
       });
     }
@@ -105,46 +107,47 @@ void forward(const QkNormRopeForward& a) {
 // dy turned back is the cotangent of rms_norm's output; the rest as in rms_norm.cpp.
 template <typename T>
 void backward(const QkNormRopeBackward& a) {
-  const T* x = static_cast<const T*>(a.x);
-  const T* dy = static_cast<const T*>(a.dy);
-  T* dx = static_cast<T*>(a.dx);
-  const index_t rows = a.batch * a.heads * a.length;
-  const float scale = 1.0f / static_cast<float>(a.width);
-  const int team = team_size(a.threads, 2 * rows * a.width, rows);
+  const T* x = static_cast<const T*>(a.x.data);
+  const T* dy = static_cast<const T*>(a.dy.data);
+  T* dx = static_cast<T*>(a.dx.data);
+  const index_t heads = a.x.heads, length = a.x.length, width = a.x.width;
+  const index_t rows = a.x.batch * heads * length;
+  const float scale = 1.0f / static_cast<float>(width);
+  const int team = team_size(a.place.threads, 2 * rows * width, rows);
 
-  GroupSums sums(1, rows, a.width, a.dweight);
+  GroupSums sums(1, rows, width, a.partial, a.dweight);
   on_each_thread(team, [&](int thread) {
-    Scratch scratch(3 * a.width);
-    Rotation rotation(scratch, a.width);
-    float* g = scratch.take<float>(a.width);  // dy turned back, times w
+    Scratch scratch(3 * width);
+    Rotation rotation(scratch, width);
+    float* g = scratch.take<float>(width);  // dy turned back, times w
     RowPosition at;
     index_t row_before = -2;
     sums.add(share_of(sums.blocks(), thread, team), [&](index_t row, float* dweight) {
       const index_t position_before = at.l;
       if (row == row_before + 1) {
-        at.next(a.heads, a.length);
+        at.next(heads, length);
       } else {
-        at = RowPosition(row, a.heads, a.length);
+        at = RowPosition(row, heads, length);
       }
       row_before = row;
       if (at.l != position_before) {
-        rotation.set(a.cos + at.l * (a.width / 2), a.sin + at.l * (a.width / 2), a.width);
+        rotation.set(a.cos.data + at.l * (width / 2), a.sin.data + at.l * (width / 2), width);
       }
-      const T* xi = x + at.offset(a.x_stride);
-      const T* dyi = dy + at.offset(a.dy_stride);
-      T* dxi = dx + row * a.width;
-      const Vec rstd(a.rstd[row]);
-      const Vec dot = sum_over_row<Vec>(a.width, [&](index_t j, int lanes, Vec& sum) {
-        prefetch(xi + j + a.x_stride[2]);
+      const T* xi = x + at.offset(a.x.stride);
+      const T* dyi = dy + at.offset(a.dy.stride);
+      T* dxi = dx + row * width;
+      const Vec rstd(a.rstd.data[row]);
+      const Vec dot = sum_over_row<Vec>(width, [&](index_t j, int lanes, Vec& sum) {
+        prefetch(xi + j + a.x.stride[2]);
         const Vec dn = rotation.transposed(load_lanes(dyi + j, lanes), j, lanes);
         const Vec dyn = dn * (load_lanes(xi + j, lanes) * rstd);
-        const Vec w = load_lanes(a.weight + j, lanes);
+        const Vec w = load_lanes(a.weight.data + j, lanes);
         store_lanes(dweight + j, load_lanes(dweight + j, lanes) + dyn, lanes);
         store_lanes(g + j, dn * w, lanes);
         sum = fma(dyn, w, sum);
       });
       const Vec mean(reduce_add(dot) * scale);
-      for_each_vec(a.width, [&](index_t j, int lanes) {
+      for_each_vec(width, [&](index_t j, int lanes) {
         const Vec n = load_lanes(xi + j, lanes) * rstd;
         store_lanes(dxi + j, rstd * (load_lanes(g + j, lanes) - n * mean), lanes);
       });
@@ -156,11 +159,17 @@ void backward(const QkNormRopeBackward& a) {
 }  // namespace
 
 void qk_norm_rope_forward(const QkNormRopeForward& a) {
-  with_type(a.type, [&](auto t) { forward<decltype(t)>(a); });
+  if (!positions_first(a.y) || !positions_first(a.y_dot)) {
+    throw std::invalid_argument("y must be [batch, length, heads, width] in memory");
+  }
+  with_type(a.x.dtype, [&](auto t) { forward<decltype(t)>(a); });
 }
 
 void qk_norm_rope_backward(const QkNormRopeBackward& a) {
-  with_type(a.type, [&](auto t) { backward<decltype(t)>(a); });
+  if (!positions_first(a.dx)) {
+    throw std::invalid_argument("dx must be [batch, length, heads, width] in memory");
+  }
+  with_type(a.x.dtype, [&](auto t) { backward<decltype(t)>(a); });
 }
 
 }  // namespace IMF_ISA

@@ -6,10 +6,13 @@
 #pragma once
 
 #include <cmath>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/vec.h"
+#include "tensor.h"
 
 // By itself the compiler makes these sums calls for each row, with their results in memory.
 #define IMF_ALWAYS_INLINE __attribute__((always_inline)) inline
@@ -137,16 +140,21 @@ class GroupSums {
   struct RestOfBlock;
 
  public:
-  GroupSums(index_t groups, index_t length, index_t width, float* sums)
+  // `partial` has room for a row per block where a group has several; Python cuts by the same rule
+  // (imf_kernels/backends/cpu.py).
+  GroupSums(index_t groups, index_t length, index_t width, const Floats& partial, const Floats& sums)
       : groups_(groups),
         length_(length),
         width_(width),
         // Narrow rows make long blocks, whose sums are then few beside the rows.
         block_rows_(width < 1024 ? 64 : 32),
         group_blocks_(length > block_rows_ ? (length + block_rows_ - 1) / block_rows_ : 1),
-        sums_(sums),
-        scratch_(group_blocks_ > 1 ? blocks() * width : 0),
-        partial_(group_blocks_ > 1 ? scratch_.take<float>(blocks() * width) : sums) {}
+        sums_(sums.data),
+        partial_(group_blocks_ > 1 ? partial.data : sums.data) {
+    if (group_blocks_ > 1 && partial.rows * partial.width != blocks() * width) {
+      throw std::invalid_argument("partial must have " + std::to_string(group_blocks_) + " shares per group");
+    }
+  }
 
   index_t blocks() const { return groups_ * group_blocks_; }
 
@@ -198,14 +206,14 @@ class GroupSums {
 
   index_t groups_, length_, width_, block_rows_, group_blocks_;
   float* sums_;
-  ScratchOf<GroupSums> scratch_;
   float* partial_;  // [blocks, width]
 };
 
 // Leaves in sums[groups, width] what body(row, sum) adds to `sum` over the rows of each group.
 template <typename Body>
-inline void sum_over_groups(index_t groups, index_t length, index_t width, int team, float* sums, Body body) {
-  GroupSums group_sums(groups, length, width, sums);
+inline void sum_over_groups(index_t groups, index_t length, index_t width, int team, const Floats& partial,
+                            const Floats& sums, Body body) {
+  GroupSums group_sums(groups, length, width, partial, sums);
   on_each_thread(team,
                  [&](int thread) { group_sums.add(share_of(group_sums.blocks(), thread, team), body); });
   group_sums.finish(team);

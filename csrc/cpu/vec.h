@@ -461,32 +461,6 @@ inline Vec exp(Vec x) {
   return select_less(x, lowest, Vec(0.0f), overflowed);
 }
 
-// sin x and cos x of |x| <= 8192, to 2 ulp of 1. With n = round(2 x / pi) and r = x - n pi/2, |r| <= pi/4,
-// they are the sine and cosine of r, up to order and sign; those by their Taylor polynomials of degrees 9 and
-// 10, whose remainders are below 2e-9. pi/2 is split so that n times the first two parts is exact.
-inline void sin_cos(Vec x, Vec& sin, Vec& cos) {
-  const Vec n = round(x * Vec(0.636619772367581343f));
-  Vec r = fma(n, Vec(-1.5703125f), x);
-  r = fma(n, Vec(-4.837512969970703125e-4f), r);
-  r = fma(n, Vec(-7.54978995489188216e-8f), r);
-  const Vec z = r * r;
-  Vec s(1.0f / 362880.0f);
-  s = fma(s, z, Vec(-1.0f / 5040.0f));
-  s = fma(s, z, Vec(1.0f / 120.0f));
-  s = fma(s, z, Vec(-1.0f / 6.0f));
-  s = fma(s * z, r, r);
-  Vec c(-1.0f / 3628800.0f);
-  c = fma(c, z, Vec(1.0f / 40320.0f));
-  c = fma(c, z, Vec(-1.0f / 720.0f));
-  c = fma(c, z, Vec(1.0f / 24.0f));
-  c = fma(c, z, Vec(-0.5f));
-  c = fma(c, z, Vec(1.0f));
-  const Vec k = n - Vec(4.0f) * round(n * Vec(0.25f));  // quarter turns: -2, -1, 0, 1 or 2
-  const Vec even = Vec(1.0f) - abs(k);                  // 1 for none, -1 for two
-  sin = select_less(abs(even), Vec(0.5f), c * k, s * even);
-  cos = select_less(abs(even), Vec(0.5f), Vec(0.0f) - s * k, c * even);
-}
-
 // The normal distribution, the integral of e^(-u^2/2) / sqrt(2 pi) up to x, and its derivative, the density.
 // Contract: relative error of the distribution at most 3 ulp for x >= 0 and, below, 3 + x^2 / 2 ulp down to
 // -13.2, from where on both are 0; the derivative of x times it, distribution + x density, to 2 ulp of 1. In

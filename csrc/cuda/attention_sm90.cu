@@ -1,20 +1,19 @@
 // Launches attention on compute capability 9.0: which kernel, the descriptions of the tensors, how many
-// blocks.
+// blocks. bfloat16 or float16; widths up to 128 and, like every stride, multiples of 8; addresses of 16
+// bytes. There is at least one key.
 #include <stdexcept>
 
-#include "cuda/attention.h"
 #include "cuda/attention_sm90.cuh"
 #include "cuda/ptx/launch.h"
+#include "ops/attention.h"
 
 namespace imf::cuda {
 namespace {
 
 using namespace sm90;
 
-// Samples `first` to `first + samples` of a tensor [batch, heads, length, width], in boxes of `rows` of its
-// rows.
-ptx::TensorMap map_of(const HeadsTensor& x, index_t first, index_t samples, index_t heads, index_t length,
-                      index_t width, int rows, int box) {
+// Samples `first` to `first + samples` of x, in boxes of `rows` of its rows.
+ptx::TensorMap map_of(const Heads& x, index_t first, index_t samples, int rows, int box) {
   const auto size = [](index_t n) { return static_cast<std::uint64_t>(n); };
   // A dimension of one has any stride, even one that cannot be described.
   const auto stride = [](index_t n, index_t step) {
@@ -22,12 +21,12 @@ ptx::TensorMap map_of(const HeadsTensor& x, index_t first, index_t samples, inde
   };
   ptx::Boxes boxes{};
   boxes.data = static_cast<std::uint16_t*>(x.data) + first * x.stride[0];
-  boxes.sizes[0] = size(width);
-  boxes.sizes[1] = size(length);
-  boxes.sizes[2] = size(heads);
+  boxes.sizes[0] = size(x.width);
+  boxes.sizes[1] = size(x.length);
+  boxes.sizes[2] = size(x.heads);
   boxes.sizes[3] = size(samples);
-  boxes.strides[0] = stride(length, x.stride[2]);
-  boxes.strides[1] = stride(heads, x.stride[1]);
+  boxes.strides[0] = stride(x.length, x.stride[2]);
+  boxes.strides[1] = stride(x.heads, x.stride[1]);
   boxes.strides[2] = stride(samples, x.stride[0]);
   boxes.rows = static_cast<std::uint32_t>(rows);
   boxes.columns = static_cast<std::uint32_t>(box);
@@ -39,30 +38,30 @@ ptx::TensorMap map_of(const HeadsTensor& x, index_t first, index_t samples, inde
 template <typename T, int width, Tangents tangents>
 void run(const AttentionForward& a, index_t first, index_t samples) {
   using S = Tiles<width, tangents>;
-  const index_t kv_heads = a.heads / a.group;
-  const auto queries = [&](const HeadsTensor& x, index_t from) {
-    return map_of(x, from, samples, a.heads, a.queries, a.width, unit_rows, S::box);
+  const index_t heads = a.q.heads, queries = a.q.length;
+  const auto map_of_tangent = [&](const Heads& x, int rows, ptx::TensorMap primal) {
+    return x.data ? map_of(x, 0, samples, rows, S::box) : primal;
   };
-  const auto keys = [&](const HeadsTensor& x, index_t from, index_t columns) {
-    return map_of(x, from, samples, kv_heads, a.keys, columns, S::keys, S::box);
+  const auto first_row = [](const Heads& x_dot, const Heads& x) {
+    return x_dot.data ? 0 : static_cast<int>(x.length);
   };
   Parameters p{};
-  p.q = queries(a.q, first);
-  p.k = keys(a.k, first, a.width);
-  p.v = keys(a.v, first, a.value_width);
-  p.q_dot = a.q_dot.data ? queries(a.q_dot, 0) : p.q;
-  p.k_dot = a.k_dot.data ? keys(a.k_dot, 0, a.width) : p.k;
-  p.v_dot = a.v_dot.data ? keys(a.v_dot, 0, a.value_width) : p.v;
-  p.q_dot_row = a.q_dot.data ? 0 : static_cast<int>(a.queries);
-  p.k_dot_row = a.k_dot.data ? 0 : static_cast<int>(a.keys);
-  p.v_dot_row = a.v_dot.data ? 0 : static_cast<int>(a.keys);
-  p.heads = static_cast<int>(a.heads);
-  p.group = static_cast<int>(a.group);
-  p.queries = static_cast<int>(a.queries);
-  p.keys = static_cast<int>(a.keys);
-  p.value_width = static_cast<int>(a.value_width);
-  p.all_heads = static_cast<int>(samples * a.heads);
-  p.units = static_cast<int>((a.queries + unit_rows - 1) / unit_rows);
+  p.q = map_of(a.q, first, samples, unit_rows, S::box);
+  p.k = map_of(a.k, first, samples, S::keys, S::box);
+  p.v = map_of(a.v, first, samples, S::keys, S::box);
+  p.q_dot = map_of_tangent(a.q_dot, unit_rows, p.q);
+  p.k_dot = map_of_tangent(a.k_dot, S::keys, p.k);
+  p.v_dot = map_of_tangent(a.v_dot, S::keys, p.v);
+  p.q_dot_row = first_row(a.q_dot, a.q);
+  p.k_dot_row = first_row(a.k_dot, a.k);
+  p.v_dot_row = first_row(a.v_dot, a.v);
+  p.heads = static_cast<int>(heads);
+  p.group = static_cast<int>(heads / a.k.heads);
+  p.queries = static_cast<int>(queries);
+  p.keys = static_cast<int>(a.k.length);
+  p.value_width = static_cast<int>(a.v.width);
+  p.all_heads = static_cast<int>(samples * heads);
+  p.units = static_cast<int>((queries + unit_rows - 1) / unit_rows);
   p.items = items_of(p.all_heads, p.units);
   p.scale = a.scale;
   p.out = static_cast<std::uint16_t*>(a.out.data) + first * a.out.stride[0];
@@ -71,27 +70,27 @@ void run(const AttentionForward& a, index_t first, index_t samples) {
     p.out_stride[i] = a.out.stride[i];
     p.out_dot_stride[i] = a.out_dot.stride[i];
   }
-  p.lse = a.lse + first * a.heads * a.queries;
-  const int processors = ptx::processors(a.device);
+  p.lse = a.lse.data + first * heads * queries;
+  const int processors = ptx::processors(a.place.device);
   ptx::launch(attention_kernel<T, width, tangents>, p.items < processors ? p.items : processors, threads,
-              S::shared, a.stream, p, "attention_forward");
+              S::shared, a.place.stream, p, "attention_forward");
 }
 
 template <typename T, int width>
 void forward(const AttentionForward& a) {
-  const index_t first = a.batch - a.tangent_batch;
+  const index_t tangents = a.out_dot.batch, first = a.out.batch - tangents;
   if (first > 0) run<T, width, Tangents::none>(a, 0, first);
-  if (a.tangent_batch == 0) return;
+  if (tangents == 0) return;
   if (a.k_dot.data || a.v_dot.data) {
-    run<T, width, Tangents::all>(a, first, a.tangent_batch);
+    run<T, width, Tangents::all>(a, first, tangents);
   } else {
-    run<T, width, Tangents::of_query>(a, first, a.tangent_batch);
+    run<T, width, Tangents::of_query>(a, first, tangents);
   }
 }
 
 template <typename T>
 void forward(const AttentionForward& a) {
-  const index_t width = a.width > a.value_width ? a.width : a.value_width;
+  const index_t width = a.q.width > a.v.width ? a.q.width : a.v.width;
   if (width <= 64) return forward<T, 64>(a);
   if (width <= 80) return forward<T, 80>(a);
   if (width <= 96) return forward<T, 96>(a);
@@ -101,11 +100,12 @@ void forward(const AttentionForward& a) {
 }  // namespace
 
 void attention_forward(const AttentionForward& a) {
-  if (a.batch * a.heads * a.queries * a.value_width == 0) return;
-  const DeviceGuard guard(a.device);
-  if (a.type == DType::bfloat16) return forward<bfloat16>(a);
-  if (a.type == DType::float16) return forward<float16>(a);
-  throw std::invalid_argument("attention_forward: it takes bfloat16 and float16");
+  if (a.mask.data || a.is_causal) throw std::invalid_argument("it takes no mask and no is_causal");
+  if (a.out.batch * a.out.heads * a.out.length * a.out.width == 0) return;
+  const DeviceGuard guard(a.place.device);
+  if (a.q.dtype == DType::bfloat16) return forward<bfloat16>(a);
+  if (a.q.dtype == DType::float16) return forward<float16>(a);
+  throw std::invalid_argument("it takes bfloat16 and float16");
 }
 
 }  // namespace imf::cuda

@@ -2,8 +2,8 @@
 // once.
 #pragma once
 
-#include "cuda/elementwise.h"
 #include "cuda/vector.h"
+#include "ops/elementwise.h"
 
 namespace imf::cuda {
 
@@ -16,23 +16,23 @@ __global__ void __launch_bounds__(tile_threads)
     elements_forward(const ElementwiseForward a, const bool plain_aligned, const bool dual_aligned) {
   constexpr int n = lanes<T>;
   const index_t pack = blockIdx.x * static_cast<index_t>(tile_threads) + threadIdx.x;
-  const index_t plain = a.elements - a.tangent_elements, plain_packs = (plain + n - 1) / n;
+  const index_t plain = a.x.count - a.x_dot.count, plain_packs = (plain + n - 1) / n;
   const bool dual = pack >= plain_packs;
   const index_t j = dual ? (pack - plain_packs) * n : 0;  // among the tangents
   const index_t i = dual ? plain + j : pack * n;
-  const index_t left = (dual ? a.elements : plain) - i;
+  const index_t left = (dual ? a.x.count : plain) - i;
   const bool aligned = dual ? dual_aligned : plain_aligned;
   float x[n], x_dot[n], y[n], y_dot[n];
-  load<n>(x, static_cast<const T*>(a.x) + i, left, aligned);
-  load<n>(x_dot, static_cast<const T*>(a.x_dot) + j, dual ? left : 0, aligned);
+  load<n>(x, static_cast<const T*>(a.x.data) + i, left, aligned);
+  load<n>(x_dot, static_cast<const T*>(a.x_dot.data) + j, dual ? left : 0, aligned);
 #pragma unroll
   for (int k = 0; k < n; ++k) {
     const Dual<float> yk = F::forward(Dual<float>{x[k], x_dot[k]});
     y[k] = yk.primal;
     y_dot[k] = yk.tangent;
   }
-  store<n>(static_cast<T*>(a.y) + i, y, left, aligned);
-  store<n>(static_cast<T*>(a.y_dot) + j, y_dot, dual ? left : 0, aligned);
+  store<n>(static_cast<T*>(a.y.data) + i, y, left, aligned);
+  store<n>(static_cast<T*>(a.y_dot.data) + j, y_dot, dual ? left : 0, aligned);
 }
 
 // dx = f'(x) dy.
@@ -41,57 +41,57 @@ __global__ void __launch_bounds__(tile_threads)
     elements_backward(const ElementwiseBackward a, const bool aligned) {
   constexpr int n = lanes<T>;
   const index_t i = (blockIdx.x * static_cast<index_t>(tile_threads) + threadIdx.x) * n;
-  const index_t left = a.elements - i;
+  const index_t left = a.x.count - i;
   float x[n], dy[n];
-  load<n>(x, static_cast<const T*>(a.x) + i, left, aligned);
-  load<n>(dy, static_cast<const T*>(a.dy) + i, left, aligned);
+  load<n>(x, static_cast<const T*>(a.x.data) + i, left, aligned);
+  load<n>(dy, static_cast<const T*>(a.dy.data) + i, left, aligned);
 #pragma unroll
   for (int k = 0; k < n; ++k) dy[k] *= F::derivative(x[k]);
-  store<n>(static_cast<T*>(a.dx) + i, dy, left, aligned);
+  store<n>(static_cast<T*>(a.dx.data) + i, dy, left, aligned);
 }
 
+// Whether both can be read from element `first` on, as many elements at a time as a thread takes.
 template <typename T>
-bool begins_aligned(const void* p) {
-  return Operand::of<T>(p, 0).aligned(lanes<T>);
+bool aligned_from(index_t first, const Elements& x, const Elements& y) {
+  const auto begins = [&](const Elements& of) {
+    return aligned(lanes<T>, sizeof(T), static_cast<const T*>(of.data) + first);
+  };
+  return begins(x) && begins(y);
 }
 
 template <typename F>
 void for_each_element(const char* what, const ElementwiseForward& a) {
-  with_type(a.type, [&](auto type) {
+  with_type(a.x.dtype, [&](auto type) {
     using T = decltype(type);
-    const index_t plain = a.elements - a.tangent_elements;
-    const bool plain_fits = begins_aligned<T>(a.x) && begins_aligned<T>(a.y);
-    const bool dual_fits = begins_aligned<T>(static_cast<const T*>(a.x) + plain) &&
-                           begins_aligned<T>(static_cast<const T*>(a.y) + plain) &&
-                           begins_aligned<T>(a.x_dot) && begins_aligned<T>(a.y_dot);
-    const index_t packs = divide_up(plain, lanes<T>) + divide_up(a.tangent_elements, lanes<T>);
+    const index_t plain = a.x.count - a.x_dot.count;
+    const index_t packs = divide_up(plain, lanes<T>) + divide_up(a.x_dot.count, lanes<T>);
     launch(what, elements_forward<T, F>, divide_up(packs, tile_threads), 1, dim3(tile_threads), a.place, a,
-           plain_fits, dual_fits);
+           aligned_from<T>(0, a.x, a.y),
+           aligned_from<T>(plain, a.x, a.y) && aligned_from<T>(0, a.x_dot, a.y_dot));
   });
 }
 
 template <typename F>
 void for_each_element(const char* what, const ElementwiseBackward& a) {
-  with_type(a.type, [&](auto type) {
+  with_type(a.x.dtype, [&](auto type) {
     using T = decltype(type);
-    const bool fits = begins_aligned<T>(a.x) && begins_aligned<T>(a.dy) && begins_aligned<T>(a.dx);
-    launch(what, elements_backward<T, F>, divide_up(a.elements, lanes<T> * tile_threads), 1,
-           dim3(tile_threads), a.place, a, fits);
+    launch(what, elements_backward<T, F>, divide_up(a.x.count, lanes<T> * tile_threads), 1,
+           dim3(tile_threads), a.place, a, aligned_from<T>(0, a.x, a.dy) && aligned_from<T>(0, a.dx, a.dx));
   });
 }
 
-// Rows of `width` elements cut into tiles: of a block's threads x walks along a row, y over rows.
+// Rows cut into tiles: of a block's threads x walks along a row, y over rows.
 struct Tiles {
   dim3 threads;
   index_t blocks;
   unsigned columns;  // tiles of a row
 
-  Tiles(index_t rows, index_t width, int n) {
-    const index_t packs = divide_up(width, n), along = divide_up(packs, tile_threads);
+  Tiles(const Rows& y, int n) {
+    const index_t packs = divide_up(y.width, n), along = divide_up(packs, tile_threads);
     columns = static_cast<unsigned>(along);
     const auto x = static_cast<unsigned>(along > 0 ? divide_up(packs, along) : 1);
     threads = dim3(x, tile_threads / x);
-    blocks = divide_up(rows, threads.y);
+    blocks = divide_up(y.rows, threads.y);
   }
 };
 
@@ -100,11 +100,11 @@ struct TileElements {
   index_t row, tangent;  // `tangent`: which of the rows with a tangent; negative: none of them
   index_t j, left, tangent_left;
 
-  __device__ __forceinline__ TileElements(index_t rows, index_t tangent_rows, index_t width, int n)
+  __device__ __forceinline__ TileElements(const Rows& y, const Rows& y_dot, int n)
       : row(blockIdx.x * static_cast<index_t>(blockDim.y) + threadIdx.y),
-        tangent(row - (rows - tangent_rows)),
+        tangent(row - (y.rows - y_dot.rows)),
         j((static_cast<index_t>(blockIdx.y) * blockDim.x + threadIdx.x) * n),
-        left(row < rows ? width - j : 0),
+        left(row < y.rows ? y.width - j : 0),
         tangent_left(tangent >= 0 ? left : 0) {}
 };
 

@@ -1,20 +1,20 @@
 // LayerNorm with its tangent, and its primal backward. The formulas are in imf_kernels/ops/layer_norm.py and
 // imf_kernels/ops/layer_norm_modulate.py; why the mean has a correction, in csrc/cpu/layer_norm.cpp.
-#include "cuda/layer_norm.h"
 #include "cuda/rows.h"
+#include "ops/layer_norm.h"
 
 namespace imf::cuda {
 namespace {
 
+// `length`: rows of a group.
 template <typename X, typename Y>
-__global__ void __launch_bounds__(most_threads) forward(const LayerNormForward a, const bool aligned) {
+__global__ void __launch_bounds__(most_threads)
+    forward(const LayerNormForward a, const index_t length, const bool aligned) {
   constexpr int n = lanes<X>;
-  const TeamRow at(a.rows, a.tangent_rows, a.width);
-  const auto x = load_row<n>(static_cast<const X*>(a.x) + at.row * a.x_stride, at.width, aligned);
-  const auto x_dot =
-      load_row<n>(a.x_dot ? static_cast<const X*>(a.x_dot) + at.tangent * a.x_dot_stride : nullptr,
-                  at.tangent_width, aligned);
-  const float count = static_cast<float>(a.width);
+  const TeamRow at(a.y, a.y_dot);
+  const auto x = load_row<n>(row_of<const X>(a.x, at.row), at.width, aligned);
+  const auto x_dot = load_row<n>(row_of<const X>(a.x_dot, at.tangent), at.tangent_width, aligned);
+  const float count = static_cast<float>(a.x.width);
 
   Dual<float> sum{0.0f, 0.0f};
 #pragma unroll
@@ -23,39 +23,36 @@ __global__ void __launch_bounds__(most_threads) forward(const LayerNormForward a
   Dual<float> rest{0.0f, 0.0f};
 #pragma unroll
   for (int k = 0; k < x.count; ++k) {
-    if (column<n>(k) < a.width) rest = rest + (Dual<float>{x[k], x_dot[k]} - mean);
+    if (column<n>(k) < a.x.width) rest = rest + (Dual<float>{x[k], x_dot[k]} - mean);
   }
   const Dual<float> correction = team_sum(rest) / count;
   // Corrected before it is squared: the rounding error of a large mean may have no finite square.
   Dual<float> squares{0.0f, 0.0f};
 #pragma unroll
   for (int k = 0; k < x.count; ++k) {
-    if (column<n>(k) >= a.width) continue;
+    if (column<n>(k) >= a.x.width) continue;
     const Dual<float> centered = Dual<float>{x[k], x_dot[k]} - mean - correction;
     squares = squares + centered * centered;
   }
   const Dual<float> rstd = rsqrt(team_sum(squares) / count + a.eps);
   if (at.writes()) {
-    float* statistics = a.statistics + 3 * at.row;
+    float* statistics = a.statistics.data + 3 * at.row;
     statistics[0] = mean.primal;
     statistics[1] = correction.primal;
     statistics[2] = rstd.primal;
   }
 
-  const index_t group = quotient(at.row, a.length) * a.width;
-  const index_t tangent_group = group - quotient(a.rows - a.tangent_rows, a.length) * a.width;
+  const index_t group = quotient(at.row, length);
+  const index_t tangent_group = group - quotient(a.x.rows - a.y_dot.rows, length);
   // A pack at a time: whole rows of all parameters would not fit the registers.
 #pragma unroll
   for (int v = 0; v < x.count; v += n) {
     const index_t j = column<n>(v), left = at.width - j, tangent_left = at.tangent_width - j;
-    const auto parameter = [&](float* to, const float* p, index_t first, index_t there) {
-      load<n>(to, p ? p + first + j : p, there, aligned);
-    };
     float scale[n], shift[n], scale_dot[n], shift_dot[n], y[n], y_dot[n];
-    parameter(scale, a.scale, group, left);
-    parameter(shift, a.shift, group, left);
-    parameter(scale_dot, a.scale_dot, tangent_group, tangent_left);
-    parameter(shift_dot, a.shift_dot, tangent_group, tangent_left);
+    load<n>(scale, row_of(a.scale, group, j), left, aligned);
+    load<n>(shift, row_of(a.shift, group, j), left, aligned);
+    load<n>(scale_dot, row_of(a.scale_dot, tangent_group, j), tangent_left, aligned);
+    load<n>(shift_dot, row_of(a.shift_dot, tangent_group, j), tangent_left, aligned);
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       const Dual<float> normalized = (Dual<float>{x[v + i], x_dot[v + i]} - mean - correction) * rstd;
@@ -64,8 +61,8 @@ __global__ void __launch_bounds__(most_threads) forward(const LayerNormForward a
       y[i] = yi.primal;
       y_dot[i] = yi.tangent;
     }
-    store<n>(static_cast<Y*>(a.y) + at.row * a.width + j, y, left, aligned);
-    store<n>(static_cast<Y*>(a.y_dot) + at.tangent * a.width + j, y_dot, tangent_left, aligned);
+    store<n>(row_of<Y>(a.y, at.row, j), y, left, aligned);
+    store<n>(row_of<Y>(a.y_dot, at.tangent, j), y_dot, tangent_left, aligned);
   }
 }
 
@@ -79,67 +76,62 @@ __global__ void __launch_bounds__(most_threads)
   };
   constexpr int n = lanes<X>;
   const index_t group = quotient(blockIdx.x, shares.shares);
-  const float* scale = a.scale ? a.scale + group * a.width : nullptr;
   Row<n> dscale{}, dshift{};
   for_each_row(shares, group, [&](index_t row, bool inside) {
-    const index_t width = inside ? a.width : 0;
-    const auto x = load_row<n>(static_cast<const X*>(a.x) + row * a.x_stride, width, aligned);
-    const auto dy = load_row<n>(static_cast<const Y*>(a.dy) + row * a.dy_stride, width, aligned);
-    const float* statistics = a.statistics + 3 * row;
+    const index_t width = inside ? a.x.width : 0;
+    const auto x = load_row<n>(row_of<const X>(a.x, row), width, aligned);
+    const auto dy = load_row<n>(row_of<const Y>(a.dy, row), width, aligned);
+    const float* statistics = a.statistics.data + 3 * row;
     const float mean = inside ? statistics[0] : 0.0f, correction = inside ? statistics[1] : 0.0f;
     const float rstd = inside ? statistics[2] : 0.0f;
-    const auto gain = load_row<n>(scale, width, aligned);  // from cache: it would not fit the registers
+    // From cache each time: it would not fit the registers.
+    const auto gain = load_row<n>(row_of(a.scale, group), width, aligned);
     Row<n> g, normalized;
     Dots dots{};
 #pragma unroll
     for (int k = 0; k < x.count; ++k) {
       g[k] = dy[k] * (a.one + gain[k]);
-      normalized[k] = column<n>(k) < a.width ? (x[k] - mean - correction) * rstd : 0.0f;
+      normalized[k] = column<n>(k) < a.x.width ? (x[k] - mean - correction) * rstd : 0.0f;
       dscale[k] = fma(dy[k], normalized[k], dscale[k]);
       dshift[k] += dy[k];
       dots.g += g[k];
       dots.gn = fma(g[k], normalized[k], dots.gn);
     }
     dots = team_sum(dots);
-    const float mean_g = dots.g / static_cast<float>(a.width),
-                mean_gn = dots.gn / static_cast<float>(a.width);
+    const float mean_g = dots.g / static_cast<float>(a.x.width),
+                mean_gn = dots.gn / static_cast<float>(a.x.width);
     Row<n> dx;
 #pragma unroll
     for (int k = 0; k < x.count; ++k) dx[k] = rstd * (g[k] - mean_g - normalized[k] * mean_gn);
-    store_row(static_cast<X*>(a.dx) + row * a.width, dx, width, aligned);
+    store_row(row_of<X>(a.dx, row), dx, width, aligned);
   });
-  float* partial = a.partial + blockIdx.x * (2 * a.width);
-  write_sums(partial, dscale, a.width);
-  write_sums(partial + a.width, dshift, a.width);
+  const index_t share = blockIdx.x;
+  write_sums(row_of<float>(a.partial, 2 * share), dscale, a.x.width);
+  write_sums(row_of<float>(a.partial, 2 * share + 1), dshift, a.x.width);
 }
 
 }  // namespace
 
 void layer_norm_forward(const LayerNormForward& a) {
-  with_types(a.x_type, a.y_type, [&](auto x, auto y) {
+  const index_t length = length_of(a.x.rows, a.scale.data ? a.scale : a.shift);
+  with_types(a.x.dtype, a.y.dtype, [&](auto x, auto y) {
     using X = decltype(x);
-    using Y = decltype(y);
-    const bool fits =
-        aligned(lanes<X>, Operand::of<X>(a.x, a.x_stride), Operand::of<X>(a.x_dot, a.x_dot_stride),
-                Operand::of<float>(a.scale, a.width), Operand::of<float>(a.scale_dot, a.width),
-                Operand::of<float>(a.shift, a.width), Operand::of<float>(a.shift_dot, a.width),
-                Operand::of<Y>(a.y, a.width), Operand::of<Y>(a.y_dot, a.width));
-    const dim3 threads = threads_for(a.width, lanes<X>);
-    launch("layer_norm_forward", forward<X, Y>, blocks_for(a.rows, threads), 1, threads, a.place, a, fits);
+    const dim3 threads = threads_for(a.x.width, lanes<X>);
+    launch("layer_norm_forward", forward<X, decltype(y)>, blocks_for(a.x.rows, threads), 1, threads, a.place,
+           a, length,
+           all_aligned(lanes<X>, a.x, a.x_dot, a.scale, a.scale_dot, a.shift, a.shift_dot, a.y, a.y_dot));
   });
 }
 
 void layer_norm_backward(const LayerNormBackward& a) {
-  const Shares shares{a.groups, a.length, a.shares};
-  with_types(a.x_type, a.y_type, [&](auto x, auto y) {
+  const Shares shares(a.x.rows, a.partial, a.sums, 2);
+  with_types(a.x.dtype, a.dy.dtype, [&](auto x, auto dy) {
     using X = decltype(x);
-    using Y = decltype(y);
-    const bool fits = aligned(lanes<X>, Operand::of<X>(a.x, a.x_stride), Operand::of<Y>(a.dy, a.dy_stride),
-                              Operand::of<float>(a.scale, a.width), Operand::of<X>(a.dx, a.width));
-    launch("layer_norm_backward", backward<X, Y>, a.groups * a.shares, 1, threads_for(a.width, lanes<X>),
-           a.place, a, shares, fits);
+    launch("layer_norm_backward", backward<X, decltype(dy)>, shares.blocks(), 1,
+           threads_for(a.x.width, lanes<X>), a.place, a, shares,
+           all_aligned(lanes<X>, a.x, a.dy, a.scale, a.dx));
   });
-  add_up(a.partial, a.sums, a.groups, a.shares, 2 * a.width, a.place);
+  add_up(shares, a.partial, a.sums, a.place);
 }
 
 }  // namespace imf::cuda

@@ -1,6 +1,6 @@
 // RMSNorm with its tangent, and its primal backward. The formulas are in imf_kernels/ops/rms_norm.py.
-#include "cuda/rms_norm.h"
 #include "cuda/rows.h"
+#include "ops/rms_norm.h"
 
 namespace imf::cuda {
 namespace {
@@ -8,11 +8,10 @@ namespace {
 template <typename X, typename Y>
 __global__ void __launch_bounds__(most_threads) forward(const RmsNormForward a, const bool aligned) {
   constexpr int n = lanes<X>;
-  const TeamRow at(a.rows, a.tangent_rows, a.width);
-  const auto x = load_row<n>(static_cast<const X*>(a.x) + at.row * a.x_stride, at.width, aligned);
-  const auto x_dot =
-      load_row<n>(static_cast<const X*>(a.x_dot) + at.tangent * a.x_dot_stride, at.tangent_width, aligned);
-  const auto weight = load_row<n>(a.weight, at.width, aligned);
+  const TeamRow at(a.y, a.y_dot);
+  const auto x = load_row<n>(row_of<const X>(a.x, at.row), at.width, aligned);
+  const auto x_dot = load_row<n>(row_of<const X>(a.x_dot, at.tangent), at.tangent_width, aligned);
+  const auto weight = load_row<n>(a.weight.data, at.width, aligned);
 
   Dual<float> squares{0.0f, 0.0f};
 #pragma unroll
@@ -20,8 +19,8 @@ __global__ void __launch_bounds__(most_threads) forward(const RmsNormForward a, 
     const Dual<float> xk{x[k], x_dot[k]};
     squares = squares + xk * xk;
   }
-  const Dual<float> rstd = rsqrt(team_sum(squares) * (1.0f / static_cast<float>(a.width)) + a.eps);
-  if (at.writes()) a.rstd[at.row] = rstd.primal;
+  const Dual<float> rstd = rsqrt(team_sum(squares) * (1.0f / static_cast<float>(a.x.width)) + a.eps);
+  if (at.writes()) a.rstd.data[at.row] = rstd.primal;
 
   Row<n> y, y_dot;
 #pragma unroll
@@ -30,8 +29,8 @@ __global__ void __launch_bounds__(most_threads) forward(const RmsNormForward a, 
     y[k] = yk.primal;
     y_dot[k] = yk.tangent;
   }
-  store_row(static_cast<Y*>(a.y) + at.row * a.width, y, at.width, aligned);
-  store_row(static_cast<Y*>(a.y_dot) + at.tangent * a.width, y_dot, at.tangent_width, aligned);
+  store_row(row_of<Y>(a.y, at.row), y, at.width, aligned);
+  store_row(row_of<Y>(a.y_dot, at.tangent), y_dot, at.tangent_width, aligned);
 }
 
 // With g = dy w and n = x rstd: dx = rstd (g - n mean(g n)), dw = sum over rows of dy n.
@@ -39,13 +38,13 @@ template <typename X, typename Y>
 __global__ void __launch_bounds__(most_threads)
     backward(const RmsNormBackward a, const Shares shares, const bool aligned) {
   constexpr int n = lanes<X>;
-  const auto weight = load_row<n>(a.weight, a.width, aligned);
+  const auto weight = load_row<n>(a.weight.data, a.x.width, aligned);
   Row<n> dweight{};
   for_each_row(shares, 0, [&](index_t row, bool inside) {
-    const index_t width = inside ? a.width : 0;
-    const auto x = load_row<n>(static_cast<const X*>(a.x) + row * a.x_stride, width, aligned);
-    const auto dy = load_row<n>(static_cast<const Y*>(a.dy) + row * a.dy_stride, width, aligned);
-    const float rstd = inside ? a.rstd[row] : 0.0f;
+    const index_t width = inside ? a.x.width : 0;
+    const auto x = load_row<n>(row_of<const X>(a.x, row), width, aligned);
+    const auto dy = load_row<n>(row_of<const Y>(a.dy, row), width, aligned);
+    const float rstd = inside ? a.rstd.data[row] : 0.0f;
     float dot = 0.0f;
 #pragma unroll
     for (int k = 0; k < x.count; ++k) {
@@ -53,40 +52,35 @@ __global__ void __launch_bounds__(most_threads)
       dweight[k] += dyn;
       dot += dyn * weight[k];
     }
-    const float mean = team_sum(dot) / static_cast<float>(a.width);
+    const float mean = team_sum(dot) / static_cast<float>(a.x.width);
     Row<n> dx;
 #pragma unroll
     for (int k = 0; k < x.count; ++k) dx[k] = rstd * (dy[k] * weight[k] - x[k] * rstd * mean);
-    store_row(static_cast<X*>(a.dx) + row * a.width, dx, width, aligned);
+    store_row(row_of<X>(a.dx, row), dx, width, aligned);
   });
-  write_sums(a.partial + blockIdx.x * a.width, dweight, a.width);
+  write_sums(row_of<float>(a.partial, blockIdx.x), dweight, a.x.width);
 }
 
 }  // namespace
 
 void rms_norm_forward(const RmsNormForward& a) {
-  with_types(a.x_type, a.y_type, [&](auto x, auto y) {
+  with_types(a.x.dtype, a.y.dtype, [&](auto x, auto y) {
     using X = decltype(x);
-    using Y = decltype(y);
-    const bool fits = aligned(lanes<X>, Operand::of<X>(a.x, a.x_stride),
-                              Operand::of<X>(a.x_dot, a.x_dot_stride), Operand::of<float>(a.weight, 0),
-                              Operand::of<Y>(a.y, a.width), Operand::of<Y>(a.y_dot, a.width));
-    const dim3 threads = threads_for(a.width, lanes<X>);
-    launch("rms_norm_forward", forward<X, Y>, blocks_for(a.rows, threads), 1, threads, a.place, a, fits);
+    const dim3 threads = threads_for(a.x.width, lanes<X>);
+    launch("rms_norm_forward", forward<X, decltype(y)>, blocks_for(a.x.rows, threads), 1, threads, a.place, a,
+           all_aligned(lanes<X>, a.x, a.x_dot, a.weight, a.y, a.y_dot));
   });
 }
 
 void rms_norm_backward(const RmsNormBackward& a) {
-  const Shares shares{1, a.rows, a.shares};
-  with_types(a.x_type, a.y_type, [&](auto x, auto y) {
+  const Shares shares(a.x.rows, a.partial, a.dweight);
+  with_types(a.x.dtype, a.dy.dtype, [&](auto x, auto dy) {
     using X = decltype(x);
-    using Y = decltype(y);
-    const bool fits = aligned(lanes<X>, Operand::of<X>(a.x, a.x_stride), Operand::of<Y>(a.dy, a.dy_stride),
-                              Operand::of<float>(a.weight, 0), Operand::of<X>(a.dx, a.width));
-    launch("rms_norm_backward", backward<X, Y>, a.shares, 1, threads_for(a.width, lanes<X>), a.place, a,
-           shares, fits);
+    launch("rms_norm_backward", backward<X, decltype(dy)>, shares.blocks(), 1,
+           threads_for(a.x.width, lanes<X>), a.place, a, shares,
+           all_aligned(lanes<X>, a.x, a.dy, a.weight, a.dx));
   });
-  add_up(a.partial, a.dweight, 1, a.shares, a.width, a.place);
+  add_up(shares, a.partial, a.dweight, a.place);
 }
 
 }  // namespace imf::cuda

@@ -96,15 +96,19 @@ __device__ T team_sum(T x) {
   return x;
 }
 
+inline __host__ __device__ index_t row_count(const Rows& x) { return x.rows; }
+inline __host__ __device__ index_t row_count(const Heads& x) { return x.batch * x.heads * x.length; }
+
 // The row of a team in a kernel that takes each row once; beyond the last one its width is zero.
 struct TeamRow {
   index_t row, tangent;  // `tangent`: which of the rows with a tangent; negative: none of them
   index_t width, tangent_width;
 
-  __device__ __forceinline__ TeamRow(index_t rows, index_t tangent_rows, index_t row_width)
+  template <typename View, typename Tangent>
+  __device__ __forceinline__ TeamRow(const View& y, const Tangent& y_dot)
       : row(blockIdx.x * static_cast<index_t>(blockDim.y) + threadIdx.y),
-        tangent(row - (rows - tangent_rows)),
-        width(row < rows ? row_width : 0),
+        tangent(row - (row_count(y) - row_count(y_dot))),
+        width(row < row_count(y) ? y.width : 0),
         tangent_width(tangent >= 0 ? width : 0) {}
   // The thread that writes what there is one of for each row.
   __device__ __forceinline__ bool writes() const { return width > 0 && threadIdx.x == 0; }
@@ -112,13 +116,28 @@ struct TeamRow {
 
 inline index_t blocks_for(index_t rows, dim3 threads) { return divide_up(rows, threads.y); }
 
+// The rows of each of the groups that `parameter` has a row for.
+inline index_t length_of(index_t rows, const Floats& parameter) {
+  return parameter.rows > 1 ? rows / parameter.rows : rows;
+}
+
 // Sums over rows. The rows of a group, `length` one after another, are summed in `shares` shares, a block
-// each, which leave their sums in partial[groups, shares, columns]; these are then added up. Every sum is
-// taken in the same order each time, as atomic additions would not.
+// each, which leave their sums in partial[groups, shares, sums, width]; these are then added up to
+// total[groups, sums, width]. Every sum is taken in the same order each time, as atomic additions would not.
 struct Shares {
   index_t groups, length, shares;
 
-  __host__ __device__ index_t rows() const { return (length + shares - 1) / shares; }
+  // Of `rows` rows in all, each of which has a part in `sums` rows of sums.
+  Shares(index_t rows, const Floats& partial, const Floats& total, index_t sums = 1)
+      : groups(total.rows / sums),
+        length(groups > 1 ? rows / groups : rows),
+        shares(total.rows > 0 ? partial.rows / total.rows : 0) {
+    if (partial.rows != shares * total.rows || partial.width != total.width || (rows > 0 && shares == 0)) {
+      throw std::invalid_argument("partial must be [groups, shares, sums, width]");
+    }
+  }
+  index_t blocks() const { return groups * shares; }
+  __device__ index_t rows() const { return (length + shares - 1) / shares; }
 };
 
 // Calls body(row, inside) for the rows of a block's share, the teams taking turns, every thread equally
@@ -157,7 +176,7 @@ __device__ void write_sums(float* out, const Row<n>& row, index_t width) {
   __syncthreads();  // before the next sums
 }
 
-// sums[groups, columns] of partial[groups, shares, columns]; zeros of no shares.
-void add_up(const float* partial, float* sums, index_t groups, index_t shares, index_t columns, Place place);
+// The total of each group's shares; zeros of no shares.
+void add_up(const Shares& shares, const Floats& partial, const Floats& total, Place place);
 
 }  // namespace imf::cuda

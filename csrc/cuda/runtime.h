@@ -5,16 +5,11 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
-#include "common/types.h"
+#include "tensor.h"
 
 namespace imf::cuda {
-
-// Where a kernel runs: the device, and a cudaStream_t of it.
-struct Place {
-  int device;
-  void* stream;
-};
 
 // Why nothing can be launched on this machine (no driver, one older than the toolkit); empty where it can.
 std::string unavailable();
@@ -49,6 +44,7 @@ class DeviceGuard {
 template <typename... Parameters, typename... Arguments>
 void launch(const char* what, void (*kernel)(Parameters...), index_t blocks, unsigned columns, dim3 threads,
             Place place, Arguments... arguments) {
+  static_assert((std::is_trivially_copyable_v<Parameters> && ...), "they are copied to the device");
   if (blocks == 0 || columns == 0) return;
   if (blocks > 0x7fffffff) throw std::runtime_error(std::string(what) + ": more than 2^31 - 1 blocks");
   const DeviceGuard guard(place.device);

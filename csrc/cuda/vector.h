@@ -5,9 +5,12 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <initializer_list>
+#include <type_traits>
 
 #include "common/dual.h"
 #include "cuda/runtime.h"
+#include "tensor.h"
 
 #define IMF_DEVICE static __device__ __forceinline__
 
@@ -60,54 +63,71 @@ IMF_DEVICE void store(T* p, const float* from, index_t left, bool aligned) {
   }
 }
 
-// What a launcher asks of an operand: whether n elements at a time can be read, from rows `stride` apart.
-struct Operand {
-  const void* p;
-  index_t stride;
-  int size;  // of an element
-
-  template <typename T>
-  static Operand of(const void* p, index_t stride) {
-    return {p, stride, static_cast<int>(sizeof(T))};
-  }
-  bool aligned(int n) const {
-    const auto bytes = static_cast<std::uintptr_t>(bytes_at_once(n, size));
-    return p == nullptr ||
-           (reinterpret_cast<std::uintptr_t>(p) | static_cast<std::uintptr_t>(stride * size)) % bytes == 0;
-  }
-};
-
-template <typename... Operands>
-bool aligned(int n, Operands... operands) {
-  return (operands.aligned(n) && ...);
+// Where column j of row i is; null where there is no view.
+template <typename T>
+IMF_DEVICE T* row_of(const Rows& x, index_t i, index_t j = 0) {
+  return static_cast<T*>(x.data) + i * x.stride + j;
+}
+template <typename T>
+IMF_DEVICE T* row_of(const Optional<Rows>& x, index_t i, index_t j = 0) {
+  return x.data ? static_cast<T*>(x.data) + i * x.stride + j : nullptr;
+}
+template <typename T = const float>
+IMF_DEVICE T* row_of(const Floats& x, index_t i, index_t j = 0) {
+  return x.data + i * x.width + j;
+}
+template <typename T = const float>
+IMF_DEVICE T* row_of(const Optional<Floats>& x, index_t i, index_t j = 0) {
+  return x.data ? x.data + i * x.width + j : nullptr;
 }
 
-// Calls body with a value of each type. The second type is that of operands made from the first, or added to
-// it: the same, or half as wide.
-template <typename Body>
-void with_types(DType wide, DType narrow, Body body) {
-  if (wide == DType::bfloat16) {
-    body(__nv_bfloat16{}, __nv_bfloat16{});
-  } else if (wide == DType::float16) {
-    body(__half{}, __half{});
-  } else if (narrow == DType::bfloat16) {
-    body(float{}, __nv_bfloat16{});
-  } else if (narrow == DType::float16) {
-    body(float{}, __half{});
-  } else {
-    body(float{}, float{});
-  }
+// What a launcher asks: whether n elements of `size` bytes can be read at a time, from p on and from each
+// multiple of the strides, which count elements, after it.
+inline bool aligned(int n, int size, const void* p, std::initializer_list<index_t> strides = {}) {
+  auto bits = reinterpret_cast<std::uintptr_t>(p);
+  for (const index_t stride : strides) bits |= static_cast<std::uintptr_t>(stride * size);
+  return p == nullptr || bits % static_cast<std::uintptr_t>(bytes_at_once(n, size)) == 0;
+}
+inline int size_of(DType type) { return type == DType::float32 ? 4 : 2; }
+inline bool aligned(int n, const Rows& x) {
+  return aligned(n, size_of(x.dtype), x.data, {x.rows > 1 ? x.stride : 0});
+}
+inline bool aligned(int n, const Floats& x) {
+  return aligned(n, sizeof(float), x.data, {x.rows > 1 ? x.width : 0});
+}
+inline bool aligned(int n, const Heads& x) {
+  return aligned(n, size_of(x.dtype), x.data, {x.stride[0], x.stride[1], x.stride[2]});
+}
+template <typename... Views>
+bool all_aligned(int n, const Views&... views) {
+  return (aligned(n, views) && ...);
 }
 
+// Calls body with a value of the C++ type that stands for `type`.
 template <typename Body>
 void with_type(DType type, Body body) {
   if (type == DType::bfloat16) {
     body(__nv_bfloat16{});
   } else if (type == DType::float16) {
     body(__half{});
-  } else {
+  } else if (type == DType::float32) {
     body(float{});
+  } else {
+    throw std::invalid_argument("the kernels of CUDA take float32, bfloat16 and float16");
   }
+}
+
+// The pairs that operations take. The second type is that of operands made from the first, or added to it:
+// the same, or half as wide.
+template <typename Body>
+void with_types(DType wide, DType narrow, Body body) {
+  with_type(wide, [&](auto w) {
+    if constexpr (std::is_same_v<decltype(w), float>) {
+      with_type(narrow, [&](auto n) { body(w, n); });
+    } else {
+      body(w, w);
+    }
+  });
 }
 
 // a / b, in 32 bits where both fit: 64-bit division takes a hundred instructions.

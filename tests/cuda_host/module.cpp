@@ -1,11 +1,26 @@
 // The CUDA kernels of csrc/cuda, compiled for the CPU, under the names that they have in imf_kernels._C; and
 // kernels that are wrong, to show that the emulator sees it.
-#include <pybind11/pybind11.h>
-
 #include <vector>
 
-#include "cuda/bindings.h"
+#include "bindings.h"
 #include "cuda/runtime.h"
+
+using Definition = void (*)(pybind11::module_&);
+static std::vector<Definition> definitions;
+
+struct Entered {
+  explicit Entered(Definition definition) { definitions.push_back(definition); }
+};
+
+// Tensors are on the CPU, where this module's functions are the kernels for CUDA.
+#define IMF_DEFINE_CPU(function, Arguments)
+#define IMF_DEFINE_HOPPER(function, Arguments)
+#define IMF_DEFINE_CUDA(function, Arguments) \
+  const Entered function##_entered(          \
+      [](pybind11::module_& m) { define<Arguments>(m, #function, cuda::function, cuda::function); });
+#define IMF_REGISTER(function, Arguments, on) IMF_DEFINE_##on(function, Arguments)
+
+#include "operations.h"  // csrc/ops/*.h
 
 namespace {
 
@@ -38,13 +53,15 @@ void stray(float* x) { x[threadIdx.x] = 0.0f; }
 
 template <typename... P, typename... A>
 void run(void (*kernel)(P...), A... arguments) {
-  imf::cuda::launch("test", kernel, 1, 1, dim3(64), imf::cuda::Place{0, nullptr}, arguments...);
+  imf::cuda::launch("test", kernel, 1, 1, dim3(64), imf::Place{0, nullptr, 1}, arguments...);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cuda_host, m) {
-  imf::cuda::register_functions(m);
+  m.attr("schemas") = pybind11::dict();
+  for (const Definition definition : definitions) definition(m);
+  m.def("cuda_unavailable", &imf::cuda::unavailable);
   m.def("set_backwards", &cuda_host::set_backwards);
   m.def("half_a_block_waits", [] { run(half_a_block_waits); });
   m.def("two_barriers", [] { run(two_barriers); });

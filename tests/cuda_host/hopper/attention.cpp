@@ -1,41 +1,24 @@
 // The attention of csrc/cuda for Hopper, compiled for the emulated machine.
 #include "cuda/attention_sm90.cu"
 
-// `tensors`: address and strides of batch, head and position of q, k, v, out and of their tangents. `sizes`:
-// batch, tangent_batch, heads, group, queries, keys, width, value_width. Returns what went wrong, or null.
-extern "C" const char* attention_forward(int type, const std::int64_t (*tensors)[4], float* lse,
-                                         const std::int64_t* sizes, float scale, int processors,
-                                         unsigned seed) {
+// `tensors`: address, sizes, and strides of batch, head and position of q, k, v, their tangents, out and its
+// tangent; zeros of one that is absent. Returns what went wrong, or null.
+extern "C" const char* attention_forward(int type, const std::int64_t (*tensors)[8], float* lse, float scale,
+                                         int processors, unsigned seed) {
   using namespace imf;
   static std::string error;
-  HeadsTensor heads[8];
+  Heads x[8];
   for (int i = 0; i < 8; ++i) {
-    heads[i] = {reinterpret_cast<void*>(tensors[i][0]), {tensors[i][1], tensors[i][2], tensors[i][3]}};
+    const std::int64_t* n = tensors[i];
+    auto* data = reinterpret_cast<void*>(n[0]);
+    x[i] = {data, static_cast<DType>(type), 0, n[1], n[2], n[3], n[4], {n[5], n[6], n[7]}};
   }
+  const Floats statistics{lse, 0, x[0].batch * x[0].heads, x[0].length};
   cuda::ptx::processor_count() = processors;
   cuda::ptx::seed() = seed;
   try {
-    cuda::attention_forward({static_cast<DType>(type),
-                             heads[0],
-                             heads[1],
-                             heads[2],
-                             heads[3],
-                             heads[4],
-                             heads[5],
-                             heads[6],
-                             heads[7],
-                             lse,
-                             sizes[0],
-                             sizes[1],
-                             sizes[2],
-                             sizes[3],
-                             sizes[4],
-                             sizes[5],
-                             sizes[6],
-                             sizes[7],
-                             scale,
-                             0,
-                             nullptr});
+    cuda::attention_forward(
+        {x[0], x[1], x[2], {x[3]}, {x[4]}, {x[5]}, {}, {x[6]}, {{x[7]}}, {statistics}, scale, false, {}});
   } catch (const std::exception& e) {
     error = e.what();
     return error.c_str();

@@ -3,10 +3,11 @@
 // tests/remote_kernels.py is the other side.
 //
 // A call is a line
-//     function  blocks {address bytes}  arguments
-// followed by the bytes of the blocks; every sequence among the arguments is preceded by its length. The
-// answer is a line, "ok VALUE" in JSON or "ValueError TEXT" or "RuntimeError TEXT", and the bytes of the
-// blocks.
+//     function  threads  blocks {address bytes}  arguments
+// followed by the bytes of the blocks, the memory of its tensors. Among the arguments a tensor is
+//     dimensions  dtype  address  {size}  {stride}
+// and -1 where there is none; a list is preceded by its length. The answer is a line, "ok VALUE" in JSON or
+// "ValueError TEXT" or "RuntimeError TEXT", and the bytes of the blocks.
 //
 // Each copy ends where a page begins that cannot be accessed, and another one lies before it, so that a
 // kernel that leaves its memory is killed, or found out by the bytes between that page and the copy.
@@ -15,9 +16,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <array>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <iostream>
 #include <map>
@@ -29,11 +30,30 @@
 #include <type_traits>
 #include <vector>
 
+#include "tensor.h"
+
+// In the place of csrc/dlpack.h and csrc/key.h.
+#define IMF_DLPACK
+#define IMF_KEY
+
+namespace imf {
+
+// The caller's threads, in the call that is being answered.
+inline int& caller_threads() {
+  static int threads = 1;
+  return threads;
+}
+inline Place place_of(int device) { return {device, nullptr, caller_threads()}; }
+inline bool key() { return false; }  // the caller has its own
+
+}  // namespace imf
+
 namespace pybind11 {
 
-struct gil_scoped_release {};
-template <typename T>
-struct call_guard {};
+struct gil_scoped_release {
+  gil_scoped_release() {}
+};
+struct dict {};
 
 // A copy of `bytes` bytes that the caller has at `address`.
 class Block {
@@ -88,46 +108,42 @@ class Arguments {
     if (!(words_ >> text)) throw std::runtime_error("too few arguments");
     return text;
   }
-  void expect(std::size_t length) {
-    if (std::stoull(word()) != length) {
-      throw std::runtime_error("a sequence of another length was expected");
-    }
-  }
+  imf::index_t integer() { return std::stoll(word()); }
 
-  int read(int*) { return std::stoi(word()); }
-  bool read(bool*) { return std::stoi(word()) != 0; }
+  bool read(bool*) { return integer() != 0; }
   float read(float*) { return static_cast<float>(std::stod(word())); }
-  std::int64_t read(std::int64_t*) { return std::stoll(word()); }
   std::string read(std::string*) { return word(); }
-  std::uintptr_t read(std::uintptr_t*) {
-    const std::uintptr_t pointer = std::stoull(word());
-    if (pointer == 0) return 0;
+  imf::Optional<imf::Tensor> read(imf::Optional<imf::Tensor>*) {
+    const auto dim = static_cast<int>(integer());
+    if (dim < 0) return {{nullptr, imf::DType::other, imf::cpu_device, dim, nullptr, nullptr}};
+    const auto dtype = static_cast<imf::DType>(integer());
+    void* const data = memory(std::stoull(word()));
+    std::vector<imf::index_t>& shape = shapes_.emplace_back(2 * dim);
+    for (imf::index_t& number : shape) number = integer();
+    return {{data, dtype, imf::cpu_device, dim, shape.data(), shape.data() + dim}};
+  }
+  imf::Tensor read(imf::Tensor*) {
+    const auto tensor = read<imf::Optional<imf::Tensor>>();
+    if (tensor.dim < 0) throw std::runtime_error("a tensor was expected");
+    return tensor;
+  }
+  char* memory(std::uintptr_t address) {
+    if (address == 0) return nullptr;  // of a tensor without elements
     for (const auto& block : blocks_) {
-      if (char* const p = block->translate(pointer)) return reinterpret_cast<std::uintptr_t>(p);
+      if (char* const p = block->translate(address)) return p;
     }
     throw std::runtime_error("a pointer to memory that did not come with the call");
-  }
-  template <typename T, std::size_t n>
-  std::array<T, n> read(std::array<T, n>*) {
-    expect(n);
-    std::array<T, n> values;
-    for (T& value : values) value = read<T>();
-    return values;
-  }
-  template <typename... T>
-  std::tuple<T...> read(std::tuple<T...>*) {
-    expect(sizeof...(T));
-    return std::tuple<T...>{read<T>()...};
   }
   template <typename T>
   std::vector<T> read(std::vector<T>*) {
     std::vector<T> values;
-    for (std::size_t left = std::stoull(word()); left > 0; --left) values.push_back(read<T>());
+    for (imf::index_t left = integer(); left > 0; --left) values.push_back(read<T>());
     return values;
   }
 
   std::istream& words_;
   const std::vector<std::unique_ptr<Block>>& blocks_;
+  std::deque<std::vector<imf::index_t>> shapes_;  // sizes and strides, where tensors point to
 };
 
 inline std::string json(bool value) { return value ? "true" : "false"; }
@@ -141,12 +157,26 @@ inline std::string json(const std::vector<std::string>& texts) {
 
 class module_ {
  public:
-  struct Attribute {
-    std::string value;
+  class Attribute {
+   public:
     template <typename T>
-    void operator=(T x) {
-      value = json(x);
+    void operator=(const T& x) {
+      value_ = json(x);
     }
+    void operator=(dict) { value_.clear(); }
+    Attribute& operator[](const std::string& name) { return items_[name]; }
+    std::string text() const {
+      if (!value_.empty()) return value_;
+      std::string list;
+      for (const auto& [name, item] : items_) {
+        list += (list.empty() ? "" : ", ") + json(name) + ": " + item.text();
+      }
+      return "{" + list + "}";
+    }
+
+   private:
+    std::string value_;  // in JSON; empty of a dict
+    std::map<std::string, Attribute> items_;
   };
   Attribute& attr(const std::string& name) { return attributes_[name]; }
   std::string& doc() { return doc_; }
@@ -161,13 +191,7 @@ class module_ {
     std::vector<std::string> names;
     for (const auto& function : functions_) names.push_back(function.first);
     attr("functions") = names;
-    functions_["attributes"] = [this](Arguments&) {
-      std::string list;
-      for (const auto& [name, attribute] : attributes_) {
-        list += (list.empty() ? "" : ", ") + json(name) + ": " + attribute.value;
-      }
-      return "{" + list + "}";
-    };
+    functions_["attributes"] = [this](Arguments&) { return attributes_.text(); };
     std::ios::sync_with_stdio(false);
     for (std::string line; std::getline(std::cin, line);) answer(line);
   }
@@ -200,7 +224,7 @@ class module_ {
     std::istringstream words(line);
     std::string name;
     std::size_t count = 0;
-    words >> name >> count;
+    words >> name >> imf::caller_threads() >> count;
     std::vector<std::unique_ptr<Block>> blocks;
     while (blocks.size() < count) {
       std::uintptr_t address = 0;
@@ -221,7 +245,7 @@ class module_ {
   }
 
   std::string doc_;
-  std::map<std::string, Attribute> attributes_;
+  Attribute attributes_;  // a dict
   std::map<std::string, std::function<std::string(Arguments&)>> functions_;
 };
 

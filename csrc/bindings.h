@@ -1,0 +1,143 @@
+// Makes a Python function of a kernel, and the schema of its operator in torch.library, from the struct of
+// its arguments.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "dlpack.h"
+#include "views.h"
+
+namespace imf {
+
+// How a field comes from Python: a view as a tensor, a number as it is.
+template <typename Field>
+struct Argument {
+  static constexpr bool is_number = std::is_arithmetic_v<Field>;
+  using Type = std::conditional_t<is_number, Field, Tensor>;
+
+  static Field make(const Type& x, const std::string& name) {
+    if constexpr (is_number) return x;
+    Field field{};
+    if constexpr (!is_number) view(x, name, field);
+    return field;
+  }
+  static std::string type(char& alias) {
+    (void)alias;
+    return !is_number ? "Tensor" : std::is_same_v<Field, bool> ? "bool" : "float";
+  }
+};
+
+template <typename View>
+struct Argument<Out<View>> {
+  using Type = Tensor;
+  static Out<View> make(const Type& x, const std::string& name) { return {Argument<View>::make(x, name)}; }
+  static std::string type(char& alias) { return std::string("Tensor(") + alias++ + "!)"; }
+};
+
+template <typename View>
+struct Argument<Optional<View>> {
+  using Type = Optional<Tensor>;
+  static Optional<View> make(const Type& x, const std::string& name) {
+    return x.dim < 0 ? Optional<View>{} : Optional<View>{Argument<View>::make(x, name)};
+  }
+  static std::string type(char& alias) { return Argument<View>::type(alias) + "?"; }
+};
+
+constexpr int count_fields(const char* fields) {
+  int count = 0;
+  for (; *fields; ++fields) count += *fields == ';';
+  return count;
+}
+
+// The names of the fields of "Rows x; float eps;".
+inline std::vector<std::string> names_of(const std::string& fields) {
+  std::vector<std::string> names;
+  for (std::size_t end = fields.find(';'); end != std::string::npos; end = fields.find(';', end + 1)) {
+    const std::size_t begin = fields.rfind(' ', end) + 1;
+    names.push_back(fields.substr(begin, end - begin));
+  }
+  return names;
+}
+
+// The fields of a struct of arguments as a tuple of references.
+template <typename Arguments>
+auto tied(Arguments& arguments) {
+#define IMF_TIED(count, ...)                                \
+  if constexpr (count_fields(Arguments::fields) == count) { \
+    auto& [__VA_ARGS__, place] = arguments;                 \
+    return std::tie(__VA_ARGS__);                           \
+  }
+  IMF_TIED(3, a, b, c)
+  IMF_TIED(4, a, b, c, d)
+  IMF_TIED(5, a, b, c, d, e)
+  IMF_TIED(6, a, b, c, d, e, f)
+  IMF_TIED(7, a, b, c, d, e, f, g)
+  IMF_TIED(8, a, b, c, d, e, f, g, h)
+  IMF_TIED(9, a, b, c, d, e, f, g, h, i)
+  IMF_TIED(10, a, b, c, d, e, f, g, h, i, j)
+  IMF_TIED(11, a, b, c, d, e, f, g, h, i, j, k)
+  IMF_TIED(12, a, b, c, d, e, f, g, h, i, j, k, l)
+#undef IMF_TIED
+}
+
+template <typename Arguments>
+using Kernel = void (*)(const Arguments&);
+
+// The device that all tensors of a call are on.
+struct CommonDevice {
+  int device = cpu_device;
+  bool found = false;
+
+  void operator()(const Tensor& x) {
+    if (found && x.device != device) throw std::invalid_argument("all tensors must be on one device");
+    device = x.device;
+    found = true;
+  }
+  void operator()(const Optional<Tensor>& x) {
+    if (x.dim >= 0) (*this)(static_cast<const Tensor&>(x));
+  }
+  void operator()(float) {}
+  void operator()(bool) {}
+};
+
+// Defines the module's function `name`, which runs `cpu` or `cuda` (null: there is none) by where the tensors
+// are.
+template <typename Arguments, typename... Fields>
+void define(pybind11::module_& m, const char* name, Kernel<Arguments> cpu, Kernel<Arguments> cuda,
+            std::tuple<Fields&...>*) {
+  static const std::vector<std::string> names = names_of(Arguments::fields);
+  std::string schema;
+  char alias = 'a';
+  int i = 0;
+  ((schema += (i ? ", " : "") + Argument<Fields>::type(alias) + " " + names[i], ++i), ...);
+  m.attr("schemas")[name] = "(" + schema + ") -> ()";
+  m.def(name, [=](typename Argument<Fields>::Type... given) {
+    try {
+      CommonDevice common;
+      (common(given), ...);
+      const Kernel<Arguments> kernel = common.device == cpu_device ? cpu : cuda;
+      if (!kernel) throw std::invalid_argument("there is no kernel for this device");
+      const std::string* next = names.data();
+      // In braces they are made from left to right.
+      const Arguments arguments{Argument<Fields>::make(given, *next++)..., place_of(common.device)};
+      const pybind11::gil_scoped_release unlocked;
+      kernel(arguments);
+    } catch (const std::invalid_argument& error) {
+      throw std::invalid_argument(std::string(name) + ": " + error.what());
+    }
+  });
+}
+
+template <typename Arguments>
+void define(pybind11::module_& m, const char* name, Kernel<Arguments> cpu, Kernel<Arguments> cuda) {
+  define(m, name, cpu, cuda, static_cast<decltype(tied(std::declval<Arguments&>()))*>(nullptr));
+}
+
+}  // namespace imf

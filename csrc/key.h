@@ -1,0 +1,102 @@
+// What the choice of a kernel depends on, as bytes: the key under which the choice is remembered.
+#ifndef IMF_KEY
+#define IMF_KEY
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <array>
+#include <string>
+
+#include "dlpack.h"
+
+namespace imf {
+
+class Key {
+ public:
+  Key() { bytes_.reserve(512); }
+  template <typename T>
+  void add(const T& value) {
+    const auto* bytes = reinterpret_cast<const char*>(&value);
+    bytes_.append(bytes, sizeof(T));
+  }
+
+  // Of a tensor the type, device, sizes, strides and where it begins within 16 bytes; of a number, a string
+  // or a dtype the value. False for anything else.
+  bool add(PyObject* x, const PyTorch& torch) {
+    if (x == Py_None) {
+      add('0');
+    } else if (Py_TYPE(x) == reinterpret_cast<PyTypeObject*>(torch.tensor) ||
+               Py_TYPE(x) == reinterpret_cast<PyTypeObject*>(torch.parameter)) {
+      return add_tensor(x, torch);
+    } else if (PyFloat_CheckExact(x)) {
+      add('f');
+      add(PyFloat_AS_DOUBLE(x));
+    } else if (PyLong_CheckExact(x) || PyBool_Check(x)) {
+      add(PyBool_Check(x) ? 'b' : 'i');
+      int overflow = 0;
+      add(PyLong_AsLongLongAndOverflow(x, &overflow));
+      return !overflow;
+    } else if (Py_TYPE(x) == reinterpret_cast<PyTypeObject*>(torch.dtype)) {
+      add('d');
+      add(x);  // there is one of each
+    } else if (PyUnicode_CheckExact(x)) {
+      Py_ssize_t length = 0;
+      const char* const text = PyUnicode_AsUTF8AndSize(x, &length);
+      if (!text) throw pybind11::error_already_set();
+      add('s');
+      add(length);
+      bytes_.append(text, static_cast<std::size_t>(length));
+    } else if (PyTuple_CheckExact(x)) {
+      add('t');
+      add(PyTuple_GET_SIZE(x));
+      for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(x); ++i) {
+        if (!add(PyTuple_GET_ITEM(x, i), torch)) return false;
+      }
+    } else {
+      return false;
+    }
+    return true;
+  }
+
+  pybind11::object made() const { return pybind11::bytes(bytes_); }
+
+ private:
+  bool add_tensor(PyObject* object, const PyTorch& torch) {
+    PyObject* const negated = PyObject_CallMethodNoArgs(object, torch.is_neg);
+    if (!negated) throw pybind11::error_already_set();
+    Py_DECREF(negated);
+    if (negated == Py_True) return false;
+    DLTensor x;
+    if (torch.api->dltensor_from_py_object_no_sync(object, &x)) {
+      PyErr_Clear();  // it does not lie in memory
+      return false;
+    }
+    add('T');
+    add(std::array<std::int32_t, 4>{x.device_type, x.device_id, x.ndim,
+                                    x.dtype.code | x.dtype.bits << 8 | x.dtype.lanes << 16});
+    add(static_cast<char>((reinterpret_cast<std::uintptr_t>(x.data) + x.byte_offset) % 16));
+    const auto bytes = static_cast<std::size_t>(x.ndim) * sizeof(std::int64_t);
+    bytes_.append(reinterpret_cast<const char*>(x.shape), bytes);
+    bytes_.append(reinterpret_cast<const char*>(x.strides), bytes);
+    return x.data || std::find(x.shape, x.shape + x.ndim, 0) != x.shape + x.ndim;
+  }
+
+  std::string bytes_;
+};
+
+// The key of a call with these arguments and of PyTorch's settings; None where a choice must not be
+// remembered: of tensors of other types or without memory, inside transforms of torch.func and under dispatch
+// modes.
+inline pybind11::object key(const pybind11::tuple& arguments) {
+  const PyTorch& torch = PyTorch::instance();
+  if (PyTorch::ask(torch.transforms) || PyTorch::ask(torch.dispatch_modes)) return pybind11::none();
+  Key key;
+  key.add(static_cast<char>(PyTorch::ask(torch.autocast) | PyTorch::ask(torch.grad_enabled) << 1));
+  if (!key.add(arguments.ptr(), torch)) return pybind11::none();
+  return key.made();
+}
+
+}  // namespace imf
+
+#endif

@@ -1,0 +1,34 @@
+#pragma once
+
+#include "ops/operation.h"
+
+namespace imf {
+
+// O = softmax(scale Q K^T) V. Key and value may have fewer heads than the query (CUDA alone); no kernel here
+// takes a mask or is_causal.
+struct AttentionForward {
+  IMF_ARGUMENTS(Heads q;                       // [batch, heads, queries, width]
+                Heads k;                       // [batch, heads, keys, width]
+                Heads v;                       // [batch, heads, keys, value width]
+                Optional<Heads> q_dot;         // [tangent batch, ...], of the last samples
+                Optional<Heads> k_dot;         //
+                Optional<Heads> v_dot;         //
+                Optional<Mask> mask;           // [batch, heads, queries, keys]
+                Out<Heads> out;                // [batch, heads, queries, value width]
+                Optional<Out<Heads>> out_dot;  // [tangent batch, heads, queries, value width]
+                Out<Floats> lse;  // [batch, heads, queries]: what backward makes the softmax from; on the CPU
+                                  // the largest q k of a query (where scale < 0 that of -q k), on CUDA the
+                                  // logarithm to base 2 of the softmax's denominator
+                float scale; bool is_causal;)
+};
+
+struct AttentionBackward {
+  IMF_ARGUMENTS(Heads q; Heads k; Heads v; Optional<Mask> mask; Floats lse; Heads dout;  //
+                Optional<Out<Heads>> dq;                                                 // of those wanted
+                Optional<Out<Heads>> dk; Optional<Out<Heads>> dv; float scale; bool is_causal;)
+};
+
+IMF_DECLARE(attention_forward, AttentionForward, HOPPER)
+IMF_DECLARE(attention_backward, AttentionBackward, CPU)
+
+}  // namespace imf

@@ -1,0 +1,27 @@
+#pragma once
+
+#include "ops/operation.h"
+
+namespace imf {
+
+// y = f(x), element by element.
+struct ElementwiseForward {
+  IMF_ARGUMENTS(Elements x;                      // any shape
+                Optional<Elements> x_dot;        // of the last elements
+                Out<Elements> y;                 // as x
+                Optional<Out<Elements>> y_dot;)  // as x_dot
+};
+
+// dx = f'(x) dy.
+struct ElementwiseBackward {
+  IMF_ARGUMENTS(Elements x; Elements dy; Out<Elements> dx;)
+};
+
+IMF_DECLARE(silu_forward, ElementwiseForward, CUDA)
+IMF_DECLARE(silu_backward, ElementwiseBackward, CUDA)
+IMF_DECLARE(gelu_forward, ElementwiseForward, CUDA)
+IMF_DECLARE(gelu_backward, ElementwiseBackward, CUDA)
+IMF_DECLARE(gelu_tanh_forward, ElementwiseForward, CUDA)
+IMF_DECLARE(gelu_tanh_backward, ElementwiseBackward, CUDA)
+
+}  // namespace imf

@@ -1,0 +1,28 @@
+#pragma once
+
+#include "ops/operation.h"
+
+namespace imf {
+
+// y = x + branch gate. A gate of [groups, width] has a row for each of as many groups of rows.
+struct GatedResidualForward {
+  IMF_ARGUMENTS(Rows x;                      // [rows, width]
+                Optional<Rows> x_dot;        // [tangent rows, width], of the last rows
+                Rows branch;                 // as x
+                Optional<Rows> branch_dot;   // as x_dot
+                Floats gate;                 // [groups, width]
+                Optional<Floats> gate_dot;   // [tangent groups, width]
+                Out<Rows> y;                 // as x
+                Optional<Out<Rows>> y_dot;)  // [tangent rows, width]
+};
+
+struct GatedResidualBackward {
+  IMF_ARGUMENTS(Rows dy; Rows branch; Floats gate;       //
+                Out<Rows> dbranch; Out<Floats> partial;  // [groups, shares, 1, width], scratch
+                Out<Floats> dgate;)                      // [groups, 1, width]
+};
+
+IMF_DECLARE(gated_residual_forward, GatedResidualForward, CUDA)
+IMF_DECLARE(gated_residual_backward, GatedResidualBackward, CUDA)
+
+}  // namespace imf

@@ -1,0 +1,33 @@
+#pragma once
+
+#include "ops/operation.h"
+
+namespace imf {
+
+// y = n (one + scale) + shift with n = (x - mean - correction) rstd, rstd = 1 / sqrt(variance + eps); the
+// correction is what the mean, being rounded, lacks. A parameter of [groups, width] has a row for each of as
+// many groups of rows; one that is absent is zero.
+struct LayerNormForward {
+  IMF_ARGUMENTS(Rows x;                      // [rows, width]
+                Optional<Rows> x_dot;        // [tangent rows, width], of the last rows
+                Optional<Floats> scale;      // [groups, width]
+                Optional<Floats> scale_dot;  // [tangent groups, width]
+                Optional<Floats> shift;      // as scale
+                Optional<Floats> shift_dot;  // as scale_dot
+                Out<Rows> y;                 // as x
+                Optional<Out<Rows>> y_dot;   // [tangent rows, width]
+                Out<Floats> statistics;      // [3 rows]: mean, correction, rstd of each
+                float one; float eps;)
+};
+
+struct LayerNormBackward {
+  IMF_ARGUMENTS(Rows x; Rows dy; Optional<Floats> scale; Floats statistics;  //
+                Out<Rows> dx; Out<Floats> partial;  // [groups, shares, 2, width], scratch
+                Out<Floats> sums;                   // [groups, 2, width]: dscale, dshift
+                float one;)
+};
+
+IMF_DECLARE(layer_norm_forward, LayerNormForward, CUDA)
+IMF_DECLARE(layer_norm_backward, LayerNormBackward, CUDA)
+
+}  // namespace imf

@@ -1,0 +1,75 @@
+// Tensors as kernels see them: views of memory that Python keeps during a call. Sizes and strides count
+// elements.
+#pragma once
+
+#include "common/types.h"
+
+namespace imf {
+
+// Any tensor: what crosses the border. The views below are made from it.
+struct Tensor {
+  void* data;  // null where there are no elements
+  DType dtype;
+  int device;  // number of the GPU; cpu_device
+  int dim;
+  const index_t *sizes, *strides;
+};
+
+constexpr int cpu_device = -1;
+
+// [..., width], whose rows are contiguous and one distance apart.
+struct Rows {
+  void* data;
+  DType dtype;
+  int device;
+  index_t rows, width, stride;
+};
+
+// Contiguous, of any shape.
+struct Elements {
+  void* data;
+  DType dtype;
+  int device;
+  index_t count;
+};
+
+// [..., width] in float32, contiguous.
+struct Floats {
+  float* data;
+  int device;
+  index_t rows, width;
+};
+
+// [batch, heads, length, width], whose rows are contiguous.
+struct Heads {
+  void* data;
+  DType dtype;
+  int device;
+  index_t batch, heads, length, width;
+  index_t stride[3];  // of batch, head, position
+};
+
+// [batch, heads, queries, keys] of any strides.
+struct Mask {
+  void* data;
+  DType dtype;
+  int device;
+  index_t stride[4];
+};
+
+// A view that may be absent: data is null, sizes and strides are 0.
+template <typename View>
+struct Optional : View {};
+
+// A view that the kernel writes.
+template <typename View>
+struct Out : View {};
+
+// Where a call runs.
+struct Place {
+  int device;
+  void* stream;  // cudaStream_t
+  int threads;   // of the CPU
+};
+
+}  // namespace imf

@@ -1,0 +1,85 @@
+// The views of tensor.h, made from tensors. What does not have a view's form is refused, with the argument's
+// name.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "tensor.h"
+
+namespace imf {
+
+inline std::string list_of(const index_t* numbers, int count) {
+  std::string text = "[";
+  for (int i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(numbers[i]);
+  return text + "]";
+}
+
+[[noreturn]] inline void refuse(const Tensor& x, const std::string& name, const char* wanted) {
+  throw std::invalid_argument(name + " must be " + wanted + ", got " + list_of(x.sizes, x.dim) +
+                              " with strides " + list_of(x.strides, x.dim));
+}
+
+inline index_t count_of(const Tensor& x, int first, int end) {
+  index_t count = 1;
+  for (int i = first; i < end; ++i) count *= x.sizes[i];
+  return count;
+}
+
+inline bool is_contiguous(const Tensor& x) {
+  if (count_of(x, 0, x.dim) == 0) return true;
+  index_t expected = 1;
+  for (int i = x.dim; i-- > 0;) {
+    if (x.sizes[i] != 1 && x.strides[i] != expected) return false;
+    expected *= x.sizes[i];
+  }
+  return true;
+}
+
+// The distance between rows; negative where there is no single one.
+inline index_t row_stride(const Tensor& x) {
+  const index_t width = x.sizes[x.dim - 1];
+  if (count_of(x, 0, x.dim) == 0) return width;
+  if (width > 1 && x.strides[x.dim - 1] != 1) return -1;
+  index_t stride = width, expected = -1;
+  for (int i = x.dim - 1; i-- > 0;) {
+    if (x.sizes[i] == 1) continue;
+    if (expected < 0) stride = expected = x.strides[i];
+    if (x.strides[i] != expected) return -1;
+    expected *= x.sizes[i];
+  }
+  return stride;
+}
+
+inline void view(const Tensor& x, const std::string& name, Rows& rows) {
+  const index_t stride = x.dim > 0 ? row_stride(x) : -1;
+  if (stride < 0) refuse(x, name, "contiguous rows at one distance");
+  rows = {x.data, x.dtype, x.device, count_of(x, 0, x.dim - 1), x.sizes[x.dim - 1], stride};
+}
+
+inline void view(const Tensor& x, const std::string& name, Elements& elements) {
+  if (!is_contiguous(x)) refuse(x, name, "contiguous");
+  elements = {x.data, x.dtype, x.device, count_of(x, 0, x.dim)};
+}
+
+inline void view(const Tensor& x, const std::string& name, Floats& floats) {
+  if (x.dtype != DType::float32) throw std::invalid_argument(name + " must be float32");
+  if (x.dim == 0 || !is_contiguous(x)) refuse(x, name, "contiguous");
+  floats = {static_cast<float*>(x.data), x.device, count_of(x, 0, x.dim - 1), x.sizes[x.dim - 1]};
+}
+
+inline void view(const Tensor& x, const std::string& name, Heads& heads) {
+  if (x.dim != 4 || (x.sizes[3] > 1 && x.strides[3] != 1 && count_of(x, 0, 4))) {
+    refuse(x, name, "[batch, heads, length, width] with contiguous rows");
+  }
+  heads = {x.data, x.dtype, x.device, x.sizes[0], x.sizes[1], x.sizes[2], x.sizes[3], {}};
+  // A tensor without elements has no memory: no address in it is anything but null.
+  for (int i = 0; i < 3; ++i) heads.stride[i] = x.data ? x.strides[i] : 0;
+}
+
+inline void view(const Tensor& x, const std::string& name, Mask& mask) {
+  if (x.dim != 4) refuse(x, name, "[batch, heads, queries, keys]");
+  mask = {x.data, x.dtype, x.device, {x.strides[0], x.strides[1], x.strides[2], x.strides[3]}};
+}
+
+}  // namespace imf
