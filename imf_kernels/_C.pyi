@@ -1,573 +1,87 @@
-# What csrc/bindings.cpp registers. Pointers are torch.Tensor.data_ptr() (0: not there), sizes and
-# strides count elements, types are the values of imf_kernels.layout.DTYPES. The functions whose names
-# end in cuda are there only where CUDA kernels were built.
-# tests/test_build.py compares names and arguments with the module.
+# Printed by `python -m imf_kernels.testing.stub` from the compiled module; tests/test_build.py compares them.
+from collections.abc import Sequence
+from typing import Protocol
 
-Heads = tuple[int, int, int, int]  # pointer, strides of batch, head and position
+from torch import Tensor
 
 openmp: bool
 intel: bool
 cuda_architectures: str
+cuda_sm90: bool
+schemas: dict[str, str]
 
+def key(arguments: tuple[object, ...], /) -> bytes | None: ...  # None where a choice must not be remembered
 def supported_isas() -> list[str]: ...
 def isa_unavailable(name: str, /) -> str: ...
 def set_isa(name: str, /) -> None: ...
 def get_isa() -> str: ...
 def cuda_unavailable() -> str: ...
-def rms_norm_forward(
-    x_type: int,
-    y_type: int,
-    x: int,
-    x_dot: int,
-    weight: int,
-    y: int,
-    y_dot: int,
-    rstd: int,
-    rows: int,
-    tangent_rows: int,
-    width: int,
-    x_stride: int,
-    x_dot_stride: int,
-    eps: float,
-    threads: int,
-    /,
-) -> None: ...
-def rms_norm_backward(
-    x_type: int,
-    y_type: int,
-    x: int,
-    dy: int,
-    weight: int,
-    rstd: int,
-    dx: int,
-    dweight: int,
-    rows: int,
-    width: int,
-    x_stride: int,
-    dy_stride: int,
-    threads: int,
-    /,
-) -> None: ...
-def layer_norm_forward(
-    x_type: int,
-    y_type: int,
-    x: int,
-    x_dot: int,
-    scale: int,
-    scale_dot: int,
-    shift: int,
-    shift_dot: int,
-    y: int,
-    y_dot: int,
-    statistics: int,
-    rows: int,
-    tangent_rows: int,
-    length: int,
-    width: int,
-    x_stride: int,
-    x_dot_stride: int,
-    one: float,
-    eps: float,
-    threads: int,
-    /,
-) -> None: ...
-def layer_norm_backward(
-    x_type: int,
-    y_type: int,
-    x: int,
-    dy: int,
-    scale: int,
-    statistics: int,
-    dx: int,
-    sums: int,
-    groups: int,
-    length: int,
-    width: int,
-    x_stride: int,
-    dy_stride: int,
-    one: float,
-    threads: int,
-    /,
-) -> None: ...
-def gelu_forward(
-    type: int,
-    x: int,
-    x_dot: int,
-    y: int,
-    y_dot: int,
-    elements: int,
-    tangent_elements: int,
-    by_tanh: bool,
-    threads: int,
-    /,
-) -> None: ...
-def gelu_backward(
-    type: int,
-    x: int,
-    dy: int,
-    dx: int,
-    elements: int,
-    by_tanh: bool,
-    threads: int,
-    /,
-) -> None: ...
-def silu_forward(
-    type: int,
-    x: int,
-    x_dot: int,
-    y: int,
-    y_dot: int,
-    elements: int,
-    tangent_elements: int,
-    threads: int,
-    /,
-) -> None: ...
-def silu_backward(
-    type: int,
-    x: int,
-    dy: int,
-    dx: int,
-    elements: int,
-    threads: int,
-    /,
-) -> None: ...
-def swiglu_forward(
-    type: int,
-    x: int,
-    x_dot: int,
-    y: int,
-    y_dot: int,
-    rows: int,
-    tangent_rows: int,
-    width: int,
-    x_stride: int,
-    x_dot_stride: int,
-    threads: int,
-    /,
-) -> None: ...
-def swiglu_backward(
-    type: int,
-    x: int,
-    dy: int,
-    dx: int,
-    rows: int,
-    width: int,
-    x_stride: int,
-    dy_stride: int,
-    threads: int,
-    /,
-) -> None: ...
-def gated_residual_forward(
-    x_type: int,
-    branch_type: int,
-    x: int,
-    x_dot: int,
-    branch: int,
-    branch_dot: int,
-    gate: int,
-    gate_dot: int,
-    y: int,
-    y_dot: int,
-    rows: int,
-    tangent_rows: int,
-    length: int,
-    width: int,
-    x_stride: int,
-    x_dot_stride: int,
-    branch_stride: int,
-    branch_dot_stride: int,
-    threads: int,
-    /,
-) -> None: ...
-def gated_residual_backward(
-    x_type: int,
-    branch_type: int,
-    dy: int,
-    branch: int,
-    gate: int,
-    dbranch: int,
-    dgate: int,
-    groups: int,
-    length: int,
-    width: int,
-    dy_stride: int,
-    branch_stride: int,
-    threads: int,
-    /,
-) -> None: ...
-def sinusoidal_embedding_forward(
-    type: int,
-    t: int,
-    t_dot: int,
-    frequencies: int,
-    y: int,
-    y_dot: int,
-    rows: int,
-    tangent_rows: int,
-    half: int,
-    threads: int,
-    /,
-) -> None: ...
-def prepend_tokens_forward(
-    type: int,
-    groups: list[tuple[int, int, int, int]],
-    x: int,
-    x_dot: int,
-    y: int,
-    y_dot: int,
-    batch: int,
-    tangent_batch: int,
-    length: int,
-    width: int,
-    threads: int,
-    /,
-) -> None: ...
-def qk_norm_rope_forward(
-    type: int,
-    x: int,
-    x_dot: int,
-    weight: int,
-    cos: int,
-    sin: int,
-    y: int,
-    y_dot: int,
-    rstd: int,
-    batch: int,
-    tangent_batch: int,
-    heads: int,
-    length: int,
-    width: int,
-    xs: tuple[int, ...],
-    ts: tuple[int, ...],
-    eps: float,
-    threads: int,
-    /,
-) -> None: ...
-def qk_norm_rope_backward(
-    type: int,
-    x: int,
-    dy: int,
-    weight: int,
-    cos: int,
-    sin: int,
-    rstd: int,
-    dx: int,
-    dweight: int,
-    batch: int,
-    heads: int,
-    length: int,
-    width: int,
-    xs: tuple[int, ...],
-    dys: tuple[int, ...],
-    threads: int,
-    /,
-) -> None: ...
-def attention_forward(
-    type: int,
-    q: Heads,
-    k: Heads,
-    v: Heads,
-    out: Heads,
-    q_dot: Heads,
-    k_dot: Heads,
-    v_dot: Heads,
-    out_dot: Heads,
-    row_max: int,
-    batch: int,
-    tangent_batch: int,
-    heads: int,
-    queries: int,
-    keys: int,
-    width: int,
-    value_width: int,
-    scale: float,
-    threads: int,
-    /,
-) -> None: ...
-def attention_forward_cuda(  # there only where sm_90a is among the architectures
-    type: int,
-    q: Heads,
-    k: Heads,
-    v: Heads,
-    out: Heads,
-    q_dot: Heads,
-    k_dot: Heads,
-    v_dot: Heads,
-    out_dot: Heads,
-    lse: int,
-    batch: int,
-    tangent_batch: int,
-    heads: int,
-    group: int,
-    queries: int,
-    keys: int,
-    width: int,
-    value_width: int,
-    scale: float,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
-def attention_backward(
-    type: int,
-    q: Heads,
-    k: Heads,
-    v: Heads,
-    dout: Heads,
-    dq: Heads,
-    dk: Heads,
-    dv: Heads,
-    row_max: int,
-    batch: int,
-    heads: int,
-    queries: int,
-    keys: int,
-    width: int,
-    value_width: int,
-    scale: float,
-    threads: int,
-    /,
-) -> None: ...
-def rms_norm_forward_cuda(
-    x_type: int,
-    y_type: int,
-    x: int,
-    x_dot: int,
-    weight: int,
-    y: int,
-    y_dot: int,
-    rstd: int,
-    rows: int,
-    tangent_rows: int,
-    width: int,
-    x_stride: int,
-    x_dot_stride: int,
-    eps: float,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
-def rms_norm_backward_cuda(
-    x_type: int,
-    y_type: int,
-    x: int,
-    dy: int,
-    weight: int,
-    rstd: int,
-    dx: int,
-    partial: int,
-    dweight: int,
-    rows: int,
-    width: int,
-    x_stride: int,
-    dy_stride: int,
-    shares: int,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
-def layer_norm_forward_cuda(
-    x_type: int,
-    y_type: int,
-    x: int,
-    x_dot: int,
-    scale: int,
-    scale_dot: int,
-    shift: int,
-    shift_dot: int,
-    y: int,
-    y_dot: int,
-    statistics: int,
-    rows: int,
-    tangent_rows: int,
-    length: int,
-    width: int,
-    x_stride: int,
-    x_dot_stride: int,
-    one: float,
-    eps: float,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
-def layer_norm_backward_cuda(
-    x_type: int,
-    y_type: int,
-    x: int,
-    dy: int,
-    scale: int,
-    statistics: int,
-    dx: int,
-    partial: int,
-    sums: int,
-    groups: int,
-    length: int,
-    width: int,
-    x_stride: int,
-    dy_stride: int,
-    shares: int,
-    one: float,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
-def gelu_forward_cuda(
-    type: int,
-    x: int,
-    x_dot: int,
-    y: int,
-    y_dot: int,
-    elements: int,
-    tangent_elements: int,
-    by_tanh: bool,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
-def gelu_backward_cuda(
-    type: int,
-    x: int,
-    dy: int,
-    dx: int,
-    elements: int,
-    by_tanh: bool,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
-def silu_forward_cuda(
-    type: int,
-    x: int,
-    x_dot: int,
-    y: int,
-    y_dot: int,
-    elements: int,
-    tangent_elements: int,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
-def silu_backward_cuda(
-    type: int,
-    x: int,
-    dy: int,
-    dx: int,
-    elements: int,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
-def swiglu_forward_cuda(
-    type: int,
-    x: int,
-    x_dot: int,
-    y: int,
-    y_dot: int,
-    rows: int,
-    tangent_rows: int,
-    width: int,
-    x_stride: int,
-    x_dot_stride: int,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
-def swiglu_backward_cuda(
-    type: int,
-    x: int,
-    dy: int,
-    dx: int,
-    rows: int,
-    width: int,
-    x_stride: int,
-    dy_stride: int,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
-def gated_residual_forward_cuda(
-    x_type: int,
-    branch_type: int,
-    x: int,
-    x_dot: int,
-    branch: int,
-    branch_dot: int,
-    gate: int,
-    gate_dot: int,
-    y: int,
-    y_dot: int,
-    rows: int,
-    tangent_rows: int,
-    length: int,
-    width: int,
-    x_stride: int,
-    x_dot_stride: int,
-    branch_stride: int,
-    branch_dot_stride: int,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
-def gated_residual_backward_cuda(
-    x_type: int,
-    branch_type: int,
-    dy: int,
-    branch: int,
-    gate: int,
-    dbranch: int,
-    partial: int,
-    dgate: int,
-    groups: int,
-    length: int,
-    width: int,
-    dy_stride: int,
-    branch_stride: int,
-    shares: int,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
-def qk_norm_rope_forward_cuda(
-    type: int,
-    x: int,
-    x_dot: int,
-    weight: int,
-    cos: int,
-    sin: int,
-    y: int,
-    y_dot: int,
-    rstd: int,
-    batch: int,
-    tangent_batch: int,
-    heads: int,
-    length: int,
-    width: int,
-    xs: tuple[int, ...],
-    ts: tuple[int, ...],
-    eps: float,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
-def qk_norm_rope_backward_cuda(
-    type: int,
-    x: int,
-    dy: int,
-    weight: int,
-    cos: int,
-    sin: int,
-    rstd: int,
-    dx: int,
-    partial: int,
-    dweight: int,
-    batch: int,
-    heads: int,
-    length: int,
-    width: int,
-    xs: tuple[int, ...],
-    dys: tuple[int, ...],
-    shares: int,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
+
+def attention_backward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lse: Tensor, dout: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, scale: float, is_causal: bool, /) -> None: ...
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None, mask: Tensor | None, out: Tensor, out_dot: Tensor | None, lse: Tensor, scale: float, is_causal: bool, /) -> None: ...
+def gated_residual_backward(dy: Tensor, branch: Tensor, gate: Tensor, dbranch: Tensor, partial: Tensor, dgate: Tensor, /) -> None: ...
+def gated_residual_forward(x: Tensor, x_dot: Tensor | None, branch: Tensor, branch_dot: Tensor | None, gate: Tensor, gate_dot: Tensor | None, y: Tensor, y_dot: Tensor | None, /) -> None: ...
+def gelu_backward(x: Tensor, dy: Tensor, dx: Tensor, /) -> None: ...
+def gelu_forward(x: Tensor, x_dot: Tensor | None, y: Tensor, y_dot: Tensor | None, /) -> None: ...
+def gelu_tanh_backward(x: Tensor, dy: Tensor, dx: Tensor, /) -> None: ...
+def gelu_tanh_forward(x: Tensor, x_dot: Tensor | None, y: Tensor, y_dot: Tensor | None, /) -> None: ...
+def layer_norm_backward(x: Tensor, dy: Tensor, scale: Tensor | None, statistics: Tensor, dx: Tensor, partial: Tensor, sums: Tensor, one: float, /) -> None: ...
+def layer_norm_forward(x: Tensor, x_dot: Tensor | None, scale: Tensor | None, scale_dot: Tensor | None, shift: Tensor | None, shift_dot: Tensor | None, y: Tensor, y_dot: Tensor | None, statistics: Tensor, one: float, eps: float, /) -> None: ...
+def qk_norm_rope_backward(x: Tensor, dy: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor, dx: Tensor, partial: Tensor, dweight: Tensor, /) -> None: ...
+def qk_norm_rope_forward(x: Tensor, x_dot: Tensor | None, weight: Tensor, cos: Tensor, sin: Tensor, y: Tensor, y_dot: Tensor | None, rstd: Tensor, eps: float, /) -> None: ...
+def rms_norm_backward(x: Tensor, dy: Tensor, weight: Tensor, rstd: Tensor, dx: Tensor, partial: Tensor, dweight: Tensor, /) -> None: ...
+def rms_norm_forward(x: Tensor, x_dot: Tensor | None, weight: Tensor, y: Tensor, y_dot: Tensor | None, rstd: Tensor, eps: float, /) -> None: ...
+def silu_backward(x: Tensor, dy: Tensor, dx: Tensor, /) -> None: ...
+def silu_forward(x: Tensor, x_dot: Tensor | None, y: Tensor, y_dot: Tensor | None, /) -> None: ...
+def swiglu_backward(x: Tensor, dy: Tensor, dx: Tensor, /) -> None: ...
+def swiglu_forward(x: Tensor, x_dot: Tensor | None, y: Tensor, y_dot: Tensor | None, /) -> None: ...
+
+class attention(Protocol):
+    @staticmethod
+    def backward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lse: Tensor, dout: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, scale: float, is_causal: bool, /) -> None: ...
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None, mask: Tensor | None, out: Tensor, out_dot: Tensor | None, lse: Tensor, scale: float, is_causal: bool, /) -> None: ...
+
+class gated_residual(Protocol):
+    @staticmethod
+    def backward(dy: Tensor, branch: Tensor, gate: Tensor, dbranch: Tensor, partial: Tensor, dgate: Tensor, /) -> None: ...
+    @staticmethod
+    def forward(x: Tensor, x_dot: Tensor | None, branch: Tensor, branch_dot: Tensor | None, gate: Tensor, gate_dot: Tensor | None, y: Tensor, y_dot: Tensor | None, /) -> None: ...
+    @staticmethod
+    def shares(groups: int, length: int, width: int, count: int) -> int: ...
+
+class layer_norm(Protocol):
+    @staticmethod
+    def backward(x: Tensor, dy: Tensor, scale: Tensor | None, statistics: Tensor, dx: Tensor, partial: Tensor, sums: Tensor, one: float, /) -> None: ...
+    @staticmethod
+    def forward(x: Tensor, x_dot: Tensor | None, scale: Tensor | None, scale_dot: Tensor | None, shift: Tensor | None, shift_dot: Tensor | None, y: Tensor, y_dot: Tensor | None, statistics: Tensor, one: float, eps: float, /) -> None: ...
+    @staticmethod
+    def shares(groups: int, length: int, width: int, count: int) -> int: ...
+
+class qk_norm_rope(Protocol):
+    @staticmethod
+    def backward(x: Tensor, dy: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor, dx: Tensor, partial: Tensor, dweight: Tensor, /) -> None: ...
+    @staticmethod
+    def forward(x: Tensor, x_dot: Tensor | None, weight: Tensor, cos: Tensor, sin: Tensor, y: Tensor, y_dot: Tensor | None, rstd: Tensor, eps: float, /) -> None: ...
+    @staticmethod
+    def shares(groups: int, length: int, width: int, count: int) -> int: ...
+
+class rms_norm(Protocol):
+    @staticmethod
+    def backward(x: Tensor, dy: Tensor, weight: Tensor, rstd: Tensor, dx: Tensor, partial: Tensor, dweight: Tensor, /) -> None: ...
+    @staticmethod
+    def forward(x: Tensor, x_dot: Tensor | None, weight: Tensor, y: Tensor, y_dot: Tensor | None, rstd: Tensor, eps: float, /) -> None: ...
+    @staticmethod
+    def shares(groups: int, length: int, width: int, count: int) -> int: ...
+
+class elementwise(Protocol):
+    @staticmethod
+    def backward(x: Tensor, dy: Tensor, dx: Tensor, /) -> None: ...
+    @staticmethod
+    def forward(x: Tensor, x_dot: Tensor | None, y: Tensor, y_dot: Tensor | None, /) -> None: ...
+
+class swiglu(Protocol):
+    @staticmethod
+    def backward(x: Tensor, dy: Tensor, dx: Tensor, /) -> None: ...
+    @staticmethod
+    def forward(x: Tensor, x_dot: Tensor | None, y: Tensor, y_dot: Tensor | None, /) -> None: ...

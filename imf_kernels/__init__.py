@@ -4,23 +4,23 @@ Every operation takes tensors or `Dual`s (a primal and its tangent), computes bo
 gradients flow through the primal alone.
 """
 
-from imf_kernels.arithmetic import cat
-from imf_kernels.checkpoint import checkpoint
+from imf_kernels.backends.dispatch import use_backend
 from imf_kernels.dual import Dual, linear_map, primal
-from imf_kernels.explain import explain
-from imf_kernels.forward import jvp
+from imf_kernels.ops.arithmetic import cat
 from imf_kernels.ops.attention import scaled_dot_product_attention
+from imf_kernels.ops.elementwise import gelu, silu
 from imf_kernels.ops.gated_residual import gated_residual
-from imf_kernels.ops.gelu import gelu
 from imf_kernels.ops.layer_norm import layer_norm
 from imf_kernels.ops.layer_norm_modulate import layer_norm_modulate
 from imf_kernels.ops.linear import linear
 from imf_kernels.ops.prepend_tokens import prepend_tokens
 from imf_kernels.ops.qk_norm_rope import qk_norm_rope, rope_tables
 from imf_kernels.ops.rms_norm import rms_norm
-from imf_kernels.ops.silu import silu
 from imf_kernels.ops.sinusoidal_embedding import sinusoidal_embedding
 from imf_kernels.ops.swiglu import swiglu
+from imf_kernels.transforms.checkpoint import checkpoint
+from imf_kernels.transforms.explain import explain
+from imf_kernels.transforms.jvp import jvp
 
 __version__ = "0.1.0"  # of both packages: pyproject.toml reads it here
 
@@ -45,4 +45,5 @@ __all__ = [
     "silu",
     "sinusoidal_embedding",
     "swiglu",
+    "use_backend",
 ]

@@ -7,31 +7,15 @@ import os
 import platform
 import shutil
 import sys
+from typing import Any
 
 import torch
 
-from imf_kernels import _C, cpu, cuda, gemm, triton_backend
-from imf_kernels.dispatch import Backend
-
-OPERATIONS = (
-    "linear",
-    "rms_norm",
-    "layer_norm",
-    "layer_norm_modulate",
-    "qk_norm_rope",
-    "attention",
-    "swiglu",
-    "gated_residual",
-    "gelu",
-    "silu",
-    "sinusoidal_embedding",
-    "prepend_tokens",
-)
-
-
-def backends(operation: str) -> tuple[Backend, ...]:
-    """The backends of an operation's file, in the order in which they are tried."""
-    return importlib.import_module(f"imf_kernels.ops.{operation}")._BACKENDS
+from imf_kernels import _C
+from imf_kernels.backends import cpu, cuda, matmul, triton_launch
+from imf_kernels.backends.dispatch import Backend
+from imf_kernels.backends.operators import OPERATIONS, Operation
+from imf_kernels.ops.attention import NAME as ATTENTION
 
 
 def report() -> str:
@@ -41,36 +25,37 @@ def report() -> str:
         f"torch               {torch.__version__}, {torch.get_num_threads()} threads",
         f"instruction sets    {', '.join(cpu.instruction_sets())}; in use: {cpu.instruction_set()}",
         f"OpenMP              {'yes' if _C.openmp else 'no: the kernels run on one thread'}",
-        f"large fp32 products {gemm.library()}",
+        f"large fp32 products {matmul.library()}",
         f"Triton kernels      {triton_status()}",
         f"CUDA kernels        {cuda_status()}",
         "",
-        "operation             backends, the default first",
+        "operation                     backends, the default first",
     ]
-    for operation in OPERATIONS:
-        names = (f"{b.name} (on request)" if _only_on_request(b) else b.name for b in backends(operation))
-        lines.append(f"{operation:<21} {', '.join(names)}")
+    for name, operation in sorted(OPERATIONS.items()):
+        backends = (_described(operation, backend) for backend in operation.backends)
+        lines.append(f"{name:<29} {', '.join(backends)}")
     return "\n".join(lines)
 
 
-def _only_on_request(backend: Backend) -> bool:
-    return not backend.default or (backend.name == "cuda" and not cuda.VERIFIED)
+def _described(operation: Operation[Any], backend: Backend[Any]) -> str:
+    on_request = backend.name == "cuda" and (operation.name == ATTENTION or not cuda.VERIFIED)
+    return f"{backend.name} (on request)" if on_request else backend.name
 
 
 def triton_status() -> str:
     """Triton's version, where its kernels run, and on what they have been verified."""
-    if reason := triton_backend.missing():
+    if reason := triton_launch.missing():
         return f"cannot run: {reason}"
     version = f"Triton {importlib.import_module('triton').__version__}"
-    verified = ", ".join(sorted(triton_backend.VERIFIED)) or "no GPU yet"
-    if triton_backend.interpreted():
+    verified = ", ".join(sorted(triton_launch.VERIFIED)) or "no GPU yet"
+    if triton_launch.interpreted():
         return f"{version}, in its interpreter on the CPU; verified on {verified}"
     if not torch.cuda.is_available():
         return f"{version}; cannot run: PyTorch finds no GPU; verified on {verified}"
     x = torch.empty(0, device="cuda")
-    if reason := triton_backend.unavailable([x]):
+    if reason := triton_launch.unavailable([x]):
         return f"{version}; cannot run: {reason}"
-    architecture = triton_backend.architecture(x)
+    architecture = triton_launch.architecture(x)
     return f"{version} on {torch.cuda.get_device_name()} ({architecture}); verified on {verified}"
 
 

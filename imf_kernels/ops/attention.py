@@ -4,27 +4,28 @@ Tangent:  Ȯ = P V̇ + (P ∘ Ṡ) V − μ ∘ O with Ṡ = c (Q̇ Kᵀ + Q K̇
 Backward: dV = Pᵀ dO,  dS = P ∘ (dP − δ) with dP = dO Vᵀ, δ_i = Σ_j P_ij dP_ij,  dQ = c dS K,  dK = c dSᵀ Q.
 Source: Vaswani et al., "Attention Is All You Need" (2017); the online softmax and the recomputing backward of
 Dao et al., "FlashAttention" (2022), extended to the tangent.
-Kernels: csrc/cpu/attention.cpp, _triton/attention.py, csrc/cuda/attention_sm90.cu (forward only).
+Kernels: csrc/ops/attention.h, csrc/cpu/attention.cpp, csrc/cuda/attention_sm90.cu (forward only),
+backends/triton_kernels/attention.py.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from imf_kernels import _C, cpu, cuda, triton_backend
-from imf_kernels.dispatch import Backend, always, choose
-from imf_kernels.dual import Dual, NoTangent, align, no_gradient, pack, tail, unpack
-from imf_kernels.dual_tensors import takes_dual_tensors
-from imf_kernels.layout import DTYPES, in_order_of, last_contiguous, pointer, without_memory
-from imf_kernels.operators import Operation
+from imf_kernels import _C
+from imf_kernels.backends import cpu, cuda, triton_launch
+from imf_kernels.backends.dispatch import Backend
+from imf_kernels.backends.layout import in_order_of, last_contiguous, without_memory
+from imf_kernels.backends.operators import Operation
+from imf_kernels.dual import Dual, NoTangent, align, last_rows, no_gradient, pack, stored, unpack
 from imf_kernels.ops import check
-from imf_kernels.triton_backend import Kernels
+from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
-_NAME = "scaled_dot_product_attention"
+NAME = "scaled_dot_product_attention"
 
 
 def _softmax(logits: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ def _reference(
     scale: float,
 ) -> tuple[Tensor, Tensor | None]:
     dtype, exact = q.dtype, torch.promote_types(q.dtype, torch.float32)
-    group = _group(q, k)
+    group = q.shape[1] // max(k.shape[1], 1)  # heads of the query that share one of keys and values
     k, k_dot, v, v_dot = (_repeated(x, group) for x in (k, k_dot, v, v_dot))
     q, k, v = q.to(exact), k.to(exact), v.to(exact)
     s = scale * (q @ k.mT)
@@ -56,11 +57,11 @@ def _reference(
     p = _softmax(s)
     o = p @ v
     out = o.to(dtype)
-    stored = next((t for t in (q_dot, k_dot, v_dot) if t is not None), None)
-    if stored is None:
+    moving = stored(q_dot, k_dot, v_dot)
+    if moving is None:
         return out, None
     with torch.no_grad():
-        q, k, v, p, o = (tail(x, stored) for x in (q, k, v, p, o))
+        q, k, v, p, o = (last_rows(x, moving) for x in (q, k, v, p, o))
         out_dot = torch.zeros_like(o) if v_dot is None else p @ v_dot.to(exact)
         if q_dot is not None or k_dot is not None:
             s_dot = torch.zeros_like(p)
@@ -73,94 +74,109 @@ def _reference(
         return out, out_dot.to(dtype)
 
 
-def _group(q: Tensor, k: Tensor) -> int:
-    """How many heads of the query share one of the keys and values."""
-    return q.shape[1] // max(k.shape[1], 1)
-
-
 def _repeated(x: Any, group: int) -> Any:
     return x if x is None or group == 1 else x.repeat_interleave(group, dim=1)
 
 
-def _check(
-    query: Tensor | Dual,
-    key: Tensor | Dual,
-    value: Tensor | Dual,
-    dropout_p: float,
-    enable_gqa: bool,
-) -> None:
-    if dropout_p != 0.0:
-        raise NotImplementedError(f"{_NAME}: dropout_p is not supported yet")
-    arguments = {"query": query, "key": key, "value": value}
-    check.is_tensor_or_dual(_NAME, **arguments)
-    for name, x in arguments.items():
-        if len(x.shape) != 4:
-            raise ValueError(f"{_NAME}: {name} must be [B, H, L, D], got {list(x.shape)}")
-    q, k, v = (unpack(x)[0] for x in arguments.values())
-    batch, heads, keys, width = q.shape[0], q.shape[1], k.shape[2], q.shape[3]
-    kv_heads = k.shape[1] if enable_gqa and k.shape[1] and heads % k.shape[1] == 0 else heads
-    if tuple(k.shape) != (batch, kv_heads, keys, width):
-        hint = ""
-        if heads != k.shape[1]:
-            hint = (
-                f"; with enable_gqa H must divide {heads}" if enable_gqa else "; did you pass [B, L, H, D]?"
-            )
+class _Asked(NamedTuple):
+    """What backends are asked about."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    masked: bool
+
+
+def _check_heads(q: Tensor, k: Tensor) -> None:
+    if (
+        isinstance(q, Tensor)
+        and isinstance(k, Tensor)
+        and q.dim() == k.dim() == 4
+        and q.shape[1] != k.shape[1]
+    ):
+        wanted = [q.shape[0], q.shape[1], k.shape[2], q.shape[3]]
         raise ValueError(
-            f"{_NAME}: key must be [{batch}, {heads}, L, {width}] for query of shape {list(q.shape)}, "
+            f"{NAME}: key must be [{wanted[0]}, {wanted[1]}, L, {wanted[3]}] for query of shape {list(q.shape)}, "
+            f"got {list(k.shape)}; did you pass [B, L, H, D]?"
+        )
+
+
+def _check(
+    q: Tensor,
+    q_dot: Tensor | None,
+    k: Tensor,
+    k_dot: Tensor | None,
+    v: Tensor,
+    v_dot: Tensor | None,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> _Asked:
+    arguments = {"query": q, "key": k, "value": v}
+    check.is_tensor(NAME, **arguments)
+    for name, x in arguments.items():
+        if x.dim() != 4:
+            raise ValueError(f"{NAME}: {name} must be [B, H, L, D], got {list(x.shape)}")
+    batch, heads, keys, width = q.shape[0], q.shape[1], k.shape[2], q.shape[3]
+    kv_heads = k.shape[1] if k.shape[1] and heads % k.shape[1] == 0 else heads
+    if tuple(k.shape) != (batch, kv_heads, keys, width):
+        hint = f"; with enable_gqa H must divide {heads}" if heads != k.shape[1] else ""
+        raise ValueError(
+            f"{NAME}: key must be [{batch}, {heads}, L, {width}] for query of shape {list(q.shape)}, "
             f"got {list(k.shape)}{hint}"
         )
     if tuple(v.shape[:3]) != (batch, kv_heads, keys):
         raise ValueError(
-            f"{_NAME}: value must be [{batch}, {kv_heads}, {keys}, D] for key of shape {list(k.shape)}, "
+            f"{NAME}: value must be [{batch}, {kv_heads}, {keys}, D] for key of shape {list(k.shape)}, "
             f"got {list(v.shape)}"
         )
-    check.same_device(_NAME, q, key=k, value=v)
-    check.same_dtype(_NAME, q, key=k, value=v)
-    for name, x in arguments.items():
-        x_primal, x_dot = unpack(x)
-        check.last_contiguous(_NAME, **{name: x_primal, f"{name}_dot": x_dot})
+    check.same_device(NAME, q, key=k, value=v)
+    check.same_dtype(NAME, q, key=k, value=v)
+    check.last_contiguous(NAME, query=q, query_dot=q_dot, key=k, key_dot=k_dot, value=v, value_dot=v_dot)
+    check.number(NAME, -math.inf, scale=scale)
+    if mask is not None:
+        _check_mask(mask, is_causal, q)
+    return _Asked(q, k, v, is_causal or mask is not None)
 
 
-def _check_mask(attn_mask: Any, is_causal: bool, q: Tensor, k: Tensor) -> Tensor | None:
-    """The mask as one of all logits, [B, H, L_q, L_k], in the memory that it has."""
-    if attn_mask is None:
-        return None
-    if is_causal:
-        raise ValueError(f"{_NAME}: is_causal is a mask already; pass attn_mask or is_causal=True, not both")
+def _expanded(attn_mask: Any, q: Tensor, k: Tensor) -> Any:
+    """A mask as one of all logits, [B, H, L_q, L_k], in the memory that it has."""
     if isinstance(attn_mask, Dual):
-        raise NoTangent(f"{_NAME}: attn_mask carries no tangent; pass a tensor, got a Dual")
+        raise NoTangent(f"{NAME}: attn_mask carries no tangent; pass a tensor, got a Dual")
     if not isinstance(attn_mask, Tensor):
-        raise TypeError(f"{_NAME}: attn_mask must be a tensor, got {type(attn_mask).__name__}")
-    if attn_mask.dtype not in (torch.bool, torch.float32, q.dtype):
-        raise TypeError(
-            f"{_NAME}: attn_mask must be bool (True: the key takes part) or, to be added to the logits, "
-            f"float32 or {q.dtype} like the query; got {attn_mask.dtype}"
-        )
-    if attn_mask.requires_grad:
-        raise ValueError(
-            f"{_NAME}: attn_mask requires grad, but no gradient flows to a mask; pass attn_mask.detach()"
-        )
-    check.same_device(_NAME, q, attn_mask=attn_mask)
+        raise TypeError(f"{NAME}: attn_mask must be a tensor, got {type(attn_mask).__name__}")
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and q.dim() == k.dim() == 4):
+        return attn_mask  # which the checks of query and key refuse
     shape = (*q.shape[:3], k.shape[2])
     try:
         return attn_mask.expand(shape)
     except RuntimeError:
         raise ValueError(
-            f"{_NAME}: attn_mask must broadcast to [B, H, L_q, L_k] = {list(shape)}, "
+            f"{NAME}: attn_mask must broadcast to [B, H, L_q, L_k] = {list(shape)}, "
             f"got {list(attn_mask.shape)}"
         ) from None
 
 
-def _heads(x: Tensor | None) -> tuple[int, int, int, int]:
-    """A tensor as the compiled module takes it: pointer, strides of batch, head and position."""
-    return (0, 0, 0, 0) if x is None else (pointer(x), x.stride(0), x.stride(1), x.stride(2))
+def _check_mask(mask: Tensor, is_causal: bool, q: Tensor) -> None:
+    if is_causal:
+        raise ValueError(f"{NAME}: is_causal is a mask already; pass attn_mask or is_causal=True, not both")
+    if mask.dtype not in (torch.bool, torch.float32, q.dtype):
+        raise TypeError(
+            f"{NAME}: attn_mask must be bool (True: the key takes part) or, to be added to the logits, "
+            f"float32 or {q.dtype} like the query; got {mask.dtype}"
+        )
+    if mask.requires_grad:
+        raise ValueError(
+            f"{NAME}: attn_mask requires grad, but no gradient flows to a mask; pass attn_mask.detach()"
+        )
+    check.same_device(NAME, q, attn_mask=mask)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        kernels: Any,
+        kernels: _C.attention,
         q: Tensor,
         q_dot: Tensor | None,
         k: Tensor,
@@ -172,9 +188,9 @@ class _Attention(torch.autograd.Function):
         scale: float,
     ) -> tuple[Tensor, Tensor | None]:
         out, out_dot = in_order_of(q, q.shape[0], q.shape[2], v.shape[3]), None
-        stored = next((t for t in (q_dot, k_dot, v_dot) if t is not None), None)
-        if stored is not None:
-            out_dot = in_order_of(q, stored.shape[0], q.shape[2], v.shape[3])
+        moving = stored(q_dot, k_dot, v_dot)
+        if moving is not None:
+            out_dot = in_order_of(q, moving.shape[0], q.shape[2], v.shape[3])
             no_gradient(ctx, out_dot)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         kernels.forward(q, k, v, q_dot, k_dot, v_dot, mask, out, out_dot, lse, scale, is_causal)
@@ -183,94 +199,41 @@ class _Attention(torch.autograd.Function):
         return out, out_dot
 
     @staticmethod
-    @check.backward_of(_NAME)
+    @check.backward_of(NAME)
     def backward(ctx: Any, dout: Tensor, dout_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, mask, lse = ctx.saved_tensors
         _, need_q, _, need_k, _, need_v, *_ = ctx.needs_input_grad
         dq = in_order_of(q, q.shape[0], q.shape[2], q.shape[3]) if need_q else None
         dk = in_order_of(k, k.shape[0], k.shape[2], k.shape[3]) if need_k else None
         dv = in_order_of(v, v.shape[0], v.shape[2], v.shape[3]) if need_v else None
-        dout = last_contiguous(dout)
-        ctx.kernels.backward(q, k, v, mask, lse, dout, dq, dk, dv, ctx.scale, ctx.is_causal)
+        kernels: _C.attention = ctx.kernels
+        kernels.backward(q, k, v, mask, lse, last_contiguous(dout), dq, dk, dv, ctx.scale, ctx.is_causal)
         return None, dq, None, dk, None, dv, None, None, None, None
 
 
-class _CPU:
-    """Keeps, instead of lse, the maximum of each row of Q Kᵀ (csrc/cpu/attention.h)."""
-
-    @staticmethod
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        q_dot: Tensor | None,
-        k_dot: Tensor | None,
-        v_dot: Tensor | None,
-        mask: None,
-        out: Tensor,
-        out_dot: Tensor | None,
-        lse: Tensor,
-        scale: float,
-        is_causal: bool,
-    ) -> None:
-        (batch, heads, queries, width), keys, value_width = q.shape, k.shape[2], v.shape[3]
-        rows = 0 if out_dot is None else out_dot.shape[0]
-        _C.attention_forward(
-            *(DTYPES[q.dtype], _heads(q), _heads(k), _heads(v), _heads(out)),
-            *(_heads(q_dot), _heads(k_dot), _heads(v_dot), _heads(out_dot), pointer(lse)),
-            *(batch, rows, heads, queries, keys, width, value_width),
-            scale,
-            torch.get_num_threads(),
-        )
-
-    @staticmethod
-    def backward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: None,
-        lse: Tensor,
-        dout: Tensor,
-        dq: Tensor | None,
-        dk: Tensor | None,
-        dv: Tensor | None,
-        scale: float,
-        is_causal: bool,
-    ) -> None:
-        (batch, heads, queries, width), keys, value_width = q.shape, k.shape[2], v.shape[3]
-        _C.attention_backward(
-            *(DTYPES[q.dtype], _heads(q), _heads(k), _heads(v), _heads(dout)),
-            *(_heads(dq), _heads(dk), _heads(dv), pointer(lse)),
-            *(batch, heads, queries, keys, width, value_width),
-            scale,
-            torch.get_num_threads(),
-        )
-
-
-def _cpu_unavailable(tensors: Any) -> str | None:
-    query, key, _ = tensors
-    if reason := cpu.unavailable(tensors):
+def _cpu_unavailable(asked: _Asked) -> str | None:
+    if asked.masked:
+        return "it has no masks and no is_causal"
+    if reason := cpu.unavailable(asked[:3]):
         return reason
-    if query.shape[1] != key.shape[1]:
-        return f"it has no grouped heads, got {query.shape[1]} of the query and {key.shape[1]} of the key"
-    return "it needs at least one key" if key.shape[2] == 0 else None
+    query_heads, key_heads = asked.q.shape[1], asked.k.shape[1]
+    if query_heads != key_heads:
+        return f"it has no grouped heads, got {query_heads} of the query and {key_heads} of the key"
+    return "it needs at least one key" if asked.k.shape[2] == 0 else None
 
 
-def _unmasked(tensors: Any) -> str:
-    return "it has no masks and no is_causal"
-
-
-def _triton_unavailable(tensors: Any) -> str | None:
-    if reason := triton_backend.unavailable(tensors):
+def _triton_unavailable(asked: _Asked) -> str | None:
+    if reason := triton_launch.unavailable(asked[:3]):
         return reason
-    width = max(x.shape[3] for x in tensors)  # a program keeps whole rows in its registers
+    width = max(x.shape[3] for x in asked[:3])  # a program keeps complete rows in its registers
     return None if width <= 256 else f"it takes head dims of at most 256, got {width}"
 
 
 class _CUDA:
     """The forward of csrc/cuda; backward is Triton's, from the same lse."""
 
-    _triton = Kernels("attention")
+    def __init__(self, backward: Any) -> None:
+        self._triton = backward
 
     @staticmethod
     def forward(
@@ -280,30 +243,16 @@ class _CUDA:
         q_dot: Tensor | None,
         k_dot: Tensor | None,
         v_dot: Tensor | None,
-        mask: None,
-        out: Tensor,
-        out_dot: Tensor | None,
-        lse: Tensor,
-        scale: float,
-        is_causal: bool,
+        *rest: Any,
     ) -> None:
         names = ("query", "key", "value", "query_dot", "key_dot", "value_dot")
         for name, x in zip(names, (q, k, v, q_dot, k_dot, v_dot), strict=True):
             if x is not None and (reason := _cuda_layout(x)):
-                raise RuntimeError(f"{_NAME}: backend 'cuda' cannot run: of {name}, {reason}")
-        (batch, heads, queries, width), keys, value_width = q.shape, k.shape[2], v.shape[3]
-        rows = 0 if out_dot is None else out_dot.shape[0]
-        cuda.call(
-            *("attention_forward", q),
-            *(DTYPES[q.dtype], _heads(q), _heads(k), _heads(v), _heads(out)),
-            *(_heads(q_dot), _heads(k_dot), _heads(v_dot), _heads(out_dot), pointer(lse)),
-            *(batch, rows, heads, _group(q, k), queries, keys, width, value_width),
-            scale,
-        )
+                raise RuntimeError(f"{NAME}: backend 'cuda' cannot run: of {name}, {reason}")
+        _C.attention_forward(q, k, v, q_dot, k_dot, v_dot, *rest)
 
-    @staticmethod
-    def backward(*arguments: Any) -> None:
-        _CUDA._triton.backward(*arguments)
+    def backward(self, *arguments: Any) -> None:
+        self._triton.backward(*arguments)
 
 
 def _cuda_layout(x: Tensor) -> str | None:
@@ -313,65 +262,69 @@ def _cuda_layout(x: Tensor) -> str | None:
     for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True):
         if size > 1 and (stride <= 0 or stride % 8):
             return f"it takes strides that are multiples of 8 elements and not 0, got {x.stride()}"
-    if pointer(x) % 16:
-        return f"it takes addresses that are multiples of 16 bytes, got {pointer(x):#x}"
+    if x.data_ptr() % 16:
+        return f"it takes addresses that are multiples of 16 bytes, got {x.data_ptr():#x}"
     return None
 
 
-def _cuda_unavailable(tensors: Any) -> str | None:
-    for x in tensors:
+def _cuda_unavailable(asked: _Asked) -> str | None:
+    if asked.masked:
+        return "it has no masks and no is_causal"
+    for x in asked[:3]:
         if x.device.type != "cuda":
             return f"it takes CUDA tensors, got one on {x.device}"
         if x.dtype not in check.HALVES:
             return f"it takes bfloat16 and float16, got {str(x.dtype).removeprefix('torch.')}"
         if reason := without_memory(x):
             return f"it takes tensors that lie in memory, got {reason}"
-        # Of a tensor in a graph being traced there is no address yet: forward asks again.
+        # A tensor in a graph being traced has no address yet: forward asks again.
         if not torch.compiler.is_compiling() and (reason := _cuda_layout(x)):
             return reason
-    if tensors[1].shape[2] == 0:
+    if asked.k.shape[2] == 0:
         return "it needs at least one key"
     if reason := cuda.missing():
         return reason
-    if not hasattr(_C, "attention_forward_cuda"):
+    if not _C.cuda_sm90:
         return f"it was not built for sm_90a, but for {_C.cuda_architectures}"
-    capability = torch.cuda.get_device_capability(tensors[0].device)
+    capability = torch.cuda.get_device_capability(asked.q.device)
     if capability != (9, 0):
         return f"it runs on compute capability 9.0, got {capability[0]}.{capability[1]}"
-    if reason := triton_backend.missing():
+    if reason := triton_launch.missing():
         return f"its backward is Triton's: {reason}"
     return None
 
 
+_TRITON = triton_launch.Kernels("attention")
 _OPERATION = Operation(
-    "scaled_dot_product_attention",
+    NAME,
     _Attention,
-    "(Tensor q, Tensor? q_dot, Tensor k, Tensor? k_dot, Tensor v, Tensor? v_dot, Tensor? mask, "
-    "bool is_causal, float scale)",
-    {
-        "forward": "(Tensor q, Tensor k, Tensor v, Tensor? q_dot, Tensor? k_dot, Tensor? v_dot, "
-        "Tensor? mask, Tensor(a!) out, Tensor(b!)? out_dot, Tensor(c!) lse, float scale, "
-        "bool is_causal) -> ()",
-        "backward": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor lse, Tensor dout, Tensor(a!)? dq, "
-        "Tensor(b!)? dk, Tensor(c!)? dv, float scale, bool is_causal) -> ()",
-    },
-)
-_TRITON = _OPERATION.backend("triton", Kernels("attention"), _triton_unavailable)
-_REFERENCE = Backend("reference", _reference, always)
-_BACKENDS = (
-    _OPERATION.backend("cpu", _CPU, _cpu_unavailable),
-    _OPERATION.backend("cuda", _CUDA, _cuda_unavailable, default=False),
-    _TRITON,
-    _REFERENCE,
-)
-_MASKED_BACKENDS = (
-    _OPERATION.backend("cpu", _CPU, _unmasked),
-    _OPERATION.backend("cuda", _CUDA, _unmasked, default=False),
-    _TRITON,
-    _REFERENCE,
+    _reference,
+    _check,
+    (
+        Backend("cpu", cpu.kernels("attention"), _cpu_unavailable),
+        Backend(
+            "cuda",
+            _CUDA(_TRITON),
+            _cuda_unavailable,
+            lambda _: "it runs on request, having run on no GPU yet",
+        ),
+        Backend("triton", _TRITON, _triton_unavailable),
+    ),
+    kind="attention",
+    kernels="attention",
 )
 
 
+@overload
+def scaled_dot_product_attention(  # type: ignore[overload-overlap]
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ...,
+    is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def scaled_dot_product_attention(
+    query: Tensor | Dual, key: Tensor | Dual, value: Tensor | Dual, attn_mask: Tensor | None = ..., dropout_p: float = ...,
+    is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, backend: str | None = ...,
+) -> Dual: ...  # fmt: skip
 @takes_dual_tensors
 def scaled_dot_product_attention(
     query: Tensor | Dual,
@@ -417,14 +370,14 @@ def scaled_dot_product_attention(
         TypeError, ValueError: for arguments that do not fit.
         RuntimeError: when an explicit `backend` cannot run.
     """
-    _check(query, key, value, dropout_p, enable_gqa)
     (q, q_dot), (k, k_dot), (v, v_dot) = unpack(query), unpack(key), unpack(value)
-    mask = _check_mask(attn_mask, is_causal, q, k)
+    if dropout_p != 0.0:
+        raise NotImplementedError(f"{NAME}: dropout_p is not supported yet")
+    if not enable_gqa:
+        _check_heads(q, k)
     q_dot, k_dot, v_dot = align(q_dot, k_dot, v_dot)
-    if scale is not None:
-        check.number(_NAME, -math.inf, scale=scale)
-    else:
-        scale = 1.0 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
-    backends = _BACKENDS if mask is None and not is_causal else _MASKED_BACKENDS
-    run = choose(_NAME, backends, backend, q, k, v).run
-    return pack(*run(q, q_dot, k, k_dot, v, v_dot, mask, is_causal, float(scale)), query, key, value)
+    mask = attn_mask if attn_mask is None else _expanded(attn_mask, q, k)
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[-1]) if isinstance(q, Tensor) and q.dim() and q.shape[-1] else 1.0
+    result = _OPERATION(backend, q, q_dot, k, k_dot, v, v_dot, mask, is_causal, scale)
+    return pack(*result, query, key, value)

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imf_kernels.dispatch import without_autocast
-from imf_kernels.dual import Dual, NoTangent, unpack
+from imf_kernels.backends.dispatch import without_autocast
+from imf_kernels.dual import Dual, NoTangent
 
-# What may stand beside float32: branches beside a residual stream, operands made from it.
+# Dtypes of branches of a residual stream in float32, and of operands made from it.
 HALVES = (torch.bfloat16, torch.float16)
 
 
-def is_tensor(operation: str, **arguments: Any) -> None:
+def is_weight(operation: str, **arguments: Any) -> None:
     """A plain tensor, where a `Dual` has no meaning: weights carry no tangent."""
     for name, x in arguments.items():
         if isinstance(x, Dual):
@@ -29,20 +29,21 @@ def is_tensor(operation: str, **arguments: Any) -> None:
             raise TypeError(f"{operation}: {name} must be of a floating-point type, got {x.dtype}")
 
 
-def is_tensor_or_dual(operation: str, **arguments: Any) -> None:
+def is_tensor(operation: str, **arguments: Any) -> None:
+    """The primal of an argument that is a tensor or a `Dual`."""
     for name, x in arguments.items():
-        if not isinstance(x, (Tensor, Dual)):
+        if not isinstance(x, Tensor):
             raise TypeError(f"{operation}: {name} must be a tensor or a Dual, got {type(x).__name__}")
-        if isinstance(x, Tensor) and not x.is_floating_point():
+        if not x.is_floating_point():
             raise TypeError(f"{operation}: {name} must be of a floating-point type, got {x.dtype}")
 
 
 def has_shape(
-    operation: str, name: str, x: Tensor, wanted: tuple[int, ...], why: str = "", /, **beside: Tensor
+    operation: str, name: str, x: Tensor, wanted: tuple[int, ...], why: str = "", /, **shaped: Tensor
 ) -> None:
-    """`why` the shape is wanted: words, or the tensor beside which it is."""
+    """Names why the shape is wanted: in words, or as that of another tensor."""
     if x.shape != wanted:
-        for other, tensor in beside.items():
+        for other, tensor in shaped.items():
             why += f" for {other} of shape {list(tensor.shape)}"
         raise ValueError(f"{operation}: {name} must be {list(wanted)}{why}, got {list(x.shape)}")
 
@@ -59,12 +60,16 @@ def same_dtype(operation: str, like: Tensor, **arguments: Tensor) -> None:
             raise TypeError(f"{operation}: {name} must be {like.dtype} like the input, got {x.dtype}")
 
 
-def result_dtype(operation: str, x: Tensor, dtype: torch.dtype | None) -> None:
-    if dtype not in (None, x.dtype) and not (x.dtype == torch.float32 and dtype in HALVES):
+def with_result(operation: str, x: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+    """The input and, for a result of another dtype, an empty tensor of that: what a backend has to take."""
+    if dtype in (None, x.dtype):
+        return (x,)
+    if not (x.dtype == torch.float32 and dtype in HALVES):
         raise TypeError(
             f"{operation}: dtype must be that of x, or bfloat16 or float16 for x of float32; "
             f"got {dtype} for {x.dtype}"
         )
+    return x, x.new_empty(0, dtype=dtype)
 
 
 def last_contiguous(operation: str, **arguments: Tensor | None) -> None:
@@ -78,13 +83,12 @@ def last_contiguous(operation: str, **arguments: Tensor | None) -> None:
             )
 
 
-def single_row_whole(operation: str, **arguments: Tensor | Dual) -> None:
-    """What works along the last dimension cannot take a part of it for rows of a batch."""
-    for name, argument in arguments.items():
-        x, x_dot = unpack(argument)
+def single_row_is_complete(operation: str, **arguments: tuple[Tensor, Tensor | None]) -> None:
+    """Primals and tangents: what works along the last dimension cannot take a part of it for rows of a batch."""
+    for name, (x, x_dot) in arguments.items():
         if x_dot is not None and x.dim() == 1 and x_dot.shape != x.shape:
             raise ValueError(
-                f"{operation}: {name} is a single row, so its tangent must be whole, {list(x.shape)}; "
+                f"{operation}: {name} is a single row, so its tangent must be complete, {list(x.shape)}; "
                 f"got {list(x_dot.shape)}"
             )
 
@@ -115,11 +119,14 @@ def backward_of(operation: str) -> Callable[[Callable[..., Any]], Callable[..., 
                     f"{operation}: create_graph=True asks for second derivatives, which the kernels do not "
                     "have; backend='reference' does"
                 )
-            dy = cotangents[0]
+            dy, *others = cotangents
             if dy is None:
                 return (None,) * len(ctx.needs_input_grad)
+            dy = dy.resolve_neg()
+            if not torch._C._is_any_autocast_enabled():
+                return backward(ctx, dy, *others)
             with without_autocast(dy.device):
-                return backward(ctx, *cotangents)
+                return backward(ctx, dy, *others)
 
         return wrapper
 

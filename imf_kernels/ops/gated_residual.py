@@ -1,36 +1,28 @@
-"""Gated residual: y = x + b · g with one gate a channel, the same for all rows or each sample's own.
+"""Gated residual: y = x + b · g with one gate per channel, the same for all rows or each sample's own.
 
 Tangent:  ẏ = ẋ + ḃ · g + b · ġ (a gate for all rows is a weight and carries no tangent).
 Backward: dx = dy,  db = dy · g,  dg = Σ dy · b over the rows that have the gate in common.
 Source: the residual scales of iMF's blocks (Geng et al., "Improved Mean Flows", 2025, arXiv 2512.02012); a
 sample's own in DiT (Peebles and Xie, "Scalable Diffusion Models with Transformers", 2022, arXiv 2212.09748).
-Kernels: csrc/cpu/gated_residual.cpp, csrc/cuda/gated_residual.cu, imf_kernels/_triton/gated_residual.py.
+Kernels: csrc/ops/gated_residual.h, csrc/cpu/gated_residual.cpp, csrc/cuda/gated_residual.cu,
+backends/triton_kernels/gated_residual.py.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from imf_kernels import _C, cpu, cuda, triton_backend
-from imf_kernels.dispatch import Backend, always, choose
-from imf_kernels.dual import Dual, align, no_gradient, pack, tail, unpack
-from imf_kernels.dual_tensors import takes_dual_tensors
-from imf_kernels.layout import (
-    DTYPES,
-    beside,
-    contiguous_like,
-    count_rows,
-    groups_of,
-    last_contiguous,
-    pointer,
-    rows_of,
-)
-from imf_kernels.operators import Operation
+from imf_kernels import _C
+from imf_kernels.backends import cpu, cuda, triton_launch
+from imf_kernels.backends.layout import as_floats, contiguous_like, groups_of, in_rows, per_position, sums
+from imf_kernels.backends.operators import Operation
+from imf_kernels.dual import Dual, NoTangent, align, last_rows, no_gradient, pack, stored, unpack
 from imf_kernels.ops import check
-from imf_kernels.triton_backend import Kernels
+from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
 
 def _reference(
@@ -42,49 +34,54 @@ def _reference(
     gate_dot: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     dtype, exact = x.dtype, torch.promote_types(x.dtype, torch.float32)
-    b, g = branch.to(exact), beside(gate.to(exact), x)
+    b, g = branch.to(exact), per_position(gate.to(exact), x)
     y = (x.to(exact) + b * g).to(dtype)
     parts = []
     with torch.no_grad():
         if x_dot is not None:
             parts.append(x_dot.to(exact))
         if branch_dot is not None:
-            parts.append(branch_dot.to(exact) * (g if gate.dim() == 1 else tail(g, branch_dot)))
+            parts.append(branch_dot.to(exact) * (g if gate.dim() == 1 else last_rows(g, branch_dot)))
         if gate_dot is not None:
-            parts.append(tail(b, gate_dot) * beside(gate_dot.to(exact), x))
+            parts.append(last_rows(b, gate_dot) * per_position(gate_dot.to(exact), x))
         return y, sum(parts[1:], parts[0]).to(dtype) if parts else None
 
 
-def _check(x: Tensor | Dual, branch: Tensor | Dual, gate: Tensor | Dual) -> None:
-    check.is_tensor_or_dual("gated_residual", x=x, branch=branch, gate=gate)
-    check.single_row_whole("gated_residual", x=x, branch=branch)
-    (x, x_dot), (branch, branch_dot), (g, _) = unpack(x), unpack(branch), unpack(gate)
+def _check(
+    x: Tensor,
+    x_dot: Tensor | None,
+    branch: Tensor,
+    branch_dot: Tensor | None,
+    gate: Tensor,
+    gate_dot: Tensor | None,
+) -> Sequence[Tensor]:
+    check.is_tensor("gated_residual", x=x, branch=branch, gate=gate)
+    check.single_row_is_complete("gated_residual", x=(x, x_dot), branch=(branch, branch_dot))
     if x.dim() == 0:
         raise ValueError("gated_residual: x must have at least one dimension, got a scalar")
     check.has_shape("gated_residual", "branch", branch, x.shape, " like x")
     wanted = [x.shape[-1:]] if x.dim() == 1 else [x.shape[-1:], (x.shape[0], x.shape[-1])]
-    if g.shape not in wanted:
-        shapes = " or, a row a sample, ".join(str(list(shape)) for shape in wanted)
+    if gate.shape not in wanted:
+        shapes = " or, a row per sample, ".join(str(list(shape)) for shape in wanted)
         raise ValueError(
-            f"gated_residual: gate must be {shapes}, one gate a channel of x of shape {list(x.shape)}; "
-            f"got {list(g.shape)}"
+            f"gated_residual: gate must be {shapes}, one gate per channel of x of shape {list(x.shape)}; "
+            f"got {list(gate.shape)}"
         )
-    if g.dim() == 1:
-        check.is_tensor("gated_residual", gate=gate)
-    check.same_device("gated_residual", x, branch=branch, gate=g)
+    check.same_device("gated_residual", x, branch=branch, gate=gate)
     if branch.dtype != x.dtype and not (x.dtype == torch.float32 and branch.dtype in check.HALVES):
         raise TypeError(
-            "gated_residual: branch must be of x's dtype, or bfloat16 or float16 beside x of float32; "
-            f"got {branch.dtype} beside {x.dtype}"
+            "gated_residual: branch must be of x's dtype, or bfloat16 or float16 for x of float32; "
+            f"got {branch.dtype} for {x.dtype}"
         )
     check.last_contiguous("gated_residual", x=x, x_dot=x_dot, branch=branch, branch_dot=branch_dot)
+    return (x, branch) if gate.dim() == 1 else (x, branch, gate)
 
 
 class _GatedResidual(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        kernels: Any,
+        kernels: _C.gated_residual,
         x: Tensor,
         x_dot: Tensor | None,
         branch: Tensor,
@@ -92,12 +89,14 @@ class _GatedResidual(torch.autograd.Function):
         gate: Tensor,
         gate_dot: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        y, y_dot = contiguous_like(x), None
-        stored = next((t for t in (x_dot, branch_dot, gate_dot) if t is not None), None)
-        if stored is not None:
-            y_dot = contiguous_like(tail(x, stored))
+        branch, y, y_dot = in_rows(branch), contiguous_like(x), None
+        moving = stored(x_dot, branch_dot, gate_dot)
+        if moving is not None:
+            y_dot = contiguous_like(last_rows(x, moving))
             no_gradient(ctx, y_dot)
-        kernels.forward(x, x_dot, branch, branch_dot, gate, gate_dot, y, y_dot)
+            x_dot, branch_dot = (None if t is None else in_rows(t) for t in (x_dot, branch_dot))
+        g_dot = None if gate_dot is None else as_floats(gate_dot)
+        kernels.forward(in_rows(x), x_dot, branch, branch_dot, as_floats(gate), g_dot, y, y_dot)
         ctx.save_for_backward(branch, gate)
         ctx.kernels = kernels
         return y, y_dot
@@ -106,93 +105,31 @@ class _GatedResidual(torch.autograd.Function):
     @check.backward_of("gated_residual")
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         branch, gate = ctx.saved_tensors
+        kernels: _C.gated_residual = ctx.kernels
         dbranch = contiguous_like(branch)
-        dgate = ctx.kernels.backward(last_contiguous(dy), branch, gate, dbranch)
+        partial, dgate = sums(kernels, branch, *groups_of(gate, branch), 1, branch.shape[-1])
+        kernels.backward(in_rows(dy), branch, as_floats(gate), dbranch, partial, dgate)
         return None, dy, None, dbranch, None, dgate.view(gate.shape).to(gate.dtype), None
-
-
-class _CPU:
-    call = staticmethod(cpu.call)
-
-    @classmethod
-    def forward(
-        cls,
-        x: Tensor,
-        x_dot: Tensor | None,
-        branch: Tensor,
-        branch_dot: Tensor | None,
-        gate: Tensor,
-        gate_dot: Tensor | None,
-        y: Tensor,
-        y_dot: Tensor | None,
-    ) -> None:
-        (x_rows, x_stride), (xt_rows, xt_stride) = rows_of(x), rows_of(x_dot)
-        (b_rows, b_stride), (bt_rows, bt_stride) = rows_of(branch), rows_of(branch_dot)
-        g, g_dot = (None if t is None else t.float().contiguous() for t in (gate, gate_dot))
-        _, length = groups_of(gate, x)
-        cls.call(
-            *("gated_residual_forward", x, DTYPES[x.dtype], DTYPES[branch.dtype]),
-            *(pointer(x_rows), pointer(xt_rows), pointer(b_rows), pointer(bt_rows)),
-            *(pointer(g), pointer(g_dot), pointer(y), pointer(y_dot)),
-            *(count_rows(x), count_rows(y_dot), length, x.shape[-1]),
-            *(x_stride, xt_stride, b_stride, bt_stride),
-        )
-
-    @staticmethod
-    def backward(dy: Tensor, branch: Tensor, gate: Tensor, dbranch: Tensor) -> Tensor:
-        """Fills dbranch; the gradient of the gate, [groups, d] in fp32."""
-        (groups, length), width, threads = groups_of(gate, branch), branch.shape[-1], torch.get_num_threads()
-        (dy_rows, dy_stride), (b_rows, b_stride) = rows_of(dy), rows_of(branch)
-        g = gate.float().contiguous()
-        dgate = branch.new_empty((groups, width), dtype=torch.float32)
-        _C.gated_residual_backward(
-            *(DTYPES[dy.dtype], DTYPES[branch.dtype], pointer(dy_rows), pointer(b_rows)),
-            *(pointer(g), pointer(dbranch), pointer(dgate)),
-            *(groups, length, width, dy_stride, b_stride, threads),
-        )
-        return dgate
-
-
-class _CUDA(_CPU):
-    call = staticmethod(cuda.call)
-
-    @staticmethod
-    def backward(dy: Tensor, branch: Tensor, gate: Tensor, dbranch: Tensor) -> Tensor:
-        (groups, length), width = groups_of(gate, branch), branch.shape[-1]
-        (dy_rows, dy_stride), (b_rows, b_stride) = rows_of(dy), rows_of(branch)
-        g = gate.float().contiguous()
-        dgate, partial, shares = cuda.sums(branch, groups, length, width)
-        cuda.call(
-            *("gated_residual_backward", branch, DTYPES[dy.dtype], DTYPES[branch.dtype]),
-            *(pointer(dy_rows), pointer(b_rows), pointer(g), pointer(dbranch)),
-            *(pointer(partial), pointer(dgate), groups, length, width, dy_stride, b_stride, shares),
-        )
-        return dgate
 
 
 _OPERATION = Operation(
     "gated_residual",
     _GatedResidual,
-    "(Tensor x, Tensor? x_dot, Tensor branch, Tensor? branch_dot, Tensor gate, Tensor? gate_dot)",
-    {
-        "forward": "(Tensor x, Tensor? x_dot, Tensor branch, Tensor? branch_dot, Tensor gate, "
-        "Tensor? gate_dot, Tensor(a!) y, Tensor(b!)? y_dot) -> ()",
-        "backward": "(Tensor dy, Tensor branch, Tensor gate, Tensor(a!) dbranch) -> Tensor",
-    },
-    {
-        "backward": lambda dy, branch, gate, dbranch: gate.new_empty(
-            (groups_of(gate, branch)[0], branch.shape[-1]), dtype=torch.float32
-        )
-    },
-)
-_BACKENDS = (
-    _OPERATION.backend("cpu", _CPU, cpu.unavailable),
-    _OPERATION.backend("cuda", _CUDA, cuda.unavailable, on_request=cuda.on_request),
-    _OPERATION.backend("triton", Kernels("gated_residual"), triton_backend.unavailable),
-    Backend("reference", _reference, always),
+    _reference,
+    _check,
+    (cpu.backend("gated_residual"), cuda.backend("gated_residual"), triton_launch.backend("gated_residual")),
+    lay_out=in_rows,
 )
 
 
+@overload
+def gated_residual(  # type: ignore[overload-overlap]
+    x: Tensor, branch: Tensor, gate: Tensor, *, backend: str | None = None
+) -> Tensor: ...
+@overload
+def gated_residual(
+    x: Tensor | Dual, branch: Tensor | Dual, gate: Tensor | Dual, *, backend: str | None = None
+) -> Dual: ...
 @takes_dual_tensors
 def gated_residual(
     x: Tensor | Dual, branch: Tensor | Dual, gate: Tensor | Dual, *, backend: str | None = None
@@ -203,7 +140,7 @@ def gated_residual(
         x: [..., d], the residual stream; float32, bfloat16 or float16 (`reference`: any floating-point type;
             `cpu`: not float16).
         branch: like x; bfloat16 and float16 may be added to a stream of float32.
-        gate: [d], one gate a channel, of any floating-point type and without a tangent; or, of x [B, ..., d],
+        gate: [d], one gate per channel, of any floating-point type and without a tangent; or, of x [B, ..., d],
             [B, d], a row for all positions of a sample, of any of x's types.
         backend: "cpu", "cuda", "triton", "reference", or the best one that can run.
 
@@ -214,9 +151,8 @@ def gated_residual(
         TypeError, ValueError: for arguments that do not fit.
         RuntimeError: when an explicit `backend` cannot run.
     """
-    _check(x, branch, gate)
     (x_primal, x_dot), (b_primal, b_dot), (g_primal, g_dot) = unpack(x), unpack(branch), unpack(gate)
+    if isinstance(gate, Dual) and gate.dim() == 1:
+        raise NoTangent("gated_residual: gate [d] carries no tangent; pass a tensor, got a Dual")
     x_dot, b_dot, g_dot = align(x_dot, b_dot, g_dot)
-    tensors = (x_primal, b_primal) if g_primal.dim() == 1 else (x_primal, b_primal, g_primal)
-    run = choose("gated_residual", _BACKENDS, backend, *tensors).run
-    return pack(*run(x_primal, x_dot, b_primal, b_dot, g_primal, g_dot), x, branch, gate)
+    return pack(*_OPERATION(backend, x_primal, x_dot, b_primal, b_dot, g_primal, g_dot), x, branch, gate)

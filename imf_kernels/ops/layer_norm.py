@@ -3,7 +3,8 @@
 Tangent:  ẏ = ṅ · w with ṅ = r · (ẋ − mean(ẋ) − n · mean(n ẋ)).
 Backward: with g = dy · w:  dx = r · (g − mean(g) − n · mean(g n)),  dw = Σ_rows dy · n,  db = Σ_rows dy.
 Source: Ba, Kiros and Hinton, "Layer Normalization" (2016); as `torch.nn.functional.layer_norm`.
-Kernels: csrc/cpu/layer_norm.cpp, csrc/cuda/layer_norm.cu, imf_kernels/_triton/layer_norm.py. They are
+Kernels: csrc/ops/layer_norm.h, csrc/cpu/layer_norm.cpp, csrc/cuda/layer_norm.cu,
+backends/triton_kernels/layer_norm.py. They are
 layer_norm_modulate's too, whose scale and shift w and b are, of all rows.
 """
 
@@ -15,23 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imf_kernels import _C, cpu, cuda
-from imf_kernels.dispatch import Backend, always, choose, with_result
-from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, tail, unpack
-from imf_kernels.dual_tensors import takes_dual_tensors
-from imf_kernels.layout import (
-    DTYPES,
-    contiguous_like,
-    count_rows,
-    groups_of,
-    last_contiguous,
-    pointer,
-    rows_of,
-)
-from imf_kernels.operators import Operation
+from imf_kernels import _C
+from imf_kernels.backends import cpu, cuda, triton_launch
+from imf_kernels.backends.layout import as_floats, contiguous_like, count_rows, in_rows, sums
+from imf_kernels.backends.operators import Operation
+from imf_kernels.dual import TensorOrDual, last_rows, no_gradient, pack, unpack
 from imf_kernels.ops import check
-from imf_kernels.ops.rms_norm import triton_unavailable
-from imf_kernels.triton_backend import Kernels
+from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
 
 def normalize(x: Tensor, x_dot: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None]:
@@ -44,7 +35,7 @@ def normalize(x: Tensor, x_dot: Tensor | None, eps: float) -> tuple[Tensor, Tens
     if x_dot is None:
         return n, None
     with torch.no_grad():
-        t, r, x_dot = tail(n, x_dot), tail(r, x_dot), x_dot.to(exact)
+        t, r, x_dot = last_rows(n, x_dot), last_rows(r, x_dot), x_dot.to(exact)
         x_dot = x_dot - x_dot.mean(-1, keepdim=True)
         return n, r * (x_dot - t * (t * x_dot).mean(-1, keepdim=True))
 
@@ -55,8 +46,9 @@ def _reference(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None]:
+    dtype = dtype or x.dtype
     n, n_dot = normalize(x, x_dot, eps)
     w = n.new_ones(()) if weight is None else weight.to(n.dtype)
     y = (n * w if bias is None else n * w + bias.to(n.dtype)).to(dtype)
@@ -64,162 +56,95 @@ def _reference(
         return y, None if n_dot is None else (n_dot * w).to(dtype)
 
 
-def _check(
-    x: Tensor | Dual,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype | None,
-) -> None:
-    check.is_tensor_or_dual("layer_norm", x=x)
-    check.single_row_whole("layer_norm", x=x)
-    x, x_dot = unpack(x)
+def _check_shape(x: Tensor, normalized_shape: Sequence[int]) -> None:
+    check.is_tensor("layer_norm", x=x)
     if x.dim() == 0:
         raise ValueError("layer_norm: x must have at least one dimension, got a scalar")
-    if not isinstance(normalized_shape, (list, tuple)) or list(normalized_shape) != list(x.shape[-1:]):
+    if not isinstance(normalized_shape, (list, tuple)) or [*normalized_shape] != [*x.shape[-1:]]:
         raise ValueError(
             f"layer_norm: normalized_shape must be {list(x.shape[-1:])}, the last dimension of x of shape "
             f"{list(x.shape)}, got {normalized_shape!r}; flatten x to normalise over several dimensions"
         )
+
+
+def _check(
+    x: Tensor,
+    x_dot: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> Sequence[Tensor]:
+    check.single_row_is_complete("layer_norm", x=(x, x_dot))
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
-            check.is_tensor("layer_norm", **{name: parameter})
+            check.is_weight("layer_norm", **{name: parameter})
             check.has_shape("layer_norm", name, parameter, x.shape[-1:], x=x)
             check.same_device("layer_norm", x, **{name: parameter})
     check.last_contiguous("layer_norm", x=x, x_dot=x_dot)
-    check.result_dtype("layer_norm", x, dtype)
+    check.number("layer_norm", 0.0, eps=eps)
+    return check.with_result("layer_norm", x, dtype)
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        kernels: Any,
+        kernels: _C.layer_norm,
         x: Tensor,
         x_dot: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor | None]:
-        y, y_dot = contiguous_like(x, dtype), None
-        statistics = x.new_empty((*x.shape[:-1], 3), dtype=torch.float32)
+        x, y, y_dot = in_rows(x), contiguous_like(x, dtype), None
+        statistics = x.new_empty(3 * count_rows(x), dtype=torch.float32)
         if x_dot is not None:
-            y_dot = contiguous_like(x_dot, dtype)
+            x_dot, y_dot = in_rows(x_dot), contiguous_like(x_dot, dtype)
             no_gradient(ctx, y_dot)
-        ctx.one = 1.0 if weight is None else 0.0
-        kernels.forward(x, x_dot, weight, None, bias, None, y, y_dot, statistics, ctx.one, eps)
+        w, one = (None, 1.0) if weight is None else (as_floats(weight), 0.0)
+        b = None if bias is None else as_floats(bias)
+        kernels.forward(x, x_dot, w, None, b, None, y, y_dot, statistics, one, eps)
         ctx.save_for_backward(x, weight, bias, statistics)
-        ctx.kernels = kernels
+        ctx.kernels, ctx.one = kernels, one
         return y, y_dot
 
     @staticmethod
     @check.backward_of("layer_norm")
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, statistics = ctx.saved_tensors
-        dx = contiguous_like(x)
-        dweight, dbias = ctx.kernels.backward(x, last_contiguous(dy), weight, statistics, dx, ctx.one)[0]
-        dweight = None if weight is None else dweight.to(weight.dtype)
-        dbias = None if bias is None else dbias.to(bias.dtype)
+        dx, (dscale, dshift) = backward(ctx.kernels, x, dy, weight, statistics, ctx.one)
+        dweight = None if weight is None else dscale[0].to(weight.dtype)
+        dbias = None if bias is None else dshift[0].to(bias.dtype)
         return None, dx, None, dweight, dbias, None, None
 
 
-class CPU:
-    """n · (one + scale) + shift. A parameter that is not there is zero; [d] is of all rows, [B, d] of each
-    sample's."""
-
-    call = staticmethod(cpu.call)
-
-    @classmethod
-    def forward(
-        cls,
-        x: Tensor,
-        x_dot: Tensor | None,
-        scale: Tensor | None,
-        scale_dot: Tensor | None,
-        shift: Tensor | None,
-        shift_dot: Tensor | None,
-        y: Tensor,
-        y_dot: Tensor | None,
-        statistics: Tensor,
-        one: float,
-        eps: float,
-    ) -> None:
-        (x_rows, x_stride), (t_rows, t_stride) = rows_of(x), rows_of(x_dot)
-        s, s_dot, b, b_dot = (
-            None if p is None else p.float().contiguous() for p in (scale, scale_dot, shift, shift_dot)
-        )
-        _, length = groups_of(scale, x)
-        cls.call(
-            *("layer_norm_forward", x, DTYPES[x.dtype], DTYPES[y.dtype], pointer(x_rows), pointer(t_rows)),
-            *(pointer(s), pointer(s_dot), pointer(b), pointer(b_dot)),
-            *(pointer(y), pointer(y_dot), pointer(statistics)),
-            *(count_rows(x), count_rows(y_dot), length, x.shape[-1], x_stride, t_stride, one, eps),
-        )
-
-    @staticmethod
-    def backward(
-        x: Tensor, dy: Tensor, scale: Tensor | None, statistics: Tensor, dx: Tensor, one: float
-    ) -> Tensor:
-        """Fills dx; the gradients of scale and shift, [groups, 2, d] in fp32."""
-        (x_rows, x_stride), (dy_rows, dy_stride) = rows_of(x), rows_of(dy)
-        s = None if scale is None else scale.float().contiguous()
-        (groups, length), width, threads = groups_of(scale, x), x.shape[-1], torch.get_num_threads()
-        sums = x.new_empty((groups, 2, width), dtype=torch.float32)
-        _C.layer_norm_backward(
-            *(DTYPES[x.dtype], DTYPES[dy.dtype], pointer(x_rows), pointer(dy_rows)),
-            *(pointer(s), pointer(statistics), pointer(dx), pointer(sums)),
-            *(groups, length, width, x_stride, dy_stride),
-            one,
-            threads,
-        )
-        return sums
+def backward(
+    kernels: _C.layer_norm, x: Tensor, dy: Tensor, scale: Tensor | None, statistics: Tensor, one: float
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The gradient of x and those of scale and shift, [groups, d] in fp32: of [B, d] a group is a sample."""
+    dx, groups, width = contiguous_like(x), 1, x.shape[-1]
+    if scale is not None and scale.dim() == 2:
+        groups = x.shape[0]
+    length = count_rows(x[0]) if groups > 1 else count_rows(x)
+    partial, total = sums(kernels, x, groups, length, 2, width)
+    s = None if scale is None else as_floats(scale)
+    kernels.backward(x, in_rows(dy), s, statistics, dx, partial, total, one)
+    return dx, (total[:, 0], total[:, 1])
 
 
-class CUDA(CPU):
-    call = staticmethod(cuda.call)
-
-    @staticmethod
-    def backward(
-        x: Tensor, dy: Tensor, scale: Tensor | None, statistics: Tensor, dx: Tensor, one: float
-    ) -> Tensor:
-        (x_rows, x_stride), (dy_rows, dy_stride) = rows_of(x), rows_of(dy)
-        s = None if scale is None else scale.float().contiguous()
-        (groups, length), width = groups_of(scale, x), x.shape[-1]
-        sums, partial, shares = cuda.sums(x, groups, length, 2, width)
-        cuda.call(
-            *("layer_norm_backward", x, DTYPES[x.dtype], DTYPES[dy.dtype], pointer(x_rows), pointer(dy_rows)),
-            *(pointer(s), pointer(statistics), pointer(dx), pointer(partial), pointer(sums)),
-            *(groups, length, width, x_stride, dy_stride, shares, one),
-        )
-        return sums
-
-
-def _fake_backward(
-    x: Tensor, dy: Tensor, scale: Tensor | None, statistics: Tensor, dx: Tensor, one: float
-) -> Tensor:
-    return x.new_empty((groups_of(scale, x)[0], 2, x.shape[-1]), dtype=torch.float32)
-
-
-# Of layer_norm and layer_norm_modulate, as operators.
-KERNELS = {
-    "forward": "(Tensor x, Tensor? x_dot, Tensor? scale, Tensor? scale_dot, Tensor? shift, "
-    "Tensor? shift_dot, Tensor(a!) y, Tensor(b!)? y_dot, Tensor(c!) statistics, float one, float eps) -> ()",
-    "backward": "(Tensor x, Tensor dy, Tensor? scale, Tensor statistics, Tensor(a!) dx, float one) -> Tensor",
-}
-FAKES = {"backward": _fake_backward}
 _OPERATION = Operation(
     "layer_norm",
     _LayerNorm,
-    "(Tensor x, Tensor? x_dot, Tensor? weight, Tensor? bias, float eps, ScalarType dtype)",
-    KERNELS,
-    FAKES,
-)
-_BACKENDS = (
-    _OPERATION.backend("cpu", CPU, cpu.unavailable),
-    _OPERATION.backend("cuda", CUDA, cuda.unavailable_for_rows, on_request=cuda.on_request),
-    _OPERATION.backend("triton", Kernels("layer_norm"), triton_unavailable),
-    Backend("reference", _reference, always),
+    _reference,
+    _check,
+    (
+        cpu.backend("layer_norm"),
+        cuda.backend("layer_norm", widest=cuda.WIDEST),
+        triton_launch.backend("layer_norm", widest=triton_launch.WIDEST),
+    ),
+    lay_out=in_rows,
 )
 
 
@@ -253,9 +178,6 @@ def layer_norm(
         TypeError, ValueError: for arguments that do not fit.
         RuntimeError: when an explicit `backend` cannot run.
     """
-    _check(x, normalized_shape, weight, bias, dtype)
-    check.number("layer_norm", 0.0, eps=eps)
     primal, tangent = unpack(x)
-    dtype = dtype or primal.dtype
-    run = choose("layer_norm", _BACKENDS, backend, *with_result(primal, dtype)).run
-    return pack(*run(primal, tangent, weight, bias, eps, dtype), x)
+    _check_shape(primal, normalized_shape)
+    return pack(*_OPERATION(backend, primal, tangent, weight, bias, eps, dtype), x)

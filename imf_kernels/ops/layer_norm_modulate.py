@@ -1,31 +1,30 @@
 """LayerNorm modulated by its sample's condition: y = n · (1 + s) + b with n = (x − mean(x)) · r,
-r = (variance(x) + ε)^(−½), over the last dimension, and a row of scale s and shift b a sample.
+r = (variance(x) + ε)^(−½), over the last dimension, and a row of scale s and of shift b per sample.
 
 Tangent:  ẏ = ṅ · (1 + s) + n · ṡ + ḃ with ṅ = r · (ẋ − mean(ẋ) − n · mean(n ẋ)).
 Backward: with g = dy · (1 + s):  dx = r · (g − mean(g) − n · mean(g n)),  ds = Σ dy · n,  db = Σ dy over the
 positions of a sample.
 Source: the adaLN of DiT (Peebles and Xie, "Scalable Diffusion Models with Transformers", 2022, arXiv
 2212.09748).
-Kernels: csrc/cpu/layer_norm.cpp, csrc/cuda/layer_norm.cu, imf_kernels/_triton/layer_norm.py.
+Kernels: those of layer_norm.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from imf_kernels import cpu, cuda
-from imf_kernels.dispatch import Backend, always, choose, with_result
-from imf_kernels.dual import Dual, align, no_gradient, pack, tail, unpack
-from imf_kernels.dual_tensors import takes_dual_tensors
-from imf_kernels.layout import beside, contiguous_like, last_contiguous
-from imf_kernels.operators import Operation
+from imf_kernels import _C
+from imf_kernels.backends import cpu, cuda, triton_launch
+from imf_kernels.backends.layout import as_floats, contiguous_like, count_rows, in_rows, per_position
+from imf_kernels.backends.operators import Operation
+from imf_kernels.dual import Dual, align, last_rows, no_gradient, pack, stored, unpack
 from imf_kernels.ops import check
-from imf_kernels.ops.layer_norm import CPU, CUDA, FAKES, KERNELS, normalize
-from imf_kernels.ops.rms_norm import triton_unavailable
-from imf_kernels.triton_backend import Kernels
+from imf_kernels.ops.layer_norm import backward, normalize
+from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
 
 def _reference(
@@ -36,41 +35,50 @@ def _reference(
     scale: Tensor,
     scale_dot: Tensor | None,
     eps: float,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None]:
+    dtype = dtype or x.dtype
     n, n_dot = normalize(x, x_dot, eps)
-    gain = 1 + beside(scale.to(n.dtype), x)
-    y = (n * gain + beside(shift.to(n.dtype), x)).to(dtype)
+    gain = 1 + per_position(scale.to(n.dtype), x)
+    y = (n * gain + per_position(shift.to(n.dtype), x)).to(dtype)
     parts = []
     with torch.no_grad():
         if n_dot is not None:
-            parts.append(n_dot * tail(gain, n_dot))
+            parts.append(n_dot * last_rows(gain, n_dot))
         if scale_dot is not None:
-            parts.append(tail(n, scale_dot) * beside(scale_dot.to(n.dtype), x))
+            parts.append(last_rows(n, scale_dot) * per_position(scale_dot.to(n.dtype), x))
         if shift_dot is not None:
-            parts.append(beside(shift_dot.to(n.dtype), x).expand(-1, *x.shape[1:]))
+            parts.append(per_position(shift_dot.to(n.dtype), x).expand(-1, *x.shape[1:]))
         return y, sum(parts[1:], parts[0]).to(dtype) if parts else None
 
 
-def _check(x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual, dtype: torch.dtype | None) -> None:
-    check.is_tensor_or_dual("layer_norm_modulate", x=x, shift=shift, scale=scale)
-    x, x_dot = unpack(x)
+def _check(
+    x: Tensor,
+    x_dot: Tensor | None,
+    shift: Tensor,
+    shift_dot: Tensor | None,
+    scale: Tensor,
+    scale_dot: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> Sequence[Tensor]:
+    check.is_tensor("layer_norm_modulate", x=x, shift=shift, scale=scale)
     if x.dim() < 2:
         raise ValueError(f"layer_norm_modulate: x must be [B, ..., d], got {list(x.shape)}")
     wanted = x.shape[0], x.shape[-1]
-    for name, argument in (("shift", shift), ("scale", scale)):
-        parameter, _ = unpack(argument)
-        check.has_shape("layer_norm_modulate", name, parameter, wanted, ", a row a sample,", x=x)
+    for name, parameter in (("shift", shift), ("scale", scale)):
+        check.has_shape("layer_norm_modulate", name, parameter, wanted, ", a row per sample,", x=x)
         check.same_device("layer_norm_modulate", x, **{name: parameter})
     check.last_contiguous("layer_norm_modulate", x=x, x_dot=x_dot)
-    check.result_dtype("layer_norm_modulate", x, dtype)
+    check.number("layer_norm_modulate", 0.0, eps=eps)
+    return *check.with_result("layer_norm_modulate", x, dtype), shift, scale
 
 
 class _LayerNormModulate(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        kernels: Any,
+        kernels: _C.layer_norm,
         x: Tensor,
         x_dot: Tensor | None,
         shift: Tensor,
@@ -78,15 +86,18 @@ class _LayerNormModulate(torch.autograd.Function):
         scale: Tensor,
         scale_dot: Tensor | None,
         eps: float,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor | None]:
-        y, y_dot = contiguous_like(x, dtype), None
-        statistics = x.new_empty((*x.shape[:-1], 3), dtype=torch.float32)
-        stored = next((t for t in (x_dot, shift_dot, scale_dot) if t is not None), None)
-        if stored is not None:
-            y_dot = contiguous_like(tail(x, stored), dtype)
+        x, y, y_dot = in_rows(x), contiguous_like(x, dtype), None
+        statistics = x.new_empty(3 * count_rows(x), dtype=torch.float32)
+        moving = stored(x_dot, shift_dot, scale_dot)
+        if moving is not None:
+            y_dot = contiguous_like(last_rows(x, moving), dtype)
             no_gradient(ctx, y_dot)
-        kernels.forward(x, x_dot, scale, scale_dot, shift, shift_dot, y, y_dot, statistics, 1.0, eps)
+            x_dot = None if x_dot is None else in_rows(x_dot)
+        s_dot, b_dot = (None if p is None else as_floats(p) for p in (scale_dot, shift_dot))
+        s, b = as_floats(scale), as_floats(shift)
+        kernels.forward(x, x_dot, s, s_dot, b, b_dot, y, y_dot, statistics, 1.0, eps)
         ctx.save_for_backward(x, shift, scale, statistics)
         ctx.kernels = kernels
         return y, y_dot
@@ -95,28 +106,35 @@ class _LayerNormModulate(torch.autograd.Function):
     @check.backward_of("layer_norm_modulate")
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         x, shift, scale, statistics = ctx.saved_tensors
-        dx = contiguous_like(x)
-        sums = ctx.kernels.backward(x, last_contiguous(dy), scale, statistics, dx, 1.0)
-        dscale, dshift = sums[:, 0].to(scale.dtype), sums[:, 1].to(shift.dtype)
-        return None, dx, None, dshift, None, dscale, None, None, None
+        dx, (dscale, dshift) = backward(ctx.kernels, x, dy, scale, statistics, 1.0)
+        return None, dx, None, dshift.to(shift.dtype), None, dscale.to(scale.dtype), None, None, None
 
 
 _OPERATION = Operation(
     "layer_norm_modulate",
     _LayerNormModulate,
-    "(Tensor x, Tensor? x_dot, Tensor shift, Tensor? shift_dot, Tensor scale, Tensor? scale_dot, float eps, "
-    "ScalarType dtype)",
-    KERNELS,
-    FAKES,
-)
-_BACKENDS = (
-    _OPERATION.backend("cpu", CPU, cpu.unavailable),
-    _OPERATION.backend("cuda", CUDA, cuda.unavailable_for_rows, on_request=cuda.on_request),
-    _OPERATION.backend("triton", Kernels("layer_norm"), triton_unavailable),
-    Backend("reference", _reference, always),
+    _reference,
+    _check,
+    (
+        cpu.backend("layer_norm"),
+        cuda.backend("layer_norm", widest=cuda.WIDEST),
+        triton_launch.backend("layer_norm", widest=triton_launch.WIDEST),
+    ),
+    kernels="layer_norm",
+    lay_out=in_rows,
 )
 
 
+@overload
+def layer_norm_modulate(  # type: ignore[overload-overlap]
+    x: Tensor, shift: Tensor, scale: Tensor,
+    eps: float = ..., *, dtype: torch.dtype | None = ..., backend: str | None = ...
+) -> Tensor: ...  # fmt: skip
+@overload
+def layer_norm_modulate(
+    x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual,
+    eps: float = ..., *, dtype: torch.dtype | None = ..., backend: str | None = ...
+) -> Dual: ...  # fmt: skip
 @takes_dual_tensors
 def layer_norm_modulate(
     x: Tensor | Dual,
@@ -147,12 +165,7 @@ def layer_norm_modulate(
         TypeError, ValueError: for arguments that do not fit.
         RuntimeError: when an explicit `backend` cannot run.
     """
-    _check(x, shift, scale, dtype)
-    check.number("layer_norm_modulate", 0.0, eps=eps)
     (x_primal, x_dot), (b_primal, b_dot), (s_primal, s_dot) = unpack(x), unpack(shift), unpack(scale)
     x_dot, b_dot, s_dot = align(x_dot, b_dot, s_dot)
-    dtype = dtype or x_primal.dtype
-    tensors = (*with_result(x_primal, dtype), b_primal, s_primal)
-    run = choose("layer_norm_modulate", _BACKENDS, backend, *tensors).run
-    results = run(x_primal, x_dot, b_primal, b_dot, s_primal, s_dot, eps, dtype)
+    results = _OPERATION(backend, x_primal, x_dot, b_primal, b_dot, s_primal, s_dot, eps, dtype)
     return pack(*results, x, shift, scale)

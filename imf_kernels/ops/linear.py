@@ -2,24 +2,24 @@
 
 Tangent:  ẏ = ẋ Wᵀ (weight and bias carry none).
 Backward: dx = dy W,  dW = dyᵀ x,  db = Σ_rows dy.
-Kernels: PyTorch's matrix products, by the library that suits the processor (imf_kernels/gemm.py).
+Kernels: PyTorch's matrix products, by the library that suits the processor (backends/matmul.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imf_kernels import cpu, gemm
-from imf_kernels.dispatch import Backend, always, choose, in_graph
-from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, unpack
-from imf_kernels.dual_tensors import takes_dual_tensors
-from imf_kernels.layout import count_rows, not_a_view
-from imf_kernels.operators import Operation
+from imf_kernels.backends import cpu, matmul
+from imf_kernels.backends.dispatch import Backend
+from imf_kernels.backends.operators import Operation
+from imf_kernels.dual import TensorOrDual, no_gradient, pack, unpack
 from imf_kernels.ops import check
+from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
 
 def _reference(
@@ -33,11 +33,10 @@ def _reference(
         return y, F.linear(x_dot, w)
 
 
-def _check(x: Tensor | Dual, weight: Tensor, bias: Tensor | None) -> None:
-    check.is_tensor_or_dual("linear", x=x)
-    check.is_tensor("linear", weight=weight)
-    check.single_row_whole("linear", x=x)
-    x, _ = unpack(x)
+def _check(x: Tensor, x_dot: Tensor | None, weight: Tensor, bias: Tensor | None) -> Sequence[Tensor]:
+    check.is_tensor("linear", x=x)
+    check.is_weight("linear", weight=weight)
+    check.single_row_is_complete("linear", x=(x, x_dot))
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"linear: weight must be [out, in] with in = {x.shape[-1] if x.dim() else 1}, the last dimension "
@@ -45,13 +44,14 @@ def _check(x: Tensor | Dual, weight: Tensor, bias: Tensor | None) -> None:
         )
     parameters = {"weight": weight}
     if bias is not None:
-        check.is_tensor("linear", bias=bias)
+        check.is_weight("linear", bias=bias)
         check.has_shape("linear", "bias", bias, weight.shape[:1], weight=weight)
         parameters["bias"] = bias
     check.same_device("linear", x, **parameters)
     for name, parameter in parameters.items():
         if parameter.dtype != x.dtype and parameter.dtype != torch.float32:
             raise TypeError(f"linear: {name} must be {x.dtype} like x, or float32; got {parameter.dtype}")
+    return (x,)
 
 
 class _Linear(torch.autograd.Function):
@@ -61,9 +61,9 @@ class _Linear(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         w = weight.to(x.dtype)
         b = None if bias is None else bias.to(x.dtype)
-        y, y_dot = _product(products, x, w, b), None
+        y, y_dot = products.forward(x, w, b), None
         if x_dot is not None:
-            y_dot = _product(products, x_dot, w, None)
+            y_dot = products.forward(x_dot, w, None)
             no_gradient(ctx, y_dot)
         ctx.save_for_backward(x, weight, bias)
         ctx.products = products
@@ -74,44 +74,34 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         dx = dweight = dbias = None
-        count = count_rows(dy)
-        rows = dy.reshape(count, dy.shape[-1])
+        rows = matmul.matrix(dy)
         if ctx.needs_input_grad[1]:
             dx = ctx.products.grad_input(rows, weight.to(x.dtype)).view(x.shape)
         if ctx.needs_input_grad[3]:
-            dweight = ctx.products.grad_weight(rows, x.reshape(count, x.shape[-1])).to(weight.dtype)
+            dweight = ctx.products.grad_weight(rows, matmul.matrix(x)).to(weight.dtype)
         if ctx.needs_input_grad[4]:
             dbias = rows.sum(0, dtype=torch.float32).to(bias.dtype)
         return None, dx, None, dweight, dbias
 
 
-def _product(products: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[..., in] → [..., out]; no view of the product, which autograd would let nobody modify."""
-    if x.dim() == 2:
-        return products.forward(x, weight, bias)
-    y = products.forward(x.reshape(count_rows(x), x.shape[-1]), weight, bias)
-    shape = (*x.shape[:-1], weight.shape[0])
-    return not_a_view(y, shape) if in_graph() else y.resize_(shape)  # which takes a third of the time
-
-
 _OPERATION = Operation(
     "linear",
     _Linear,
-    "(Tensor x, Tensor? x_dot, Tensor weight, Tensor? bias)",
-    {
-        "forward": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-        "grad_input": "(Tensor dy, Tensor weight) -> Tensor",
-        "grad_weight": "(Tensor dy, Tensor x) -> Tensor",
+    _reference,
+    _check,
+    (Backend("cpu", matmul, cpu.unavailable),),
+    schemas={
+        "linear_forward": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+        "linear_grad_input": "(Tensor dy, Tensor weight) -> Tensor",
+        "linear_grad_weight": "(Tensor dy, Tensor x) -> Tensor",
     },
-    {
-        "forward": lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
-        "grad_input": lambda dy, weight: dy.new_empty(dy.shape[0], weight.shape[1]),
-        "grad_weight": lambda dy, x: dy.new_empty(dy.shape[1], x.shape[1]),
+    fakes={
+        "linear_forward": lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+        "linear_grad_input": lambda dy, weight: dy.new_empty(dy.shape[0], weight.shape[1]),
+        "linear_grad_weight": lambda dy, x: dy.new_empty(dy.shape[1], x.shape[1]),
     },
-)
-_BACKENDS = (
-    _OPERATION.backend("cpu", gemm, cpu.unavailable),
-    Backend("reference", _reference, always, also=("triton", "cuda")),
+    kind="products",
+    reference_aliases=("triton", "cuda"),
 )
 
 
@@ -136,6 +126,5 @@ def linear(
         TypeError, ValueError: for arguments that do not fit.
         RuntimeError: when an explicit `backend` cannot run.
     """
-    _check(x, weight, bias)
     primal, tangent = unpack(x)
-    return pack(*choose("linear", _BACKENDS, backend, primal).run(primal, tangent, weight, bias), x)
+    return pack(*_OPERATION(backend, primal, tangent, weight, bias), x)

@@ -6,24 +6,27 @@ Tangent:  ẏ = R_l ṅ, ṅ as in rms_norm.
 Backward: dn = R_lᵀ dy, then as in rms_norm.
 Source: Su et al., "RoFormer" (2021), interleaved pairs; Dehghani et al., "Scaling Vision Transformers to 22
 Billion Parameters" (2023), for the normalisation.
-Kernels: csrc/cpu/qk_norm_rope.cpp, csrc/cuda/qk_norm_rope.cu, imf_kernels/_triton/qk_norm_rope.py.
+Kernels: csrc/ops/qk_norm_rope.h, csrc/cpu/qk_norm_rope.cpp, csrc/cuda/qk_norm_rope.cu,
+backends/triton_kernels/qk_norm_rope.py.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from imf_kernels import _C, cpu, cuda, triton_backend
-from imf_kernels.dispatch import Backend, always, choose
-from imf_kernels.dual import Dual, no_gradient, pack, tail, unpack
-from imf_kernels.dual_tensors import takes_dual_tensors
-from imf_kernels.layout import DTYPES, last_contiguous, pointer, positions_first
-from imf_kernels.operators import Operation
+from imf_kernels import _C
+from imf_kernels.backends import cpu, cuda, triton_launch
+from imf_kernels.backends.layout import as_floats, last_contiguous, positions_first, sums
+from imf_kernels.backends.operators import Operation
+from imf_kernels.dual import Dual, TensorOrDual, last_rows, no_gradient, pack, unpack
 from imf_kernels.ops import check
-from imf_kernels.triton_backend import Kernels
+from imf_kernels.transforms.dual_tensors import takes_dual_tensors
+
+OtherTensorOrDual = TypeVar("OtherTensorOrDual", bound="Tensor | Dual")
 
 
 def rope_tables(length: int, width: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
@@ -48,7 +51,7 @@ def _rotate(n: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _reference(
-    x: Tensor, x_dot: Tensor | None, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+    x: Tensor, x_dot: Tensor | None, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, name: str
 ) -> tuple[Tensor, Tensor | None]:
     dtype, exact = x.dtype, torch.promote_types(x.dtype, torch.float32)
     x, w, cos, sin = x.to(exact), weight.to(exact), cos.to(exact), sin.to(exact)
@@ -57,46 +60,50 @@ def _reference(
     if x_dot is None:
         return y, None
     with torch.no_grad():
-        x, r, x_dot = tail(x, x_dot), tail(r, x_dot), x_dot.to(exact)
+        x, r, x_dot = last_rows(x, x_dot), last_rows(r, x_dot), x_dot.to(exact)
         r_dot = -(r**3) * (x * x_dot).mean(-1, keepdim=True)
         return y, _rotate((x_dot * r + x * r_dot) * w, cos, sin).to(dtype)
 
 
-def _check(argument: str, x: Tensor | Dual, weight: Tensor, cos: Tensor, sin: Tensor) -> None:
-    name = "qk_norm_rope"
-    check.is_tensor_or_dual(name, **{argument: x})
-    check.is_tensor(name, **{f"{argument}_weight": weight, "cos": cos, "sin": sin})
-    x, x_dot = unpack(x)
+def _check(
+    x: Tensor, x_dot: Tensor | None, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, name: str
+) -> Sequence[Tensor]:
+    operation, weights = "qk_norm_rope", {f"{name}_weight": weight, "cos": cos, "sin": sin}
+    check.is_tensor(operation, **{name: x})
+    check.is_weight(operation, **weights)
     if x.dim() != 4 or x.shape[-1] % 2:
-        raise ValueError(f"{name}: {argument} must be [B, H, L, D] with an even D, got {list(x.shape)}")
+        raise ValueError(f"{operation}: {name} must be [B, H, L, D] with an even D, got {list(x.shape)}")
     length, width = x.shape[2:]
-    check.has_shape(name, f"{argument}_weight", weight, (width,), **{argument: x})
-    for table, values in (("cos", cos), ("sin", sin)):
-        check.has_shape(name, table, values, (length, width // 2), **{argument: x})
-    check.same_device(name, x, **{f"{argument}_weight": weight, "cos": cos, "sin": sin})
-    check.last_contiguous(name, **{argument: x, f"{argument}_dot": x_dot})
+    check.has_shape(operation, f"{name}_weight", weight, (width,), **{name: x})
+    for table in ("cos", "sin"):
+        check.has_shape(operation, table, weights[table], (length, width // 2), **{name: x})
+    check.same_device(operation, x, **weights)
+    check.last_contiguous(operation, **{name: x, f"{name}_dot": x_dot})
+    check.number(operation, 0.0, eps=eps)
+    return (x,)
 
 
 class _QKNormRope(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        kernels: Any,
+        kernels: _C.qk_norm_rope,
         x: Tensor,
         x_dot: Tensor | None,
         weight: Tensor,
         cos: Tensor,
         sin: Tensor,
         eps: float,
+        name: str,
     ) -> tuple[Tensor, Tensor | None]:
         batch, heads, length, width = x.shape
-        cos, sin = cos.float().contiguous(), sin.float().contiguous()
+        cos, sin = as_floats(cos), as_floats(sin)
         y, y_dot = positions_first(x, batch, length, width), None
-        rstd = x.new_empty((batch, length, heads), dtype=torch.float32)
+        rstd = x.new_empty(batch * length * heads, dtype=torch.float32)
         if x_dot is not None:
             y_dot = positions_first(x, x_dot.shape[0], length, width)
             no_gradient(ctx, y_dot)
-        kernels.forward(x, x_dot, weight, cos, sin, y, y_dot, rstd, eps)
+        kernels.forward(x, x_dot, as_floats(weight), cos, sin, y, y_dot, rstd, eps)
         ctx.save_for_backward(x, weight, cos, sin, rstd)
         ctx.kernels = kernels
         return y, y_dot
@@ -105,93 +112,30 @@ class _QKNormRope(torch.autograd.Function):
     @check.backward_of("qk_norm_rope")
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, cos, sin, rstd = ctx.saved_tensors
+        kernels: _C.qk_norm_rope = ctx.kernels
         dx = positions_first(x, x.shape[0], x.shape[2], x.shape[3])
-        dweight = ctx.kernels.backward(x, last_contiguous(dy), weight, cos, sin, rstd, dx)
-        return None, dx, None, dweight.to(weight.dtype), None, None, None
-
-
-class _CPU:
-    call = staticmethod(cpu.call)
-
-    @classmethod
-    def forward(
-        cls,
-        x: Tensor,
-        x_dot: Tensor | None,
-        weight: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        y: Tensor,
-        y_dot: Tensor | None,
-        rstd: Tensor,
-        eps: float,
-    ) -> None:
-        batch, heads, length, width = x.shape
-        rows, t_strides = (0, (0, 0, 0)) if x_dot is None else (x_dot.shape[0], x_dot.stride()[:3])
-        w = weight.float().contiguous()
-        cls.call(
-            *("qk_norm_rope_forward", x, DTYPES[x.dtype], pointer(x), pointer(x_dot), pointer(w)),
-            *(pointer(cos), pointer(sin), pointer(y), pointer(y_dot), pointer(rstd)),
-            *(batch, rows, heads, length, width, x.stride()[:3], t_strides, eps),
-        )
-
-    @staticmethod
-    def backward(
-        x: Tensor, dy: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor, dx: Tensor
-    ) -> Tensor:
-        (batch, heads, length, width), threads = x.shape, torch.get_num_threads()
-        w = weight.float().contiguous()
-        dweight = x.new_empty(width, dtype=torch.float32)
-        _C.qk_norm_rope_backward(
-            *(DTYPES[x.dtype], pointer(x), pointer(dy), pointer(w), pointer(cos), pointer(sin)),
-            *(pointer(rstd), pointer(dx), pointer(dweight), batch, heads, length, width),
-            *(x.stride()[:3], dy.stride()[:3], threads),
-        )
-        return dweight
-
-
-class _CUDA(_CPU):
-    call = staticmethod(cuda.call)
-
-    @staticmethod
-    def backward(
-        x: Tensor, dy: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor, dx: Tensor
-    ) -> Tensor:
-        batch, heads, length, width = x.shape
-        w = weight.float().contiguous()
-        dweight, partial, shares = cuda.sums(x, 1, batch * heads * length, width)
-        cuda.call(
-            *("qk_norm_rope_backward", x, DTYPES[x.dtype], pointer(x), pointer(dy), pointer(w)),
-            *(pointer(cos), pointer(sin), pointer(rstd), pointer(dx), pointer(partial), pointer(dweight)),
-            *(batch, heads, length, width, x.stride()[:3], dy.stride()[:3], shares),
-        )
-        return dweight[0]
+        partial, dweight = sums(kernels, x, 1, rstd.numel(), 1, x.shape[3])
+        kernels.backward(x, last_contiguous(dy), as_floats(weight), cos, sin, rstd, dx, partial, dweight)
+        return None, dx, None, dweight.view(-1).to(weight.dtype), None, None, None, None
 
 
 _OPERATION = Operation(
     "qk_norm_rope",
     _QKNormRope,
-    "(Tensor x, Tensor? x_dot, Tensor weight, Tensor cos, Tensor sin, float eps)",
-    {
-        "forward": "(Tensor x, Tensor? x_dot, Tensor weight, Tensor cos, Tensor sin, Tensor(a!) y, "
-        "Tensor(b!)? y_dot, Tensor(c!) rstd, float eps) -> ()",
-        "backward": "(Tensor x, Tensor dy, Tensor weight, Tensor cos, Tensor sin, Tensor rstd, "
-        "Tensor(a!) dx) -> Tensor",
-    },
-    {"backward": lambda x, dy, weight, *_: weight.new_empty(weight.shape, dtype=torch.float32)},
-)
-_BACKENDS = (
-    _OPERATION.backend("cpu", _CPU, cpu.unavailable),
-    _OPERATION.backend("cuda", _CUDA, cuda.unavailable_for_rows, on_request=cuda.on_request),
-    _OPERATION.backend("triton", Kernels("qk_norm_rope"), triton_backend.unavailable),
-    Backend("reference", _reference, always),
+    _reference,
+    _check,
+    (
+        cpu.backend("qk_norm_rope"),
+        cuda.backend("qk_norm_rope", widest=cuda.WIDEST),
+        triton_launch.backend("qk_norm_rope"),
+    ),
 )
 
 
 @takes_dual_tensors
 def qk_norm_rope(
-    q: Tensor | Dual,
-    k: Tensor | Dual,
+    q: TensorOrDual,
+    k: OtherTensorOrDual,
     q_weight: Tensor,
     k_weight: Tensor,
     cos: Tensor,
@@ -199,7 +143,7 @@ def qk_norm_rope(
     eps: float = 1e-6,
     *,
     backend: str | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[TensorOrDual, OtherTensorOrDual]:
     """RMSNorm over the head dimension, then rotary positions, of queries and of keys, with their tangents.
 
     Args:
@@ -219,11 +163,8 @@ def qk_norm_rope(
         TypeError, ValueError: for arguments that do not fit.
         RuntimeError: when an explicit `backend` cannot run.
     """
-    check.number("qk_norm_rope", 0.0, eps=eps)
     results = []
-    for argument, x, weight in (("q", q, q_weight), ("k", k, k_weight)):
-        _check(argument, x, weight, cos, sin)
+    for name, x, weight in (("q", q, q_weight), ("k", k, k_weight)):
         primal, tangent = unpack(x)
-        run = choose("qk_norm_rope", _BACKENDS, backend, primal).run
-        results.append(pack(*run(primal, tangent, weight, cos, sin, eps), x))
-    return results[0], results[1]
+        results.append(pack(*_OPERATION(backend, primal, tangent, weight, cos, sin, eps, name), x))
+    return cast(Any, tuple(results))

@@ -3,73 +3,75 @@
 Tangent:  ẏ = (ẋ · r + x · ṙ) · w with ṙ = −r³ · mean(x ẋ).
 Backward: with g = dy · w and n = x · r:  dx = r · (g − n · mean(g n)),  dw = Σ_rows dy · n.
 Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
-Kernels: csrc/cpu/rms_norm.cpp, imf_kernels/_triton/rms_norm.py, csrc/cuda/rms_norm.cu.
+Kernels: csrc/ops/rms_norm.h, csrc/cpu/rms_norm.cpp, csrc/cuda/rms_norm.cu, backends/triton_kernels/rms_norm.py.
 
 This file is the exemplar: every operation's file has these parts in this order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from imf_kernels import _C, cpu, cuda, triton_backend
-from imf_kernels.dispatch import Backend, always, choose, with_result
-from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, tail, unpack
-from imf_kernels.dual_tensors import takes_dual_tensors
-from imf_kernels.layout import DTYPES, contiguous_like, count_rows, last_contiguous, pointer, rows_of
-from imf_kernels.operators import Operation
+from imf_kernels import _C
+from imf_kernels.backends import cpu, cuda, triton_launch
+from imf_kernels.backends.layout import as_floats, contiguous_like, count_rows, in_rows, sums
+from imf_kernels.backends.operators import Operation
+from imf_kernels.dual import TensorOrDual, last_rows, no_gradient, pack, unpack
 from imf_kernels.ops import check
-from imf_kernels.triton_backend import Kernels
+from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
 
 def _reference(
-    x: Tensor, x_dot: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor, x_dot: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None]:
-    exact = torch.promote_types(x.dtype, torch.float32)
+    dtype, exact = dtype or x.dtype, torch.promote_types(x.dtype, torch.float32)
     x, w = x.to(exact), weight.to(exact)
     r = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
     y = (x * r * w).to(dtype)
     if x_dot is None:
         return y, None
     with torch.no_grad():
-        x, r, x_dot = tail(x, x_dot), tail(r, x_dot), x_dot.to(exact)
+        x, r, x_dot = last_rows(x, x_dot), last_rows(r, x_dot), x_dot.to(exact)
         r_dot = -(r**3) * (x * x_dot).mean(-1, keepdim=True)
         return y, ((x_dot * r + x * r_dot) * w).to(dtype)
 
 
-def _check(x: Tensor | Dual, weight: Tensor, dtype: torch.dtype | None) -> None:
-    check.is_tensor_or_dual("rms_norm", x=x)
-    check.is_tensor("rms_norm", weight=weight)
-    check.single_row_whole("rms_norm", x=x)
-    x, x_dot = unpack(x)
+def _check(
+    x: Tensor, x_dot: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype | None
+) -> Sequence[Tensor]:
+    check.is_tensor("rms_norm", x=x)
+    check.is_weight("rms_norm", weight=weight)
+    check.single_row_is_complete("rms_norm", x=(x, x_dot))
     if x.dim() == 0:
         raise ValueError("rms_norm: x must have at least one dimension, got a scalar")
     check.has_shape("rms_norm", "weight", weight, x.shape[-1:], x=x)
     check.same_device("rms_norm", x, weight=weight)
     check.last_contiguous("rms_norm", x=x, x_dot=x_dot)
-    check.result_dtype("rms_norm", x, dtype)
+    check.number("rms_norm", 0.0, eps=eps)
+    return check.with_result("rms_norm", x, dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        kernels: Any,
+        kernels: _C.rms_norm,
         x: Tensor,
         x_dot: Tensor | None,
         weight: Tensor,
         eps: float,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor | None]:
-        y, y_dot = contiguous_like(x, dtype), None
-        rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+        x, y, y_dot = in_rows(x), contiguous_like(x, dtype), None
+        rstd = x.new_empty(count_rows(x), dtype=torch.float32)
         if x_dot is not None:
-            y_dot = contiguous_like(x_dot, dtype)
+            x_dot, y_dot = in_rows(x_dot), contiguous_like(x_dot, dtype)
             no_gradient(ctx, y_dot)
-        kernels.forward(x, x_dot, weight, y, y_dot, rstd, eps)
+        kernels.forward(x, x_dot, as_floats(weight), y, y_dot, rstd, eps)
         ctx.save_for_backward(x, weight, rstd)
         ctx.kernels = kernels
         return y, y_dot
@@ -78,86 +80,24 @@ class _RMSNorm(torch.autograd.Function):
     @check.backward_of("rms_norm")
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
+        kernels: _C.rms_norm = ctx.kernels
         dx = contiguous_like(x)
-        dweight = ctx.kernels.backward(x, last_contiguous(dy), weight, rstd, dx)
-        return None, dx, None, dweight.to(weight.dtype), None, None
-
-
-class _CPU:
-    call = staticmethod(cpu.call)
-
-    @classmethod
-    def forward(
-        cls,
-        x: Tensor,
-        x_dot: Tensor | None,
-        weight: Tensor,
-        y: Tensor,
-        y_dot: Tensor | None,
-        rstd: Tensor,
-        eps: float,
-    ) -> None:
-        (x_rows, x_stride), (t_rows, t_stride) = rows_of(x), rows_of(x_dot)
-        w = weight.float().contiguous()
-        cls.call(
-            *("rms_norm_forward", x, DTYPES[x.dtype], DTYPES[y.dtype], pointer(x_rows), pointer(t_rows)),
-            *(pointer(w), pointer(y), pointer(y_dot), pointer(rstd)),
-            *(count_rows(x), count_rows(t_rows), x.shape[-1], x_stride, t_stride, eps),
-        )
-
-    @staticmethod
-    def backward(x: Tensor, dy: Tensor, weight: Tensor, rstd: Tensor, dx: Tensor) -> Tensor:
-        """Fills dx; the gradient of the weight in fp32."""
-        (x_rows, x_stride), (dy_rows, dy_stride) = rows_of(x), rows_of(dy)
-        w, threads = weight.float().contiguous(), torch.get_num_threads()
-        dweight = x.new_empty(x.shape[-1:], dtype=torch.float32)
-        _C.rms_norm_backward(
-            *(DTYPES[x.dtype], DTYPES[dy.dtype], pointer(x_rows), pointer(dy_rows)),
-            *(pointer(w), pointer(rstd), pointer(dx), pointer(dweight)),
-            *(rstd.numel(), x.shape[-1], x_stride, dy_stride, threads),
-        )
-        return dweight
-
-
-class _CUDA(_CPU):
-    call = staticmethod(cuda.call)
-
-    @staticmethod
-    def backward(x: Tensor, dy: Tensor, weight: Tensor, rstd: Tensor, dx: Tensor) -> Tensor:
-        (x_rows, x_stride), (dy_rows, dy_stride) = rows_of(x), rows_of(dy)
-        w, rows = weight.float().contiguous(), rstd.numel()
-        dweight, partial, shares = cuda.sums(x, 1, rows, x.shape[-1])
-        cuda.call(
-            *("rms_norm_backward", x, DTYPES[x.dtype], DTYPES[dy.dtype], pointer(x_rows), pointer(dy_rows)),
-            *(pointer(w), pointer(rstd), pointer(dx), pointer(partial), pointer(dweight)),
-            *(rows, x.shape[-1], x_stride, dy_stride, shares),
-        )
-        return dweight[0]
-
-
-def triton_unavailable(tensors: Any) -> str | None:
-    if reason := triton_backend.unavailable(tensors):
-        return reason
-    width = tensors[0].shape[-1]  # a program keeps a whole row in its registers
-    return None if width <= 16384 else f"it takes rows of at most 16384, got {width}"
+        partial, dweight = sums(kernels, x, 1, count_rows(x), 1, x.shape[-1])
+        kernels.backward(x, in_rows(dy), as_floats(weight), rstd, dx, partial, dweight)
+        return None, dx, None, dweight.view(-1).to(weight.dtype), None, None
 
 
 _OPERATION = Operation(
     "rms_norm",
     _RMSNorm,
-    "(Tensor x, Tensor? x_dot, Tensor weight, float eps, ScalarType dtype)",
-    {
-        "forward": "(Tensor x, Tensor? x_dot, Tensor weight, Tensor(a!) y, Tensor(b!)? y_dot, "
-        "Tensor(c!) rstd, float eps) -> ()",
-        "backward": "(Tensor x, Tensor dy, Tensor weight, Tensor rstd, Tensor(a!) dx) -> Tensor",
-    },
-    {"backward": lambda x, dy, weight, rstd, dx: weight.new_empty(weight.shape, dtype=torch.float32)},
-)
-_BACKENDS = (
-    _OPERATION.backend("cpu", _CPU, cpu.unavailable),
-    _OPERATION.backend("cuda", _CUDA, cuda.unavailable_for_rows, on_request=cuda.on_request),
-    _OPERATION.backend("triton", Kernels("rms_norm"), triton_unavailable),
-    Backend("reference", _reference, always),
+    _reference,
+    _check,
+    (
+        cpu.backend("rms_norm"),
+        cuda.backend("rms_norm", widest=cuda.WIDEST),
+        triton_launch.backend("rms_norm", widest=triton_launch.WIDEST),
+    ),
+    lay_out=in_rows,
 )
 
 
@@ -187,9 +127,5 @@ def rms_norm(
         TypeError, ValueError: for arguments that do not fit.
         RuntimeError: when an explicit `backend` cannot run.
     """
-    _check(x, weight, dtype)
-    check.number("rms_norm", 0.0, eps=eps)
     primal, tangent = unpack(x)
-    dtype = dtype or primal.dtype
-    run = choose("rms_norm", _BACKENDS, backend, *with_result(primal, dtype)).run
-    return pack(*run(primal, tangent, weight, eps, dtype), x)
+    return pack(*_OPERATION(backend, primal, tangent, weight, eps, dtype), x)

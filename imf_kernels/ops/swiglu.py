@@ -3,58 +3,61 @@
 Tangent:  ẏ = silu'(g) ġ · u + silu(g) · u̇ with silu'(g) = s (1 + g (1 − s)), s = 1 / (1 + e^(−g)).
 Backward: dg = dy · u · silu'(g),  du = dy · silu(g).
 Source: Shazeer, "GLU Variants Improve Transformer" (2020).
-Kernels: csrc/cpu/swiglu.cpp, csrc/cuda/swiglu.cu, imf_kernels/_triton/swiglu.py.
+Kernels: csrc/ops/swiglu.h, csrc/cpu/swiglu.cpp, csrc/cuda/swiglu.cu, backends/triton_kernels/swiglu.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from imf_kernels import cpu, cuda, triton_backend
-from imf_kernels.dispatch import Backend, always, choose
-from imf_kernels.dual import Dual, TensorOrDual, no_gradient, pack, tail, unpack
-from imf_kernels.dual_tensors import takes_dual_tensors
-from imf_kernels.layout import DTYPES, contiguous_like, count_rows, last_contiguous, pointer, rows_of
-from imf_kernels.operators import Operation
+from imf_kernels import _C
+from imf_kernels.backends import cpu, cuda, triton_launch
+from imf_kernels.backends.layout import contiguous_like, in_rows
+from imf_kernels.backends.operators import Operation
+from imf_kernels.dual import TensorOrDual, last_rows, no_gradient, pack, unpack
 from imf_kernels.ops import check
-from imf_kernels.triton_backend import Kernels
+from imf_kernels.ops.elementwise import SILU
+from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
 
 def _reference(x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
     dtype, exact = x.dtype, torch.promote_types(x.dtype, torch.float32)
     gate, up = x.to(exact).chunk(2, dim=-1)
-    s = torch.sigmoid(gate)
-    y = (gate * s * up).to(dtype)
+    silu = SILU.function(gate)
+    y = (silu * up).to(dtype)
     if x_dot is None:
         return y, None
     with torch.no_grad():
-        gate, up, s = tail(gate, x_dot), tail(up, x_dot), tail(s, x_dot)
+        gate, up, silu = last_rows(gate, x_dot), last_rows(up, x_dot), last_rows(silu, x_dot)
         gate_dot, up_dot = x_dot.to(exact).chunk(2, dim=-1)
-        return y, (s * (1 + gate * (1 - s)) * gate_dot * up + gate * s * up_dot).to(dtype)
+        return y, (SILU.derivative(gate) * gate_dot * up + silu * up_dot).to(dtype)
 
 
-def _check(x: Tensor | Dual) -> None:
-    check.is_tensor_or_dual("swiglu", x=x)
-    check.single_row_whole("swiglu", x=x)
-    x, x_dot = unpack(x)
+def _check(x: Tensor, x_dot: Tensor | None) -> Sequence[Tensor]:
+    check.is_tensor("swiglu", x=x)
+    check.single_row_is_complete("swiglu", x=(x, x_dot))
     if x.dim() == 0 or x.shape[-1] % 2:
         raise ValueError(
-            "swiglu: the last dimension of x holds gate and up side by side and must be even, "
+            "swiglu: the last dimension of x holds gate and up one after the other and must be even, "
             f"got {list(x.shape)}"
         )
     check.last_contiguous("swiglu", x=x, x_dot=x_dot)
+    return (x,)
 
 
 class _Swiglu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernels: Any, x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        width = x.shape[-1] // 2
+    def forward(
+        ctx: Any, kernels: _C.swiglu, x: Tensor, x_dot: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        x, width = in_rows(x), x.shape[-1] // 2
         y, y_dot = x.new_empty((*x.shape[:-1], width)), None
         if x_dot is not None:
-            y_dot = x.new_empty((*x_dot.shape[:-1], width))
+            x_dot, y_dot = in_rows(x_dot), x.new_empty((*x_dot.shape[:-1], width))
             no_gradient(ctx, y_dot)
         kernels.forward(x, x_dot, y, y_dot)
         ctx.save_for_backward(x)
@@ -66,46 +69,17 @@ class _Swiglu(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         dx = contiguous_like(x)
-        ctx.kernels.backward(x, last_contiguous(dy), dx)
+        ctx.kernels.backward(x, in_rows(dy), dx)
         return None, dx, None
-
-
-class _Compiled:
-    """The kernels of csrc: `call` runs them, on the CPU or on a GPU."""
-
-    def __init__(self, call: Any) -> None:
-        self._call = call
-
-    def forward(self, x: Tensor, x_dot: Tensor | None, y: Tensor, y_dot: Tensor | None) -> None:
-        (x_rows, x_stride), (t_rows, t_stride) = rows_of(x), rows_of(x_dot)
-        self._call(
-            *("swiglu_forward", x, DTYPES[x.dtype], pointer(x_rows), pointer(t_rows)),
-            *(pointer(y), pointer(y_dot)),
-            *(count_rows(x), count_rows(x_dot), y.shape[-1], x_stride, t_stride),
-        )
-
-    def backward(self, x: Tensor, dy: Tensor, dx: Tensor) -> None:
-        (x_rows, x_stride), (dy_rows, dy_stride) = rows_of(x), rows_of(dy)
-        self._call(
-            *("swiglu_backward", x, DTYPES[x.dtype], pointer(x_rows), pointer(dy_rows), pointer(dx)),
-            *(count_rows(x), dy.shape[-1], x_stride, dy_stride),
-        )
 
 
 _OPERATION = Operation(
     "swiglu",
     _Swiglu,
-    "(Tensor x, Tensor? x_dot)",
-    {
-        "forward": "(Tensor x, Tensor? x_dot, Tensor(a!) y, Tensor(b!)? y_dot) -> ()",
-        "backward": "(Tensor x, Tensor dy, Tensor(a!) dx) -> ()",
-    },
-)
-_BACKENDS = (
-    _OPERATION.backend("cpu", _Compiled(cpu.call), cpu.unavailable),
-    _OPERATION.backend("cuda", _Compiled(cuda.call), cuda.unavailable, on_request=cuda.on_request),
-    _OPERATION.backend("triton", Kernels("swiglu"), triton_backend.unavailable),
-    Backend("reference", _reference, always),
+    _reference,
+    _check,
+    (cpu.backend("swiglu"), cuda.backend("swiglu"), triton_launch.backend("swiglu")),
+    lay_out=in_rows,
 )
 
 
@@ -125,6 +99,5 @@ def swiglu(x: TensorOrDual, *, backend: str | None = None) -> TensorOrDual:
         TypeError, ValueError: for arguments that do not fit.
         RuntimeError: when an explicit `backend` cannot run.
     """
-    _check(x)
     primal, tangent = unpack(x)
-    return pack(*choose("swiglu", _BACKENDS, backend, primal).run(primal, tangent), x)
+    return pack(*_OPERATION(backend, primal, tangent), x)

@@ -1,1 +1,0 @@
-"""Kernels in Triton and their launchers, a file an operation; imported by imf_kernels.triton_backend only."""

@@ -1,0 +1,1 @@
+"""Where kernels run, and how calls reach them."""

@@ -1,0 +1,79 @@
+"""The compiled CPU kernels: when they can run, and with which instructions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+
+# First, so that its OpenMP runtime is the one that the compiled module finds loaded.
+import torch
+from torch import Tensor
+
+from imf_kernels import _C
+from imf_kernels.backends.dispatch import Backend
+from imf_kernels.backends.layout import without_memory
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def backend(operation: str) -> Backend[Sequence[Tensor]]:
+    """The `cpu` backend of an operation of the compiled module."""
+    return Backend("cpu", kernels(operation), unavailable)
+
+
+def kernels(operation: str) -> SimpleNamespace:
+    """The functions of the compiled module for an operation. A call runs on as many threads as PyTorch uses."""
+    functions = {
+        name: getattr(_C, f"{operation}_{name}")
+        for name in ("forward", "backward")
+        if f"{operation}_{name}" in _C.schemas
+    }
+    return SimpleNamespace(**functions, shares=shares)
+
+
+def shares(groups: int, length: int, width: int, count: int) -> int:
+    """Number of partial sums per group of `length` rows; 0 where there is one, which needs no room.
+
+    `count` is how many sums of `width` elements are taken. By the shape alone, so that no result depends on the number of threads; csrc/cpu/rows.h cuts by the same rule.
+    """
+    rows = 64 if count * width < 1024 else 32
+    return -(-length // rows) if length > rows else 0
+
+
+def unavailable(tensors: Sequence[Tensor]) -> str | None:
+    """Why the `cpu` backend cannot take these tensors; `None` where it can."""
+    for x in tensors:
+        if x.device.type != "cpu":
+            return f"it takes CPU tensors, got one on {x.device}"
+        if x.dtype not in DTYPES:
+            return f"it takes float32 and bfloat16, got {str(x.dtype).removeprefix('torch.')}"
+        if reason := without_memory(x):
+            return f"it takes tensors that lie in memory, got {reason}"
+    return None
+
+
+def instruction_sets() -> list[str]:
+    """The instruction sets that this processor runs, slowest first: of "plain", "neon" (ARM),
+    "avx2", "avx512", "avx512_bf16" (AVX-512 with bf16 dot products)."""
+    return _C.supported_isas()
+
+
+def instruction_set() -> str:
+    """The instruction set that the kernels use now; the best one unless chosen otherwise."""
+    return _C.get_isa()
+
+
+@contextlib.contextmanager
+def use_instruction_set(name: str) -> Iterator[None]:
+    """Makes the kernels of the process use one instruction set, for tests and measurements.
+
+    Raises:
+        ValueError: an unknown set, or one that this processor does not run.
+    """
+    before = _C.get_isa()
+    _C.set_isa(name)
+    try:
+        yield
+    finally:
+        _C.set_isa(before)

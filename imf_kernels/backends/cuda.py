@@ -1,0 +1,105 @@
+"""The compiled CUDA kernels: when they can run, and where they are the default."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from imf_kernels import _C
+from imf_kernels.backends.cpu import kernels as compiled
+from imf_kernels.backends.dispatch import Backend, cached_constant
+from imf_kernels.backends.layout import without_memory
+from imf_kernels.backends.verified import CUDA as VERIFIED
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 8192  # row that a block's threads hold in registers: csrc/cuda/rows.h
+
+
+def backend(operation: str, widest: int | None = None) -> Backend[Sequence[Tensor]]:
+    """The `cuda` backend of an operation of the compiled module, for rows of the first tensor up to `widest`."""
+    functions = compiled(operation)
+    functions.shares = shares
+    return Backend("cuda", functions, partial(unavailable, widest=widest), opt_in)
+
+
+@cached_constant
+def missing() -> str | None:
+    """Why no CUDA kernel can run in this process; `None` where they can."""
+    if torch.version.hip:
+        return "it takes NVIDIA's GPUs, and this PyTorch is built for ROCm, on which 'triton' runs"
+    if not _C.cuda_architectures:
+        return "it was not built (set IMF_CUDA=ON where nvcc is, and install again)"
+    return _C.cuda_unavailable() or None
+
+
+def unavailable(tensors: Sequence[Tensor], widest: int | None = None) -> str | None:
+    """Why a `cuda` backend cannot take these tensors; `None` where it can."""
+    for x in tensors:
+        if x.dtype not in DTYPES:
+            return f"it takes float32, bfloat16 and float16, got {str(x.dtype).removeprefix('torch.')}"
+        if x.device.type != "cuda":
+            return f"it takes CUDA tensors, got one on {x.device}"
+        if reason := without_memory(x):
+            return f"it takes tensors that lie in memory, got {reason}"
+    if reason := missing() or _not_built_for(tensors[0].get_device()):
+        return reason
+    width = tensors[0].shape[-1]
+    return None if widest is None or width <= widest else f"it takes rows of at most {widest}, got {width}"
+
+
+@cached_constant
+def _not_built_for(device: int) -> str | None:
+    """Why the module has nothing for a GPU; `None` where it has."""
+    capability = torch.cuda.get_device_capability(device)
+    if any(runs_on(built, *capability) for built in _C.cuda_architectures.split()):
+        return None
+    major, minor = capability
+    return f"it was built for {_C.cuda_architectures}, not for sm_{major}{minor} (IMF_CUDA_ARCHITECTURES)"
+
+
+def runs_on(built: str, major: int, minor: int) -> bool:
+    """Whether what was compiled for an architecture of CMake's names, "80-real", "90a-real", "100", … runs on
+    GPUs of a compute capability."""
+    name, _, kind = built.partition("-")
+    number, wanted = int(name.rstrip("af")), 10 * major + minor
+    if name[-1] in "af":  # with instructions that no other GPU has
+        return number == wanted
+    if kind == "real":  # machine code
+        return number // 10 == major and number <= wanted
+    return number <= wanted
+
+
+def opt_in(tensors: Sequence[Tensor]) -> str | None:
+    """Why the `cuda` backends are not the default for these tensors; `None` where they are."""
+    if not VERIFIED:
+        return "it runs on request, being verified on no GPU yet"
+    device = tensors[0].get_device()
+    if device < 0 or (name := _architecture(device)) in VERIFIED:  # not on a GPU it is unavailable
+        return None
+    return f"it runs on request, not being verified on {name}"
+
+
+@cached_constant
+def _architecture(device: int) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def shares(groups: int, length: int, width: int, count: int) -> int:
+    """Number of partial sums per group of `length` rows: a few blocks per processor, of 8 rows or more.
+
+    The sums are the same each time on GPUs with as many processors.
+    """
+    rows = max(8, -(-groups * length // (4 * _processors())))
+    return -(-length // rows)
+
+
+@cached_constant
+def _processors() -> int:
+    """Processors of the current GPU."""
+    if not torch.cuda.is_available():
+        return 1
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count

@@ -1,0 +1,156 @@
+"""The choice of a backend: by name, or the first that can run, with the reasons why others cannot."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+
+logger = logging.getLogger("imf_kernels")
+Answer = TypeVar("Answer")
+Asked = TypeVar("Asked", contravariant=True)
+Parameters = ParamSpec("Parameters")
+Question = TypeVar("Question", bound=Callable[..., Any])
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+
+
+def always(asked: object) -> str | None:
+    """The availability of the `reference` backends."""
+    return None
+
+
+@dataclass(frozen=True)
+class Backend(Generic[Asked]):
+    """One implementation of an operation.
+
+    Attributes:
+        name: "reference", "cpu", "triton" or "cuda".
+        kernels: an object with the functions `forward`, `backward` and `shares`; `None` for plain PyTorch.
+        unavailable: why it cannot run on these tensors; `None` where it can.
+        opt_in: why it runs only where it is asked for by name, on these tensors; `None` where it may be the
+            default.
+        aliases: names of backends without kernels of their own for this operation, which mean this one, so that
+            one name serves all operations of a network.
+    """
+
+    name: str
+    kernels: Any = None
+    unavailable: Callable[[Asked], str | None] = always
+    opt_in: Callable[[Asked], str | None] = always
+    aliases: tuple[str, ...] = ()
+
+
+def choose(
+    operation: str, backends: Sequence[Backend[Asked]], wanted: str | None, asked: Asked
+) -> Backend[Asked]:
+    """The backend named `wanted`, or where that is `None` the first that can run and needs no asking.
+
+    Raises:
+        ValueError: no backend of that name.
+        RuntimeError: the wanted backend cannot run, with the reason.
+    """
+    if wanted is not None:
+        for backend in backends:
+            if backend.name == wanted or wanted in backend.aliases:
+                if reason := backend.unavailable(asked):
+                    raise RuntimeError(f"{operation}: backend {wanted!r} cannot run: {reason}")
+                return backend
+        names = ", ".join(repr(name) for b in backends for name in (*b.aliases, b.name))
+        raise ValueError(f"{operation}: backend must be one of {names}, got {wanted!r}")
+    refused: list[str] = []
+    for backend in backends:
+        if (reason := backend.opt_in(asked) or backend.unavailable(asked)) is None:
+            if refused and not torch.compiler.is_compiling():
+                log_once(operation, backend.name, "; ".join(refused))
+            return backend
+        refused.append(f"{backend.name}: {reason}")
+    raise RuntimeError(f"{operation}: no backend can run: {'; '.join(refused)}")
+
+
+class _Default(threading.local):
+    """The backend of calls that name none, per thread; `None` for the first that can run."""
+
+    backend: str | None = None
+
+
+default = _Default()
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Runs the operations inside on one backend, unless a call names another; in the current thread.
+
+    A backward runs on the backend of its forward, wherever and whenever it runs.
+
+    Args:
+        name: "reference", "cpu", "triton" or "cuda"; `None` for the first that can run.
+
+    Raises:
+        ValueError: for another name.
+        RuntimeError: from an operation inside that cannot run there, with the reason.
+    """
+    if name is not None and name not in NAMES:
+        raise ValueError(
+            f"use_backend: name must be one of {', '.join(map(repr, NAMES))} or None, got {name!r}"
+        )
+    before, default.backend = default.backend, name
+    try:
+        yield
+    finally:
+        default.backend = before
+
+
+def in_graph() -> bool:
+    """Whether calls are recorded or looked at one by one, by the compiler or by modes such as `make_fx`'s."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Turns `torch.autocast` off where it is on."""
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else contextlib.nullcontext()
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether `torch.autocast` is on for the device."""
+    if not torch._C._is_any_autocast_enabled():  # mostly not: one question instead of three
+        return False
+    return _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
+
+
+@functools.cache
+def log_once(operation: str, chosen: str, refused: str) -> None:
+    logger.info("%s runs on the %s backend (%s)", operation, chosen, refused)
+
+
+def constant(function: Question) -> Question:
+    """Marks a function that torch.compile calls while it traces, and whose result it folds into the graph.
+
+    It is `torch.compiler.assume_constant_result` without the import of the compiler, which takes a second.
+    """
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
+def cached_constant(function: Callable[Parameters, Answer]) -> Callable[Parameters, Answer]:
+    """Process-wide constant: computed once, cached, folded by torch.compile."""
+    find: Any = functools.cache(function)
+
+    @constant
+    @functools.wraps(function)
+    def answer(*arguments: Parameters.args, **named: Parameters.kwargs) -> Answer:
+        return find(*arguments, **named)
+
+    return answer
+
+
+@cached_constant
+def _has_autocast(device_type: str) -> bool:
+    """Whether `torch.autocast` knows the device. PyTorch 2.11 cannot trace the question."""
+    return torch.amp.is_autocast_available(device_type)

@@ -1,0 +1,249 @@
+"""Operations: how a public function reaches its kernels, in eager mode and in graphs.
+
+In eager mode a call runs the operation's `autograd.Function`, on the kernels of a backend. Which backend, and
+that the arguments fit, is decided once for calls of a kind (shapes, strides, dtypes, devices, options and
+PyTorch's settings) and remembered: the second call looks it up and runs.
+
+In the graphs of `torch.compile` and `torch.export` an operation has one operator for all of it,
+imf_kernels::rms_norm, and one for each function of its kernels, imf_kernels::rms_norm_forward and
+imf_kernels::rms_norm_backward. The compiler's front end sees the former alone. It is then taken apart by running
+the operation's `autograd.Function`, which saves and differentiates what it does in eager mode; only its kernels
+are the latter, and stay in the graph. Eager mode does without operators: one takes two to three times an
+`autograd.Function`'s time on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, ClassVar, Generic
+
+import torch
+from torch import Tensor
+
+from imf_kernels import _C
+from imf_kernels.backends.dispatch import Asked, Backend, choose, default, in_graph, without_autocast
+from imf_kernels.backends.layout import last_contiguous, without_memory
+
+_LIBRARY = torch.library.Library("imf_kernels", "DEF")
+MOST_CHOICES = 1024  # that an operation remembers
+Result = tuple[Tensor, Tensor | None]
+
+# All operations by name, entered by themselves.
+OPERATIONS: dict[str, Operation[Any]] = {}
+
+
+def profiled_names(kind: str) -> tuple[str, ...]:
+    """What profiles call the operations of a kind: autograd's functions and operators."""
+    operations = [o for o in OPERATIONS.values() if o.kind == kind and o.function is not None]
+    return *(o.function.__name__ for o in operations if o.function), *(o.kernels for o in operations)
+
+
+class Operation(Generic[Asked]):
+    """An operation that maps duals to a dual.
+
+    Args:
+        name: of the operation and its operator.
+        function: its `autograd.Function`, `None` without kernels. `forward(ctx, kernels, *arguments)` returns the result and its tangent
+            or `None`; the schema of the operator is made from its annotations. All work is PyTorch's or done by
+            the functions of `kernels`.
+        reference: the same in plain PyTorch, `reference(*arguments)`: the definition.
+        check: raises for arguments that do not fit, and returns what backends are asked about, mostly tensors.
+        backends: those with kernels, best first.
+        kind: of its work, in profiles: "rows", "attention" or "products".
+        public: name of the public function, where it is not the operation's.
+        kernels: prefix of its kernels, where it is not the operation's name.
+        schemas: of the kernels by name, where they are not in the compiled module; `fakes`: the same functions
+            for tensors without memory.
+        lay_out: makes of a tensor what kernels take, in graphs, where tensors may come in another memory order than
+            they were traced with.
+        reference_unavailable: why the reference cannot run.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: type[torch.autograd.Function] | None,
+        reference: Callable[..., Result],
+        check: Callable[..., Asked],
+        backends: Sequence[Backend[Asked]],
+        *,
+        kind: str = "rows",
+        public: str | None = None,
+        kernels: str | None = None,
+        schemas: Mapping[str, str] | None = None,
+        fakes: Mapping[str, Callable[..., Any]] | None = None,
+        lay_out: Callable[[Tensor], Tensor] = last_contiguous,
+        reference_unavailable: Callable[[Asked], str | None] | None = None,
+        reference_aliases: tuple[str, ...] = (),
+    ) -> None:
+        self.name, self.kind, self.public = name, kind, public or name
+        self.reference, self.function, self._check = reference, function, check
+        plain = {} if reference_unavailable is None else {"unavailable": reference_unavailable}
+        self.backends = (*backends, Backend[Asked]("reference", aliases=reference_aliases, **plain))
+        self.choices: dict[bytes | None, Callable[..., Result]] = {}
+        self.kernels = kernels or name
+        if function is not None:
+            # Not what `Function.apply` does for transforms of torch.func, in which no kernel runs: 2 µs a call.
+            self._forward, self._apply = function.forward, super(torch.autograd.Function, function).apply  # type: ignore[misc]
+            self._operator = _define(name, f"({_parameters(function)}) -> Tensor[]")
+            _LIBRARY.impl(name, self._compose, "CompositeImplicitAutograd")
+        self._kernel_operators = {
+            kernel.removeprefix(f"{self.kernels}_"): _KernelOperator.of(
+                kernel, schema, (fakes or {}).get(kernel), lay_out
+            )
+            for kernel, schema in (schemas or _C.schemas).items()
+            if kernel.removeprefix(f"{self.kernels}_") in _FUNCTIONS
+        }
+        for kernel, operator in self._kernel_operators.items():
+            for backend in backends:
+                operator.backends.setdefault(backend.name, (backend.kernels, kernel))
+        OPERATIONS[name] = self
+
+    def __call__(self, backend: str | None, *arguments: Any) -> Result:
+        """The result and its tangent, on the backend of that name or, if `None`, the one chosen for such calls."""
+        backend = backend or default.backend
+        if torch.compiler.is_compiling():
+            return self._decided(backend, arguments)(*arguments)
+        key = _C.key((backend, *arguments))
+        run = self.choices.get(key)
+        if run is None:
+            run = self._decided(backend, arguments)
+            if key is not None:
+                if len(self.choices) >= MOST_CHOICES:
+                    self.choices.clear()
+                self.choices[key] = run
+        return run(*arguments)
+
+    def backend_for(self, backend: str | None, *arguments: Any) -> Backend[Asked]:
+        """The backend that would run a call, after the checks of its arguments."""
+        return choose(self.public, self.backends, backend, self._check(*arguments))
+
+    def _decided(self, wanted: str | None, arguments: tuple[Any, ...]) -> Callable[..., Result]:
+        backend = self.backend_for(wanted, *arguments)
+        if backend.kernels is None:
+            run = self.reference
+        elif reason := next(
+            filter(None, (without_memory(x) for x in arguments if isinstance(x, Tensor))), None
+        ):
+            raise RuntimeError(
+                f"{self.public}: backend {backend.name!r} cannot run: it takes tensors that lie in memory, got {reason}"
+            )
+        elif in_graph():
+            run = partial(self._traced, backend.name)
+        elif torch.is_grad_enabled():
+            run = partial(self._apply, backend.kernels)
+        else:
+            run = partial(self._forward, _NO_GRAPH, backend.kernels)
+        if not torch._C._is_any_autocast_enabled():
+            return run
+        return partial(_outside_autocast, run)
+
+    def _traced(self, backend: str, *arguments: Any) -> Result:
+        """The operator, called like the `autograd.Function`. An operator cannot return `None`."""
+        y, *y_dot = self._operator(*arguments, backend=backend)
+        return y, y_dot[0] if y_dot else None
+
+    def _compose(self, *arguments: Any, backend: str) -> list[Tensor]:
+        assert self.function is not None
+        chosen = next(b.kernels for b in self.backends if b.name == backend)
+        kernels = {name: partial(k.operator, backend=backend) for name, k in self._kernel_operators.items()}
+        if hasattr(chosen, "shares"):
+            kernels["shares"] = chosen.shares
+        y, y_dot = self.function.apply(SimpleNamespace(**kernels), *arguments)
+        return [y] if y_dot is None else [y, y_dot]
+
+
+_FUNCTIONS = ("forward", "backward", "grad_input", "grad_weight")
+
+
+class _NoGraph:
+    """Stands for an autograd.Function's context where no graph is recorded."""
+
+    def __setattr__(self, name: str, value: Any) -> None: ...
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
+_NO_GRAPH = _NoGraph()
+
+
+def _outside_autocast(run: Callable[..., Result], x: Tensor, *arguments: Any) -> Result:
+    """Runs with `torch.autocast` off: the inputs' dtypes decide what is computed."""
+    with without_autocast(x.device):
+        return run(x, *arguments)
+
+
+class _KernelOperator:
+    """A function of the kernels, imf_kernels::rms_norm_forward, on any backend."""
+
+    _made: ClassVar[dict[str, _KernelOperator]] = {}
+
+    @classmethod
+    def of(
+        cls, name: str, schema: str, fake: Callable[..., Any] | None, lay_out: Callable[[Tensor], Tensor]
+    ) -> _KernelOperator:
+        """The operator of that name: operations may share kernels."""
+        if name not in cls._made:
+            cls._made[name] = cls(name, schema, fake or _fills, lay_out)
+        return cls._made[name]
+
+    def __init__(
+        self, name: str, schema: str, fake: Callable[..., Any], lay_out: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.backends: dict[str, tuple[Any, str]] = {}  # kernels, and the name of their function
+        self.operator = _define(name, schema)
+        self._lay_out = lay_out
+        self._read = [a.alias_info is None for a in self.operator._schema.arguments]  # and not filled
+        _LIBRARY.impl(name, self._launch, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"imf_kernels::{name}", partial(_fake, fake), lib=_LIBRARY)
+
+    def _launch(self, *arguments: Any, backend: str) -> Any:
+        """Lays out again what compiled code hands over in another order than it was traced with."""
+        laid_out = [self._lay_out(x.resolve_neg()) if isinstance(x, Tensor) else x for x in arguments]
+        kernels, function = self.backends[backend]
+        result = getattr(kernels, function)(*laid_out)
+        # The backend stands last in the schema.
+        for x, used, is_read in zip(arguments, laid_out, self._read, strict=False):
+            if used is not x and not is_read:
+                x.copy_(used)
+        return result
+
+
+# Annotations as types of a schema.
+_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "bool": "bool",
+    "float": "float",
+    "int": "SymInt",
+    "str": "str",
+    "torch.dtype | None": "ScalarType?",
+}
+
+
+def _parameters(function: type[torch.autograd.Function]) -> str:
+    """The parameters of an operator: those of the Function's `forward` behind `ctx` and `kernels`."""
+    code, annotations = function.forward.__code__, function.forward.__annotations__
+    return ", ".join(f"{_TYPES[annotations[name]]} {name}" for name in code.co_varnames[2 : code.co_argcount])
+
+
+def _define(name: str, schema: str) -> Any:
+    """The operator imf_kernels::name, which takes the name of a backend besides what the schema says."""
+    arguments, _, results = schema.partition(") -> ")
+    # What a kernel was traced with it gets: the compiler may not lay out a tensor in another way.
+    _LIBRARY.define(f"{name}{arguments}, *, str backend) -> {results}", tags=torch.Tag.needs_exact_strides)
+    return getattr(torch.ops.imf_kernels, name).default
+
+
+def _fake(function: Callable[..., Any], *arguments: Any, backend: str) -> Any:
+    return function(*arguments)
+
+
+def _fills(*arguments: Any) -> None:
+    """The fake of a kernel that fills tensors and returns none."""

@@ -1,0 +1,1 @@
+"""Kernels in Triton and their launchers, one file per operation; imported by triton_launch only."""

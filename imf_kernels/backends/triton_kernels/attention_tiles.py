@@ -1,0 +1,42 @@
+"""Which tiles a kernel of attention works in: a look into the table by shape class, no search at run time."""
+
+from __future__ import annotations
+
+import torch
+
+from imf_kernels.backends.triton_kernels.attention_table import TABLE
+
+WIDTHS = (64, 80, 128, 256)
+SHORT = 512
+
+
+def shape_classes(dtype: torch.dtype, width: int, length: int, masked: bool) -> tuple[str, str]:
+    """The rows of the table that fit, the closer one first: ("64 short", "64"), ("128 fp32", "fp32").
+
+    `width` is the wider of queries and values, `length` how far a program walks: the number of keys, for dk
+    and dv that of queries. A mask takes registers of its own, whatever the length.
+    """
+    width = next(widest for widest in WIDTHS if width <= widest)
+    if dtype == torch.float32:
+        return f"{width} fp32", "fp32"
+    return f"{width} {'masked' if masked else 'short' if length <= SHORT else 'long'}", f"{width}"
+
+
+def architecture_class(name: str) -> str:
+    """The row of the table for an architecture: its own, or that of the one whose instructions it has."""
+    if name in TABLE:
+        return name
+    if name.startswith("gfx"):
+        return "gfx942"
+    return "sm_100" if name.startswith("sm_10") else "sm_80"
+
+
+def tiles_for(
+    kernel: str, architecture: str, dtype: torch.dtype, width: int, length: int, masked: bool
+) -> dict[str, int]:
+    """Constants and options of a launch of "forward", "backward q" or "backward kv"."""
+    rows = TABLE[architecture_class(architecture)][kernel]
+    names = shape_classes(dtype, width, length, masked)
+    m, n, edge, warps, stages = next(rows[name] for name in names if name in rows)
+    tiles = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+    return tiles if kernel == "backward kv" else tiles | {"EDGE_N": edge}

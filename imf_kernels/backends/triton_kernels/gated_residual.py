@@ -1,0 +1,117 @@
+"""Gated residual with its tangent, and its primal backward. The formulas are in
+imf_kernels/ops/gated_residual.py."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from imf_kernels.backends.triton_kernels import rows
+from imf_kernels.backends.triton_kernels.rows import (
+    RowKernel,
+    count_rows,
+    group_and_position,
+    groups_of,
+    row_of_group,
+    row_stride,
+)
+
+_WIDEST = 1024
+
+
+@triton.jit(do_not_specialize=["length", "first_tangent"])
+def _forward(
+    x, x_dot, branch, branch_dot, gate, gate_dot, y, y_dot,
+    x_stride, x_dot_stride, branch_stride, branch_dot_stride, first_tangent, length,
+    UNIT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    group, first = group_and_position(length, ROWS)
+    position = first + tl.arange(0, ROWS)[:, None]
+    row = group * length + position
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (position < length) & (column < WIDTH)
+    g = row_of_group(gate, group, column, WIDTH)
+    b = tl.load(branch + row * (branch_stride * UNIT) + column, mask=inside, other=0.0).to(tl.float32)
+    stream = tl.load(x + row * (x_stride * UNIT) + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * WIDTH + column, tl.fma(b, g, stream), mask=inside)
+    if y_dot is not None:
+        t_row = row - first_tangent
+        inside &= t_row >= 0
+        out_dot = tl.zeros((ROWS, BLOCK), tl.float32)
+        if x_dot is not None:
+            at = x_dot + t_row * (x_dot_stride * UNIT) + column
+            out_dot += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        if branch_dot is not None:
+            at = branch_dot + t_row * (branch_dot_stride * UNIT) + column
+            out_dot = tl.fma(tl.load(at, mask=inside, other=0.0).to(tl.float32), g, out_dot)
+        if gate_dot is not None:
+            t_group = group - first_tangent // length
+            g_dot = row_of_group(gate_dot, t_group, column, WIDTH)
+            out_dot = tl.fma(b, g_dot, out_dot)
+        tl.store(y_dot + t_row * WIDTH + column, out_dot, mask=inside)
+
+
+@triton.jit(do_not_specialize=["length", "share"])
+def _backward(
+    dy, branch, gate, dbranch, partial, dy_stride, branch_stride, length, share,
+    UNIT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    group, first = group_and_position(length, share)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    g = row_of_group(gate, group, column, WIDTH)
+    dg = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, share, ROWS):
+        position = first + start + tl.arange(0, ROWS)[:, None]
+        row = group * length + position
+        inside = (position < length) & (column < WIDTH)
+        d = tl.load(dy + row * (dy_stride * UNIT) + column, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(branch + row * (branch_stride * UNIT) + column, mask=inside, other=0.0).to(tl.float32)
+        dg = tl.fma(d, b, dg)
+        tl.store(dbranch + row * WIDTH + column, d * g, mask=inside)
+    dg = tl.sum(dg, axis=0, keep_dims=True)
+    tl.store(partial + tl.program_id(0).to(tl.int64) * WIDTH + column, dg, mask=column < WIDTH)
+
+
+_FORWARD, _BACKWARD = RowKernel(_forward, widest=_WIDEST), RowKernel(_backward, widest=_WIDEST)
+
+
+def shares(groups: int, length: int, width: int, count: int) -> int:
+    """Counts the partial sums per group of `length` rows [width]."""
+    return rows.shares(groups, length, min(width, _WIDEST), count)
+
+
+def forward(
+    x: Tensor,
+    x_dot: Tensor | None,
+    branch: Tensor,
+    branch_dot: Tensor | None,
+    gate: Tensor,
+    gate_dot: Tensor | None,
+    y: Tensor,
+    y_dot: Tensor | None,
+) -> None:
+    width = x.shape[-1]
+    groups, length = groups_of(gate, count_rows(x, width))
+    _FORWARD.launch(
+        width,
+        (
+            row_stride(x, width),
+            row_stride(x_dot, width),
+            row_stride(branch, width),
+            row_stride(branch_dot, width),
+        ),
+        (x, x_dot, branch, branch_dot, gate, gate_dot, y, y_dot),
+        (groups * length - count_rows(y_dot, width),),
+        length,
+        groups,
+    )
+
+
+def backward(
+    dy: Tensor, branch: Tensor, gate: Tensor, dbranch: Tensor, partial: Tensor, dgate: Tensor
+) -> None:
+    width = branch.shape[-1]
+    groups, length = groups_of(gate, count_rows(branch, width))
+    strides, tensors = (row_stride(dy, width), row_stride(branch, width)), (dy, branch, gate, dbranch)
+    _BACKWARD.sum(strides, tensors, partial, dgate, (), length, groups)

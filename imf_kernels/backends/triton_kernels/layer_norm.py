@@ -1,0 +1,142 @@
+"""LayerNorm with its tangent, and its primal backward: n · (one + scale) + shift. The formulas are in
+imf_kernels/ops/layer_norm.py and imf_kernels/ops/layer_norm_modulate.py."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from imf_kernels.backends.triton_kernels.rows import (
+    RowKernel,
+    count_rows,
+    group_and_position,
+    groups_of,
+    row_of_group,
+    row_stride,
+    shares,
+)
+
+__all__ = ["backward", "forward", "shares"]
+
+
+@triton.jit
+def _center(x, inside, width: tl.constexpr):
+    """The mean of each row of x [ROWS, BLOCK], the correction of its rounding, and x less both; 0 outside."""
+    mean = tl.div_rn(tl.sum(x, axis=1, keep_dims=True), 1.0 * width)
+    x = tl.where(inside, x - mean, 0.0)
+    correction = tl.div_rn(tl.sum(x, axis=1, keep_dims=True), 1.0 * width)
+    return mean, correction, tl.where(inside, x - correction, 0.0)
+
+
+@triton.jit(do_not_specialize=["length", "first_tangent"])
+def _forward(
+    x, x_dot, scale, scale_dot, shift, shift_dot, y, y_dot, statistics,
+    x_stride, x_dot_stride, first_tangent, one, eps, length,
+    UNIT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    group, first = group_and_position(length, ROWS)
+    position = first + tl.arange(0, ROWS)[:, None]
+    row = group * length + position
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (position < length) & (column < WIDTH)
+    gain = one + row_of_group(scale, group, column, WIDTH)
+    xi = tl.load(x + row * (x_stride * UNIT) + column, mask=inside, other=0.0).to(tl.float32)
+    mean, correction, c = _center(xi, inside, WIDTH)
+    r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(c * c, axis=1, keep_dims=True) * (1.0 / WIDTH) + eps))
+    tl.store(statistics + row * 3, mean, mask=position < length)
+    tl.store(statistics + row * 3 + 1, correction, mask=position < length)
+    tl.store(statistics + row * 3 + 2, r, mask=position < length)
+    n = c * r
+    out = tl.fma(n, gain, row_of_group(shift, group, column, WIDTH))
+    tl.store(y + row * WIDTH + column, out, mask=inside)
+    if y_dot is not None:
+        t_row = row - first_tangent
+        t_group = group - first_tangent // length
+        inside &= t_row >= 0
+        out_dot = tl.zeros((ROWS, BLOCK), tl.float32)
+        out_dot += row_of_group(shift_dot, t_group, column, WIDTH)
+        if scale_dot is not None:
+            gain_dot = row_of_group(scale_dot, t_group, column, WIDTH)
+            out_dot = tl.fma(n, gain_dot, out_dot)
+        if x_dot is not None:
+            at = x_dot + t_row * (x_dot_stride * UNIT) + column
+            _, _, c_dot = _center(tl.load(at, mask=inside, other=0.0).to(tl.float32), inside, WIDTH)
+            r_dot = -r * r * r * (tl.sum(c * c_dot, axis=1, keep_dims=True) * (1.0 / WIDTH))
+            out_dot = tl.fma(c_dot * r + c * r_dot, gain, out_dot)
+        tl.store(y_dot + t_row * WIDTH + column, out_dot, mask=inside)
+
+
+@triton.jit(do_not_specialize=["length", "share"])
+def _backward(
+    x, dy, scale, statistics, dx, partial, x_stride, dy_stride, one, length, share,
+    UNIT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    group, first = group_and_position(length, share)
+    column = tl.arange(0, BLOCK)[None, :]
+    gain = one + row_of_group(scale, group, column, WIDTH)
+    dscale = tl.zeros((ROWS, BLOCK), tl.float32)
+    dshift = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, share, ROWS):
+        position = first + start + tl.arange(0, ROWS)[:, None]
+        row = group * length + position
+        inside = (position < length) & (column < WIDTH)
+        mean = tl.load(statistics + row * 3, mask=position < length, other=0.0)
+        correction = tl.load(statistics + row * 3 + 1, mask=position < length, other=0.0)
+        r = tl.load(statistics + row * 3 + 2, mask=position < length, other=0.0)
+        xi = tl.load(x + row * (x_stride * UNIT) + column, mask=inside, other=0.0).to(tl.float32)
+        n = tl.where(inside, (xi - mean - correction) * r, 0.0)
+        d = tl.load(dy + row * (dy_stride * UNIT) + column, mask=inside, other=0.0).to(tl.float32)
+        dscale += d * n
+        dshift += d
+        g = d * gain
+        mean_g = tl.sum(g, axis=1, keep_dims=True) * (1.0 / WIDTH)
+        mean_gn = tl.sum(g * n, axis=1, keep_dims=True) * (1.0 / WIDTH)
+        tl.store(dx + row * WIDTH + column, r * (g - mean_g - n * mean_gn), mask=inside)
+    at = partial + tl.program_id(0).to(tl.int64) * (2 * WIDTH) + column
+    tl.store(at, tl.sum(dscale, axis=0, keep_dims=True), mask=column < WIDTH)
+    tl.store(at + WIDTH, tl.sum(dshift, axis=0, keep_dims=True), mask=column < WIDTH)
+
+
+_FORWARD, _BACKWARD = RowKernel(_forward), RowKernel(_backward)
+
+
+def forward(
+    x: Tensor,
+    x_dot: Tensor | None,
+    scale: Tensor | None,
+    scale_dot: Tensor | None,
+    shift: Tensor | None,
+    shift_dot: Tensor | None,
+    y: Tensor,
+    y_dot: Tensor | None,
+    statistics: Tensor,
+    one: float,
+    eps: float,
+) -> None:
+    width = x.shape[-1]
+    groups, length = groups_of(scale, count_rows(x, width))
+    _FORWARD.launch(
+        width,
+        (row_stride(x, width), row_stride(x_dot, width)),
+        (x, x_dot, scale, scale_dot, shift, shift_dot, y, y_dot, statistics),
+        (groups * length - count_rows(y_dot, width), float(one), float(eps)),
+        length,
+        groups,
+    )
+
+
+def backward(
+    x: Tensor,
+    dy: Tensor,
+    scale: Tensor | None,
+    statistics: Tensor,
+    dx: Tensor,
+    partial: Tensor,
+    sums: Tensor,
+    one: float,
+) -> None:
+    width = x.shape[-1]
+    groups, length = groups_of(scale, count_rows(x, width))
+    strides, tensors = (row_stride(x, width), row_stride(dy, width)), (x, dy, scale, statistics, dx)
+    _BACKWARD.sum(strides, tensors, partial, sums, (float(one),), length, groups)

@@ -1,0 +1,317 @@
+"""What `Dual`s share with tensors: + − × ÷, powers, indexing, and the methods that are linear in the tensor.
+
+A tangent may be stored for the last rows of the batch alone (imf_kernels/dual.py). What keeps the rows apart
+and in order works on those; everything else first completes the tangent.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from imf_kernels.dual import Dual, align, last_rows, pad_with_zeros, primal, unpack
+
+Operand = Any  # Tensor | Dual | float
+_OPERANDS = (Tensor, Dual, int, float, complex, torch.SymInt, torch.SymFloat)
+
+
+def operand(x: Any) -> Operand | None:
+    """Returns what + − × ÷ take, a number of NumPy as one of Python; `None` for anything else."""
+    if isinstance(x, _OPERANDS):
+        return x
+    return x.item() if isinstance(x, numbers.Number) and hasattr(x, "item") else None
+
+
+def _tangent_in(y: Tensor, x: Operand, tangent: Tensor | None) -> Tensor | None:
+    """An operand's tangent as one of the result's: [n, *y.shape[1:]] for the last n rows of y."""
+    if tangent is None or y.dim() == 0:
+        return tangent
+    if x.dim() == y.dim() and x.shape[0] == y.shape[0]:
+        return tangent.expand(tangent.shape[0], *y.shape[1:])
+    return pad_with_zeros(tangent, x.shape[0] if x.dim() else 1).expand(y.shape)
+
+
+def _beside(y: Tensor, x: Operand, like: Tensor) -> Operand:
+    """The values of an operand in the rows of the result that `like`, a tangent, belongs to."""
+    if not isinstance(x, Tensor) or x.dim() < y.dim() or x.dim() == 0 or x.shape[0] != y.shape[0]:
+        return x
+    return x[y.shape[0] - like.shape[0] :]
+
+
+def _of_two(
+    a: Operand,
+    b: Operand,
+    y: Callable[[Any, Any], Tensor],
+    of_a: Callable[[Tensor, Any, Any, Tensor], Tensor],
+    of_b: Callable[[Tensor, Any, Any, Tensor], Tensor],
+) -> Dual:
+    """y(a, b), whose derivative is of_a(ȧ, a, b, y) + of_b(ḃ, a, b, y)."""
+    (a, a_dot), (b, b_dot) = unpack(a), unpack(b)
+    result = y(a, b)
+    parts = []
+    with torch.no_grad():
+        for x, tangent, derivative in ((a, a_dot, of_a), (b, b_dot, of_b)):
+            tangent = _tangent_in(result, x, tangent)
+            if tangent is not None:
+                values = (_beside(result, v, tangent) for v in (a, b, result))
+                part = derivative(tangent, *values)
+                parts.append(part.expand(tangent.shape).to(result.dtype))
+        if not parts:
+            return Dual(result, None)
+        return Dual(result, reduce(torch.add, cast(list[Tensor], align(*parts))))
+
+
+def add(a: Operand, b: Operand) -> Dual:
+    return _of_two(a, b, lambda a, b: a + b, lambda t, a, b, y: t, lambda t, a, b, y: t)
+
+
+def sub(a: Operand, b: Operand) -> Dual:
+    return _of_two(a, b, lambda a, b: a - b, lambda t, a, b, y: t, lambda t, a, b, y: -t)
+
+
+def mul(a: Operand, b: Operand) -> Dual:
+    return _of_two(a, b, lambda a, b: a * b, lambda t, a, b, y: t * b, lambda t, a, b, y: a * t)
+
+
+def div(a: Operand, b: Operand) -> Dual:
+    return _of_two(a, b, lambda a, b: a / b, lambda t, a, b, y: t / b, lambda t, a, b, y: -y * t / b)
+
+
+def neg(x: Dual) -> Dual:
+    return mul(x, -1.0)
+
+
+def power(x: Dual, n: float) -> Dual:
+    """xⁿ with a number n, whose tangent is n xⁿ⁻¹ ẋ."""
+    y, tangent = x.primal**n, x.tangent_rows
+    if tangent is None:
+        return Dual(y, None)
+    with torch.no_grad():
+        y_dot = n * last_rows(x.primal, tangent) ** (n - 1) * tangent if n != 0 else torch.zeros_like(tangent)
+        return Dual(y, y_dot)
+
+
+def cat(tensors: Sequence[Tensor | Dual], dim: int = 0) -> Any:
+    """`torch.cat` of tensors and `Dual`s: a `Dual` where one of them is.
+
+    Args:
+        tensors: of equal shape but for `dim`; those without a tangent have one of zeros in the result.
+        dim: along which they are joined.
+    """
+    tensors = list(tensors)
+    y = torch.cat([unpack(x)[0] for x in tensors], dim)
+    if not any(isinstance(x, Dual) for x in tensors):
+        return y
+    primals, tangents = zip(*map(unpack, tensors), strict=True)
+    if all(t is None for t in tangents):
+        return Dual(y, None)
+    with torch.no_grad():
+        if dim % y.dim() == 0:
+            rows = [x.shape[0] for x in primals]
+        else:
+            stored = max(t.shape[0] for t in tangents if t is not None)
+            rows = [stored] * len(primals)
+        parts = [
+            x.new_zeros((n, *x.shape[1:])) if t is None else pad_with_zeros(t, n)
+            for x, t, n in zip(primals, tangents, rows, strict=True)
+        ]
+        return Dual(y, torch.cat(parts, dim).to(y.dtype))
+
+
+def _on_both(
+    x: Dual, y: Any, on_whole: Callable[[Tensor], Any], on_rows: Callable[[Tensor], Any] | None
+) -> Any:
+    """The Duals of y, which a linear method has made of the primal.
+
+    `on_rows` is the method of a stored tangent where the rows stay apart and in order; with `None` they do
+    not, and the tangent is completed before `on_whole` takes it.
+    """
+    tangent = x.tangent_rows
+    if tangent is None:
+        return pytree.tree_map(lambda part: Dual(part, None), y)
+    with torch.no_grad():
+        if on_rows is None:
+            y_dot = on_whole(pad_with_zeros(tangent, x.primal.shape[0] if x.primal.dim() else 1))
+        else:
+            y_dot = on_rows(tangent)
+    return pytree.tree_map(Dual, y, y_dot)
+
+
+def _is_first(dim: int, of: Tensor) -> bool:
+    return dim % max(of.dim(), 1) == 0
+
+
+def index(x: Dual, at: Any) -> Any:
+    """x[at]."""
+
+    def taken(t: Tensor) -> Any:
+        return t[at]
+
+    y = x.primal[at]
+    return _on_both(x, y, taken, taken if _takes_all_rows(at, x.primal.dim()) else None)
+
+
+def _takes_all_rows(at: Any, dims: int) -> bool:
+    """Whether an index surely takes all of dimension 0 and leaves it first; else the tangent is completed."""
+    first, *others = at if isinstance(at, tuple) and at else (at,)
+    begun = ended = False  # tensors and lists; where something separates them, theirs becomes dimension 0
+    for i in others:
+        if isinstance(i, (slice, int)) or i is None or i is Ellipsis:
+            ended = begun
+            if isinstance(i, bool):
+                return False
+        elif ended:
+            return False
+        else:
+            begun = True
+    if first is not Ellipsis:
+        return isinstance(first, slice) and first == slice(None)
+    rest = [_dims_indexed(i) for i in others]
+    return None not in rest and sum(cast(list[int], rest)) < dims
+
+
+def _dims_indexed(i: Any) -> int | None:
+    """How many dimensions an element of an index takes; `None` where it would have to be looked into."""
+    if i is None or isinstance(i, (int, slice)):
+        return int(i is not None)
+    if isinstance(i, Tensor):
+        return i.dim() if i.dtype in (torch.bool, torch.uint8) else 1
+    return None
+
+
+def _listed(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Numbers that a method takes one by one or as one sequence."""
+    return tuple(given[0]) if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
+
+
+def reshaped(name: str) -> Callable[..., Any]:
+    """`reshape` and `view`, the tangent of which is copied where only its strides do not allow a view."""
+
+    def method(x: Dual, *shape: Any, **named: Any) -> Any:
+        for given in (*shape[:1], *named.values()):
+            if isinstance(given, torch.dtype):
+                raise TypeError(f"Dual.{name}: takes a shape, got {given}; .to(dtype) casts")
+        y = getattr(x.primal, name)(*shape, **named)
+        keeps = x.primal.dim() > 0 and y.dim() > 0 and y.shape[0] == x.primal.shape[0]
+        rows = (lambda t: t.reshape(t.shape[0], *y.shape[1:])) if keeps else None
+        return _on_both(x, y, lambda t: t.reshape(y.shape), rows)
+
+    return method
+
+
+def expand(x: Dual, *size: Any, **named: Any) -> Any:
+    y = x.primal.expand(*size, **named)
+    keeps = x.primal.dim() == y.dim() > 0 and y.shape[0] == x.primal.shape[0]
+    rows = (lambda t: t.expand(-1, *y.shape[1:])) if keeps else None
+    return _on_both(x, y, lambda t: t.expand(y.shape), rows)
+
+
+_AS_IN_NUMPY = {"axis": "dim", "axis0": "dim0", "axis1": "dim1"}  # other names that PyTorch takes
+
+
+def linear(name: str, dims: Callable[..., Sequence[int]]) -> Callable[..., Any]:
+    """A linear method; dims(x, *its arguments) are the dimensions that it works along.
+
+    The arguments have the names that they have in PyTorch, which sees them first and refuses what is wrong.
+    """
+
+    def method(x: Dual, *args: Any, **kwargs: Any) -> Any:
+        def of(t: Tensor) -> Any:
+            return getattr(t, name)(*args, **kwargs)
+
+        y = of(x.primal)
+        named = {_AS_IN_NUMPY.get(key, key): value for key, value in kwargs.items()}
+        of_batch = any(_is_first(d, x.primal) for d in dims(x.primal, *args, **named))
+        return _on_both(x, y, of, None if of_batch else of)
+
+    return method
+
+
+def _all(x: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Sequence[int]:
+    """`dim`, a number or several; none or an empty list means all."""
+    if dim is None or (isinstance(dim, (tuple, list)) and not dim):
+        return range(x.dim())
+    return dim if isinstance(dim, (tuple, list)) else (dim,)
+
+
+def _flattened(x: Tensor, start_dim: int = 0, end_dim: int = -1) -> Sequence[int]:
+    return (start_dim,)
+
+
+def _two(x: Tensor, dim0: int, dim1: int) -> Sequence[int]:
+    return dim0, dim1
+
+
+def _permuted(x: Tensor, *order: Any, dims: Any = ()) -> Sequence[int]:
+    order = _listed(order) or tuple(dims)
+    return () if order and _is_first(order[0], x) else (0,)
+
+
+def _moved(x: Tensor, source: Any, destination: Any) -> Sequence[int]:
+    return *_all(x, source), *_all(x, destination)
+
+
+def _by_parts(x: Tensor, size: Any = None, dim: int = 0, **named_size: Any) -> Sequence[int]:
+    return (dim,)
+
+
+def _one(x: Tensor, dim: int = 0) -> Sequence[int]:
+    return (dim,)
+
+
+def _none(x: Tensor, *args: Any, **kwargs: Any) -> Sequence[int]:
+    return ()
+
+
+def _inserted(x: Tensor, dim: int) -> Sequence[int]:
+    return (0,) if dim % (x.dim() + 1) == 0 else ()
+
+
+def _unflattened(x: Tensor, dim: int, sizes: Any) -> Sequence[int]:
+    return (dim,)
+
+
+def _repeated(x: Tensor, *times: Any, repeats: Any = ()) -> Sequence[int]:
+    times = _listed(times) or tuple(repeats)
+    return () if len(times) == x.dim() > 0 and times[0] == 1 else (0,)
+
+
+def _flipped(x: Tensor, *along: Any, dims: Any = ()) -> Sequence[int]:
+    return _listed(along) or tuple(dims)
+
+
+def _rolled(x: Tensor, shifts: Any, dims: Any = None) -> Sequence[int]:
+    return _all(x, dims)
+
+
+def to(x: Dual, *args: Any, **kwargs: Any) -> Any:
+    """`Tensor.to`, which may be asked for the dtype and device of another tensor."""
+    return linear("to", _none)(x, *map(primal, args), **kwargs)
+
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "reshape": reshaped("reshape"),
+    "view": reshaped("view"),
+    "expand": expand,
+    "to": to,
+    **{name: linear(name, _none) for name in ("float", "double", "bfloat16", "half", "contiguous", "clone")},
+    **{name: linear(name, _two) for name in ("transpose", "swapaxes", "swapdims")},
+    **{name: linear(name, _by_parts) for name in ("chunk", "split", "tensor_split")},
+    **{name: linear(name, _all) for name in ("sum", "mean", "squeeze")},
+    "flatten": linear("flatten", _flattened),
+    "flip": linear("flip", _flipped),
+    "movedim": linear("movedim", _moved),
+    "permute": linear("permute", _permuted),
+    "repeat": linear("repeat", _repeated),
+    "roll": linear("roll", _rolled),
+    "unbind": linear("unbind", _one),
+    "unflatten": linear("unflatten", _unflattened),
+    "unsqueeze": linear("unsqueeze", _inserted),
+}
+FUNCTIONS: dict[str, Callable[[Any, Any], Dual]] = {"add": add, "sub": sub, "mul": mul, "div": div}

@@ -1,0 +1,173 @@
+"""Operations that work element by element: y = f(x), with f given together with its derivative.
+
+Tangent:  ẏ = f′(x) ẋ.
+Backward: dx = f′(x) dy.
+- SiLU: f(x) = x s with s = 1 / (1 + e^(−x)), f′(x) = s (1 + x (1 − s)).
+- GELU: f(x) = x s(x), f′(x) = s(x) + x s′(x), with s the normal distribution Φ(x) = (1 + erf(x / √2)) / 2, or as an
+  approximation of it s(x) = (1 + tanh(√(2 / π) (x + 0.044715 x³))) / 2.
+Source: Hendrycks and Gimpel, "Gaussian Error Linear Units" (2016); as `torch.nn.functional.silu` and `gelu`.
+Kernels: csrc/ops/elementwise.h, csrc/cpu/elementwise.cpp, csrc/cuda/elementwise.cu,
+backends/triton_kernels/elementwise.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionMeta
+
+from imf_kernels import _C
+from imf_kernels.backends import cpu, cuda, triton_launch
+from imf_kernels.backends.operators import Operation
+from imf_kernels.dual import TensorOrDual, last_rows, no_gradient, pack, unpack
+from imf_kernels.ops import check
+from imf_kernels.transforms.dual_tensors import takes_dual_tensors
+
+Function = Callable[[Tensor], Tensor]
+
+
+class Elementwise:
+    """The operation y = f(x), element by element.
+
+    Args:
+        name: of the operation and of its kernels.
+        function: f, in plain PyTorch.
+        derivative: f′.
+        public: name of the public function.
+    """
+
+    def __init__(self, name: str, function: Function, derivative: Function, public: str) -> None:
+        self.function, self.derivative = function, derivative
+
+        def check_arguments(x: Tensor, x_dot: Tensor | None) -> Sequence[Tensor]:
+            check.is_tensor(public, x=x)
+            return (x,)
+
+        methods = {
+            "forward": staticmethod(_forward),
+            "backward": staticmethod(check.backward_of(public)(_backward)),
+        }
+        self._operation = Operation(
+            name,
+            FunctionMeta(f"_{name}", (torch.autograd.Function,), methods),  # type: ignore[arg-type]
+            self._reference,
+            check_arguments,
+            (cpu.backend(name), cuda.backend(name), triton_launch.backend("elementwise", name)),
+            public=public,
+            lay_out=Tensor.contiguous,
+        )
+
+    def __call__(self, x: TensorOrDual, backend: str | None) -> TensorOrDual:
+        primal, tangent = unpack(x)
+        return pack(*self._operation(backend, primal, tangent), x)
+
+    def _reference(self, x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        dtype, exact = x.dtype, torch.promote_types(x.dtype, torch.float32)
+        x = x.to(exact)
+        y = self.function(x).to(dtype)
+        if x_dot is None:
+            return y, None
+        with torch.no_grad():
+            return y, (self.derivative(last_rows(x, x_dot)) * x_dot.to(exact)).to(dtype)
+
+
+def _forward(
+    ctx: Any, kernels: _C.elementwise, x: Tensor, x_dot: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    x = x.contiguous()
+    y, y_dot = torch.empty_like(x), None
+    if x_dot is not None:
+        x_dot = x_dot.contiguous()
+        y_dot = torch.empty_like(x_dot)
+        no_gradient(ctx, y_dot)
+    kernels.forward(x, x_dot, y, y_dot)
+    ctx.save_for_backward(x)
+    ctx.kernels = kernels
+    return y, y_dot
+
+
+def _backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
+    (x,) = ctx.saved_tensors
+    dx = torch.empty_like(x)
+    ctx.kernels.backward(x, dy.contiguous(), dx)
+    return None, dx, None
+
+
+def _silu_derivative(x: Tensor) -> Tensor:
+    s = torch.sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
+def _normal(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The normal distribution and its density."""
+    return (1 + torch.erf(x * math.sqrt(0.5))) / 2, torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+
+
+def _normal_by_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The approximation of the normal distribution, and its derivative."""
+    root = math.sqrt(2 / math.pi)
+    tanh = torch.tanh(root * (x + 0.044715 * x**3))
+    return (1 + tanh) / 2, (1 - tanh * tanh) / 2 * root * (1 + 3 * 0.044715 * x * x)
+
+
+def _gated(s: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Function, Function]:
+    """x s(x) and its derivative, of a function that gives s and s′."""
+
+    def function(x: Tensor) -> Tensor:
+        return x * s(x)[0]
+
+    def derivative(x: Tensor) -> Tensor:
+        value, slope = s(x)
+        return value + x * slope
+
+    return function, derivative
+
+
+SILU = Elementwise("silu", lambda x: x * torch.sigmoid(x), _silu_derivative, "silu")
+GELU = Elementwise("gelu", *_gated(_normal), "gelu")
+GELU_TANH = Elementwise("gelu_tanh", *_gated(_normal_by_tanh), "gelu")
+
+
+@takes_dual_tensors
+def silu(x: TensorOrDual, *, backend: str | None = None) -> TensorOrDual:
+    """x / (1 + e^(−x)), with its tangent.
+
+    Args:
+        x: any shape and strides, float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu`:
+            not float16).
+        backend: "cpu", "cuda", "triton", "reference", or the best one that can run.
+
+    Returns:
+        As x in shape and dtype; a `Dual` if `x` is one. Computed in fp32, rounded once.
+
+    Raises:
+        TypeError: for an argument that is not a floating-point tensor.
+        RuntimeError: when an explicit `backend` cannot run.
+    """
+    return SILU(x, backend)
+
+
+@takes_dual_tensors
+def gelu(x: TensorOrDual, *, approximate: str = "none", backend: str | None = None) -> TensorOrDual:
+    """x · Φ(x), Φ the normal distribution, with its tangent.
+
+    Args:
+        x: any shape and strides, float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu`:
+            not float16).
+        approximate: "none", or "tanh" for x · (1 + tanh(√(2 / π) (x + 0.044715 x³))) / 2.
+        backend: "cpu", "cuda", "triton", "reference", or the best one that can run.
+
+    Returns:
+        As x in shape and dtype; a `Dual` if `x` is one. Computed in fp32, rounded once.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit.
+        RuntimeError: when an explicit `backend` cannot run.
+    """
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
+    return (GELU if approximate == "none" else GELU_TANH)(x, backend)

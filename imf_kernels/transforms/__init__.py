@@ -1,0 +1,1 @@
+"""Derivatives of unmodified functions, and what they need of PyTorch."""

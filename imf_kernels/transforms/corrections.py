@@ -1,0 +1,238 @@
+"""Rules for calls whose own rule in PyTorch (2.13) gives a wrong tangent, without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from imf_kernels.dual import Dual, unpack
+from imf_kernels.transforms.dual_tensors import carries_tangent
+from imf_kernels.transforms.rules import WITHOUT_RULE, NotServed, serves
+
+
+def _of(x: Any) -> tuple[Tensor, Tensor]:
+    """Primal and tangent, zeros for none."""
+    x, x_dot = unpack(x)
+    return x, torch.zeros_like(x) if x_dot is None else x_dot
+
+
+def _factored(factor: Tensor, tangent: Tensor, upper: bool) -> Tensor:
+    """The tangent of A = L Lᴴ, or Uᴴ U, of the triangle that PyTorch reads."""
+    L, L_dot = (t.triu().mH if upper else t.tril() for t in (factor, tangent))
+    half = L_dot @ L.mH
+    return half + half.mH
+
+
+@serves(torch.cholesky_inverse, Tensor.cholesky_inverse)
+def _cholesky_inverse(input: Any, upper: bool = False) -> Any:
+    L, L_dot = _of(input)
+    y = torch.cholesky_inverse(L, upper)
+    with torch.no_grad():
+        return Dual(y, -y @ _factored(L, L_dot, upper) @ y)
+
+
+@serves(torch.cholesky_solve, Tensor.cholesky_solve)
+def _cholesky_solve(input: Any, input2: Any, upper: bool = False) -> Any:
+    (b, b_dot), (L, L_dot) = _of(input), _of(input2)
+    y = torch.cholesky_solve(b, L, upper)
+    with torch.no_grad():
+        return Dual(y, torch.cholesky_solve(b_dot - _factored(L, L_dot, upper) @ y, L, upper))
+
+
+@serves(torch.logcumsumexp, Tensor.logcumsumexp)
+def _logcumsumexp(input: Any, dim: int) -> Any:
+    """ẏ_i = exp(y_{i−1} − y_i) ẏ_{i−1} + exp(x_i − y_i) ẋ_i. PyTorch's exp(x − max) is 0 for spread logits.
+
+    All at once: after steps 1, 2, 4 … position i has taken in so many before it.
+    """
+    x, x_dot = cast(tuple[Tensor, Tensor], unpack(input))
+    y = torch.logcumsumexp(x, dim)
+    if x.dim() == 0:
+        return Dual(y, x_dot)
+    with torch.no_grad():
+        x, x_dot, whole = (t.movedim(dim, -1) for t in (x, x_dot, y))
+        # Where all so far are -inf they are one as likely as the other, and their tangent is lost in the sum.
+        weight, y_dot = torch.zeros_like(x), (x - whole).exp().nan_to_num(0.0) * x_dot
+        weight[..., 1:] = (whole[..., :-1] - whole[..., 1:]).exp().nan_to_num(0.0)
+        step = 1
+        while step < x.shape[-1]:
+            taken = y_dot[..., step:] + weight[..., step:] * y_dot[..., :-step]
+            reach = weight[..., step:] * weight[..., :-step]
+            y_dot = torch.cat((y_dot[..., :step], taken), -1)
+            weight = torch.cat((weight[..., :step], reach), -1)
+            step *= 2
+        return Dual(y, y_dot.movedim(-1, dim).contiguous())
+
+
+@serves(torch.linalg.det, torch.det, Tensor.det)
+def _det(A: Any) -> Any:
+    """ẏ = Σ adj(A)ᵀ ⊙ Ȧ, the adjugate by the singular values: right where A has no inverse."""
+    A, A_dot = cast(tuple[Tensor, Tensor], unpack(A))
+    y = torch.linalg.det(A)
+    with torch.no_grad():
+        U, s, Vh = torch.linalg.svd(A)
+        n = s.shape[-1]
+        others = s.unsqueeze(-2).expand(*s.shape[:-1], n, n).clone()
+        others.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+        cofactors = ((U * others.prod(-1).unsqueeze(-2)) @ Vh).conj()
+        return Dual(y, torch.linalg.det(U @ Vh) * (cofactors * A_dot).sum((-2, -1)))
+
+
+@serves(torch.cdist)
+def _cdist(
+    x1: Any, x2: Any, p: float = 2.0, compute_mode: str = "use_mm_for_euclid_dist_if_necessary"
+) -> Any:
+    """Of Euclidean distances, which have no rule; by products of matrices where PyTorch takes those."""
+    if p != 2:
+        return NotServed("of another p than 2")
+    (a, a_dot), (b, b_dot) = _of(x1), _of(x2)
+    y = torch.cdist(a, b, p, compute_mode)
+    many = compute_mode == "use_mm_for_euclid_dist_if_necessary" and max(a.shape[-2], b.shape[-2]) > 25
+    with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
+        a, a_dot, b, b_dot = (t.to(y.dtype) for t in (a, a_dot, b, b_dot))
+        if many or compute_mode == "use_mm_for_euclid_dist":
+            own = (a * a_dot).sum(-1).unsqueeze(-1) + (b * b_dot).sum(-1).unsqueeze(-2)
+            y_dot = own - a_dot @ b.mT - a @ b_dot.mT
+        else:
+            apart = (t.unsqueeze(-2) - u.unsqueeze(-3) for t, u in ((a, b), (a_dot, b_dot)))
+            y_dot = torch.linalg.vecdot(*apart)
+        return Dual(y, torch.where(y > 0, y_dot / y, 0.0))
+
+
+# The functions that are corrected above. Inside a vmap or grad no `Dual` can be made of a tensor.
+WRONG_IN_PYTORCH: list[Any] = [
+    *(torch.cholesky_inverse, Tensor.cholesky_inverse, torch.cholesky_solve, Tensor.cholesky_solve),
+    *(torch.logcumsumexp, Tensor.logcumsumexp, torch.linalg.det, torch.det, Tensor.det),
+]
+REFUSED_INSIDE_TRANSFORMS = {
+    **WITHOUT_RULE,
+    **{
+        function: f"{function.__name__} inside a transform of torch.func (vmap, grad …) has a wrong rule in "
+        "PyTorch; outside of the transform it is corrected"
+        for function in WRONG_IN_PYTORCH
+    },
+}
+
+# In the place of these, calls whose rules are right. They run where no rule of ours served.
+REWRITTEN: dict[Any, Callable[..., Any]] = {}
+
+
+def _silu(input: Tensor, inplace: bool = False) -> Tensor:
+    if not input.is_complex():
+        return F.silu(input, inplace)
+    y = input * torch.sigmoid(input)  # the rule of silu leaves out a conjugate
+    return input.copy_(y) if inplace else y
+
+
+def _triangular_solve(
+    input: Tensor, A: Tensor, upper: bool = True, transpose: bool = False, unitriangular: bool = False
+) -> Any:
+    """Its rule in PyTorch forgets both options."""
+    of = A.mT if transpose else A
+    x = torch.linalg.solve_triangular(of, input, upper=upper != transpose, unitriangular=unitriangular)
+    return torch.return_types.triangular_solve((x, A.clone()))
+
+
+REWRITTEN[F.silu] = REWRITTEN[torch._C._nn.silu] = _silu
+REWRITTEN[torch._C._nn.silu_] = partial(_silu, inplace=True)
+REWRITTEN[torch.triangular_solve] = REWRITTEN[Tensor.triangular_solve] = _triangular_solve
+
+
+def _without_libraries(func: Callable[..., Any]) -> Callable[..., Any]:
+    """A recurrent layer by PyTorch's own kernels: those of oneDNN and cuDNN have no rule."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not any(map(carries_tangent, pytree.tree_leaves((args, kwargs)))):
+            return func(*args, **kwargs)
+        mkldnn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+        torch._C._set_mkldnn_enabled(False)
+        torch._C._set_cudnn_enabled(False)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            torch._C._set_mkldnn_enabled(mkldnn)
+            torch._C._set_cudnn_enabled(cudnn)
+
+    return call
+
+
+for _func in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
+    REWRITTEN[_func] = _without_libraries(_func)
+
+
+# While torch.compile traces, PyTorch's rules (2.13) multiply the zeros of an operand without a tangent by
+# these factors, which compiled code answers with a segmentation fault: the factors are multiplied in before.
+REWRITTEN_WHILE_COMPILING: dict[Any, Callable[..., Any]] = {}
+
+
+def _factored_in(
+    func: Any, names: tuple[str, ...], factors: tuple[str, ...], plain: Callable[..., Any]
+) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = [kwargs.get(name, 1) for name in factors]
+        known = len(args) <= len(names) and {*kwargs} <= {*names, *factors}
+        if not known or all(factor == 1 for factor in given):
+            return func(*args, **kwargs)
+        return plain(*args, *(kwargs[name] for name in names[len(args) :]), *given)
+
+    return call
+
+
+def _added(sign: int) -> Callable[..., Any]:
+    return lambda x, y, alpha: x + (sign * alpha) * y
+
+
+def _added_in_place(sign: int) -> Callable[..., Any]:
+    return lambda x, y, alpha: x.add_((sign * alpha) * y)
+
+
+def _product_added(product: Callable[..., Any]) -> Callable[..., Any]:
+    def plain(x: Tensor, a: Tensor, b: Tensor, beta: Any, alpha: Any) -> Tensor:
+        y = alpha * product(a, b)
+        return beta * x + y if beta != 0 else y.expand(torch.broadcast_shapes(x.shape, y.shape))
+
+    return plain
+
+
+def _product_added_in_place(product: Callable[..., Any]) -> Callable[..., Any]:
+    def plain(x: Tensor, a: Tensor, b: Tensor, beta: Any, alpha: Any) -> Tensor:
+        return (x.mul_(beta) if beta != 0 else x.zero_()).add_(alpha * product(a, b))
+
+    return plain
+
+
+def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    return torch.bmm(a, b).sum(0)
+
+
+def _complete(name: str, names: tuple[str, ...], factors: tuple[str, ...], plain: Any, in_place: Any) -> None:
+    for func in (getattr(torch, name), getattr(Tensor, name)):
+        REWRITTEN_WHILE_COMPILING[func] = _factored_in(func, names, factors, plain)
+    func = getattr(Tensor, f"{name}_")
+    REWRITTEN_WHILE_COMPILING[func] = _factored_in(func, names, factors, in_place)
+
+
+for _name, _sign in (("add", 1), ("sub", -1), ("subtract", -1)):
+    _complete(_name, ("input", "other"), ("alpha",), _added(_sign), _added_in_place(_sign))
+_complete(
+    "addcmul",
+    ("input", "tensor1", "tensor2"),
+    ("value",),
+    lambda x, a, b, value: x + value * (a * b),
+    lambda x, a, b, value: x.add_(value * (a * b)),
+)
+for _name, _operands, _product in (
+    ("addmm", ("mat1", "mat2"), torch.mm),
+    ("baddbmm", ("batch1", "batch2"), torch.bmm),
+    ("addbmm", ("batch1", "batch2"), _sum_of_products),
+    ("addmv", ("mat", "vec"), torch.mv),
+    ("addr", ("vec1", "vec2"), torch.outer),
+):
+    _product_plain, _product_in_place = _product_added(_product), _product_added_in_place(_product)
+    _complete(_name, ("input", *_operands), ("beta", "alpha"), _product_plain, _product_in_place)

@@ -1,0 +1,239 @@
+"""Operations on the dual tensors of PyTorch's own forward mode, of `torch.autograd.forward_ad` and
+`torch.func.jvp`.
+
+The tangent of an argument is taken out, the operation called with a `Dual`, and its result made a dual tensor
+again. Like every tangent of this library it is data: differentiating it raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
+
+from imf_kernels.backends.dispatch import constant, default, log_once
+from imf_kernels.dual import Dual, NoTangent, guarded, is_dual, not_a_view, unpack
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def unpack_dual_tensor(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Primal and tangent of a dual tensor of PyTorch; a tangent that PyTorch knows to be zero is `None`."""
+    if torch.compiler.is_compiling():
+        primal, tangent = forward_ad.unpack_dual(x)
+        return primal, tangent
+    level = forward_ad._current_level
+    if level < 0:
+        return x, None
+    primal, tangent = torch._unpack_dual(x, level=level)  # what forward_ad calls, at a third of its price
+    return primal, None if tangent is None or tangent._is_zerotensor() else tangent
+
+
+def make_dual_tensor(primal: Tensor, tangent: Tensor) -> Tensor:
+    """A dual tensor of PyTorch at the current level."""
+    if torch.compiler.is_compiling():
+        return forward_ad.make_dual(primal, tangent)
+    _load_decompositions()
+    return torch._make_dual(primal, tangent, level=forward_ad._current_level)
+
+
+@functools.cache
+def _load_decompositions() -> None:
+    """Loads the forward-mode rules that PyTorch writes in Python, as its own `make_dual` does."""
+    forward_ad._maybe_load_decompositions()
+
+
+def can_move(x: Any) -> bool:
+    """Whether x is a tensor of numbers that a tangent may belong to."""
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def carries_tangent(x: Any) -> bool:
+    """Whether a tensor has a tangent at the current dual level."""
+    return can_move(x) and unpack_dual_tensor(x)[1] is not None
+
+
+def primal_of(x: Any) -> Any:
+    """What a `Dual` or a dual tensor of PyTorch is without its tangent; anything else as it is."""
+    if isinstance(x, Dual):
+        return x.primal
+    return unpack_dual_tensor(x)[0] if can_move(x) else x
+
+
+def tangent_of(x: Any) -> Tensor | None:
+    """The tangent, as it is stored, of a `Dual` or a dual tensor of PyTorch; `None` of anything else."""
+    if isinstance(x, Dual):
+        return x.tangent_rows
+    return unpack_dual_tensor(x)[1] if can_move(x) else None
+
+
+def in_dtype_of(primal: Tensor, tangent: Tensor) -> Tensor:
+    """The tangent in its primal's dtype: under `torch.autocast` PyTorch's rules may leave it in another."""
+    return tangent if tangent.dtype == primal.dtype else tangent.to(primal.dtype)
+
+
+def as_dual(x: Any) -> Any:
+    """A dual tensor of PyTorch as a `Dual`, anything else as it is."""
+    if type(x) is not Tensor or not can_move(x):
+        return x
+    primal, tangent = unpack_dual_tensor(x)
+    return x if tangent is None else Dual(primal, in_dtype_of(primal, tangent.detach()))
+
+
+def as_dual_tensor(y: Any) -> Any:
+    """The reverse."""
+    if not isinstance(y, Dual):
+        return y
+    tangent = y.tangent_rows
+    if tangent is None:
+        return y.primal
+    if not torch.compiler.is_compiling() and tangent._is_view():
+        # A view that was made without autograd nobody may modify.
+        tangent = not_a_view(tangent, tangent.shape)
+    return make_dual_tensor(y.primal, tangent)
+
+
+def takes_dual_tensors(operation: Call) -> Call:
+    """Lets an operation on `Dual`s take PyTorch's dual tensors, and return them then.
+
+    `backend="reference"`, plain PyTorch, is left to PyTorch, which differentiates along weights too and whose
+    tangents can be differentiated. So are calls in which a weight has a tangent, unless a backend is asked
+    for, and those inside other transforms of `torch.func` than a single `jvp`.
+    """
+
+    @functools.wraps(operation)
+    def call(*arguments: Any, **options: Any) -> Any:
+        compiling = torch.compiler.is_compiling()
+        if not compiling and forward_ad._current_level < 0:
+            return operation(*arguments, **options)
+        if (options.get("backend") or default.backend) == "reference":
+            return operation(*arguments, **options)
+        transformed = torch._C._are_functorch_transforms_active()
+        if compiling:
+            # Asked twice: the first sees a level that the graph itself enters; the second lets no graph that
+            # was made outside be called at a level.
+            if not transformed and (_at_dual_level() or forward_ad._current_level >= 0):
+                if traced_jvp.depth:
+                    return _on_traced_dual_tensors(operation, arguments, options)
+                raise RuntimeError(
+                    f"{operation.__name__}: torch.compile loses the tangents of torch.autograd.forward_ad; "
+                    "call torch.func.jvp inside what is compiled, or pass a Dual"
+                )
+            return operation(*arguments, **options)
+        jvp = _single_jvp() if transformed else None
+        if transformed and jvp is None:
+            return operation(*arguments, **options)
+        return _on_dual_tensors(operation, arguments, options, jvp)
+
+    return call  # type: ignore[return-value]
+
+
+# By which path the tangent of a call comes.
+OURS, PYTORCHS, NO_TANGENT = "imf_kernels", "PyTorch's rule", "no tangent"
+
+
+class _Watch:
+    """Who is told of each operation: its name, path, why not, and seconds. See explain.py."""
+
+    seen: Callable[[str, str, str, float], None] | None = None
+
+
+watch = _Watch()
+
+
+class _TracedJVP:
+    """How many calls of `imf_kernels.jvp` a graph that torch.compile traces is inside of."""
+
+    depth = 0
+
+
+traced_jvp = _TracedJVP()
+
+
+def _on_traced_dual_tensors(operation: Callable[..., Any], arguments: Any, options: Any) -> Any:
+    """The operation on dual tensors of a level that the graph itself enters, in `imf_kernels.jvp`."""
+
+    leaves, structure = pytree.tree_flatten((arguments, options))
+    arguments, options = pytree.tree_unflatten([as_dual(x) for x in leaves], structure)
+    result = operation(*arguments, **options)
+    return tuple(map(as_dual_tensor, result)) if isinstance(result, tuple) else as_dual_tensor(result)
+
+
+@constant
+def _at_dual_level() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def _single_jvp() -> Any:
+    """The interpreter of `torch.func.jvp` where it is the only transform, else `None`."""
+    from torch._functorch import pyfunctorch
+
+    innermost = pyfunctorch.retrieve_current_functorch_interpreter()
+    is_jvp = innermost.key() == torch._C._functorch.TransformType.Jvp
+    return innermost if is_jvp and innermost.level() == 1 else None
+
+
+@torch._disable_dynamo  # else what falls back to eager mode here would be compiled function by function
+def _on_dual_tensors(operation: Callable[..., Any], arguments: Any, options: Any, jvp: Any) -> Any:
+    """The operation at a dual level of `forward_ad`, or inside the transform `jvp`, which wraps tensors."""
+    start = time.perf_counter()
+    with torch._C.DisableTorchFunction():  # what it calls is no call of the function that `jvp` runs
+        results, moves = _results(operation, arguments, options, jvp)
+    if watch.seen is not None:
+        path = OURS if moves else NO_TANGENT
+        watch.seen(f"imf_kernels.{operation.__name__}", path, "", time.perf_counter() - start)
+    return results
+
+
+def _results(operation: Callable[..., Any], arguments: Any, options: Any, jvp: Any) -> tuple[Any, bool]:
+    """What the operation returns, and whether an argument carries a tangent."""
+
+    def unwrapped(x: Any) -> Any:
+        wrapping = jvp is not None and isinstance(x, Tensor)
+        return torch._C._functorch._unwrap_for_grad(x, jvp.level()) if wrapping else x
+
+    def wrapped(x: Tensor) -> Tensor:
+        return x if jvp is None else torch._C._functorch._wrap_for_grad(x, jvp.level())
+
+    leaves, structure = pytree.tree_flatten((arguments, options), is_leaf=is_dual)
+    parts = [forward_ad.unpack_dual(x) if isinstance(x, Tensor) else (x, None) for x in leaves]
+    primals, tangents = ([unwrapped(part) for part in both] for both in zip(*parts, strict=True))
+    sources = [t for t in tangents if t is not None]
+    if any(map(is_dual, leaves)):
+        if sources:
+            raise TypeError(
+                f"{operation.__name__}: arguments must be Duals or dual tensors of PyTorch's forward mode, "
+                "got both"
+            )
+        return operation(*arguments, **options), True
+
+    def handed_out(y: Tensor | Dual) -> tuple[Tensor, Tensor | None]:
+        y, y_dot = unpack(y)
+        return y, None if y_dot is None else guarded(y_dot, y, *sources)
+
+    try:
+        with contextlib.nullcontext() if jvp is None else jvp.lower():
+            duals = [
+                x if t is None else Dual(x, in_dtype_of(x, t.detach()))
+                for x, t in zip(primals, tangents, strict=True)
+            ]
+            plain_arguments, plain_options = pytree.tree_unflatten(duals, structure)
+            result = operation(*plain_arguments, **plain_options)
+            results = [handed_out(y) for y in (result if isinstance(result, tuple) else (result,))]
+    except NoTangent as error:
+        if options.get("backend") or default.backend:
+            raise
+        log_once(operation.__name__, "reference", str(error))
+        return operation(*arguments, **{**options, "backend": "reference"}), True
+    dual_tensors = tuple(
+        wrapped(y) if y_dot is None else forward_ad.make_dual(wrapped(y), wrapped(y_dot))
+        for y, y_dot in results
+    )
+    return dual_tensors if isinstance(result, tuple) else dual_tensors[0], bool(sources)

@@ -1,0 +1,602 @@
+"""The derivative of an unmodified function or module along tangents, in the place of `torch.func.jvp`.
+
+The tangents travel in PyTorch's own dual tensors (`torch.autograd.forward_ad`), so that views, in-place
+methods, indexing and whatever else PyTorch has a forward-mode rule for keep their meaning, and modules that
+insist on a tensor get one. What is different from `torch.func.jvp`:
+
+- A call that this library has an operation for goes there (rules.py): primal and tangent in one pass,
+  attention without the matrix of its weights.
+- No gradient flows through tangents: the graph that PyTorch records of a tangent is let go after every call.
+- Dual tensors are ordinary tensors, without the wrappers of `torch.func`: hooks run, so DDP, FSDP2 and
+  profilers work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as fwAD
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_true
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils import _pytree as pytree
+
+from imf_kernels.backends.dispatch import constant, logger
+from imf_kernels.dual import Dual, guarded
+from imf_kernels.transforms.checkpoint import threads
+from imf_kernels.transforms.corrections import (
+    REFUSED_INSIDE_TRANSFORMS,
+    REWRITTEN,
+    REWRITTEN_WHILE_COMPILING,
+    WRONG_IN_PYTORCH,
+)
+from imf_kernels.transforms.dual_tensors import (
+    NO_TANGENT,
+    OURS,
+    PYTORCHS,
+    as_dual,
+    as_dual_tensor,
+    can_move,
+    carries_tangent,
+    in_dtype_of,
+    make_dual_tensor,
+    primal_of,
+    traced_jvp,
+    unpack_dual_tensor,
+)
+from imf_kernels.transforms.rules import (
+    ARITHMETIC_WHILE_COMPILING,
+    CONTROL_FLOW,
+    REFUSED,
+    REFUSED_WHILE_COMPILING,
+    RULES,
+    ZEROS_WHILE_COMPILING,
+    NotServed,
+)
+from imf_kernels.transforms.surroundings import Surroundings
+from imf_kernels.transforms.tracing import refuse_while_tracing
+
+# Attention's plain form is the only one of PyTorch's that has a derivative.
+_WITH_ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
+
+
+def _with_zeros(x: Any) -> Any:
+    """A tensor without a tangent with one of zeros, anything else as it is."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or carries_tangent(x):
+        return x
+    x = x.contiguous()  # of an expanded one the layout could not be kept
+    return make_dual_tensor(x, torch.zeros_like(x))
+
+
+def _method_name(func: Any) -> str:
+    """The name of a method, behind the decorator of those that PyTorch writes in Python.
+
+    From PyTorch 2.15 on torch.compile reads the name of the decorator's own function, "wrapped", from them.
+    """
+    return getattr(getattr(func, "__wrapped__", func), "__name__", "")
+
+
+NO_RULE = NotServed("")
+_OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+# Functions that are refused or corrected, by the names of the operators behind them.
+_PUBLIC = {
+    f"aten::{prefix}{_method_name(function)}": function
+    for function in (*REFUSED, *REWRITTEN, *WRONG_IN_PYTORCH)
+    for prefix in ("", "special_", "linalg_")
+}
+
+
+class _Run:
+    """A run of jvp: threads that it started and that outlive it go on without it."""
+
+    over = False
+
+
+class _Calls(TorchFunctionMode):
+    """Sees every call of PyTorch, and sends it where its tangent is computed."""
+
+    run = _Run()
+
+    def __init__(
+        self,
+        seen: Callable[[str, str, str, float], None] | None = None,
+        synchronize: Callable[[], Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.seen, self.synchronize = seen, synchronize or (lambda: None)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.run.over:
+            return func(*args, **kwargs)
+        if self.seen is None:
+            return _call(func, args, kwargs)[0]
+        self.synchronize()
+        start = time.perf_counter()
+        result, why = _call(func, args, kwargs)
+        self.synchronize()
+        path, reason = (OURS, "") if why is None else (_path(result), why.why)
+        self.seen(_name(func), path, reason, time.perf_counter() - start)
+        return result
+
+
+def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, NotServed | None]:
+    """The result of a call; and why PyTorch's rule made it, `None` where one of our operations did."""
+    compiling = torch.compiler.is_compiling()
+    if isinstance(func, _OPERATORS):
+        func = _PUBLIC.get(_operator_name(func).partition(".")[0], func)
+    if torch._C._are_functorch_transforms_active():
+        # The tensors of a vmap or grad inside are PyTorch's, and it does not say which of them move.
+        if func in REFUSED_INSIDE_TRANSFORMS:
+            raise NotImplementedError(f"imf_kernels.jvp: {REFUSED_INSIDE_TRANSFORMS[func]}")
+        return _by_pytorch(func, args, kwargs), NO_RULE
+    if func in REFUSED_WHILE_COMPILING if compiling else func in REFUSED or torch.is_inference_mode_enabled():
+        _refuse(func, args, kwargs)
+    rule, why = RULES.get(func), NO_RULE
+    if rule is None and compiling and len(args) == 2 and not kwargs:
+        rule = ARITHMETIC_WHILE_COMPILING.get(_method_name(func))
+    if rule is not None:
+        given, named = [as_dual(x) for x in args], {name: as_dual(x) for name, x in kwargs.items()}
+        if any(isinstance(x, Dual) for x in (*given, *named.values())):
+            result = rule(*given, **named)
+            if not isinstance(result, NotServed):
+                return as_dual_tensor(result), None
+            why = result
+    if _writes_in_graph(func) if compiling else func in _IN_PLACE_METHODS:
+        args, kwargs = _apart(args, kwargs)
+    if compiling:
+        if func is torch.utils.checkpoint.checkpoint:
+            args = (_seen(args[0]), *args[1:])
+        if func is Tensor.__getitem__ and carries_tangent(args[0]):
+            _expect_some(args[1])
+        if func in ZEROS_WHILE_COMPILING and any(map(carries_tangent, pytree.tree_leaves(args))):
+            args = pytree.tree_map(_with_zeros, args)
+        result = _by_pytorch(func, args, kwargs)
+        _refuse_lost_tangents(func, args, kwargs, result)
+        return result, why
+    try:
+        result = _by_pytorch(func, args, kwargs)
+    except (NotImplementedError, RuntimeError) as error:
+        if any(words in str(error) for words in ("forward AD", "forward grad")):
+            raise NotImplementedError(
+                f"imf_kernels.jvp: {_name(func)} has no forward-mode rule in PyTorch: {error}"
+            ) from error
+        raise
+    _refuse_lost_tangents(func, args, kwargs, result)
+    _release_graphs(result)
+    return result, why
+
+
+_IN_PLACE = frozenset(
+    name
+    for name in dir(Tensor)
+    if (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and len(name) > 6)
+)
+_IN_PLACE_METHODS = frozenset(getattr(Tensor, name) for name in _IN_PLACE)
+
+
+def _writes_in_graph(func: Any) -> bool:
+    return not isinstance(func, torch._ops.HigherOrderOperator) and _method_name(func) in _IN_PLACE
+
+
+def _apart(args: Any, kwargs: Any) -> Any:
+    """What an in-place method takes, apart from the tensor it writes: PyTorch's rules read it afterwards."""
+    written = args[0]
+
+    def apart(x: Any) -> Any:
+        return x.clone() if can_move(x) and _may_be_same_memory(x, written) else x
+
+    if len(args) == 2 and not kwargs:
+        return (written, apart(args[1])), kwargs
+    rest, named = pytree.tree_map(apart, (args[1:], kwargs))
+    return (written, *rest), named
+
+
+def _may_be_same_memory(x: Tensor, y: Any) -> bool:
+    if not isinstance(y, Tensor) or x.shape != y.shape:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    if x.stride() != y.stride() or x.storage_offset() != y.storage_offset():
+        return False
+    return bool(torch._C._is_alias_of(x, y))  # type: ignore[attr-defined]
+
+
+def _expect_some(index: Any) -> None:
+    """Places whose number depends on data, which forward mode cannot follow unless there are some."""
+    for places in index if isinstance(index, tuple) else (index,):
+        if isinstance(places, Tensor) and places.dtype == torch.int64 and guard_or_true(places.numel() != 0):
+            torch._check(places.numel() >= 1)
+
+
+def _seen(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its calls of PyTorch seen: torch.compile leaves the mode for what it checkpoints."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _Calls():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _by_pytorch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if torch.compiler.is_compiling() and getattr(func, "__module__", None) == "torch._tensor":
+        # A method that PyTorch writes in Python: torch.compile follows the call of one, not the function.
+        return getattr(args[0], _method_name(func))(*args[1:], **kwargs)
+    func = REWRITTEN.get(func, func)
+    if torch.compiler.is_compiling():
+        func = REWRITTEN_WHILE_COMPILING.get(func, func)
+    if func in _WITH_ATTENTION:
+        with sdpa_kernel(SDPBackend.MATH):
+            return func(*args, **kwargs)
+    return func(*args, **kwargs)
+
+
+def _name(func: Any) -> str:
+    return resolve_name(func) or getattr(func, "__qualname__", repr(func))
+
+
+def _path(result: Any) -> str:
+    return PYTORCHS if any(map(carries_tangent, pytree.tree_leaves(result))) else NO_TANGENT
+
+
+def _refuse(func: Any, args: Any, kwargs: Any) -> None:
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
+        if not any(map(carries_tangent, pytree.tree_leaves((args, kwargs)))):
+            return
+    if func in REFUSED:
+        raise NotImplementedError(f"imf_kernels.jvp: {REFUSED[func]}")
+    raise NotImplementedError(
+        f"imf_kernels.jvp: {_name(func)} is called in torch.inference_mode, which drops tangents; enter "
+        "torch.no_grad in its place"
+    )
+
+
+@constant
+def _operator_name(func: Any) -> str:
+    return func._qualified_op_name if isinstance(func, torch._ops.OpOverloadPacket) else func.name()
+
+
+def _refuse_lost_tangents(func: Any, args: Any, kwargs: Any, result: Any) -> None:
+    """Operators of other libraries, and control flow, give no tangent, and PyTorch says nothing."""
+    if isinstance(func, torch._ops.HigherOrderOperator):
+        refused = CONTROL_FLOW
+    elif isinstance(func, _OPERATORS):
+        name = _operator_name(func)
+        if name.startswith(("aten::", "prim")):
+            return
+        refused = (
+            f"the operator {name} has no forward-mode rule; PyTorch would leave its tangent out in silence. "
+            "Detach its inputs if it needs none"
+        )
+    else:
+        return
+    lost = any(can_move(y) and not carries_tangent(y) for y in pytree.tree_leaves(result))
+    if lost and any(map(carries_tangent, pytree.tree_leaves((args, kwargs)))):
+        raise NotImplementedError(f"imf_kernels.jvp: {refused}")
+
+
+def _release_graphs(result: Any) -> None:
+    """No gradient flows through tangents: lets go of what PyTorch recorded to differentiate them."""
+    for y in result if isinstance(result, (tuple, list)) else (result,):
+        if isinstance(y, Tensor) and y.requires_grad:
+            _, tangent = unpack_dual_tensor(y)
+            if tangent is not None and tangent.requires_grad and not tangent._is_view():
+                tangent.detach_()
+
+
+def jvp(
+    func: Callable[..., Any],
+    primals: tuple[Any, ...],
+    tangents: tuple[Any, ...] = (),
+    *,
+    strict: bool = False,
+    has_aux: bool = False,
+    **of_functional: Any,
+) -> Any:
+    """func(*primals) and its derivative along the tangents, in one pass: `torch.func.jvp` for training.
+
+    Gradients flow through the primal outputs, to inputs and weights, as if `func` had been called by itself.
+    None flows through the tangents that come back: differentiating them raises an error, `.detach()` makes
+    them plain data.
+
+    Args:
+        func: any function or module made of PyTorch's calls, unmodified. Linear layers, attention,
+            normalisations and activations run on this library's operations; every other call follows
+            PyTorch's forward-mode rule, and one that has none raises. Parts of it that torch.compile made run
+            eagerly: compile the function that calls `jvp`.
+        primals: arguments of `func`, tensors or pytrees of them.
+        tangents: in the structure of `primals`, each of its primal's shape and device and without grad, cast
+            where it is of another floating-point dtype; `None` where an argument has no tangent, which
+            `torch.func.jvp` does not take.
+        strict: raise where an output does not depend on the inputs, in the place of a tangent of zeros.
+        has_aux: `func` returns (output, aux); aux is handed on as it is, without tangents.
+
+    Returns:
+        (output, tangent), each in the structure of what `func` returns; with `has_aux` aux behind them.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit.
+        NotImplementedError: a call that has no forward-mode rule.
+        RuntimeError: inside another forward-mode derivative; with `strict`, an independent output.
+    """
+    for name in of_functional:
+        raise TypeError(f"jvp: there is no argument {name!r}{_ADVICE.get(name, '')}")
+    return _jvp(func, primals, tangents, strict, has_aux, _Calls)
+
+
+# Arguments of torch.autograd.functional.jvp.
+_ADVICE = {
+    "v": "; hand it as `tangents`, a tuple like `primals`: jvp(func, (x,), (v,))",
+    "create_graph": "; leave it out: gradients always flow through primal outputs, never through tangents",
+    "inputs": "; hand them as `primals`, a tuple: jvp(func, (x,), (v,))",
+}
+
+
+# PyTorch has one dual level a process: the jvps of several threads take turns.
+_ONE_LEVEL = threading.Lock()
+_TURN = 600.0  # seconds that a thread waits for its own
+_inside = threading.local()  # of a thread: the run of jvp that it belongs to
+
+
+def is_inside() -> bool:
+    """Whether this thread runs in a jvp."""
+    return not getattr(_inside, "run", _OUTSIDE).over
+
+
+_OUTSIDE = _Run()
+_OUTSIDE.over = True
+threads.is_inside = is_inside
+
+
+def _jvp(
+    func: Callable[..., Any], primals: Any, tangents: Any, strict: bool, has_aux: bool, calls: Any
+) -> Any:
+    pairs, structure = _pairs(primals, tangents)
+    if torch.compiler.is_compiling():
+        if fwAD._current_level >= 0:
+            raise RuntimeError(_NESTED)
+        refuse_while_tracing()
+        with fwAD._set_fwd_grad_enabled(True), fwAD.dual_level():
+            duals = [_dual_input(x, x_dot) for x, x_dot in pairs]
+            traced_jvp.depth += 1
+            with calls():
+                result = func(*_arguments(duals, structure))
+            traced_jvp.depth -= 1
+            return _taken_apart(result, strict, has_aux)
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "imf_kernels.jvp: called inside a transform of torch.func (grad, vjp, vmap, functionalize …), "
+            "which it does not nest in; torch.func.jvp does, and grad of jvp's primal outputs is .backward()"
+        )
+    return _without_compiler()(func, pairs, structure, strict, has_aux, calls)
+
+
+_NESTED = (
+    "imf_kernels.jvp: called inside another forward-mode derivative (jvp, torch.func.jvp or "
+    "dual_level), in which it does not nest; torch.func.jvp inside torch.func.jvp does"
+)
+
+_INSIDE = (
+    "imf_kernels.jvp: a forward-mode derivative (torch.func.jvp, jacfwd, hessian …) inside, in which it does "
+    "not nest; torch.func.jvp around it does"
+)
+
+
+def _without_compiler() -> Callable[..., Any]:
+    """`_eagerly`: after a graph break torch.compile must not compile its calls, without their tangents."""
+    return _disabled() if "torch._dynamo" in sys.modules else _eagerly
+
+
+@functools.cache
+def _disabled() -> Callable[..., Any]:
+    return torch._dynamo.disable(_eagerly)
+
+
+def _eagerly(func: Any, pairs: Any, structure: Any, strict: bool, has_aux: bool, calls: Any) -> Any:
+    if is_inside():
+        raise RuntimeError(_NESTED)
+    _say_what_runs_eagerly(func)
+    if not _ONE_LEVEL.acquire(timeout=_TURN):
+        raise RuntimeError(
+            f"imf_kernels.jvp: another thread has been inside jvp for {_TURN:g} s, and one runs at a time. "
+            "Does it wait for this thread?"
+        )
+    run = _Run()
+    try:
+        if fwAD._current_level >= 0:
+            raise RuntimeError(_NESTED)
+        inference = torch.is_inference_mode_enabled()  # it has no tangents
+        with _outside_inference_mode() if inference else contextlib.nullcontext():
+            return _at_a_level(func, pairs, structure, strict, has_aux, lambda: _Inside(calls(), run))
+    finally:
+        run.over = True
+        _ONE_LEVEL.release()
+
+
+@contextlib.contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _at_a_level(func: Any, pairs: Any, structure: Any, strict: bool, has_aux: bool, mode: Any) -> Any:
+    with fwAD._set_fwd_grad_enabled(True), fwAD.dual_level():
+        inputs = [_dual_input(x, x_dot) for x, x_dot in pairs]
+        with Surroundings(mode), mode():
+            try:
+                result = func(*_arguments(inputs, structure))
+            except (NotImplementedError, RuntimeError) as error:
+                if str(error).startswith("Nested forward mode AD"):
+                    raise NotImplementedError(_INSIDE) from error
+                _name_function_without_rule(error)
+                raise
+        return _taken_apart(result, strict, has_aux)
+
+
+_asked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+
+def _say_what_runs_eagerly(func: Any) -> None:
+    """Logs once what torch.compile made of a module, or of a part of it: it does not run here."""
+    if "torch._dynamo" not in sys.modules or not isinstance(func, torch.nn.Module) or func in _asked:
+        return
+    _asked.add(func)
+    compiled = [
+        name or type(module).__name__
+        for name, module in func.named_modules()
+        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+    ]
+    if compiled:
+        logger.info(
+            "jvp runs eagerly what torch.compile made: %s. Compile the function that calls jvp",
+            ", ".join(compiled),
+        )
+
+
+class _Inside:
+    """A thread inside a run of jvp, whose calls are seen."""
+
+    def __init__(self, calls: _Calls, run: _Run) -> None:
+        self.calls, calls.run, self.run = calls, run, run
+
+    def __enter__(self) -> None:
+        self.calls.__enter__()
+        _inside.run = self.run
+
+    def __exit__(self, *raised: Any) -> None:
+        _inside.run = _OUTSIDE
+        self.calls.__exit__(*raised)
+
+
+def _dual_input(x: Any, x_dot: Tensor | None) -> Any:
+    if torch.compiler.is_compiling():
+        if x_dot is None:
+            return x
+        # Views of a dual tensor want its tangent to lie in memory as it does, from the same offset on.
+        return make_dual_tensor(*(t.clone(memory_format=torch.contiguous_format) for t in (x, x_dot)))
+    x, x_dot = (t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in (x, x_dot))
+    if x_dot is None:
+        return x
+    if not x.is_contiguous() and not torch.ops.aten.is_non_overlapping_and_dense(x):
+        x = x.contiguous()  # a tangent has its primal's memory layout
+    return make_dual_tensor(x, x_dot)
+
+
+def _name_function_without_rule(error: Exception) -> None:
+    """Raises the error again with the name of the autograd.Function that it is about."""
+    if "jvp" not in str(error) or str(error).startswith("imf_kernels"):
+        return
+    trace = error.__traceback__
+    while trace is not None:
+        frame, trace = trace.tb_frame, trace.tb_next
+        names = frame.f_locals
+        # From PyTorch 2.14 on it is the object whose class was made of the Function.
+        function = names.get("cls") or getattr(names.get("self"), "_forward_cls", None)
+        if frame.f_code.co_filename.endswith("autograd/function.py") and function is not None:
+            tensor_parallel = function.__module__.startswith("torch.distributed.tensor")
+            advice = (
+                "DTensors have no forward mode in PyTorch; parameters of FSDP2, which are gathered first, do"
+                if tensor_parallel
+                else "Attention of another package: call torch.nn.functional.scaled_dot_product_attention"
+            )
+            raise NotImplementedError(
+                f"imf_kernels.jvp: the autograd.Function {function.__qualname__} has no forward-mode rule, a "
+                f"static method jvp(ctx, *tangents). {advice}"
+            ) from error
+
+
+def _taken_apart(result: Any, strict: bool, has_aux: bool) -> Any:
+    """What func returned as (output, tangent), with `has_aux` (output, tangent, aux)."""
+    if isinstance(result, Tensor) and not has_aux:
+        return _parts(result, strict)
+    aux: tuple[Any, ...] = ()
+    if has_aux:
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(f"jvp: with has_aux func must return (output, aux), got {_about(result)}")
+        result, aux = result[0], (pytree.tree_map_only(Tensor, primal_of, result[1]),)
+    outputs, structure = pytree.tree_flatten(result)
+    if not outputs or not all(isinstance(y, Tensor) for y in outputs):
+        raise TypeError(f"jvp: func must return tensors, got {[_about(y) for y in outputs]}")
+    primals_out, tangents_out = zip(*(_parts(y, strict) for y in outputs), strict=True)
+    return (
+        pytree.tree_unflatten(list(primals_out), structure),
+        pytree.tree_unflatten(list(tangents_out), structure),
+        *aux,
+    )
+
+
+def _pairs(primals: Any, tangents: Any) -> tuple[list[tuple[Any, Tensor | None]], Any]:
+    """Each leaf of the primals with its tangent, checked; and their structure, `None` of plain tensors."""
+    for name, value in (("primals", primals), ("tangents", tangents)):
+        if not isinstance(value, tuple):
+            raise TypeError(f"jvp: {name} must be a tuple, as in jvp(f, (x,), (x_dot,)); got {_about(value)}")
+    structure = None
+    if not (
+        len(primals) == len(tangents)
+        and all(isinstance(x, Tensor) for x in primals)
+        and all(t is None or isinstance(t, Tensor) for t in tangents)
+    ):
+        primals, structure = pytree.tree_flatten(primals)
+        tangents, tangent_structure = pytree.tree_flatten(tangents)
+        if structure != tangent_structure:
+            raise ValueError(
+                "jvp: tangents must have the structure of primals, with None for no tangent; "
+                f"got {tangent_structure} for {structure}"
+            )
+    pairs = zip(primals, tangents, strict=True)
+    return [(x, t if t is None else _checked(i, x, t)) for i, (x, t) in enumerate(pairs)], structure
+
+
+def _arguments(inputs: list[Any], structure: Any) -> Any:
+    return inputs if structure is None else pytree.tree_unflatten(inputs, structure)
+
+
+def _checked(i: int, x: Any, x_dot: Any) -> Tensor:
+    if not can_move(x):
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"jvp: primal {i} must be a floating-point tensor to have a tangent, got {got}")
+    if not isinstance(x_dot, Tensor):
+        raise TypeError(f"jvp: tangent {i} must be a tensor or None, got {type(x_dot).__name__}")
+    same_kind = x.is_floating_point()
+    fits = x_dot.is_floating_point() if same_kind else x_dot.dtype == x.dtype
+    if x_dot.shape != x.shape or x_dot.device != x.device or not fits:
+        raise ValueError(
+            f"jvp: tangent {i} must be a {list(x.shape)} {'floating-point' if same_kind else x.dtype} tensor "
+            f"on {x.device} like its primal, got {list(x_dot.shape)} of {x_dot.dtype} on {x_dot.device}"
+        )
+    if x_dot.requires_grad:
+        raise ValueError(
+            f"jvp: tangent {i} requires grad, but no gradient flows through tangents; pass tangent.detach()"
+        )
+    return in_dtype_of(x, x_dot)
+
+
+def _parts(y: Tensor, strict: bool) -> tuple[Tensor, Tensor]:
+    if not can_move(y):
+        return y, torch.zeros_like(y)
+    primal, tangent = unpack_dual_tensor(y)
+    if tangent is None:
+        if strict:
+            raise RuntimeError(
+                "jvp: with strict=True every output must depend on an input that has a tangent; an output of "
+                f"shape {list(y.shape)} does not"
+            )
+        tangent = torch.zeros_like(primal)
+    tangent = in_dtype_of(primal, tangent.detach())
+    return primal, guarded(tangent, primal)
+
+
+def _about(x: Any) -> str:
+    return f"a tuple of {len(x)}" if isinstance(x, tuple) else type(x).__name__

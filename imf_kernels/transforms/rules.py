@@ -1,0 +1,395 @@
+"""Which calls of PyTorch the operations of this library serve inside `imf_kernels.jvp`, and when.
+
+A rule has the signature of the function that it serves. It is asked where an argument carries a tangent, gets
+a `Dual` in the place of each such tensor and gives its result in the same form; or `NotServed`, where
+PyTorch's own forward-mode rule must serve. Each hands over only what its operation takes as PyTorch does:
+PyTorch's own errors stay PyTorch's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from inspect import unwrap
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from imf_kernels.backends.dispatch import autocasts, cached_constant
+from imf_kernels.backends.layout import last_contiguous
+from imf_kernels.dual import Dual, map_both, unpack
+from imf_kernels.ops import attention, check, elementwise, layer_norm, linear, rms_norm
+
+Rule = Callable[..., Any]
+
+
+class NotServed:
+    """What a rule returns where PyTorch's own must serve, and why."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+
+_PARAMETER = NotServed("a parameter has a tangent, or is of a subclass of Tensor")
+_DTYPE = NotServed("not of one dtype of float32, bfloat16 and float16")
+_SHAPE = NotServed("a shape that PyTorch may take or refuse")
+_ALSO = NotServed("a case that PyTorch sees to")
+RULES: dict[Any, Rule] = {}
+# Calls that would lose the tangent of an argument without a word, and why or what to do.
+REFUSED: dict[Any, str] = {}
+
+# The operations on `Dual`s: PyTorch's dual tensors are taken apart before a rule is asked.
+_linear_of_dual = unwrap(linear.linear)
+_attention_of_duals = unwrap(attention.scaled_dot_product_attention)
+_gelu_of_dual = unwrap(elementwise.gelu)
+_layer_norm_of_dual = unwrap(layer_norm.layer_norm)
+_rms_norm_of_dual = unwrap(rms_norm.rms_norm)
+_silu_of_dual = unwrap(elementwise.silu)
+
+# What is handed over. Other dtypes, float64 first of all, stay with PyTorch.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def serves(*functions: Any) -> Callable[[Rule], Rule]:
+    def register(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(functions, rule))
+        return rule
+
+    return register
+
+
+def _plain(*tensors: Any, like: Tensor | None = None) -> bool:
+    """Tensors (or `None`) that a rule may hand to an operation: of no subclass, without a tangent."""
+    return all(
+        x is None or (type(x) in (Tensor, torch.nn.Parameter) and (like is None or x.dtype == like.dtype))
+        for x in tensors
+    )
+
+
+def _autocast_to(device: torch.device) -> torch.dtype | None:
+    """What `torch.autocast` makes of the operands of products on this device; `None` where it is off."""
+    return torch.get_autocast_dtype(device.type) if autocasts(device) else None
+
+
+def _cast(x: Any, dtype: torch.dtype | None) -> Any:
+    if x is None or dtype is None or x.dtype not in _DTYPES or x.dtype == dtype:
+        return x
+    return map_both(lambda t: t.to(dtype), x)
+
+
+@serves(F.linear)
+def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    if not isinstance(input, Dual) or not _plain(weight, bias):
+        return _PARAMETER
+    dtype = _autocast_to(input.device)
+    x, w, b = _cast(input, dtype), _cast(weight, dtype), _cast(bias, dtype)
+    if x.dtype not in _DTYPES or not _plain(w, b, like=x.primal):
+        return _DTYPE
+    if weight.dim() != 2 or input.shape[-1:] != weight.shape[1:]:
+        return _SHAPE
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return _SHAPE
+    return _linear_of_dual(x, w, b)
+
+
+@serves(F.scaled_dot_product_attention)
+def _scaled_dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    dtype = _autocast_to(query.device)
+    q, k, v = (_cast(x, dtype) for x in (query, key, value))
+    if attn_mask is not None and (not _plain(attn_mask) or attn_mask.requires_grad):
+        return NotServed("a mask that requires grad or has a tangent")
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, q.dtype):
+        return NotServed("a mask that is neither of bool nor of float32 nor of the query's dtype")
+    if dropout_p:
+        return NotServed("dropout of the weights")
+    if is_causal and attn_mask is not None:
+        return _ALSO
+    dims = len(q.shape)
+    if q.dtype not in _DTYPES or any(x.dtype != q.dtype for x in (k, v)):
+        return _DTYPE
+    if dims not in (3, 4) or any(len(x.shape) != dims for x in (k, v)):
+        return NotServed("neither three nor four dimensions")
+    if any(x.shape[:-3] != q.shape[:-3] for x in (k, v)) or k.shape[-3] != v.shape[-3]:
+        return NotServed("sizes of batch or heads that broadcast")
+    if k.shape[-3] != q.shape[-3] and not (enable_gqa and dims == 4):
+        return NotServed("numbers of heads that broadcast")
+    q, k, v = (map_both(last_contiguous, x) for x in (q, k, v))
+    if dims == 3:  # [H, L, D]: one batch row
+        q, k, v = (map_both(lambda t: t.unsqueeze(0), x) for x in (q, k, v))
+    out = _attention_of_duals(q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+    return map_both(lambda t: t.squeeze(0), out) if dims == 3 else out
+
+
+@serves(F.silu)
+def _silu(input: Any, inplace: bool = False) -> Any:
+    if inplace:
+        return NotServed("in place")
+    return _silu_of_dual(input) if input.dtype in _DTYPES else _DTYPE
+
+
+@serves(F.gelu)
+def _gelu(input: Any, approximate: str = "none") -> Any:
+    return _gelu_of_dual(input, approximate=approximate) if input.dtype in _DTYPES else _DTYPE
+
+
+@serves(F.layer_norm)
+def _layer_norm(
+    input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Any:
+    """In float64 too: PyTorch's own rule cannot be traced by torch.compile."""
+    if not isinstance(input, Dual) or not _plain(weight, bias):
+        return _PARAMETER
+    if _autocast_to(input.device) is not None and _autocast_widens_layer_norm(input.device.type):
+        input, weight, bias = (_cast(x, torch.float32) for x in (input, weight, bias))
+    dims, mixed = len(normalized_shape), input.device.type == "cpu" and input.dtype in check.HALVES
+    for parameter in (weight, bias):
+        if not _plain(parameter, like=input.primal) and not (mixed and parameter.dtype == torch.float32):
+            return _DTYPE
+    if not dims or tuple(normalized_shape) != tuple(input.shape[-dims:]):
+        return _SHAPE
+    if dims == 1:
+        x = map_both(last_contiguous, input)
+        return _layer_norm_of_dual(x, list(normalized_shape), weight, bias, eps)
+    x = map_both(lambda t: t.reshape(*t.shape[:-dims], -1), input)
+    weight, bias = (None if p is None else p.reshape(-1) for p in (weight, bias))
+    y = _layer_norm_of_dual(x, [x.shape[-1]], weight, bias, eps)
+    return map_both(lambda t: t.reshape(input.shape), y)
+
+
+@cached_constant
+def _autocast_widens_layer_norm(device: str) -> bool:
+    """Whether `torch.autocast` computes layer norms of 16-bit tensors in fp32 on this type of device."""
+    x = torch.zeros(1, 1, dtype=torch.bfloat16, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        return F.layer_norm(x, (1,)).dtype == torch.float32
+
+
+@serves(F.rms_norm, torch.rms_norm)
+def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+    if not isinstance(input, Dual) or not _plain(weight):
+        return _PARAMETER
+    if input.dtype not in _DTYPES or not _plain(weight, like=input.primal):
+        return _DTYPE
+    if eps is None:
+        return NotServed("no eps, which is then that of the dtype")
+    if tuple(normalized_shape) != tuple(input.shape[-1:]):
+        return NotServed("over other dimensions than the last one")
+    if weight is None:
+        weight = input.primal.new_ones(input.shape[-1])
+    return _rms_norm_of_dual(map_both(last_contiguous, input), weight, eps)
+
+
+@serves(F.group_norm)
+def _group_norm(input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
+    """ẏ = (ẋ r + (x − m) ṙ − ṁ r) w by group: PyTorch's rule fails on inputs that are not contiguous."""
+    if not isinstance(input, Dual) or not _plain(weight, bias):
+        return _PARAMETER
+    y = F.group_norm(input.primal, num_groups, weight, bias, eps)
+    with torch.no_grad():
+        groups = (input.shape[0], num_groups, math.prod(input.shape[1:]) // num_groups)
+        x, x_dot = (part.reshape(groups) for part in unpack(input) if part is not None)
+        _, n_dot = layer_norm.normalize(x, x_dot, eps)
+        y_dot = cast(Tensor, n_dot).reshape(input.shape)
+        if weight is not None:
+            y_dot = y_dot * weight.view(-1, *[1] * (y_dot.dim() - 2))
+        return Dual(y, y_dot.to(y.dtype))
+
+
+@serves(F.batch_norm)
+def _batch_norm(
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """As group_norm's, a channel's values over the batch in the place of a group's: PyTorch's rule cannot be
+    traced by torch.compile."""
+    if not isinstance(input, Dual) or not _plain(running_mean, running_var, weight, bias):
+        return _PARAMETER
+    y = F.batch_norm(input.primal, running_mean, running_var, weight, bias, training, momentum, eps)
+    with torch.no_grad():
+        x, x_dot = (part.movedim(1, 0).flatten(1) for part in unpack(input) if part is not None)
+        if training:
+            _, n_dot = layer_norm.normalize(x, x_dot, eps)
+        else:
+            n_dot = x_dot * (running_var.to(x_dot.dtype) + eps).rsqrt().unsqueeze(1)
+        if weight is not None:
+            n_dot = cast(Tensor, n_dot) * weight.unsqueeze(1)
+        moved = input.primal.movedim(1, 0).shape
+        y_dot = cast(Tensor, n_dot).reshape(moved).movedim(0, 1).contiguous()
+        return Dual(y, y_dot.to(y.dtype))
+
+
+# While torch.compile traces: where one operand has a tangent and another none, PyTorch's rules put symbolic
+# zeros, whose kernels (2.13) turn lengths that change into constants: every new one would compile again.
+# Arithmetic has rules of its own, without zeros: 0 · ∞ would be NaN.
+
+
+def _arithmetic(
+    y: Callable[[Any, Any], Tensor],
+    of_a: Callable[[Any, Any, Any, Tensor], Tensor],
+    of_b: Callable[[Any, Any, Any, Tensor], Tensor],
+) -> Rule:
+    """The rule of y(a, b) where one of a and b has a tangent: ẏ is of_a(ȧ, a, b, y) or of_b(ḃ, a, b, y)."""
+
+    def rule(a: Any, b: Any) -> Any:
+        (a, a_dot), (b, b_dot) = unpack(a), unpack(b)
+        if a_dot is not None and b_dot is not None:
+            return _ALSO
+        result = y(a, b)
+        with torch.no_grad():
+            y_dot = of_b(b_dot, a, b, result) if a_dot is None else of_a(a_dot, a, b, result)
+            if y_dot.shape != result.shape:
+                y_dot = y_dot.expand_as(result).contiguous()
+            return Dual(result, y_dot.to(result.dtype))
+
+    return rule
+
+
+def _same(x_dot: Tensor, a: Any, b: Any, y: Tensor) -> Tensor:
+    return x_dot
+
+
+def _negative(x_dot: Tensor, a: Any, b: Any, y: Tensor) -> Tensor:
+    return -x_dot
+
+
+_add = _arithmetic(torch.add, _same, _same)
+_sub = _arithmetic(torch.sub, _same, _negative)
+_reflected_sub = _arithmetic(torch.rsub, _negative, _same)
+_mul = _arithmetic(torch.mul, lambda a_dot, a, b, y: a_dot * b, lambda b_dot, a, b, y: a * b_dot)
+_div = _arithmetic(torch.div, lambda a_dot, a, b, y: a_dot / b, lambda b_dot, a, b, y: -y * b_dot / b)
+_reflected_div = _arithmetic(lambda a, b: a.reciprocal() * b, lambda a_dot, a, b, y: -y * a_dot / a, _same)
+# By name: torch.compile does not find the methods that PyTorch writes in Python under themselves.
+ARITHMETIC_WHILE_COMPILING: dict[str, Rule] = {
+    **dict.fromkeys(("add", "__radd__"), _add),
+    **dict.fromkeys(("sub", "subtract"), _sub),
+    **dict.fromkeys(("rsub", "__rsub__"), _reflected_sub),
+    **dict.fromkeys(("mul", "multiply", "__rmul__"), _mul),
+    **dict.fromkeys(("div", "true_divide"), _div),
+    **dict.fromkeys(("__rdiv__", "__rtruediv__"), _reflected_div),
+}
+# These get zeros, at the price of filling them.
+ZEROS_WHILE_COMPILING = (
+    *(torch.cat, torch.concat, torch.stack, torch.hstack, torch.vstack),
+    *(torch.maximum, torch.minimum, Tensor.maximum, Tensor.minimum),
+)
+
+
+# What PyTorch's forward mode, and so torch.func.jvp, gets wrong without a word: found by
+# tests/test_jvp_sweep.py, and refused here. Not every release of PyTorch has all of these functions.
+_WITHOUT_DERIVATIVE = [
+    *("airy_ai", "bessel_j0", "bessel_j1", "bessel_y0", "bessel_y1", "spherical_bessel_j0"),
+    *("modified_bessel_i0", "modified_bessel_i1", "modified_bessel_k0", "modified_bessel_k1"),
+    *("scaled_modified_bessel_k0", "scaled_modified_bessel_k1"),
+    *(f"chebyshev_polynomial_{kind}" for kind in "tuvw"),
+    *(f"shifted_chebyshev_polynomial_{kind}" for kind in "tuvw"),
+    *("hermite_polynomial_h", "hermite_polynomial_he", "laguerre_polynomial_l", "legendre_polynomial_p"),
+]
+_STATISTICS = (
+    "native_layer_norm",
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_batch_norm_with_update",
+)
+_LEAVES_PYTORCH = (
+    *("numpy", "__array__", "__dlpack__", "__deepcopy__", "storage", "untyped_storage", "data_ptr"),
+    *("apply_", "map_", "map2_"),
+)
+CONTROL_FLOW = "torch.cond, while_loop, scan and map have no forward-mode rule; Python's own if and for do"
+_WRITES_TRUTH_VALUES = ("logical_not_", "logical_and_", "logical_or_", "logical_xor_")
+
+
+def _named(module: Any, *names: str) -> Iterator[tuple[str, Any]]:
+    return ((name, getattr(module, name)) for name in names if hasattr(module, name))
+
+
+for _name, _function in _named(torch.special, *_WITHOUT_DERIVATIVE):
+    REFUSED[_function] = f"torch.special.{_name} has no derivative in PyTorch, which would give zeros"
+for _module in (torch, torch.ops.aten):
+    for _name, _function in _named(_module, *_STATISTICS):
+        REFUSED[_function] = (
+            f"{_name} gives its statistics no tangent; use the function of torch.nn.functional"
+        )
+for _name, _function in _named(Tensor, *_WRITES_TRUTH_VALUES):
+    REFUSED[_function] = f"torch.Tensor.{_name} would keep the tangent of what it overwrites"
+for _name, _function in _named(F, "linear_cross_entropy"):
+    REFUSED[_function] = f"torch.nn.functional.{_name} has no forward-mode rule; cross_entropy(linear(x)) has"
+REFUSED[torch.normal] = (
+    "torch.normal gives no tangent to its parameters; mean + std * torch.randn_like(mean) does"
+)
+WITHOUT_RULE = dict(REFUSED)
+for _name, _function in _named(Tensor, *_LEAVES_PYTORCH):
+    REFUSED[_function] = (
+        f"torch.Tensor.{_name} would leave the tangent behind; call it on x.detach(), where none is needed"
+    )
+REFUSED_WHILE_COMPILING = dict(REFUSED)  # the next one is no key that torch.compile can look up
+REFUSED[Tensor.data.__set__] = (  # type: ignore[attr-defined]
+    "the data of a tensor is set, which would keep the tangent it had; write with copy_"
+)
+for _function in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
+    REFUSED[_function] = (
+        f"{_function.__qualname__} of what has a tangent gives a gradient without one; torch.func.grad and "
+        "torch.func.vjp inside give it one"
+    )
+if hasattr(Tensor, "__cuda_array_interface__"):
+    REFUSED[Tensor.__cuda_array_interface__.__get__] = (
+        "what reads __cuda_array_interface__ would leave the tangent behind; hand it x.detach()"
+    )
+
+
+@serves(torch.scatter_reduce, Tensor.scatter_reduce, Tensor.scatter_reduce_)
+def _scatter_reduce(input: Any, dim: int, index: Any, src: Any, reduce: str, **options: Any) -> Any:
+    if reduce == "prod":
+        raise NotImplementedError(
+            "imf_kernels.jvp: scatter_reduce with reduce='prod' has no tangent in PyTorch, which would give "
+            "zeros"
+        )
+    return _ALSO
+
+
+@serves(torch.linalg.lstsq)
+def _lstsq(A: Any, B: Any, rcond: Any = None, *, driver: str | None = None) -> Any:
+    if driver in ("gelss", "gelsd"):
+        raise NotImplementedError(
+            f"imf_kernels.jvp: linalg.lstsq with driver={driver!r} gives its singular values no tangent; the "
+            "other drivers return none"
+        )
+    return _ALSO
+
+
+@serves(F.nll_loss, F.cross_entropy)
+def _class_weights(input: Any, target: Any, weight: Any = None, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(weight, Dual):
+        raise NotImplementedError(
+            "imf_kernels.jvp: PyTorch would leave out the tangent of a loss's class weights; detach the "
+            "weights, or write the weighted sum"
+        )
+    return _ALSO
+
+
+@serves(F.embedding)
+def _embedding(
+    input: Any, weight: Any, padding_idx: Any = None, max_norm: float | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    if max_norm is not None:
+        raise NotImplementedError(
+            "imf_kernels.jvp: embedding with max_norm scales its table in place, which PyTorch leaves out of "
+            "its tangent"
+        )
+    return _ALSO

@@ -1,0 +1,214 @@
+"""What eager PyTorch needs around a function while `jvp` runs it, as far as it is loaded.
+
+The calls of PyTorch reach `jvp` one by one, and the rules of forward mode are PyTorch's. Around that there
+are places where a tangent would be lost or an error be raised for no reason of the function's: code that a
+compiler made, functions of PyTorch that hand tensors on as they are but have no forward-mode rule, threads,
+collectives. Each is mended or refused here, for the time of the call.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as fwAD
+import torch.utils.checkpoint
+import torch.utils.dlpack
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from imf_kernels.transforms.checkpoint import checkpoint
+from imf_kernels.transforms.dual_tensors import can_move, carries_tangent
+from imf_kernels.transforms.rules import REFUSED
+
+Tangents = tuple[Tensor | None, ...]
+
+
+def _views(ctx: Any, *tangents: Tensor | None) -> Tangents:
+    """The rule of a function that returns its tensors as they are: forward mode wants views of tangents."""
+    return tuple(None if t is None else t.view_as(t) for t in tangents)
+
+
+def _views_behind_first(ctx: Any, first: None, *tangents: Tensor | None) -> Tangents:
+    return _views(ctx, *tangents)
+
+
+def _sink(ctx: Any, ddp: None, *tangents: Tensor | None) -> Tangents:
+    cloned = ctx.ddp_weakref()._ddp_sink_clone
+    return tuple(
+        zeros if t is None else t.clone() if cloned else t.view_as(t)
+        for t, zeros in zip(tangents, ctx.zeros, strict=True)
+    )
+
+
+def _zeros_like(y: Any) -> Tensor | None:
+    return y.new_zeros(()).expand(y.shape) if can_move(y) else None
+
+
+def _sink_with_zeros(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """It asks PyTorch for no zeros, without which a floating-point output raises in forward mode."""
+
+    @functools.wraps(forward)
+    def call(ctx: Any, ddp: Any, *outputs: Any) -> Any:
+        if fwAD._current_level >= 0:
+            ctx.zeros = [_zeros_like(y) for y in outputs]
+        return forward(ctx, ddp, *outputs)
+
+    return call
+
+
+def _all_reduced(ctx: Any, group: None, op: None, tangent: Tensor) -> Tensor:
+    import torch.distributed as dist
+
+    if ctx.op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
+        raise NotImplementedError(f"imf_kernels.jvp: all_reduce by {ctx.op} is not linear, SUM and AVG are")
+    tangent = tangent.clone()
+    dist.all_reduce(tangent, op=ctx.op, group=ctx.group)
+    return tangent
+
+
+def _all_gathered(ctx: Any, group: None, tangent: Tensor) -> Tangents:
+    import torch.distributed as dist
+
+    gathered = [torch.empty_like(tangent) for _ in range(dist.get_world_size(ctx.group))]
+    dist.all_gather(gathered, tangent.contiguous(), group=ctx.group)
+    return tuple(gathered)
+
+
+_FSDP = "torch.distributed.fsdp._fully_shard"
+# Functions of PyTorch without a forward-mode rule, or with one that forward mode does not take, and a rule.
+_MISSING: list[tuple[str, str, Callable[..., Any]]] = [
+    (f"{_FSDP}._fsdp_param_group", "RegisterPostBackwardFunction", _views_behind_first),
+    ("torch.nn.modules._functions", "BackwardHookFunction", _views),
+    ("torch.nn.parallel.distributed", "_DDPSink", _sink),
+    ("torch.distributed.nn.functional", "_AllReduce", _all_reduced),
+    ("torch.distributed.nn.functional", "_AllGather", _all_gathered),
+]
+
+# Methods of a process group, and of its backends, that send no tensor of the caller's.
+_SEND_NOTHING = {
+    *("abort", "allocate_tensor", "barrier", "boxed", "eager_connect_single_device", "get_group_store"),
+    *("merge_remote_group", "memory_stats", "monitored_barrier", "name", "rank", "resume", "set_timeout"),
+    *("shrink", "shutdown", "size", "split_group", "suspend", "unbox"),
+}
+_patched: set[Any] = set()
+
+
+def _refusing(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(group: Any, *args: Any, **kwargs: Any) -> Any:
+        if fwAD._current_level >= 0 and any(map(carries_tangent, pytree.tree_leaves((args, kwargs)))):
+            raise NotImplementedError(
+                f"imf_kernels.jvp: torch.distributed's collective {name} would leave each rank its own "
+                "tangent, or none; torch.distributed.nn.functional.all_reduce and all_gather have a tangent"
+            )
+        return method(group, *args, **kwargs)
+
+    return call
+
+
+def _refusing_to_leave(to_dlpack: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @functools.wraps(to_dlpack)
+    def call(tensor: Any) -> Any:
+        if fwAD._current_level >= 0 and carries_tangent(tensor):
+            raise NotImplementedError(f"imf_kernels.jvp: {REFUSED[Tensor.__dlpack__]}")
+        return to_dlpack(tensor)
+
+    return call
+
+
+def _without_plans(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A script keeps a plan that it was optimised by, outside of a jvp, and whose tangents would be zeros."""
+
+    @functools.wraps(run)
+    def call(script: Any, *args: Any, **kwargs: Any) -> Any:
+        if fwAD._current_level >= 0:
+            script._debug_flush_compilation_cache()
+        return run(script, *args, **kwargs)
+
+    return call
+
+
+def _complete_pytorch() -> None:
+    """Gives PyTorch's functions the rules that they lack, as far as they are loaded: once a process."""
+    for rule in [rule for rule in _MISSING if rule[0] in sys.modules]:
+        module, name, jvp = rule
+        _MISSING.remove(rule)
+        if hasattr(sys.modules[module], name):
+            function = getattr(sys.modules[module], name)
+            function.jvp = staticmethod(jvp)
+            if jvp is _sink:
+                function.forward = staticmethod(_sink_with_zeros(function.forward))
+    if torch.jit not in _patched:
+        _patched.add(torch.jit)
+        for script in (torch._C.ScriptFunction, torch._C.ScriptMethod):
+            script.__call__ = _without_plans(script.__call__)  # type: ignore[method-assign]
+    if torch.utils.dlpack not in _patched:
+        _patched.add(torch.utils.dlpack)
+        torch.utils.dlpack.to_dlpack = _refusing_to_leave(torch.utils.dlpack.to_dlpack)  # type: ignore[assignment]
+    if "torch.distributed.distributed_c10d" in sys.modules and torch.distributed not in _patched:
+        _patched.add(torch.distributed)
+        for kind in (torch.distributed.ProcessGroup, torch._C._distributed_c10d.Backend):
+            for name, method in list(vars(kind).items()):
+                sends = name.startswith(("_allgather", "_reduce_scatter")) or not name.startswith("_")
+                if sends and name not in _SEND_NOTHING and type(method).__name__ == "instancemethod":
+                    setattr(kind, name, _refusing(name.strip("_"), method))
+
+
+class Surroundings:
+    """Around the call of a function whose tensors carry tangents.
+
+    Args:
+        mode: makes the context in which a thread sees each call of PyTorch.
+    """
+
+    def __init__(self, mode: Callable[[], Any]) -> None:
+        self.mode = mode
+
+    def __enter__(self) -> None:
+        _complete_pytorch()
+        # Code that torch.compile made knows nothing of tangents, and would drop them.
+        self.stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else None
+        if self.stance is not None:
+            self.stance.__enter__()
+        # Blocks may call PyTorch's checkpoint by its name, which looks up what it calls here.
+        self.pytorchs_checkpoint = _LOOKED_UP.get(_NAME)
+        _LOOKED_UP[_NAME] = checkpoint
+        self.start = threading.Thread.start
+        threading.Thread.start = _starting(self.start, self.mode, threading.get_ident())  # type: ignore[method-assign,assignment]
+        self.scripts_are_optimized = torch._C._get_graph_executor_optimize()
+        torch._C._set_graph_executor_optimize(False)  # a script's optimised form drops them too
+
+    def __exit__(self, *raised: Any) -> None:
+        torch._C._set_graph_executor_optimize(self.scripts_are_optimized)
+        threading.Thread.start = self.start  # type: ignore[method-assign]
+        _LOOKED_UP[_NAME] = self.pytorchs_checkpoint
+        if self.stance is not None:
+            self.stance.__exit__(*raised)
+
+
+_pytorchs_checkpoint: Any = torch.utils.checkpoint.checkpoint
+_LOOKED_UP, _NAME = _pytorchs_checkpoint.__wrapped__.__dict__, "__dynamo_disable"
+
+
+def _starting(
+    start: Callable[[threading.Thread], None], mode: Callable[[], Any], owner: int
+) -> Callable[[threading.Thread], None]:
+    """`Thread.start` by which a thread that `func` starts sees its calls of PyTorch."""
+
+    def started(thread: threading.Thread) -> None:
+        if threading.get_ident() == owner:
+            run = thread.run
+
+            def run_inside() -> None:
+                with mode():
+                    run()
+
+            thread.run = run_inside  # type: ignore[method-assign]
+        start(thread)
+
+    return started
