@@ -64,9 +64,9 @@ class Modulated(nn.Module):
         self.vectors = vectors
         self.linear = zero_linear(width, vectors * width)
 
-    def forward(self, c: Tensor | Dual, backend: str | None) -> Any:
+    def forward(self, c: Tensor | Dual) -> Any:
         """SiLU(c) [B, d] → `vectors` vectors, each [B, d]."""
-        y = ik.linear(c, self.linear.weight, self.linear.bias, backend=backend)
+        y = ik.linear(c, self.linear.weight, self.linear.bias)
         return ik.linear_map(lambda a: a.chunk(self.vectors, dim=-1), y)
 
 
@@ -91,32 +91,29 @@ class Block(nn.Module):
         self.up = xavier_linear(width, hidden)
         self.down = xavier_linear(hidden, width)
 
-    def forward(
-        self, x: Tensor | Dual, c: Tensor | Dual | None, dtype: torch.dtype | None, backend: str | None
-    ) -> Any:
-        to: Any = {"dtype": dtype, "backend": backend}
+    def forward(self, x: Tensor | Dual, c: Tensor | Dual | None, dtype: torch.dtype | None) -> Any:
         if c is not None:
-            shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c, backend)
-            y = ik.layer_norm_modulate(x, shift1, scale1, NORM_EPS, **to)
-            x = ik.gated_residual(x, self._attention(y, dtype, backend), gate1, backend=backend)
-            y = ik.layer_norm_modulate(x, shift2, scale2, NORM_EPS, **to)
-            return ik.gated_residual(x, self._mlp(y, dtype, backend), gate2, backend=backend)
-        y = layer_norm(x, self.norm1, **to)
-        x = ik.gated_residual(x, self._attention(y, dtype, backend), self.attn_scale, backend=backend)
-        y = layer_norm(x, self.norm2, **to)
-        return ik.gated_residual(x, self._mlp(y, dtype, backend), self.mlp_scale, backend=backend)
+            shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
+            y = ik.layer_norm_modulate(x, shift1, scale1, NORM_EPS, dtype=dtype)
+            x = ik.gated_residual(x, self._attention(y, dtype), gate1)
+            y = ik.layer_norm_modulate(x, shift2, scale2, NORM_EPS, dtype=dtype)
+            return ik.gated_residual(x, self._mlp(y, dtype), gate2)
+        y = layer_norm(x, self.norm1, dtype=dtype)
+        x = ik.gated_residual(x, self._attention(y, dtype), self.attn_scale)
+        y = layer_norm(x, self.norm2, dtype=dtype)
+        return ik.gated_residual(x, self._mlp(y, dtype), self.mlp_scale)
 
-    def _attention(self, y: Tensor | Dual, dtype: torch.dtype | None, backend: str | None) -> Any:
-        y = ik.linear(y, operand(self.qkv.weight, dtype), self.qkv.bias, backend=backend)
+    def _attention(self, y: Tensor | Dual, dtype: torch.dtype | None) -> Any:
+        y = ik.linear(y, operand(self.qkv.weight, dtype), self.qkv.bias)
         q, k, v = ik.linear_map(lambda a: heads_of_qkv(a, self.heads), y)
-        y = ik.scaled_dot_product_attention(q, k, v, backend=backend)
+        y = ik.scaled_dot_product_attention(q, k, v)
         y = ik.linear_map(lambda a: a.transpose(1, 2).flatten(2), y)
-        return ik.linear(y, operand(self.out.weight, dtype), self.out.bias, backend=backend)
+        return ik.linear(y, operand(self.out.weight, dtype), self.out.bias)
 
-    def _mlp(self, y: Tensor | Dual, dtype: torch.dtype | None, backend: str | None) -> Any:
-        y = ik.linear(y, operand(self.up.weight, dtype), self.up.bias, backend=backend)
-        y = ik.gelu(y, approximate="tanh", backend=backend)
-        return ik.linear(y, operand(self.down.weight, dtype), self.down.bias, backend=backend)
+    def _mlp(self, y: Tensor | Dual, dtype: torch.dtype | None) -> Any:
+        y = ik.linear(y, operand(self.up.weight, dtype), self.up.bias)
+        y = ik.gelu(y, approximate="tanh")
+        return ik.linear(y, operand(self.down.weight, dtype), self.down.bias)
 
 
 class FinalLayer(nn.Module):
@@ -130,20 +127,20 @@ class FinalLayer(nn.Module):
             self.norm = nn.LayerNorm(config.hidden_size, eps=NORM_EPS)
         self.linear = zero_linear(config.hidden_size, config.patch_values)
 
-    def forward(self, x: Tensor | Dual, c: Tensor | Dual | None, backend: str | None) -> Any:
+    def forward(self, x: Tensor | Dual, c: Tensor | Dual | None) -> Any:
         if c is None:
-            y = layer_norm(x, self.norm, backend=backend)
+            y = layer_norm(x, self.norm)
         else:
-            shift, scale = self.modulation(c, backend)
-            y = ik.layer_norm_modulate(x, shift, scale, NORM_EPS, backend=backend)
-        return ik.linear(y, self.linear.weight, self.linear.bias, backend=backend)
+            shift, scale = self.modulation(c)
+            y = ik.layer_norm_modulate(x, shift, scale, NORM_EPS)
+        return ik.linear(y, self.linear.weight, self.linear.bias)
 
 
 class DiT(nn.Module):
     """The network of original Mean Flows, or one between it and `imf.model.IMF`, as its `config` says.
 
     Attributes:
-        config, compute_dtype, backend: as of `imf.model.IMF`; the condition, too, is fp32.
+        config, compute_dtype: as of `imf.model.IMF`; the condition, too, is fp32.
     """
 
     def __init__(self, config: IMFConfig) -> None:
@@ -152,7 +149,6 @@ class DiT(nn.Module):
             raise ValueError(f"DiT: block must be 'plain', got {config.block!r}")
         self.config = config
         self.compute_dtype: torch.dtype | None = None
-        self.backend: str | None = None
         width, adaln = config.hidden_size, config.conditioning == "adaln"
 
         self.x_embedder = patch_embedder(config)
@@ -204,7 +200,7 @@ class DiT(nn.Module):
             ValueError, TypeError: for inputs that do not fit, a head or an input that the network does not
                 have; on a CPU, unless compiled, also for labels and guidance scales out of range.
         """
-        config, backend = self.config, self.backend
+        config = self.config
         if heads not in ("u", "v", "uv") or ("v" in heads and not config.has_v_head):
             wanted = "'u', 'v' or 'uv'" if config.has_v_head else "'u' (this network has no v-head)"
             raise ValueError(f"DiT: heads must be {wanted}, got {heads!r}")
@@ -213,7 +209,7 @@ class DiT(nn.Module):
         if heads == "v":
             z, t, h = ik.primal(z), ik.primal(t), ik.primal(h)
         x = ik.linear_map(lambda a: patchify(a, config), z)
-        x = ik.linear(x, self.x_embedder.weight, self.x_embedder.bias, backend=backend)
+        x = ik.linear(x, self.x_embedder.weight, self.x_embedder.bias)
         if self._positions.device != x.device:
             self._positions = _positions(config, x.device)
         x = _plus(x, self._positions.to(x.dtype))
@@ -221,13 +217,13 @@ class DiT(nn.Module):
         values = {"t": t, "h": h, **plain}
         if omega is not None:
             values["omega"] = 1 - 1 / omega
-        embedded = {name: embed(values[name], backend) for name, embed in self.embedders.items()}
+        embedded = {name: embed(values[name]) for name, embed in self.embedders.items()}
         embedded["y"] = self.y_embedder(y)
         c = None
         if config.conditioning == "adaln":
-            c = ik.silu(self._sum(embedded), backend=backend)
+            c = ik.silu(self._sum(embedded))
         else:
-            x = ik.prepend_tokens(x, [(self.tokens[n], embedded[n]) for n in TOKENS], backend=backend)
+            x = ik.prepend_tokens(x, [(self.tokens[n], embedded[n]) for n in TOKENS])
 
         x = self._blocks(self.shared_blocks, x, c)
         outputs = []
@@ -256,7 +252,7 @@ class DiT(nn.Module):
         c = embedded["h"]
         # An operation, since it keeps tangents that are stored for the last rows as they are.
         one = torch.ones(self.config.hidden_size, device=c.device, dtype=c.dtype)
-        c = ik.gated_residual(c, embedded["t"], one, backend=self.backend)
+        c = ik.gated_residual(c, embedded["t"], one)
         for name, embedding in embedded.items():
             if name not in ("t", "h"):
                 c = _plus(c, embedding)
@@ -264,13 +260,13 @@ class DiT(nn.Module):
 
     def _blocks(self, blocks: nn.ModuleList, x: Tensor | Dual, c: Tensor | Dual | None) -> Any:
         for block in blocks:
-            x = block(x, c, self.compute_dtype, self.backend)
+            x = block(x, c, self.compute_dtype)
         return x
 
     def _head(
         self, blocks: nn.ModuleList, final: FinalLayer, x: Tensor | Dual, c: Tensor | Dual | None
     ) -> Any:
-        x = final(self._blocks(blocks, x, c), c, self.backend)
+        x = final(self._blocks(blocks, x, c), c)
         return ik.linear_map(lambda a: unpatchify(a[:, -self.config.patches :], self.config), x)
 
 

@@ -173,11 +173,11 @@ class ScalarEmbedder(nn.Module):
             nn.init.normal_(layer.weight, std=std or layer.in_features**-0.5)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, t: Tensor | Dual, backend: str | None) -> Any:
+    def forward(self, t: Tensor | Dual) -> Any:
         first, last = self.first, self.last
-        x = ik.sinusoidal_embedding(t, SINUSOIDS, backend=backend)
-        x = ik.silu(ik.linear(x, first.weight, first.bias, backend=backend), backend=backend)
-        return ik.linear(x, last.weight, last.bias, backend=backend)
+        x = ik.sinusoidal_embedding(t, SINUSOIDS)
+        x = ik.silu(ik.linear(x, first.weight, first.bias))
+        return ik.linear(x, last.weight, last.bias)
 
 
 def patch_embedder(config: IMFConfig) -> nn.Linear:
@@ -209,7 +209,8 @@ def unpatchify(x: Tensor, c: IMFConfig) -> Tensor:
 
 def heads_of_qkv(qkv: Tensor, heads: int) -> list[Tensor]:
     """[B, L, 3 H D] → q, k, v, each [B, H, L, D]; backward, one copy that lays them side by side."""
-    return [x.transpose(1, 2) for x in qkv.unflatten(-1, (3, heads, -1)).unbind(2)]
+    batch, length, width = qkv.shape
+    return [x.transpose(1, 2) for x in qkv.view(batch, length, 3, heads, width // (3 * heads)).unbind(2)]
 
 
 def check_inputs(

@@ -124,22 +124,20 @@ class Block(nn.Module):
         self.gate_up = _block_weight(2 * hidden, width)
         self.down = _block_weight(width, hidden)
 
-    def forward(
-        self, x: Tensor | Dual, cos: Tensor, sin: Tensor, dtype: torch.dtype | None, backend: str | None
-    ) -> Any:
-        y = ik.rms_norm(x, self.norm1, dtype=dtype, backend=backend)
-        y = ik.linear(y, operand(self.qkv, dtype), backend=backend)
+    def forward(self, x: Tensor | Dual, cos: Tensor, sin: Tensor, dtype: torch.dtype | None) -> Any:
+        y = ik.rms_norm(x, self.norm1, dtype=dtype)
+        y = ik.linear(y, operand(self.qkv, dtype))
         q, k, v = ik.linear_map(lambda a: heads_of_qkv(a, self.heads), y)
-        q, k = ik.qk_norm_rope(q, k, self.q_norm, self.k_norm, cos, sin, backend=backend)
-        y = ik.scaled_dot_product_attention(q, k, v, backend=backend)
+        q, k = ik.qk_norm_rope(q, k, self.q_norm, self.k_norm, cos, sin)
+        y = ik.scaled_dot_product_attention(q, k, v)
         y = ik.linear_map(lambda a: a.transpose(1, 2).flatten(2), y)
-        y = ik.linear(y, operand(self.out, dtype), backend=backend)
-        x = ik.gated_residual(x, y, self.attn_scale, backend=backend)
+        y = ik.linear(y, operand(self.out, dtype))
+        x = ik.gated_residual(x, y, self.attn_scale)
 
-        y = ik.rms_norm(x, self.norm2, dtype=dtype, backend=backend)
-        y = ik.linear(y, operand(self.gate_up, dtype, padded_gate_up), backend=backend)
-        y = ik.linear(ik.swiglu(y, backend=backend), operand(self.down, dtype, padded_down), backend=backend)
-        return ik.gated_residual(x, y, self.mlp_scale, backend=backend)
+        y = ik.rms_norm(x, self.norm2, dtype=dtype)
+        y = ik.linear(y, operand(self.gate_up, dtype, padded_gate_up))
+        y = ik.linear(ik.swiglu(y), operand(self.down, dtype, padded_down))
+        return ik.gated_residual(x, y, self.mlp_scale)
 
 
 def _block_weight(out_features: int, in_features: int) -> nn.Parameter:
@@ -156,9 +154,9 @@ class FinalLayer(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, x: Tensor | Dual, backend: str | None) -> Any:
-        y = ik.rms_norm(x, self.norm, backend=backend)
-        return ik.linear(y, self.linear.weight, self.linear.bias, backend=backend)
+    def forward(self, x: Tensor | Dual) -> Any:
+        y = ik.rms_norm(x, self.norm)
+        return ik.linear(y, self.linear.weight, self.linear.bias)
 
 
 class IMF(nn.Module):
@@ -169,14 +167,12 @@ class IMF(nn.Module):
         compute_dtype: of the operands of the blocks' products and of attention: torch.bfloat16, or `None`
             for the weights' own. Weights, embedders, norms, the residual stream and the outputs are fp32
             in either case (fp64 after `.double()`, on the `reference` backend).
-        backend: of every operation: "cpu", "reference", or `None` for the best one that can run.
     """
 
     def __init__(self, config: IMFConfig) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None
-        self.backend: str | None = None
         width, values = config.hidden_size, config.patch_values
 
         self.x_embedder = patch_embedder(config)
@@ -236,17 +232,16 @@ class IMF(nn.Module):
         check_inputs("IMF", self.config, self.x_embedder.weight, z, y, {"h": h}, plain)
         if heads == "v":
             z, h = ik.primal(z), ik.primal(h)
-        backend = self.backend
         x = ik.linear_map(lambda a: patchify(a, self.config), z)
-        x = ik.linear(x, self.x_embedder.weight, self.x_embedder.bias, backend=backend)
+        x = ik.linear(x, self.x_embedder.weight, self.x_embedder.bias)
         groups = [
             (self.class_tokens, self.y_embedder(y)),
-            (self.omega_tokens, self.omega_embedder(1 - 1 / omega, backend)),
-            (self.t_min_tokens, self.t_min_embedder(t_min, backend)),
-            (self.t_max_tokens, self.t_max_embedder(t_max, backend)),
-            (self.time_tokens, self.h_embedder(h, backend)),
+            (self.omega_tokens, self.omega_embedder(1 - 1 / omega)),
+            (self.t_min_tokens, self.t_min_embedder(t_min)),
+            (self.t_max_tokens, self.t_max_embedder(t_max)),
+            (self.time_tokens, self.h_embedder(h)),
         ]
-        x = ik.prepend_tokens(x, groups, backend=backend)
+        x = ik.prepend_tokens(x, groups)
         x = self._blocks(self.shared_blocks, x)
         outputs = []
         if "u" in heads:
@@ -259,11 +254,11 @@ class IMF(nn.Module):
         if self._rope[0].device != x.device:
             self._rope = _rope_tables(self.config, x.device)
         for block in blocks:
-            x = block(x, *self._rope, self.compute_dtype, self.backend)
+            x = block(x, *self._rope, self.compute_dtype)
         return x
 
     def _head(self, blocks: nn.ModuleList, final: FinalLayer, x: Tensor | Dual) -> Any:
-        x = final(self._blocks(blocks, x), self.backend)
+        x = final(self._blocks(blocks, x))
         return ik.linear_map(lambda a: unpatchify(a[:, -self.config.patches :], self.config), x)
 
 

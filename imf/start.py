@@ -27,7 +27,7 @@ from imf.run import (
     write_json,
 )
 from imf.sharding import prepare
-from imf_kernels import cpu
+from imf_kernels.backends import cpu
 
 
 @dataclass
@@ -69,7 +69,6 @@ def initial_state(config: TrainConfig, precision: str, who: Processes) -> State:
     torch.manual_seed(config.seed)
     model = build(config.network)
     model.compute_dtype = checkpoint.DTYPES[precision]
-    model.backend = None if config.backend == "auto" else config.backend
     if not (who.grouped and config.sharding == "fsdp"):  # which moves block by block, and only its part
         model.to(who.device)
     ema = copy.deepcopy(model).requires_grad_(False)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import imf_kernels as ik
 from imf import checkpoint, data
 from imf.checkpoint import CheckpointError, Metadata
 from imf.config import (
@@ -369,10 +370,12 @@ def _train(config: TrainConfig, arguments: argparse.Namespace, who: Processes) -
                 folder = folder_of(path, arguments)
             lock(folder)  # then a folder's newest checkpoint stays the newest
             run = resume(path or folder, arguments, who)
-        received = fit(run)
-        if received is None:
-            finish(run)
-            return 0
+        backend = run.config.backend
+        with ik.use_backend(None if backend == "auto" else backend):
+            received = fit(run)
+            if received is None:
+                finish(run)
+                return 0
         status = 128 + received
     except KeyboardInterrupt as stop:
         status = exit_status(stop)
