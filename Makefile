@@ -19,10 +19,10 @@ DEVELOP := $(VENV)/develop
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 # A tool that PYTHON's packages bring already is not installed again: it lies beside PYTHON, not in .venv.
 FIND_TOOLS := PATH="$(abspath $(BIN)):$$PATH"
-CPP := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h)
 TEST_CPP := $(shell find tests -name '*.h' -o -name '*.cpp')
 
-.PHONY: help train test test-all test-sanitizers test-versions bench lint format info wheel clean
+.PHONY: help train test test-all test-sanitizers test-versions bench bench-compare lint format info wheel clean
 help:
 	@echo "make train      train on the digits, draw samples, print the figures (ARGS='--steps 100 ...')"
 	@echo "make test       the tests, under 10 minutes       make test-all   the slow ones too"
@@ -94,6 +94,10 @@ test-versions: $(DEVELOP)
 
 bench: $(DEVELOP)
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+# Two commits in one run, in turns: `make bench-compare BASE=<commit>`, ARGS="--only step" for some.
+bench-compare: $(DEVELOP)
+	$(BIN)/python benchmarks/compare.py $(BASE) $(ARGS)
 
 lint: $(DEVELOP)
 	$(FIND_TOOLS) ruff check .

@@ -27,8 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from imf_kernels import Dual, info, triton_backend
-from imf_kernels.testing import cases, errors, timer
+from imf_kernels import Dual
+from imf_kernels.backends import triton_launch
+from imf_kernels.testing import cases, errors, plain, timer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Call = Callable[[], Any]
@@ -89,8 +90,8 @@ def calls(problem: errors.Problem, compiled: bool) -> dict[str, Call]:
         forms |= {"dual, cuda": ours("cuda", True), "primal, cuda": ours("cuda", False)}
     if case.operation == "scaled_dot_product_attention" and (case.options or "attn_mask" in x):
         return forms
-    plain = peers.formula(case)
-    forms["primal, plain"] = lambda: plain(x)
+    formula = plain.formula(case)
+    forms["primal, plain"] = lambda: formula(x)
     # Differences of bf16 numbers are noise.
     differences = ["finite differences"] if problem.dtype == torch.float32 else []
     for means in ("torch.func.jvp", *differences, *(["compiled"] if compiled else [])):
@@ -102,10 +103,13 @@ def calls(problem: errors.Problem, compiled: bool) -> dict[str, Call]:
 
 def has_cuda(problem: errors.Problem) -> bool:
     """Whether the compiled CUDA kernels, which may not be the default, can run a case."""
-    operation = problem.case.operation
-    table = info.backends("attention" if operation == "scaled_dot_product_attention" else operation)
-    tensors = tuple(x for x in problem.primals.values() if x.is_floating_point())
-    return any(b.name == "cuda" and b.unavailable(tensors) is None for b in table)
+    try:
+        problem.case.run(problem.primals, "cuda")
+    except (RuntimeError, ValueError) as error:
+        if "cannot run" in str(error) or "backend must be" in str(error):
+            return False
+        raise
+    return True
 
 
 def attention_peers(problem: errors.Problem) -> dict[str, Call]:
@@ -223,7 +227,7 @@ def main() -> int:
         machine = measure_machine()
         record |= {
             "gpu": torch.cuda.get_device_name(),
-            "architecture": triton_backend.architecture(torch.empty(0)),
+            "architecture": triton_launch.architecture(torch.empty(0)),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "triton": getattr(installed("triton"), "__version__", None),

@@ -38,7 +38,7 @@ from imf.graphs import CudaGraph
 from imf.model import IMFConfig, build
 from imf.names import from_official
 from imf.objective import Draws, improved_mean_flow, prepare
-from imf_kernels import gemm
+from imf_kernels.backends import matmul
 
 FORMS = (
     "ours", "one forward and backward", "official", "official, our products", "official, compiled",
@@ -48,11 +48,11 @@ SWEPT = ("ours", "official", "plain flow matching")
 
 
 class _Product(torch.autograd.Function):
-    """x weightᵀ by the product that `imf_kernels.gemm` takes, also in forward mode."""
+    """x weightᵀ by the product that `imf_kernels.backends.matmul` takes, also in forward mode."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return gemm.forward(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+        return matmul.forward(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -67,8 +67,8 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1])
-        dx = gemm.grad_input(rows, weight).view(x.shape)
-        return dx, gemm.grad_weight(rows, x.reshape(-1, x.shape[-1]))
+        dx = matmul.grad_input(rows, weight).view(x.shape)
+        return dx, matmul.grad_weight(rows, x.reshape(-1, x.shape[-1]))
 
 
 def with_our_products(network: nn.Module) -> nn.Module:

@@ -10,18 +10,12 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
+from imf_kernels.backends.operators import profiled_names
+
 KINDS = {
     "GEMM": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::", "mkl::"),
-    "attention": ("_Attention", "aten::_softmax", "aten::_flash", "aten::_scaled_dot"),
-    "rows": (
-        "_RMSNorm",
-        "_QKNormRope",
-        "_Swiglu",
-        "_GatedResidual",
-        "_Silu",
-        "_Sinusoidal",
-        "_PrependTokens",
-    ),
+    "attention": (*profiled_names("attention"), "aten::_softmax", "aten::_flash", "aten::_scaled_dot"),
+    "rows": profiled_names("rows"),
 }
 
 

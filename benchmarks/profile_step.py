@@ -29,15 +29,13 @@ from torch.profiler import ProfilerActivity, profile
 from imf import sharding
 from imf.model import IMFConfig, build
 from imf.objective import Draws, improved_mean_flow, prepare
+from imf_kernels.backends.operators import profiled_names
 from imf_kernels.testing.timer import side_by_side
 
 # What a profile calls the work of a kind: on a CPU operators, on a GPU kernels. The first that fits counts.
 NAMES = {
-    "attention": ("_Attention", "attention", "flash", "fmha"),
-    "rows": (
-        *("_RMSNorm", "_QKNormRope", "_Swiglu", "_GatedResidual", "_Silu", "_Sinusoidal", "_PrependTokens"),
-        *("rms_norm", "qk_norm_rope", "swiglu", "gated_residual", "silu", "sinusoidal", "prepend_tokens"),
-    ),
+    "attention": (*profiled_names("attention"), "flash", "fmha"),
+    "rows": profiled_names("rows"),
     "products": (
         *("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::", "mkl::"),
         *("gemm", "nvjet", "cutlass", "xmma"),

@@ -4,7 +4,7 @@
 
 For every kernel and shape class it tries the candidates that fit the GPU, leaves out those whose results miss
 the error rule, prints the times, and with --write puts the fastest into the table, attention_table.py of
-imf_kernels/_triton. It has not run on a GPU yet.
+triton_kernels. It has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 import triton
 
-from imf_kernels import triton_backend
-from imf_kernels._triton import attention_table, attention_tiles
+from imf_kernels.backends import triton_launch
+from imf_kernels.backends.triton_kernels import attention_table, attention_tiles
+from imf_kernels.backends.triton_kernels.attention import launcher_of
 from imf_kernels.testing import errors, timer
 from imf_kernels.testing.cases import Case, attention
 
@@ -58,6 +59,7 @@ def best(kernel: str, width: int, kind: str, rows: dict[str, Tiles], quick: bool
     name, times = f"{width} {kind}", {}
     for tiles in candidates(kernel, quick):
         rows[name] = tiles
+        launcher_of.cache_clear()  # launchers remember their tiles
         try:
             small.check(small.evaluate("triton"), draws=2)
             function = work(kernel, timed, dtype)
@@ -89,7 +91,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("there is no GPU here")
     torch.set_default_device("cuda")
-    name = triton_backend.architecture(torch.empty(0))
+    name = triton_launch.architecture(torch.empty(0))
     found = attention_tiles.TABLE[attention_tiles.architecture_class(name)]
     table = attention_tiles.TABLE[name] = {kernel: dict(rows) for kernel, rows in found.items()}
     for kernel, width, kind in itertools.product(table, attention_tiles.WIDTHS, LENGTHS):

@@ -1,4 +1,4 @@
-"""Writes imf_kernels/verified.py from the records of GPUs: `python benchmarks/verified.py`.
+"""Writes imf_kernels/backends/verified.py from the records of GPUs: `python benchmarks/verified.py`.
 
 A record is a folder of benchmarks/results, unpacked from the archive of benchmarks/gpu_record.sh. Its GPU is
 verified where the build and the GPU's tests ended well and tests of the `cuda` backend were among them.
@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, TARGET = ROOT / "benchmarks" / "results", ROOT / "imf_kernels" / "verified.py"
+RESULTS, TARGET = ROOT / "benchmarks" / "results", ROOT / "imf_kernels" / "backends" / "verified.py"
 
 TEXT = '''"""GPUs on which a committed record shows the tests green: benchmarks/verified.py lists them."""
 
