@@ -26,7 +26,8 @@ if "IMF_REMOTE_KERNELS" in os.environ:
 
 import cuda_emulation  # noqa: E402
 
-from imf_kernels import cpu, cuda, info, triton_backend  # noqa: E402
+from imf_kernels.backends import cpu, cuda, triton_launch  # noqa: E402
+from imf_kernels.backends.operators import OPERATIONS  # noqa: E402
 from imf_kernels.testing.cases import Case  # noqa: E402
 
 ISAS = ("plain", "neon", "avx2", "avx512", "avx512_bf16")
@@ -35,7 +36,7 @@ BACKENDS = ("reference", *KERNELS)
 
 # What imf_kernels makes public beside its operations.
 NO_OPERATIONS = {
-    *("Dual", "cat", "checkpoint", "explain", "jvp", "linear_map", "primal", "rope_tables"),
+    *("Dual", "cat", "checkpoint", "explain", "jvp", "linear_map", "primal", "rope_tables", "use_backend"),
 }
 
 CUDA_ON_GPU = ON_GPU and not cuda.missing()
@@ -43,7 +44,7 @@ CUDA_ON_GPU = ON_GPU and not cuda.missing()
 _DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
     "cpu": (torch.float32, torch.bfloat16),
-    "triton": triton_backend.DTYPES if ON_GPU else (torch.float32, torch.float16),
+    "triton": triton_launch.DTYPES if ON_GPU else (torch.float32, torch.float16),
     "reference": (torch.float32, torch.bfloat16, torch.float16),
 }
 
@@ -92,7 +93,7 @@ def _exists(item):
             return _hopper_takes(case, dtype)
         emulated = not large
         return _has("cuda", operation) and (CUDA_ON_GPU or emulated) and _takes(case, dtype, backend)
-    return _takes(case, dtype, backend)
+    return (backend == "reference" or _has("cpu", operation)) and _takes(case, dtype, backend)
 
 
 def _hopper_takes(case, dtype):
@@ -110,8 +111,7 @@ def has_triton(operation):
 
 
 def _has(name, operation):
-    file = "attention" if operation == "scaled_dot_product_attention" else operation
-    return any(backend.name == name for backend in info.backends(file))
+    return any(backend.name == name for backend in OPERATIONS[operation].backends)
 
 
 def _takes(case, dtype, backend):
@@ -126,7 +126,7 @@ def running_on(name):
     backend, _, isa = name.partition("-")
     if isa and isa not in cpu.instruction_sets():
         pytest.skip(f"this processor has no {isa}")
-    if backend == "triton" and (reason := triton_backend.missing()):
+    if backend == "triton" and (reason := triton_launch.missing()):
         pytest.skip(reason)
     if backend == "cuda" and not CUDA_ON_GPU and (reason := cuda_emulation.missing()):
         pytest.skip(f"neither a GPU nor the emulator: {reason}")

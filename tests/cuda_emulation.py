@@ -1,6 +1,7 @@
 """The CUDA kernels on the CPU: the sources of csrc/cuda, compiled by a C++ compiler on tests/cuda_host."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -10,7 +11,9 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from imf_kernels import cuda
+from imf_kernels.backends import cuda
+from imf_kernels.backends.layout import without_memory
+from imf_kernels.backends.operators import OPERATIONS
 
 ROOT = Path(__file__).parent.parent
 # With AddressSanitizer, whose library the process must have loaded first.
@@ -54,11 +57,43 @@ def module():
     return found
 
 
+def _unavailable(widest, tensors):
+    """As `cuda.unavailable`, of tensors on the CPU."""
+    for x in tensors:
+        if x.dtype not in cuda.DTYPES:
+            return f"it takes float32, bfloat16 and float16, got {str(x.dtype).removeprefix('torch.')}"
+        if x.device.type != "cpu":
+            return f"it takes CPU tensors, got one on {x.device}"
+        if reason := without_memory(x):
+            return f"it takes tensors that lie in memory, got {reason}"
+    width = tensors[0].shape[-1] if tensors[0].dim() else 1
+    return None if widest is None or width <= widest else f"it takes rows of at most {widest}, got {width}"
+
+
 @contextlib.contextmanager
 def emulated():
     """The `cuda` backends take CPU tensors meanwhile."""
-    cuda.library = module()
+    functions, before = module(), []
+    for operation in OPERATIONS.values():
+        backend = next((b for b in operation.backends if b.name == "cuda"), None)
+        kernels = {} if backend is None else vars(backend.kernels)
+        if "shares" not in kernels:  # attention's, whose instructions are those of one GPU
+            continue
+        before.append((operation, operation.backends, kernels, dict(kernels)))
+        kernels |= {
+            name: getattr(functions, f"{operation.kernels}_{name}")
+            for name in ("forward", "backward")
+            if name in kernels
+        }
+        unavailable = functools.partial(_unavailable, backend.unavailable.keywords["widest"])
+        operation.backends = tuple(
+            dataclasses.replace(b, unavailable=unavailable) if b is backend else b for b in operation.backends
+        )
+        operation.choices.clear()
     try:
         yield
     finally:
-        cuda.library = cuda._C
+        for operation, backends, kernels, own in before:
+            operation.backends = backends
+            kernels.update(own)
+            operation.choices.clear()

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import imf_kernels as ik
 from imf.model import IMF, IMFConfig, build
 from imf.names import from_flax
 from imf.objective import Draws
@@ -40,7 +41,7 @@ def config() -> IMFConfig:
 def network(backend: str | None) -> IMF:
     model = build(config())
     model.load_state_dict(from_flax(weights()))
-    model.backend = backend
+    model.forward = ik.use_backend(backend)(model.forward)
     return model
 
 

@@ -8,6 +8,7 @@ import torch
 from golden_imf import GOLDEN
 from torch import Tensor
 
+import imf_kernels as ik
 from imf.dit import DiT
 from imf.draws import Draws
 from imf.model import ORIGINAL, IMFConfig, build
@@ -40,7 +41,7 @@ def settings() -> tuple[IMFConfig, Guidance]:
 def network(backend: str | None) -> DiT:
     model = build(settings()[0])
     model.load_state_dict(mean_flow_from_flax(weights()))
-    model.backend = backend
+    model.forward = ik.use_backend(backend)(model.forward)
     return model
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from imf_kernels.layout import DTYPES
-from imf_kernels.ops.attention import _cuda_layout, _heads, _reference
+from imf_kernels.ops.attention import _cuda_layout, _reference
 from imf_kernels.testing import errors
 
 ROOT = Path(__file__).parent.parent
 HOST = ROOT / "tests" / "cuda_host" / "hopper"
+DTYPES = {torch.bfloat16: 1, torch.float16: 2}  # of csrc/common/types.h
 
 
 def missing():
@@ -42,6 +42,11 @@ def within(shape, dtype):
     return memory[:, 1:-1, :heads, :width].transpose(1, 2), memory
 
 
+def _heads(x):
+    """Address, sizes, and strides of all dimensions but the last; zeros of `None`."""
+    return (0,) * 8 if x is None else (x.data_ptr(), *x.shape, *x.stride()[:3])
+
+
 def attention(library, q, k, v, q_dot=None, k_dot=None, v_dot=None, scale=None, processors=2, seed=0):
     """Output, its tangent or `None`, and lse, from the emulated kernel.
 
@@ -55,16 +60,14 @@ def attention(library, q, k, v, q_dot=None, k_dot=None, v_dot=None, scale=None, 
     out, memory = within((batch, heads, queries, value_width), q.dtype)
     out_dot, memory_dot = within((tangent_rows, heads, queries, value_width), q.dtype)
     lse = torch.full((batch, heads, queries), math.nan)
-    tensors = (q, k, v, out, q_dot, k_dot, v_dot, out_dot if tangent_rows else None)
+    tensors = (q, k, v, q_dot, k_dot, v_dot, out, out_dot if tangent_rows else None)
     for x in (q, k, v, q_dot, k_dot, v_dot):
         assert x is None or _cuda_layout(x) is None
     numbers = [number for x in tensors for number in _heads(x)]
-    sizes = (batch, tangent_rows, heads, heads // k.shape[1], queries, k.shape[2], width, value_width)
     error = library.attention_forward(
         DTYPES[q.dtype],
         (ctypes.c_int64 * len(numbers))(*numbers),
         ctypes.c_void_p(lse.data_ptr()),
-        (ctypes.c_int64 * len(sizes))(*sizes),
         ctypes.c_float(1 / math.sqrt(width) if scale is None else scale),
         processors,
         seed,

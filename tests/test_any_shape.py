@@ -5,7 +5,7 @@ import dataclasses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imf_kernels import cpu
+from imf_kernels.backends import cpu
 from imf_kernels.testing import cases, errors
 from imf_kernels.testing.cases import BF16
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import imf_kernels as ik
 from imf_kernels import Dual
+from imf_kernels.backends import triton_launch
 from imf_kernels.testing import errors
 from imf_kernels.testing.cases import FP32, SMALL, attention
 
@@ -121,8 +122,8 @@ def test_the_cpu_kernels_refuse_and_the_default_goes_on():
 
 def test_tiles_of_another_size(monkeypatch):
     """Keys in whole tiles and in smaller ones at the end and along the diagonal, more than one of each."""
-    tiles = pytest.importorskip("imf_kernels._triton.attention_tiles")
-    if not ik.triton_backend.interpreted():
+    tiles = pytest.importorskip("imf_kernels.backends.triton_kernels.attention_tiles")
+    if not triton_launch.interpreted():
         pytest.skip("the tiles of a GPU are those of its table")
     monkeypatch.setitem(tiles.TABLE["interpreter"], "forward", {"64": (32, 64, 16, 4, 1)})
     monkeypatch.setitem(tiles.TABLE["interpreter"], "backward q", {"64": (32, 64, 16, 4, 1)})

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import inspect
 import os
 import re
 import shutil
@@ -10,35 +11,86 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ON_GPU
 
-from imf_kernels import _C, info
-from imf_kernels.info import OPERATIONS, report
+from imf_kernels import _C
+from imf_kernels.backends.operators import OPERATIONS
+from imf_kernels.info import report
+from imf_kernels.testing import stub
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_stub_names_what_the_module_has():
-    stub = ast.parse((ROOT / "imf_kernels" / "_C.pyi").read_text())
-    functions = {node.name: node for node in stub.body if isinstance(node, ast.FunctionDef)}
+def test_the_stub_is_what_the_module_prints():
+    assert (ROOT / "imf_kernels" / "_C.pyi").read_text() == stub.text(), "python -m imf_kernels.testing.stub"
+    functions = {node.name for node in ast.parse(stub.text()).body if isinstance(node, ast.FunctionDef)}
     built = {name for name in dir(_C) if callable(getattr(_C, name)) and not name.startswith("_")}
-    on_request = {name for name in functions if "cuda" in name}
-    assert set(functions) - on_request <= built <= set(functions)
-    for name in built:
-        # pybind11 writes one "argN: type" into the docstring for each argument.
-        arguments = getattr(_C, name).__doc__.splitlines()[0].split("->")[0]
-        count = 0 if "()" in arguments else sum(f"arg{i}:" in arguments for i in range(40))
-        positional = len(functions[name].args.posonlyargs)
-        assert count == positional or (count == 0 and positional == 1 and "arg0" in arguments), name
+    assert functions - {"cuda_unavailable"} <= built <= functions
 
 
-def test_info_lists_every_operation():
-    text = report()
-    files = {path.stem for path in (ROOT / "imf_kernels" / "ops").glob("*.py")} - {"__init__", "check"}
-    assert files == set(OPERATIONS)
-    for operation in OPERATIONS:
-        assert operation in text
-        assert [b.name for b in info.backends(operation)][-1] == "reference"
+def test_launchers_have_the_parameters_of_the_schema():
+    """Of Triton's, the names and their order; the compiled ones are the schema."""
+    pytest.importorskip("triton")
+    for operation in OPERATIONS.values():
+        for backend in operation.backends:
+            if backend.name != "triton":
+                continue
+            for name in ("forward", "backward"):
+                schema = _C.schemas.get(f"{operation.kernels}_{name}")
+                if schema is None:
+                    continue
+                launcher = getattr(backend.kernels, name)
+                wanted = [parameter.split(":")[0] for parameter in stub.parameters(schema)]
+                assert list(inspect.signature(launcher).parameters) == wanted, (operation.name, name)
+
+
+def test_a_typed_file_of_a_user():
+    file = ROOT / "tests" / "typed_use.py"
+    pytest.importorskip("mypy")
+    run = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", os.devnull, "--follow-imports=silent", file],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    expected = {
+        number: line.partition("# expect: ")[2]
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if "# expect: " in line
+    }
+    errors = re.findall(r"typed_use\.py:(\d+): error: (.*)", run.stdout)
+    assert {int(number) for number, _ in errors} == set(expected), run.stdout
+    assert all(expected[int(number)] in message for number, message in errors), run.stdout
+
+
+def test_what_the_module_refuses():
+    x, w, y, rstd = torch.ones(2, 8), torch.ones(8), torch.empty(2, 8), torch.empty(2)
+    cases = {
+        "rms_norm_forward: x must be contiguous rows at one distance, got .2, 4. with strides .8, 2.": (
+            x[:, ::2], None, w, y, None, rstd, 1e-6,
+        ),
+        "rms_norm_forward: weight must be float32": (x, None, w.double(), y, None, rstd, 1e-6),
+        "the kernels take tensors that lie in memory": (
+            torch._efficientzerotensor((2, 8)), None, w, y, None, rstd, 1e-6,
+        ),
+        "the kernels of the CPU take float32 and bfloat16": (x.half(), None, w, y.half(), None, rstd, 1e-6),
+    }  # fmt: skip
+    for message, arguments in cases.items():
+        with pytest.raises(ValueError, match=message):
+            _C.rms_norm_forward(*arguments)
+    with pytest.raises(TypeError, match="the kernels take tensors, got NoneType"):
+        _C.rms_norm_forward(None, None, w, y, None, rstd, 1e-6)
+    with pytest.raises(ValueError, match="the CPU's kernels have no masks"):
+        heads = torch.ones(1, 1, 2, 8)
+        _C.attention_forward(heads, heads, heads, None, None, None, None, heads, None, rstd, 1.0, True)
+
+
+def test_a_pytorch_without_the_exchange_api_is_refused():
+    code = (
+        "import torch; del torch.Tensor.__dlpack_c_exchange_api__; import imf_kernels as ik;"
+        "ik.silu(torch.ones(3))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "__dlpack_c_exchange_api__, which PyTorch has from 2.11 on, got PyTorch" in run.stderr, run.stderr
 
 
 def copy_of_the_sources(folder: Path) -> Path:

@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import imf_kernels as ik
-from imf_kernels import Dual, forward
-from imf_kernels.checkpoint import threads
+from imf_kernels import Dual
+from imf_kernels.transforms import jvp as jvp_module
+from imf_kernels.transforms.checkpoint import threads
 
 
 class Checkpointed(nn.Module):
@@ -623,7 +624,7 @@ def test_other_contexts_are_entered():
 
 
 def test_checkpoints_of_another_thread_are_pytorchs(monkeypatch):
-    monkeypatch.setattr(threads, "is_inside", lambda: getattr(forward._inside, "is_inside", False))
+    monkeypatch.setattr(threads, "is_inside", lambda: getattr(jvp_module._inside, "is_inside", False))
     block, found, errors = Block(), [], []
 
     def of_another_thread():
@@ -662,7 +663,7 @@ def test_checkpoints_of_another_thread_are_pytorchs(monkeypatch):
 
 
 def test_a_level_of_ones_own(monkeypatch):
-    monkeypatch.setattr(threads, "is_inside", lambda: getattr(forward._inside, "is_inside", False))
+    monkeypatch.setattr(threads, "is_inside", lambda: getattr(jvp_module._inside, "is_inside", False))
     block = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
     with torch.autograd.forward_ad.dual_level():
         y = ik.checkpoint(block, torch.autograd.forward_ad.make_dual(X, X_DOT))

@@ -17,8 +17,9 @@ import torch
 from conftest import CUDA_ON_GPU
 
 import imf_kernels as ik
-from imf_kernels import _C, cuda, info
-from imf_kernels.dispatch import choose
+from imf_kernels import _C, info
+from imf_kernels.backends import cuda, operators
+from imf_kernels.backends.dispatch import choose
 
 ROOT = Path(__file__).parent.parent
 TOOLKIT = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
@@ -27,8 +28,8 @@ SOURCES = [path for path in sorted(ROOT.glob("csrc/cuda/*.cu")) if "attention" n
 ARCHITECTURES = ("80", "90a", "100")
 # How many there are in each source: combinations of types.
 KERNELS = {
-    "rms_norm": 10, "layer_norm": 10, "qk_norm_rope": 6, "swiglu": 6, "gelu": 12, "silu": 6,
-    "gated_residual": 10, "rows": 1, "runtime": 0,
+    "rms_norm": 10, "layer_norm": 10, "qk_norm_rope": 6, "swiglu": 6, "elementwise": 18, "gated_residual": 10,
+    "rows": 1, "runtime": 0,
 }  # fmt: skip
 OPERATIONS = (
     "rms_norm", "layer_norm", "layer_norm_modulate", "qk_norm_rope", "swiglu", "gelu", "silu",
@@ -74,10 +75,14 @@ def test_a_gpu_that_it_was_not_built_for_is_refused(monkeypatch):
 
 
 def test_rows_wider_than_a_block_holds_are_refused(monkeypatch):
-    monkeypatch.setattr(cuda, "library", object())
-    assert cuda.unavailable_for_rows([torch.empty(2, 8192)]) is None
-    assert cuda.unavailable_for_rows([torch.empty(2, 8193)]) == "it takes rows of at most 8192, got 8193"
-    assert "got float64" in cuda.unavailable_for_rows([torch.empty(2, 8, dtype=torch.float64)])
+    x = SimpleNamespace(
+        dtype=torch.float32, device=torch.device("cuda"), get_device=lambda: 0, shape=torch.Size((2, 8192))
+    )
+    for name in ("without_memory", "missing", "_not_built_for"):
+        monkeypatch.setattr(cuda, name, lambda *asked: None)
+    assert cuda.unavailable([x], widest=8192) is None
+    assert cuda.unavailable([x], widest=8191) == "it takes rows of at most 8191, got 8192"
+    assert "got float64" in cuda.unavailable([torch.empty(2, 8, dtype=torch.float64)], widest=8192)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -86,12 +91,14 @@ def test_default_where_verified(monkeypatch, operation):
     x = SimpleNamespace(get_device=lambda: 0)  # on a GPU
     monkeypatch.setattr(cuda, "_architecture", lambda device: "sm_90")
     table = [
-        replace(b, unavailable=lambda tensors: None) for b in info.backends(operation) if b.name != "cpu"
+        replace(b, unavailable=lambda tensors: None)
+        for b in operators.OPERATIONS[operation].backends
+        if b.name != "cpu"
     ]
     for verified, expected in (((), "triton"), (("sm_80",), "triton"), (("sm_80", "sm_90"), "cuda")):
         monkeypatch.setattr(cuda, "VERIFIED", frozenset(verified))
-        assert choose(operation, table, None, x).name == expected
-        assert choose(operation, table, "cuda", x).name == "cuda"
+        assert choose(operation, table, None, [x]).name == expected
+        assert choose(operation, table, "cuda", [x]).name == "cuda"
 
 
 def _script():

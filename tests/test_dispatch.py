@@ -1,19 +1,22 @@
 """The choice of a backend: by name or the first that can, with its reasons, never in silence."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import NO_OPERATIONS
 
 import imf_kernels as ik
-from imf_kernels import cpu, dispatch, info
-from imf_kernels.dispatch import Backend, always, choose
+from imf_kernels import info
+from imf_kernels.backends import cpu, cuda, dispatch
+from imf_kernels.backends.dispatch import Backend, choose
+from imf_kernels.backends.operators import OPERATIONS
 
 X = torch.ones(2)
-FAST = Backend("fast", lambda: "fast", lambda tensors: "it is out of order")
-SLOW = Backend("slow", lambda: "slow", always)
-LAST = Backend("last", lambda: "last", always, default=False)
+FAST = Backend("fast", unavailable=lambda tensors: "it is out of order")
+SLOW = Backend("slow")
+LAST = Backend("last", opt_in=lambda tensors: "it runs on request")
 
 
 @pytest.fixture(autouse=True)
@@ -24,33 +27,35 @@ def nothing_logged_yet():
 def test_the_first_that_can_is_taken_and_the_reason_logged_once(caplog):
     with caplog.at_level(logging.INFO, logger="imf_kernels"):
         for _ in range(3):
-            assert choose("op", [FAST, SLOW, LAST], None, X) is SLOW
+            assert choose("op", [FAST, SLOW, LAST], None, (X,)) is SLOW
     assert [r.message for r in caplog.records] == ["op runs on the slow backend (fast: it is out of order)"]
 
 
 def test_a_first_choice_is_not_worth_a_word(caplog):
     with caplog.at_level(logging.INFO, logger="imf_kernels"):
-        assert choose("op", [SLOW, FAST], None, X) is SLOW
+        assert choose("op", [SLOW, FAST], None, (X,)) is SLOW
     assert not caplog.records
 
 
 def test_a_backend_by_name_runs_or_says_why_not():
-    assert choose("op", [FAST, SLOW, LAST], "last", X) is LAST
+    assert choose("op", [FAST, SLOW, LAST], "last", (X,)) is LAST
     with pytest.raises(RuntimeError, match="op: backend 'fast' cannot run: it is out of order"):
-        choose("op", [FAST, SLOW], "fast", X)
+        choose("op", [FAST, SLOW], "fast", (X,))
     with pytest.raises(ValueError, match="op: backend must be one of 'fast', 'slow', got 'quick'"):
-        choose("op", [FAST, SLOW], "quick", X)
+        choose("op", [FAST, SLOW], "quick", (X,))
 
 
 def test_no_backend_left():
-    with pytest.raises(RuntimeError, match="op: no backend can run: fast: it is out of order"):
-        choose("op", [FAST, LAST], None, X)
+    with pytest.raises(
+        RuntimeError, match="op: no backend can run: fast: it is out of order; last: it runs on request"
+    ):
+        choose("op", [FAST, LAST], None, (X,))
 
 
 def test_a_reason_is_asked_about_the_tensors():
     asked = []
-    picky = Backend("picky", lambda: None, lambda tensors: asked.extend(tensors))
-    assert choose("op", [picky], None, X, X + 1) is picky and [t[0].item() for t in asked] == [1, 2]
+    picky = Backend("picky", unavailable=lambda tensors: asked.extend(tensors))
+    assert choose("op", [picky], None, (X, X + 1)) is picky and [t[0].item() for t in asked] == [1, 2]
 
 
 def test_instruction_sets():
@@ -69,17 +74,38 @@ def test_instruction_sets():
 def test_info_lists_every_operation_and_backend():
     text = info.report()
     assert cpu.instruction_set() in text and torch.__version__ in text
-    for operation in info.OPERATIONS:
-        assert operation in text
-        assert [b.name for b in info.backends(operation)][-1] == "reference"
-    assert len(info.OPERATIONS) == len(set(ik.__all__) - NO_OPERATIONS)
+    for name, operation in OPERATIONS.items():
+        assert name in text
+        assert operation.backends[-1].name == "reference"
+    assert {operation.public for operation in OPERATIONS.values()} == set(ik.__all__) - NO_OPERATIONS
 
 
 def test_operations_without_kernels_of_a_name_take_it_for_another():
     x, weight = torch.ones(2, 3), torch.ones(4, 3)
     for name in ("triton", "cuda"):  # products on GPUs are PyTorch's
         assert torch.equal(ik.linear(x, weight, backend=name), ik.linear(x, weight, backend="reference"))
-    with pytest.raises(RuntimeError, match="sinusoidal_embedding: backend 'cuda' cannot run"):
-        ik.sinusoidal_embedding(torch.ones(3, dtype=torch.float64), 4, backend="cuda")
-    with pytest.raises(ValueError, match="linear: backend must be one of 'cpu', 'reference', got 'gpu'"):
+    t = torch.ones(3)
+    assert torch.equal(ik.sinusoidal_embedding(t, 4, backend="cpu"), ik.sinusoidal_embedding(t, 4))
+    with pytest.raises(RuntimeError, match="rms_norm: backend 'cuda' cannot run"):
+        ik.rms_norm(x, torch.ones(3), backend="cuda")
+    with pytest.raises(
+        ValueError, match="linear: backend must be one of 'cpu', 'triton', 'cuda', 'reference', got 'gpu'"
+    ):
         ik.linear(x, weight, backend="gpu")
+
+
+def test_the_table_of_operations_is_what_is_registered():
+    readme = (Path(ik.__file__).parent.parent / "README.md").read_text()
+    section = readme.partition("## Operations and backends")[2].partition("\n\n`reference`")[0]
+    rows = {}
+    for line in section.splitlines():
+        if line.startswith("| `"):
+            name, _, *marks = (cell.strip() for cell in line.strip("|").split("|"))
+            rows[name.strip("`")] = marks
+    rows.pop("linear_map")
+    for operation in OPERATIONS.values():
+        has = {backend.name for backend in operation.backends}
+        marks = dict(zip(("reference", "cpu", "triton", "cuda"), rows[operation.public], strict=True))
+        assert {name for name, mark in marks.items() if mark} == has, operation.name
+        assert marks["cuda"] in ("", "on request") or cuda.VERIFIED
+    assert set(rows) == {operation.public for operation in OPERATIONS.values()}

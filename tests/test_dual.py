@@ -5,7 +5,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from imf_kernels import Dual, linear_map, primal
-from imf_kernels.dual import align, complete, tail
+from imf_kernels.dual import align, last_rows, pad_with_zeros
 
 
 def ones(*shape, **options):
@@ -55,13 +55,17 @@ def test_a_missing_tangent_stays_missing():
 
 def test_the_helpers_of_the_operations():
     x, t = torch.arange(6.0).view(3, 2), torch.ones(1, 2)
-    assert torch.equal(tail(x, t), x[2:]) and torch.equal(
-        complete(t, 3), torch.tensor([[0.0, 0], [0, 0], [1, 1]])
+    assert torch.equal(last_rows(x, t), x[2:]) and torch.equal(
+        pad_with_zeros(t, 3), torch.tensor([[0.0, 0], [0, 0], [1, 1]])
     )
     a, b, c = align(t, None, ones(2, 5))
     assert torch.equal(a, torch.tensor([[0.0, 0], [1, 1]])) and b is None and c.shape == (2, 5)
     scalar = torch.tensor(2.0)
-    assert complete(scalar, 1) is scalar and tail(scalar, scalar) is scalar and align(scalar) == [scalar]
+    assert (
+        pad_with_zeros(scalar, 1) is scalar
+        and last_rows(scalar, scalar) is scalar
+        and align(scalar) == [scalar]
+    )
 
 
 def test_differentiating_a_tangent_is_loud():

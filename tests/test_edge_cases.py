@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import imf_kernels as ik
-from imf_kernels import Dual, cpu
+from imf_kernels import Dual
+from imf_kernels.backends import cpu
 from imf_kernels.testing import cases, errors
 from imf_kernels.testing.cases import FP32, SMALL
 

@@ -9,7 +9,8 @@ import torch
 from conftest import threads
 
 import imf_kernels as ik
-from imf_kernels import Dual, gemm, info
+from imf_kernels import Dual, info
+from imf_kernels.backends import matmul
 
 # From one number to 2²² multiply-adds and more, where another library may take over.
 SHAPES = [(1, 1, 1), (5, 3, 2), (300, 24, 40), (1100, 33, 17), (511, 64, 128), (512, 64, 128), (513, 65, 129)]
@@ -76,4 +77,4 @@ def test_a_repeated_call_gives_the_same_bits():
 
 
 def test_info_names_the_library_of_products():
-    assert f"large fp32 products {gemm.library()}" in info.report()
+    assert f"large fp32 products {matmul.library()}" in info.report()

@@ -57,7 +57,7 @@ def broken_kernel(folder, *edits):
         ("if (width <= 64) return forward<T, 64>(a);", "(void)width;"),
         ("if (width <= 80) return forward<T, 80>(a);", ""),
         ("if (width <= 96) return forward<T, 96>(a);", ""),
-        ("if (a.type == DType::float16) return forward<float16>(a);", ""),
+        ("if (a.q.dtype == DType::float16) return forward<float16>(a);", ""),
     ):
         assert before in text
         text = text.replace(before, after)

@@ -13,7 +13,7 @@ from torch._higher_order_ops import map as mapped
 from torch._higher_order_ops import scan, while_loop
 
 import imf_kernels as ik
-from imf_kernels import forward
+from imf_kernels.transforms import jvp as jvp_module
 
 X, X_DOT = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
 HOW = ("eager", "compiled", "fullgraph")
@@ -273,7 +273,7 @@ def test_threads_that_outlive_it():
 
 
 def test_a_thread_that_waits_for_another(monkeypatch):
-    monkeypatch.setattr(forward, "_TURN", 0.2)
+    monkeypatch.setattr(jvp_module, "_TURN", 0.2)
     with (
         ThreadPoolExecutor(1) as pool,
         pytest.raises(RuntimeError, match=r"another thread has been inside jvp for 0\.2 s"),

@@ -87,7 +87,7 @@ def perturbed(backend: str | None = None):
             p.add_(torch.randn_like(p) * 0.1)
     model = build(TINY)
     model.load_state_dict(from_official(oracle.state_dict()))
-    model.backend = backend
+    model.forward = ik.use_backend(backend)(model.forward)
     return model, oracle
 
 

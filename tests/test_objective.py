@@ -7,6 +7,7 @@ import plain_imf
 import pytest
 import torch
 
+import imf_kernels as ik
 from imf.model import IMFConfig, build
 from imf.names import from_official
 from imf.objective import Draws, improved_mean_flow, improved_mean_flow_plain
@@ -74,7 +75,7 @@ CASES = [
 def test_both_forms_equal_the_plain_program(case, batch, backend):
     oracle = perturbed_oracle()
     model = build(CONFIG)
-    model.backend = backend
+    model.forward = ik.use_backend(backend)(model.forward)
     model.load_state_dict(from_official(oracle.state_dict()))
     x, y = torch.randn(batch, 3, 4, 4), torch.randint(0, CONFIG.num_classes, (batch,))
     draws = draws_for(case, x)

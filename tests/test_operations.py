@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import BACKENDS, KERNELS, NO_OPERATIONS, dtypes_of
 
 import imf_kernels as ik
-from imf_kernels.testing import errors
+from imf_kernels.testing import errors, plain
 from imf_kernels.testing.cases import LARGE, LONG, OPERATIONS, SMALL
 
 CASES = [pytest.param(case, dtype, id=f"{case}, {str(dtype)[6:]}") for case in SMALL for dtype in case.dtypes]
@@ -49,69 +49,18 @@ def test_error_rule_of_long_sums(case, dtype, kernels):
     check_or_refuse(case, dtype, kernels)
 
 
-def _plain_rms_norm(x, weight):
-    return F.rms_norm(x, x.shape[-1:], weight, eps=1e-6)
-
-
-def _over_positions(row, x):
-    """[B, d] beside x [B, ..., d]; [d] as it is."""
-    return row[(slice(None), *(None,) * (x.dim() - 2))] if row.dim() == 2 else row
-
-
-def _plain_modulate(x, shift, scale):
-    n = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-    return n * (1 + _over_positions(scale, x)) + _over_positions(shift, x)
-
-
-def _plain_rope(x, weight, cos, sin):
-    """Pairs as complex numbers, turned by multiplication."""
-    n = _plain_rms_norm(x, weight)
-    turned = torch.view_as_complex(n.unflatten(-1, (-1, 2)).contiguous()) * torch.complex(cos, sin)
-    return torch.view_as_real(turned).flatten(-2)
-
-
-def _plain_swiglu(x):
-    gate, up = x.chunk(2, -1)
-    return F.silu(gate) * up
-
-
-def _plain_sinusoids(t, dim=256, max_period=10000.0):
-    rows = []
-    for scalar in t:
-        angles = [scalar * max_period ** (-i / (dim // 2)) for i in range(dim // 2)]
-        rows.append(torch.stack([a.cos() for a in angles] + [a.sin() for a in angles]))
-    return torch.stack(rows)
-
-
-def _plain_prepend(x, *groups):
-    rows = []
-    for b in range(x.shape[0]):
-        prefix = [
-            token + embedding[b]
-            for tokens, embedding in zip(groups[0::2], groups[1::2], strict=True)
-            for token in tokens
-        ]
-        rows.append(torch.stack([*prefix, *x[b]]))
-    return torch.stack(rows)
-
-
-PLAIN = {
-    "linear": F.linear,
-    "rms_norm": _plain_rms_norm,
-    "layer_norm": lambda x, *affine, normalized_shape: F.layer_norm(x, normalized_shape, *affine),
-    "layer_norm_modulate": _plain_modulate,
-    "qk_norm_rope": lambda q, k, qw, kw, cos, sin: (
-        _plain_rope(q, qw, cos, sin),
-        _plain_rope(k, kw, cos, sin),
-    ),
-    SDPA: F.scaled_dot_product_attention,
-    "swiglu": _plain_swiglu,
-    "gated_residual": lambda x, branch, gate: torch.addcmul(x, branch, _over_positions(gate, x)),
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "sinusoidal_embedding": _plain_sinusoids,
-    "prepend_tokens": _plain_prepend,
-}
+def test_the_plain_formulas_are_pytorchs():
+    x, w, b = (torch.randn(shape, dtype=torch.float64) for shape in ((3, 5, 8), (8,), (8,)))
+    torch.testing.assert_close(plain.rms_norm(x, w), F.rms_norm(x, (8,), w, 1e-6))
+    torch.testing.assert_close(plain.layer_norm(x, w, b, (8,)), F.layer_norm(x, (8,), w, b))
+    shift, scale = torch.randn(2, 3, 1, 8, dtype=torch.float64)
+    modulated = F.layer_norm(x, (8,), eps=1e-6) * (1 + scale) + shift
+    torch.testing.assert_close(plain.layer_norm_modulate(x, shift[:, 0], scale[:, 0]), modulated)
+    q, angles = torch.randn(2, 1, 5, 8, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    n = F.rms_norm(q, (8,), w, 1e-6)
+    turned = torch.view_as_complex(n.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angles), angles)
+    rotated, _ = plain.qk_norm_rope(q, q, w, w, angles.cos(), angles.sin())
+    torch.testing.assert_close(rotated, torch.view_as_real(turned).flatten(-2))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
@@ -125,16 +74,17 @@ def test_the_reference_is_what_pytorch_derives(case):
     directions = [p.tangents[n].double() if n in p.tangents else torch.zeros_like(p.primals[n]).double()
                   for n in names]  # fmt: skip
 
-    def plain(*arguments):
+    formula = plain.formula(case, rounded=False)
+
+    def of(*arguments):
         named = dict(zip(names, arguments, strict=True)) | constants
-        result = PLAIN[case.operation](*(named[n] for n in p.primals), **case.options)
-        return result if isinstance(result, tuple) else (result,)
+        return formula({n: named[n] for n in p.primals})
 
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        outputs, tangents = torch.func.jvp(plain, tuple(x.detach() for x in primals), tuple(directions))
+        outputs, tangents = torch.func.jvp(of, tuple(x.detach() for x in primals), tuple(directions))
         wanted = [x for x in primals if x.requires_grad]
         gradients = torch.autograd.grad(
-            plain(*primals), wanted, [c.double() for c in p.cotangents], materialize_grads=True
+            of(*primals), wanted, [c.double() for c in p.cotangents], materialize_grads=True
         )
     expected = {f"output {i}": y for i, y in enumerate(outputs)}
     expected |= {f"tangent {i}": t for i, t in enumerate(tangents)}
@@ -151,7 +101,7 @@ def test_the_reference_is_what_pytorch_derives(case):
 
 
 def test_every_public_operation_has_cases():
-    assert set(OPERATIONS) == set(ik.__all__) - NO_OPERATIONS == set(PLAIN)
+    assert set(OPERATIONS) == set(ik.__all__) - NO_OPERATIONS <= set(vars(plain))
     assert {case.operation for case in LARGE} == set(OPERATIONS)
 
 

@@ -14,7 +14,7 @@ import random
 import pytest
 from conftest import threads
 
-from imf_kernels import cpu
+from imf_kernels.backends import cpu
 from imf_kernels.testing import cases, errors
 from imf_kernels.testing.cases import BF16, FP32
 

@@ -5,13 +5,13 @@ import torch
 from conftest import CUDA_ON_GPU, ON_GPU, running_on
 from tiny_run import perturbed
 
+import imf_kernels as ik
 from imf.methods import METHODS, objective
 from imf.objective import Draws, Guidance
 
 
 def step_of(model, method, backend, batch=4):
     """Velocities, their derivative and gradients of one step, in fp64."""
-    model.backend = backend
     model.zero_grad()
     weight = next(model.parameters())
     cpu = torch.randn(batch, 1, 8, 8, generator=torch.Generator().manual_seed(1), device="cpu")
@@ -20,7 +20,8 @@ def step_of(model, method, backend, batch=4):
     drawn = {n: x.to(weight.dtype) if n not in ("drop", "n_fm") else x for n, x in drawn.items()}
     draws = Draws(**drawn | {"noise": drawn["noise"].to(weight.device)})
     y = torch.arange(batch, device=weight.device)
-    out = objective(method, Guidance())(model, cpu.to(weight), y, draws)
+    with ik.use_backend(backend):
+        out = objective(method, Guidance())(model, cpu.to(weight), y, draws)
     out.loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     return {

@@ -73,6 +73,10 @@ def test_a_lazily_negated_tensor_is_read_with_its_sign():
     for bad in (x, Dual(torch.ones(4), x)):
         with pytest.raises(RuntimeError, match=r"lazily negated tensor; call \.resolve_neg\(\)"):
             ik.silu(bad, backend="cpu")
+    leaf = torch.randn(4, requires_grad=True)
+    y = ik.silu(leaf)
+    (wanted,) = torch.autograd.grad(y, leaf, -torch.ones(4), retain_graph=True)
+    assert torch.equal(torch.autograd.grad(y, leaf, x)[0], wanted)
 
 
 @each_operation

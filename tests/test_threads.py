@@ -142,7 +142,7 @@ def test_fresh_memory_of_the_kernels_is_not_read(tmp_path):
     """Working memory is malloc'ed: with glibc told to fill it with huge numbers the results stay the same."""
     script = """
         import sys, torch
-        from imf_kernels import cpu
+        from imf_kernels.backends import cpu
         from imf_kernels.testing import errors
         from imf_kernels.testing.cases import select
         torch.set_num_threads(1)

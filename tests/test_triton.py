@@ -10,12 +10,12 @@ import torch
 from conftest import ON_GPU
 
 import imf_kernels as ik
-from imf_kernels import triton_backend
+from imf_kernels.backends import triton_launch
 from imf_kernels.testing import cases, errors
 
 pytestmark = pytest.mark.gpu
 
-needs_triton = pytest.mark.skipif(triton_backend.missing() is not None, reason=str(triton_backend.missing()))
+needs_triton = pytest.mark.skipif(triton_launch.missing() is not None, reason=str(triton_launch.missing()))
 in_the_interpreter = pytest.mark.skipif(ON_GPU, reason="on a GPU nothing is interpreted")
 
 
@@ -47,7 +47,7 @@ def test_bfloat16_is_refused_in_the_interpreter():
 
 
 def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch):
-    monkeypatch.setattr(triton_backend, "interpreted", lambda: False)
+    monkeypatch.setattr(triton_launch, "interpreted", lambda: False)
     with pytest.raises(RuntimeError, match=r"'triton' cannot run: it takes CUDA .* got one on cpu"):
         silu(torch.ones(3))
 
@@ -57,7 +57,7 @@ def test_a_failed_import_is_the_reason(monkeypatch):
         raise ImportError("libcuda.so.1: cannot open shared object file")
 
     monkeypatch.setattr(importlib, "import_module", fail)
-    assert "cannot be imported: libcuda.so.1: cannot open" in triton_backend.missing.__wrapped__()
+    assert "cannot be imported: libcuda.so.1: cannot open" in triton_launch.missing.__wrapped__()
 
 
 def test_float16_is_refused_by_the_cpu_and_taken_by_the_others():
@@ -80,15 +80,15 @@ def test_rows_too_long_for_a_program_are_refused():
 
 
 def test_unverified_hardware_is_warned_of_once(monkeypatch):
-    monkeypatch.setattr(triton_backend, "_architecture", lambda device: "sm_00")
+    monkeypatch.setattr(triton_launch, "_architecture", lambda device: "sm_00")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    triton_backend._warn_unverified.cache_clear()
+    triton_launch._warn_unverified.cache_clear()
     with pytest.warns(UserWarning, match=r"not been verified on a GPU \(sm_00\)"):
-        triton_backend._warn_unverified(0)
+        triton_launch._warn_unverified(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        triton_backend._warn_unverified(0)
-    triton_backend._warn_unverified.cache_clear()
+        triton_launch._warn_unverified(0)
+    triton_launch._warn_unverified.cache_clear()
 
 
 def test_gpus_without_the_instructions_are_refused(monkeypatch):
@@ -99,7 +99,7 @@ def test_gpus_without_the_instructions_are_refused(monkeypatch):
         ((12, 0), None),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert triton_backend._too_old.__wrapped__(0) == reason
+        assert triton_launch._too_old.__wrapped__(0) == reason
 
 
 SUMS = [
@@ -117,7 +117,7 @@ SUMS = [
 @pytest.mark.parametrize("case", SUMS, ids=str)
 def test_sums_over_shares_of_several_tiles(case, kernels, monkeypatch):
     """As on so many rows that a program takes one tile after another, the last one not whole."""
-    from imf_kernels._triton import rows
+    from imf_kernels.backends.triton_kernels import rows
 
     monkeypatch.setattr(rows, "_SHARES", 2)
     p = errors.problem(case, torch.float32)

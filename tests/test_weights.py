@@ -7,6 +7,7 @@ import torch
 import torch._dynamo.testing
 from tiny_run import NETWORK, perturbed
 
+import imf_kernels as ik
 from imf.methods import METHODS, objective
 from imf.model import Block
 from imf.objective import Draws, Guidance
@@ -61,7 +62,8 @@ def test_padding_the_mlp_changes_nothing_but_its_width(dtype, monkeypatch):
             monkeypatch.setattr("imf.weights.ALIGNMENT", 1)
         block.zero_grad()
         angles = torch.zeros(5, 16)
-        y = block(x, angles.cos(), angles.sin(), dtype, "reference")
+        with ik.use_backend("reference"):
+            y = block(x, angles.cos(), angles.sin(), dtype)
         y.square().sum().backward()
         results.append([y, *(p.grad for p in block.parameters())])
     assert (2 * 48, 32) in widths and (32, 48) in widths and 48 % ALIGNMENT == 0
@@ -98,5 +100,6 @@ def test_blocks_of_a_network_share_a_graph_when_compiled():
         for _ in range(10):  # more than PyTorch compiles a function for
             block = Block(ODD)
             run = torch.compile(block.forward, fullgraph=True, backend=counter)
-            run(x, angles.cos(), angles.sin(), torch.bfloat16, "reference")
+            with ik.use_backend("reference"):
+                run(x, angles.cos(), angles.sin(), torch.bfloat16)
     assert counter.frame_count <= 2
