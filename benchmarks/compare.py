@@ -135,6 +135,7 @@ def main() -> int:
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
+        sys.path.pop(0)  # this file's folder: the tree's own comes from PYTHONPATH
         serve()
         return 0
     if not arguments.base:
