@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -210,20 +211,31 @@ def test_use_backend_in_a_graph():
     for a, b in zip(compiled(x, WEIGHT), f(x, WEIGHT), strict=True):
         torch.testing.assert_close(a, b)
 
+
+def test_a_graph_is_compiled_again_for_another_backend():
+    """In a thread that has entered no block before, too."""
     names = []
 
     def backend(graph, inputs):
-        names.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        names.append(any("imf_kernels" in target for target in targets))
         return graph.forward
 
-    torch._dynamo.reset()
-    norm = torch.compile(lambda x: ik.rms_norm(x, WEIGHT), fullgraph=True, backend=backend)
-    norm(x)
-    with ik.use_backend("reference"):  # compiled again
-        norm(x)
-    assert any("imf_kernels" in name for name in names[0])
-    assert not any("imf_kernels" in name for name in names[1])
-    torch._dynamo.reset()
+    def run():
+        torch._dynamo.reset()
+        norm = torch.compile(lambda x: ik.rms_norm(x, WEIGHT), fullgraph=True, backend=backend)
+        x = torch.randn(2, 16)
+        for name in (None, "reference", "cpu", None, "reference"):
+            if name is None:
+                norm(x)
+            else:
+                with ik.use_backend(name):
+                    norm(x)
+        torch._dynamo.reset()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run).result()
+    assert names == [True, False, True]  # then those are found again
 
 
 def test_use_backend_names_what_there_is():

@@ -77,10 +77,28 @@ def choose(
 class _Default(threading.local):
     """The backend of calls that name none, per thread; `None` for the first that can run."""
 
-    backend: str | None = None
+    def __init__(self) -> None:
+        self.backend: str | None = None  # of the instance: torch.compile guards no attribute of the class
 
 
 default = _Default()
+
+
+class _Blocks:
+    """The blocks of `use_backend` that are entered, in all threads: what a graph is compiled again for.
+
+    PyTorch 2.11 guards no attribute of a `threading.local`.
+    """
+
+    names = ""
+
+
+_blocks, _blocks_change = _Blocks(), threading.Lock()
+
+
+def traced_default() -> str | None:
+    """`default.backend` as a graph reads it."""
+    return default.backend if _blocks.names else None
 
 
 @contextlib.contextmanager
@@ -101,10 +119,16 @@ def use_backend(name: str | None) -> Iterator[None]:
             f"use_backend: name must be one of {', '.join(map(repr, NAMES))} or None, got {name!r}"
         )
     before, default.backend = default.backend, name
+    entry = f"{name} "
+    change = contextlib.nullcontext() if torch.compiler.is_compiling() else _blocks_change
+    with change:
+        _blocks.names += entry
     try:
         yield
     finally:
         default.backend = before
+        with change:
+            _blocks.names = _blocks.names.replace(entry, "", 1)
 
 
 def in_graph() -> bool:

@@ -23,7 +23,15 @@ import torch
 from torch import Tensor
 
 from imf_kernels import _C
-from imf_kernels.backends.dispatch import Asked, Backend, choose, default, in_graph, without_autocast
+from imf_kernels.backends.dispatch import (
+    Asked,
+    Backend,
+    choose,
+    default,
+    in_graph,
+    traced_default,
+    without_autocast,
+)
 from imf_kernels.backends.layout import last_contiguous, without_memory
 
 _LIBRARY = torch.library.Library("imf_kernels", "DEF")
@@ -103,9 +111,9 @@ class Operation(Generic[Asked]):
 
     def __call__(self, backend: str | None, *arguments: Any) -> Result:
         """The result and its tangent, on the backend of that name or, if `None`, the one chosen for such calls."""
-        backend = backend or default.backend
         if torch.compiler.is_compiling():
-            return self._decided(backend, arguments)(*arguments)
+            return self._decided(backend or traced_default(), arguments)(*arguments)
+        backend = backend or default.backend
         key = _C.key((backend, *arguments))
         run = self.choices.get(key)
         if run is None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from imf_kernels.backends.dispatch import constant, default, log_once
+from imf_kernels.backends.dispatch import constant, default, log_once, traced_default
 from imf_kernels.dual import Dual, NoTangent, guarded, is_dual, not_a_view, unpack
 
 Call = TypeVar("Call", bound=Callable[..., Any])
@@ -113,7 +113,8 @@ def takes_dual_tensors(operation: Call) -> Call:
         compiling = torch.compiler.is_compiling()
         if not compiling and forward_ad._current_level < 0:
             return operation(*arguments, **options)
-        if (options.get("backend") or default.backend) == "reference":
+        asked = options.get("backend") or (traced_default() if compiling else default.backend)
+        if asked == "reference":
             return operation(*arguments, **options)
         transformed = torch._C._are_functorch_transforms_active()
         if compiling:
