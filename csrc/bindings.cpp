@@ -1,6 +1,5 @@
-// imf_kernels._C: the kernels as Python calls them, with tensors. The forms of tensors are checked (views.h),
-// nothing else: the operation's file in imf_kernels/ops does that. The interpreter lock is released while a
-// kernel runs.
+// The Python module imf_kernels._C. It checks the layout of tensors only (views.h); imf_kernels/ops checks
+// the rest. The interpreter lock is released while a kernel runs.
 #include "bindings.h"
 
 #include <vector>
@@ -24,7 +23,7 @@ namespace imf {
 
 using Definition = void (*)(pybind11::module_&);
 
-// The functions of csrc/ops, entered by IMF_DECLARE.
+// Functions of csrc/ops, registered by IMF_DECLARE.
 std::vector<Definition>& definitions() {
   static std::vector<Definition> entered;
   return entered;

@@ -1,5 +1,4 @@
-// Makes a Python function of a kernel, and the schema of its operator in torch.library, from the struct of
-// its arguments.
+// Derives a kernel's Python function and its torch.library schema from the struct of its arguments.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -16,7 +15,7 @@
 
 namespace imf {
 
-// How a field comes from Python: a view as a tensor, a number as it is.
+// Converter of a Python argument into a field: a tensor into a view, a number unchanged.
 template <typename Field>
 struct Argument {
   static constexpr bool is_number = std::is_arithmetic_v<Field>;
@@ -56,7 +55,7 @@ constexpr int count_fields(const char* fields) {
   return count;
 }
 
-// The names of the fields of "Rows x; float eps;".
+// Returns the field names of "Rows x; float eps;": x and eps.
 inline std::vector<std::string> names_of(const std::string& fields) {
   std::vector<std::string> names;
   for (std::size_t end = fields.find(';'); end != std::string::npos; end = fields.find(';', end + 1)) {
@@ -66,7 +65,7 @@ inline std::vector<std::string> names_of(const std::string& fields) {
   return names;
 }
 
-// The fields of a struct of arguments as a tuple of references.
+// Returns the fields of a struct of arguments as a tuple of references.
 template <typename Arguments>
 auto tied(Arguments& arguments) {
 #define IMF_TIED(count, ...)                                \
@@ -90,7 +89,7 @@ auto tied(Arguments& arguments) {
 template <typename Arguments>
 using Kernel = void (*)(const Arguments&);
 
-// The device that all tensors of a call are on.
+// The common device of a call's tensors; throws if there are several.
 struct CommonDevice {
   int device = cpu_device;
   bool found = false;
@@ -107,8 +106,7 @@ struct CommonDevice {
   void operator()(bool) {}
 };
 
-// Defines the module's function `name`, which runs `cpu` or `cuda` (null: there is none) by where the tensors
-// are.
+// Defines the module's function `name`, which runs `cpu` or `cuda` (null if missing) by the tensors' device.
 template <typename Arguments, typename... Fields>
 void define(pybind11::module_& m, const char* name, Kernel<Arguments> cpu, Kernel<Arguments> cuda,
             std::tuple<Fields&...>*) {
@@ -125,7 +123,7 @@ void define(pybind11::module_& m, const char* name, Kernel<Arguments> cpu, Kerne
       const Kernel<Arguments> kernel = common.device == cpu_device ? cpu : cuda;
       if (!kernel) throw std::invalid_argument("there is no kernel for this device");
       const std::string* next = names.data();
-      // In braces they are made from left to right.
+      // Braced initialisers are evaluated from left to right.
       const Arguments arguments{Argument<Fields>::make(given, *next++)..., place_of(common.device)};
       const pybind11::gil_scoped_release unlocked;
       kernel(arguments);

@@ -1,6 +1,6 @@
-// Tensors of PyTorch as they cross into this module: DLPack's C exchange API, which gives a view without a
-// copy and without counting references. Declared here as in dlpack.h 1.3 (https://github.com/dmlc/dlpack), so
-// that nothing of PyTorch is needed to build, and one build serves every PyTorch.
+// Conversion of PyTorch's tensors by DLPack's C exchange API: views without copies or reference counts.
+// Declared as in dlpack.h 1.3 (https://github.com/dmlc/dlpack), so that the build needs no PyTorch and serves
+// every release.
 #ifndef IMF_DLPACK
 #define IMF_DLPACK
 
@@ -38,7 +38,7 @@ struct DLPackExchangeAPI {
 
 constexpr std::int32_t dl_cpu = 1, dl_cuda = 2;
 
-// What this module asks of PyTorch, found at the first call.
+// Python objects and functions of PyTorch, looked up at the first call.
 struct PyTorch {
   PyObject *tensor, *parameter, *dtype;
   const DLPackExchangeAPI* api;
@@ -100,7 +100,7 @@ inline DType dtype_of(DLDataType type) {
   return type.code == boolean ? DType::boolean : DType::other;
 }
 
-// The view of a tensor that lies in memory; throws what Python raises for any other object.
+// Returns the view of a tensor in memory; throws Python's exception for any other object.
 inline Tensor tensor_of(PyObject* object, DLTensor& x) {
   const PyTorch& torch = PyTorch::instance();
   if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(torch.tensor))) {
@@ -124,7 +124,7 @@ inline Tensor tensor_of(PyObject* object, DLTensor& x) {
   return tensor;
 }
 
-// Where a call on tensors of `device` runs: PyTorch's current stream, as many threads as it uses.
+// Returns PyTorch's current stream on `device`, or its number of threads on the CPU.
 inline Place place_of(int device) {
   const PyTorch& torch = PyTorch::instance();
   Place place{device, nullptr, 1};

@@ -1,4 +1,4 @@
-// What the choice of a kernel depends on, as bytes: the key under which the choice is remembered.
+// Cache key of the choice of a kernel: all that the choice depends on, as bytes.
 #ifndef IMF_KEY
 #define IMF_KEY
 
@@ -21,8 +21,8 @@ class Key {
     bytes_.append(bytes, sizeof(T));
   }
 
-  // Of a tensor the type, device, sizes, strides and where it begins within 16 bytes; of a number, a string
-  // or a dtype the value. False for anything else.
+  // Appends a tensor's dtype, device, sizes, strides and alignment to 16 bytes, or the value of a number,
+  // string or dtype; returns false for anything else.
   bool add(PyObject* x, const PyTorch& torch) {
     if (x == Py_None) {
       add('0');
@@ -39,7 +39,7 @@ class Key {
       return !overflow;
     } else if (Py_TYPE(x) == reinterpret_cast<PyTypeObject*>(torch.dtype)) {
       add('d');
-      add(x);  // there is one of each
+      add(x);  // a singleton
     } else if (PyUnicode_CheckExact(x)) {
       Py_ssize_t length = 0;
       const char* const text = PyUnicode_AsUTF8AndSize(x, &length);
@@ -69,7 +69,7 @@ class Key {
     if (negated == Py_True) return false;
     DLTensor x;
     if (torch.api->dltensor_from_py_object_no_sync(object, &x)) {
-      PyErr_Clear();  // it does not lie in memory
+      PyErr_Clear();  // a tensor without memory
       return false;
     }
     add('T');
@@ -85,9 +85,8 @@ class Key {
   std::string bytes_;
 };
 
-// The key of a call with these arguments and of PyTorch's settings; None where a choice must not be
-// remembered: of tensors of other types or without memory, inside transforms of torch.func and under dispatch
-// modes.
+// Returns the key of a call's arguments and PyTorch's settings; None if the choice must not be cached: for
+// tensor subclasses, tensors without memory, transforms of torch.func and dispatch modes.
 inline pybind11::object key(const pybind11::tuple& arguments) {
   const PyTorch& torch = PyTorch::instance();
   if (PyTorch::ask(torch.transforms) || PyTorch::ask(torch.dispatch_modes)) return pybind11::none();

@@ -1,23 +1,22 @@
-// Tensors as kernels see them: views of memory that Python keeps during a call. Sizes and strides count
-// elements.
+// Tensor views for kernels; Python keeps the memory during a call. Sizes and strides count elements.
 #pragma once
 
 #include "common/types.h"
 
 namespace imf {
 
-// Any tensor: what crosses the border. The views below are made from it.
+// Any tensor from Python; the views below are made from it.
 struct Tensor {
   void* data;  // null where there are no elements
   DType dtype;
-  int device;  // number of the GPU; cpu_device
+  int device;  // index of the GPU, or cpu_device
   int dim;
   const index_t *sizes, *strides;
 };
 
 constexpr int cpu_device = -1;
 
-// [..., width], whose rows are contiguous and one distance apart.
+// [..., width] with contiguous rows at one stride.
 struct Rows {
   void* data;
   DType dtype;
@@ -65,7 +64,7 @@ struct Optional : View {};
 template <typename View>
 struct Out : View {};
 
-// Where a call runs.
+// Device, stream and threads of a call.
 struct Place {
   int device;
   void* stream;  // cudaStream_t

@@ -1,5 +1,5 @@
-// The views of tensor.h, made from tensors. What does not have a view's form is refused, with the argument's
-// name.
+// Conversion of tensors into the views of tensor.h; throws with the argument's name if the layout does not
+// fit.
 #pragma once
 
 #include <stdexcept>
@@ -36,7 +36,7 @@ inline bool is_contiguous(const Tensor& x) {
   return true;
 }
 
-// The distance between rows; negative where there is no single one.
+// Returns the stride between rows; negative if there is no single one.
 inline index_t row_stride(const Tensor& x) {
   const index_t width = x.sizes[x.dim - 1];
   if (count_of(x, 0, x.dim) == 0) return width;
@@ -73,7 +73,7 @@ inline void view(const Tensor& x, const std::string& name, Heads& heads) {
     refuse(x, name, "[batch, heads, length, width] with contiguous rows");
   }
   heads = {x.data, x.dtype, x.device, x.sizes[0], x.sizes[1], x.sizes[2], x.sizes[3], {}};
-  // A tensor without elements has no memory: no address in it is anything but null.
+  // A tensor without elements has no memory: every address in it must stay null.
   for (int i = 0; i < 3; ++i) heads.stride[i] = x.data ? x.strides[i] : 0;
 }
 

@@ -1,9 +1,7 @@
-// A value and its directional derivative, carried together.
+// Dual numbers: a value and its directional derivative, f(Dual{x, x_dot}) = Dual{f(x), f'(x) x_dot}.
 //
-// Every kernel of this library, on the CPU and on the GPU, writes its formula once in terms of
-// Dual<T> and gets the tangent from the rules below; T is a float (CUDA, scalar tests) or a SIMD
-// vector (csrc/cpu/vec.h). With J the derivative of f: f(Dual{x, x_dot}) = Dual{f(x), J x_dot}.
-// The primal part never depends on the tangent, so a primal computed without one is bitwise equal.
+// A kernel writes its formula once for Dual<T> and gets the tangent from the rules below; T is a float (CUDA)
+// or a SIMD vector (csrc/cpu/vec.h). The primal is bitwise the same with and without a tangent.
 #pragma once
 
 #include <cmath>
@@ -17,13 +15,13 @@
 
 namespace imf {
 
-// Scalar forms of the functions that the SIMD vectors of csrc/cpu/vec.h provide too.
+// Scalar versions of the functions that csrc/cpu/vec.h has for SIMD vectors.
 IMF_HOST_DEVICE float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 IMF_HOST_DEVICE float sqrt(float x) { return ::sqrtf(x); }
 IMF_HOST_DEVICE float exp(float x) { return ::expf(x); }
 IMF_HOST_DEVICE float abs(float x) { return ::fabsf(x); }
 IMF_HOST_DEVICE float select_less(float a, float b, float yes, float no) { return a < b ? yes : no; }
-// The normal distribution and its density; by erfc, which does not cancel below 0 as 1 + erf does.
+// Normal distribution and density; erfc does not cancel below 0 as 1 + erf does.
 IMF_HOST_DEVICE void normal(float x, float& distribution, float& density) {
   distribution = 0.5f * ::erfcf(-0.707106781186547524f * x);
   density = 0.398942280401432678f * ::expf(-0.5f * x * x);
@@ -89,8 +87,7 @@ IMF_HOST_DEVICE T sigmoid(T x) {
   return T(1.0f) / (T(1.0f) + exp(T(0.0f) - x));
 }
 
-// x s(x), and its derivative s + x s (1 - s) written as s (1 + x (1 - s)). Where x is so negative
-// that e^-x overflows, s is 0 and both are 0, as they should be.
+// x s(x), and its derivative s (1 + x (1 - s)). Where e^-x overflows, s and both results are correctly 0.
 template <typename T>
 IMF_HOST_DEVICE T silu(T x) {
   return x * sigmoid(x);

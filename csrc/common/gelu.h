@@ -1,5 +1,4 @@
-// GELU, y = x s(x): what multiplies x, and with it y and y's derivative s + x s'. The formulas are in
-// imf_kernels/ops/gelu.py.
+// GELU, y = x s(x) with y' = s + x s', by its gates s. Formulas: imf_kernels/ops/elementwise.py.
 #pragma once
 
 #include "common/dual.h"
@@ -18,8 +17,8 @@ IMF_HOST_DEVICE Gate<T> normal_gate(T x) {
   return s;
 }
 
-// (1 + tanh(v / 2)) / 2 = 1 / (1 + e^-v). Of e^-|v|, which cannot overflow, both s(|v|) = 1 / (1 + e^-|v|)
-// and s(-|v|) = e^-|v| s(|v|) are made without cancellation; their product is s' on either side.
+// (1 + tanh(v / 2)) / 2 = 1 / (1 + e^-v). s(|v|) = 1 / (1 + e^-|v|) and s(-|v|) = e^-|v| s(|v|) are computed
+// without overflow or cancellation; their product is s' on either side.
 template <typename T>
 IMF_HOST_DEVICE Gate<T> tanh_gate(T x) {
   const T twice(1.59576912160573071f), cubic(0.044715f);  // 2 sqrt(2 / pi)

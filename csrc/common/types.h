@@ -1,4 +1,4 @@
-// Element types and the small conversions that the kernels share.
+// Element types of the kernels.
 #pragma once
 
 #include <cstdint>
@@ -8,12 +8,12 @@ namespace imf {
 
 using index_t = std::int64_t;
 
-// The upper half of an IEEE fp32, as PyTorch's torch.bfloat16.
+// The upper half of an IEEE fp32, like torch.bfloat16.
 struct bfloat16 {
   std::uint16_t bits;
 };
 
-// An IEEE fp16, as PyTorch's torch.float16.
+// An IEEE fp16, like torch.float16.
 struct float16 {
   std::uint16_t bits;
 };

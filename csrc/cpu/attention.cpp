@@ -1,21 +1,19 @@
-// Attention with its tangent in one pass, and its primal backward. The formulas are in
-// imf_kernels/ops/attention.py.
+// Attention with its tangent in one pass, and its primal backward. Formulas: imf_kernels/ops/attention.py.
 //
-// A task is a head and a stretch of its queries. The head's keys and values are packed once (K transposed, V
-// as it is), then blocks of queries meet blocks of keys: S and S_dot, the online softmax, and the products
-// that are added to O and to A, where
+// A task is a head and a range of its queries. The head's keys and values are packed once (K transposed),
+// then blocks of queries meet blocks of keys: S and S_dot, the online softmax, and the products added to O
+// and to A,
 //   A = sum_j P (V_dot + (S_dot - shift) V),  O_dot = A / l - (M / l) (O / l),  M = sum_j P (S_dot - shift).
-// O_dot does not change when a constant is taken off a row of S_dot: `shift`, the mean of S_dot under the
-// softmax so far, keeps M / l O / l from cancelling against A / l where keys or values have an offset. A key
-// without weight has no part in it, however large.
+// Subtracting a constant from a row of S_dot leaves O_dot unchanged: `shift`, the running softmax mean of
+// S_dot, keeps M / l O / l from cancelling against A / l where keys or values have an offset. A key without
+// weight does not affect it, however large.
 //
-// Where the processor has bf16 dot products, bf16 operands meet as they are, and P and P (S_dot - shift) are
-// rounded for their products. The sums that normalise O and O_dot are then those of the rounded values, so
-// that an offset of the values still cancels.
+// Processors with bf16 dot products multiply bf16 operands directly, with P and P (S_dot - shift) rounded.
+// The sums that normalise O and O_dot are taken from the rounded values, so that an offset of the values
+// still cancels.
 //
 // A sum over many keys or queries has three levels, so that its rounding error does not grow with their
-// number: some 32 terms (small_gemm.h), some 32 such sums, and a total of those whose rounding errors are
-// summed too and added at the end.
+// number: about 32 terms (small_gemm.h), about 32 such sums, and a total with compensated rounding errors.
 #include "ops/attention.h"
 
 #include <algorithm>
@@ -26,13 +24,12 @@
 #include "cpu/scratch.h"
 #include "cpu/small_gemm.h"
 
-namespace imf {
-namespace IMF_ISA {
+namespace imf::IMF_ISA {
 namespace {
 
 constexpr index_t query_block = 48;
 constexpr index_t key_block = 256;
-// How many keys or queries are summed before their sum goes into a compensated total.
+// Keys or queries per partial sum of a compensated total.
 constexpr index_t keys_per_sum = 4 * key_block;
 constexpr index_t queries_per_sum = 32 * query_block;
 
@@ -41,39 +38,39 @@ T* head_of(const Heads& x, index_t b, index_t h) {
   return x.data ? static_cast<T*>(x.data) + b * x.stride[0] + h * x.stride[1] : nullptr;
 }
 
-// Terms of a logit's sums. PyTorch's products of few rows or columns sum in about as many lanes as a vector
-// has, and the exponential makes what errors a logit has relative ones.
+// Terms per sum of a logit. PyTorch's products of few rows or columns sum in about as many lanes as a vector
+// has, and the exponential turns a logit's absolute error into a relative one.
 inline index_t logit_terms(index_t queries, index_t keys) {
   return queries < 16 || keys < 16 ? 8 : usual_terms;
 }
 
 inline index_t smaller(index_t a, index_t b) { return a < b ? a : b; }
 
-// total + x. What rounding takes off it is added to `error` (Knuth's two-sum).
+// Returns total + x and adds the rounding error to `error` (Knuth's two-sum).
 template <typename Number>
 inline Number add_to(Number total, Number x, Number& error) {
   const Number sum = total + x, added = sum - total;
   error = error + ((total - (sum - added)) + (x - added));
   return sum;
 }
-// A total that is infinite has NaN for an error.
+// Returns total + error, without the error of an infinite total, which is NaN.
 template <typename Number>
 inline Number corrected(Number total, Number error) {
   return select_less(abs(error), Number(INFINITY), total + error, total);
 }
 
-// Calls body(j, n) for stretches of a row whose vectors are few enough to be summed one after the other: the
-// rounding errors of equal terms, as a softmax of small logits has them, all have one sign.
+// Calls body(j, n) for ranges of a row short enough to sum sequentially: the rounding errors of equal terms,
+// as in a softmax of small logits, all have one sign.
 template <typename Body>
 inline void for_few(index_t n, Body body) {
   constexpr index_t few = 4 * Vec::width;
   for (index_t j = 0; j < n; j += few) body(j, smaller(few, n - j));
 }
 
-// The sum of a row, lane by lane, from sums of a few vectors.
+// The sum of a row, lane by lane, of sums of a few vectors.
 struct RowSum {
   Vec total{0.0f}, error{0.0f};
-  // The error is exact where the total is the larger one, and small where it is not.
+  // The error is exact if the total is the larger one, and small otherwise.
   void add(Vec sum) {
     const Vec next = total + sum;
     error += sum - (next - total);
@@ -85,8 +82,8 @@ struct RowSum {
   }
 };
 
-// A matrix that is a sum over many keys or queries: products are added to `part`, and where there are several
-// parts, those to a total.
+// A matrix summed over many keys or queries: products are added to `part`, several parts to a compensated
+// total.
 class LongSum {
  public:
   float* const part;
@@ -123,7 +120,7 @@ inline void scale_row(float* x, index_t n, float factor) {
   for (index_t j = 0; j < n; j += Vec::width) store(x + j, load(x + j) * Vec(factor));
 }
 
-// What is multiplied for a value in fp32: itself, or rounded to half a pair.
+// Operands for fp32 values: the values themselves, or rounded to halves of bf16 pairs.
 inline Vec rounded(Vec x, const float*) { return x; }
 inline void store_rounded(float* row, index_t j, Vec x) { store(row + j, x); }
 inline Vec load_rounded(const float* row, index_t j) { return load(row + j); }
@@ -135,34 +132,33 @@ inline Vec load_rounded(const Bf16Pair* row, index_t j) {
 }
 #endif
 
-// Logits as they leave their product, without the softmax's scale. Their maximum is subtracted before they
-// are scaled: near the maximum that difference is exact, and zero for the maximum itself.
+// Unscaled logits. Their maximum is subtracted before scaling: near it the difference is exact, and at it
+// zero.
 struct Logits {
   float sign, scale;
   explicit Logits(float signed_scale)
       : sign(signed_scale < 0.0f ? -1.0f : 1.0f), scale(signed_scale < 0.0f ? -signed_scale : signed_scale) {}
-  // In the order that the scale gives them.
+  // Logits with the sign of the scale, so that their order is that of the scaled ones.
   Vec ordered(Vec s) const { return s * Vec(sign); }
   // e^(scale (ordered(s) - max)), zeros where every logit is -inf.
   Vec exp(Vec s, float max) const {
     return IMF_ISA::exp(fma(s, Vec(sign), Vec(max == -INFINITY ? 0.0f : -max)) * Vec(scale));
   }
-  // What brings sums under one maximum to a larger one.
+  // The factor that rescales sums from one maximum to a larger one.
   float factor(float max, float larger) const {
     return max == larger ? 1.0f : ::expf((max - (larger == -INFINITY ? 0.0f : larger)) * scale);
   }
 };
 
-// The sums over keys of a block of queries.
+// Sums over keys for a block of queries.
 struct QuerySums {
   float *out, *out_dot;  // [query_block, value_width rounded up to vectors]: O and A
-  // The largest of the ordered logits, the sums of P and of P (S_dot - shift) as they are multiplied, and the
-  // shift.
+  // The largest ordered logit, the sums of P and of P (S_dot - shift) as multiplied, and the shift.
   float max[query_block], weight[query_block], dot[query_block], shift[query_block];
 };
 
-// Adds the sums over some keys to the totals, whose rounding errors are in `error`: both are brought to the
-// larger maximum and to the mean of S_dot over all of the keys.
+// Adds partial sums to the totals, whose rounding errors are in `error`: both are rescaled to the larger
+// maximum and to the mean of S_dot over all of their keys.
 inline void add_sums(QuerySums& total, QuerySums& error, const QuerySums& part, index_t rows,
                      index_t value_stride, Logits logits, bool dual, bool has_out_dot) {
   for (index_t i = 0; i < rows; ++i) {
@@ -222,7 +218,7 @@ inline void correct_sums(QuerySums& total, const QuerySums& error, index_t value
   correct(total.out_dot, error.out_dot, query_block * value_stride);
 }
 
-// What one block of queries works on.
+// Buffers of one block of queries.
 template <typename Unit>
 struct QueryBlock : QuerySums {
   Unit *q, *q_dot;    // [query_block, units of width]
@@ -230,8 +226,8 @@ struct QueryBlock : QuerySums {
   Unit *p, *p_s_dot;  // [query_block, units of key_block]: P and P (S_dot - shift)
 };
 
-// P = e^(S - max) and P (S_dot - shift) of a block of keys; the sums so far are brought to the new maximum
-// and the new shift. `dual` false: S_dot is zero.
+// Computes P = e^(S - max) and P (S_dot - shift) of a block of keys, and rescales the sums so far to the new
+// maximum and shift. `dual` false: S_dot is zero.
 template <typename Unit>
 inline void softmax_block(QueryBlock<Unit>& b, index_t rows, index_t keys, float scale, index_t value_stride,
                           bool first, bool dual, bool has_out_dot) {
@@ -271,7 +267,7 @@ inline void softmax_block(QueryBlock<Unit>& b, index_t rows, index_t keys, float
     const float before = first ? 0.0f : b.weight[i];
     b.weight[i] = before + reduce_add(weight);
     if (!dual) continue;
-    // M with no shift is `dot` + `before` times the old one. A row that nothing had weight in has no mean.
+    // M without a shift is `dot` + `before` times the old shift. A row without any weight has no mean.
     const float old_shift = first ? 0.0f : b.shift[i], old_dot = first ? 0.0f : b.dot[i];
     const float total = old_dot + before * old_shift + scale * reduce_add(dot);
     const float shift = b.weight[i] > 0.0f ? total / b.weight[i] : old_shift;
@@ -302,7 +298,7 @@ void forward(const AttentionForward& a) {
   const index_t value_stride = round_up(a.v.width, Vec::width);
   const index_t heads = a.q.batch * a.q.heads;
   const index_t query_blocks = (a.q.length + query_block - 1) / query_block;
-  // Whole heads where there are enough of them; else their queries are divided and the packing repeated.
+  // Full heads if there are enough; otherwise their queries are divided and the packing repeated.
   const index_t wanted =
       heads < 2 * a.place.threads && heads > 0 ? (2 * a.place.threads + heads - 1) / heads : 1;
   const index_t stretches = query_blocks < 1 ? 1 : smaller(wanted, query_blocks);
@@ -366,7 +362,7 @@ void forward(const AttentionForward& a) {
         if (q_dot_head) {
           copy_to_units(q_dot_head + q0 * a.q_dot.stride[2], a.q_dot.stride[2], rows, a.q.width, block.q_dot);
         }
-        // Tangents of q and k without elements are null pointers: nothing below would write A.
+        // Empty tangents of q and k are null pointers: nothing below would write A.
         if (out_dot_head && !dual && !v_dot_head) std::fill_n(block.out_dot, rows * value_stride, 0.0f);
         const Strided<Unit> q{block.q, width, 1}, q_dot{block.q_dot, width, 1};
         const Strided<Unit> p{block.p, p_stride, 1}, p_s_dot{block.p_s_dot, p_stride, 1};
@@ -421,7 +417,7 @@ void forward(const AttentionForward& a) {
   });
 }
 
-// The mean of rows [n, width] under `weights`, padded with zeros to whole vectors; zero where no row has any.
+// Computes the mean of rows [n, width] under `weights`, zero-padded to full vectors; zero if all weights are.
 template <typename T>
 inline void weighted_mean(const T* x, index_t stride, index_t n, index_t width, const float* weights,
                           float* mean) {
@@ -441,7 +437,7 @@ inline void weighted_mean(const T* x, index_t stride, index_t n, index_t width, 
 inline unsigned lanes_larger(Vec x, float limit) {
   return _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_GT_OQ);
 }
-// Calls body(j, difference) with what rounding took off each element larger than `limit`.
+// Calls body(j, difference) with the rounding error of each element larger than `limit`.
 template <typename Body>
 inline void for_larger(const float* x, const Bf16Pair* rounded_x, index_t n, float limit, Body body) {
   const bfloat16* halves = reinterpret_cast<const bfloat16*>(rounded_x);
@@ -458,7 +454,7 @@ inline unsigned lanes_larger(Vec, float) { return 0; }
 template <typename Body>
 inline void for_larger(const float*, const float*, index_t, float, Body) {}  // nothing was rounded
 
-// Rows [n, stride] as units along n, where those are not the rows themselves.
+// Packs rows [n, stride] into units along n; fp32 rows are units already.
 inline void pair_rows(const float*, index_t, index_t, float*) {}
 #if IMF_ISA_LEVEL >= 4
 inline void pair_rows(const float* x, index_t stride, index_t n, Bf16Pair* pairs) {
@@ -470,16 +466,15 @@ inline void pair_rows(const float* x, index_t stride, index_t n, Bf16Pair* pairs
 }
 #endif
 
-// With P = e^(S - max) / sum_j e^(S - max), dP = dO V^T and delta_i = sum_j P dP: dV = P^T dO,
-// dS = P (dP - delta), dQ = scale dS K, dK = scale dS^T Q. A task is a head; dK and dV are summed over its
-// blocks of queries. The maximum comes from forward; the logarithm of the sum would do, but the distances of
-// the logits from it are rounded more coarsely. delta is also sum_d dO O, but taken from P and dP the rows of
-// dS sum to zero as exactly as they can: an offset of the keys must cancel in dQ. In fp32 it is taken in two
-// steps, the second from dP less the first, so that an offset of the values cancels too. Rounded to bf16
-// those rows do not sum to zero: what is left over times a mean of the keys is taken off dQ, a mean under
-// |dS|, for a key without weight must have no part in it. A key that holds 3/16 of a row's sum of |dS| may be
-// far from that mean, and too few others have errors like its own to cancel it: of such keys, at most five,
-// what rounding took off dS is multiplied too.
+// With P = e^(S - max) / sum_j e^(S - max), dP = dO V^T and delta_i = sum_j P dP: dV = P^T dO, dS = P (dP -
+// delta), dQ = scale dS K, dK = scale dS^T Q. A task is a head; dK and dV are summed over its blocks of
+// queries. Forward saves the maximum, not the log-sum, from which the distances of the logits are rounded
+// more coarsely. delta also equals sum_d dO O, but from P and dP the rows of dS sum to zero as exactly as
+// possible, so that an offset of the keys cancels in dQ. In fp32 it takes two steps, the second from dP minus
+// the first, so that an offset of the values cancels too. Rows rounded to bf16 do not sum to zero: the
+// remainder times the mean of the keys under |dS|, to which a key without weight does not contribute, is
+// subtracted from dQ. A key with 3/16 of a row's sum of |dS| may be far from that mean, with too few similar
+// errors to cancel its own: for such keys, at most five, the rounding error of dS is multiplied too.
 template <typename T, typename Unit>
 void backward(const AttentionBackward& a) {
   constexpr bool rounds = elements_per_unit<Unit> > 1;
@@ -515,7 +510,7 @@ void backward(const AttentionBackward& a) {
     LongSum dq(scratch, query_block * stride, several_dq);
     float* p = scratch.take<float>(query_block * key_stride);
     float* ds = scratch.take<float>(query_block * key_stride);
-    // P and dS as they are multiplied: along the queries, and dS along the keys too.
+    // P and dS as operands: in units along the queries, and dS along the keys too.
     Unit *p_columns, *ds_columns, *ds_rows;
     index_t ds_row_stride;
     if constexpr (rounds) {
@@ -559,8 +554,8 @@ void backward(const AttentionBackward& a) {
                 false, terms);
         product(rows, a.k.length, value_units, Strided<Unit>{dout, value_units, 1}, v_transposed, 0,
                 value_units, ds, key_stride, false, terms);
-        float row_sums[query_block];  // of dS as it is multiplied
-        float limits[query_block];    // 3/16 of the sum of |dS|; infinite where none is larger
+        float row_sums[query_block];  // of dS as rounded
+        float limits[query_block];    // 3/16 of the sum of |dS|; infinite if no |dS| is larger
         if (rounds) std::fill_n(k_weights, key_stride, 0.0f);
         for (index_t i = 0; i < rows; ++i) {
           float* pi = p + i * key_stride;
@@ -592,7 +587,7 @@ void backward(const AttentionBackward& a) {
               left_over += multiplied;
               size += weight;
               largest = max(largest, weight);
-              // A query whose dS is not finite has no part in the mean that its neighbours share.
+              // A query with non-finite dS is left out of the mean, which its neighbours share.
               store(k_weights + j, load(k_weights + j) + select_less(weight, Vec(1e30f), weight, Vec(0.0f)));
             }
             row_sums[i] = reduce_add(left_over);
@@ -668,8 +663,8 @@ void backward(const AttentionBackward& a) {
   });
 }
 
-// Calls body with the element type and with what its products are made of. Where one of the inner dimensions
-// is short they are in fp32: pairs gain nothing there, and too few rounding errors meet in a sum to cancel.
+// Calls body with the element type and the unit of its products: fp32 if an inner dimension is short, where
+// pairs gain nothing and too few rounding errors average out.
 template <typename Shape, typename Body>
 void with_units(const Shape& a, Body body) {
   constexpr index_t enough = 16;
@@ -700,5 +695,4 @@ void attention_backward(const AttentionBackward& a) {
   with_units(a, [&](auto t, auto unit) { backward<decltype(t), decltype(unit)>(a); });
 }
 
-}  // namespace IMF_ISA
-}  // namespace imf
+}  // namespace imf::IMF_ISA

@@ -1,15 +1,14 @@
-// From element types known at run time to template arguments.
+// Dispatch from run-time element types to template arguments.
 #pragma once
 
 #include <stdexcept>
 
 #include "common/types.h"
 
-namespace imf {
-namespace IMF_ISA {
+namespace imf::IMF_ISA {
 namespace {
 
-// Calls body with a value of the C++ type that stands for `type`.
+// Calls body with a value of the C++ type of `type`.
 template <typename Body>
 inline void with_type(DType type, Body body) {
   if (type == DType::bfloat16) {
@@ -21,7 +20,7 @@ inline void with_type(DType type, Body body) {
   }
 }
 
-// The pairs that operations take: equal types, or an fp32 stream beside bf16 operands.
+// Calls body with values of a supported pair of types: equal ones, or an fp32 stream with bf16 operands.
 template <typename Body>
 inline void with_types(DType stream, DType operand, Body body) {
   if (stream == DType::bfloat16) {
@@ -32,5 +31,4 @@ inline void with_types(DType stream, DType operand, Body body) {
 }
 
 }  // namespace
-}  // namespace IMF_ISA
-}  // namespace imf
+}  // namespace imf::IMF_ISA

@@ -1,4 +1,4 @@
-// What the kernels share that work element by element (ops/elementwise.h): the way over the elements.
+// Loops over elements for the elementwise kernels (ops/elementwise.h).
 #pragma once
 
 #include "cpu/dtypes.h"
@@ -6,11 +6,10 @@
 #include "cpu/vec.h"
 #include "ops/elementwise.h"
 
-namespace imf {
-namespace IMF_ISA {
+namespace imf::IMF_ISA {
 namespace {
 
-// y = F::forward(x), of a Vec or, where the elements have a tangent, of a Dual<Vec>.
+// Computes y = F::forward(x), of a Vec or, for elements with a tangent, a Dual<Vec>.
 template <typename F>
 inline void for_each_element(const ElementwiseForward& a) {
   const index_t elements = a.x.count, tangents = a.x_dot.count, first_tangent = elements - tangents;
@@ -38,7 +37,7 @@ inline void for_each_element(const ElementwiseForward& a) {
   });
 }
 
-// dx = F::derivative(x) dy.
+// Computes dx = F::derivative(x) dy.
 template <typename F>
 inline void for_each_element(const ElementwiseBackward& a) {
   const index_t elements = a.x.count;
@@ -60,5 +59,4 @@ inline void for_each_element(const ElementwiseBackward& a) {
 }
 
 }  // namespace
-}  // namespace IMF_ISA
-}  // namespace imf
+}  // namespace imf::IMF_ISA

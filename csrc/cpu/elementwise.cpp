@@ -1,10 +1,8 @@
-// Operations that work element by element, with their tangents, and their primal backward: y = x s(x). The
-// formulas are in imf_kernels/ops/elementwise.py.
+// SiLU and GELU with their tangents, and their primal backward. Formulas: imf_kernels/ops/elementwise.py.
 #include "common/gelu.h"
 #include "cpu/elements.h"
 
-namespace imf {
-namespace IMF_ISA {
+namespace imf::IMF_ISA {
 namespace {
 
 struct Sigmoid {
@@ -37,5 +35,4 @@ void gelu_backward(const ElementwiseBackward& a) { for_each_element<Gated<Normal
 void gelu_tanh_forward(const ElementwiseForward& a) { for_each_element<Gated<Tanh>>(a); }
 void gelu_tanh_backward(const ElementwiseBackward& a) { for_each_element<Gated<Tanh>>(a); }
 
-}  // namespace IMF_ISA
-}  // namespace imf
+}  // namespace imf::IMF_ISA

@@ -1,13 +1,11 @@
-// Gated residual with its tangent, and its primal backward. The formulas are in
-// imf_kernels/ops/gated_residual.py.
+// Gated residual with its tangent, and its primal backward. Formulas: imf_kernels/ops/gated_residual.py.
 #include "ops/gated_residual.h"
 
 #include "cpu/dtypes.h"
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
 
-namespace imf {
-namespace IMF_ISA {
+namespace imf::IMF_ISA {
 namespace {
 
 template <typename X, typename B>
@@ -86,5 +84,4 @@ void gated_residual_backward(const GatedResidualBackward& a) {
   with_types(a.dy.dtype, a.branch.dtype, [&](auto x, auto b) { backward<decltype(x), decltype(b)>(a); });
 }
 
-}  // namespace IMF_ISA
-}  // namespace imf
+}  // namespace imf::IMF_ISA

@@ -1,5 +1,5 @@
-// Instruction sets. Each kernel file is compiled once per set (CMakeLists.txt gives the flags and
-// IMF_ISA), into a namespace of the set's name; which one runs is decided here, at run time.
+// Instruction sets. Each kernel file is compiled once per set (CMakeLists.txt gives the flags and IMF_ISA),
+// into a namespace of the set's name; the set to run is chosen here at run time.
 #pragma once
 
 #include <string>
@@ -9,9 +9,9 @@ namespace imf {
 
 enum class Isa { plain, neon, avx2, avx512, avx512_bf16 };
 
-// Sets that were compiled in and that this processor runs, the best one last.
+// Returns the sets that were compiled in and that this processor runs, the best one last.
 std::vector<std::string> supported_isas();
-// Why `name` cannot be used here; empty where it can.
+// Returns why `name` cannot be used here; empty if it can.
 std::string isa_unavailable(const std::string& name);
 void set_isa(const std::string& name);  // throws std::invalid_argument with the reason above
 std::string get_isa();

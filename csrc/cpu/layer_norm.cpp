@@ -1,5 +1,4 @@
-// LayerNorm with its tangent, and its primal backward. The formulas are in imf_kernels/ops/layer_norm.py and
-// imf_kernels/ops/layer_norm_modulate.py.
+// LayerNorm with its tangent, and its primal backward. Formulas: imf_kernels/ops/layer_norm{,_modulate}.py.
 #include "ops/layer_norm.h"
 
 #include <cmath>
@@ -9,24 +8,22 @@
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
 
-namespace imf {
-namespace IMF_ISA {
+namespace imf::IMF_ISA {
 namespace {
 
 inline float primal(float x) { return x; }
 inline float primal(Dual<float> x) { return x.primal; }
 
-// The mean of a row is mean + correction: of values with an offset the sum over the row is off by an ulp or
-// so of theirs. What the mean leaves behind corrects it, exactly where the values are equal, and the
-// variance, too small a correction for that to cancel: the two-pass algorithm of Chan, Golub and LeVeque,
-// "Algorithms for Computing the Sample Variance" (1983).
+// Moments of a row, whose mean is mean + correction: with an offset the sum of the row is off by about an ulp
+// of the values. The mean of x - mean corrects the mean, exactly if all values are equal, and the variance:
+// the two-pass algorithm of Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance" (1983).
 template <typename Scalar>
 struct Moments {
   Scalar mean, correction, variance;
 };
 
-// Where the sum of a row's values overflows, or the square of the rounding error of their mean (of equal
-// values from 1e26 on): adds values shrunk by a power of two, and corrects the mean before it squares.
+// Computes moments where the sum of a row overflows, or the square of its mean's rounding error (equal values
+// from 1e26 on): sums values shrunk by a power of two, and corrects the mean before squaring.
 template <typename Number, typename Row>
 [[gnu::noinline]] auto moments_of_large(index_t width, Row x) {
   const float count = static_cast<float>(width);
@@ -67,8 +64,8 @@ inline auto moments(index_t width, Row x) {
   return Moments<std::decay_t<decltype(mean)>>{mean, correction, variance};
 }
 
-// One row: hands each part of n gain + shift to write(j, part, lanes). x, gain and shift are functions of
-// (j, lanes) whose values are Vec, or Dual<Vec> where the row has a tangent.
+// Passes each part of a row's n gain + shift to write(j, part, lanes). x, gain and shift are functions of (j,
+// lanes) that return Vec, or Dual<Vec> if the row has a tangent.
 template <typename Row, typename Gain, typename Shift, typename Write>
 inline void normalize(index_t width, float eps, float* statistics, Row x, Gain gain, Shift shift,
                       Write write) {
@@ -83,7 +80,7 @@ inline void normalize(index_t width, float eps, float* statistics, Row x, Gain g
   statistics[2] = primal(rstd);
 }
 
-// The rows of each group.
+// Returns the number of rows per group.
 inline index_t length_of(index_t rows, index_t groups) { return groups > 1 ? rows / groups : rows; }
 
 template <typename X, typename Y>
@@ -134,8 +131,8 @@ void forward(const LayerNormForward& a) {
   });
 }
 
-// With g = dy (one + scale): dx = rstd (g - mean(g) - n mean(g n)); summed over the rows of a group,
-// dscale = dy n and dshift = dy.
+// With g = dy (one + scale): dx = rstd (g - mean(g) - n mean(g n)); per group dscale = sum dy n, dshift = sum
+// dy.
 template <typename X, typename Y>
 void backward(const LayerNormBackward& a) {
   const X* x = static_cast<const X*>(a.x.data);
@@ -186,5 +183,4 @@ void layer_norm_backward(const LayerNormBackward& a) {
   with_types(a.x.dtype, a.dy.dtype, [&](auto x, auto y) { backward<decltype(x), decltype(y)>(a); });
 }
 
-}  // namespace IMF_ISA
-}  // namespace imf
+}  // namespace imf::IMF_ISA

@@ -1,6 +1,6 @@
-// Threads: OpenMP, and so the very threads that PyTorch uses where it is built with the same
-// runtime (its Linux wheels are: libgomp). The number comes from the caller (torch.get_num_threads).
-// Work is divided by position alone, so results do not depend on timing.
+// OpenMP threads, shared with PyTorch where it is built with the same runtime (its Linux wheels are:
+// libgomp). Their number comes from the caller (torch.get_num_threads). Work is divided by position alone, so
+// results do not depend on timing.
 #pragma once
 
 #include <exception>
@@ -11,11 +11,10 @@
 #include <omp.h>
 #endif
 
-namespace imf {
-namespace IMF_ISA {
+namespace imf::IMF_ISA {
 namespace {
 
-// Below this many elements a thread costs more than it brings (a team takes about 3 us to start).
+// Below this many elements a thread costs more than it gains (a team takes about 3 us to start).
 constexpr index_t min_elements_per_thread = 1 << 13;
 
 inline int team_size(int threads, index_t elements, index_t tasks) {
@@ -25,8 +24,8 @@ inline int team_size(int threads, index_t elements, index_t tasks) {
   return n < 1 ? 1 : static_cast<int>(n);
 }
 
-// Calls body(thread) once on each of `team` threads. What one of them throws (memory that cannot be had) is
-// thrown again when all are done: an exception must not leave a parallel region.
+// Calls body(thread) once on each of `team` threads. An exception (out of memory) must not leave a parallel
+// region, so it is rethrown after all threads are done.
 template <typename Body>
 inline void on_each_thread(int team, Body body) {
 #if defined(_OPENMP)
@@ -58,7 +57,7 @@ inline Range share_of(index_t n, int thread, int team) {
   return {n * thread / team, n * (thread + 1) / team};
 }
 
-// Rows [0, rows), of which the last `tangent_rows` cost twice as much: shares of equal cost.
+// Returns a share of equal cost of rows [0, rows), of which the last `tangent_rows` cost twice as much.
 inline Range share_of_rows(index_t rows, index_t tangent_rows, int thread, int team) {
   const index_t cheap = rows - tangent_rows;
   const auto row_at = [&](index_t cost) { return cost <= cheap ? cost : cheap + (cost - cheap) / 2; };
@@ -66,8 +65,8 @@ inline Range share_of_rows(index_t rows, index_t tangent_rows, int thread, int t
   return {row_at(total * thread / team), row_at(total * (thread + 1) / team)};
 }
 
-// Tasks handed out one at a time, for work of unequal cost. Which thread runs a task is left to
-// timing, so a task must write only what no other task does.
+// A queue of tasks of unequal cost, handed out one at a time. The thread that runs a task depends on timing,
+// so a task must write only its own memory.
 class TaskQueue {
  public:
   explicit TaskQueue(index_t tasks) : tasks_(tasks) {}
@@ -81,5 +80,4 @@ class TaskQueue {
 };
 
 }  // namespace
-}  // namespace IMF_ISA
-}  // namespace imf
+}  // namespace imf::IMF_ISA

@@ -1,5 +1,5 @@
-// Per-head RMSNorm and rotary positions with their tangent, and the primal backward. The formulas
-// are in imf_kernels/ops/qk_norm_rope.py.
+// Per-head RMSNorm and RoPE with their tangent, and the primal backward. Formulas:
+// imf_kernels/ops/qk_norm_rope.py.
 #include "ops/qk_norm_rope.h"
 
 #include <stdexcept>
@@ -8,12 +8,11 @@
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
 
-namespace imf {
-namespace IMF_ISA {
+namespace imf::IMF_ISA {
 namespace {
 
-// The turn of one position: y = c n + s swap(n), where c holds each cosine twice and s each sine twice, first
-// with a minus sign. Kept for all heads of the position.
+// The rotation of one position: y = c n + s swap(n), where c holds each cosine twice and s each sine twice,
+// first negated. Reused for all heads of the position.
 struct Rotation {
   float *c, *s;
 
@@ -36,7 +35,7 @@ struct Rotation {
   }
 };
 
-// Row (b, l, h), counted in this order, in which projections leave their results.
+// Row (b, l, h), counted in this order, the memory order of projections.
 struct RowPosition {
   index_t b = 0, l = -1, h = 0;
   RowPosition() = default;
@@ -49,7 +48,7 @@ struct RowPosition {
     l = 0;
     ++b;
   }
-  // Where it begins; `first` is the b whose data comes first.
+  // Offset of the row in a tensor that begins with sample `first`.
   index_t offset(const index_t (&stride)[3], index_t first = 0) const {
     return (b - first) * stride[0] + h * stride[1] + l * stride[2];
   }
@@ -104,7 +103,7 @@ void forward(const QkNormRopeForward& a) {
   });
 }
 
-// dy turned back is the cotangent of rms_norm's output; the rest as in rms_norm.cpp.
+// dy rotated back is the cotangent of rms_norm's output; the rest is as in rms_norm.cpp.
 template <typename T>
 void backward(const QkNormRopeBackward& a) {
   const T* x = static_cast<const T*>(a.x.data);
@@ -119,7 +118,7 @@ void backward(const QkNormRopeBackward& a) {
   on_each_thread(team, [&](int thread) {
     Scratch scratch(3 * width);
     Rotation rotation(scratch, width);
-    float* g = scratch.take<float>(width);  // dy turned back, times w
+    float* g = scratch.take<float>(width);  // dy rotated back, times w
     RowPosition at;
     index_t row_before = -2;
     sums.add(share_of(sums.blocks(), thread, team), [&](index_t row, float* dweight) {
@@ -172,5 +171,4 @@ void qk_norm_rope_backward(const QkNormRopeBackward& a) {
   with_type(a.x.dtype, [&](auto t) { backward<decltype(t)>(a); });
 }
 
-}  // namespace IMF_ISA
-}  // namespace imf
+}  // namespace imf::IMF_ISA

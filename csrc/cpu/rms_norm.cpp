@@ -1,12 +1,11 @@
-// RMSNorm with its tangent, and its primal backward. The formulas are in imf_kernels/ops/rms_norm.py.
+// RMSNorm with its tangent, and its primal backward. Formulas: imf_kernels/ops/rms_norm.py.
 #include "ops/rms_norm.h"
 
 #include "cpu/dtypes.h"
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
 
-namespace imf {
-namespace IMF_ISA {
+namespace imf::IMF_ISA {
 namespace {
 
 template <typename X, typename Y>
@@ -86,5 +85,4 @@ void rms_norm_backward(const RmsNormBackward& a) {
   with_types(a.x.dtype, a.dy.dtype, [&](auto x, auto y) { backward<decltype(x), decltype(y)>(a); });
 }
 
-}  // namespace IMF_ISA
-}  // namespace imf
+}  // namespace imf::IMF_ISA

@@ -1,8 +1,6 @@
-// What the row kernels share: sums over a row, and sums over the rows of a group.
-//
-// Both add a few terms one after another and such sums in pairs, pairs of pairs ..., so their rounding errors
-// grow with the logarithm of the number of terms, also where all terms are equal; and infinite or NaN terms
-// give what a plain sum gives.
+// Sums over a row, and over the rows of a group. Both add a few terms sequentially and such sums pairwise, so
+// that rounding errors grow with the logarithm of the number of terms, even if all are equal. Infinite and
+// NaN terms give the result of a plain sum.
 #pragma once
 
 #include <cmath>
@@ -14,14 +12,13 @@
 #include "cpu/vec.h"
 #include "tensor.h"
 
-// By itself the compiler makes these sums calls for each row, with their results in memory.
+// Otherwise the compiler makes these sums calls for each row, with their results in memory.
 #define IMF_ALWAYS_INLINE __attribute__((always_inline)) inline
 
-namespace imf {
-namespace IMF_ISA {
+namespace imf::IMF_ISA {
 namespace {
 
-// Two sums that are taken in one pass.
+// Two sums taken in one pass.
 template <typename Number>
 struct Pair {
   Number first, second;
@@ -32,7 +29,7 @@ inline Pair<Number> operator+(Pair<Number> a, Pair<Number> b) {
   return {a.first + b.first, a.second + b.second};
 }
 
-// The terms from `first` on, eight vectors at a time.
+// Sums the terms from `first` on, eight vectors at a time.
 template <typename Number, typename Add>
 IMF_ALWAYS_INLINE Number sum_in_eights(index_t first, index_t n, Add add) {
   constexpr index_t part = 8 * Vec::width;
@@ -50,15 +47,15 @@ IMF_ALWAYS_INLINE Number sum_in_eights(index_t first, index_t n, Add add) {
   return total;
 }
 
-// Sums over a row, lane by lane: add(j, lanes, sum) adds the terms at j to `sum`, and is called once for each
-// j, in rising order. In long rows 16 vectors make a run, of as many sums side by side as `ways` says, and
-// what is left at the end is taken eight vectors at a time. Four runs are added up one after another, then in
-// pairs, pairs of pairs and so on: levels[k] holds the sum of 2^k fours where bit k of `fours` is set.
+// Sums over a row, lane by lane: add(j, lanes, sum) adds the terms at j to `sum`, called once for each j in
+// rising order. In long rows 16 vectors make a run of `ways` parallel sums; the rest is taken eight vectors
+// at a time. Four runs are added sequentially, then pairwise: levels[k] holds the sum of 2^k fours if bit k
+// of `fours` is set.
 template <typename Number, int ways = 4, typename Add>
 IMF_ALWAYS_INLINE Number sum_over_row(index_t n, Add add) {
   constexpr index_t part = 8 * Vec::width, run = 2 * part;
   Number levels[32], total{};
-  if (__builtin_expect(n <= part, 1)) {  // a head
+  if (__builtin_expect(n <= part, 1)) {  // such as a head
     for_each_vec(n, [&](index_t j, int lanes) { add(j, lanes, total); });
     return total;
   }
@@ -86,8 +83,8 @@ IMF_ALWAYS_INLINE Number sum_over_row(index_t n, Add add) {
   return total;
 }
 
-// Adds the square of x to a sum of squares, and to its tangent, 2 sum(x x_dot), half of what it grows by:
-// with_whole_tangent makes up for that at the end.
+// Adds the square of x to a sum of squares, and x x_dot, half of its derivative, to the tangent;
+// with_whole_tangent doubles it at the end.
 inline Vec add_square(Vec sum, Vec x) { return fma(x, x, sum); }
 inline Dual<Vec> add_square(Dual<Vec> sum, Dual<Vec> x) {
   return {fma(x.primal, x.primal, sum.primal), fma(x.primal, x.tangent, sum.tangent)};
@@ -101,7 +98,7 @@ IMF_ALWAYS_INLINE float sum_of_squares(const T* x, index_t n) {
       n, [&](index_t j, int lanes, Vec& sum) { sum = add_square(sum, load_lanes(x + j, lanes)); }));
 }
 
-// The same sum with its tangent. The primal takes the very steps of the one above.
+// The same with its tangent; the primal takes exactly the steps above.
 template <typename T>
 IMF_ALWAYS_INLINE Dual<float> sum_of_squares(const T* x, const T* x_dot, index_t n) {
   const Dual<Vec> sum = sum_over_row<Dual<Vec>>(n, [&](index_t j, int lanes, Dual<Vec>& sum) {
@@ -110,8 +107,8 @@ IMF_ALWAYS_INLINE Dual<float> sum_of_squares(const T* x, const T* x_dot, index_t
   return with_whole_tangent(reduce_add(sum));
 }
 
-// (sum share + eps)^(-1/2), share the inverse of the number of terms. In a row of one value the rounding
-// errors of its steps would not average out: the mean is rounded once.
+// Returns (sum share + eps)^(-1/2), where share is 1 / terms. The mean is rounded once: in a row of equal
+// values rounding errors would not average out.
 inline float inverse_rms(float sum, double share, float eps) {
   return 1.0f / std::sqrt(static_cast<float>(static_cast<double>(sum) * share + static_cast<double>(eps)));
 }
@@ -120,7 +117,7 @@ inline Dual<float> inverse_rms(Dual<float> sum, double share, float eps) {
   return {r, -0.5f * r * r * r * (sum.tangent * static_cast<float>(share))};
 }
 
-// Leaves in part(0) the sum of part(0) ... part(count - 1), each [n], added up in pairs, pairs of pairs ...
+// Sums part(0) ... part(count - 1), each [n], pairwise into part(0).
 template <typename Part>
 inline void add_pairwise(index_t count, index_t n, Part part) {
   for (index_t distance = 1; distance < count; distance *= 2) {
@@ -134,19 +131,19 @@ inline void add_pairwise(index_t count, index_t n, Part part) {
   }
 }
 
-// Sums over the `length` rows of each of several groups, left in sums[groups, width]. A group's rows are cut
-// into blocks by the shape alone: no result depends on the number of threads, which share the blocks.
+// Sums over the `length` rows of each group, into sums[groups, width]. Rows are split into blocks by the
+// shape alone, so that no result depends on the number of threads.
 class GroupSums {
   struct RestOfBlock;
 
  public:
-  // `partial` has room for a row per block where a group has several; Python cuts by the same rule
-  // (imf_kernels/backends/cpu.py).
+  // `partial` has one row per block if a group has several; imf_kernels/backends/cpu.py splits by the same
+  // rule.
   GroupSums(index_t groups, index_t length, index_t width, const Floats& partial, const Floats& sums)
       : groups_(groups),
         length_(length),
         width_(width),
-        // Narrow rows make long blocks, whose sums are then few beside the rows.
+        // Narrow rows make long blocks, so that there are few sums compared with rows.
         block_rows_(width < 1024 ? 64 : 32),
         group_blocks_(length > block_rows_ ? (length + block_rows_ - 1) / block_rows_ : 1),
         sums_(sums.data),
@@ -158,13 +155,12 @@ class GroupSums {
 
   index_t blocks() const { return groups_ * group_blocks_; }
 
-  // Leaves in each block of `share` what body(row, sum[width]) adds to `sum` over the block's rows.
-  // Out of line, with body in line.
+  // Sums body(row, sum[width]), which adds to `sum`, over each block of `share`. Not inlined, but `body` is.
   template <typename Body>
   [[gnu::noinline, gnu::flatten]] void add(Range share, Body body) {
-    constexpr index_t few = 16;  // rows that are added up one after the other
+    constexpr index_t few = 16;  // rows added sequentially
     const index_t rest_size = (block_rows_ / few - 1) * width_;
-    ScratchOf<RestOfBlock> scratch(rest_size);  // the body may hold one of its own
+    ScratchOf<RestOfBlock> scratch(rest_size);  // the body may hold a Scratch
     float* rest = scratch.take<float>(rest_size);
     for (index_t block = share.begin; block < share.end; ++block) {
       const index_t group = block / group_blocks_, first = block % group_blocks_ * block_rows_;
@@ -185,7 +181,7 @@ class GroupSums {
   // Adds up the blocks of each group, pairwise, on at most `team` threads.
   void finish(int team) {
     if (group_blocks_ == 1) return;
-    constexpr index_t columns = 64;  // that a thread takes at once
+    constexpr index_t columns = 64;  // of a task
     const index_t tasks = (width_ + columns - 1) / columns;
     team = team_size(team, blocks() * width_, tasks);
     on_each_thread(team, [&](int thread) {
@@ -209,7 +205,7 @@ class GroupSums {
   float* partial_;  // [blocks, width]
 };
 
-// Leaves in sums[groups, width] what body(row, sum) adds to `sum` over the rows of each group.
+// Sums body(row, sum), which adds to `sum`, over the rows of each group into sums[groups, width].
 template <typename Body>
 inline void sum_over_groups(index_t groups, index_t length, index_t width, int team, const Floats& partial,
                             const Floats& sums, Body body) {
@@ -220,5 +216,4 @@ inline void sum_over_groups(index_t groups, index_t length, index_t width, int t
 }
 
 }  // namespace
-}  // namespace IMF_ISA
-}  // namespace imf
+}  // namespace imf::IMF_ISA

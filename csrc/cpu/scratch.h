@@ -1,4 +1,4 @@
-// Working memory of one thread, kept from call to call: fresh pages are dear.
+// Thread-local working memory, reused across calls: fresh pages are expensive.
 #pragma once
 
 #include <cstdlib>
@@ -6,15 +6,14 @@
 
 #include "common/types.h"
 
-namespace imf {
-namespace IMF_ISA {
+namespace imf::IMF_ISA {
 namespace {
 
-// One at a time for each Owner.
+// Scratch memory; at most one per Owner and thread at a time.
 template <typename Owner>
 class ScratchOf {
  public:
-  // Room for `floats` in all, however many pieces they are taken in.
+  // Reserves `floats` in total, for up to 64 pieces.
   explicit ScratchOf(index_t floats) {
     static thread_local Block block;
     const index_t wanted = floats + 64 * alignment;
@@ -27,7 +26,7 @@ class ScratchOf {
     next_ = block.data;
   }
 
-  // Room for `count` values of 32 bits.
+  // Takes `count` values of 32 bits, aligned to a cache line.
   template <typename T>
   T* take(index_t count) {
     static_assert(sizeof(T) == sizeof(float), "all pieces are counted in floats");
@@ -49,5 +48,4 @@ class ScratchOf {
 using Scratch = ScratchOf<void>;
 
 }  // namespace
-}  // namespace IMF_ISA
-}  // namespace imf
+}  // namespace imf::IMF_ISA

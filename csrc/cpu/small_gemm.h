@@ -1,20 +1,19 @@
-// Small matrix products on packed operands: what attention is made of.
+// Small matrix products on packed operands, for attention: C[m, n] = A[m, k] B[k, n], or added to C, in fp32.
 //
-// C[m, n] = A[m, k] B[k, n], or added to C, in fp32. The inner dimension is counted in units of 32 bits: a
-// float, or a pair of bf16 where the processor multiplies and adds those at once (twice as fast). A's units
-// are broadcast one by one, so A may have any strides (a transpose costs nothing). B lies in panels of
-// `panel_width` columns, each panel a contiguous [k, panel_width] block of units (the last one as many whole
-// vectors as it needs), zero-padded. C's rows have room for n rounded up to whole vectors.
+// The inner dimension counts units of 32 bits: a float, or a pair of bf16 on processors with bf16 dot
+// products (twice as fast). A's units are broadcast one by one, so A may have any strides (a transpose costs
+// nothing). B is packed in zero-padded panels of `panel_width` columns, each a contiguous [k, panel_width]
+// block of units (the last one only as many full vectors as it needs). C's rows have room for n rounded up to
+// full vectors.
 //
-// About `terms` units are added one after the other, at most half as many again; such sums are added to C, or
-// in pairs where the terms are few. Rounding errors thus grow as the square roots of two short lengths, not
+// About `terms` units, at most half as many again, are added sequentially; such sums are added to C, or
+// pairwise where the terms are few. Rounding errors thus grow with the square roots of two short lengths, not
 // of one long one.
 #pragma once
 
 #include "cpu/vec.h"
 
-namespace imf {
-namespace IMF_ISA {
+namespace imf::IMF_ISA {
 namespace {
 
 // Rows and vectors of C held in registers: 24 accumulators of 32 with AVX-512 and NEON, 12 of 16 with AVX2.
@@ -25,7 +24,7 @@ constexpr int panel_width = block_vecs * Vec::width;
 constexpr index_t usual_terms = 32;
 
 inline index_t round_up(index_t n, index_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-// Units that [k, n] takes in panels, k in units.
+// Returns the units of [k, n] packed in panels, k in units.
 inline index_t packed_size(index_t k, index_t n) { return k * round_up(n, Vec::width); }
 
 #if IMF_ISA_LEVEL >= 4
@@ -34,7 +33,7 @@ struct Bf16Pair {
 };
 #endif
 
-// What elements of type T are multiplied as.
+// The unit in which elements of type T are multiplied.
 template <typename T>
 struct UnitOf {
   using type = float;
@@ -51,7 +50,7 @@ constexpr index_t elements_per_unit = 1;
 template <>
 constexpr index_t elements_per_unit<Bf16Pair> = 2;
 #endif
-// Units that an inner dimension of n elements takes; the half of a pair that is not there is zero.
+// Returns the units of an inner dimension of n elements; a missing half of a pair is zero.
 template <typename Unit>
 inline index_t units(index_t n) {
   return (n + elements_per_unit<Unit> - 1) / elements_per_unit<Unit>;
@@ -76,7 +75,7 @@ template <>
 inline Vec multiply_add<Bf16Pair>(Vec a, Vec b, Vec c) {
   return _mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v);
 }
-// Rounds both and puts them side by side, lane by lane.
+// Rounds both and interleaves them lane by lane.
 inline Vec pair(Vec even, Vec odd) {
   const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v);  // those of `even`, then of `odd`
   alignas(64) static constexpr std::uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
@@ -84,7 +83,7 @@ inline Vec pair(Vec even, Vec odd) {
                                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_load_si512(order), halves));
 }
-// As the products see it: denormals are zero. For operands alone; results are rounded by `store`.
+// Rounds as the products do, denormals to zero. For operands only; `store` rounds results.
 inline Vec round_to_bfloat16(Vec a) { return widen(narrow(a)); }
 #endif
 
@@ -123,7 +122,7 @@ inline void product_block(const Unit* a, index_t a_row, index_t a_column, const 
   }
 }
 
-// The same with sums of at most `terms` units added in pairs, those in pairs, and so on.
+// The same with sums of at most `terms` units added pairwise.
 template <int rows, int vecs, typename Unit>
 void product_block_in_pairs(const Unit* a, index_t a_row, index_t a_column, const Unit* b, index_t b_row,
                             float* c, index_t c_row, index_t k, bool add, index_t terms) {
@@ -160,8 +159,8 @@ inline void product_rows(index_t m, Strided<Unit> a, const Unit* b, index_t b_ro
   }
 }
 
-// `b_first` of `b_total` packed rows of B are skipped: a product over a part of the inner dimension. k,
-// b_first and b_total are in units.
+// Skips `b_first` of `b_total` packed rows of B, for a product over a part of the inner dimension; in units,
+// as is k.
 template <typename Unit>
 inline void product(index_t m, index_t n, index_t k, Strided<Unit> a, const Unit* b, index_t b_first,
                     index_t b_total, float* c, index_t c_row, bool add, index_t terms = usual_terms) {
@@ -199,7 +198,7 @@ inline void pack(const T* x, index_t stride, index_t k, index_t n, float* packed
   }
 }
 
-// Elements p ... p + Vec::width - 1 of a row of k, zero beyond its end.
+// Loads elements p ... p + Vec::width - 1 of a row of k, zero beyond its end.
 template <typename T>
 inline Vec load_row_units(const T* row, index_t p, index_t k, const float*) {
   return k - p >= Vec::width ? load(row + p) : load(row + p, static_cast<int>(k - p));
@@ -220,7 +219,7 @@ inline void pack(const bfloat16* x, index_t stride, index_t k, index_t n, Bf16Pa
   }
 }
 
-// Units p ... p + 15 of a row of k elements, zero beyond its end.
+// Loads units p ... p + 15 of a row of k elements, zero beyond its end.
 inline Vec load_row_units(const bfloat16* row, index_t p, index_t k, const Bf16Pair*) {
   const index_t left = k - 2 * p;
   const __mmask32 mask = left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
@@ -250,7 +249,7 @@ inline void pack_transposed(const T* x, index_t stride, index_t n, index_t k, Un
   }
 }
 
-// Copies rows [m, n] into units, one row after the other.
+// Copies rows [m, n] into contiguous rows of units.
 template <typename T, typename Unit>
 inline void copy_to_units(const T* x, index_t stride, index_t m, index_t n, Unit* out) {
   const index_t width = units<Unit>(n);
@@ -262,7 +261,7 @@ inline void copy_to_units(const T* x, index_t stride, index_t m, index_t n, Unit
   }
 }
 
-// Copies rows [m, n] times `scale`, from one type and distance between rows to others.
+// Copies rows [m, n] times `scale` to another type and row stride.
 template <typename From, typename To>
 inline void copy_rows(const From* x, index_t stride, index_t m, index_t n, float scale, To* out,
                       index_t out_stride) {
@@ -274,5 +273,4 @@ inline void copy_rows(const From* x, index_t stride, index_t m, index_t n, float
 }
 
 }  // namespace
-}  // namespace IMF_ISA
-}  // namespace imf
+}  // namespace imf::IMF_ISA

@@ -1,12 +1,11 @@
-// SwiGLU with its tangent, and its primal backward. The formulas are in imf_kernels/ops/swiglu.py.
+// SwiGLU with its tangent, and its primal backward. Formulas: imf_kernels/ops/swiglu.py.
 #include "ops/swiglu.h"
 
 #include "cpu/dtypes.h"
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
 
-namespace imf {
-namespace IMF_ISA {
+namespace imf::IMF_ISA {
 namespace {
 
 template <typename T>
@@ -87,5 +86,4 @@ void swiglu_backward(const SwigluBackward& a) {
   with_type(a.x.dtype, [&](auto t) { backward<decltype(t)>(a); });
 }
 
-}  // namespace IMF_ISA
-}  // namespace imf
+}  // namespace imf::IMF_ISA

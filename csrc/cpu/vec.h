@@ -1,10 +1,9 @@
-// SIMD vectors of floats: one interface, implemented for AVX-512, AVX2, NEON and plain C++, picked by the
-// flags that the file is compiled with (see isa.h). All arithmetic of the CPU kernels is fp32; bf16 exists in
-// memory only, and is rounded to nearest even when stored, NaN staying NaN (by the processor's instruction,
-// where it has one, which takes denormals for zero).
+// SIMD vectors of floats: one interface for AVX-512, AVX2, NEON and plain C++, chosen by the compiler's flags
+// (see isa.h). CPU kernels compute in fp32; bf16 is for storage only, rounded to nearest even, NaN staying
+// NaN (by the processor's instruction if there is one, which treats denormals as zero).
 //
-// Contract of exp: relative error at most 2 ulp on [-87.3, 88.7]; below it 0 (results that would
-// be denormal are flushed), above it inf; NaN propagates. tests/test_vec.py enforces just that.
+// Contract of exp: relative error at most 2 ulp on [-87.3, 88.7]; below it 0 (denormal results are flushed),
+// above it inf; NaN propagates. Enforced by tests/test_vec.py.
 #pragma once
 
 #include <cmath>
@@ -18,10 +17,9 @@
 #include <arm_neon.h>
 #endif
 
-// Internal linkage: the compilations of a header must never be merged by the linker, or a
-// processor without AVX-512 would be handed AVX-512 code.
-namespace imf {
-namespace IMF_ISA {
+// Internal linkage: if the linker merged copies of a header, a processor might be given AVX-512 code it
+// lacks.
+namespace imf::IMF_ISA {
 namespace {
 
 inline float to_float(bfloat16 x) {
@@ -63,11 +61,11 @@ inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }  // b where eit
 inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
 inline Vec round(Vec a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec scale_by_power_of_two(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }
-// where a < b: yes, else (also where either is NaN) no
+// Returns yes where a < b, otherwise (also for NaN) no.
 inline Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v);
 }
-// The first n lanes, and `other` in the rest
+// Returns the first n lanes, and `other` in the rest.
 inline Vec keep(Vec a, int n, float other) {
   return _mm512_mask_mov_ps(_mm512_set1_ps(other), first_lanes(n), a.v);
 }
@@ -434,13 +432,13 @@ inline void store(bfloat16* p, Vec a, int n = Vec::width) {
 
 #endif
 
-// Asks for what the next row needs. The hardware follows streams without gaps by itself.
+// Prefetches data of the next row; the hardware itself prefetches streams without gaps.
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 inline Vec& operator+=(Vec& a, Vec b) { return a = a + b; }
 
-// e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2; e^r by its Taylor polynomial of
-// degree 7, whose remainder there is below 6e-9 of the result. ln 2 is split so that n ln2_high is exact.
+// e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln 2 / 2; e^r by its Taylor polynomial of degree 7, whose
+// remainder there is below 6e-9 of the result. ln 2 is split so that n ln2_high is exact.
 inline Vec exp(Vec x) {
   const Vec highest(88.72283935546875f), lowest(-87.33654022216796875f);
   // The bound comes first in max and min, so that a NaN in x survives.
@@ -461,12 +459,12 @@ inline Vec exp(Vec x) {
   return select_less(x, lowest, Vec(0.0f), overflowed);
 }
 
-// The normal distribution, the integral of e^(-u^2/2) / sqrt(2 pi) up to x, and its derivative, the density.
-// Contract: relative error of the distribution at most 3 ulp for x >= 0 and, below, 3 + x^2 / 2 ulp down to
-// -13.2, from where on both are 0; the derivative of x times it, distribution + x density, to 2 ulp of 1. In
-// (1 + erf) / 2 the former would cancel below 0. NaN propagates. tests/test_vec.py enforces just that.
-// At -|x| it is e^(-x^2/2) t P(t) with t = 1 / (1 + 0.34 |x|), where P is the polynomial of degree 8 of least
-// relative error for |x| <= 13.3, 2.5e-8.
+// Computes the normal distribution, the integral of e^(-u^2/2) / sqrt(2 pi) up to x, and the density, its
+// derivative. Contract, enforced by tests/test_vec.py: relative error of the distribution at most 3 ulp for x
+// >= 0 and 3 + x^2 / 2 ulp below, down to -13.2, from where on both are 0; the derivative of x times it,
+// distribution + x density, to 2 ulp of 1; NaN propagates. (1 + erf) / 2 would cancel below 0. At -|x| it is
+// e^(-x^2/2) t P(t) with t = 1 / (1 + 0.34 |x|) and P the polynomial of degree 8 with the least relative
+// error for |x| <= 13.3, 2.5e-8.
 inline void normal(Vec x, Vec& distribution, Vec& density) {
   const Vec e = exp(x * x * Vec(-0.5f));
   const Vec t = Vec(1.0f) / fma(abs(x), Vec(0.34f), Vec(1.0f));
@@ -484,8 +482,8 @@ inline void normal(Vec x, Vec& distribution, Vec& density) {
   density = e * Vec(0.398942280401432678f);  // 1 / sqrt(2 pi)
 }
 
-// Runs body(offset, lanes) over [0, n) a vector at a time; lanes < width in the last one only.
-// `load_lanes`, `store_lanes` and `keep_lanes` below take the whole-vector path when they can.
+// Calls body(offset, lanes) over [0, n), a vector at a time; lanes < width in the last call only.
+// `load_lanes`, `store_lanes` and `keep_lanes` below take the faster path for full vectors.
 template <typename Body>
 inline void for_each_vec(index_t n, Body body) {
   index_t i = 0;
@@ -496,7 +494,7 @@ template <typename T>
 inline Vec load_lanes(const T* p, int lanes) {
   return lanes == Vec::width ? load(p) : load(p, lanes);
 }
-// Zeros where there is no p.
+// Returns zeros if p is null.
 template <typename T>
 inline Vec load_or_zero(const T* p, index_t i, int lanes) {
   return p ? load_lanes(p + i, lanes) : Vec(0.0f);
@@ -513,7 +511,7 @@ inline Vec keep_lanes(Vec a, int lanes, float other) {
   return lanes == Vec::width ? a : keep(a, lanes, other);
 }
 
-// An element as the kernels see it: with its tangent, or without.
+// Elements with their tangents.
 template <typename T>
 inline Dual<Vec> load_dual(const T* primal, const T* tangent, int lanes) {
   return {load_lanes(primal, lanes), load_lanes(tangent, lanes)};
@@ -531,5 +529,4 @@ inline Vec broadcast(float x) { return Vec(x); }
 inline Dual<Vec> broadcast(Dual<float> x) { return {Vec(x.primal), Vec(x.tangent)}; }
 
 }  // namespace
-}  // namespace IMF_ISA
-}  // namespace imf
+}  // namespace imf::IMF_ISA

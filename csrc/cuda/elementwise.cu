@@ -1,5 +1,4 @@
-// Operations that work element by element, with their tangents, and their primal backward: y = x s(x). The
-// formulas are in imf_kernels/ops/elementwise.py.
+// SiLU and GELU with their tangents, and their primal backward. Formulas: imf_kernels/ops/elementwise.py.
 #include "common/gelu.h"
 #include "cuda/elements.h"
 

@@ -4,7 +4,7 @@
 
 namespace imf {
 
-// O = softmax(scale Q K^T) V. Key and value may have fewer heads than the query (CUDA alone); no kernel here
+// O = softmax(scale Q K^T) V. Key and value may have fewer heads than the query on CUDA only; no kernel here
 // takes a mask or is_causal.
 struct AttentionForward {
   IMF_ARGUMENTS(Heads q;                       // [batch, heads, queries, width]
@@ -16,15 +16,14 @@ struct AttentionForward {
                 Optional<Mask> mask;           // [batch, heads, queries, keys]
                 Out<Heads> out;                // [batch, heads, queries, value width]
                 Optional<Out<Heads>> out_dot;  // [tangent batch, heads, queries, value width]
-                Out<Floats> lse;  // [batch, heads, queries]: what backward makes the softmax from; on the CPU
-                                  // the largest q k of a query (where scale < 0 that of -q k), on CUDA the
-                                  // logarithm to base 2 of the softmax's denominator
+                Out<Floats> lse;  // [batch, heads, queries], for backward: on the CPU the largest q k of a
+                                  // query (of -q k if scale < 0), on CUDA log2 of the softmax's denominator
                 float scale; bool is_causal;)
 };
 
 struct AttentionBackward {
   IMF_ARGUMENTS(Heads q; Heads k; Heads v; Optional<Mask> mask; Floats lse; Heads dout;  //
-                Optional<Out<Heads>> dq;                                                 // of those wanted
+                Optional<Out<Heads>> dq;  // absent if not wanted
                 Optional<Out<Heads>> dk; Optional<Out<Heads>> dv; float scale; bool is_causal;)
 };
 

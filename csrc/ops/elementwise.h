@@ -4,7 +4,7 @@
 
 namespace imf {
 
-// y = f(x), element by element.
+// y = f(x), elementwise.
 struct ElementwiseForward {
   IMF_ARGUMENTS(Elements x;                      // any shape
                 Optional<Elements> x_dot;        // of the last elements

@@ -4,7 +4,7 @@
 
 namespace imf {
 
-// y = x + branch gate. A gate of [groups, width] has a row for each of as many groups of rows.
+// y = x + branch gate, with one row of `gate` per group of rows.
 struct GatedResidualForward {
   IMF_ARGUMENTS(Rows x;                      // [rows, width]
                 Optional<Rows> x_dot;        // [tangent rows, width], of the last rows

@@ -5,8 +5,8 @@
 namespace imf {
 
 // y = n (one + scale) + shift with n = (x - mean - correction) rstd, rstd = 1 / sqrt(variance + eps); the
-// correction is what the mean, being rounded, lacks. A parameter of [groups, width] has a row for each of as
-// many groups of rows; one that is absent is zero.
+// correction compensates the rounding of the mean. Parameters have one row per group of rows; an absent one
+// is zero.
 struct LayerNormForward {
   IMF_ARGUMENTS(Rows x;                      // [rows, width]
                 Optional<Rows> x_dot;        // [tangent rows, width], of the last rows

@@ -1,19 +1,18 @@
-// Arguments of kernels, listed once: the functions of the CPU and of CUDA take the struct, and the Python
-// binding, its stub and the schema of its operator are made from it (csrc/bindings.h).
+// Kernel arguments, listed once: CPU and CUDA functions take the struct; the Python binding, its stub and the
+// operator's schema are derived from it (csrc/bindings.h).
 #pragma once
 
 #include "cpu/isa.h"
 #include "tensor.h"
 
-// The fields of a struct of arguments, in Python's order, and their names.
+// Declares the fields of a struct of arguments, in Python's order, and their names.
 #define IMF_ARGUMENTS(...) \
   __VA_ARGS__              \
   Place place;             \
   static constexpr char fields[] = #__VA_ARGS__;
 
-// Declares `function` of these arguments for each instruction set of the CPU and for CUDA, and enters it into
-// the module (csrc/bindings.cpp). `on` says for what it has kernels: CPU, CUDA for both, HOPPER for the CPU
-// and sm_90a.
+// Declares `function` for each CPU instruction set and for CUDA, and registers it (csrc/bindings.cpp). `on`:
+// CPU alone, CUDA for both, or HOPPER for the CPU and sm_90a.
 #define IMF_DECLARE(function, Arguments, on)            \
   IMF_DECLARE_PER_ISA(void function(const Arguments&);) \
   namespace cuda {                                      \

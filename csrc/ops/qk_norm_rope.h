@@ -4,8 +4,8 @@
 
 namespace imf {
 
-// y = rotate(rms_norm(x) w) of queries or keys: pairs (2i, 2i+1) of position l are turned by the angle whose
-// cosine and sine are cos[l, i] and sin[l, i].
+// y = rotate(rms_norm(x) w) of queries or keys: pair (2i, 2i+1) of position l is rotated by the angle with
+// cosine cos[l, i] and sine sin[l, i].
 struct QkNormRopeForward {
   IMF_ARGUMENTS(Heads x;                     // [batch, heads, length, width]
                 Optional<Heads> x_dot;       // [tangent batch, ...], of the last samples
@@ -28,7 +28,7 @@ struct QkNormRopeBackward {
 IMF_DECLARE(qk_norm_rope_forward, QkNormRopeForward, CUDA)
 IMF_DECLARE(qk_norm_rope_backward, QkNormRopeBackward, CUDA)
 
-// Whether rows (b, l, h), counted in this order, follow each other in memory.
+// Returns whether x lies in memory as [batch, length, heads, width].
 inline bool positions_first(const Heads& x) {
   return x.batch * x.heads * x.length * x.width == 0 ||
          ((x.heads == 1 || x.stride[1] == x.width) && (x.length == 1 || x.stride[2] == x.heads * x.width) &&
