@@ -1,11 +1,11 @@
-// Which units of which heads the two computing warpgroups of a block work on: plain integers.
+// Assignment of units and heads to the two consumer warpgroups of a block; plain integers.
 #pragma once
 
 #include "cuda/ptx/descriptor.h"
 
 namespace imf::cuda::sm90 {
 
-// A pair of units: one for each computing warpgroup.
+// A pair of units, one per consumer warpgroup.
 struct Item {
   int head[2], unit[2];
   bool together;  // of one head
@@ -16,8 +16,8 @@ IMF_PTX int items_of(int heads, int units) {
   return heads / 2 * units + heads % 2 * (units / 2 + 1);
 }
 
-// Of two heads with an odd number of units each, the last ones are paired. The very last unit, if it is
-// alone, is paired with one beyond the last query, of which nothing is stored.
+// Pairs the last units of two heads with an odd number of units each. A single unit left at the very end is
+// paired with one beyond the last query, whose results are not stored.
 IMF_PTX Item item_of(int item, int heads, int units) {
   const int half = units / 2;
   if (units % 2 == 0) {

@@ -1,6 +1,6 @@
-// Launches attention on compute capability 9.0: which kernel, the descriptions of the tensors, how many
-// blocks. bfloat16 or float16; widths up to 128 and, like every stride, multiples of 8; addresses of 16
-// bytes. There is at least one key.
+// Launcher of attention for compute capability 9.0: the kernel, tensor maps and number of blocks. bfloat16 or
+// float16; widths up to 128 and, like every stride, multiples of 8; addresses multiples of 16 bytes; at least
+// one key.
 #include <stdexcept>
 
 #include "cuda/attention_sm90.cuh"
@@ -12,10 +12,10 @@ namespace {
 
 using namespace sm90;
 
-// Samples `first` to `first + samples` of x, in boxes of `rows` of its rows.
+// Returns the tensor map of samples `first` to `first + samples` of x, in boxes of `rows` rows.
 ptx::TensorMap map_of(const Heads& x, index_t first, index_t samples, int rows, int box) {
   const auto size = [](index_t n) { return static_cast<std::uint64_t>(n); };
-  // A dimension of one has any stride, even one that cannot be described.
+  // A dimension of size one may have any stride, even one that a tensor map cannot hold.
   const auto stride = [](index_t n, index_t step) {
     return static_cast<std::uint64_t>(n == 1 ? 16 : 2 * step);
   };
@@ -34,7 +34,7 @@ ptx::TensorMap map_of(const Heads& x, index_t first, index_t samples, int rows, 
   return ptx::tensor_map(boxes);
 }
 
-// Samples `first` to `first + samples`; where there are tangents, they begin with `first`.
+// Runs samples `first` to `first + samples`; tangents, if any, begin with `first`.
 template <typename T, int width, Tangents tangents>
 void run(const AttentionForward& a, index_t first, index_t samples) {
   using S = Tiles<width, tangents>;

@@ -1,22 +1,19 @@
 // Attention with its tangent in one pass, for compute capability 9.0: TMA and wgmma, warp-specialised,
-// persistent. The formulas are in imf_kernels/ops/attention.py, the tiles and the budgets in
-// docs/attention-ladder.md.
+// persistent. Formulas: imf_kernels/ops/attention.py; tiles and budgets: docs/attention-ladder.md.
 //
-// A block has a warp that copies, and two warpgroups that compute; each of these works on a unit, 64 queries
-// of a head, and they take turns at the tensor cores: while one finds the softmax of its tile, the other
-// multiplies. Both walk over the same tiles of keys where their units belong to one head. An odd unit that is
-// left over at the end of a head shares a block with that of the next head; tiles of keys then come for
-// either in turn.
+// A block has a producer warp and two consumer warpgroups. Each consumer works on a unit, 64 queries of a
+// head, and they alternate on the tensor cores: while one computes the softmax of its tile, the other
+// multiplies. Both use the same tiles of keys if their units belong to one head. An odd unit left at the end
+// of a head shares a block with that of the next head; tiles of keys then come for the two in turn.
 //
 // For a tile of keys, a thread holds two rows of S = Q K^T and of S_dot = Q_dot K^T + Q K_dot^T, and sums,
 // all rescaled whenever the maximum of a row grows,
 //     O = sum_j P V,  A = sum_j P V_dot + P (S_dot - shift) V,  M = sum_j P (S_dot - shift),  W = sum_j P
-// with P = e^(S - max): O_dot = A / W - (M / W) (O / W). It does not change when a constant is taken off a
-// row of S_dot: `shift`, the mean of S_dot under the softmax so far, keeps an offset of keys or values from
-// cancelling between the two terms. A key without weight has no part in it, however large. P and P (S_dot -
-// shift) are rounded for their products, so M and W are sums of the rounded values; lse is that of the
+// with P = e^(S - max): O_dot = A / W - (M / W) (O / W). Subtracting a constant from a row of S_dot leaves
+// O_dot unchanged: `shift`, the running softmax mean of S_dot, keeps an offset of keys or values from
+// cancelling between the two terms. A key without weight does not affect it, however large. P and P (S_dot -
+// shift) are rounded for their products, so M and W are sums of the rounded values; lse is taken from the
 // unrounded ones.
-//
 // Has not run on hardware: tests/cuda_host runs this file on an emulated machine.
 #pragma once
 
@@ -35,17 +32,17 @@
 
 namespace imf::cuda::sm90 {
 
-// Which tangents there are. A missing one in `all` is copied from beyond the tensor's end, as zeros.
+// Tangents present. A missing one in `all` is copied from beyond the tensor's end, as zeros.
 enum class Tangents { none, of_query, all };
 
 constexpr int warpgroup = 128, threads = 3 * warpgroup;
-constexpr int unit_rows = 64;  // of queries: wgmma's
+constexpr int unit_rows = 64;  // queries: the rows of wgmma
 constexpr int shared_limit = 227 << 10;
 constexpr int producer_registers = 24, consumer_registers = 240;
 static_assert(warpgroup * (producer_registers + 2 * consumer_registers) <= 65536);
 
-// `width`: head dims are padded to it with zeros in shared memory, where a tile is columns of boxes. A box is
-// as wide as a swizzle, the widest of which `width` is a multiple.
+// Layout of shared memory. Head dims are zero-padded to `width`; a tile consists of columns of boxes, each as
+// wide as the widest swizzle that divides `width`.
 template <int width, Tangents tangents>
 struct Tiles {
   static constexpr int keys = width <= 80 ? 96 : width == 96 ? 80 : 48;
@@ -58,8 +55,8 @@ struct Tiles {
   static constexpr int of_queries = tangents == Tangents::none ? 1 : 2;  // tensors: with a tangent or without
   static constexpr int of_keys = tangents == Tangents::all ? 2 : 1;
   static constexpr int query_slot = of_queries * query_tile, key_slot = of_keys * key_tile;
-  // A stage holds a tile of keys and one of values. Tiles are numbered in the order in which they are copied:
-  // tile n is in stage n % stages, and its barriers are in phase n / stages there.
+  // A stage holds a tile of keys and one of values. Tiles are numbered in the order of their copies: tile n
+  // is in stage n % stages, and its barriers are in phase n / stages there.
   static constexpr int fitting = (shared_limit - 2048 - 2 * query_slot) / (2 * key_slot);
   static constexpr int stages = fitting < 4 ? fitting : 4;
   static constexpr IMF_PTX int barrier_of(int n) { return n % stages * 8; }
@@ -71,13 +68,13 @@ struct Tiles {
   static constexpr int query_full = barriers, query_empty = query_full + 2 * 8;
   static constexpr int k_full = query_empty + 2 * 8, k_empty = k_full + stages * 8;
   static constexpr int v_full = k_empty + stages * 8, v_empty = v_full + stages * 8;
-  static constexpr int shared = v_empty + stages * 8 + 1023;  // with what aligning may take
+  static constexpr int shared = v_empty + stages * 8 + 1023;  // with room for alignment
   static_assert(shared <= shared_limit);
 };
 
 struct Parameters {
   ptx::TensorMap q, k, v, q_dot, k_dot, v_dot;
-  // First row of a tangent: 0, or the end of the tensor for one that is not there.
+  // First row of a tangent: 0, or the end of the tensor if there is none.
   int q_dot_row, k_dot_row, v_dot_row;
   int heads, group, queries, keys, value_width;
   int all_heads, units, items;  // samples times heads, units of a head, pairs of units
@@ -87,7 +84,7 @@ struct Parameters {
   float* lse;
 };
 
-// A tile of boxes of `box_bytes`, all columns of it.
+// Copies all boxes, of `box_bytes` each, of a tile.
 template <typename S, int box_bytes>
 __device__ __forceinline__ void copy_tile(std::uint32_t target, const ptx::TensorMap& map,
                                           std::uint32_t barrier, int row, int head, int sample) {
@@ -97,7 +94,7 @@ __device__ __forceinline__ void copy_tile(std::uint32_t target, const ptx::Tenso
   }
 }
 
-// One thread copies all tiles, in the order in which they are taken.
+// Copies all tiles, by one thread, in the order in which they are consumed.
 template <int width, Tangents tangents>
 __device__ __forceinline__ void produce(const Parameters& p, std::uint32_t base) {
   using S = Tiles<width, tangents>;
@@ -118,7 +115,7 @@ __device__ __forceinline__ void produce(const Parameters& p, std::uint32_t base)
         copy_tile<S, S::query_box>(target + S::query_tile, p.q_dot, full, row + p.q_dot_row, head, sample);
       }
     }
-    // Tile n of keys or of values: rows from `row` on.
+    // Copies a tile of keys or values: rows from `row` on.
     const auto copy_keys = [&](int tile, int full, int empty, const ptx::TensorMap& map,
                                const ptx::TensorMap& map_dot, int dot_row, int row, int side, int first) {
       const std::uint32_t barrier = base + full + S::barrier_of(tile);
@@ -147,7 +144,7 @@ __device__ __forceinline__ void produce(const Parameters& p, std::uint32_t base)
   }
 }
 
-// The sum of a row, of which four neighbouring lanes have a part each.
+// Sums a row over the four neighbouring lanes that hold it.
 __device__ __forceinline__ float row_sum(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
@@ -157,8 +154,8 @@ __device__ __forceinline__ float row_max(float x) {
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
-// What a thread knows of its rows r, r + 8. `total` and `dot`, its part: sums of unrounded P, and M. The
-// others are of whole rows: the maximum of S in units of ln 2, W, and the shift.
+// State of a thread's rows r and r + 8. `total` and `dot` are its parts of the sum of unrounded P and of M;
+// the others belong to full rows: the maximum of S in units of ln 2, W, and the shift.
 struct Rows {
   float highest[2], total[2], weight[2], shift[2], dot[2];
 };
@@ -187,8 +184,8 @@ __device__ __forceinline__ void add_columns(float (&sum)[n / 2], const std::uint
   }
 }
 
-// P of S of a tile, rounded to T, as it is multiplied. From key `there` on the tile is empty. `decay`: by
-// what the sums so far are to be multiplied; `before`: W so far, multiplied by it.
+// Computes P of a tile from S, rounded to T for its products. The tile is empty from key `there` on. `decay`:
+// the factor of the sums so far; `before`: W so far times it.
 template <typename T, int count>
 __device__ __forceinline__ void softmax(const float (&s)[count], std::uint32_t (&pairs)[count / 8][4],
                                         float scale, int there, Rows& rows, float (&decay)[2],
@@ -232,7 +229,7 @@ __device__ __forceinline__ void softmax(const float (&s)[count], std::uint32_t (
   }
 }
 
-// The new shift, the mean of scale S_dot under the softmax so far. `moved`: by how much it has gone down.
+// Computes the new shift, the running softmax mean of scale S_dot. `moved`: its decrease.
 template <typename T, int count>
 __device__ __forceinline__ void find_shift(const std::uint32_t (&pairs)[count / 8][4],
                                            const float (&s_dot)[count], float scale, Rows& rows,
@@ -248,14 +245,14 @@ __device__ __forceinline__ void find_shift(const std::uint32_t (&pairs)[count / 
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float weighted = fmaf(before[r], rows.shift[r], scale * row_sum(sum[r]));
-    // Where nothing has had weight there is no mean; elsewhere the weight is at least 1, that of the maximum.
+    // Without any weight there is no mean; otherwise the weight is at least 1, that of the maximum.
     const float mean = rows.weight[r] > 0.0f ? weighted * ptx::reciprocal(rows.weight[r]) : rows.shift[r];
     moved[r] = rows.shift[r] - mean;
     rows.shift[r] = mean;
   }
 }
 
-// P (scale S_dot - shift) as it is multiplied, and M with the tile.
+// Computes P (scale S_dot - shift), rounded for its products, and adds the tile to M.
 template <typename T, int count>
 __device__ __forceinline__ void centre(const std::uint32_t (&pairs)[count / 8][4],
                                        const float (&s_dot)[count], std::uint32_t (&pairs_dot)[count / 8][4],
@@ -263,7 +260,7 @@ __device__ __forceinline__ void centre(const std::uint32_t (&pairs)[count / 8][4
                                        const float (&before)[2], const float (&moved)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    // `before` is of the whole row, of which this thread has a quarter.
+    // `before` belongs to the full row, of which this thread has a quarter.
     rows.dot[r] = fmaf(rows.dot[r], decay[r], 0.25f * before[r] * moved[r]);
   }
 #pragma unroll
@@ -279,7 +276,7 @@ __device__ __forceinline__ void centre(const std::uint32_t (&pairs)[count / 8][4
   }
 }
 
-// Of warpgroup `side` of the two that compute.
+// Runs consumer warpgroup `side`.
 template <typename T, int width, Tangents tangents>
 __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base, int side) {
   using S = Tiles<width, tangents>;
@@ -292,7 +289,7 @@ __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base,
   int n = 0;  // the first tile of the item
   std::uint32_t parity = 0;
 
-  // Barrier 1 + side: it is this warpgroup's turn to multiply. The first is the first one's.
+  // Barrier 1 + side gives this warpgroup its turn to multiply; side 0 begins.
   if (side == 1) ptx::barrier_arrive(1, turns);
   for (int i = blockIdx.x; i < p.items; i += gridDim.x, parity ^= 1) {
     const Item item = item_of(i, p.all_heads, p.units);
@@ -314,10 +311,10 @@ __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base,
       if (dual) out_dot[c] = 0.0f;
     }
 
-    const auto release = [&](int empty) {  // the four warps, once each is done
+    const auto release = [&](int empty) {  // by each of the four warps when done
       if (lane == 0) ptx::mbarrier_arrive(base + empty);
     };
-    // Waits for tile j of keys or values. The one that is not for this warpgroup is free as far as it goes.
+    // Waits for tile j of keys or values, and releases the tile of the other warpgroup.
     const auto take = [&](int j, int full, int empty) {
       const int tile = n + j * sides;
       ptx::mbarrier_wait(base + full + S::barrier_of(tile + own), S::parity_of(tile + own));
@@ -359,7 +356,7 @@ __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base,
     take(0, S::k_full, S::k_empty);
     float decay[2], before[2];
     std::uint32_t pairs[S::keys / 16][4], pairs_dot[dual ? S::keys / 16 : 1][4];
-    // From S and S_dot of tile `j`, on their way, to what the values are multiplied by.
+    // Computes the factors of the values from S and S_dot of tile `j`, which are in flight.
     const auto find_weights = [&](int j, auto is_first) {
       constexpr bool first = decltype(is_first)::value;  // O and A are zero
       ptx::wgmma_wait<dual ? 1 : 0>(s);
@@ -374,7 +371,7 @@ __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base,
       if constexpr (dual) {
         float moved[2];
         ptx::wgmma_wait<0>(s_dot);
-        // Where there are registers for it, P stays in fp32 beside its pairs.
+        // Where registers suffice (width <= 80), P stays in fp32 next to its pairs.
         if constexpr (width > 80) ptx::renew(pairs);
         find_shift<T>(pairs, s_dot, p.scale, rows, before, moved);
         if constexpr (!first) {
@@ -405,8 +402,8 @@ __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base,
       take(j, S::k_full, S::k_empty);
       ptx::barrier_sync(1 + side, turns);
       issue_sums(j - 1);
-      // S keeps the tensor cores busy while the end of the sums is noticed; with them, the registers of P and
-      // P (S_dot - shift) are free for S_dot.
+      // S keeps the tensor cores busy until the end of the sums is noticed, which frees the registers of P
+      // and P (S_dot - shift) for S_dot.
       issue_s(j);
       wait_for_sums(std::integral_constant<int, 1>());
       issue_s_dot(j);
@@ -423,7 +420,7 @@ __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base,
     release(S::v_empty + barrier_of(tiles - 1));
     n += tiles * sides;
 
-    // W is zero where every key is without weight; so are O and A.
+    // W, O and A are zero if no key has weight.
     const index_t sample = head / p.heads, h = head % p.heads;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -1,5 +1,4 @@
-// What the kernels share that work element by element: each thread takes as many elements as it reads at
-// once.
+// Elementwise kernels and tiles: each thread takes as many elements as it reads at once.
 #pragma once
 
 #include "cuda/vector.h"
@@ -9,8 +8,7 @@ namespace imf::cuda {
 
 constexpr unsigned tile_threads = 256;
 
-// The elements without a tangent come first, then those with one: where the latter begin, no 16 bytes need
-// to.
+// Elements without a tangent come first, then those with one, which need not begin at a multiple of 16 bytes.
 template <typename T, typename F>
 __global__ void __launch_bounds__(tile_threads)
     elements_forward(const ElementwiseForward a, const bool plain_aligned, const bool dual_aligned) {
@@ -50,7 +48,7 @@ __global__ void __launch_bounds__(tile_threads)
   store<n>(static_cast<T*>(a.dx.data) + i, dy, left, aligned);
 }
 
-// Whether both can be read from element `first` on, as many elements at a time as a thread takes.
+// Returns whether both allow vector access from element `first` on.
 template <typename T>
 bool aligned_from(index_t first, const Elements& x, const Elements& y) {
   const auto begins = [&](const Elements& of) {
@@ -80,7 +78,7 @@ void for_each_element(const char* what, const ElementwiseBackward& a) {
   });
 }
 
-// Rows cut into tiles: of a block's threads x walks along a row, y over rows.
+// Tiles of rows: threadIdx.x runs along a row, threadIdx.y over rows.
 struct Tiles {
   dim3 threads;
   index_t blocks;
@@ -95,9 +93,9 @@ struct Tiles {
   }
 };
 
-// The elements of a thread: `left` from column j of a row on, none beyond the last row.
+// A thread's elements: `left` from column j of a row on, none beyond the last row.
 struct TileElements {
-  index_t row, tangent;  // `tangent`: which of the rows with a tangent; negative: none of them
+  index_t row, tangent;  // `tangent`: index among the rows with a tangent; negative for others
   index_t j, left, tangent_left;
 
   __device__ __forceinline__ TileElements(const Rows& y, const Rows& y_dot, int n)

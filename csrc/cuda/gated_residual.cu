@@ -1,5 +1,4 @@
-// Gated residual with its tangent, and its primal backward. The formulas are in
-// imf_kernels/ops/gated_residual.py.
+// Gated residual with its tangent, and its primal backward. Formulas: imf_kernels/ops/gated_residual.py.
 #include "cuda/elements.h"
 #include "cuda/rows.h"
 #include "ops/gated_residual.h"
@@ -7,7 +6,7 @@
 namespace imf::cuda {
 namespace {
 
-// `length`: rows of a group.
+// `length`: rows per group.
 template <typename X, typename B>
 __global__ void __launch_bounds__(tile_threads)
     forward(const GatedResidualForward a, const index_t length, const bool aligned) {
@@ -26,14 +25,14 @@ __global__ void __launch_bounds__(tile_threads)
   for (int k = 0; k < n; ++k) {
     x[k] = fma(branch[k], gate[k], x[k]);
     x_dot[k] = fma(branch_dot[k], gate[k], x_dot[k]);
-    // A gate without a tangent leaves an infinite branch alone: no 0 is multiplied by it.
+    // Without a tangent of the gate nothing is added: 0 times an infinite branch would be NaN.
     if (a.gate_dot.data) x_dot[k] = fma(branch[k], gate_dot[k], x_dot[k]);
   }
   store<n>(row_of<X>(a.y, at.row, at.j), x, at.left, aligned);
   store<n>(row_of<X>(a.y_dot, at.tangent, at.j), x_dot, at.tangent_left, aligned);
 }
 
-// dbranch = dy gate; summed over the rows of a group, dgate = dy branch. Of a wide row a block takes a part.
+// dbranch = dy gate, dgate = sum dy branch over a group. A block takes a part of a wide row.
 template <typename X, typename B>
 __global__ void __launch_bounds__(most_threads)
     backward(const GatedResidualBackward a, const Shares shares, const bool aligned) {

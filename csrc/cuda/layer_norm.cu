@@ -1,12 +1,12 @@
-// LayerNorm with its tangent, and its primal backward. The formulas are in imf_kernels/ops/layer_norm.py and
-// imf_kernels/ops/layer_norm_modulate.py; why the mean has a correction, in csrc/cpu/layer_norm.cpp.
+// LayerNorm with its tangent, and its primal backward. Formulas: imf_kernels/ops/layer_norm{,_modulate}.py;
+// why the mean has a correction: csrc/cpu/layer_norm.cpp.
 #include "cuda/rows.h"
 #include "ops/layer_norm.h"
 
 namespace imf::cuda {
 namespace {
 
-// `length`: rows of a group.
+// `length`: rows per group.
 template <typename X, typename Y>
 __global__ void __launch_bounds__(most_threads)
     forward(const LayerNormForward a, const index_t length, const bool aligned) {
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(most_threads)
 
   const index_t group = quotient(at.row, length);
   const index_t tangent_group = group - quotient(a.x.rows - a.y_dot.rows, length);
-  // A pack at a time: whole rows of all parameters would not fit the registers.
+  // A pack at a time: full rows of all parameters would not fit the registers.
 #pragma unroll
   for (int v = 0; v < x.count; v += n) {
     const index_t j = column<n>(v), left = at.width - j, tangent_left = at.tangent_width - j;
@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(most_threads)
   }
 }
 
-// With g = dy (one + scale): dx = rstd (g - mean(g) - n mean(g n)); summed over the rows of a group,
-// dscale = dy n and dshift = dy.
+// With g = dy (one + scale): dx = rstd (g - mean(g) - n mean(g n)); per group dscale = sum dy n, dshift = sum
+// dy.
 template <typename X, typename Y>
 __global__ void __launch_bounds__(most_threads)
     backward(const LayerNormBackward a, const Shares shares, const bool aligned) {
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(most_threads)
     const float* statistics = a.statistics.data + 3 * row;
     const float mean = inside ? statistics[0] : 0.0f, correction = inside ? statistics[1] : 0.0f;
     const float rstd = inside ? statistics[2] : 0.0f;
-    // From cache each time: it would not fit the registers.
+    // Read from cache for each row: it would not fit the registers.
     const auto gain = load_row<n>(row_of(a.scale, group), width, aligned);
     Row<n> g, normalized;
     Dots dots{};

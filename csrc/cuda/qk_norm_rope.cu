@@ -1,4 +1,4 @@
-// Per-head RMSNorm and rotary positions with their tangent, and the primal backward. The formulas are in
+// Per-head RMSNorm and RoPE with their tangent, and the primal backward. Formulas:
 // imf_kernels/ops/qk_norm_rope.py.
 #include "cuda/rows.h"
 #include "ops/qk_norm_rope.h"
@@ -6,7 +6,7 @@
 namespace imf::cuda {
 namespace {
 
-// Row (b, l, h), counted in this order, in which projections leave their results.
+// Row (b, l, h), counted in this order, the memory order of projections.
 struct RowPosition {
   index_t b, l, h;
   __device__ __forceinline__ RowPosition(index_t row, const Heads& x) {
@@ -15,14 +15,14 @@ struct RowPosition {
     b = quotient(position, x.length);
     l = position - b * x.length;
   }
-  // Where it begins in x, of whose batch `first` comes first.
+  // Returns the row's address in x, which begins with sample `first`.
   template <typename T>
   __device__ __forceinline__ const T* in(const Heads& x, index_t first = 0) const {
     return static_cast<const T*>(x.data) + (b - first) * x.stride[0] + h * x.stride[1] + l * x.stride[2];
   }
 };
 
-// The cosines and sines of a row's pairs.
+// Cosines and sines of a row's pairs.
 template <int n>
 struct Rotation {
   Row<n / 2, per_thread / n> cos, sin;
@@ -30,7 +30,7 @@ struct Rotation {
   __device__ __forceinline__ Rotation(const Floats& c, const Floats& s, index_t l, bool aligned)
       : cos(load_row<n / 2, per_thread / n>(row_of(c, l), c.width, aligned)),
         sin(load_row<n / 2, per_thread / n>(row_of(s, l), s.width, aligned)) {}
-  // Turns pair k, k + 1 of a row.
+  // Rotates pair (k, k + 1) of a row.
   __device__ __forceinline__ void turn(Row<n>& row, int k) const {
     const float even = row[k], odd = row[k + 1];
     row[k] = fma(cos[k / 2], even, -sin[k / 2] * odd);
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(most_threads) forward(const QkNormRopeForward 
   store_row(static_cast<T*>(a.y_dot.data) + at.tangent * a.x.width, y_dot, at.tangent_width, aligned);
 }
 
-// dy turned back is the cotangent of rms_norm's output; the rest as in rms_norm.cu.
+// dy rotated back is the cotangent of rms_norm's output; the rest is as in rms_norm.cu.
 template <typename T>
 __global__ void __launch_bounds__(most_threads)
     backward(const QkNormRopeBackward a, const Shares shares, const bool aligned) {

@@ -1,4 +1,4 @@
-// RMSNorm with its tangent, and its primal backward. The formulas are in imf_kernels/ops/rms_norm.py.
+// RMSNorm with its tangent, and its primal backward. Formulas: imf_kernels/ops/rms_norm.py.
 #include "cuda/rows.h"
 #include "ops/rms_norm.h"
 

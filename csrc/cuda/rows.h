@@ -1,5 +1,5 @@
-// What the kernels share that reduce along rows or over them: a team of threads (x) holds a row in registers
-// and has the same columns of every row that it meets; a block has several teams (y) where rows are short.
+// Reductions along and over rows: a team of threads (x) holds a row in registers, each thread the same
+// columns of every row; a block has several teams (y) where rows are short.
 #pragma once
 
 #include <cstring>
@@ -14,8 +14,8 @@ constexpr int widest = per_thread * most_threads;
 constexpr int block_threads = 256;  // of a block, unless one team has more
 constexpr int warp = 32;
 
-// The block for rows of `width` elements, or of `widest` at most: few elements go to a part of a warp, a
-// power of two of threads, so that shuffles stay within the team.
+// Returns the block size for rows of `width` elements, at most `widest`: a short row takes a part of a warp,
+// a power of two of threads, so that shuffles stay within the team.
 inline dim3 threads_for(index_t width, int n) {
   const index_t most = width < widest ? width : widest;
   const index_t packs = divide_up(most, n);
@@ -28,7 +28,7 @@ inline dim3 threads_for(index_t width, int n) {
   return dim3(team, team < block_threads ? block_threads / team : 1);
 }
 
-// A row's elements that one thread has: packs of n that lie a team's width apart.
+// One thread's elements of a row: packs of n, a team's width apart.
 template <int n, int packs = per_thread / n>
 struct Row {
   static constexpr int count = n * packs;
@@ -37,13 +37,13 @@ struct Row {
   __device__ __forceinline__ float operator[](int k) const { return values[k]; }
 };
 
-// The column of a thread's element k.
+// Returns the column of a thread's element k.
 template <int n>
 IMF_DEVICE unsigned column(int k) {
   return (static_cast<unsigned>(k / n) * blockDim.x + threadIdx.x) * n + k % n;
 }
 
-// Of a row of `width` elements at p; zeros beyond, and where there is no p.
+// Loads this thread's elements of a row of `width` at p; zeros beyond it, or if p is null.
 template <int n, int packs = per_thread / n, typename T>
 IMF_DEVICE Row<n, packs> load_row(const T* p, index_t width, bool aligned) {
   Row<n, packs> row;
@@ -64,8 +64,8 @@ IMF_DEVICE void store_row(T* p, const Row<n, packs>& row, index_t width, bool al
   }
 }
 
-// The sums of x, of float or a struct of floats, over a team; each of its threads gets them. Every thread of
-// the block must come here equally often.
+// Sums x, a float or a struct of floats, over a team, for each of its threads. All threads of the block must
+// call it equally often.
 template <typename T>
 __device__ T team_sum(T x) {
   constexpr int count = sizeof(T) / sizeof(float);
@@ -80,7 +80,7 @@ __device__ T team_sum(T x) {
   }
   if (blockDim.x > warp) {
     const unsigned warps = blockDim.x / warp, first = threadIdx.y * warps;
-    __syncthreads();  // the sums before have been read
+    __syncthreads();  // earlier sums have been read
 #pragma unroll
     for (int c = 0; c < count; ++c) {
       if (threadIdx.x % warp == 0) parts[(first + threadIdx.x / warp) * count + c] = sums[c];
@@ -99,9 +99,9 @@ __device__ T team_sum(T x) {
 inline __host__ __device__ index_t row_count(const Rows& x) { return x.rows; }
 inline __host__ __device__ index_t row_count(const Heads& x) { return x.batch * x.heads * x.length; }
 
-// The row of a team in a kernel that takes each row once; beyond the last one its width is zero.
+// The row of a team in a kernel that takes each row once; beyond the last row its width is zero.
 struct TeamRow {
-  index_t row, tangent;  // `tangent`: which of the rows with a tangent; negative: none of them
+  index_t row, tangent;  // `tangent`: index among the rows with a tangent; negative for others
   index_t width, tangent_width;
 
   template <typename View, typename Tangent>
@@ -110,24 +110,24 @@ struct TeamRow {
         tangent(row - (row_count(y) - row_count(y_dot))),
         width(row < row_count(y) ? y.width : 0),
         tangent_width(tangent >= 0 ? width : 0) {}
-  // The thread that writes what there is one of for each row.
+  // Returns whether this thread writes the row's scalars.
   __device__ __forceinline__ bool writes() const { return width > 0 && threadIdx.x == 0; }
 };
 
 inline index_t blocks_for(index_t rows, dim3 threads) { return divide_up(rows, threads.y); }
 
-// The rows of each of the groups that `parameter` has a row for.
+// Returns the number of rows per group, of which `parameter` has one row each.
 inline index_t length_of(index_t rows, const Floats& parameter) {
   return parameter.rows > 1 ? rows / parameter.rows : rows;
 }
 
-// Sums over rows. The rows of a group, `length` one after another, are summed in `shares` shares, a block
-// each, which leave their sums in partial[groups, shares, sums, width]; these are then added up to
-// total[groups, sums, width]. Every sum is taken in the same order each time, as atomic additions would not.
+// Sums over rows: the `length` rows of a group are split into `shares` shares, one block each, which write
+// their sums to partial[groups, shares, sums, width]; these are added up to total[groups, sums, width]. The
+// order of summation is fixed, unlike that of atomic additions.
 struct Shares {
   index_t groups, length, shares;
 
-  // Of `rows` rows in all, each of which has a part in `sums` rows of sums.
+  // `rows`: of all groups; `sums`: rows of sums per group.
   Shares(index_t rows, const Floats& partial, const Floats& total, index_t sums = 1)
       : groups(total.rows / sums),
         length(groups > 1 ? rows / groups : rows),
@@ -140,8 +140,7 @@ struct Shares {
   __device__ index_t rows() const { return (length + shares - 1) / shares; }
 };
 
-// Calls body(row, inside) for the rows of a block's share, the teams taking turns, every thread equally
-// often.
+// Calls body(row, inside) for the rows of a block's share, teams taking turns, equally often on every thread.
 template <typename Body>
 IMF_DEVICE void for_each_row(const Shares& s, index_t group, Body body) {
   const index_t first = (blockIdx.x - group * s.shares) * s.rows();
@@ -152,7 +151,7 @@ IMF_DEVICE void for_each_row(const Shares& s, index_t group, Body body) {
   }
 }
 
-// Adds up what a block's teams have of each column, and writes it to out[width].
+// Sums each column over a block's teams and writes it to out[width].
 template <int n>
 __device__ void write_sums(float* out, const Row<n>& row, index_t width) {
   __shared__ float total[block_threads / 2 * per_thread];  // only blocks of several teams need it
@@ -176,7 +175,7 @@ __device__ void write_sums(float* out, const Row<n>& row, index_t width) {
   __syncthreads();  // before the next sums
 }
 
-// The total of each group's shares; zeros of no shares.
+// Adds up each group's shares; zeros if there are none.
 void add_up(const Shares& shares, const Floats& partial, const Floats& total, Place place);
 
 }  // namespace imf::cuda

@@ -1,4 +1,4 @@
-// What the CUDA launchers share: the stream they run on, and errors as exceptions.
+// Launches on PyTorch's streams, and CUDA errors as exceptions.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,7 +11,7 @@
 
 namespace imf::cuda {
 
-// Why nothing can be launched on this machine (no driver, one older than the toolkit); empty where it can.
+// Returns why nothing can be launched here (no driver, one older than the toolkit); empty if it can.
 std::string unavailable();
 
 inline void check(cudaError_t status, const char* what) {
@@ -39,8 +39,8 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// Enqueues kernel(arguments...); nothing where the grid is empty. Allocates nothing and waits for nothing, so
-// that it may be captured into a graph.
+// Launches kernel(arguments...) unless the grid is empty. Neither allocates nor synchronises, so that it can
+// be captured into a CUDA graph.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* what, void (*kernel)(Parameters...), index_t blocks, unsigned columns, dim3 threads,
             Place place, Arguments... arguments) {

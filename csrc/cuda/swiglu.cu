@@ -1,4 +1,4 @@
-// SwiGLU with its tangent, and its primal backward. The formulas are in imf_kernels/ops/swiglu.py.
+// SwiGLU with its tangent, and its primal backward. Formulas: imf_kernels/ops/swiglu.py.
 #include "cuda/elements.h"
 #include "ops/swiglu.h"
 
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(tile_threads) backward(const SwigluBackward a,
   store<n>(dx + a.dy.width, up, at.left, aligned);
 }
 
-// Whether a thread's elements can be read at once in both halves of rows.
+// Returns whether both halves of rows allow vector access.
 bool halves_aligned(int n, const Rows& x) {
   return aligned(n, x) && aligned(n, size_of(x.dtype), x.data, {x.width / 2});
 }

@@ -1,4 +1,4 @@
-// Elements as the kernels read and write them: 16 bytes at a time, computed with in fp32.
+// Vector access to elements: 16 bytes at a time, computed with in fp32.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,7 +16,7 @@
 
 namespace imf::cuda {
 
-// How many elements of T a thread reads at once. Of a kernel's types the widest one counts.
+// Elements of T that a thread reads at once; a kernel takes the number of its widest type.
 template <typename T>
 constexpr int lanes = 16 / static_cast<int>(sizeof(T));
 
@@ -34,8 +34,8 @@ IMF_DEVICE void set(float& y, float x) { y = x; }
 IMF_DEVICE void set(__nv_bfloat16& y, float x) { y = __float2bfloat16_rn(x); }
 IMF_DEVICE void set(__half& y, float x) { y = __float2half_rn(x); }
 
-// n elements from p on, the first `left` of them there; zeros for the others, and where there is no p.
-// `aligned`: p is, to the bytes that are read at once.
+// Loads n elements from p on, of which the first `left` exist; zeros for the others, or if p is null.
+// `aligned`: p is a multiple of the bytes read at once.
 template <int n, typename T>
 IMF_DEVICE void load(float* to, const T* p, index_t left, bool aligned) {
   if (aligned && p && left >= n) {
@@ -63,7 +63,7 @@ IMF_DEVICE void store(T* p, const float* from, index_t left, bool aligned) {
   }
 }
 
-// Where column j of row i is; null where there is no view.
+// Returns the address of column j of row i; null without a view.
 template <typename T>
 IMF_DEVICE T* row_of(const Rows& x, index_t i, index_t j = 0) {
   return static_cast<T*>(x.data) + i * x.stride + j;
@@ -81,8 +81,8 @@ IMF_DEVICE T* row_of(const Optional<Floats>& x, index_t i, index_t j = 0) {
   return x.data ? x.data + i * x.width + j : nullptr;
 }
 
-// What a launcher asks: whether n elements of `size` bytes can be read at a time, from p on and from each
-// multiple of the strides, which count elements, after it.
+// Returns whether n elements of `size` bytes can be read at once from p and from each multiple of the
+// strides, which count elements, after it.
 inline bool aligned(int n, int size, const void* p, std::initializer_list<index_t> strides = {}) {
   auto bits = reinterpret_cast<std::uintptr_t>(p);
   for (const index_t stride : strides) bits |= static_cast<std::uintptr_t>(stride * size);
@@ -103,7 +103,7 @@ bool all_aligned(int n, const Views&... views) {
   return (aligned(n, views) && ...);
 }
 
-// Calls body with a value of the C++ type that stands for `type`.
+// Calls body with a value of the C++ type of `type`.
 template <typename Body>
 void with_type(DType type, Body body) {
   if (type == DType::bfloat16) {
@@ -117,8 +117,7 @@ void with_type(DType type, Body body) {
   }
 }
 
-// The pairs that operations take. The second type is that of operands made from the first, or added to it:
-// the same, or half as wide.
+// Calls body with values of a supported pair of types: equal ones, or float32 with any.
 template <typename Body>
 void with_types(DType wide, DType narrow, Body body) {
   with_type(wide, [&](auto w) {

@@ -1,4 +1,4 @@
-// How a tile lies in shared memory, as TMA writes it and wgmma reads it; plain integers, no instruction.
+// Layout of a tile in shared memory, as TMA writes it and wgmma reads it; plain integers, no instruction.
 // Source: PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory Layout" and "Matrix Descriptor Format".
 #pragma once
 
@@ -12,14 +12,14 @@
 
 namespace imf::cuda::ptx {
 
-// Bytes of a row of a box. Within eight rows, its chunks of 16 bytes are permuted by the row's number, so
-// that a column of chunks meets every bank. The permutation is a function of the address, so boxes begin at
-// multiples of eight rows.
+// Bytes per row of a box. Within eight rows, chunks of 16 bytes are permuted by the row's number, so that a
+// column of chunks meets every bank. The permutation depends on the address, so boxes begin at multiples of
+// eight rows.
 enum class Swizzle : std::uint32_t { bytes_32 = 32, bytes_64 = 64, bytes_128 = 128 };
 
-// An operand of wgmma, addresses in the window of shared memory. `stride`: bytes from eight rows of the box
-// to the next eight. `leading`: bytes from a box to the one that holds the next columns, where the rows are
-// the dimension that is summed over; elsewhere it is not read.
+// Returns the descriptor of a wgmma operand in the window of shared memory. `stride`: bytes between groups of
+// eight rows of the box; `leading`: bytes to the box with the next columns, read only if rows are summed
+// over.
 constexpr IMF_PTX std::uint64_t descriptor(std::uint32_t address, std::uint32_t leading, std::uint32_t stride,
                                            Swizzle swizzle) {
   const std::uint64_t mode = swizzle == Swizzle::bytes_128 ? 1 : swizzle == Swizzle::bytes_64 ? 2 : 3;
@@ -28,7 +28,7 @@ constexpr IMF_PTX std::uint64_t descriptor(std::uint32_t address, std::uint32_t 
          static_cast<std::uint64_t>((stride & 0x3ffff) >> 4) << 32 | mode << 62;
 }
 
-// The operand that begins `bytes` later.
+// Returns the operand that begins `bytes` later.
 constexpr IMF_PTX std::uint64_t advance(std::uint64_t descriptor, std::uint32_t bytes) {
   return descriptor + (bytes >> 4);
 }

@@ -1,4 +1,4 @@
-// What a kernel that uses TMA needs from the host: descriptions of tensors, and its launch.
+// Host side of kernels that use TMA: tensor maps and the launch.
 #pragma once
 
 #include <cuda.h>
@@ -13,12 +13,12 @@
 
 namespace imf::cuda::ptx {
 
-// A tensor of two-byte elements, [sizes[3], ..., sizes[0]], and the box of it that a copy takes. Bytes
-// between neighbours in dimensions 1 to 3; all of them, and the address, multiples of 16.
+// A tensor of two-byte elements, [sizes[3], ..., sizes[0]], and the box of it that a copy takes. `strides`:
+// bytes between neighbours in dimensions 1 to 3, which are multiples of 16 like the address.
 struct Boxes {
   void* data;
   std::uint64_t sizes[4], strides[3];
-  std::uint32_t rows, columns;  // of a box: of dimensions 1 and 0; 1 of each other
+  std::uint32_t rows, columns;  // of a box, in dimensions 1 and 0; 1 in the others
   Swizzle swizzle;
 };
 
@@ -56,7 +56,7 @@ inline int processors(int device) {
   return count;
 }
 
-// `kernel` on `blocks` blocks of `threads` threads, with dynamic shared memory of `shared` bytes.
+// Launches `kernel` on `blocks` blocks of `threads` threads, with dynamic shared memory of `shared` bytes.
 template <typename Parameters>
 void launch(void (*kernel)(Parameters), int blocks, int threads, int shared, void* stream,
             const Parameters& parameters, const char* name) {

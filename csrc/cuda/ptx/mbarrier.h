@@ -1,5 +1,5 @@
 // Barriers in shared memory that count arrivals and bytes. A barrier is in phase 0, 1, 0, 1, ...: a phase
-// ends when all arrivals and all announced bytes are there.
+// ends after all its arrivals and announced bytes.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ __device__ __forceinline__ void mbarrier_init(std::uint32_t barrier, std::uint32
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Makes initialised barriers visible to TMA; the threads of the block need __syncthreads() besides.
+// Makes initialised barriers visible to TMA; the threads of the block need __syncthreads() too.
 __device__ __forceinline__ void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -26,7 +26,7 @@ __device__ __forceinline__ void mbarrier_arrive_expect(std::uint32_t barrier, st
                : "memory");
 }
 
-// Returns when the phase of this parity has ended. Of a new barrier, the phase before the first has parity 1.
+// Waits for the end of the phase of this parity. The phase before a new barrier's first one has parity 1.
 __device__ __forceinline__ void mbarrier_wait(std::uint32_t barrier, std::uint32_t parity) {
   asm volatile(
       "{\n"

@@ -1,4 +1,4 @@
-// Numbers of two bytes in pairs, and a fast power.
+// Pairs of two-byte numbers, and fast approximations.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -9,14 +9,14 @@
 
 namespace imf::cuda::ptx {
 
-// 2^x to 2 ulp; subnormal results are zero.
+// Returns 2^x to 2 ulp; subnormal results are zero.
 __device__ __forceinline__ float exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// 1 / x to 1 ulp, of normal x.
+// Returns 1 / x to 1 ulp, for normal x.
 __device__ __forceinline__ float reciprocal(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

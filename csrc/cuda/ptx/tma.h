@@ -1,4 +1,4 @@
-// The engine that copies boxes of a tensor from global into shared memory.
+// TMA copies of boxes of a tensor from global into shared memory.
 #pragma once
 
 #include <cuda.h>
@@ -13,8 +13,8 @@ __device__ __forceinline__ void prefetch(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// Copies the box at column, row, head, sample to `target` and adds its bytes, all of them, to `barrier`. What
-// lies outside of the tensor is zero.
+// Copies the box at column, row, head, sample to `target`, zeros outside of the tensor, and adds all its
+// bytes to `barrier`.
 __device__ __forceinline__ void copy_box(std::uint32_t target, const TensorMap& map, std::uint32_t barrier,
                                          int column, int row, int head, int sample) {
   asm volatile(

@@ -19,46 +19,44 @@ namespace imf::cuda::ptx {
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-// Makes a group of the products issued since the last.
+// Commits the products issued since the last commit as a group.
 __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Keeps the compiler from moving what is done with registers across this point.
+// Keeps the compiler from moving operations on registers across this point.
 template <int count>
 __device__ __forceinline__ void settle(float (&registers)[count]) {
 #pragma unroll
   for (int i = 0; i < count; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
-// Ends the life of what registers hold, so that the compiler need not keep it for a product that overwrites
-// it.
+// Ends the lifetime of what registers hold: the compiler need not keep it for a product that overwrites it.
 template <int count>
 __device__ __forceinline__ void forget(float (&registers)[count]) {
 #pragma unroll
   for (int i = 0; i < count; ++i) asm volatile("" : "=f"(registers[i]));
 }
 
-// Makes the compiler read pairs anew, rather than keep what it has made of them in registers of its own.
+// Makes the compiler read pairs anew instead of keeping their unpacked values in registers.
 template <int count>
 __device__ __forceinline__ void renew(std::uint32_t (&pairs)[count][4]) {
 #pragma unroll
   for (int i = 0; i < 4 * count; ++i) asm volatile("" : "+r"(pairs[i / 4][i % 4]));
 }
 
-// Waits until at most the latest `pending` groups are unfinished. The sums named are those of finished
-// groups.
+// Waits until at most the latest `pending` groups are unfinished. `sums` belong to finished groups.
 template <int pending, typename... Sums>
 __device__ __forceinline__ void wgmma_wait(Sums&... sums) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
   (settle(sums), ...);
 }
 
-// Both operands in shared memory, the summed dimension along their rows' columns: sum (+)= a b^T.
+// Multiplies operands in shared memory, both summed over columns: sum (+)= a b^T.
 template <typename T, int n>
 __device__ void multiply_rows(float (&sum)[n / 2], std::uint64_t a, std::uint64_t b, bool add);
 
-// The left operand in registers; of the right one, in shared memory, the rows are summed over: sum += a b.
+// Multiplies a left operand in registers by one in shared memory, summed over its rows: sum += a b.
 template <typename T, int n>
 __device__ void multiply_columns(float (&sum)[n / 2], const std::uint32_t (&a)[4], std::uint64_t b);
 
