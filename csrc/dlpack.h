@@ -1,6 +1,6 @@
 // Conversion of PyTorch's tensors by DLPack's C exchange API: views without copies or reference counts.
-// Declared as in dlpack.h 1.3 (https://github.com/dmlc/dlpack), so that the build needs no PyTorch and serves
-// every release.
+// Declared as in dlpack.h 1.3 (https://github.com/dmlc/dlpack), so one build without PyTorch serves all its
+// releases.
 #ifndef IMF_DLPACK
 #define IMF_DLPACK
 

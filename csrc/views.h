@@ -1,5 +1,4 @@
-// Conversion of tensors into the views of tensor.h; throws with the argument's name if the layout does not
-// fit.
+// Conversion of tensors into the views of tensor.h; throws with the argument's name if the layout is wrong.
 #pragma once
 
 #include <stdexcept>

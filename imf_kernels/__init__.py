@@ -1,4 +1,4 @@
-"""Exact forward-mode derivatives at close to the price of a forward pass.
+"""Exact forward-mode derivatives at close to the cost of a forward pass.
 
 Every operation takes tensors or `Dual`s (a primal and its tangent), computes both in one pass, and lets
 gradients flow through the primal alone.

@@ -1,4 +1,4 @@
-"""What this installation can do: `python -m imf_kernels.info`."""
+"""Report of this installation: `python -m imf_kernels.info`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from imf_kernels.ops.attention import NAME as ATTENTION
 
 
 def report() -> str:
-    """Versions, instruction sets, libraries, and each operation's backends."""
+    """Returns versions, instruction sets, libraries, and each operation's backends."""
     lines = [
         f"python              {platform.python_version()} on {platform.machine()}",
         f"torch               {torch.__version__}, {torch.get_num_threads()} threads",
@@ -43,7 +43,7 @@ def _described(operation: Operation[Any], backend: Backend[Any]) -> str:
 
 
 def triton_status() -> str:
-    """Triton's version, where its kernels run, and on what they have been verified."""
+    """Returns Triton's version, where its kernels run, and on which GPUs they are verified."""
     if reason := triton_launch.missing():
         return f"cannot run: {reason}"
     version = f"Triton {importlib.import_module('triton').__version__}"
@@ -60,7 +60,7 @@ def triton_status() -> str:
 
 
 def cuda_status() -> str:
-    """What was built for CUDA, and why it cannot run here if it cannot."""
+    """Returns the CUDA architectures that were built, and why there are none or why they cannot run."""
     if torch.version.hip:
         return f"cannot run: {cuda.missing()}"
     if not _C.cuda_architectures:

@@ -82,8 +82,7 @@ struct RowSum {
   }
 };
 
-// A matrix summed over many keys or queries: products are added to `part`, several parts to a compensated
-// total.
+// A matrix summed over many keys or queries: products are added to `part`, parts to a compensated total.
 class LongSum {
  public:
   float* const part;
@@ -132,8 +131,7 @@ inline Vec load_rounded(const Bf16Pair* row, index_t j) {
 }
 #endif
 
-// Unscaled logits. Their maximum is subtracted before scaling: near it the difference is exact, and at it
-// zero.
+// Unscaled logits. Their maximum is subtracted before scaling: near it the difference is exact.
 struct Logits {
   float sign, scale;
   explicit Logits(float signed_scale)

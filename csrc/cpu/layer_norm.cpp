@@ -131,8 +131,7 @@ void forward(const LayerNormForward& a) {
   });
 }
 
-// With g = dy (one + scale): dx = rstd (g - mean(g) - n mean(g n)); per group dscale = sum dy n, dshift = sum
-// dy.
+// With g = dy (one + scale): dx = rstd (g - mean(g) - n mean(g n)), dscale = sum dy n, dshift = sum dy.
 template <typename X, typename Y>
 void backward(const LayerNormBackward& a) {
   const X* x = static_cast<const X*>(a.x.data);

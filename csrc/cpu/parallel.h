@@ -1,6 +1,5 @@
-// OpenMP threads, shared with PyTorch where it is built with the same runtime (its Linux wheels are:
-// libgomp). Their number comes from the caller (torch.get_num_threads). Work is divided by position alone, so
-// results do not depend on timing.
+// OpenMP threads, shared with PyTorch if it has the same runtime (its Linux wheels do: libgomp); the caller
+// gives their number. Work is divided by position alone, so results do not depend on timing.
 #pragma once
 
 #include <exception>

@@ -137,8 +137,7 @@ class GroupSums {
   struct RestOfBlock;
 
  public:
-  // `partial` has one row per block if a group has several; imf_kernels/backends/cpu.py splits by the same
-  // rule.
+  // `partial` has one row per block if a group has several, split as in imf_kernels/backends/cpu.py.
   GroupSums(index_t groups, index_t length, index_t width, const Floats& partial, const Floats& sums)
       : groups_(groups),
         length_(length),

@@ -7,8 +7,7 @@
 // full vectors.
 //
 // About `terms` units, at most half as many again, are added sequentially; such sums are added to C, or
-// pairwise where the terms are few. Rounding errors thus grow with the square roots of two short lengths, not
-// of one long one.
+// pairwise if the terms are few. Rounding errors thus grow with the square roots of two short lengths.
 #pragma once
 
 #include "cpu/vec.h"
@@ -159,8 +158,7 @@ inline void product_rows(index_t m, Strided<Unit> a, const Unit* b, index_t b_ro
   }
 }
 
-// Skips `b_first` of `b_total` packed rows of B, for a product over a part of the inner dimension; in units,
-// as is k.
+// Skips `b_first` of `b_total` packed rows of B: a product over a part of the inner dimension. Counts units.
 template <typename Unit>
 inline void product(index_t m, index_t n, index_t k, Strided<Unit> a, const Unit* b, index_t b_first,
                     index_t b_total, float* c, index_t c_row, bool add, index_t terms = usual_terms) {

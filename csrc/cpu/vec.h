@@ -17,8 +17,7 @@
 #include <arm_neon.h>
 #endif
 
-// Internal linkage: if the linker merged copies of a header, a processor might be given AVX-512 code it
-// lacks.
+// Internal linkage: if the linker merged copies of a header, a processor could be given AVX-512 code.
 namespace imf::IMF_ISA {
 namespace {
 
@@ -459,12 +458,11 @@ inline Vec exp(Vec x) {
   return select_less(x, lowest, Vec(0.0f), overflowed);
 }
 
-// Computes the normal distribution, the integral of e^(-u^2/2) / sqrt(2 pi) up to x, and the density, its
-// derivative. Contract, enforced by tests/test_vec.py: relative error of the distribution at most 3 ulp for x
-// >= 0 and 3 + x^2 / 2 ulp below, down to -13.2, from where on both are 0; the derivative of x times it,
-// distribution + x density, to 2 ulp of 1; NaN propagates. (1 + erf) / 2 would cancel below 0. At -|x| it is
-// e^(-x^2/2) t P(t) with t = 1 / (1 + 0.34 |x|) and P the polynomial of degree 8 with the least relative
-// error for |x| <= 13.3, 2.5e-8.
+// Computes the normal distribution, the integral of e^(-u^2/2) / sqrt(2 pi) up to x, and the density.
+// Contract, enforced by tests/test_vec.py: relative error of the distribution at most 3 ulp for x >= 0 and 3
+// + x^2 / 2 ulp below, down to -13.2, from where on both are 0; the derivative of x times it, distribution +
+// x density, to 2 ulp of 1; NaN propagates. (1 + erf) / 2 would cancel below 0. At -|x| it is e^(-x^2/2) t
+// P(t), t = 1 / (1 + 0.34 |x|), P of degree 8 with the least relative error for |x| <= 13.3, 2.5e-8.
 inline void normal(Vec x, Vec& distribution, Vec& density) {
   const Vec e = exp(x * x * Vec(-0.5f));
   const Vec t = Vec(1.0f) / fma(abs(x), Vec(0.34f), Vec(1.0f));

@@ -1,6 +1,5 @@
-// Launcher of attention for compute capability 9.0: the kernel, tensor maps and number of blocks. bfloat16 or
-// float16; widths up to 128 and, like every stride, multiples of 8; addresses multiples of 16 bytes; at least
-// one key.
+// Launcher of attention for compute capability 9.0: kernel, tensor maps, blocks. bfloat16 or float16; widths
+// up to 128 and, like strides, multiples of 8; addresses multiples of 16 bytes; at least one key.
 #include <stdexcept>
 
 #include "cuda/attention_sm90.cuh"

@@ -66,8 +66,7 @@ __global__ void __launch_bounds__(most_threads)
   }
 }
 
-// With g = dy (one + scale): dx = rstd (g - mean(g) - n mean(g n)); per group dscale = sum dy n, dshift = sum
-// dy.
+// With g = dy (one + scale): dx = rstd (g - mean(g) - n mean(g n)), dscale = sum dy n, dshift = sum dy.
 template <typename X, typename Y>
 __global__ void __launch_bounds__(most_threads)
     backward(const LayerNormBackward a, const Shares shares, const bool aligned) {

@@ -1,5 +1,4 @@
-// Per-head RMSNorm and RoPE with their tangent, and the primal backward. Formulas:
-// imf_kernels/ops/qk_norm_rope.py.
+// Per-head RMSNorm and RoPE with tangent, and the primal backward. Formulas: imf_kernels/ops/qk_norm_rope.py.
 #include "cuda/rows.h"
 #include "ops/qk_norm_rope.h"
 

@@ -4,8 +4,7 @@
 
 namespace imf {
 
-// O = softmax(scale Q K^T) V. Key and value may have fewer heads than the query on CUDA only; no kernel here
-// takes a mask or is_causal.
+// O = softmax(scale Q K^T) V, without masks. On CUDA key and value may have fewer heads than the query.
 struct AttentionForward {
   IMF_ARGUMENTS(Heads q;                       // [batch, heads, queries, width]
                 Heads k;                       // [batch, heads, keys, width]

@@ -4,9 +4,8 @@
 
 namespace imf {
 
-// y = n (one + scale) + shift with n = (x - mean - correction) rstd, rstd = 1 / sqrt(variance + eps); the
-// correction compensates the rounding of the mean. Parameters have one row per group of rows; an absent one
-// is zero.
+// y = n (one + scale) + shift with n = (x - mean - correction) rstd, rstd = 1 / sqrt(variance + eps). The
+// correction is for the mean's rounding. Parameters have one row per group of rows; an absent one is zero.
 struct LayerNormForward {
   IMF_ARGUMENTS(Rows x;                      // [rows, width]
                 Optional<Rows> x_dot;        // [tangent rows, width], of the last rows

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 
-# First, so that its OpenMP runtime is the one that the compiled module finds loaded.
+# First, so that the compiled module finds its OpenMP runtime loaded.
 import torch
 from torch import Tensor
 
@@ -18,12 +18,12 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def backend(operation: str) -> Backend[Sequence[Tensor]]:
-    """The `cpu` backend of an operation of the compiled module."""
+    """Returns the `cpu` backend of an operation of the compiled module."""
     return Backend("cpu", kernels(operation), unavailable)
 
 
 def kernels(operation: str) -> SimpleNamespace:
-    """The functions of the compiled module for an operation. A call runs on as many threads as PyTorch uses."""
+    """Returns an operation's compiled functions, which run on as many threads as PyTorch uses."""
     functions = {
         name: getattr(_C, f"{operation}_{name}")
         for name in ("forward", "backward")
@@ -33,16 +33,17 @@ def kernels(operation: str) -> SimpleNamespace:
 
 
 def shares(groups: int, length: int, width: int, count: int) -> int:
-    """Number of partial sums per group of `length` rows; 0 where there is one, which needs no room.
+    """Returns the number of partial sums per group of `length` rows; 0 for a single one, which needs no room.
 
-    `count` is how many sums of `width` elements are taken. By the shape alone, so that no result depends on the number of threads; csrc/cpu/rows.h cuts by the same rule.
+    It depends on the shape alone, `count` sums of `width` elements, so that no result depends on the number
+    of threads; csrc/cpu/rows.h splits by the same rule.
     """
     rows = 64 if count * width < 1024 else 32
     return -(-length // rows) if length > rows else 0
 
 
 def unavailable(tensors: Sequence[Tensor]) -> str | None:
-    """Why the `cpu` backend cannot take these tensors; `None` where it can."""
+    """Returns why the `cpu` backend cannot take these tensors; `None` if it can."""
     for x in tensors:
         if x.device.type != "cpu":
             return f"it takes CPU tensors, got one on {x.device}"
@@ -54,19 +55,19 @@ def unavailable(tensors: Sequence[Tensor]) -> str | None:
 
 
 def instruction_sets() -> list[str]:
-    """The instruction sets that this processor runs, slowest first: of "plain", "neon" (ARM),
-    "avx2", "avx512", "avx512_bf16" (AVX-512 with bf16 dot products)."""
+    """Returns the instruction sets that this processor runs, slowest first: of "plain", "neon" (ARM), "avx2",
+    "avx512", "avx512_bf16" (AVX-512 with bf16 dot products)."""
     return _C.supported_isas()
 
 
 def instruction_set() -> str:
-    """The instruction set that the kernels use now; the best one unless chosen otherwise."""
+    """Returns the instruction set in use; the best one unless chosen otherwise."""
     return _C.get_isa()
 
 
 @contextlib.contextmanager
 def use_instruction_set(name: str) -> Iterator[None]:
-    """Makes the kernels of the process use one instruction set, for tests and measurements.
+    """Makes the process's kernels use one instruction set, for tests and measurements.
 
     Raises:
         ValueError: an unknown set, or one that this processor does not run.

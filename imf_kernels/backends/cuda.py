@@ -15,11 +15,11 @@ from imf_kernels.backends.layout import without_memory
 from imf_kernels.backends.verified import CUDA as VERIFIED
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WIDEST = 8192  # row that a block's threads hold in registers: csrc/cuda/rows.h
+WIDEST = 8192  # elements of a row in a block's registers: csrc/cuda/rows.h
 
 
 def backend(operation: str, widest: int | None = None) -> Backend[Sequence[Tensor]]:
-    """The `cuda` backend of an operation of the compiled module, for rows of the first tensor up to `widest`."""
+    """Returns the `cuda` backend of an operation, for rows of the first tensor up to `widest`."""
     functions = compiled(operation)
     functions.shares = shares
     return Backend("cuda", functions, partial(unavailable, widest=widest), opt_in)
@@ -27,7 +27,7 @@ def backend(operation: str, widest: int | None = None) -> Backend[Sequence[Tenso
 
 @cached_constant
 def missing() -> str | None:
-    """Why no CUDA kernel can run in this process; `None` where they can."""
+    """Returns why no CUDA kernel can run in this process; `None` if they can."""
     if torch.version.hip:
         return "it takes NVIDIA's GPUs, and this PyTorch is built for ROCm, on which 'triton' runs"
     if not _C.cuda_architectures:
@@ -36,7 +36,7 @@ def missing() -> str | None:
 
 
 def unavailable(tensors: Sequence[Tensor], widest: int | None = None) -> str | None:
-    """Why a `cuda` backend cannot take these tensors; `None` where it can."""
+    """Returns why a `cuda` backend cannot take these tensors; `None` if it can."""
     for x in tensors:
         if x.dtype not in DTYPES:
             return f"it takes float32, bfloat16 and float16, got {str(x.dtype).removeprefix('torch.')}"
@@ -52,7 +52,7 @@ def unavailable(tensors: Sequence[Tensor], widest: int | None = None) -> str | N
 
 @cached_constant
 def _not_built_for(device: int) -> str | None:
-    """Why the module has nothing for a GPU; `None` where it has."""
+    """Returns why the module has no kernels for a GPU; `None` if it has."""
     capability = torch.cuda.get_device_capability(device)
     if any(runs_on(built, *capability) for built in _C.cuda_architectures.split()):
         return None
@@ -61,8 +61,7 @@ def _not_built_for(device: int) -> str | None:
 
 
 def runs_on(built: str, major: int, minor: int) -> bool:
-    """Whether what was compiled for an architecture of CMake's names, "80-real", "90a-real", "100", … runs on
-    GPUs of a compute capability."""
+    """Returns whether code for a CMake architecture, "80-real", "90a-real", "100", …, runs on a GPU."""
     name, _, kind = built.partition("-")
     number, wanted = int(name.rstrip("af")), 10 * major + minor
     if name[-1] in "af":  # with instructions that no other GPU has
@@ -73,11 +72,11 @@ def runs_on(built: str, major: int, minor: int) -> bool:
 
 
 def opt_in(tensors: Sequence[Tensor]) -> str | None:
-    """Why the `cuda` backends are not the default for these tensors; `None` where they are."""
+    """Returns why the `cuda` backends are not the default for these tensors; `None` if they are."""
     if not VERIFIED:
         return "it runs on request, being verified on no GPU yet"
     device = tensors[0].get_device()
-    if device < 0 or (name := _architecture(device)) in VERIFIED:  # not on a GPU it is unavailable
+    if device < 0 or (name := _architecture(device)) in VERIFIED:  # unavailable without a GPU
         return None
     return f"it runs on request, not being verified on {name}"
 
@@ -89,9 +88,10 @@ def _architecture(device: int) -> str:
 
 
 def shares(groups: int, length: int, width: int, count: int) -> int:
-    """Number of partial sums per group of `length` rows: a few blocks per processor, of 8 rows or more.
+    """Returns the number of partial sums per group of `length` rows: a few blocks per processor, of 8 rows or
+    more.
 
-    The sums are the same each time on GPUs with as many processors.
+    It is the same on all GPUs with as many processors.
     """
     rows = max(8, -(-groups * length // (4 * _processors())))
     return -(-length // rows)
@@ -99,7 +99,6 @@ def shares(groups: int, length: int, width: int, count: int) -> int:
 
 @cached_constant
 def _processors() -> int:
-    """Processors of the current GPU."""
     if not torch.cuda.is_available():
         return 1
     return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count

@@ -22,7 +22,7 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 
 
 def always(asked: object) -> str | None:
-    """The availability of the `reference` backends."""
+    """Returns `None`, for backends that can always run."""
     return None
 
 
@@ -34,10 +34,9 @@ class Backend(Generic[Asked]):
         name: "reference", "cpu", "triton" or "cuda".
         kernels: an object with the functions `forward`, `backward` and `shares`; `None` for plain PyTorch.
         unavailable: why it cannot run on these tensors; `None` where it can.
-        opt_in: why it runs only where it is asked for by name, on these tensors; `None` where it may be the
-            default.
-        aliases: names of backends without kernels of their own for this operation, which mean this one, so that
-            one name serves all operations of a network.
+        opt_in: why it runs on these tensors only if named; `None` where it may be the default.
+        aliases: names of backends that have no kernels for this operation and mean this one, so that one name
+            serves all operations of a network.
     """
 
     name: str
@@ -50,7 +49,7 @@ class Backend(Generic[Asked]):
 def choose(
     operation: str, backends: Sequence[Backend[Asked]], wanted: str | None, asked: Asked
 ) -> Backend[Asked]:
-    """The backend named `wanted`, or where that is `None` the first that can run and needs no asking.
+    """Returns the backend named `wanted`, or with `None` the first that can run and is not opt-in.
 
     Raises:
         ValueError: no backend of that name.
@@ -132,7 +131,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def in_graph() -> bool:
-    """Whether calls are recorded or looked at one by one, by the compiler or by modes such as `make_fx`'s."""
+    """Returns whether calls are traced, by the compiler or by modes such as `make_fx`'s."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
@@ -142,8 +141,8 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether `torch.autocast` is on for the device."""
-    if not torch._C._is_any_autocast_enabled():  # mostly not: one question instead of three
+    """Returns whether `torch.autocast` is on for the device."""
+    if not torch._C._is_any_autocast_enabled():  # the common case, in one call instead of three
         return False
     return _has_autocast(device.type) and torch.is_autocast_enabled(device.type)
 
@@ -154,16 +153,16 @@ def log_once(operation: str, chosen: str, refused: str) -> None:
 
 
 def constant(function: Question) -> Question:
-    """Marks a function that torch.compile calls while it traces, and whose result it folds into the graph.
+    """Marks a function that torch.compile calls while it traces, folding the result into the graph.
 
-    It is `torch.compiler.assume_constant_result` without the import of the compiler, which takes a second.
+    This is `torch.compiler.assume_constant_result` without importing the compiler, which takes a second.
     """
     vars(function)["_dynamo_marked_constant"] = True
     return function
 
 
 def cached_constant(function: Callable[Parameters, Answer]) -> Callable[Parameters, Answer]:
-    """Process-wide constant: computed once, cached, folded by torch.compile."""
+    """Makes a function a process-wide constant: computed once, cached, folded by torch.compile."""
     find: Any = functools.cache(function)
 
     @constant
@@ -176,5 +175,5 @@ def cached_constant(function: Callable[Parameters, Answer]) -> Callable[Paramete
 
 @cached_constant
 def _has_autocast(device_type: str) -> bool:
-    """Whether `torch.autocast` knows the device. PyTorch 2.11 cannot trace the question."""
+    """Returns whether `torch.autocast` knows the device. PyTorch 2.11 cannot trace the call."""
     return torch.amp.is_autocast_available(device_type)

@@ -1,4 +1,4 @@
-"""Memory of tensors: in which forms kernels take them, and in which results come."""
+"""Memory layouts: those that kernels take, and those of results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def in_rows(x: Tensor) -> Tensor:
-    """`x` if its leading dimensions collapse into rows at one distance and these are contiguous, else a copy."""
+    """Returns `x` if its leading dimensions collapse into contiguous rows at one stride, else a copy."""
     if x.is_contiguous():
         return x
     if x.dim() == 0 or (x.shape[-1] > 1 and x.stride(-1) != 1):
@@ -26,30 +26,31 @@ def in_rows(x: Tensor) -> Tensor:
 
 
 def last_contiguous(x: Tensor) -> Tensor:
-    """`x`, copied if its last dimension is not contiguous (gradients arrive with any strides)."""
+    """Returns `x`, copied if its last dimension is not contiguous (gradients arrive with any strides)."""
     return x if x.dim() == 0 or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
 def as_floats(x: Tensor) -> Tensor:
-    """A parameter as kernels take it: contiguous, in float32."""
+    """Returns a parameter as kernels take it: contiguous, in float32."""
     return x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
 
 
 def contiguous_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty tensor of the shape of `x`, and of its dtype unless told; twice as fast as `new_empty`."""
+    """Returns an empty tensor like `x`, of its dtype by default; twice as fast as `new_empty`."""
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def positions_first(like: Tensor, batch: int, length: int, width: int) -> Tensor:
-    """An empty [batch, H, length, width], H that of `like`, in projections' memory order [B, L, H, D]."""
+    """Returns an empty [batch, H, length, width], H of `like`, in projections' order [B, L, H, D]."""
     shape = (batch, like.shape[1], length, width)
     return torch.empty_permuted(shape, (0, 2, 1, 3), dtype=like.dtype, device=like.device)
 
 
 def in_order_of(x: Tensor, batch: int, length: int, width: int) -> Tensor:
-    """An empty [batch, H, length, width] in the memory order of x [B, H, L, D], as PyTorch's attention gives.
+    """Returns an empty [batch, H, length, width] in the memory order of x [B, H, L, D], like PyTorch's
+    attention.
 
-    Heads first where x is contiguous, else positions first, as projections leave it.
+    Heads are first where x is contiguous, else positions, as in projections.
     """
     if x.is_contiguous():
         return x.new_empty((batch, x.shape[1], length, width))
@@ -57,7 +58,7 @@ def in_order_of(x: Tensor, batch: int, length: int, width: int) -> Tensor:
 
 
 def sums(kernels: Any, x: Tensor, groups: int, length: int, count: int, width: int) -> tuple[Tensor, Tensor]:
-    """Room for `count` sums over the rows of each group and for those of its shares.
+    """Allocates `count` sums over the rows of each group, and those of its shares.
 
     Returns:
         partial, [groups, shares, count, width], and the sums, [groups, count, width]; float32.
@@ -68,7 +69,7 @@ def sums(kernels: Any, x: Tensor, groups: int, length: int, count: int, width: i
 
 
 def without_memory(x: Tensor) -> str | None:
-    """Why a kernel cannot read `x` at its address; `None` where it can, or will in a graph being traced."""
+    """Returns why a kernel cannot read `x` at its address; `None` if it can, or will in a traced graph."""
     if torch._C._are_functorch_transforms_active():
         return "one inside a transform of torch.func"
     if x.layout != torch.strided:
@@ -79,21 +80,22 @@ def without_memory(x: Tensor) -> str | None:
         return "one that a transform of torch.func has left behind"
     if x.is_neg():
         return "a lazily negated tensor; call .resolve_neg()"
-    # A fake tensor's address is not asked for: PyTorch warns, and will raise.
+    # A fake tensor must not be asked for its address: PyTorch warns, and will raise.
     if hasattr(x, "fake_mode") or (x.numel() and x.data_ptr() == 0):
         return "a tensor without memory (fake, meta or symbolically zero)"
     return None
 
 
 def count_rows(x: Tensor) -> int:
-    """The number of rows: the product of all dimensions but the last."""
+    """Returns the number of rows: the product of all dimensions but the last."""
     return math.prod(x.shape[:-1])
 
 
 def groups_of(parameter: Tensor | None, x: Tensor) -> tuple[int, int]:
-    """How many groups of rows of x [B, ..., d] share a row of `parameter`, and the rows of each.
+    """Returns the number of groups of rows of x [B, ..., d] that share a row of `parameter`, and the rows of
+    each.
 
-    Of [B, d] each sample's rows share one; of [d], and without a parameter, all rows do.
+    The samples are the groups of [B, d]; all rows are one group of [d], or without a parameter.
     """
     if parameter is None or parameter.dim() == 1:
         return 1, count_rows(x)
@@ -101,7 +103,7 @@ def groups_of(parameter: Tensor | None, x: Tensor) -> tuple[int, int]:
 
 
 def per_position(parameter: Tensor, x: Tensor) -> Tensor:
-    """[B, d] as [B, 1, ..., 1, d], which broadcasts over the positions of x [B, ..., d]; [d] as it is."""
+    """Returns [B, d] as [B, 1, ..., 1, d], which broadcasts over x [B, ..., d]; [d] unchanged."""
     if parameter.dim() == 1:
         return parameter
     return parameter.reshape(parameter.shape[0], *(1,) * (x.dim() - 2), parameter.shape[-1])

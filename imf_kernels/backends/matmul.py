@@ -1,12 +1,12 @@
-"""The three matrix products of a linear layer, by the PyTorch library that suits the processor.
+"""Matrix products of a linear layer, by the PyTorch library that suits the processor.
 
-PyTorch's fp32 products on x86 go to MKL; oneDNN, in the same PyTorch, can be asked for them. On processors
-of other makers than Intel oneDNN computes the output and the gradient of the input faster once a product is
-large: on Zen 4 by 5 to 25 % from 2²² multiply-adds on. Small products and weight gradients stay with MKL.
+PyTorch's fp32 products on x86 use MKL; oneDNN, part of the same PyTorch, is also available. On processors not
+made by Intel oneDNN computes large outputs and input gradients faster: on Zen 4 by 5 to 25 % from 2²²
+multiply-adds on. Small products and weight gradients stay with MKL.
 
-The choice depends on the sizes and the processor, never on a clock, so two runs on one machine round alike.
-The number of threads is another matter, which the libraries decide: MKL sums some products of odd widths in
-another order on three threads than on one, and so does oneDNN with a single row where it lacks AVX-512.
+The choice depends on the sizes and the processor, never on a clock, so that runs on one machine round alike.
+The libraries may round differently by the number of threads: MKL sums some products of odd widths in another
+order on three threads than on one, and so does oneDNN with a single row where it lacks AVX-512.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _onednn_missing() -> str | None:
-    """Why oneDNN's private operator cannot be used; `None` where it gives the right product."""
+    """Returns why oneDNN's private operator cannot be used; `None` if it gives the right product."""
     a, b, bias = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3), torch.ones(4)
     try:
         equal = torch.equal(_onednn(a, b, bias), a @ b.t() + bias)
@@ -37,12 +37,12 @@ def _onednn_missing() -> str | None:
 
 
 def library() -> str:
-    """Name of the library of large fp32 products here and the reason: "oneDNN: …" or "PyTorch's: …"."""
+    """Returns the library of large fp32 products here and the reason: "oneDNN: …" or "PyTorch's: …"."""
     return f"PyTorch's: {_REASON}" if _REASON else "oneDNN: MKL on a processor that is not Intel's"
 
 
 def _reason() -> str | None:
-    """Why all products are PyTorch's own; `None` where large ones go to oneDNN."""
+    """Returns why all products are PyTorch's own; `None` if large ones use oneDNN."""
     if not torch.backends.mkl.is_available():
         return "built without MKL"
     if _C.intel:
@@ -55,19 +55,19 @@ _REASON = _reason()
 
 
 def matrix(x: Tensor) -> Tensor:
-    """[..., d] as [rows, d]."""
+    """Reshapes [..., d] to [rows, d]."""
     return x if x.dim() == 2 else x.reshape(count_rows(x), x.shape[-1])
 
 
 def _by_onednn(a: Tensor, columns: int) -> bool:
-    """Whether oneDNN takes the product of `a` [..., k] with a matrix of so many columns."""
+    """Returns whether oneDNN multiplies `a` [..., k] by a matrix of so many columns."""
     return a.numel() * columns >= ONEDNN_FROM and _REASON is None and a.dtype == torch.float32
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weightᵀ + bias: [..., in], [out, in], [out] or `None` → [..., out].
+    """Returns x weightᵀ + bias: [..., in], [out, in], [out] or `None` → [..., out].
 
-    The result is not a view of the product, which autograd would let nobody modify.
+    The result is not a view of the product: autograd would not let anybody modify it.
     """
     if _by_onednn(x, weight.shape[0]):
         y = _onednn(matrix(x), weight, bias)
@@ -79,12 +79,12 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def grad_input(dy: Tensor, weight: Tensor) -> Tensor:
-    """dy weight: [rows, out], [out, in] → [rows, in]."""
+    """Returns dy weight: [rows, out], [out, in] → [rows, in]."""
     if _by_onednn(dy, weight.shape[1]):
         return _onednn(dy, weight.t(), None)
     return dy @ weight
 
 
 def grad_weight(dy: Tensor, x: Tensor) -> Tensor:
-    """dyᵀ x: [rows, out], [rows, in] → [out, in]."""
+    """Returns dyᵀ x: [rows, out], [rows, in] → [out, in]."""
     return dy.t() @ x

@@ -1,14 +1,14 @@
 """Operations: how a public function reaches its kernels, in eager mode and in graphs.
 
-In eager mode a call runs the operation's `autograd.Function`, on the kernels of a backend. Which backend, and
-that the arguments fit, is decided once for calls of a kind (shapes, strides, dtypes, devices, options and
-PyTorch's settings) and remembered: the second call looks it up and runs.
+In eager mode a call runs the operation's `autograd.Function` on the kernels of a backend. The backend is
+chosen and the arguments are checked once per kind of call (shapes, strides, dtypes, devices, options and
+PyTorch's settings); later calls look the choice up.
 
-In the graphs of `torch.compile` and `torch.export` an operation has one operator for all of it,
-imf_kernels::rms_norm, and one for each function of its kernels, imf_kernels::rms_norm_forward and
-imf_kernels::rms_norm_backward. The compiler's front end sees the former alone. It is then taken apart by running
-the operation's `autograd.Function`, which saves and differentiates what it does in eager mode; only its kernels
-are the latter, and stay in the graph. Eager mode does without operators: one takes two to three times an
+In the graphs of `torch.compile` and `torch.export` an operation has one operator as a unit,
+imf_kernels::rms_norm, and one per kernel function, imf_kernels::rms_norm_forward and
+imf_kernels::rms_norm_backward. The compiler's front end sees only the former, which is then decomposed by
+running the operation's `autograd.Function`: it saves and differentiates as in eager mode, and its kernels,
+the latter, stay in the graph. Eager mode does without operators, which take two to three times an
 `autograd.Function`'s time on the host.
 """
 
@@ -38,12 +38,12 @@ _LIBRARY = torch.library.Library("imf_kernels", "DEF")
 MOST_CHOICES = 1024  # that an operation remembers
 Result = tuple[Tensor, Tensor | None]
 
-# All operations by name, entered by themselves.
+# All operations by name; each adds itself.
 OPERATIONS: dict[str, Operation[Any]] = {}
 
 
 def profiled_names(kind: str) -> tuple[str, ...]:
-    """What profiles call the operations of a kind: autograd's functions and operators."""
+    """Returns the profiled names of the operations of a kind: autograd's functions and operators."""
     operations = [o for o in OPERATIONS.values() if o.kind == kind and o.function is not None]
     return *(o.function.__name__ for o in operations if o.function), *(o.kernels for o in operations)
 
@@ -53,19 +53,18 @@ class Operation(Generic[Asked]):
 
     Args:
         name: of the operation and its operator.
-        function: its `autograd.Function`, `None` without kernels. `forward(ctx, kernels, *arguments)` returns the result and its tangent
-            or `None`; the schema of the operator is made from its annotations. All work is PyTorch's or done by
-            the functions of `kernels`.
-        reference: the same in plain PyTorch, `reference(*arguments)`: the definition.
-        check: raises for arguments that do not fit, and returns what backends are asked about, mostly tensors.
+        function: its `autograd.Function`, `None` without kernels. `forward(ctx, kernels, *arguments)` returns
+            the result and its tangent or `None`; its annotations give the operator's schema. PyTorch or the
+            functions of `kernels` do all the work.
+        reference: the definition in plain PyTorch, `reference(*arguments)`.
+        check: raises for arguments that do not fit, and returns what backends inspect, mostly tensors.
         backends: those with kernels, best first.
         kind: of its work, in profiles: "rows", "attention" or "products".
-        public: name of the public function, where it is not the operation's.
-        kernels: prefix of its kernels, where it is not the operation's name.
-        schemas: of the kernels by name, where they are not in the compiled module; `fakes`: the same functions
+        public, kernels: name of the public function and prefix of the kernels, `name` by default.
+        schemas: of the kernels by name, if they are not in the compiled module; `fakes`: the same functions
             for tensors without memory.
-        lay_out: makes of a tensor what kernels take, in graphs, where tensors may come in another memory order than
-            they were traced with.
+        lay_out: converts a tensor to the layout of the kernels, in graphs, whose tensors may come in another
+            memory order than they were traced with.
         reference_unavailable: why the reference cannot run.
     """
 
@@ -93,7 +92,7 @@ class Operation(Generic[Asked]):
         self.choices: dict[bytes | None, Callable[..., Result]] = {}
         self.kernels = kernels or name
         if function is not None:
-            # Not what `Function.apply` does for transforms of torch.func, in which no kernel runs: 2 µs a call.
+            # Skips `Function.apply`'s work for transforms of torch.func, where no kernel runs: 2 µs per call.
             self._forward, self._apply = function.forward, super(torch.autograd.Function, function).apply  # type: ignore[misc]
             self._operator = _define(name, f"({_parameters(function)}) -> Tensor[]")
             _LIBRARY.impl(name, self._compose, "CompositeImplicitAutograd")
@@ -110,7 +109,7 @@ class Operation(Generic[Asked]):
         OPERATIONS[name] = self
 
     def __call__(self, backend: str | None, *arguments: Any) -> Result:
-        """The result and its tangent, on the backend of that name or, if `None`, the one chosen for such calls."""
+        """Returns the result and its tangent, by the named backend or the one chosen for such calls."""
         if torch.compiler.is_compiling():
             return self._decided(backend or traced_default(), arguments)(*arguments)
         backend = backend or default.backend
@@ -125,7 +124,7 @@ class Operation(Generic[Asked]):
         return run(*arguments)
 
     def backend_for(self, backend: str | None, *arguments: Any) -> Backend[Asked]:
-        """The backend that would run a call, after the checks of its arguments."""
+        """Returns the backend that would run a call, after checking its arguments."""
         return choose(self.public, self.backends, backend, self._check(*arguments))
 
     def _decided(self, wanted: str | None, arguments: tuple[Any, ...]) -> Callable[..., Result]:
@@ -136,7 +135,8 @@ class Operation(Generic[Asked]):
             filter(None, (without_memory(x) for x in arguments if isinstance(x, Tensor))), None
         ):
             raise RuntimeError(
-                f"{self.public}: backend {backend.name!r} cannot run: it takes tensors that lie in memory, got {reason}"
+                f"{self.public}: backend {backend.name!r} cannot run: it takes tensors that lie in memory, "
+                f"got {reason}"
             )
         elif in_graph():
             run = partial(self._traced, backend.name)
@@ -149,7 +149,7 @@ class Operation(Generic[Asked]):
         return partial(_outside_autocast, run)
 
     def _traced(self, backend: str, *arguments: Any) -> Result:
-        """The operator, called like the `autograd.Function`. An operator cannot return `None`."""
+        """Calls the operator like the `autograd.Function`; an operator cannot return `None`."""
         y, *y_dot = self._operator(*arguments, backend=backend)
         return y, y_dot[0] if y_dot else None
 
@@ -167,7 +167,7 @@ _FUNCTIONS = ("forward", "backward", "grad_input", "grad_weight")
 
 
 class _NoGraph:
-    """Stands for an autograd.Function's context where no graph is recorded."""
+    """A stand-in for an autograd.Function's context where no graph is recorded."""
 
     def __setattr__(self, name: str, value: Any) -> None: ...
 
@@ -182,13 +182,13 @@ _NO_GRAPH = _NoGraph()
 
 
 def _outside_autocast(run: Callable[..., Result], x: Tensor, *arguments: Any) -> Result:
-    """Runs with `torch.autocast` off: the inputs' dtypes decide what is computed."""
+    """Runs with `torch.autocast` off: the inputs' dtypes determine the computation."""
     with without_autocast(x.device):
         return run(x, *arguments)
 
 
 class _KernelOperator:
-    """A function of the kernels, imf_kernels::rms_norm_forward, on any backend."""
+    """The operator of a kernel function on any backend, such as imf_kernels::rms_norm_forward."""
 
     _made: ClassVar[dict[str, _KernelOperator]] = {}
 
@@ -196,7 +196,7 @@ class _KernelOperator:
     def of(
         cls, name: str, schema: str, fake: Callable[..., Any] | None, lay_out: Callable[[Tensor], Tensor]
     ) -> _KernelOperator:
-        """The operator of that name: operations may share kernels."""
+        """Returns the operator of that name: operations may share kernels."""
         if name not in cls._made:
             cls._made[name] = cls(name, schema, fake or _fills, lay_out)
         return cls._made[name]
@@ -212,18 +212,18 @@ class _KernelOperator:
         torch.library.register_fake(f"imf_kernels::{name}", partial(_fake, fake), lib=_LIBRARY)
 
     def _launch(self, *arguments: Any, backend: str) -> Any:
-        """Lays out again what compiled code hands over in another order than it was traced with."""
+        """Restores the layout of tensors that compiled code passes in another than it was traced with."""
         laid_out = [self._lay_out(x.resolve_neg()) if isinstance(x, Tensor) else x for x in arguments]
         kernels, function = self.backends[backend]
         result = getattr(kernels, function)(*laid_out)
-        # The backend stands last in the schema.
+        # The backend is last in the schema.
         for x, used, is_read in zip(arguments, laid_out, self._read, strict=False):
             if used is not x and not is_read:
                 x.copy_(used)
         return result
 
 
-# Annotations as types of a schema.
+# Types of a schema by annotation.
 _TYPES = {
     "Tensor": "Tensor",
     "Tensor | None": "Tensor?",
@@ -236,15 +236,15 @@ _TYPES = {
 
 
 def _parameters(function: type[torch.autograd.Function]) -> str:
-    """The parameters of an operator: those of the Function's `forward` behind `ctx` and `kernels`."""
+    """Returns an operator's parameters: those of the Function's `forward` after `ctx` and `kernels`."""
     code, annotations = function.forward.__code__, function.forward.__annotations__
     return ", ".join(f"{_TYPES[annotations[name]]} {name}" for name in code.co_varnames[2 : code.co_argcount])
 
 
 def _define(name: str, schema: str) -> Any:
-    """The operator imf_kernels::name, which takes the name of a backend besides what the schema says."""
+    """Defines the operator imf_kernels::name, with the name of a backend as a further argument."""
     arguments, _, results = schema.partition(") -> ")
-    # What a kernel was traced with it gets: the compiler may not lay out a tensor in another way.
+    # The compiler must not change the layout of a tensor: kernels get the strides of the trace.
     _LIBRARY.define(f"{name}{arguments}, *, str backend) -> {results}", tags=torch.Tag.needs_exact_strides)
     return getattr(torch.ops.imf_kernels, name).default
 
@@ -254,4 +254,4 @@ def _fake(function: Callable[..., Any], *arguments: Any, backend: str) -> Any:
 
 
 def _fills(*arguments: Any) -> None:
-    """The fake of a kernel that fills tensors and returns none."""
+    """Stands for a kernel that fills tensors and returns none."""

@@ -1,6 +1,6 @@
 """The Triton kernels: when they can run, and how they are launched.
 
-Importing this does not import Triton, which takes a second: that waits until a kernel is needed.
+Triton is imported when a kernel is first needed: that takes a second.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from imf_kernels.backends.dispatch import Backend, cached_constant
 from imf_kernels.backends.layout import without_memory
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WIDEST = 16384  # row that a program keeps in its registers
+WIDEST = 16384  # elements of a row in a program's registers
 
-# Architectures on which the tests have passed, each from a committed record; on others there is a warning.
+# Architectures on which the tests have passed, each by a committed record; others get a warning.
 VERIFIED: frozenset[str] = frozenset()
 
-# Compiled kernels by kind of launch: at most so many, then all are forgotten.
+# Compiled kernels by kind of launch; at this many all are dropped.
 _kept: dict[tuple[object, ...], Callable[..., None]] = {}
 _MOST_KEPT = 1024
 
-# Releases of Triton whose compiled kernels are launched directly; others are launched in the public way.
+# Releases of Triton whose compiled kernels are launched directly; others use the public API.
 _DIRECT = (3, 6), (3, 9)
 
 Tensors = Sequence["Tensor | tuple[Tensor | None, ...] | None"]
@@ -38,7 +38,7 @@ Fixed = tuple["int | Fixed | None", ...]
 
 @cached_constant
 def missing() -> str | None:
-    """Why Triton cannot be used in this process; `None` where it can."""
+    """Returns why Triton cannot be used in this process; `None` if it can."""
     try:
         triton = importlib.import_module("triton")
     except ImportError as error:
@@ -55,22 +55,22 @@ def missing() -> str | None:
 
 
 def _release(version: str) -> tuple[int, int]:
-    """The first two numbers of a version."""
+    """Returns the first two numbers of a version."""
     major, minor, *_ = version.split(".")
     return int(major), int(minor)
 
 
 @cached_constant
 def interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET was set at first use."""
+    """Returns whether kernels run in Triton's interpreter on the CPU, by TRITON_INTERPRET at first use."""
     if "TRITON_INTERPRET" in os.environ:
-        with contextlib.suppress(ImportError):  # the reason of `missing`
+        with contextlib.suppress(ImportError):  # reported by `missing`
             return importlib.import_module("triton").knobs.runtime.interpret
     return False
 
 
 def unavailable(tensors: Sequence[Tensor], widest: int | None = None) -> str | None:
-    """Why the `triton` backend cannot take these tensors, the first of rows up to `widest`; `None` where it can."""
+    """Returns why `triton` cannot take these tensors, whose first has rows up to `widest`; else `None`."""
     for x in tensors:
         if reason := _refused(x):
             return reason
@@ -82,7 +82,7 @@ def unavailable(tensors: Sequence[Tensor], widest: int | None = None) -> str | N
 
 
 def _refused(x: Tensor) -> str | None:
-    """Why the kernels cannot take a tensor; `None` where they can."""
+    """Returns why the kernels cannot take a tensor; `None` if they can."""
     if x.dtype not in DTYPES:
         return f"it takes float32, bfloat16 and float16, got {str(x.dtype).removeprefix('torch.')}"
     if x.device.type != "cuda" and not (x.device.type == "cpu" and interpreted()):
@@ -96,7 +96,7 @@ def _refused(x: Tensor) -> str | None:
 
 @cached_constant
 def _too_old(device: int) -> str | None:
-    """Why a GPU cannot run the kernels; `None` where it can."""
+    """Returns why a GPU cannot run the kernels; `None` if it can."""
     if torch.version.hip or (capability := torch.cuda.get_device_capability(device)) >= (8, 0):
         return None
     major, minor = capability
@@ -105,7 +105,7 @@ def _too_old(device: int) -> str | None:
 
 
 def backend(module: str, name: str | None = None, widest: int | None = None) -> Backend[Sequence[Tensor]]:
-    """The `triton` backend of an operation, as in `Kernels`, for rows of the first tensor up to `widest`."""
+    """Returns an operation's `triton` backend, see `Kernels`, for rows of the first tensor up to `widest`."""
     return Backend("triton", Kernels(module, name), functools.partial(unavailable, widest=widest))
 
 
@@ -118,36 +118,36 @@ class Kernels:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         kernels = importlib.import_module(self._module)
         launcher = getattr(kernels if self._name is None else getattr(kernels, self._name), name)
-        setattr(self, name, launcher)  # the next time it is found without this function
+        setattr(self, name, launcher)  # found without this function from now on
         return launcher
 
 
 class Launcher:
-    """A kernel with its constants, launched on the device of its tensors and PyTorch's current stream of it.
+    """A kernel with its constants, launched on the device of its tensors, in PyTorch's current stream.
 
-    Triton's own launch examines every argument, 20 to 30 µs in Python. Here only the first launch of a kind
-    takes that way; its compiled kernel is kept and launched directly from then on. The kind is all that
-    Triton specialises a kernel on: the launcher itself, the device, dtype and 16-byte alignment of each
-    tensor, which tensors are `None`, and which numbers need 64 bits.
+    Triton's own launch inspects every argument, 20 to 30 µs in Python. Here only the first launch of a kind
+    does so; its compiled kernel is cached and launched directly from then on. The kind is all that Triton
+    specialises a kernel on: the launcher, the device, each tensor's dtype and 16-byte alignment, which
+    tensors are `None`, and which numbers need 64 bits.
 
     Args:
         kernel: a `triton.jit` function of tensors, `fixed`, numbers and constants, in this order. Its integer
             numbers are named in `do_not_specialize`.
-        fixed: arguments that are the same in every launch, on which Triton may specialise: strides, counts.
+        fixed: arguments equal in every launch, on which Triton may specialise: strides, counts.
         constants: `tl.constexpr` arguments, and options such as num_warps.
     """
 
     def __init__(self, kernel: Any, *fixed: int | Fixed | None, **constants: object) -> None:
         self.kernel, self.fixed = kernel, fixed
-        # A product and a sum that become one fused operation in one form of a kernel and not in another make
-        # the primal with a tangent differ from that without: kernels ask for `tl.fma` where they want it.
+        # If a product and a sum were fused in one variant of a kernel only, the primal would depend on
+        # whether there is a tangent: kernels call `tl.fma` instead.
         self.constants = {"enable_fp_fusion": False, **constants}
 
     def __call__(self, grid: tuple[int, int], tensors: Tensors, *numbers: float) -> None:
-        """Launches the kernel on `grid`, programs along two axes; nothing is launched if there are none.
+        """Launches the kernel on `grid`, programs along two axes, unless that is empty.
 
         Args:
-            tensors: tensors and tuples of them, `None` for what is not there; the first is a tensor.
+            tensors: tensors and tuples of them, `None` for missing ones; the first is a tensor.
             numbers: integers and floats, each the same type in every call.
         """
         if 0 in grid:
@@ -178,7 +178,7 @@ class Launcher:
 
 
 def _addresses(tensors: Tensors, key: list[object]) -> list[object]:
-    """The addresses of tensors; adds to `key` their dtypes, and which are not multiples of 16 if any."""
+    """Returns the tensors' addresses; appends to `key` their dtypes and, if any, which are misaligned."""
     addresses: list[Any] = []
     bits = 0
     for x in tensors:
@@ -198,10 +198,10 @@ def _addresses(tensors: Tensors, key: list[object]) -> list[object]:
 
 
 def _direct(compiled: Any, constants: int) -> Callable[..., None] | None:
-    """The launch of a compiled kernel by what `triton.JITFunction.run` itself calls in the end.
+    """Returns a direct launch of a compiled kernel, by the calls that `triton.JITFunction.run` ends in.
 
-    It takes the grid, the device, and the kernel's arguments without the last `constants`, with addresses for
-    tensors. `None` for an unknown release of Triton, whose kernels are launched in the public way.
+    It takes the grid, the device, and the kernel's arguments without the last `constants`, tensors as
+    addresses. `None` for an unknown release of Triton.
     """
     triton = importlib.import_module("triton")
     if compiled is None or not _DIRECT[0] <= _release(triton.__version__) <= _DIRECT[1]:
@@ -212,7 +212,7 @@ def _direct(compiled: Any, constants: int) -> Callable[..., None] | None:
 
     def launch(grid: tuple[int, int], device: int, arguments: tuple[object, ...]) -> None:
         before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
-        if getattr(before, "calls", before) or getattr(after, "calls", after):  # a profiler listens
+        if getattr(before, "calls", before) or getattr(after, "calls", after):  # a profiler is active
             compiled[(*grid, 1)](*arguments, *unused)
         else:
             run(*grid, 1, stream_of(device), function, metadata, None, None, None, *arguments, *unused)
@@ -221,7 +221,7 @@ def _direct(compiled: Any, constants: int) -> Callable[..., None] | None:
 
 
 def architecture(x: Tensor) -> str:
-    """The architecture of the device of `x`: "sm_90", "gfx942", …; "interpreter" on the CPU."""
+    """Returns the architecture of the device of `x`: "sm_90", "gfx942", …; "interpreter" on the CPU."""
     device = x.get_device()
     return "interpreter" if device < 0 else _architecture(device)
 

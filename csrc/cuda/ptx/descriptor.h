@@ -13,13 +13,11 @@
 namespace imf::cuda::ptx {
 
 // Bytes per row of a box. Within eight rows, chunks of 16 bytes are permuted by the row's number, so that a
-// column of chunks meets every bank. The permutation depends on the address, so boxes begin at multiples of
-// eight rows.
+// column of chunks meets every bank; by the address, so boxes begin at multiples of eight rows.
 enum class Swizzle : std::uint32_t { bytes_32 = 32, bytes_64 = 64, bytes_128 = 128 };
 
-// Returns the descriptor of a wgmma operand in the window of shared memory. `stride`: bytes between groups of
-// eight rows of the box; `leading`: bytes to the box with the next columns, read only if rows are summed
-// over.
+// Returns the descriptor of a wgmma operand in shared memory. `stride`: bytes between groups of eight rows of
+// the box; `leading`: bytes to the box with the next columns, read only if rows are summed over.
 constexpr IMF_PTX std::uint64_t descriptor(std::uint32_t address, std::uint32_t leading, std::uint32_t stride,
                                            Swizzle swizzle) {
   const std::uint64_t mode = swizzle == Swizzle::bytes_128 ? 1 : swizzle == Swizzle::bytes_64 ? 2 : 3;

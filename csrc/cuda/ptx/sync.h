@@ -24,8 +24,7 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Called by all warps of a warpgroup: reduces a thread's registers to `count`, or waits until so many are
-// free.
+// Called by all warps of a warpgroup: reduces a thread's registers to `count`, or waits for so many.
 template <int count>
 __device__ __forceinline__ void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));

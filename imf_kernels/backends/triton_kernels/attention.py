@@ -3,22 +3,21 @@
 Forward: a tile of queries of one head meets the keys tile by tile. With the logits S, their tangent S_dot and
 P = e^(S - max) it sums, all rescaled whenever the maximum of a row grows,
     O = sum_j P V,  A = sum_j P V_dot + P (S_dot - shift) V,  M = sum_j P (S_dot - shift),  W = sum_j P,
-and O_dot = A / W - (M / W) (O / W). It does not change when a constant is taken off a row of S_dot: `shift`,
-the mean of S_dot under the softmax so far, keeps an offset of keys or values from cancelling between the two
-terms. A key without weight has no part in it, however large. P and P (S_dot - shift) are rounded for their
-products, so M and W are sums of the rounded values; lse is that of the unrounded ones.
-
+and O_dot = A / W - (M / W) (O / W). Subtracting a constant from a row of S_dot leaves it unchanged: `shift`,
+the running softmax mean of S_dot, keeps an offset of keys or values from cancelling between the two terms. A
+key without weight does not affect it, however large. P and P (S_dot - shift) are rounded for their products,
+so M and W are sums of the rounded values; lse is taken from the unrounded ones.
 Backward: dQ is such a tangent too, of attention over the values K along the logits' tangent dP = dO V^T:
     dQ = scale sum_j P (dP - delta) K,  delta = sum_j P dP.
-Its kernel finds delta on the way and keeps it, with the sums of the rows of P, for the kernel of dK and dV,
-in which a tile of keys meets the queries. Each sum is made by one program, so that results repeat bitwise.
+Its kernel computes delta and keeps it, with the sums of the rows of P, for the kernel of dK and dV, in which
+a tile of keys meets the queries. Each sum is computed by one program, so that results repeat bitwise.
 
-Widths are cut into at most two pieces of 16, 32, 64, ...: 72 is 64 + 16, not 128. Keys come in whole tiles of
-BLOCK_N, without a bound to check, and where they end (or the diagonal is, if causal) in tiles of EDGE_N: 276
-keys are 8 tiles of 32 and 2 of 16, which is 288.
+Widths are split into at most two pieces of 16, 32, 64, ...: 72 is 64 + 16, not 128. Keys come in full tiles
+of BLOCK_N, without a bound to check, and where they end (or at the diagonal, if causal) in tiles of EDGE_N:
+276 keys are 8 tiles of 32 and 2 of 16, which is 288.
 """
 
-# Triton's tuples grow by `+` alone, and every length is a type of its own.
+# Triton's tuples grow by `+` only, and each length is a separate type.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment,misc"
 
@@ -39,10 +38,10 @@ from imf_kernels.backends.triton_launch import Launcher
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LARGEST = tl.constexpr(3.4028234e38)
 
-# `strides` holds, for each of a kernel's tensors, those of batch, head and position, or None. They are in
-# units of ALIGN elements, 16 bytes where all of them allow it, so that the compiler knows where rows begin.
-# Inside, a head is (pointer, stride of position), or () where there is none; a tile is a tuple of its pieces
-# along the width; a mask is (pointer, strides), or ().
+# `strides` holds, for each of a kernel's tensors, those of batch, head and position, or None, in units of
+# ALIGN elements, 16 bytes where all of them allow it, so that the compiler knows where rows begin. In the
+# kernels a head is (pointer, stride of position), or () if missing; a tile is a tuple of its pieces along the
+# width; a mask is (pointer, strides), or ().
 
 
 @triton.jit
@@ -65,7 +64,7 @@ def _masking(mask, strides):
 def _load(
     x, start, length, ROWS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, ALIGN: tl.constexpr
 ):
-    """Rows from `start` on, zeros from `length` on and beyond WIDTH. No `length`: all the rows are there."""
+    """Loads rows from `start` on, zeros from `length` on and beyond WIDTH; without `length`, full tiles."""
     tile = ()
     if len(x) > 0:
         rows = tl.arange(0, ROWS)[:, None]
@@ -95,7 +94,7 @@ def _store(x, tile, start, length, ROWS: tl.constexpr, WIDTH: tl.constexpr, ALIG
 
 @triton.jit
 def _inverse(x):
-    """1 / x, and 0 for 0."""
+    """Returns 1 / x, and 0 for 0."""
     return tl.where(x == 0, 0.0, 1.0 / tl.where(x == 0, 1.0, x))
 
 
@@ -119,7 +118,7 @@ def _scaled(tile, rows):
 
 @triton.jit
 def _plus(tile, rows, other):
-    """tile + rows other, with a number for each row."""
+    """Returns tile + rows other, with one number per row."""
     result = ()
     for i in tl.static_range(len(tile)):
         result = result + (tl.fma(other[i], rows[:, None], tile[i]),)
@@ -128,17 +127,18 @@ def _plus(tile, rows, other):
 
 @triton.constexpr_function
 def _precision():
-    """How fp32 is multiplied. On NVIDIA's GPUs as three TF32 products: simulated, they keep the error rule.
+    """Returns how fp32 is multiplied: on NVIDIA's GPUs as three TF32 products, which simulated keep the error
+    rule.
 
-    They have no matrix instructions for plain fp32 products, and what those unroll to makes the compiler of
-    Triton 3.9 abort for sm_90.
+    They have no matrix instructions for plain fp32, whose unrolled products make the compiler of Triton 3.9
+    abort for sm_90.
     """
     return "tf32x3" if is_cuda() else "ieee"
 
 
 @triton.jit
 def _dot_rows(a, b, total):
-    """total + a bᵀ"""
+    """Returns total + a bᵀ."""
     for i in tl.static_range(len(a)):
         total = tl.dot(a[i], tl.trans(b[i]), total, input_precision=_precision())
     return total
@@ -146,7 +146,7 @@ def _dot_rows(a, b, total):
 
 @triton.jit
 def _dot_columns(a, b, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr):
-    """The transpose of a bᵀ. In fp32 it has the last bits of a bᵀ too, on which large logits depend."""
+    """Returns (a bᵀ)ᵀ. In fp32 it has the same last bits as a bᵀ, on which large logits depend."""
     if a[0].dtype == tl.float32:
         return tl.trans(_dot_rows(a, b, tl.zeros([A_ROWS, B_ROWS], tl.float32)))
     else:
@@ -155,7 +155,7 @@ def _dot_columns(a, b, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr):
 
 @triton.jit
 def _add_dot(total, weights, rows):
-    """total + weights rows"""
+    """Returns total + weights rows."""
     result = ()
     for i in tl.static_range(len(total)):
         result = result + (tl.dot(weights, rows[i], total[i], input_precision=_precision()),)
@@ -164,7 +164,7 @@ def _add_dot(total, weights, rows):
 
 @triton.jit
 def _bias(mask, b, h, rows, columns, queries, keys, CAUSAL: tl.constexpr, EDGE: tl.constexpr):
-    """What is added to the logits, in units of ln 2: -inf where a key takes no part; () for nothing.
+    """Returns the bias of the logits, in units of ln 2: -inf where a key takes no part; () for none.
 
     Rows and columns number queries and keys, [n, 1] and [1, m] or transposed. EDGE: some of the keys may lie
     beyond the last one or the diagonal.
@@ -192,9 +192,9 @@ def _bias(mask, b, h, rows, columns, queries, keys, CAUSAL: tl.constexpr, EDGE: 
 
 @triton.jit
 def _logits(s, scale, bias):
-    """scale s + bias in units of ln 2; -inf where the bias is, whatever s is.
+    """Returns scale s + bias in units of ln 2; -inf where the bias is, whatever s is.
 
-    The largest of a row less the maximum must be exactly 0, so what is subtracted is no part of it.
+    The maximum is subtracted afterwards, so that the difference is exactly 0 for the largest logit of a row.
     """
     if len(bias) > 0:
         return tl.where(bias[0] == -float("inf"), bias[0], tl.fma(s, scale * _LOG2E, bias[0]))
@@ -204,14 +204,14 @@ def _logits(s, scale, bias):
 
 @triton.jit
 def _centred(p, s_dot, before, dot, shift, dtype: tl.constexpr):
-    """P (S_dot - shift) of a tile as it is multiplied, and W, M and shift with the tile.
+    """Returns P (S_dot - shift) of a tile as multiplied, and W, M and shift including the tile.
 
-    The new shift is the mean of S_dot so far. It has gone down by `moved`: that times O is to be added to A.
+    The new shift is the mean of S_dot so far. It has decreased by `moved`: that times O must be added to A.
     `before`, `dot` and `shift` are W, M and shift without the tile.
     """
     weight = before + tl.sum(p, 1)
     total = dot + before * shift + tl.sum(p * s_dot, 1)
-    # Where nothing has had weight there is no mean.
+    # Without any weight there is no mean.
     mean = tl.where(weight > 0, total / tl.where(weight > 0, weight, 1.0), shift)
     moved = shift - mean
     centred = (p * (s_dot - mean[:, None])).to(dtype)
@@ -221,7 +221,7 @@ def _centred(p, s_dot, before, dot, shift, dtype: tl.constexpr):
 
 @triton.jit
 def _extent(first, keys, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """How many keys, in whole tiles, all queries from `first` on see, and how many any of them sees."""
+    """Returns how many keys, in full tiles, all queries from `first` on see, and how many any one sees."""
     if CAUSAL:
         end = tl.minimum(keys, first + BLOCK_M)
         return tl.minimum(keys, first + 1) // BLOCK_N * BLOCK_N, end
@@ -231,7 +231,7 @@ def _extent(first, keys, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: t
 
 @triton.jit
 def _program(tiles, heads, CAUSAL: tl.constexpr):
-    """Tile, row of the batch, head. Along a diagonal the longest tiles come first."""
+    """Returns tile, sample and head of this program. Along a diagonal the longest tiles come first."""
     tile, head = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
     if CAUSAL:
         tile = tiles - 1 - tile
@@ -289,7 +289,7 @@ def forward_kernel(
     ALIGN: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
 ):  # fmt: skip
-    """out, lse and, where there are tangents, out_dot: a tile of queries of a head.
+    """Computes out, lse and, with tangents, out_dot of a tile of queries of a head.
 
     Samples are counted from `first_sample` on, to which the first tangents belong.
     """
@@ -340,7 +340,7 @@ def forward_kernel(
 
 @triton.jit
 def _load_lse(lse, rows, queries):
-    """Rows that are not there get no weight from it, nor do those that see no key."""
+    """Loads lse so that missing rows, and rows that see no key, get no weight."""
     values = tl.load(lse + rows, mask=rows < queries, other=float("inf"))
     return tl.where(values == -float("inf"), 0.0, values)
 
@@ -376,9 +376,10 @@ def backward_q_kernel(
     ALIGN: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EDGE_N: tl.constexpr,
 ):  # fmt: skip
-    """dq, unless it is None, and in sums [B, H, 2, L_q] 1 / sum_j P and delta: a tile of queries of a head.
+    """Computes dq, unless None, and in sums [B, H, 2, L_q] 1 / sum_j P and delta of a tile of queries of a
+    head.
 
-    That sum is 1 but for the rounding of lse, which large logits make large.
+    The sum of P is 1 up to the rounding of lse, whose error is large for large logits.
     """
     tile, b, h = _program(tl.cdiv(queries, BLOCK_M), heads, CAUSAL)
     first = tile * BLOCK_M
@@ -423,7 +424,7 @@ def backward_kv_kernel(
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, PIECES: tl.constexpr, VALUE_PIECES: tl.constexpr,
     ALIGN: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv, unless None: a tile of keys, over the queries of every head that shares them."""
+    """Computes dk and dv, unless None, of a tile of keys over the queries of all heads that share them."""
     tile, b, kv_h = _program(tl.cdiv(keys, BLOCK_N), kv_heads, False)
     first = tile * BLOCK_N
     columns = first + tl.arange(0, BLOCK_N)
@@ -461,7 +462,7 @@ def backward_kv_kernel(
 
 
 def _pieces(width: int) -> tuple[int, ...]:
-    """One or two powers of 2, from 16 on, that hold a width: (64,) for 64, (64, 16) for 72."""
+    """Splits a width into one or two powers of 2, from 16 on: (64,) for 64, (64, 16) for 72."""
     whole = max(16, triton.next_power_of_2(width))
     first = whole // 2
     rest = max(16, triton.next_power_of_2(width - first))
@@ -483,7 +484,7 @@ def launcher_of(
     mask_strides: tuple[int, ...] | None,
     *strides: tuple[int, ...] | None,
 ) -> tuple[Launcher, int]:
-    """The launcher of a kernel for tensors of these strides, and how many programs a head has."""
+    """Returns the launcher of a kernel for tensors of these strides, and the number of programs per head."""
     walked = queries if kernel == "backward kv" else keys
     masked = mask_strides is not None
     tiles = tiles_for(kernel, architecture, dtype, max(width, value_width), walked, masked)
@@ -528,8 +529,8 @@ def forward(
 ) -> None:
     """Fills out [B, H, L_q, D_v], lse [B, H, L_q] (in units of ln 2, -inf where nothing is seen) and out_dot.
 
-    Tangents belong to the last rows of the batch, `out_dot.shape[0]` of them. The others have a launch of
-    their own: with registers for tangents fewer programs would share a processor.
+    Tangents belong to the last `out_dot.shape[0]` samples. The others have a separate launch: with registers
+    for tangents fewer programs would share a processor.
     """
     (batch, heads, queries, width), (_, kv_heads, keys, value_width) = q.shape, v.shape
     architecture, group = triton_launch.architecture(q), heads // max(kv_heads, 1)
@@ -568,7 +569,7 @@ def backward(
     sizes = group, queries, keys, width, value_width, is_causal, _stride(mask)
     strides = q.stride(), k.stride(), v.stride(), dout.stride()
     sums = lse.new_empty((batch, heads, 2, queries))
-    if keys == 1:  # P is 1 whatever the logits are: exact zeros, not what is left of dP - delta
+    if keys == 1:  # P is 1 for any logits: exact zeros, not rounding errors of dP - delta
         for x in (dq, dk):
             if x is not None:
                 x.zero_()

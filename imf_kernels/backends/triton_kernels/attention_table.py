@@ -1,9 +1,9 @@
 """Tiles of the attention kernels: data, read by attention_tiles.py, written by benchmarks/tune_attention.py.
 
 By architecture, kernel and shape class: BLOCK_M, BLOCK_N, EDGE_N (0 where the kernel has none), num_warps,
-num_stages. None has been timed yet. They are reasoned from registers and shared memory: the sums take twice
+num_stages. Not timed yet but derived from registers and shared memory: the sums take twice
 BLOCK_M times the head dim, logits and their tangent twice BLOCK_M times BLOCK_N, in fp32, spread over 32
-num_warps threads of at most 255 registers, and addresses of what is being loaded 2 for each 16 bytes.
+num_warps threads of at most 255 registers, and addresses of what is loaded 2 per 16 bytes.
 Matrix instructions of sm_90 and sm_100 want 64 rows; those of float32 keep both halves of their operands in
 registers. The interpreter's tiles are small, to meet many edges.
 """

@@ -1,4 +1,4 @@
-"""Which tiles a kernel of attention works in: a look into the table by shape class, no search at run time."""
+"""Tiles of the attention kernels, looked up in the table by shape class, without a search at run time."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ SHORT = 512
 
 
 def shape_classes(dtype: torch.dtype, width: int, length: int, masked: bool) -> tuple[str, str]:
-    """The rows of the table that fit, the closer one first: ("64 short", "64"), ("128 fp32", "fp32").
+    """Returns the rows of the table that fit, the closer one first: ("64 short", "64"), ("128 fp32", "fp32").
 
-    `width` is the wider of queries and values, `length` how far a program walks: the number of keys, for dk
-    and dv that of queries. A mask takes registers of its own, whatever the length.
+    `width` is the wider one of queries and values, `length` the number of keys that a program visits, for dk
+    and dv of queries. A mask takes registers of its own, whatever the length.
     """
     width = next(widest for widest in WIDTHS if width <= widest)
     if dtype == torch.float32:
@@ -23,7 +23,7 @@ def shape_classes(dtype: torch.dtype, width: int, length: int, masked: bool) -> 
 
 
 def architecture_class(name: str) -> str:
-    """The row of the table for an architecture: its own, or that of the one whose instructions it has."""
+    """Returns an architecture's row of the table: its own, or that of the one whose instructions it has."""
     if name in TABLE:
         return name
     if name.startswith("gfx"):
@@ -34,7 +34,7 @@ def architecture_class(name: str) -> str:
 def tiles_for(
     kernel: str, architecture: str, dtype: torch.dtype, width: int, length: int, masked: bool
 ) -> dict[str, int]:
-    """Constants and options of a launch of "forward", "backward q" or "backward kv"."""
+    """Returns constants and options for a launch of "forward", "backward q" or "backward kv"."""
     rows = TABLE[architecture_class(architecture)][kernel]
     names = shape_classes(dtype, width, length, masked)
     m, n, edge, warps, stages = next(rows[name] for name in names if name in rows)

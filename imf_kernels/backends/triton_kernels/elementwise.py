@@ -1,5 +1,4 @@
-"""SiLU and GELU with their tangents, and their primal backwards. The formulas are in
-imf_kernels/ops/elementwise.py."""
+"""SiLU and GELU with their tangents, and their primal backward. Formulas: imf_kernels/ops/elementwise.py."""
 
 from __future__ import annotations
 
@@ -16,19 +15,19 @@ _BLOCK = 1024
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + e^(−x)): 0 where e^(−x) overflows."""
+    """Returns 1 / (1 + e^(−x)), 0 where e^(−x) overflows."""
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
 def silu_derivative(x, s):
-    """s + x s (1 − s) for s = sigmoid(x), in the form that is 0 where s is."""
+    """Returns s + x s (1 − s) for s = sigmoid(x), factored so that it is 0 where s is."""
     return s * tl.fma(x, 1.0 - s, 1.0)
 
 
 @triton.jit
 def _gate(x, FUNCTION: tl.constexpr):
-    """The factor s of y = x s, and y's derivative."""
+    """Returns the factor s of y = x s, and y's derivative."""
     if FUNCTION == "silu":
         s = sigmoid(x)
         slope = silu_derivative(x, s)
@@ -77,9 +76,9 @@ def _backward(x, dy, dx, elements, FUNCTION: tl.constexpr, UNIT: tl.constexpr, B
 
 
 class Elementwise:
-    """The launchers of a function of contiguous tensors, element by element.
+    """The launchers of an elementwise function of contiguous tensors.
 
-    Kernels take numbers of elements in units of the largest power of two up to 16 that divides them: a
+    Kernels count elements in units of the largest power of two up to 16 that divides their number: a
     constant, by which the compiler knows that several elements at once are inside.
     """
 

@@ -1,5 +1,4 @@
-"""Gated residual with its tangent, and its primal backward. The formulas are in
-imf_kernels/ops/gated_residual.py."""
+"""Gated residual with its tangent, and its primal backward. Formulas: imf_kernels/ops/gated_residual.py."""
 
 from __future__ import annotations
 
@@ -77,7 +76,7 @@ _FORWARD, _BACKWARD = RowKernel(_forward, widest=_WIDEST), RowKernel(_backward, 
 
 
 def shares(groups: int, length: int, width: int, count: int) -> int:
-    """Counts the partial sums per group of `length` rows [width]."""
+    """Returns the number of partial sums per group of `length` rows [width]."""
     return rows.shares(groups, length, min(width, _WIDEST), count)
 
 

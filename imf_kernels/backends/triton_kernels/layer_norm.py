@@ -1,5 +1,5 @@
-"""LayerNorm with its tangent, and its primal backward: n · (one + scale) + shift. The formulas are in
-imf_kernels/ops/layer_norm.py and imf_kernels/ops/layer_norm_modulate.py."""
+"""LayerNorm with its tangent, and its primal backward. Formulas:
+imf_kernels/ops/layer_norm{,_modulate}.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["backward", "forward", "shares"]
 
 @triton.jit
 def _center(x, inside, width: tl.constexpr):
-    """The mean of each row of x [ROWS, BLOCK], the correction of its rounding, and x less both; 0 outside."""
+    """Returns the mean of each row of x [ROWS, BLOCK], its correction, and x less both; 0 outside."""
     mean = tl.div_rn(tl.sum(x, axis=1, keep_dims=True), 1.0 * width)
     x = tl.where(inside, x - mean, 0.0)
     correction = tl.div_rn(tl.sum(x, axis=1, keep_dims=True), 1.0 * width)

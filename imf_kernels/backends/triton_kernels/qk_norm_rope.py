@@ -1,5 +1,4 @@
-"""Per-head RMSNorm and rotary positions with their tangent, and the primal backward. The formulas are in
-imf_kernels/ops/qk_norm_rope.py."""
+"""Per-head RMSNorm and RoPE with their tangent, and the primal backward. Formulas: ops/qk_norm_rope.py."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ __all__ = ["backward", "forward", "shares"]
 
 @triton.jit
 def _rotate(n, cos, sin):
-    """Pairs (2i, 2i + 1) of columns of n [ROWS, BLOCK] turned by angle i of the tables [ROWS, BLOCK / 2]."""
+    """Rotates pairs (2i, 2i + 1) of columns of n [ROWS, BLOCK] by angle i of the tables [ROWS, BLOCK / 2]."""
     even, odd = tl.split(tl.reshape(n, (n.shape[0], n.shape[1] // 2, 2)))
     turned = tl.join(tl.fma(even, cos, -(odd * sin)), tl.fma(odd, cos, even * sin))
     return tl.reshape(turned, n.shape)
@@ -23,8 +22,8 @@ def _rotate(n, cos, sin):
 
 @triton.jit
 def _place(row, rows, heads, length):
-    """Sample, head and position of rows, which are counted by sample, position and head, the order in which
-    projections leave them and results are laid out; 64-bit division only if `rows` needs it."""
+    """Returns sample, head and position of rows counted by sample, position and head, the memory order of
+    projections and results; divides in 64 bits only if `rows` needs it."""
     row = row.to(rows.dtype)
     sample, position, head = row // heads // length, row // heads % length, row % heads
     return sample.to(tl.int64), head.to(tl.int64), position.to(tl.int64)
@@ -37,7 +36,7 @@ def _offset(place, strides, UNIT: tl.constexpr):
 
 @triton.jit
 def _table(table, position, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """The row of a table [length, WIDTH / 2] for each position."""
+    """Loads the row of a table [length, WIDTH / 2] for each position."""
     pair = tl.arange(0, BLOCK // 2)[None, :]
     return tl.load(table + position * (WIDTH // 2) + pair, mask=inside & (pair < WIDTH // 2), other=0.0)
 
@@ -89,7 +88,7 @@ def _backward(
         at = x + _offset(place, x_strides, UNIT) + column
         n = tl.load(at, mask=inside, other=0.0).to(tl.float32) * r
         at = dy + _offset(place, dy_strides, UNIT) + column
-        # The turn is orthogonal: its transpose turns back.
+        # The rotation is orthogonal: its transpose rotates back.
         dn = _rotate(tl.load(at, mask=inside, other=0.0).to(tl.float32), c, -s)
         dw += dn * n
         tl.store(dx + row * WIDTH + column, normalized_backward(dn * w, n, r, WIDTH), mask=inside)

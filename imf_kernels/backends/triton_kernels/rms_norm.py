@@ -1,4 +1,4 @@
-"""RMSNorm with its tangent, and its primal backward. The formulas are in imf_kernels/ops/rms_norm.py."""
+"""RMSNorm with its tangent, and its primal backward. Formulas: imf_kernels/ops/rms_norm.py."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ __all__ = ["backward", "forward", "shares"]
 
 @triton.jit
 def inverse_rms(x, width: tl.constexpr, eps):
-    """(mean(x²) + eps)^(−½) of each row of x [ROWS, BLOCK], zeros beyond `width`: [ROWS, 1]."""
+    """Returns (mean(x²) + eps)^(−½) of each row of x [ROWS, BLOCK], zeros beyond `width`: [ROWS, 1]."""
     mean = tl.sum(x * x, axis=1, keep_dims=True) * (1.0 / width)
     return tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
 
 
 @triton.jit
 def normalized_dot(x, x_dot, r, width: tl.constexpr):
-    """The tangent of n = x · r: ẋ r + x ṙ with ṙ = −r³ mean(x ẋ)."""
+    """Returns the tangent of n = x · r: ẋ r + x ṙ with ṙ = −r³ mean(x ẋ)."""
     r_dot = -r * r * r * (tl.sum(x * x_dot, axis=1, keep_dims=True) * (1.0 / width))
     return x_dot * r + x * r_dot
 
 
 @triton.jit
 def normalized_backward(g, n, r, width: tl.constexpr):
-    """The cotangent of x for that of n = x · r: r (g − n mean(g n))."""
+    """Returns the cotangent of x for g, that of n = x · r: r (g − n mean(g n))."""
     return r * (g - n * (tl.sum(g * n, axis=1, keep_dims=True) * (1.0 / width)))
 
 

@@ -1,4 +1,4 @@
-"""The launch of kernels over rows: the tile of a program, and sums over rows in one order."""
+"""Launches of kernels over rows: the tile of a program, and sums over rows in a fixed order."""
 
 from __future__ import annotations
 
@@ -14,19 +14,16 @@ from torch import Tensor
 
 from imf_kernels.backends.triton_launch import Launcher, Tensors
 
-# Elements of a tile, 8 a thread: 16 bytes in half precision, and few enough that nothing spills from
-# registers where rows begin at odd places and each element is read by itself.
+# Elements per tile, 8 per thread: 16 bytes in half precision, and few enough that no register spills where
+# rows begin at odd addresses and each element is read separately.
 _ELEMENTS, _ELEMENTS_OF_A_WARP = 2048, 256
 
-# Sums over rows are taken in at most so many shares, then over the shares. It does not depend on the GPU.
+# Maximum number of shares of a sum over rows, the same on all GPUs.
 _SHARES = 512
 
 
 def row_stride(x: Tensor | None, width: int) -> int:
-    """Counts the elements from a row of x [..., width] to the next; 0 for `None`.
-
-    The leading dimensions collapse into rows at one distance.
-    """
+    """Returns the stride between rows of x [..., width], whose leading dimensions collapse; 0 for `None`."""
     if x is None:
         return 0
     if not x.is_contiguous():
@@ -37,14 +34,14 @@ def row_stride(x: Tensor | None, width: int) -> int:
 
 
 def count_rows(x: Tensor | None, width: int) -> int:
-    """Counts the rows of x [..., width]; 0 for `None` and for rows of no width."""
+    """Returns the number of rows of x [..., width]; 0 for `None` and for rows of no width."""
     return 0 if x is None or not width else x.numel() // width
 
 
 def groups_of(parameter: Tensor | None, rows: int) -> tuple[int, int]:
-    """Counts the groups of rows that share a row of `parameter`, and the rows of each.
+    """Returns the number of groups of rows that share a row of `parameter`, and the rows of each.
 
-    The rows of a sample share one of [B, width]; all rows share [width], or a parameter that is not there.
+    The samples are the groups of [B, width]; all rows are one group of [width], or without a parameter.
     """
     if parameter is None or parameter.dim() == 1:
         return 1, rows
@@ -53,7 +50,7 @@ def groups_of(parameter: Tensor | None, rows: int) -> tuple[int, int]:
 
 
 def _block(width: int) -> int:
-    """The power of two that holds a row."""
+    """Returns the power of two that holds a row."""
     return 1 << max(int(width) - 1, 0).bit_length()
 
 
@@ -62,13 +59,13 @@ def _rows_of_tile(width: int) -> int:
 
 
 def _rows_of_share(groups: int, length: int, width: int) -> int:
-    """The rows whose sum one program takes: full tiles, and of at most one group of `length` rows."""
+    """Returns the number of rows that a program sums: full tiles, of at most one group of `length` rows."""
     rows = _rows_of_tile(width)
     return max(1, min(-(-groups * length // (_SHARES * rows)), -(-length // rows))) * rows
 
 
 def shares(groups: int, length: int, width: int, count: int) -> int:
-    """Counts the partial sums per group of `length` rows [width]; of whatever PyTorch traces, too.
+    """Returns the number of partial sums per group of `length` rows [width], also of symbolic sizes.
 
     All `count` sums of a row are taken in one program.
     """
@@ -77,8 +74,7 @@ def shares(groups: int, length: int, width: int, count: int) -> int:
 
 @triton.jit
 def group_and_position(length, share):
-    """The group of this program, and the first of its rows that are this program's: `share` of the group's
-    `length` rows, or what is left of them."""
+    """Returns this program's group, and the first of its rows, up to `share` of the group's `length` rows."""
     programs = tl.cdiv(length, share)
     program = tl.program_id(0)
     return (program // programs).to(tl.int64), program % programs * share
@@ -86,7 +82,7 @@ def group_and_position(length, share):
 
 @triton.jit
 def row_of_group(parameter, group, column, WIDTH: tl.constexpr):
-    """A group's row of a parameter; zeros without a parameter, and for a group before the first."""
+    """Loads a group's row of a parameter; zeros without a parameter, and for a group before the first."""
     if parameter is None:
         row = tl.zeros(column.shape, tl.float32)
     else:
@@ -96,16 +92,16 @@ def row_of_group(parameter, group, column, WIDTH: tl.constexpr):
 
 
 class RowKernel:
-    """A kernel over rows, one program for each tile of ROWS by BLOCK elements, powers of two.
+    """A kernel over rows, with one program per tile of ROWS by BLOCK elements, powers of two.
 
-    It takes tensors, strides, numbers and constants, in this order. The last number is `length`, the rows of
-    a group, followed by `share`, the rows of a program, where rows are summed. Strides are in units of UNIT
-    elements, the largest power of two up to 16 that divides all of them: a constant, by which the compiler
-    knows where rows begin and reads several elements at once.
+    It takes tensors, strides, numbers and constants, in this order. The last number is `length`, the rows per
+    group, followed by `share`, the rows per program, if rows are summed. Strides are in units of UNIT
+    elements, the largest power of two up to 16 that divides them all: a constant, by which the compiler knows
+    where rows begin and reads several elements at once.
 
     Args:
         kernel: a `triton.jit` function.
-        widest: the widest tile; narrower rows are in one tile. A kernel that reduces along rows takes all.
+        widest: the widest tile; narrower rows fit one tile. A kernel that reduces along rows takes any width.
     """
 
     def __init__(self, kernel: Any, widest: int = 1 << 30) -> None:
@@ -122,7 +118,7 @@ class RowKernel:
         groups: int = 1,
         **constants: Any,
     ) -> None:
-        """Runs the kernel on every tile of groups of `length` rows, none of two groups."""
+        """Runs the kernel on every tile of groups of `length` rows; no tile spans two groups."""
         launcher, rows, columns = self._launcher(width, *strides, **constants)
         launcher((groups * -(-length // rows), columns), tensors, *numbers, length)
 
@@ -136,10 +132,10 @@ class RowKernel:
         length: int,
         groups: int = 1,
     ) -> None:
-        """Runs the kernel on shares of each group's rows, and adds up their sums.
+        """Runs the kernel on shares of each group's rows and adds up their sums.
 
         Program i takes up to `share` rows of its group and writes their sums to row i of partial, counted
-        over groups and shares. Sums are taken in the same order every time, unlike atomic additions.
+        over groups and shares. The order of summation is fixed, unlike that of atomic additions.
 
         Args:
             partial: [groups, shares, sums, width], the kernel's last tensor.
@@ -154,7 +150,7 @@ class RowKernel:
     def _new_launcher(
         self, width: int, *strides: int | tuple[int, ...], **constants: Any
     ) -> tuple[Launcher, int, int]:
-        """A launcher, the rows of its tiles, and how many tiles a row has."""
+        """Returns a launcher, the rows per tile, and the tiles per row."""
         if strides:
             parts = [stride if isinstance(stride, tuple) else (stride,) for stride in strides]
             unit = constants["UNIT"] = math.gcd(16, *(step for part in parts for step in part))

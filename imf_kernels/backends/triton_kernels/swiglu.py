@@ -1,4 +1,4 @@
-"""SwiGLU with its tangent, and its primal backward. The formulas are in imf_kernels/ops/swiglu.py."""
+"""SwiGLU with its tangent, and its primal backward. Formulas: imf_kernels/ops/swiglu.py."""
 
 from __future__ import annotations
 
