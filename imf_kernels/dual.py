@@ -15,20 +15,19 @@ class Dual:
     """A primal `x` and its tangent `x_dot`: the pair that every operation of this library maps to a pair.
 
     Gradients flow through the primal; the tangent is data. Shape, dtype and device are those of the primal.
-    Besides the operations of this library there are + − × ÷ with tensors, numbers and `Dual`s, ** with a
-    number, indexing, `cat`, and the methods of tensors that are linear: reshape, view, flatten, unflatten,
+    In addition to the operations of this library there are + − × ÷ with tensors, numbers and `Dual`s, ** with
+    a number, indexing, `cat`, and the methods of tensors that are linear: reshape, view, flatten, unflatten,
     expand, repeat, transpose, permute, movedim, squeeze, unsqueeze, chunk, split, unbind, flip, roll, sum,
     mean, to and other casts, contiguous, clone. Other operators raise a TypeError that says what to use.
-
     Args:
         primal: any floating-point or complex tensor, [B, ...]; the operations take floating-point ones.
-        tangent: of the primal's dtype and device, and either of its shape; or [n, ...] with n < B, which
-            belongs to the last n rows of the batch, the others being structural zeros; or `None`, a
-            structural zero altogether. Operations skip the work that structural zeros make needless.
+        tangent: of the primal's dtype and device, and either of its shape; or [n, ...] with n < B for the
+            last n samples of the batch, the others being structural zeros; or `None`, a structural zero
+            altogether. Operations skip the work that structural zeros make needless.
 
     Raises:
         ValueError: a tangent of another shape, dtype or device, or one that requires grad.
-        TypeError: a primal or tangent that is no tensor, or one of integers.
+        TypeError: a primal or tangent that is not a tensor, or one of integers.
     """
 
     __slots__ = ("_primal", "_tangent")
@@ -44,15 +43,15 @@ class Dual:
 
     @property
     def primal(self) -> Tensor:
-        """The tensor itself. Not assignable: kernels rely on the tangent's rows being the primal's last."""
+        """The tensor itself. Read-only: kernels rely on the tangent's samples being the primal's last."""
         return self._primal
 
     @property
     def tangent(self) -> Tensor | None:
-        """The whole tangent, of the primal's shape, or `None` where it is a structural zero.
+        """The full tangent, of the primal's shape, or `None` for a structural zero.
 
-        Where the primal carries gradients, differentiating what this returns raises an error instead of
-        leaving a gradient out in silence; `.tangent.detach()` is the plain tensor.
+        If the primal carries gradients, differentiating the tangent raises an error instead of silently
+        leaving out a gradient; `.tangent.detach()` is the plain tensor.
         """
         if self._tangent is None:
             return None
@@ -61,7 +60,7 @@ class Dual:
 
     @property
     def tangent_rows(self) -> Tensor | None:
-        """The tangent as it is stored: [n, ...] for the last n ≤ B rows, or `None`. No guard, no copy."""
+        """The tangent as stored: [n, ...] for the last n ≤ B samples, or `None`. No guard, no copy."""
         return self._tangent
 
     @property
@@ -189,7 +188,7 @@ _BY_JVP = (
 )
 _ONE_NUMBER = "A number has no tangent: x.primal.item()"
 _BITS = "A Dual has no bits; for masks, x.primal > 0 or the like"
-# Operators that a Dual has not: how Python writes them, and what to use instead.
+# Operators that a Dual does not have: their Python notation, and what to use instead.
 _REFUSED = {
     ("matmul", "rmatmul"): (
         "@",
@@ -241,12 +240,13 @@ for _names, _texts in _REFUSED.items():
 
 
 def not_a_view(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """x.view(shape) as a tensor of its own: autograd lets nobody modify a view that a Function returns."""
+    """Returns x.view(shape) as a separate tensor: autograd forbids modifying a view that a Function
+    returns."""
     return torch.ops.aten._unsafe_view.default(x, shape)
 
 
 class NoTangent(TypeError):
-    """A `Dual` in the place of what carries no tangent here."""
+    """A `Dual` passed for an argument that carries no tangent."""
 
 
 def _check_tangent(primal: Tensor, tangent: Tensor) -> None:
@@ -277,9 +277,9 @@ _LOST = (
 
 
 class _TracedGuard(torch.autograd.Function):
-    """Hands a tangent out in a graph of torch.compile, which traces a backward that may never be wanted.
+    """Guard of a tangent in a graph of torch.compile, which traces backward even if it never runs.
 
-    What a graph returns and nobody differentiates gets zeros for its gradient.
+    An output of the graph that nobody differentiates gets a gradient of zeros.
     """
 
     @staticmethod
@@ -304,21 +304,21 @@ def _(gradient: Tensor) -> Tensor:
 
 
 def guarded(tangent: Tensor, primal: Tensor, *others: Tensor) -> Tensor:
-    """A tangent as it is handed out: a backward that leads through it to its primal, or others, raises."""
+    """Returns a tangent for the caller: a backward through it to its primal, or to others, raises."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (primal, *others)):
         if torch.compiler.is_compiling():
             return _TracedGuard.apply(tangent, primal)
-        # PyTorch's node whose backward raises, which leads to the sources: its first output is the tangent.
+        # PyTorch's node whose backward raises and that leads to the sources; its first output is the tangent.
         return torch._C._functions.DelayedError(_LOST, 2 + len(others))(tangent, primal, *others)[0]
     return tangent
 
 
-# What an operation takes and gives back: one or the other.
+# Type of an operation's argument and result: one or the other.
 TensorOrDual = TypeVar("TensorOrDual", bound="Tensor | Dual")
 
 
 def pad_with_zeros(tangent: Tensor, rows: int) -> Tensor:
-    """The tangent of all `rows` rows, zeros where it was not stored."""
+    """Returns the tangent of all `rows` samples, with zeros where it was not stored."""
     if tangent.dim() == 0 or tangent.shape[0] == rows:
         return tangent
     whole = tangent.new_zeros((rows, *tangent.shape[1:]))
@@ -327,13 +327,13 @@ def pad_with_zeros(tangent: Tensor, rows: int) -> Tensor:
 
 
 def last_rows(x: Tensor, like: Tensor) -> Tensor:
-    """The rows of `x` that the stored tangent `like` belongs to: the last ones."""
+    """Returns the samples of `x` to which the stored tangent `like` belongs: the last ones."""
     rows = like.shape[0] if x.dim() else 0
     return x if x.dim() == 0 or x.shape[0] == rows else x[x.shape[0] - rows :]
 
 
 def stored(*tangents: Tensor | None) -> Tensor | None:
-    """The first tangent that is not a structural zero."""
+    """Returns the first tangent that is not a structural zero."""
     for tangent in tangents:
         if tangent is not None:
             return tangent
@@ -341,20 +341,20 @@ def stored(*tangents: Tensor | None) -> Tensor | None:
 
 
 def no_gradient(ctx: Any, tangent: Tensor) -> None:
-    """Marks a tangent that an `autograd.Function` returns as a constant, and keeps autograd from handing its
-    backward a tensor of zeros in the place of the gradient that never comes."""
+    """Marks a tangent that an `autograd.Function` returns as not differentiable, and keeps autograd from
+    passing its backward zeros as the missing gradient."""
     ctx.mark_non_differentiable(tangent)
     ctx.set_materialize_grads(False)
 
 
 def align(*tangents: Tensor | None) -> list[Tensor | None]:
-    """Stored tangents of several arguments, all with as many rows as the longest; `None` stays `None`."""
+    """Pads the stored tangents of several arguments to the samples of the longest; `None` stays `None`."""
     rows = max([0, *(t.shape[0] for t in tangents if t is not None and t.dim())])
     return [None if t is None else pad_with_zeros(t, rows) for t in tangents]
 
 
 def unpack(x: Tensor | Dual) -> tuple[Tensor, Tensor | None]:
-    """Primal and stored tangent (`None` for a plain tensor)."""
+    """Returns primal and stored tangent (`None` for a plain tensor)."""
     return (x._primal, x._tangent) if isinstance(x, Dual) else (x, None)
 
 
@@ -363,19 +363,19 @@ def is_dual(x: Any) -> bool:
 
 
 def primal(x: Tensor | Dual) -> Tensor:
-    """The primal alone: from here on nothing carries a tangent."""
+    """Returns the primal alone, from which on nothing carries a tangent."""
     return x.primal if isinstance(x, Dual) else x
 
 
 def _unchecked(primal: Any, tangent: Any) -> Dual:
-    """A Dual of what is known to fit."""
+    """Makes a Dual of parts that are known to fit."""
     x = Dual.__new__(Dual)
     x._primal, x._tangent = primal, tangent
     return x
 
 
 def pack(y: Tensor, y_dot: Tensor | None, *inputs: object) -> Any:
-    """A result of the kind of the inputs: a `Dual` if any of them is one, else the tensor."""
+    """Returns a `Dual` if any of the inputs is one, else the tensor."""
     for x in inputs:
         if isinstance(x, Dual):
             return _unchecked(y, y_dot)
@@ -385,33 +385,33 @@ def pack(y: Tensor, y_dot: Tensor | None, *inputs: object) -> Any:
 def linear_map(function: Callable[[Tensor], Any], x: Tensor | Dual) -> Any:
     """Applies a linear function to a tensor, or to primal and tangent alike.
 
-    For reshapes, transposes, slices and everything else whose derivative is itself.
+    It is for reshapes, transposes, slices and everything else that is its own derivative.
 
     Args:
-        function: linear in its argument, and keeping the rows of the batch (dimension 0) apart and in order;
+        function: linear in its argument, keeping the samples of the batch (dimension 0) apart and in order;
             called with [B, ...] and, for the tangent, with [n, ...]. Returns a tensor or a sequence of them.
         x: a tensor or a `Dual`.
 
     Returns:
-        What `function` returns, with a `Dual` in the place of each tensor if `x` is one.
+        The result of `function`, with a `Dual` instead of each tensor if `x` is one.
 
     Raises:
-        ValueError: `function` is not linear: it does not map zeros to zeros, or f(−2x) is not −2 f(x) for
-            an x of numbers between −4 and 6. Eager mode asks once per function and shape.
+        ValueError: `function` is not linear: it does not map zeros to zeros, or f(−2x) is not −2 f(x) for an
+            x of numbers between −4 and 6. Eager mode checks once per function and shape.
     """
     if isinstance(x, Dual) and x._tangent is not None and not torch.compiler.is_compiling():
         _check_linear(function, x._tangent)
     return map_both(function, x)
 
 
-_LINEAR: set[Any] = set()  # code of functions that were asked for a shape and dtype, and found linear
+_LINEAR: set[Any] = set()  # (code, shape, dtype) of functions found linear
 
 
 def _check_linear(function: Callable[[Tensor], Any], like: Tensor) -> None:
     asked = (getattr(function, "__code__", function), like.shape, like.dtype)
     if asked in _LINEAR:
         return
-    # The program's random numbers stay the same whether or not this asks.
+    # The check must not change the program's random numbers.
     with torch.no_grad(), torch.random.fork_rng([like.device] if like.is_cuda else []):
         for y in pytree.tree_leaves(function(torch.zeros_like(like))):
             if isinstance(y, Tensor) and y.any():
@@ -432,16 +432,16 @@ def _first(y: Tensor) -> list[float]:
 
 
 def _between_minus_4_and_6(like: Tensor) -> Tensor:
-    """Numbers without a pattern and without random numbers: the fractional parts of multiples of √2."""
+    """Returns numbers without a pattern that are not random: fractional parts of multiples of √2."""
     some = (torch.arange(1, 4100, device=like.device, dtype=torch.float32) * 2**0.5).frac_() * 10 - 4
     return some.to(like.dtype).repeat(like.numel() // 4099 + 1)[: like.numel()].view(like.shape)
 
 
 def _check_scaled(y: Any, of_scaled: Any) -> None:
-    """Raises where f(−2x) is not −2 f(x).
+    """Raises unless f(−2x) is −2 f(x).
 
-    Scaling by −2 rounds nothing, so that the tolerance is only for sums whose order changes between calls.
-    Numbers below the normal ones are rounded, and count as 0; infinities, where float16 overflows, as equal.
+    Scaling by −2 is exact, so the tolerance is only for sums whose order changes between calls. Subnormal
+    numbers are rounded and count as 0; infinities, where float16 overflows, as equal.
     """
     if not isinstance(y, Tensor) or not y.is_floating_point():
         return  # no Dual takes these
@@ -465,7 +465,7 @@ def _check_scaled(y: Any, of_scaled: Any) -> None:
 
 
 def map_both(function: Callable[[Tensor], Any], x: Tensor | Dual) -> Any:
-    """`linear_map` of a function that is known to be linear."""
+    """Applies a function that is known to be linear, as `linear_map` does."""
     if not isinstance(x, Dual):
         return function(x)
     y, y_dot = function(x.primal), None
@@ -483,7 +483,7 @@ def map_both(function: Callable[[Tensor], Any], x: Tensor | Dual) -> Any:
 
 def _flatten(x: Dual) -> tuple[list[Any], tuple[int, int] | None]:
     primal, stored = x._primal, x._tangent
-    # A pytree map may have put anything in the place of the tensors.
+    # A pytree map may have replaced the tensors by anything.
     if not isinstance(primal, Tensor) or not isinstance(stored, Tensor) or primal.dim() == 0:
         return [primal, stored], None
     rows, stored_rows = primal.shape[0], stored.shape[0]
@@ -495,7 +495,7 @@ def _unflatten(children: Any, context: tuple[int, int] | None) -> Dual:
     if not isinstance(primal, Tensor) or not isinstance(tangent, Tensor):
         return _unchecked(primal, tangent)
     if context is not None and (*primal.shape[:1], *tangent.shape[:1]) != context:
-        # The same slice of both would pair rows that do not belong together.
+        # The same slice of both would pair samples that do not belong together.
         raise ValueError(
             f"Dual: a function of tensors cannot change the rows of a Dual whose tangent is stored for "
             f"the last {context[1]} of {context[0]} rows; complete it first: Dual(x.primal, "

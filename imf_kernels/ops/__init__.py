@@ -1,1 +1,1 @@
-"""One file an operation: its formula, its checks, its backends, its autograd, its public function."""
+"""One file per operation: its formula, checks, backends, autograd and public function."""

@@ -1,7 +1,7 @@
-"""What `Dual`s share with tensors: + − × ÷, powers, indexing, and the methods that are linear in the tensor.
+"""Arithmetic of `Dual`s: + − × ÷, powers, indexing, and the tensor methods that are linear.
 
-A tangent may be stored for the last rows of the batch alone (imf_kernels/dual.py). What keeps the rows apart
-and in order works on those; everything else first completes the tangent.
+A tangent may be stored for the last samples of the batch only (imf_kernels/dual.py). Operations that keep
+samples apart and in order work on those; all others complete the tangent first.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _OPERANDS = (Tensor, Dual, int, float, complex, torch.SymInt, torch.SymFloat)
 
 
 def operand(x: Any) -> Operand | None:
-    """Returns what + − × ÷ take, a number of NumPy as one of Python; `None` for anything else."""
+    """Returns an operand of + − × ÷, a NumPy number as a Python number; `None` for anything else."""
     if isinstance(x, _OPERANDS):
         return x
     return x.item() if isinstance(x, numbers.Number) and hasattr(x, "item") else None
 
 
 def _tangent_in(y: Tensor, x: Operand, tangent: Tensor | None) -> Tensor | None:
-    """An operand's tangent as one of the result's: [n, *y.shape[1:]] for the last n rows of y."""
+    """Expands an operand's tangent to the result: [n, *y.shape[1:]] for the last n samples of y."""
     if tangent is None or y.dim() == 0:
         return tangent
     if x.dim() == y.dim() and x.shape[0] == y.shape[0]:
@@ -37,8 +37,8 @@ def _tangent_in(y: Tensor, x: Operand, tangent: Tensor | None) -> Tensor | None:
     return pad_with_zeros(tangent, x.shape[0] if x.dim() else 1).expand(y.shape)
 
 
-def _beside(y: Tensor, x: Operand, like: Tensor) -> Operand:
-    """The values of an operand in the rows of the result that `like`, a tangent, belongs to."""
+def _values_for(y: Tensor, x: Operand, like: Tensor) -> Operand:
+    """Returns an operand's values for the samples of the result to which the tangent `like` belongs."""
     if not isinstance(x, Tensor) or x.dim() < y.dim() or x.dim() == 0 or x.shape[0] != y.shape[0]:
         return x
     return x[y.shape[0] - like.shape[0] :]
@@ -51,7 +51,7 @@ def _of_two(
     of_a: Callable[[Tensor, Any, Any, Tensor], Tensor],
     of_b: Callable[[Tensor, Any, Any, Tensor], Tensor],
 ) -> Dual:
-    """y(a, b), whose derivative is of_a(ȧ, a, b, y) + of_b(ḃ, a, b, y)."""
+    """Returns y(a, b) with the tangent of_a(ȧ, a, b, y) + of_b(ḃ, a, b, y)."""
     (a, a_dot), (b, b_dot) = unpack(a), unpack(b)
     result = y(a, b)
     parts = []
@@ -59,7 +59,7 @@ def _of_two(
         for x, tangent, derivative in ((a, a_dot, of_a), (b, b_dot, of_b)):
             tangent = _tangent_in(result, x, tangent)
             if tangent is not None:
-                values = (_beside(result, v, tangent) for v in (a, b, result))
+                values = (_values_for(result, v, tangent) for v in (a, b, result))
                 part = derivative(tangent, *values)
                 parts.append(part.expand(tangent.shape).to(result.dtype))
         if not parts:
@@ -88,7 +88,7 @@ def neg(x: Dual) -> Dual:
 
 
 def power(x: Dual, n: float) -> Dual:
-    """xⁿ with a number n, whose tangent is n xⁿ⁻¹ ẋ."""
+    """Returns xⁿ for a number n, with the tangent n xⁿ⁻¹ ẋ."""
     y, tangent = x.primal**n, x.tangent_rows
     if tangent is None:
         return Dual(y, None)
@@ -98,11 +98,11 @@ def power(x: Dual, n: float) -> Dual:
 
 
 def cat(tensors: Sequence[Tensor | Dual], dim: int = 0) -> Any:
-    """`torch.cat` of tensors and `Dual`s: a `Dual` where one of them is.
+    """Concatenates tensors and `Dual`s as `torch.cat` does, to a `Dual` if one of them is.
 
     Args:
-        tensors: of equal shape but for `dim`; those without a tangent have one of zeros in the result.
-        dim: along which they are joined.
+        tensors: of equal shape except along `dim`; those without a tangent contribute zeros to it.
+        dim: the dimension to concatenate along.
     """
     tensors = list(tensors)
     y = torch.cat([unpack(x)[0] for x in tensors], dim)
@@ -127,10 +127,10 @@ def cat(tensors: Sequence[Tensor | Dual], dim: int = 0) -> Any:
 def _on_both(
     x: Dual, y: Any, on_whole: Callable[[Tensor], Any], on_rows: Callable[[Tensor], Any] | None
 ) -> Any:
-    """The Duals of y, which a linear method has made of the primal.
+    """Makes Duals of y, the result of a linear method on the primal.
 
-    `on_rows` is the method of a stored tangent where the rows stay apart and in order; with `None` they do
-    not, and the tangent is completed before `on_whole` takes it.
+    `on_rows` is the method for a stored tangent if samples stay apart and in order; with `None` they do not,
+    and the tangent is completed before `on_whole` takes it.
     """
     tangent = x.tangent_rows
     if tangent is None:
@@ -148,7 +148,7 @@ def _is_first(dim: int, of: Tensor) -> bool:
 
 
 def index(x: Dual, at: Any) -> Any:
-    """x[at]."""
+    """Returns x[at]."""
 
     def taken(t: Tensor) -> Any:
         return t[at]
@@ -158,9 +158,9 @@ def index(x: Dual, at: Any) -> Any:
 
 
 def _takes_all_rows(at: Any, dims: int) -> bool:
-    """Whether an index surely takes all of dimension 0 and leaves it first; else the tangent is completed."""
+    """Returns whether an index surely keeps dimension 0 complete and first; else the tangent is completed."""
     first, *others = at if isinstance(at, tuple) and at else (at,)
-    begun = ended = False  # tensors and lists; where something separates them, theirs becomes dimension 0
+    begun = ended = False  # tensors and lists; if separated, their dimension comes first
     for i in others:
         if isinstance(i, (slice, int)) or i is None or i is Ellipsis:
             ended = begun
@@ -177,7 +177,7 @@ def _takes_all_rows(at: Any, dims: int) -> bool:
 
 
 def _dims_indexed(i: Any) -> int | None:
-    """How many dimensions an element of an index takes; `None` where it would have to be looked into."""
+    """Returns how many dimensions an element of an index takes; `None` if only its values tell."""
     if i is None or isinstance(i, (int, slice)):
         return int(i is not None)
     if isinstance(i, Tensor):
@@ -186,12 +186,12 @@ def _dims_indexed(i: Any) -> int | None:
 
 
 def _listed(given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Numbers that a method takes one by one or as one sequence."""
+    """Returns numbers given one by one, or as one sequence."""
     return tuple(given[0]) if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
 
 
 def reshaped(name: str) -> Callable[..., Any]:
-    """`reshape` and `view`, the tangent of which is copied where only its strides do not allow a view."""
+    """Makes `reshape` or `view`; the tangent is copied if only its strides do not allow a view."""
 
     def method(x: Dual, *shape: Any, **named: Any) -> Any:
         for given in (*shape[:1], *named.values()):
@@ -212,13 +212,13 @@ def expand(x: Dual, *size: Any, **named: Any) -> Any:
     return _on_both(x, y, lambda t: t.expand(y.shape), rows)
 
 
-_AS_IN_NUMPY = {"axis": "dim", "axis0": "dim0", "axis1": "dim1"}  # other names that PyTorch takes
+_AS_IN_NUMPY = {"axis": "dim", "axis0": "dim0", "axis1": "dim1"}  # names that PyTorch takes too
 
 
 def linear(name: str, dims: Callable[..., Sequence[int]]) -> Callable[..., Any]:
-    """A linear method; dims(x, *its arguments) are the dimensions that it works along.
+    """Makes a linear method; dims(x, *its arguments) are the dimensions that it works along.
 
-    The arguments have the names that they have in PyTorch, which sees them first and refuses what is wrong.
+    The arguments have PyTorch's names; PyTorch sees them first and refuses wrong ones.
     """
 
     def method(x: Dual, *args: Any, **kwargs: Any) -> Any:
@@ -234,18 +234,10 @@ def linear(name: str, dims: Callable[..., Sequence[int]]) -> Callable[..., Any]:
 
 
 def _all(x: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Sequence[int]:
-    """`dim`, a number or several; none or an empty list means all."""
+    """Returns `dim`, a number or several; for none or an empty list all dimensions."""
     if dim is None or (isinstance(dim, (tuple, list)) and not dim):
         return range(x.dim())
     return dim if isinstance(dim, (tuple, list)) else (dim,)
-
-
-def _flattened(x: Tensor, start_dim: int = 0, end_dim: int = -1) -> Sequence[int]:
-    return (start_dim,)
-
-
-def _two(x: Tensor, dim0: int, dim1: int) -> Sequence[int]:
-    return dim0, dim1
 
 
 def _permuted(x: Tensor, *order: Any, dims: Any = ()) -> Sequence[int]:
@@ -253,28 +245,8 @@ def _permuted(x: Tensor, *order: Any, dims: Any = ()) -> Sequence[int]:
     return () if order and _is_first(order[0], x) else (0,)
 
 
-def _moved(x: Tensor, source: Any, destination: Any) -> Sequence[int]:
-    return *_all(x, source), *_all(x, destination)
-
-
-def _by_parts(x: Tensor, size: Any = None, dim: int = 0, **named_size: Any) -> Sequence[int]:
-    return (dim,)
-
-
-def _one(x: Tensor, dim: int = 0) -> Sequence[int]:
-    return (dim,)
-
-
 def _none(x: Tensor, *args: Any, **kwargs: Any) -> Sequence[int]:
     return ()
-
-
-def _inserted(x: Tensor, dim: int) -> Sequence[int]:
-    return (0,) if dim % (x.dim() + 1) == 0 else ()
-
-
-def _unflattened(x: Tensor, dim: int, sizes: Any) -> Sequence[int]:
-    return (dim,)
 
 
 def _repeated(x: Tensor, *times: Any, repeats: Any = ()) -> Sequence[int]:
@@ -282,16 +254,8 @@ def _repeated(x: Tensor, *times: Any, repeats: Any = ()) -> Sequence[int]:
     return () if len(times) == x.dim() > 0 and times[0] == 1 else (0,)
 
 
-def _flipped(x: Tensor, *along: Any, dims: Any = ()) -> Sequence[int]:
-    return _listed(along) or tuple(dims)
-
-
-def _rolled(x: Tensor, shifts: Any, dims: Any = None) -> Sequence[int]:
-    return _all(x, dims)
-
-
 def to(x: Dual, *args: Any, **kwargs: Any) -> Any:
-    """`Tensor.to`, which may be asked for the dtype and device of another tensor."""
+    """Casts or moves like `Tensor.to`, also to the dtype and device of another tensor."""
     return linear("to", _none)(x, *map(primal, args), **kwargs)
 
 
@@ -301,17 +265,23 @@ METHODS: dict[str, Callable[..., Any]] = {
     "expand": expand,
     "to": to,
     **{name: linear(name, _none) for name in ("float", "double", "bfloat16", "half", "contiguous", "clone")},
-    **{name: linear(name, _two) for name in ("transpose", "swapaxes", "swapdims")},
-    **{name: linear(name, _by_parts) for name in ("chunk", "split", "tensor_split")},
+    **{
+        name: linear(name, lambda x, dim0, dim1: (dim0, dim1))
+        for name in ("transpose", "swapaxes", "swapdims")
+    },
+    **{
+        name: linear(name, lambda x, size=None, dim=0, **named_size: (dim,))
+        for name in ("chunk", "split", "tensor_split")
+    },
     **{name: linear(name, _all) for name in ("sum", "mean", "squeeze")},
-    "flatten": linear("flatten", _flattened),
-    "flip": linear("flip", _flipped),
-    "movedim": linear("movedim", _moved),
+    "flatten": linear("flatten", lambda x, start_dim=0, end_dim=-1: (start_dim,)),
+    "flip": linear("flip", lambda x, *along, dims=(): _listed(along) or tuple(dims)),
+    "movedim": linear("movedim", lambda x, source, destination: (*_all(x, source), *_all(x, destination))),
     "permute": linear("permute", _permuted),
     "repeat": linear("repeat", _repeated),
-    "roll": linear("roll", _rolled),
-    "unbind": linear("unbind", _one),
-    "unflatten": linear("unflatten", _unflattened),
-    "unsqueeze": linear("unsqueeze", _inserted),
+    "roll": linear("roll", lambda x, shifts, dims=None: _all(x, dims)),
+    "unbind": linear("unbind", lambda x, dim=0: (dim,)),
+    "unflatten": linear("unflatten", lambda x, dim, sizes: (dim,)),
+    "unsqueeze": linear("unsqueeze", lambda x, dim: (0,) if dim % (x.dim() + 1) == 0 else ()),
 }
 FUNCTIONS: dict[str, Callable[[Any, Any], Dual]] = {"add": add, "sub": sub, "mul": mul, "div": div}

@@ -29,7 +29,7 @@ NAME = "scaled_dot_product_attention"
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    """Along the last dimension; a row of nothing but -inf gives zeros, and zero gradients."""
+    """Applies softmax along the last dimension; a row of -inf only gives zeros, and zero gradients."""
     empty = (logits == -math.inf).all(-1, keepdim=True)
     return torch.softmax(logits.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
 
@@ -46,7 +46,7 @@ def _reference(
     scale: float,
 ) -> tuple[Tensor, Tensor | None]:
     dtype, exact = q.dtype, torch.promote_types(q.dtype, torch.float32)
-    group = q.shape[1] // max(k.shape[1], 1)  # heads of the query that share one of keys and values
+    group = q.shape[1] // max(k.shape[1], 1)  # query heads per head of keys and values
     k, k_dot, v, v_dot = (_repeated(x, group) for x in (k, k_dot, v, v_dot))
     q, k, v = q.to(exact), k.to(exact), v.to(exact)
     s = scale * (q @ k.mT)
@@ -79,7 +79,7 @@ def _repeated(x: Any, group: int) -> Any:
 
 
 class _Asked(NamedTuple):
-    """What backends are asked about."""
+    """Arguments that backends inspect."""
 
     q: Tensor
     k: Tensor
@@ -96,8 +96,8 @@ def _check_heads(q: Tensor, k: Tensor) -> None:
     ):
         wanted = [q.shape[0], q.shape[1], k.shape[2], q.shape[3]]
         raise ValueError(
-            f"{NAME}: key must be [{wanted[0]}, {wanted[1]}, L, {wanted[3]}] for query of shape {list(q.shape)}, "
-            f"got {list(k.shape)}; did you pass [B, L, H, D]?"
+            f"{NAME}: key must be [{wanted[0]}, {wanted[1]}, L, {wanted[3]}] for query of shape "
+            f"{list(q.shape)}, got {list(k.shape)}; did you pass [B, L, H, D]?"
         )
 
 
@@ -140,13 +140,13 @@ def _check(
 
 
 def _expanded(attn_mask: Any, q: Tensor, k: Tensor) -> Any:
-    """A mask as one of all logits, [B, H, L_q, L_k], in the memory that it has."""
+    """Expands a mask to all logits, [B, H, L_q, L_k], without a copy."""
     if isinstance(attn_mask, Dual):
         raise NoTangent(f"{NAME}: attn_mask carries no tangent; pass a tensor, got a Dual")
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"{NAME}: attn_mask must be a tensor, got {type(attn_mask).__name__}")
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and q.dim() == k.dim() == 4):
-        return attn_mask  # which the checks of query and key refuse
+        return attn_mask  # refused by the checks of query and key
     shape = (*q.shape[:3], k.shape[2])
     try:
         return attn_mask.expand(shape)
@@ -256,7 +256,7 @@ class _CUDA:
 
 
 def _cuda_layout(x: Tensor) -> str | None:
-    """Why TMA cannot copy boxes of x [B, H, L, D]; `None` where it can."""
+    """Returns why TMA cannot copy boxes of x [B, H, L, D]; `None` if it can."""
     if x.shape[3] > 128 or x.shape[3] % 8:
         return f"it takes head dims that are multiples of 8 up to 128, got {x.shape[3]}"
     for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True):
@@ -277,7 +277,7 @@ def _cuda_unavailable(asked: _Asked) -> str | None:
             return f"it takes bfloat16 and float16, got {str(x.dtype).removeprefix('torch.')}"
         if reason := without_memory(x):
             return f"it takes tensors that lie in memory, got {reason}"
-        # A tensor in a graph being traced has no address yet: forward asks again.
+        # A traced tensor has no address yet: forward checks again.
         if not torch.compiler.is_compiling() and (reason := _cuda_layout(x)):
             return reason
     if asked.k.shape[2] == 0:
@@ -322,8 +322,9 @@ def scaled_dot_product_attention(  # type: ignore[overload-overlap]
 ) -> Tensor: ...  # fmt: skip
 @overload
 def scaled_dot_product_attention(
-    query: Tensor | Dual, key: Tensor | Dual, value: Tensor | Dual, attn_mask: Tensor | None = ..., dropout_p: float = ...,
-    is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, backend: str | None = ...,
+    query: Tensor | Dual, key: Tensor | Dual, value: Tensor | Dual, attn_mask: Tensor | None = ...,
+    dropout_p: float = ..., is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ...,
+    *, backend: str | None = ...,
 ) -> Dual: ...  # fmt: skip
 @takes_dual_tensors
 def scaled_dot_product_attention(
@@ -338,10 +339,10 @@ def scaled_dot_product_attention(
     *,
     backend: str | None = None,
 ) -> Any:
-    """softmax(scale · query keyᵀ) value, with its tangent in the same pass.
+    """Computes softmax(scale · query keyᵀ) value, with its tangent in the same pass.
 
-    Any of the three may carry a tangent; what is a structural zero is not computed (tangents of the query
-    alone cost 4 matrix products instead of 6).
+    Any of the three may carry a tangent; structural zeros are skipped (tangents of the query alone cost 4
+    matrix products instead of 6).
 
     Args:
         query: [B, H, L_q, D], any strides with the last dimension contiguous; float32 or bfloat16, for
@@ -356,14 +357,14 @@ def scaled_dot_product_attention(
         dropout_p: not supported yet, and refused unless 0.
         is_causal: query i sees the keys 0 to i; excludes `attn_mask`. Not for `cpu` and `cuda`.
         scale: 1 / √D by default.
-        enable_gqa: the heads of query are a multiple of those of key and value, each of which is shared by
-            that many neighbouring ones. Not for `cpu`.
+        enable_gqa: allows fewer heads of key and value, each shared by as many neighbouring heads of the
+            query. Not for `cpu`.
         backend: "cpu", "cuda" (on request only, on compute capability 9.0; has not run on hardware yet),
             "triton", "reference", or the best one that can run.
 
     Returns:
-        [B, H, L_q, D_v] of the query's dtype; a `Dual` if any of the three is one. From the kernels it comes
-        in the memory order [B, L_q, H, D_v], so that `.transpose(1, 2).flatten(2)` costs nothing.
+        [B, H, L_q, D_v] of the query's dtype; a `Dual` if any of the three is one. Kernels return it in the
+        memory order [B, L_q, H, D_v], so that `.transpose(1, 2).flatten(2)` is free.
 
     Raises:
         NotImplementedError: for dropout.

@@ -1,5 +1,4 @@
-"""Checks of arguments. Each raises an error that names the operation, the argument, what was wanted and
-what came."""
+"""Checks of arguments; errors name the operation, the argument, what was wanted and what was given."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 def is_weight(operation: str, **arguments: Any) -> None:
-    """A plain tensor, where a `Dual` has no meaning: weights carry no tangent."""
+    """Checks that arguments are plain tensors, no `Dual`s: weights carry no tangent."""
     for name, x in arguments.items():
         if isinstance(x, Dual):
             raise NoTangent(f"{operation}: {name} carries no tangent; pass a tensor, got a Dual")
@@ -30,7 +29,7 @@ def is_weight(operation: str, **arguments: Any) -> None:
 
 
 def is_tensor(operation: str, **arguments: Any) -> None:
-    """The primal of an argument that is a tensor or a `Dual`."""
+    """Checks the primals of arguments that are tensors or `Dual`s."""
     for name, x in arguments.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{operation}: {name} must be a tensor or a Dual, got {type(x).__name__}")
@@ -41,7 +40,7 @@ def is_tensor(operation: str, **arguments: Any) -> None:
 def has_shape(
     operation: str, name: str, x: Tensor, wanted: tuple[int, ...], why: str = "", /, **shaped: Tensor
 ) -> None:
-    """Names why the shape is wanted: in words, or as that of another tensor."""
+    """Checks a shape; the error says why it is wanted: in words, or as that of another tensor."""
     if x.shape != wanted:
         for other, tensor in shaped.items():
             why += f" for {other} of shape {list(tensor.shape)}"
@@ -61,7 +60,7 @@ def same_dtype(operation: str, like: Tensor, **arguments: Tensor) -> None:
 
 
 def with_result(operation: str, x: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-    """The input and, for a result of another dtype, an empty tensor of that: what a backend has to take."""
+    """Returns what backends inspect: the input and, for a result of another dtype, an empty one."""
     if dtype in (None, x.dtype):
         return (x,)
     if not (x.dtype == torch.float32 and dtype in HALVES):
@@ -84,7 +83,7 @@ def last_contiguous(operation: str, **arguments: Tensor | None) -> None:
 
 
 def single_row_is_complete(operation: str, **arguments: tuple[Tensor, Tensor | None]) -> None:
-    """Primals and tangents: what works along the last dimension cannot take a part of it for rows of a batch."""
+    """Checks that tangents of vectors are complete: they have no batch of which samples could be left out."""
     for name, (x, x_dot) in arguments.items():
         if x_dot is not None and x.dim() == 1 and x_dot.shape != x.shape:
             raise ValueError(
@@ -94,7 +93,7 @@ def single_row_is_complete(operation: str, **arguments: tuple[Tensor, Tensor | N
 
 
 def number(operation: str, least: float, **arguments: Any) -> None:
-    """Python numbers, finite and not below `least`."""
+    """Checks that arguments are Python numbers, finite and not below `least`."""
     for name, x in arguments.items():
         if isinstance(x, bool) or not isinstance(x, (int, float)):
             raise TypeError(f"{operation}: {name} must be a number, got {type(x).__name__}")
@@ -104,11 +103,11 @@ def number(operation: str, least: float, **arguments: Any) -> None:
 
 
 def backward_of(operation: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """What every kernel's backward has in common.
+    """Wraps the backward of kernels.
 
-    It says so where it would have to be differentiated itself (`once_differentiable` of PyTorch keeps silent
-    where no cotangent requires grad, and second derivatives are left out), passes a cotangent that is not
-    there on as none, and runs outside `torch.autocast`, as its forward did.
+    It raises if it would have to be differentiated itself (PyTorch's `once_differentiable` silently leaves
+    out second derivatives if no cotangent requires grad), returns no gradients for a missing cotangent, and
+    runs outside `torch.autocast`, like its forward.
     """
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:

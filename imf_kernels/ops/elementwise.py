@@ -1,10 +1,10 @@
-"""Operations that work element by element: y = f(x), with f given together with its derivative.
+"""Elementwise operations y = f(x), with f given together with its derivative.
 
 Tangent:  ẏ = f′(x) ẋ.
 Backward: dx = f′(x) dy.
 - SiLU: f(x) = x s with s = 1 / (1 + e^(−x)), f′(x) = s (1 + x (1 − s)).
-- GELU: f(x) = x s(x), f′(x) = s(x) + x s′(x), with s the normal distribution Φ(x) = (1 + erf(x / √2)) / 2, or as an
-  approximation of it s(x) = (1 + tanh(√(2 / π) (x + 0.044715 x³))) / 2.
+- GELU: f(x) = x s(x), f′(x) = s(x) + x s′(x), with s the normal distribution Φ(x) = (1 + erf(x / √2)) / 2 or
+    its approximation (1 + tanh(√(2 / π) (x + 0.044715 x³))) / 2.
 Source: Hendrycks and Gimpel, "Gaussian Error Linear Units" (2016); as `torch.nn.functional.silu` and `gelu`.
 Kernels: csrc/ops/elementwise.h, csrc/cpu/elementwise.cpp, csrc/cuda/elementwise.cu,
 backends/triton_kernels/elementwise.py.
@@ -31,7 +31,7 @@ Function = Callable[[Tensor], Tensor]
 
 
 class Elementwise:
-    """The operation y = f(x), element by element.
+    """An elementwise operation y = f(x).
 
     Args:
         name: of the operation and of its kernels.
@@ -103,19 +103,19 @@ def _silu_derivative(x: Tensor) -> Tensor:
 
 
 def _normal(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The normal distribution and its density."""
+    """Returns the normal distribution and its density."""
     return (1 + torch.erf(x * math.sqrt(0.5))) / 2, torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
 
 
 def _normal_by_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The approximation of the normal distribution, and its derivative."""
+    """Returns the approximate normal distribution and its derivative."""
     root = math.sqrt(2 / math.pi)
     tanh = torch.tanh(root * (x + 0.044715 * x**3))
     return (1 + tanh) / 2, (1 - tanh * tanh) / 2 * root * (1 + 3 * 0.044715 * x * x)
 
 
 def _gated(s: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Function, Function]:
-    """x s(x) and its derivative, of a function that gives s and s′."""
+    """Returns x s(x) and its derivative, for a function that returns s and s′."""
 
     def function(x: Tensor) -> Tensor:
         return x * s(x)[0]
@@ -134,7 +134,7 @@ GELU_TANH = Elementwise("gelu_tanh", *_gated(_normal_by_tanh), "gelu")
 
 @takes_dual_tensors
 def silu(x: TensorOrDual, *, backend: str | None = None) -> TensorOrDual:
-    """x / (1 + e^(−x)), with its tangent.
+    """Computes x / (1 + e^(−x)), with its tangent.
 
     Args:
         x: any shape and strides, float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu`:
@@ -142,7 +142,7 @@ def silu(x: TensorOrDual, *, backend: str | None = None) -> TensorOrDual:
         backend: "cpu", "cuda", "triton", "reference", or the best one that can run.
 
     Returns:
-        As x in shape and dtype; a `Dual` if `x` is one. Computed in fp32, rounded once.
+        Like x in shape and dtype; a `Dual` if `x` is one. Computed in fp32, rounded once.
 
     Raises:
         TypeError: for an argument that is not a floating-point tensor.
@@ -153,7 +153,7 @@ def silu(x: TensorOrDual, *, backend: str | None = None) -> TensorOrDual:
 
 @takes_dual_tensors
 def gelu(x: TensorOrDual, *, approximate: str = "none", backend: str | None = None) -> TensorOrDual:
-    """x · Φ(x), Φ the normal distribution, with its tangent.
+    """Computes x · Φ(x), Φ the normal distribution, with its tangent.
 
     Args:
         x: any shape and strides, float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu`:
@@ -162,7 +162,7 @@ def gelu(x: TensorOrDual, *, approximate: str = "none", backend: str | None = No
         backend: "cpu", "cuda", "triton", "reference", or the best one that can run.
 
     Returns:
-        As x in shape and dtype; a `Dual` if `x` is one. Computed in fp32, rounded once.
+        Like x in shape and dtype; a `Dual` if `x` is one. Computed in fp32, rounded once.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit.

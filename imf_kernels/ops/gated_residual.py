@@ -1,9 +1,9 @@
-"""Gated residual: y = x + b · g with one gate per channel, the same for all rows or each sample's own.
+"""Gated residual: y = x + b · g with one gate per channel, shared by all rows or separate per sample.
 
-Tangent:  ẏ = ẋ + ḃ · g + b · ġ (a gate for all rows is a weight and carries no tangent).
-Backward: dx = dy,  db = dy · g,  dg = Σ dy · b over the rows that have the gate in common.
-Source: the residual scales of iMF's blocks (Geng et al., "Improved Mean Flows", 2025, arXiv 2512.02012); a
-sample's own in DiT (Peebles and Xie, "Scalable Diffusion Models with Transformers", 2022, arXiv 2212.09748).
+Tangent:  ẏ = ẋ + ḃ · g + b · ġ (a gate shared by all rows is a weight and carries no tangent).
+Backward: dx = dy,  db = dy · g,  dg = Σ dy · b over the rows that share the gate.
+Source: the residual scales of iMF (Geng et al., "Improved Mean Flows", 2025, arXiv 2512.02012); for gates per
+sample DiT (Peebles and Xie, "Scalable Diffusion Models with Transformers", 2022, arXiv 2212.09748).
 Kernels: csrc/ops/gated_residual.h, csrc/cpu/gated_residual.cpp, csrc/cuda/gated_residual.cu,
 backends/triton_kernels/gated_residual.py.
 """
@@ -134,14 +134,14 @@ def gated_residual(
 def gated_residual(
     x: Tensor | Dual, branch: Tensor | Dual, gate: Tensor | Dual, *, backend: str | None = None
 ) -> Any:
-    """x + branch · gate, with its tangent.
+    """Computes x + branch · gate, with its tangent.
 
     Args:
         x: [..., d], the residual stream; float32, bfloat16 or float16 (`reference`: any floating-point type;
             `cpu`: not float16).
         branch: like x; bfloat16 and float16 may be added to a stream of float32.
-        gate: [d], one gate per channel, of any floating-point type and without a tangent; or, of x [B, ..., d],
-            [B, d], a row for all positions of a sample, of any of x's types.
+        gate: [d], one gate per channel, of any floating-point type and without a tangent; or, for x [B, ...,
+            d], [B, d], one row per sample, of any of x's types.
         backend: "cpu", "cuda", "triton", "reference", or the best one that can run.
 
     Returns:

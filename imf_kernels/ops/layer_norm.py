@@ -4,8 +4,7 @@ Tangent:  ẏ = ṅ · w with ṅ = r · (ẋ − mean(ẋ) − n · mean(n ẋ)
 Backward: with g = dy · w:  dx = r · (g − mean(g) − n · mean(g n)),  dw = Σ_rows dy · n,  db = Σ_rows dy.
 Source: Ba, Kiros and Hinton, "Layer Normalization" (2016); as `torch.nn.functional.layer_norm`.
 Kernels: csrc/ops/layer_norm.h, csrc/cpu/layer_norm.cpp, csrc/cuda/layer_norm.cu,
-backends/triton_kernels/layer_norm.py. They are
-layer_norm_modulate's too, whose scale and shift w and b are, of all rows.
+backends/triton_kernels/layer_norm.py. They serve layer_norm_modulate too, as w and b are a scale and a shift.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
 
 def normalize(x: Tensor, x_dot: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None]:
-    """The reference of n and ṅ, in at least float32."""
+    """Returns the reference n and ṅ, in at least float32."""
     exact = torch.promote_types(x.dtype, torch.float32)
     x = x.to(exact)
     centered = x - x.mean(-1, keepdim=True)
@@ -123,7 +122,8 @@ class _LayerNorm(torch.autograd.Function):
 def backward(
     kernels: _C.layer_norm, x: Tensor, dy: Tensor, scale: Tensor | None, statistics: Tensor, one: float
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The gradient of x and those of scale and shift, [groups, d] in fp32: of [B, d] a group is a sample."""
+    """Returns the gradients of x, and of scale and shift [groups, d] in fp32, one group per sample or one in
+    all."""
     dx, groups, width = contiguous_like(x), 1, x.shape[-1]
     if scale is not None and scale.dim() == 2:
         groups = x.shape[0]
@@ -159,20 +159,21 @@ def layer_norm(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> TensorOrDual:
-    """(x − mean(x)) · (variance(x) + eps)^(−½) · weight + bias over the last dimension, with its tangent.
+    """Computes (x − mean(x)) · (variance(x) + eps)^(−½) · weight + bias over the last dimension, with its
+    tangent.
 
     Args:
         x: [..., d], float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu`: not float16),
             the last dimension contiguous.
-        normalized_shape: [d]: as in `torch.nn.functional.layer_norm`, but of the last dimension alone.
+        normalized_shape: [d], as in `torch.nn.functional.layer_norm`, but for the last dimension only.
         weight, bias: [d], of any floating-point type; 1 and 0 where they are not given.
         eps: added to the variance.
         dtype: of the result; x's by default. An fp32 stream may be normalised into bf16 or fp16 operands.
         backend: "cpu", "cuda", "triton", "reference", or the best one that can run.
 
     Returns:
-        [..., d]; a `Dual` if `x` is one. Statistics are computed in fp32, no less exactly of values with an
-        offset; the result is rounded once.
+        [..., d]; a `Dual` if `x` is one. Statistics are computed in fp32, with full accuracy for values with
+        an offset; the result is rounded once.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit.

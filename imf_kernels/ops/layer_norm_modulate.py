@@ -1,11 +1,10 @@
 """LayerNorm modulated by its sample's condition: y = n · (1 + s) + b with n = (x − mean(x)) · r,
-r = (variance(x) + ε)^(−½), over the last dimension, and a row of scale s and of shift b per sample.
+r = (variance(x) + ε)^(−½), over the last dimension, and one row of scale s and shift b per sample.
 
 Tangent:  ẏ = ṅ · (1 + s) + n · ṡ + ḃ with ṅ = r · (ẋ − mean(ẋ) − n · mean(n ẋ)).
 Backward: with g = dy · (1 + s):  dx = r · (g − mean(g) − n · mean(g n)),  ds = Σ dy · n,  db = Σ dy over the
 positions of a sample.
-Source: the adaLN of DiT (Peebles and Xie, "Scalable Diffusion Models with Transformers", 2022, arXiv
-2212.09748).
+Source: adaLN (Peebles and Xie, "Scalable Diffusion Models with Transformers", 2022, arXiv 2212.09748).
 Kernels: those of layer_norm.
 """
 
@@ -145,20 +144,20 @@ def layer_norm_modulate(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Any:
-    """LayerNorm(x) · (1 + scale) + shift over the last dimension, with its tangent.
+    """Computes LayerNorm(x) · (1 + scale) + shift over the last dimension, with its tangent.
 
     The norm is (x − mean(x)) · (variance(x) + eps)^(−½). DiT writes `modulate(norm(x), shift, scale)`.
 
     Args:
         x: [B, ..., d], float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu`: not
             float16), the last dimension contiguous.
-        shift, scale: [B, d], a row for all positions of a sample, each of any of these types.
+        shift, scale: [B, d], one row per sample, each of any of these types.
         eps: added to the variance.
         dtype: of the result; x's by default. An fp32 stream may be normalised into bf16 or fp16 operands.
         backend: "cpu", "cuda", "triton", "reference", or the best one that can run.
 
     Returns:
-        [B, ..., d]; a `Dual` if any argument is one. Statistics are computed in fp32, no less exactly of
+        [B, ..., d]; a `Dual` if any argument is one. Statistics are computed in fp32, with full accuracy for
         values with an offset; the result is rounded once.
 
     Raises:

@@ -109,7 +109,7 @@ _OPERATION = Operation(
 def linear(
     x: TensorOrDual, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
 ) -> TensorOrDual:
-    """x weightᵀ + bias, with its tangent.
+    """Computes x weightᵀ + bias, with its tangent.
 
     Args:
         x: [..., in], float32 or bfloat16 (`reference`: any floating-point type).

@@ -4,7 +4,7 @@ A group g has n_g learned tokens T_g [n_g, d], to each of which the sample's emb
 Tangent:  ẏ[b] = [ė_1[b] n_1 times; …; ẋ[b]].
 Backward: dT_g = Σ_b dc_g[b],  de_g[b] = Σ_i dc_g[b, i],  dx = the rest of dy.
 Source: the in-context conditioning of iMF (Geng et al., "Improved Mean Flows", 2025, arXiv 2512.02012).
-Plain PyTorch: a kernel of its own gained 0.1 to 1 % of a step.
+Plain PyTorch: a separate kernel gained 0.1 to 1 % of a step.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def prepend_tokens(
 def prepend_tokens(
     x: Tensor | Dual, groups: Iterable[tuple[Tensor, Tensor | Dual]], *, backend: str | None = None
 ) -> Any:
-    """Learned condition tokens, each plus its sample's embedding, put before a sequence, with the tangent.
+    """Prepends learned condition tokens, each plus its sample's embedding, to a sequence, with the tangent.
 
     Args:
         x: [B, N, d], any floating-point type.

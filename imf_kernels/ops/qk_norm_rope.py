@@ -1,7 +1,7 @@
 """Per-head RMSNorm of queries and keys, then rotary positions.
 
-y = R_l n with n = x · r · w, r = (mean(x²) + ε)^(−½) over the head dimension, and R_l turning each pair
-(2i, 2i+1) by the angle of position l:  y_2i = n_2i c − n_2i+1 s,  y_2i+1 = n_2i+1 c + n_2i s.
+y = R_l n with n = x · r · w, r = (mean(x²) + ε)^(−½) over the head dimension, and R_l rotating each pair (2i,
+2i+1) by the angle of position l:  y_2i = n_2i c − n_2i+1 s,  y_2i+1 = n_2i+1 c + n_2i s.
 Tangent:  ẏ = R_l ṅ, ṅ as in rms_norm.
 Backward: dn = R_lᵀ dy, then as in rms_norm.
 Source: Su et al., "RoFormer" (2021), interleaved pairs; Dehghani et al., "Scaling Vision Transformers to 22
@@ -30,7 +30,8 @@ OtherTensorOrDual = TypeVar("OtherTensorOrDual", bound="Tensor | Dual")
 
 
 def rope_tables(length: int, width: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each [length, width / 2] in float32 on the CPU, of angles l · theta^(−2i / width).
+    """Returns cosines and sines, [length, width / 2] in float32 on the CPU, of angles l · theta^(−2i /
+    width).
 
     Raises:
         ValueError: a negative length, or a width that is not even and positive.
@@ -144,20 +145,20 @@ def qk_norm_rope(
     *,
     backend: str | None = None,
 ) -> tuple[TensorOrDual, OtherTensorOrDual]:
-    """RMSNorm over the head dimension, then rotary positions, of queries and of keys, with their tangents.
+    """Applies RMSNorm over the head dimension, then rotary positions, to queries and keys, with tangents.
 
     Args:
         q, k: [B, H, L, D] of one length, D even, any strides with the last dimension contiguous; float32,
             bfloat16 or float16 (`reference`: any floating-point type; `cpu`: not float16). The numbers of
             heads may differ.
         q_weight, k_weight: [D], weights of the norms.
-        cos, sin: [L, D / 2] in float32, from `rope_tables`; pair (2i, 2i + 1) is turned by angle i.
+        cos, sin: [L, D / 2] in float32, from `rope_tables`; pair (2i, 2i + 1) is rotated by angle i.
         eps: added to the mean square.
         backend: "cpu", "cuda", "triton", "reference", or the best one that can run.
 
     Returns:
-        The new q and k, each a `Dual` if it came as one. From the kernels they come in the memory order
-        [B, L, H, D]. Computed in fp32, rounded once.
+        The new q and k, each a `Dual` if it came as one; from kernels in the memory order [B, L, H, D].
+        Computed in fp32, rounded once.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit.

@@ -3,7 +3,8 @@
 Tangent:  ẏ = (ẋ · r + x · ṙ) · w with ṙ = −r³ · mean(x ẋ).
 Backward: with g = dy · w and n = x · r:  dx = r · (g − n · mean(g n)),  dw = Σ_rows dy · n.
 Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
-Kernels: csrc/ops/rms_norm.h, csrc/cpu/rms_norm.cpp, csrc/cuda/rms_norm.cu, backends/triton_kernels/rms_norm.py.
+Kernels: csrc/ops/rms_norm.h, csrc/cpu/rms_norm.cpp, csrc/cuda/rms_norm.cu,
+backends/triton_kernels/rms_norm.py.
 
 This file is the exemplar: every operation's file has these parts in this order.
 """
@@ -110,7 +111,7 @@ def rms_norm(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> TensorOrDual:
-    """x · (mean(x²) + eps)^(−½) · weight over the last dimension, with its tangent.
+    """Computes x · (mean(x²) + eps)^(−½) · weight over the last dimension, with its tangent.
 
     Args:
         x: [..., d], float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu`: not float16),

@@ -3,8 +3,8 @@ f_i = P^(−i/n), n = dim / 2.
 
 Tangent:  ẏ = [−sin(t f_i) f_i ṫ, cos(t f_i) f_i ṫ].
 Backward: dt = Σ_i f_i (cos(t f_i) dy_{n+i} − sin(t f_i) dy_i).
-Source: Vaswani et al., "Attention Is All You Need" (2017), in the form of ADM and DiT: cosines first.
-Plain PyTorch: a kernel of its own gained at most 1 % of a step.
+Source: Vaswani et al., "Attention Is All You Need" (2017), with cosines first as in ADM and DiT.
+Plain PyTorch: a separate kernel gained at most 1 % of a step.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _frequencies(half: int, max_period: float, dtype: torch.dtype, device: torch
 
 
 def _without_float64(tensors: Sequence[Tensor]) -> str | None:
-    """Why the `reference` backend cannot run; `None` where it can."""
+    """Returns why the `reference` backend cannot run; `None` if it can."""
     if tensors[0].device.type == "mps":
         return "it computes frequencies in float64, which MPS does not have"
     return None
@@ -85,7 +85,7 @@ _OPERATION = Operation(
 def sinusoidal_embedding(
     t: TensorOrDual, dim: int, max_period: float = 10000.0, *, backend: str | None = None
 ) -> TensorOrDual:
-    """Cosines and sines of scalars at geometrically spaced frequencies, with their tangent.
+    """Computes cosines and sines of scalars at geometrically spaced frequencies, with their tangent.
 
     Args:
         t: [B], any floating-point type; not scaled here.

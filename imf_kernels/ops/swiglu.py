@@ -85,7 +85,7 @@ _OPERATION = Operation(
 
 @takes_dual_tensors
 def swiglu(x: TensorOrDual, *, backend: str | None = None) -> TensorOrDual:
-    """silu(gate) · up for x = [gate | up], with its tangent.
+    """Computes silu(gate) · up for x = [gate | up], with its tangent.
 
     Args:
         x: [..., 2d], gate in the first half of the last dimension, up in the second; float32, bfloat16 or

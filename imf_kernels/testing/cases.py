@@ -1,8 +1,8 @@
-"""The cases of every operation: shapes, data, tangents, work. Tests and benchmarks read the same list.
+"""Cases of every operation: shapes, data, tangents, work. Tests and benchmarks share the list.
 
-A case is data: `case.draw(generator, dtype)` makes its inputs, `case.run(...)` calls the operation on them.
-Small cases sit at the edges of the kernels' blocks and vectors and are checked on every backend; large ones
-have the shapes of training runs and are for benchmarks.
+`case.draw(generator, dtype)` makes a case's inputs, `case.run(...)` calls the operation on them. Small cases
+are at the edges of the kernels' blocks and vectors and are checked on every backend; large ones have the
+shapes of training runs and are for benchmarks.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Input:
         dtype: `None` for that of the case.
         offset, scale: mean and standard deviation of the values.
         outlier: added to the last row.
-        rounded: the operation rounds it, and its gradient, to the case's dtype whatever its own: it is
-            drawn already rounded, and the gradient is held to the error of that dtype.
+        rounded: the operation rounds it, and its gradient, to the case's dtype: it is drawn already rounded,
+            and the gradient is checked against the error of that dtype.
         positions_first: [B, H, L, D] in the memory order [B, L, H, D], as projections leave it.
         differentiable: False for tables of constants.
-        true: for a mask of bool: the share of True. Where it has several rows the first is False.
+        true: for a mask of bool, the share of True. If it has several rows the first is False.
     """
 
     shape: tuple[int, ...]
@@ -67,21 +67,21 @@ class Case:
 
     Attributes:
         operation: its name in `imf_kernels`.
-        name: the case among those of the operation.
+        name: of the case, unique within the operation.
         inputs: by argument, in the operation's order.
         outputs: shapes.
         flops: multiplications and additions of the primal; e^x, √x, sines and quotients count as one.
-        tangent_flops: what the dual form adds when the tangent of every row is there.
+        tangent_flops: additional work if the tangents of all samples are given.
         options: further keyword arguments.
-        tangents: the inputs that carry one.
-        tangent_rows: for the last how many rows of the batch; `None`: all.
-        dtypes: those that the case exists in; the first one is the natural one.
-        output_dtype: where it is not that of the first input: a keyword argument `dtype`.
+        tangents: names of the inputs that carry one.
+        tangent_rows: number of samples, the last of the batch, with a tangent; `None`: all.
+        dtypes: of the case; the first one is the natural one.
+        output_dtype: passed as `dtype`, if it is not that of the first input.
         backward_flops: of the primal's backward, products alone.
-        backward_inputs: what the backward reads besides the cotangents, and whose gradients it writes;
-            `None`: every input.
+        backward_inputs: those that backward reads in addition to the cotangents, and whose gradients it
+            writes; `None`: every input.
         large: of a training run's size, for benchmarks.
-        refused_by: the backends that say that they cannot run it.
+        refused_by: the backends that cannot run it, and say so.
     """
 
     operation: str
@@ -109,7 +109,7 @@ class Case:
 
     @property
     def output_options(self) -> dict[str, torch.dtype]:
-        """The keyword argument that asks for the output's dtype, where one is needed."""
+        """The keyword argument for the output's dtype, if needed."""
         return {"dtype": self.output_dtype} if self.output_dtype else {}
 
     @property
@@ -117,7 +117,7 @@ class Case:
         return tuple(name for name, x in self.inputs.items() if x.differentiable)
 
     def draw(self, generator: Generator, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Primals and stored tangents, by argument."""
+        """Draws primals and stored tangents, by argument."""
         primals = {name: x.draw(generator, dtype) for name, x in self.inputs.items()}
         tangents = {}
         for name in self.tangents:
@@ -129,7 +129,7 @@ class Case:
         return primals, tangents
 
     def run(self, arguments: Mapping[str, Any], backend: str | None, **options: Any) -> tuple[Any, ...]:
-        """Calls the operation on tensors or `Dual`s; its results as a tuple."""
+        """Calls the operation on tensors or `Dual`s and returns its results as a tuple."""
         call = getattr(imf_kernels, self.operation)
         if self.operation == "prepend_tokens":
             x, *rest = arguments.values()
@@ -139,7 +139,7 @@ class Case:
         return result if isinstance(result, tuple) else (result,)
 
     def with_rows(self, rows: int | None) -> Case:
-        """This case with tangents for only the last `rows` rows of the batch."""
+        """Returns this case with tangents for only the last `rows` samples of the batch."""
         return replace(self, name=f"{self.name} last {rows}", tangent_rows=rows)
 
     def count_flops(self, dual: bool) -> int:
@@ -147,7 +147,7 @@ class Case:
         return self.flops + (round(self.tangent_flops * share) if dual else 0)
 
     def count_bytes(self, dtype: torch.dtype, dual: bool) -> int:
-        """What must be read and written at least: every input and output once."""
+        """Returns the minimum traffic in bytes: every input and output once."""
         sizes, out = self._sizes(dtype)
         share = 1.0 if self.tangent_rows is None else self.tangent_rows / self.batch
         moved = sum(sizes.values()) + out
@@ -159,7 +159,7 @@ class Case:
         return out + sum(sizes[n] * (2 if self.inputs[n].differentiable else 1) for n in inputs)
 
     def _sizes(self, dtype: torch.dtype) -> tuple[dict[str, int], int]:
-        """Bytes of each input, and of all outputs."""
+        """Returns the bytes of each input, and of all outputs."""
         sizes = {n: math.prod(x.shape) * (x.dtype or dtype).itemsize for n, x in self.inputs.items()}
         out_dtype = self.output_dtype or next(iter(self.inputs.values())).dtype or dtype
         return sizes, sum(math.prod(shape) for shape in self.outputs) * out_dtype.itemsize
@@ -375,7 +375,7 @@ def prepend_tokens(
 def _small() -> list[Case]:
     offset = {"offset": 2.0}, {"offset": 4.0}
     large = {"offset": 35.0, "scale": 0.2}
-    # Queries of one sign and a key far on the other: no weight at all on a row of huge values.
+    # Queries of one sign and a key far on the other: a row of huge values without any weight.
     weightless: dict[str, Any] = {"q": offset[0], "k": {"outlier": -1e4}, "v": {"outlier": 1e5}}
     own_gates: dict[str, Any] = {"gate_a_sample": True}
     in_fp16 = {**weightless, "v": {"outlier": 3e4}, "dtypes": (FP16,)}
@@ -489,7 +489,7 @@ def _small() -> list[Case]:
 
 
 def rows(name: str, batch: int, length: int, width: int, heads: int, mlp: int) -> list[Case]:
-    """A block's operations that are bound by memory, in the shapes that they have there."""
+    """Returns the memory-bound operations of a block, in their shapes there."""
     d = width // heads
     big: dict[str, Any] = {"large": True}
     stream: dict[str, Any] = {"stream": FP32, "dtypes": (BF16,), **big}
@@ -505,7 +505,7 @@ def rows(name: str, batch: int, length: int, width: int, heads: int, mlp: int) -
 
 
 def model(name: str, batch: int, length: int, width: int, heads: int, mlp: int) -> list[Case]:
-    """The operations of a network's block and embeddings, in the shapes they have there."""
+    """Returns the operations of a network's blocks and embeddings, in their shapes there."""
     d = width // heads
     big: dict[str, Any] = {"large": True}
     return [
@@ -521,7 +521,8 @@ def model(name: str, batch: int, length: int, width: int, heads: int, mlp: int) 
 
 
 def adaln(name: str, batch: int, length: int, width: int) -> list[Case]:
-    """What a block of a DiT has beside products and attention: a sample shifts, scales and gates it."""
+    """Returns a DiT block's operations other than products and attention: shift, scale and gate per
+    sample."""
     big: dict[str, Any] = {"large": True}
     stream: dict[str, Any] = {"stream": FP32, "dtypes": (BF16,), "output_dtype": BF16, **big}
     gates: dict[str, Any] = {"gate_a_sample": True, "tangents": ("x", "branch", "gate"), **big}
@@ -587,5 +588,5 @@ OPERATIONS = tuple(dict.fromkeys(case.operation for case in SMALL))
 
 
 def select(operation: str | None = None, *, large: bool = False) -> list[Case]:
-    """The small or the large cases, of one operation or of all."""
+    """Returns the small or the large cases, of one operation or of all."""
     return [case for case in (LARGE if large else SMALL) if operation in (None, case.operation)]

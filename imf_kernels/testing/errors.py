@@ -1,14 +1,15 @@
-"""The error rule: how far a result may be from the exact one. One rule for every operation, dtype and case.
+"""The error rule, the same for every operation, dtype and case: how far a result may be from the exact one.
 
-Exact is the `reference` backend in float64 on the same, already rounded inputs. Let ε be the RMS error that
-rounding the exact result to the result's dtype makes, e the RMS error of the same computation by PyTorch in
-float32, ε' and e' the same of the row, along the last dimension, where they are largest. RMS errors allowed:
-    of the whole tensor: 3 ε + 2 e,
+Exact is the `reference` backend in float64 on the same, already rounded inputs. Let ε be the RMS error of
+rounding the exact result to the result's dtype, e the RMS error of PyTorch's computation in float32, ε' and
+e' the same for the row, along the last dimension, where they are largest. RMS errors allowed:
+    of the full tensor: 3 ε + 2 e,
     of every row, so that a wrong one cannot hide in the mean: max(10 ε, 3 ε') + 2 e'.
-Rounding to multiples of a value's ulp errs by ulp / √12 on average and by ulp / 2 at most; ε is made of the
-former, so that a tensor of few values has no lucky ε, and a correctly rounded result always passes. Likewise
-e and e' are the largest of several draws of the same case. Primal, tangent and each primal gradient are held
-to the rule one by one. A zero has no ε, so that where PyTorch computes exact zeros too nothing else passes.
+Rounding to multiples of a value's ulp errs by ulp / √12 on average and by ulp / 2 at most; ε is computed from
+the former, so that a tensor of few values has no lucky ε, and a correctly rounded result always passes.
+Likewise e and e' are the largest of several draws of the same case. The rule is checked for primal, tangent
+and each primal gradient separately. A zero has no ε: where PyTorch computes exact zeros too, nothing else
+passes.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Distance between neighbours of `dtype` around each x; 0 at 0."""
+    """Returns the distance between neighbours of `dtype` around each x; 0 at 0."""
     information = torch.finfo(dtype)
     power = torch.frexp(x.abs().clamp(min=information.smallest_normal)).exponent - 1
     return torch.where(x == 0, 0.0, torch.ldexp(torch.full_like(x, information.eps), power))
@@ -46,7 +47,7 @@ def _ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Yardstick:
-    """PyTorch's RMS errors in float32: of the whole tensor, and of its worst row."""
+    """PyTorch's RMS errors in float32: of the full tensor, and of its worst row."""
 
     whole: float
     row: float
@@ -64,7 +65,7 @@ class Yardstick:
 
 
 def bounds(exact: Tensor, pytorch: Yardstick, dtype: torch.dtype) -> tuple[float, float]:
-    """Largest RMS errors of the whole tensor and of a row, for a result of `dtype`."""
+    """Returns the largest RMS errors of the full tensor and of a row, for a result of `dtype`."""
     rounding = _ulp(exact, dtype) / math.sqrt(12)
     epsilon, worst_epsilon = rms(rounding).item(), _rows(rounding).max().item()
     return 3 * epsilon + 2 * pytorch.whole, max(10 * epsilon, 3 * worst_epsilon) + 2 * pytorch.row
@@ -73,14 +74,14 @@ def bounds(exact: Tensor, pytorch: Yardstick, dtype: torch.dtype) -> tuple[float
 def check(
     name: str, got: Tensor, exact: Tensor, pytorch: Yardstick, rounded_to: torch.dtype | None = None
 ) -> None:
-    """Raises AssertionError, saying what is off and where, unless `got` keeps the rule.
+    """Raises AssertionError, saying what is off and where, unless `got` satisfies the rule.
 
     Args:
         name: of the result, for the message.
         got: the result to judge.
         exact: what it should be, in float64.
         pytorch: PyTorch's errors in float32.
-        rounded_to: the dtype that it was rounded to on the way, if coarser than its own.
+        rounded_to: the dtype of an intermediate rounding, if coarser than its own.
     """
     assert got.shape == exact.shape, f"{name}: shape must be {list(exact.shape)}, got {list(got.shape)}"
     if exact.numel() == 0:
@@ -112,9 +113,10 @@ def evaluate(
     backend: str | None,
     dtype: torch.dtype | None = None,
 ) -> Results:
-    """Every result of a case: outputs, their stored tangents, and the gradients for the cotangents given.
+    """Returns all results of a case: outputs, their stored tangents, and the gradients for the cotangents
+    given.
 
-    `dtype` converts everything to it first: float64 for the exact results, float32 for PyTorch's.
+    Everything is first cast to `dtype`: float64 for the exact results, float32 for PyTorch's.
     """
 
     def convert(x: Tensor) -> Tensor:
@@ -145,7 +147,7 @@ def evaluate(
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A case with its data, and what it must give."""
+    """A case with its data and its exact results."""
 
     case: Case
     dtype: torch.dtype
@@ -157,7 +159,8 @@ class Problem:
 
     @classmethod
     def draw(cls, case: Case, dtype: torch.dtype, seed: int, device: torch.device = CPU) -> Problem:
-        """Drawn on the CPU, so that a seed gives the same data everywhere; exact results on the device."""
+        """Draws data on the CPU, so that a seed gives the same everywhere; computes exact results on the
+        device."""
         generator = torch.Generator("cpu").manual_seed(seed)
         primals, tangents = case.draw(generator, dtype)
         out_dtype = case.output_dtype or next(iter(primals.values())).dtype
@@ -169,7 +172,7 @@ class Problem:
         try:
             there = p.to(device)
             return replace(there, exact=there.evaluate("reference", dtype=torch.float64))
-        except torch.OutOfMemoryError:  # in fp64 a small GPU may have no room for it
+        except torch.OutOfMemoryError:  # fp64 may not fit a small GPU
             return replace(p, exact=p.evaluate("reference", dtype=torch.float64)).to(device)
 
     def to(self, device: torch.device) -> Problem:
@@ -187,13 +190,13 @@ class Problem:
     def evaluate(
         self, backend: str | None, *, tangents: bool = True, dtype: torch.dtype | None = None
     ) -> Results:
-        """What a backend makes of it, with the tangents or without."""
+        """Returns the results of a backend, with the tangents or without."""
         return evaluate(
             self.case, self.primals, self.tangents if tangents else {}, self.cotangents, backend, dtype
         )
 
     def check(self, results: Results, *, tangents: bool = True, draws: int = 8) -> None:
-        """Holds every result to the error rule. `draws`: of the yardsticks; one is the strictest."""
+        """Checks every result against the error rule. `draws`: of the yardsticks; one is the strictest."""
         expected = {name for name in self.exact if tangents or not name.startswith("tangent")}
         missing = expected ^ set(results)
         assert not missing, f"{self.case}: results that only one side has: {sorted(missing)}"
@@ -206,7 +209,7 @@ class Problem:
 
 
 def problem(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
-    """The case with data of `dtype` and its exact results, on PyTorch's default device."""
+    """Returns the case with data of `dtype` and its exact results, on PyTorch's default device."""
     return _problem(case, dtype, seed, torch.get_default_device())
 
 
@@ -223,10 +226,11 @@ def yardsticks(
     draws: int = 8,
     device: torch.device = CPU,
 ) -> dict[str, Yardstick]:
-    """PyTorch's errors in float32 for every result of the case: the largest of draws from `seed` on."""
+    """Returns PyTorch's errors in float32 for all results of the case: the largest of draws from `seed`
+    on."""
     drawn: list[dict[str, Yardstick]] = []
     for i in range(seed, seed + draws):
-        # The first is what is being checked, and drawn already.
+        # The first is the one being checked, and drawn already.
         p = _problem(case, dtype, i, device) if i == seed else Problem.draw(case, dtype, i, device)
         fp32 = p.evaluate("reference", dtype=torch.float32)
         drawn.append({name: Yardstick.of(x, p.exact[name]) for name, x in fp32.items()})
@@ -234,6 +238,6 @@ def yardsticks(
 
 
 def check_case(case: Case, dtype: torch.dtype, backend: str | None, seed: int = 0) -> None:
-    """Runs a case on a backend and holds primal, tangent and primal gradients to the error rule."""
+    """Runs a case on a backend and checks primal, tangent and primal gradients against the error rule."""
     p = problem(case, dtype, seed)
     p.check(p.evaluate(backend))

@@ -1,6 +1,7 @@
-"""Every operation in plain PyTorch, as a training program has it: operands in their dtype, norms in at least fp32.
+"""Every operation in plain PyTorch, as a training program has it: norms in at least fp32, the rest in its
+dtype.
 
-What derivatives are compared with, in tests (through `torch.func.jvp` and autograd) and in benchmarks.
+Tests (through `torch.func.jvp` and autograd) and benchmarks compare derivatives with it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _per_position(row: Tensor, x: Tensor) -> Tensor:
-    """[B, d] as one row for all positions of x [B, ..., d]; [d] as it is."""
+    """Returns [B, d] as one row for all positions of x [B, ..., d]; [d] unchanged."""
     return row if row.dim() == 1 else row[(slice(None), *(None,) * (x.dim() - 2))]
 
 
@@ -48,7 +49,7 @@ def layer_norm(
 
 
 def _normalized(x: Tensor, eps: float) -> Tensor:
-    """Instead of F.layer_norm, whose torch.func.jvp PyTorch 2.13 cannot compile."""
+    """Normalises without F.layer_norm, whose torch.func.jvp PyTorch 2.13 cannot compile."""
     centered = _exact(x) - _exact(x).mean(-1, keepdim=True)
     return centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
 
@@ -74,7 +75,7 @@ def qk_norm_rope(
 def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: bool
 ) -> Tensor:
-    with sdpa_kernel(SDPBackend.MATH):  # the only one that torch.func.jvp goes through
+    with sdpa_kernel(SDPBackend.MATH):  # the only one that torch.func.jvp supports
         return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
 
 
@@ -109,7 +110,7 @@ def prepend_tokens(x: Tensor, *groups: Tensor) -> Tensor:
 
 
 def formula(case: Case, *, rounded: bool = True) -> Callable[[dict[str, Any]], tuple[Tensor, ...]]:
-    """A case's plain formula, as a function of its arguments; not rounded, in the dtype of these."""
+    """Returns a case's plain formula, as a function of its arguments; unless `rounded`, in their dtype."""
     call: Callable[..., Any] = globals()[case.operation]
     options = {**case.options, **(case.output_options if rounded else {})}
 

@@ -1,9 +1,9 @@
-"""The signatures of the compiled module, from the module itself.
+"""Stub of the compiled module, printed from the module itself.
 
     python -m imf_kernels.testing.stub > imf_kernels/_C.pyi
 
-Beside its functions the stub has, for type checkers alone, a protocol for the kernels of each operation: what a
-backend hands to the operation's `autograd.Function`.
+For type checkers only, it also has a protocol for each operation's kernels, as passed to its
+`autograd.Function`.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ _TYPES = {
     "float": "float",
     "bool": "bool",
 }
-# Operations of one kind, whose kernels have the same signature.
+# Operations whose kernels have the same signature.
 _NAMES = {"silu": "elementwise"}
 _SAME = ("gelu", "gelu_tanh")
 
 
 def parameters(schema: str) -> list[str]:
-    """The parameters of a schema as Python writes them: "x: Tensor", …"""
+    """Returns the parameters of a schema as Python writes them: "x: Tensor", …"""
     listed = re.sub(r"\(\w!\)", "", schema[1 : schema.index(") -> ")])
     pairs = (parameter.rsplit(" ", 1) for parameter in listed.split(", "))
     return [f"{name}: {_TYPES[kind]}" for kind, name in pairs]
 
 
 def text() -> str:
-    """The stub."""
+    """Returns the stub."""
     lines, operations = [_HEAD], dict[str, dict[str, str]]()
     for function, schema in sorted(_C.schemas.items()):
         lines.append(f"def {function}({', '.join([*parameters(schema), '/'])}) -> None: ...")

@@ -1,4 +1,4 @@
-"""Times of several functions, taken side by side: what a ratio is made of."""
+"""Times of several functions, measured in turns, and their ratios."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one call, every round's figure."""
+    """Seconds per call, one figure per round."""
 
     rounds: tuple[float, ...]
 
@@ -30,7 +30,7 @@ def side_by_side(
     seconds: float = 0.05,
     synchronize: Callable[[], Any] = lambda: None,
 ) -> dict[str, Times]:
-    """Times functions in turns, so that a noisy moment of the machine falls on all of them.
+    """Times functions in turns, so that a noisy moment of the machine affects all of them.
 
     Args:
         functions: by name; each is called once unmeasured first.
@@ -50,7 +50,7 @@ def side_by_side(
 
 
 def ratios(times: Mapping[str, Times], to: str) -> dict[str, float]:
-    """Median over the rounds of each function's time over that of `to` in the same round."""
+    """Returns the median over rounds of each function's time over that of `to` in the same round."""
     base = times[to].rounds
     return {
         name: statistics.median(a / b for a, b in zip(t.rounds, base, strict=True))
