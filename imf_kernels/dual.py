@@ -240,8 +240,7 @@ for _names, _texts in _REFUSED.items():
 
 
 def not_a_view(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Returns x.view(shape) as a separate tensor: autograd forbids modifying a view that a Function
-    returns."""
+    """Returns x.view(shape) as a separate tensor: autograd forbids modifying a view made by a Function."""
     return torch.ops.aten._unsafe_view.default(x, shape)
 
 

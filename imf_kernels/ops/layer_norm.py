@@ -122,8 +122,7 @@ class _LayerNorm(torch.autograd.Function):
 def backward(
     kernels: _C.layer_norm, x: Tensor, dy: Tensor, scale: Tensor | None, statistics: Tensor, one: float
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Returns the gradients of x, and of scale and shift [groups, d] in fp32, one group per sample or one in
-    all."""
+    """Returns the gradients of x, and of scale and shift, [groups, d] in fp32, one per sample if [B, d]."""
     dx, groups, width = contiguous_like(x), 1, x.shape[-1]
     if scale is not None and scale.dim() == 2:
         groups = x.shape[0]

@@ -521,8 +521,7 @@ def model(name: str, batch: int, length: int, width: int, heads: int, mlp: int) 
 
 
 def adaln(name: str, batch: int, length: int, width: int) -> list[Case]:
-    """Returns a DiT block's operations other than products and attention: shift, scale and gate per
-    sample."""
+    """Returns the memory-bound operations of a DiT block, with shift, scale and gate per sample."""
     big: dict[str, Any] = {"large": True}
     stream: dict[str, Any] = {"stream": FP32, "dtypes": (BF16,), "output_dtype": BF16, **big}
     gates: dict[str, Any] = {"gate_a_sample": True, "tangents": ("x", "branch", "gate"), **big}

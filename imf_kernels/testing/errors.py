@@ -159,8 +159,7 @@ class Problem:
 
     @classmethod
     def draw(cls, case: Case, dtype: torch.dtype, seed: int, device: torch.device = CPU) -> Problem:
-        """Draws data on the CPU, so that a seed gives the same everywhere; computes exact results on the
-        device."""
+        """Draws data on the CPU, the same everywhere by seed; computes exact results on the device."""
         generator = torch.Generator("cpu").manual_seed(seed)
         primals, tangents = case.draw(generator, dtype)
         out_dtype = case.output_dtype or next(iter(primals.values())).dtype
@@ -226,8 +225,7 @@ def yardsticks(
     draws: int = 8,
     device: torch.device = CPU,
 ) -> dict[str, Yardstick]:
-    """Returns PyTorch's errors in float32 for all results of the case: the largest of draws from `seed`
-    on."""
+    """Returns PyTorch's largest errors in float32 over draws from `seed` on, for all results of the case."""
     drawn: list[dict[str, Yardstick]] = []
     for i in range(seed, seed + draws):
         # The first is the one being checked, and drawn already.

@@ -1,1 +1,1 @@
-"""Derivatives of unmodified functions, and what they need of PyTorch."""
+"""Derivatives of unmodified functions, and the support that they need from PyTorch."""

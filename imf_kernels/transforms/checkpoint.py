@@ -1,7 +1,7 @@
-"""Activation checkpointing that knows tangents: they are computed once, backward recomputes the primal alone.
+"""Activation checkpointing with tangents: they are computed once; backward recomputes the primal alone.
 
-`torch.utils.checkpoint` runs the function again in backward with all it did before. Nothing of a tangent is
-needed there, and what is saved differs between a run with tangents and one without, which it refuses.
+`torch.utils.checkpoint` reruns the complete function in backward, which needs no tangents, and raises if the
+second run saves other tensors than the first, as it would without tangents.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SELECTIVE = tuple(
 
 
 class _Threads:
-    """Whether the calling thread runs in a `jvp`; PyTorch's dual level belongs to the process."""
+    """A test whether the calling thread runs in a `jvp`; PyTorch's dual level belongs to the process."""
 
     is_inside: Callable[[], bool] = staticmethod(lambda: True)
 
@@ -52,22 +52,20 @@ def checkpoint(
     early_stop: bool = True,
     **kwargs: Any,
 ) -> Any:
-    """function(*args, **kwargs) without keeping what its backward needs: that recomputes it.
+    """Calls function(*args, **kwargs) without saving what its backward needs, which recomputes it.
 
-    The signature is that of `torch.utils.checkpoint.checkpoint`, to be handed to networks that checkpoint
-    their blocks by a function of one's choice, as `checkpoint_wrapper(block, checkpoint_fn=ik.checkpoint)`
-    does; inside `jvp` a call of PyTorch's own comes here too. With tangents (inside `jvp`, or arguments that
-    are `Dual`s) the first run computes them without a graph, and backward recomputes the primal alone;
-    otherwise this is PyTorch's own.
-
+    The signature is that of `torch.utils.checkpoint.checkpoint`, for networks that take a checkpoint
+    function, such as `checkpoint_wrapper(block, checkpoint_fn=ik.checkpoint)`; inside `jvp` calls of
+    PyTorch's own come here too. With tangents (inside `jvp`, or arguments that are `Dual`s) the first run
+    computes them without a graph, and backward recomputes the primal alone; otherwise PyTorch's own runs.
     Args:
-        function: takes tensors, and gives the same each time. Gradients also reach the tensors it closes
-            over. A loss takes what it returns: inside `jvp`, differentiating a tensor that it leaves
-            elsewhere, in a list or as an attribute, raises.
+        function: takes tensors, and is deterministic. Gradients also reach the tensors it closes over. A loss
+            must use its results: inside `jvp`, differentiating a tensor that it leaves elsewhere, in a list
+            or as an attribute, raises.
         args, kwargs: of `function`; gradients reach tensors among them, at any depth.
         preserve_rng_state: whether random numbers are repeated.
         context_fn: makes the contexts of the first run and of the second. With tangents those of selective
-            checkpointing are left out: nothing is kept.
+            checkpointing are ignored: nothing is saved.
         use_reentrant, determinism_check, debug, early_stop: of PyTorch's own; without effect with tangents.
 
     Raises:
@@ -85,9 +83,9 @@ def checkpoint(
     if not with_tangents:
         own: Any = torch.utils.checkpoint.checkpoint
         if at_a_level and not compiling:
-            own = own.__wrapped__  # during a `jvp`, of any thread, its name stands for this function
+            own = own.__wrapped__  # while a thread is in a `jvp`, its name means this function
         if not compiling:
-            function = use_backend(default.backend)(function)  # when it recomputes, too
+            function = use_backend(default.backend)(function)  # for the recomputation too
         options: dict[str, Any] = {} if context_fn is None else {"context_fn": context_fn}
         if not use_reentrant:
             options |= {"determinism_check": determinism_check, "debug": debug, "early_stop": early_stop}
@@ -101,14 +99,14 @@ def checkpoint(
     inputs = [primal_of(x) for x in leaves]
     again = _Again(function, inputs, structure, preserve_rng_state, second)
     tensors = [x for x in inputs if isinstance(x, Tensor)]
-    # The operations on `Dual`s are no calls that a mode sees, what they are made of costs time to look at.
+    # A mode does not see operations on `Dual`s, only the calls that they consist of, at a cost.
     calls = _FirstRun([*leaves, *tensors]) if at_a_level else None
     with torch.no_grad(), first, calls or contextlib.nullcontext():
         outputs, result_structure = pytree.tree_flatten(function(*args, **kwargs), is_leaf=is_dual)
     if calls is not None:
         again.captured = calls.captured_with(outputs)
     moving = [i for i, y in enumerate(outputs) if isinstance(y, Dual) or can_move(y)]
-    anchor = torch.ones((), requires_grad=True)  # backward must come even if only weights inside require grad
+    anchor = torch.ones((), requires_grad=True)  # for a backward even if only weights inside require grad
     primals = _Recompute.apply(
         again,
         anchor,
@@ -126,7 +124,7 @@ def checkpoint(
 
 
 def _is_of_this_thread(leaves: list[Any]) -> bool:
-    """Whether the dual level in force is that of the calling thread."""
+    """Returns whether the current dual level is that of the calling thread."""
     if threads.is_inside() or torch._C._are_functorch_transforms_active():
         return True
     return any(map(carries_tangent, leaves))  # a level that the caller has entered itself
@@ -152,15 +150,14 @@ def _with_tangent_of(y: Tensor | Dual, primal: Tensor, of_inputs: tuple[Tensor, 
 
 
 def _own(y: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-    """What a Function may return for others to modify: no view, and no memory of its inputs."""
+    """Returns y as a Function may return it for modification: no view, no memory of the inputs."""
     if any(torch._C._is_alias_of(y, x) for x in inputs):  # type: ignore[attr-defined]
         return y.clone()
     return not_a_view(y, y.shape)
 
 
 class _Again:
-    """The function with those of its arguments that are not tensors, and the random states, autocast and backend
-    it ran under."""
+    """A function, its non-tensor arguments, and the random states, autocast and backend of its run."""
 
     def __init__(
         self,
@@ -201,21 +198,18 @@ class _Again:
 
 
 class _FirstRun(TorchFunctionMode):
-    """Sees the calls of the first run: which tensors they take from outside, and which they make.
+    """Mode that observes the first run: which tensors its calls take from outside, and which they make.
 
-    The run is without a graph, so of each tensor is noted whether a run with one would differentiate it.
-    References are weak. Calls of PyTorch alone are seen, not those of `autograd.Function`s, scripts and the
+    The run has no graph, so each tensor is recorded with whether a run with one would differentiate it.
+    References are weak. Only calls of PyTorch are seen, not those of `autograd.Function`s, scripts and the
     operations of this library.
-
-    Args:
-        inputs: what the function is called with.
     """
 
     def __init__(self, inputs: Sequence[Any]) -> None:
         super().__init__()
         self.captured: list[Tensor] = []
         self.seen: dict[int, _Seen] = {}
-        self.grad_contexts: dict[int, bool] = {}  # those that the function is inside of
+        self.grad_contexts: dict[int, bool] = {}  # entered and not left
         with torch._C.DisableTorchFunction():
             for x in inputs:
                 if isinstance(x, Tensor):
@@ -243,14 +237,14 @@ class _FirstRun(TorchFunctionMode):
         return result
 
     def captured_with(self, outputs: list[Any]) -> list[Tensor]:
-        """The tensors with a graph that the calls took from outside, and those handed on as outputs."""
+        """Returns the tensors with a graph that calls took from outside, or that are outputs."""
         for y in outputs:
             if isinstance(y, Tensor):
                 self._of(y)
         return self.captured
 
     def refuse_gradients_of_leftovers(self) -> None:
-        """Makes backward raise where it reaches a tensor of the run that is still referred to."""
+        """Makes backward raise at a tensor of the run that is still referenced."""
         with torch._C.DisableTorchFunction():
             for seen in self.seen.values():
                 y = seen.tensor() if seen.is_made and seen.moves else None
@@ -266,7 +260,7 @@ class _FirstRun(TorchFunctionMode):
                 moves = x.requires_grad
                 if moves and x.grad_fn is not None:
                     self.captured.append(x)
-                # With a tangent it was made by a call that is not seen.
+                # With a tangent it was made by an unseen call.
                 seen = self.seen[id(x)] = _Seen(x, moves or carries_tangent(x), False)
         return seen
 
@@ -284,7 +278,7 @@ class _FirstRun(TorchFunctionMode):
                 self._make(base, moves, name)
 
     def _enter_or_leave(self, enabled: bool) -> None:
-        """Follows `torch.no_grad` and the like, between which gradient mode, off already, does not tell."""
+        """Tracks `torch.no_grad` and the like, which gradient mode, already off, does not show."""
         frame: Any = sys._getframe(2)
         while frame is not None and frame.f_code.co_filename != _GRAD_MODE:
             frame = frame.f_back
@@ -302,7 +296,7 @@ class _FirstRun(TorchFunctionMode):
 
 
 class _Seen:
-    """A tensor of the first run, whether a run with a graph would differentiate it, and was it made there."""
+    """A tensor of the first run, if it was made there, and if a run with a graph would differentiate it."""
 
     __slots__ = ("is_made", "moves", "tensor")
 
@@ -311,7 +305,7 @@ class _Seen:
 
 
 _GRAD_MODE = torch.no_grad.__enter__.__code__.co_filename
-# Attributes that are made of a tensor, and calls without a derivative.
+# Attributes derived from a tensor, and calls without a derivative.
 _VIEWS = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")}
 _CONSTANT = {
     *("detach", "detach_", "empty_like", "full_like", "ones_like", "zeros_like", "rand_like", "randn_like"),
@@ -320,7 +314,7 @@ _CONSTANT = {
 
 
 def _tensors_among(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors among arguments or results, and in lists and tuples of them."""
+    """Returns the tensors among arguments or results, and in lists and tuples of them."""
     found = []
     for x in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(x, Tensor):
@@ -338,10 +332,10 @@ def _refuse_gradient(dy: Tensor) -> None:
 
 
 class _Replaced(TorchFunctionMode):
-    """Hands calls other tensors than they are called with.
+    """Mode that replaces tensors in the arguments of calls.
 
     Args:
-        others: by the `id` of the tensor in whose place one comes.
+        others: the replacements, by the `id` of the tensor.
     """
 
     def __init__(self, others: dict[int, Tensor]) -> None:
@@ -358,7 +352,7 @@ class _Replaced(TorchFunctionMode):
 
 
 class _Recompute(torch.autograd.Function):
-    """Hands outputs that were computed without a graph on; backward runs the function again with one."""
+    """Identity on outputs computed without a graph; backward runs the function again with one."""
 
     @staticmethod
     def forward(ctx: Any, again: _Again, anchor: Tensor, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -396,14 +390,14 @@ class _Recompute(torch.autograd.Function):
 
 
 def _reaches_outside(outputs: list[Tensor], start: int, checkpoint: int) -> bool:
-    """Whether the graph of recomputed outputs goes on into one that is older than the recomputation.
+    """Returns whether the graph of recomputed outputs continues into one older than the recomputation.
 
-    It does where a call that no mode sees takes a tensor with a graph from outside. Such a graph is kept: the
-    backward around this one, or that of another checkpoint, goes through it too.
+    It does if an unseen call takes a tensor with a graph from outside. Such a graph is kept: the backward
+    around this one, or that of another checkpoint, also passes through it.
 
     Args:
-        start: the number of the first node of the recomputation.
-        checkpoint: the number of the checkpoint's own node.
+        start: sequence number of the recomputation's first node.
+        checkpoint: sequence number of the checkpoint's own node.
     """
     nodes = {y.grad_fn: None for y in outputs if y.grad_fn is not None}
     waiting = list(nodes)

@@ -1,4 +1,4 @@
-"""Rules for calls whose own rule in PyTorch (2.13) gives a wrong tangent, without a word."""
+"""Rules for calls whose own rule in PyTorch (2.13) silently gives a wrong tangent."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from imf_kernels.transforms.rules import WITHOUT_RULE, NotServed, serves
 
 
 def _of(x: Any) -> tuple[Tensor, Tensor]:
-    """Primal and tangent, zeros for none."""
+    """Returns primal and tangent, zeros for none."""
     x, x_dot = unpack(x)
     return x, torch.zeros_like(x) if x_dot is None else x_dot
 
 
 def _factored(factor: Tensor, tangent: Tensor, upper: bool) -> Tensor:
-    """The tangent of A = L Lᴴ, or Uᴴ U, of the triangle that PyTorch reads."""
+    """Returns the tangent of A = L Lᴴ, or Uᴴ U, for the triangle that PyTorch reads."""
     L, L_dot = (t.triu().mH if upper else t.tril() for t in (factor, tangent))
     half = L_dot @ L.mH
     return half + half.mH
@@ -47,9 +47,10 @@ def _cholesky_solve(input: Any, input2: Any, upper: bool = False) -> Any:
 
 @serves(torch.logcumsumexp, Tensor.logcumsumexp)
 def _logcumsumexp(input: Any, dim: int) -> Any:
-    """ẏ_i = exp(y_{i−1} − y_i) ẏ_{i−1} + exp(x_i − y_i) ẋ_i. PyTorch's exp(x − max) is 0 for spread logits.
+    """Computes ẏ_i = exp(y_{i−1} − y_i) ẏ_{i−1} + exp(x_i − y_i) ẋ_i, by a parallel scan.
 
-    All at once: after steps 1, 2, 4 … position i has taken in so many before it.
+    PyTorch's exp(x − max) is 0 for spread logits. After steps 1, 2, 4 … position i includes as many before
+    it.
     """
     x, x_dot = cast(tuple[Tensor, Tensor], unpack(input))
     y = torch.logcumsumexp(x, dim)
@@ -57,7 +58,7 @@ def _logcumsumexp(input: Any, dim: int) -> Any:
         return Dual(y, x_dot)
     with torch.no_grad():
         x, x_dot, whole = (t.movedim(dim, -1) for t in (x, x_dot, y))
-        # Where all so far are -inf they are one as likely as the other, and their tangent is lost in the sum.
+        # Where all values so far are -inf the weights are NaN, and become 0.
         weight, y_dot = torch.zeros_like(x), (x - whole).exp().nan_to_num(0.0) * x_dot
         weight[..., 1:] = (whole[..., :-1] - whole[..., 1:]).exp().nan_to_num(0.0)
         step = 1
@@ -72,7 +73,7 @@ def _logcumsumexp(input: Any, dim: int) -> Any:
 
 @serves(torch.linalg.det, torch.det, Tensor.det)
 def _det(A: Any) -> Any:
-    """ẏ = Σ adj(A)ᵀ ⊙ Ȧ, the adjugate by the singular values: right where A has no inverse."""
+    """Computes ẏ = Σ adj(A)ᵀ ⊙ Ȧ, the adjugate by the singular values: right even if A has no inverse."""
     A, A_dot = cast(tuple[Tensor, Tensor], unpack(A))
     y = torch.linalg.det(A)
     with torch.no_grad():
@@ -88,7 +89,7 @@ def _det(A: Any) -> Any:
 def _cdist(
     x1: Any, x2: Any, p: float = 2.0, compute_mode: str = "use_mm_for_euclid_dist_if_necessary"
 ) -> Any:
-    """Of Euclidean distances, which have no rule; by products of matrices where PyTorch takes those."""
+    """Serves Euclidean distances, which have no rule; by matrix products where PyTorch uses them."""
     if p != 2:
         return NotServed("of another p than 2")
     (a, a_dot), (b, b_dot) = _of(x1), _of(x2)
@@ -105,7 +106,7 @@ def _cdist(
         return Dual(y, torch.where(y > 0, y_dot / y, 0.0))
 
 
-# The functions that are corrected above. Inside a vmap or grad no `Dual` can be made of a tensor.
+# The functions corrected above. Inside a vmap or grad a tensor cannot be made a `Dual`.
 WRONG_IN_PYTORCH: list[Any] = [
     *(torch.cholesky_inverse, Tensor.cholesky_inverse, torch.cholesky_solve, Tensor.cholesky_solve),
     *(torch.logcumsumexp, Tensor.logcumsumexp, torch.linalg.det, torch.det, Tensor.det),
@@ -119,7 +120,7 @@ REFUSED_INSIDE_TRANSFORMS = {
     },
 }
 
-# In the place of these, calls whose rules are right. They run where no rule of ours served.
+# Replacements with correct rules, for calls that no rule of ours serves.
 REWRITTEN: dict[Any, Callable[..., Any]] = {}
 
 
@@ -133,7 +134,7 @@ def _silu(input: Tensor, inplace: bool = False) -> Tensor:
 def _triangular_solve(
     input: Tensor, A: Tensor, upper: bool = True, transpose: bool = False, unitriangular: bool = False
 ) -> Any:
-    """Its rule in PyTorch forgets both options."""
+    """Calls solve_triangular: the rule of triangular_solve ignores both options."""
     of = A.mT if transpose else A
     x = torch.linalg.solve_triangular(of, input, upper=upper != transpose, unitriangular=unitriangular)
     return torch.return_types.triangular_solve((x, A.clone()))
@@ -145,7 +146,7 @@ REWRITTEN[torch.triangular_solve] = REWRITTEN[Tensor.triangular_solve] = _triang
 
 
 def _without_libraries(func: Callable[..., Any]) -> Callable[..., Any]:
-    """A recurrent layer by PyTorch's own kernels: those of oneDNN and cuDNN have no rule."""
+    """Runs a recurrent layer on PyTorch's own kernels: those of oneDNN and cuDNN have no rule."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or not any(map(carries_tangent, pytree.tree_leaves((args, kwargs)))):
@@ -167,7 +168,7 @@ for _func in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
 
 
 # While torch.compile traces, PyTorch's rules (2.13) multiply the zeros of an operand without a tangent by
-# these factors, which compiled code answers with a segmentation fault: the factors are multiplied in before.
+# these factors, which makes compiled code crash: the factors are multiplied in before.
 REWRITTEN_WHILE_COMPILING: dict[Any, Callable[..., Any]] = {}
 
 
@@ -207,10 +208,6 @@ def _product_added_in_place(product: Callable[..., Any]) -> Callable[..., Any]:
     return plain
 
 
-def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
-    return torch.bmm(a, b).sum(0)
-
-
 def _complete(name: str, names: tuple[str, ...], factors: tuple[str, ...], plain: Any, in_place: Any) -> None:
     for func in (getattr(torch, name), getattr(Tensor, name)):
         REWRITTEN_WHILE_COMPILING[func] = _factored_in(func, names, factors, plain)
@@ -230,7 +227,7 @@ _complete(
 for _name, _operands, _product in (
     ("addmm", ("mat1", "mat2"), torch.mm),
     ("baddbmm", ("batch1", "batch2"), torch.bmm),
-    ("addbmm", ("batch1", "batch2"), _sum_of_products),
+    ("addbmm", ("batch1", "batch2"), lambda a, b: torch.bmm(a, b).sum(0)),
     ("addmv", ("mat", "vec"), torch.mv),
     ("addr", ("vec1", "vec2"), torch.outer),
 ):

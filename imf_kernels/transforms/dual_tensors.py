@@ -1,7 +1,6 @@
-"""Operations on the dual tensors of PyTorch's own forward mode, of `torch.autograd.forward_ad` and
-`torch.func.jvp`.
+"""Operations on dual tensors of PyTorch's forward mode, `torch.autograd.forward_ad` and `torch.func.jvp`.
 
-The tangent of an argument is taken out, the operation called with a `Dual`, and its result made a dual tensor
+The tangent of an argument is unpacked, the operation called with a `Dual`, and its result made a dual tensor
 again. Like every tangent of this library it is data: differentiating it raises.
 """
 
@@ -25,19 +24,19 @@ Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 def unpack_dual_tensor(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Primal and tangent of a dual tensor of PyTorch; a tangent that PyTorch knows to be zero is `None`."""
+    """Returns primal and tangent of a dual tensor of PyTorch; `None` for a tangent known to be zero."""
     if torch.compiler.is_compiling():
         primal, tangent = forward_ad.unpack_dual(x)
         return primal, tangent
     level = forward_ad._current_level
     if level < 0:
         return x, None
-    primal, tangent = torch._unpack_dual(x, level=level)  # what forward_ad calls, at a third of its price
+    primal, tangent = torch._unpack_dual(x, level=level)  # what forward_ad calls, at a third of its cost
     return primal, None if tangent is None or tangent._is_zerotensor() else tangent
 
 
 def make_dual_tensor(primal: Tensor, tangent: Tensor) -> Tensor:
-    """A dual tensor of PyTorch at the current level."""
+    """Makes a dual tensor of PyTorch at the current level."""
     if torch.compiler.is_compiling():
         return forward_ad.make_dual(primal, tangent)
     _load_decompositions()
@@ -51,36 +50,36 @@ def _load_decompositions() -> None:
 
 
 def can_move(x: Any) -> bool:
-    """Whether x is a tensor of numbers that a tangent may belong to."""
+    """Returns whether x is a tensor of numbers that may have a tangent."""
     return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
 def carries_tangent(x: Any) -> bool:
-    """Whether a tensor has a tangent at the current dual level."""
+    """Returns whether a tensor has a tangent at the current dual level."""
     return can_move(x) and unpack_dual_tensor(x)[1] is not None
 
 
 def primal_of(x: Any) -> Any:
-    """What a `Dual` or a dual tensor of PyTorch is without its tangent; anything else as it is."""
+    """Returns a `Dual` or a dual tensor of PyTorch without its tangent; anything else unchanged."""
     if isinstance(x, Dual):
         return x.primal
     return unpack_dual_tensor(x)[0] if can_move(x) else x
 
 
 def tangent_of(x: Any) -> Tensor | None:
-    """The tangent, as it is stored, of a `Dual` or a dual tensor of PyTorch; `None` of anything else."""
+    """Returns the stored tangent of a `Dual` or a dual tensor of PyTorch; `None` for anything else."""
     if isinstance(x, Dual):
         return x.tangent_rows
     return unpack_dual_tensor(x)[1] if can_move(x) else None
 
 
 def in_dtype_of(primal: Tensor, tangent: Tensor) -> Tensor:
-    """The tangent in its primal's dtype: under `torch.autocast` PyTorch's rules may leave it in another."""
+    """Casts a tangent to its primal's dtype: under `torch.autocast` PyTorch's rules may leave another."""
     return tangent if tangent.dtype == primal.dtype else tangent.to(primal.dtype)
 
 
 def as_dual(x: Any) -> Any:
-    """A dual tensor of PyTorch as a `Dual`, anything else as it is."""
+    """Converts a dual tensor of PyTorch to a `Dual`; returns anything else unchanged."""
     if type(x) is not Tensor or not can_move(x):
         return x
     primal, tangent = unpack_dual_tensor(x)
@@ -88,24 +87,24 @@ def as_dual(x: Any) -> Any:
 
 
 def as_dual_tensor(y: Any) -> Any:
-    """The reverse."""
+    """Converts a `Dual` to a dual tensor of PyTorch; returns anything else unchanged."""
     if not isinstance(y, Dual):
         return y
     tangent = y.tangent_rows
     if tangent is None:
         return y.primal
     if not torch.compiler.is_compiling() and tangent._is_view():
-        # A view that was made without autograd nobody may modify.
+        # A view made without autograd must not be modified.
         tangent = not_a_view(tangent, tangent.shape)
     return make_dual_tensor(y.primal, tangent)
 
 
 def takes_dual_tensors(operation: Call) -> Call:
-    """Lets an operation on `Dual`s take PyTorch's dual tensors, and return them then.
+    """Makes an operation on `Dual`s take PyTorch's dual tensors, and return them then.
 
     `backend="reference"`, plain PyTorch, is left to PyTorch, which differentiates along weights too and whose
-    tangents can be differentiated. So are calls in which a weight has a tangent, unless a backend is asked
-    for, and those inside other transforms of `torch.func` than a single `jvp`.
+    tangents can be differentiated. So are calls in which a weight has a tangent, unless a backend is named,
+    and those inside other transforms of `torch.func` than a single `jvp`.
     """
 
     @functools.wraps(operation)
@@ -118,8 +117,8 @@ def takes_dual_tensors(operation: Call) -> Call:
             return operation(*arguments, **options)
         transformed = torch._C._are_functorch_transforms_active()
         if compiling:
-            # Asked twice: the first sees a level that the graph itself enters; the second lets no graph that
-            # was made outside be called at a level.
+            # Two questions: the first sees a level that the graph itself enters; the second keeps a graph
+            # traced outside from being called at a level.
             if not transformed and (_at_dual_level() or forward_ad._current_level >= 0):
                 if traced_jvp.depth:
                     return _on_traced_dual_tensors(operation, arguments, options)
@@ -136,12 +135,12 @@ def takes_dual_tensors(operation: Call) -> Call:
     return call  # type: ignore[return-value]
 
 
-# By which path the tangent of a call comes.
+# The path of a call's tangent.
 OURS, PYTORCHS, NO_TANGENT = "imf_kernels", "PyTorch's rule", "no tangent"
 
 
 class _Watch:
-    """Who is told of each operation: its name, path, why not, and seconds. See explain.py."""
+    """Observer of each operation: its name, path, why not another, and seconds. See explain.py."""
 
     seen: Callable[[str, str, str, float], None] | None = None
 
@@ -150,7 +149,7 @@ watch = _Watch()
 
 
 class _TracedJVP:
-    """How many calls of `imf_kernels.jvp` a graph that torch.compile traces is inside of."""
+    """Nesting depth of `imf_kernels.jvp` in a graph that torch.compile traces."""
 
     depth = 0
 
@@ -159,8 +158,7 @@ traced_jvp = _TracedJVP()
 
 
 def _on_traced_dual_tensors(operation: Callable[..., Any], arguments: Any, options: Any) -> Any:
-    """The operation on dual tensors of a level that the graph itself enters, in `imf_kernels.jvp`."""
-
+    """Runs the operation on dual tensors of a level that the graph itself enters, in `imf_kernels.jvp`."""
     leaves, structure = pytree.tree_flatten((arguments, options))
     arguments, options = pytree.tree_unflatten([as_dual(x) for x in leaves], structure)
     result = operation(*arguments, **options)
@@ -173,7 +171,7 @@ def _at_dual_level() -> bool:
 
 
 def _single_jvp() -> Any:
-    """The interpreter of `torch.func.jvp` where it is the only transform, else `None`."""
+    """Returns the interpreter of `torch.func.jvp` if it is the only transform, else `None`."""
     from torch._functorch import pyfunctorch
 
     innermost = pyfunctorch.retrieve_current_functorch_interpreter()
@@ -181,11 +179,11 @@ def _single_jvp() -> Any:
     return innermost if is_jvp and innermost.level() == 1 else None
 
 
-@torch._disable_dynamo  # else what falls back to eager mode here would be compiled function by function
+@torch._disable_dynamo  # after a graph break it would be compiled function by function
 def _on_dual_tensors(operation: Callable[..., Any], arguments: Any, options: Any, jvp: Any) -> Any:
-    """The operation at a dual level of `forward_ad`, or inside the transform `jvp`, which wraps tensors."""
+    """Runs the operation at a dual level of `forward_ad`, or inside `jvp`, a transform that wraps tensors."""
     start = time.perf_counter()
-    with torch._C.DisableTorchFunction():  # what it calls is no call of the function that `jvp` runs
+    with torch._C.DisableTorchFunction():  # its calls are not those of the function in `jvp`
         results, moves = _results(operation, arguments, options, jvp)
     if watch.seen is not None:
         path = OURS if moves else NO_TANGENT
@@ -194,7 +192,7 @@ def _on_dual_tensors(operation: Callable[..., Any], arguments: Any, options: Any
 
 
 def _results(operation: Callable[..., Any], arguments: Any, options: Any, jvp: Any) -> tuple[Any, bool]:
-    """What the operation returns, and whether an argument carries a tangent."""
+    """Returns the operation's result, and whether an argument carries a tangent."""
 
     def unwrapped(x: Any) -> Any:
         wrapping = jvp is not None and isinstance(x, Tensor)

@@ -1,4 +1,4 @@
-"""Which call of a function takes which path inside `jvp`, where in its modules, why, and what to change."""
+"""Report of the path that each call of a function takes inside `jvp`, where, why, and what to change."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from imf_kernels.transforms.jvp import _Calls, _jvp
 
 @dataclass
 class Calls:
-    """The calls of one function of PyTorch, or of one operation, that `explain` has seen in one place.
+    """Calls of one function of PyTorch, or of one operation, that `explain` has seen in one place.
 
     Attributes:
         name: as PyTorch documents it.
         path: "imf_kernels" (an operation of this library), "PyTorch's rule" or "no tangent".
         where: the module that called it, as `named_modules` names it, with * for numbers; "" outside of all.
-        why: what kept an operation of this library from serving it, where there is one.
-        count: how many.
-        seconds: in all.
-        memory: bytes of tensors above those there before, at the height of the call that took most.
+        why: the reason why no operation of this library served it, where there is one.
+        count: number of calls.
+        seconds: total time.
+        memory: additional bytes of tensors at the peak of the call that needed most.
     """
 
     name: str
@@ -56,7 +56,7 @@ def explain(
         func, primals, tangents, has_aux: as of `jvp`.
 
     Returns:
-        What it printed, the longest first.
+        The printed calls, the longest first.
     """
     on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in pytree.tree_leaves(primals))
     seen: dict[tuple[str, ...], Calls] = {}
@@ -124,7 +124,7 @@ def _print(ranked: list[Calls]) -> None:
 
 
 class _Modules:
-    """Follows which module of a function is being called."""
+    """Tracker of the module of a function that is being called."""
 
     def __init__(self, func: Any) -> None:
         self.names = {}
@@ -158,7 +158,7 @@ class _Modules:
 
 @contextlib.contextmanager
 def _operations(record: Callable[[str, str, str, float], None]) -> Iterator[None]:
-    """Has each operation of this library recorded as one call."""
+    """Records each operation of this library as one call."""
     dual_tensors.watch.seen = record
     try:
         yield
@@ -167,7 +167,7 @@ def _operations(record: Callable[[str, str, str, float], None]) -> Iterator[None
 
 
 _PRODUCTS = ("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum")
-# Sequences of calls, with others between, and what would serve them.
+# Sequences of calls, with others between, and their replacements.
 _ADVICE = (
     (
         (_PRODUCTS, ("softmax",), _PRODUCTS),

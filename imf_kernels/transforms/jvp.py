@@ -1,12 +1,12 @@
-"""The derivative of an unmodified function or module along tangents, in the place of `torch.func.jvp`.
+"""Derivative of an unmodified function or module along tangents, a `torch.func.jvp` for training.
 
-The tangents travel in PyTorch's own dual tensors (`torch.autograd.forward_ad`), so that views, in-place
-methods, indexing and whatever else PyTorch has a forward-mode rule for keep their meaning, and modules that
-insist on a tensor get one. What is different from `torch.func.jvp`:
+Tangents travel in PyTorch's own dual tensors (`torch.autograd.forward_ad`), so that views, in-place methods,
+indexing and all else with a forward-mode rule keep their meaning, and modules that require a tensor get one.
+Differences from `torch.func.jvp`:
 
-- A call that this library has an operation for goes there (rules.py): primal and tangent in one pass,
+- Calls for which this library has an operation run on it (rules.py): primal and tangent in one pass,
   attention without the matrix of its weights.
-- No gradient flows through tangents: the graph that PyTorch records of a tangent is let go after every call.
+- No gradient flows through tangents: the graph that PyTorch records of them is released after every call.
 - Dual tensors are ordinary tensors, without the wrappers of `torch.func`: hooks run, so DDP, FSDP2 and
   profilers work.
 """
@@ -67,20 +67,20 @@ from imf_kernels.transforms.rules import (
 from imf_kernels.transforms.surroundings import Surroundings
 from imf_kernels.transforms.tracing import refuse_while_tracing
 
-# Attention's plain form is the only one of PyTorch's that has a derivative.
+# In PyTorch only plain attention has a derivative.
 _WITH_ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 
 
 def _with_zeros(x: Any) -> Any:
-    """A tensor without a tangent with one of zeros, anything else as it is."""
+    """Returns a tensor without a tangent with one of zeros, anything else unchanged."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or carries_tangent(x):
         return x
-    x = x.contiguous()  # of an expanded one the layout could not be kept
+    x = x.contiguous()  # the layout of an expanded one could not be kept
     return make_dual_tensor(x, torch.zeros_like(x))
 
 
 def _method_name(func: Any) -> str:
-    """The name of a method, behind the decorator of those that PyTorch writes in Python.
+    """Returns the name of a method, without the decorator of those that PyTorch writes in Python.
 
     From PyTorch 2.15 on torch.compile reads the name of the decorator's own function, "wrapped", from them.
     """
@@ -89,7 +89,7 @@ def _method_name(func: Any) -> str:
 
 NO_RULE = NotServed("")
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
-# Functions that are refused or corrected, by the names of the operators behind them.
+# Refused or corrected functions, by the names of the operators behind them.
 _PUBLIC = {
     f"aten::{prefix}{_method_name(function)}": function
     for function in (*REFUSED, *REWRITTEN, *WRONG_IN_PYTORCH)
@@ -98,13 +98,13 @@ _PUBLIC = {
 
 
 class _Run:
-    """A run of jvp: threads that it started and that outlive it go on without it."""
+    """A run of jvp; threads that it started and that outlive it continue without it."""
 
     over = False
 
 
 class _Calls(TorchFunctionMode):
-    """Sees every call of PyTorch, and sends it where its tangent is computed."""
+    """Mode that sends every call of PyTorch to where its tangent is computed."""
 
     run = _Run()
 
@@ -132,12 +132,12 @@ class _Calls(TorchFunctionMode):
 
 
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, NotServed | None]:
-    """The result of a call; and why PyTorch's rule made it, `None` where one of our operations did."""
+    """Returns the result of a call, and why PyTorch's rule made it, `None` if an operation of ours did."""
     compiling = torch.compiler.is_compiling()
     if isinstance(func, _OPERATORS):
         func = _PUBLIC.get(_operator_name(func).partition(".")[0], func)
     if torch._C._are_functorch_transforms_active():
-        # The tensors of a vmap or grad inside are PyTorch's, and it does not say which of them move.
+        # Inside a vmap or grad PyTorch does not tell which tensors have a tangent.
         if func in REFUSED_INSIDE_TRANSFORMS:
             raise NotImplementedError(f"imf_kernels.jvp: {REFUSED_INSIDE_TRANSFORMS[func]}")
         return _by_pytorch(func, args, kwargs), NO_RULE
@@ -191,7 +191,7 @@ def _writes_in_graph(func: Any) -> bool:
 
 
 def _apart(args: Any, kwargs: Any) -> Any:
-    """What an in-place method takes, apart from the tensor it writes: PyTorch's rules read it afterwards."""
+    """Copies in-place arguments that share memory with the tensor written, as PyTorch's rules read both."""
     written = args[0]
 
     def apart(x: Any) -> Any:
@@ -214,14 +214,14 @@ def _may_be_same_memory(x: Tensor, y: Any) -> bool:
 
 
 def _expect_some(index: Any) -> None:
-    """Places whose number depends on data, which forward mode cannot follow unless there are some."""
+    """Asserts that data-dependent indices are not empty, as forward mode needs."""
     for places in index if isinstance(index, tuple) else (index,):
         if isinstance(places, Tensor) and places.dtype == torch.int64 and guard_or_true(places.numel() != 0):
             torch._check(places.numel() >= 1)
 
 
 def _seen(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its calls of PyTorch seen: torch.compile leaves the mode for what it checkpoints."""
+    """Makes a function's calls of PyTorch seen: torch.compile leaves the mode for what it checkpoints."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with _Calls():
@@ -232,7 +232,7 @@ def _seen(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _by_pytorch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if torch.compiler.is_compiling() and getattr(func, "__module__", None) == "torch._tensor":
-        # A method that PyTorch writes in Python: torch.compile follows the call of one, not the function.
+        # torch.compile follows a call of a method written in Python, not of its function.
         return getattr(args[0], _method_name(func))(*args[1:], **kwargs)
     func = REWRITTEN.get(func, func)
     if torch.compiler.is_compiling():
@@ -269,7 +269,7 @@ def _operator_name(func: Any) -> str:
 
 
 def _refuse_lost_tangents(func: Any, args: Any, kwargs: Any, result: Any) -> None:
-    """Operators of other libraries, and control flow, give no tangent, and PyTorch says nothing."""
+    """Raises for other libraries' operators and control flow, whose tangents PyTorch silently leaves out."""
     if isinstance(func, torch._ops.HigherOrderOperator):
         refused = CONTROL_FLOW
     elif isinstance(func, _OPERATORS):
@@ -288,7 +288,7 @@ def _refuse_lost_tangents(func: Any, args: Any, kwargs: Any, result: Any) -> Non
 
 
 def _release_graphs(result: Any) -> None:
-    """No gradient flows through tangents: lets go of what PyTorch recorded to differentiate them."""
+    """Releases what PyTorch recorded to differentiate tangents, through which no gradient flows."""
     for y in result if isinstance(result, (tuple, list)) else (result,):
         if isinstance(y, Tensor) and y.requires_grad:
             _, tangent = unpack_dual_tensor(y)
@@ -305,26 +305,27 @@ def jvp(
     has_aux: bool = False,
     **of_functional: Any,
 ) -> Any:
-    """func(*primals) and its derivative along the tangents, in one pass: `torch.func.jvp` for training.
+    """Computes func(*primals) and its derivative along the tangents in one pass: `torch.func.jvp` for
+    training.
 
-    Gradients flow through the primal outputs, to inputs and weights, as if `func` had been called by itself.
-    None flows through the tangents that come back: differentiating them raises an error, `.detach()` makes
-    them plain data.
+    Gradients flow through the primal outputs, to inputs and weights, as if `func` had been called directly.
+    None flows through the returned tangents: differentiating them raises an error, `.detach()` makes them
+    plain data.
 
     Args:
         func: any function or module made of PyTorch's calls, unmodified. Linear layers, attention,
             normalisations and activations run on this library's operations; every other call follows
-            PyTorch's forward-mode rule, and one that has none raises. Parts of it that torch.compile made run
-            eagerly: compile the function that calls `jvp`.
+            PyTorch's forward-mode rule, and one that has none raises. Compiled parts run eagerly: compile the
+            function that calls `jvp`.
         primals: arguments of `func`, tensors or pytrees of them.
         tangents: in the structure of `primals`, each of its primal's shape and device and without grad, cast
-            where it is of another floating-point dtype; `None` where an argument has no tangent, which
-            `torch.func.jvp` does not take.
-        strict: raise where an output does not depend on the inputs, in the place of a tangent of zeros.
-        has_aux: `func` returns (output, aux); aux is handed on as it is, without tangents.
+            if of another floating-point dtype; `None`, unlike in `torch.func.jvp`, for an argument without a
+            tangent.
+        strict: raise if an output does not depend on the inputs, instead of returning a tangent of zeros.
+        has_aux: `func` returns (output, aux); aux is returned unchanged, without tangents.
 
     Returns:
-        (output, tangent), each in the structure of what `func` returns; with `has_aux` aux behind them.
+        (output, tangent), each in the structure of func's result; with `has_aux` followed by aux.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit.
@@ -344,14 +345,14 @@ _ADVICE = {
 }
 
 
-# PyTorch has one dual level a process: the jvps of several threads take turns.
+# PyTorch has one dual level per process: the jvps of several threads take turns.
 _ONE_LEVEL = threading.Lock()
-_TURN = 600.0  # seconds that a thread waits for its own
-_inside = threading.local()  # of a thread: the run of jvp that it belongs to
+_TURN = 600.0  # seconds that a thread waits
+_inside = threading.local()  # per thread: its run of jvp
 
 
 def is_inside() -> bool:
-    """Whether this thread runs in a jvp."""
+    """Returns whether this thread runs in a jvp."""
     return not getattr(_inside, "run", _OUTSIDE).over
 
 
@@ -395,7 +396,7 @@ _INSIDE = (
 
 
 def _without_compiler() -> Callable[..., Any]:
-    """`_eagerly`: after a graph break torch.compile must not compile its calls, without their tangents."""
+    """Returns `_eagerly`: after a graph break torch.compile must not compile its calls, without tangents."""
     return _disabled() if "torch._dynamo" in sys.modules else _eagerly
 
 
@@ -449,7 +450,7 @@ _asked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 def _say_what_runs_eagerly(func: Any) -> None:
-    """Logs once what torch.compile made of a module, or of a part of it: it does not run here."""
+    """Logs once which parts of a module torch.compile made, as they run eagerly here."""
     if "torch._dynamo" not in sys.modules or not isinstance(func, torch.nn.Module) or func in _asked:
         return
     _asked.add(func)
@@ -466,7 +467,7 @@ def _say_what_runs_eagerly(func: Any) -> None:
 
 
 class _Inside:
-    """A thread inside a run of jvp, whose calls are seen."""
+    """Context of a thread inside a run of jvp, whose calls are seen."""
 
     def __init__(self, calls: _Calls, run: _Run) -> None:
         self.calls, calls.run, self.run = calls, run, run
@@ -484,7 +485,7 @@ def _dual_input(x: Any, x_dot: Tensor | None) -> Any:
     if torch.compiler.is_compiling():
         if x_dot is None:
             return x
-        # Views of a dual tensor want its tangent to lie in memory as it does, from the same offset on.
+        # Views of a dual tensor require the same memory layout and offset of its tangent.
         return make_dual_tensor(*(t.clone(memory_format=torch.contiguous_format) for t in (x, x_dot)))
     x, x_dot = (t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in (x, x_dot))
     if x_dot is None:
@@ -495,14 +496,14 @@ def _dual_input(x: Any, x_dot: Tensor | None) -> Any:
 
 
 def _name_function_without_rule(error: Exception) -> None:
-    """Raises the error again with the name of the autograd.Function that it is about."""
+    """Reraises an error with the name of the autograd.Function that caused it."""
     if "jvp" not in str(error) or str(error).startswith("imf_kernels"):
         return
     trace = error.__traceback__
     while trace is not None:
         frame, trace = trace.tb_frame, trace.tb_next
         names = frame.f_locals
-        # From PyTorch 2.14 on it is the object whose class was made of the Function.
+        # From PyTorch 2.14 on `self` is an object whose class was made of the Function.
         function = names.get("cls") or getattr(names.get("self"), "_forward_cls", None)
         if frame.f_code.co_filename.endswith("autograd/function.py") and function is not None:
             tensor_parallel = function.__module__.startswith("torch.distributed.tensor")
@@ -518,7 +519,7 @@ def _name_function_without_rule(error: Exception) -> None:
 
 
 def _taken_apart(result: Any, strict: bool, has_aux: bool) -> Any:
-    """What func returned as (output, tangent), with `has_aux` (output, tangent, aux)."""
+    """Splits func's result into (output, tangent), with `has_aux` (output, tangent, aux)."""
     if isinstance(result, Tensor) and not has_aux:
         return _parts(result, strict)
     aux: tuple[Any, ...] = ()
@@ -538,7 +539,7 @@ def _taken_apart(result: Any, strict: bool, has_aux: bool) -> Any:
 
 
 def _pairs(primals: Any, tangents: Any) -> tuple[list[tuple[Any, Tensor | None]], Any]:
-    """Each leaf of the primals with its tangent, checked; and their structure, `None` of plain tensors."""
+    """Returns each leaf of the primals with its checked tangent, and the structure, `None` if flat."""
     for name, value in (("primals", primals), ("tangents", tangents)):
         if not isinstance(value, tuple):
             raise TypeError(f"jvp: {name} must be a tuple, as in jvp(f, (x,), (x_dot,)); got {_about(value)}")

@@ -1,9 +1,9 @@
-"""Which calls of PyTorch the operations of this library serve inside `imf_kernels.jvp`, and when.
+"""Rules by which operations of this library serve calls of PyTorch inside `imf_kernels.jvp`.
 
-A rule has the signature of the function that it serves. It is asked where an argument carries a tangent, gets
-a `Dual` in the place of each such tensor and gives its result in the same form; or `NotServed`, where
-PyTorch's own forward-mode rule must serve. Each hands over only what its operation takes as PyTorch does:
-PyTorch's own errors stay PyTorch's.
+A rule has the signature of the function that it serves. It is called if an argument carries a tangent, with a
+`Dual` instead of each such tensor, and returns `Dual`s too; or `NotServed`, if PyTorch's own forward-mode
+rule must serve. Rules serve only calls that an operation takes as PyTorch does: PyTorch's own errors stay
+PyTorch's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Rule = Callable[..., Any]
 
 
 class NotServed:
-    """What a rule returns where PyTorch's own must serve, and why."""
+    """Result of a rule where PyTorch's own must serve, and why."""
 
     def __init__(self, why: str) -> None:
         self.why = why
@@ -37,10 +37,10 @@ _DTYPE = NotServed("not of one dtype of float32, bfloat16 and float16")
 _SHAPE = NotServed("a shape that PyTorch may take or refuse")
 _ALSO = NotServed("a case that PyTorch sees to")
 RULES: dict[Any, Rule] = {}
-# Calls that would lose the tangent of an argument without a word, and why or what to do.
+# Calls that would silently lose the tangent of an argument, and why or what to do.
 REFUSED: dict[Any, str] = {}
 
-# The operations on `Dual`s: PyTorch's dual tensors are taken apart before a rule is asked.
+# Operations on `Dual`s: PyTorch's dual tensors are unpacked before a rule is called.
 _linear_of_dual = unwrap(linear.linear)
 _attention_of_duals = unwrap(attention.scaled_dot_product_attention)
 _gelu_of_dual = unwrap(elementwise.gelu)
@@ -48,7 +48,7 @@ _layer_norm_of_dual = unwrap(layer_norm.layer_norm)
 _rms_norm_of_dual = unwrap(rms_norm.rms_norm)
 _silu_of_dual = unwrap(elementwise.silu)
 
-# What is handed over. Other dtypes, float64 first of all, stay with PyTorch.
+# Dtypes that are served. Others, float64 first of all, stay with PyTorch.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -61,7 +61,7 @@ def serves(*functions: Any) -> Callable[[Rule], Rule]:
 
 
 def _plain(*tensors: Any, like: Tensor | None = None) -> bool:
-    """Tensors (or `None`) that a rule may hand to an operation: of no subclass, without a tangent."""
+    """Returns whether an operation takes these tensors (or `None`): of no subclass, without a tangent."""
     return all(
         x is None or (type(x) in (Tensor, torch.nn.Parameter) and (like is None or x.dtype == like.dtype))
         for x in tensors
@@ -69,7 +69,7 @@ def _plain(*tensors: Any, like: Tensor | None = None) -> bool:
 
 
 def _autocast_to(device: torch.device) -> torch.dtype | None:
-    """What `torch.autocast` makes of the operands of products on this device; `None` where it is off."""
+    """Returns the dtype that `torch.autocast` casts products to on this device; `None` where it is off."""
     return torch.get_autocast_dtype(device.type) if autocasts(device) else None
 
 
@@ -125,7 +125,7 @@ def _scaled_dot_product_attention(
     if k.shape[-3] != q.shape[-3] and not (enable_gqa and dims == 4):
         return NotServed("numbers of heads that broadcast")
     q, k, v = (map_both(last_contiguous, x) for x in (q, k, v))
-    if dims == 3:  # [H, L, D]: one batch row
+    if dims == 3:  # [H, L, D]: one sample
         q, k, v = (map_both(lambda t: t.unsqueeze(0), x) for x in (q, k, v))
     out = _attention_of_duals(q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
     return map_both(lambda t: t.squeeze(0), out) if dims == 3 else out
@@ -147,7 +147,7 @@ def _gelu(input: Any, approximate: str = "none") -> Any:
 def _layer_norm(
     input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Any:
-    """In float64 too: PyTorch's own rule cannot be traced by torch.compile."""
+    """Serves float64 too: torch.compile cannot trace PyTorch's own rule."""
     if not isinstance(input, Dual) or not _plain(weight, bias):
         return _PARAMETER
     if _autocast_to(input.device) is not None and _autocast_widens_layer_norm(input.device.type):
@@ -169,7 +169,7 @@ def _layer_norm(
 
 @cached_constant
 def _autocast_widens_layer_norm(device: str) -> bool:
-    """Whether `torch.autocast` computes layer norms of 16-bit tensors in fp32 on this type of device."""
+    """Returns whether `torch.autocast` computes layer norms of 16-bit tensors in fp32 on this device type."""
     x = torch.zeros(1, 1, dtype=torch.bfloat16, device=device)
     with torch.autocast(device, torch.bfloat16):
         return F.layer_norm(x, (1,)).dtype == torch.float32
@@ -192,7 +192,7 @@ def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float 
 
 @serves(F.group_norm)
 def _group_norm(input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
-    """ẏ = (ẋ r + (x − m) ṙ − ṁ r) w by group: PyTorch's rule fails on inputs that are not contiguous."""
+    """Computes ẏ = (ẋ r + (x − m) ṙ − ṁ r) w by group: PyTorch's rule fails on non-contiguous inputs."""
     if not isinstance(input, Dual) or not _plain(weight, bias):
         return _PARAMETER
     y = F.group_norm(input.primal, num_groups, weight, bias, eps)
@@ -217,8 +217,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    """As group_norm's, a channel's values over the batch in the place of a group's: PyTorch's rule cannot be
-    traced by torch.compile."""
+    """Normalises channels as group_norm does groups: torch.compile cannot trace PyTorch's rule."""
     if not isinstance(input, Dual) or not _plain(running_mean, running_var, weight, bias):
         return _PARAMETER
     y = F.batch_norm(input.primal, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -235,9 +234,9 @@ def _batch_norm(
         return Dual(y, y_dot.to(y.dtype))
 
 
-# While torch.compile traces: where one operand has a tangent and another none, PyTorch's rules put symbolic
-# zeros, whose kernels (2.13) turn lengths that change into constants: every new one would compile again.
-# Arithmetic has rules of its own, without zeros: 0 · ∞ would be NaN.
+# While torch.compile traces, PyTorch's rules use symbolic zeros if only one operand has a tangent; their
+# kernels (2.13) turn dynamic lengths into constants, and every new length would compile again. Arithmetic has
+# its own rules, without zeros: 0 · ∞ would be NaN.
 
 
 def _arithmetic(
@@ -245,7 +244,7 @@ def _arithmetic(
     of_a: Callable[[Any, Any, Any, Tensor], Tensor],
     of_b: Callable[[Any, Any, Any, Tensor], Tensor],
 ) -> Rule:
-    """The rule of y(a, b) where one of a and b has a tangent: ẏ is of_a(ȧ, a, b, y) or of_b(ḃ, a, b, y)."""
+    """Makes the rule of y(a, b) for one tangent: ẏ is of_a(ȧ, a, b, y) or of_b(ḃ, a, b, y)."""
 
     def rule(a: Any, b: Any) -> Any:
         (a, a_dot), (b, b_dot) = unpack(a), unpack(b)
@@ -275,7 +274,7 @@ _reflected_sub = _arithmetic(torch.rsub, _negative, _same)
 _mul = _arithmetic(torch.mul, lambda a_dot, a, b, y: a_dot * b, lambda b_dot, a, b, y: a * b_dot)
 _div = _arithmetic(torch.div, lambda a_dot, a, b, y: a_dot / b, lambda b_dot, a, b, y: -y * b_dot / b)
 _reflected_div = _arithmetic(lambda a, b: a.reciprocal() * b, lambda a_dot, a, b, y: -y * a_dot / a, _same)
-# By name: torch.compile does not find the methods that PyTorch writes in Python under themselves.
+# By name: torch.compile does not find methods written in Python by identity.
 ARITHMETIC_WHILE_COMPILING: dict[str, Rule] = {
     **dict.fromkeys(("add", "__radd__"), _add),
     **dict.fromkeys(("sub", "subtract"), _sub),
@@ -284,15 +283,15 @@ ARITHMETIC_WHILE_COMPILING: dict[str, Rule] = {
     **dict.fromkeys(("div", "true_divide"), _div),
     **dict.fromkeys(("__rdiv__", "__rtruediv__"), _reflected_div),
 }
-# These get zeros, at the price of filling them.
+# These get zeros, at the cost of filling them.
 ZEROS_WHILE_COMPILING = (
     *(torch.cat, torch.concat, torch.stack, torch.hstack, torch.vstack),
     *(torch.maximum, torch.minimum, Tensor.maximum, Tensor.minimum),
 )
 
 
-# What PyTorch's forward mode, and so torch.func.jvp, gets wrong without a word: found by
-# tests/test_jvp_sweep.py, and refused here. Not every release of PyTorch has all of these functions.
+# Functions that PyTorch's forward mode, and so torch.func.jvp, silently gets wrong: found by
+# tests/test_jvp_sweep.py, and refused here. Not every release of PyTorch has all of them.
 _WITHOUT_DERIVATIVE = [
     *("airy_ai", "bessel_j0", "bessel_j1", "bessel_y0", "bessel_y1", "spherical_bessel_j0"),
     *("modified_bessel_i0", "modified_bessel_i1", "modified_bessel_k0", "modified_bessel_k1"),
@@ -338,7 +337,7 @@ for _name, _function in _named(Tensor, *_LEAVES_PYTORCH):
     REFUSED[_function] = (
         f"torch.Tensor.{_name} would leave the tangent behind; call it on x.detach(), where none is needed"
     )
-REFUSED_WHILE_COMPILING = dict(REFUSED)  # the next one is no key that torch.compile can look up
+REFUSED_WHILE_COMPILING = dict(REFUSED)  # torch.compile cannot look up the next key
 REFUSED[Tensor.data.__set__] = (  # type: ignore[attr-defined]
     "the data of a tensor is set, which would keep the tangent it had; write with copy_"
 )

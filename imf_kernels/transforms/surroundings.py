@@ -1,9 +1,9 @@
-"""What eager PyTorch needs around a function while `jvp` runs it, as far as it is loaded.
+"""Context that eager PyTorch needs while `jvp` runs a function, for the modules that are loaded.
 
-The calls of PyTorch reach `jvp` one by one, and the rules of forward mode are PyTorch's. Around that there
-are places where a tangent would be lost or an error be raised for no reason of the function's: code that a
-compiler made, functions of PyTorch that hand tensors on as they are but have no forward-mode rule, threads,
-collectives. Each is mended or refused here, for the time of the call.
+Calls of PyTorch reach `jvp` one by one, and follow PyTorch's forward-mode rules. Elsewhere a tangent would be
+lost, or an error raised that the function did not cause: compiled code, functions of PyTorch that return
+tensors unchanged but have no forward-mode rule, threads, collectives. Each is fixed or refused here during
+the call.
 """
 
 from __future__ import annotations
@@ -29,12 +29,8 @@ Tangents = tuple[Tensor | None, ...]
 
 
 def _views(ctx: Any, *tangents: Tensor | None) -> Tangents:
-    """The rule of a function that returns its tensors as they are: forward mode wants views of tangents."""
+    """Applies the rule of functions that return their tensors: forward mode wants views of tangents."""
     return tuple(None if t is None else t.view_as(t) for t in tangents)
-
-
-def _views_behind_first(ctx: Any, first: None, *tangents: Tensor | None) -> Tangents:
-    return _views(ctx, *tangents)
 
 
 def _sink(ctx: Any, ddp: None, *tangents: Tensor | None) -> Tangents:
@@ -50,7 +46,7 @@ def _zeros_like(y: Any) -> Tensor | None:
 
 
 def _sink_with_zeros(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """It asks PyTorch for no zeros, without which a floating-point output raises in forward mode."""
+    """Keeps zeros for DDP's function, which asks for none: without them outputs raise in forward mode."""
 
     @functools.wraps(forward)
     def call(ctx: Any, ddp: Any, *outputs: Any) -> Any:
@@ -80,16 +76,16 @@ def _all_gathered(ctx: Any, group: None, tangent: Tensor) -> Tangents:
 
 
 _FSDP = "torch.distributed.fsdp._fully_shard"
-# Functions of PyTorch without a forward-mode rule, or with one that forward mode does not take, and a rule.
+# Functions of PyTorch without a usable forward-mode rule, and a rule for each.
 _MISSING: list[tuple[str, str, Callable[..., Any]]] = [
-    (f"{_FSDP}._fsdp_param_group", "RegisterPostBackwardFunction", _views_behind_first),
+    (f"{_FSDP}._fsdp_param_group", "RegisterPostBackwardFunction", lambda ctx, _, *t: _views(ctx, *t)),
     ("torch.nn.modules._functions", "BackwardHookFunction", _views),
     ("torch.nn.parallel.distributed", "_DDPSink", _sink),
     ("torch.distributed.nn.functional", "_AllReduce", _all_reduced),
     ("torch.distributed.nn.functional", "_AllGather", _all_gathered),
 ]
 
-# Methods of a process group, and of its backends, that send no tensor of the caller's.
+# Methods of a process group, and of its backends, that send none of the caller's tensors.
 _SEND_NOTHING = {
     *("abort", "allocate_tensor", "barrier", "boxed", "eager_connect_single_device", "get_group_store"),
     *("merge_remote_group", "memory_stats", "monitored_barrier", "name", "rank", "resume", "set_timeout"),
@@ -122,7 +118,7 @@ def _refusing_to_leave(to_dlpack: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _without_plans(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A script keeps a plan that it was optimised by, outside of a jvp, and whose tangents would be zeros."""
+    """Drops a script's execution plan, optimised outside of a jvp, whose tangents would be zeros."""
 
     @functools.wraps(run)
     def call(script: Any, *args: Any, **kwargs: Any) -> Any:
@@ -134,7 +130,7 @@ def _without_plans(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _complete_pytorch() -> None:
-    """Gives PyTorch's functions the rules that they lack, as far as they are loaded: once a process."""
+    """Gives PyTorch's loaded functions the rules that they lack, once per process."""
     for rule in [rule for rule in _MISSING if rule[0] in sys.modules]:
         module, name, jvp = rule
         _MISSING.remove(rule)
@@ -160,7 +156,7 @@ def _complete_pytorch() -> None:
 
 
 class Surroundings:
-    """Around the call of a function whose tensors carry tangents.
+    """Context of the call of a function whose tensors carry tangents.
 
     Args:
         mode: makes the context in which a thread sees each call of PyTorch.
@@ -171,17 +167,17 @@ class Surroundings:
 
     def __enter__(self) -> None:
         _complete_pytorch()
-        # Code that torch.compile made knows nothing of tangents, and would drop them.
+        # Compiled code would drop tangents.
         self.stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else None
         if self.stance is not None:
             self.stance.__enter__()
-        # Blocks may call PyTorch's checkpoint by its name, which looks up what it calls here.
+        # Blocks may call PyTorch's checkpoint by name, which looks up its implementation here.
         self.pytorchs_checkpoint = _LOOKED_UP.get(_NAME)
         _LOOKED_UP[_NAME] = checkpoint
         self.start = threading.Thread.start
         threading.Thread.start = _starting(self.start, self.mode, threading.get_ident())  # type: ignore[method-assign,assignment]
         self.scripts_are_optimized = torch._C._get_graph_executor_optimize()
-        torch._C._set_graph_executor_optimize(False)  # a script's optimised form drops them too
+        torch._C._set_graph_executor_optimize(False)  # optimised scripts drop them too
 
     def __exit__(self, *raised: Any) -> None:
         torch._C._set_graph_executor_optimize(self.scripts_are_optimized)
@@ -198,7 +194,7 @@ _LOOKED_UP, _NAME = _pytorchs_checkpoint.__wrapped__.__dict__, "__dynamo_disable
 def _starting(
     start: Callable[[threading.Thread], None], mode: Callable[[], Any], owner: int
 ) -> Callable[[threading.Thread], None]:
-    """`Thread.start` by which a thread that `func` starts sees its calls of PyTorch."""
+    """Wraps `Thread.start`, so that threads that `func` starts see their calls of PyTorch."""
 
     def started(thread: threading.Thread) -> None:
         if threading.get_ident() == owner:

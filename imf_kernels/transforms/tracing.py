@@ -1,7 +1,7 @@
-"""What torch.compile would do wrong, unseen, while it traces a call of `jvp`: there it leaves the graph.
+"""Graph breaks where torch.compile would silently go wrong while it traces a call of `jvp`.
 
-The rest reaches `jvp` call by call, as in eager mode. These calls do not: torch.compile follows them, or puts
-them into its graph, without showing them to a TorchFunctionMode.
+Other calls reach `jvp` one by one, as in eager mode. torch.compile follows these, or puts them into its
+graph, without showing them to a TorchFunctionMode.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _INFERENCE = (
 
 @constant
 def refuse_while_tracing() -> None:
-    """Refuses what is named in this file, from now on, in each call of `jvp` that torch.compile traces."""
+    """Makes torch.compile refuse the calls of this file, from now on, in any `jvp` that it traces."""
     from torch._dynamo.exc import Unsupported
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
@@ -75,9 +75,9 @@ def _wrap_dynamo() -> None:
 
 
 def _leaving_level(compile: Callable[..., Any]) -> Callable[..., Any]:
-    """Leaves the dual level that a compiler enters, running the graph, when it fails inside.
+    """Leaves the dual level that a compiler enters by running the graph, if it fails inside.
 
-    A graph enters the level in C++, of which the module forward_ad knows nothing.
+    A graph enters the level in C++, unknown to the module forward_ad.
     """
 
     @functools.wraps(compile)
@@ -108,7 +108,7 @@ def _refuse(kind: type, method: str, why: Callable[..., str | None]) -> None:
 
 
 def _move(arguments: Any) -> bool:
-    """Whether one of the variables of torch.compile, at any depth, stands for a tensor with a tangent."""
+    """Returns whether any of torch.compile's variables, at any depth, stands for a tensor with a tangent."""
     from torch._dynamo.variables.base import VariableTracker
 
     move = False
