@@ -35,16 +35,9 @@ def _softmax(logits: Tensor) -> Tensor:
 
 
 def _reference(
-    q: Tensor,
-    q_dot: Tensor | None,
-    k: Tensor,
-    k_dot: Tensor | None,
-    v: Tensor,
-    v_dot: Tensor | None,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, q_dot: Tensor | None, k: Tensor, k_dot: Tensor | None, v: Tensor, v_dot: Tensor | None,
+    mask: Tensor | None, is_causal: bool, scale: float,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     dtype, exact = q.dtype, torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // max(k.shape[1], 1)  # query heads per head of keys and values
     k, k_dot, v, v_dot = (_repeated(x, group) for x in (k, k_dot, v, v_dot))
@@ -102,16 +95,9 @@ def _check_heads(q: Tensor, k: Tensor) -> None:
 
 
 def _check(
-    q: Tensor,
-    q_dot: Tensor | None,
-    k: Tensor,
-    k_dot: Tensor | None,
-    v: Tensor,
-    v_dot: Tensor | None,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-) -> _Asked:
+    q: Tensor, q_dot: Tensor | None, k: Tensor, k_dot: Tensor | None, v: Tensor, v_dot: Tensor | None,
+    mask: Tensor | None, is_causal: bool, scale: float,
+) -> _Asked:  # fmt: skip
     arguments = {"query": q, "key": k, "value": v}
     check.is_tensor(NAME, **arguments)
     for name, x in arguments.items():
@@ -175,18 +161,9 @@ def _check_mask(mask: Tensor, is_causal: bool, q: Tensor) -> None:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        kernels: _C.attention,
-        q: Tensor,
-        q_dot: Tensor | None,
-        k: Tensor,
-        k_dot: Tensor | None,
-        v: Tensor,
-        v_dot: Tensor | None,
-        mask: Tensor | None,
-        is_causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor | None]:
+        ctx: Any, kernels: _C.attention, q: Tensor, q_dot: Tensor | None, k: Tensor, k_dot: Tensor | None,
+        v: Tensor, v_dot: Tensor | None, mask: Tensor | None, is_causal: bool, scale: float,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         out, out_dot = in_order_of(q, q.shape[0], q.shape[2], v.shape[3]), None
         moving = stored(q_dot, k_dot, v_dot)
         if moving is not None:
@@ -237,14 +214,9 @@ class _CUDA:
 
     @staticmethod
     def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        q_dot: Tensor | None,
-        k_dot: Tensor | None,
-        v_dot: Tensor | None,
+        q: Tensor, k: Tensor, v: Tensor, q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None,
         *rest: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         names = ("query", "key", "value", "query_dot", "key_dot", "value_dot")
         for name, x in zip(names, (q, k, v, q_dot, k_dot, v_dot), strict=True):
             if x is not None and (reason := _cuda_layout(x)):

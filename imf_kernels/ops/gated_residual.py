@@ -26,13 +26,9 @@ from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
 
 def _reference(
-    x: Tensor,
-    x_dot: Tensor | None,
-    branch: Tensor,
-    branch_dot: Tensor | None,
-    gate: Tensor,
-    gate_dot: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, x_dot: Tensor | None, branch: Tensor, branch_dot: Tensor | None,
+    gate: Tensor, gate_dot: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     dtype, exact = x.dtype, torch.promote_types(x.dtype, torch.float32)
     b, g = branch.to(exact), per_position(gate.to(exact), x)
     y = (x.to(exact) + b * g).to(dtype)
@@ -48,13 +44,9 @@ def _reference(
 
 
 def _check(
-    x: Tensor,
-    x_dot: Tensor | None,
-    branch: Tensor,
-    branch_dot: Tensor | None,
-    gate: Tensor,
-    gate_dot: Tensor | None,
-) -> Sequence[Tensor]:
+    x: Tensor, x_dot: Tensor | None, branch: Tensor, branch_dot: Tensor | None,
+    gate: Tensor, gate_dot: Tensor | None,
+) -> Sequence[Tensor]:  # fmt: skip
     check.is_tensor("gated_residual", x=x, branch=branch, gate=gate)
     check.single_row_is_complete("gated_residual", x=(x, x_dot), branch=(branch, branch_dot))
     if x.dim() == 0:
@@ -80,15 +72,9 @@ def _check(
 class _GatedResidual(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        kernels: _C.gated_residual,
-        x: Tensor,
-        x_dot: Tensor | None,
-        branch: Tensor,
-        branch_dot: Tensor | None,
-        gate: Tensor,
-        gate_dot: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+        ctx: Any, kernels: _C.gated_residual, x: Tensor, x_dot: Tensor | None,
+        branch: Tensor, branch_dot: Tensor | None, gate: Tensor, gate_dot: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         branch, y, y_dot = in_rows(branch), contiguous_like(x), None
         moving = stored(x_dot, branch_dot, gate_dot)
         if moving is not None:

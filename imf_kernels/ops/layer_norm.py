@@ -40,13 +40,9 @@ def normalize(x: Tensor, x_dot: Tensor | None, eps: float) -> tuple[Tensor, Tens
 
 
 def _reference(
-    x: Tensor,
-    x_dot: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
+    x: Tensor, x_dot: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
     dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     dtype = dtype or x.dtype
     n, n_dot = normalize(x, x_dot, eps)
     w = n.new_ones(()) if weight is None else weight.to(n.dtype)
@@ -67,13 +63,9 @@ def _check_shape(x: Tensor, normalized_shape: Sequence[int]) -> None:
 
 
 def _check(
-    x: Tensor,
-    x_dot: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
+    x: Tensor, x_dot: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
     dtype: torch.dtype | None,
-) -> Sequence[Tensor]:
+) -> Sequence[Tensor]:  # fmt: skip
     check.single_row_is_complete("layer_norm", x=(x, x_dot))
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
@@ -88,15 +80,9 @@ def _check(
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        kernels: _C.layer_norm,
-        x: Tensor,
-        x_dot: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        dtype: torch.dtype | None,
-    ) -> tuple[Tensor, Tensor | None]:
+        ctx: Any, kernels: _C.layer_norm, x: Tensor, x_dot: Tensor | None, weight: Tensor | None,
+        bias: Tensor | None, eps: float, dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         x, y, y_dot = in_rows(x), contiguous_like(x, dtype), None
         statistics = x.new_empty(3 * count_rows(x), dtype=torch.float32)
         if x_dot is not None:

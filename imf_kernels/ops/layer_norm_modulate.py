@@ -27,15 +27,9 @@ from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
 
 def _reference(
-    x: Tensor,
-    x_dot: Tensor | None,
-    shift: Tensor,
-    shift_dot: Tensor | None,
-    scale: Tensor,
-    scale_dot: Tensor | None,
-    eps: float,
-    dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, x_dot: Tensor | None, shift: Tensor, shift_dot: Tensor | None,
+    scale: Tensor, scale_dot: Tensor | None, eps: float, dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     dtype = dtype or x.dtype
     n, n_dot = normalize(x, x_dot, eps)
     gain = 1 + per_position(scale.to(n.dtype), x)
@@ -52,15 +46,9 @@ def _reference(
 
 
 def _check(
-    x: Tensor,
-    x_dot: Tensor | None,
-    shift: Tensor,
-    shift_dot: Tensor | None,
-    scale: Tensor,
-    scale_dot: Tensor | None,
-    eps: float,
-    dtype: torch.dtype | None,
-) -> Sequence[Tensor]:
+    x: Tensor, x_dot: Tensor | None, shift: Tensor, shift_dot: Tensor | None,
+    scale: Tensor, scale_dot: Tensor | None, eps: float, dtype: torch.dtype | None,
+) -> Sequence[Tensor]:  # fmt: skip
     check.is_tensor("layer_norm_modulate", x=x, shift=shift, scale=scale)
     if x.dim() < 2:
         raise ValueError(f"layer_norm_modulate: x must be [B, ..., d], got {list(x.shape)}")
@@ -76,17 +64,10 @@ def _check(
 class _LayerNormModulate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        kernels: _C.layer_norm,
-        x: Tensor,
-        x_dot: Tensor | None,
-        shift: Tensor,
-        shift_dot: Tensor | None,
-        scale: Tensor,
-        scale_dot: Tensor | None,
-        eps: float,
+        ctx: Any, kernels: _C.layer_norm, x: Tensor, x_dot: Tensor | None,
+        shift: Tensor, shift_dot: Tensor | None, scale: Tensor, scale_dot: Tensor | None, eps: float,
         dtype: torch.dtype | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         x, y, y_dot = in_rows(x), contiguous_like(x, dtype), None
         statistics = x.new_empty(3 * count_rows(x), dtype=torch.float32)
         moving = stored(x_dot, shift_dot, scale_dot)

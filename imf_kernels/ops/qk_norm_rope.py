@@ -87,16 +87,9 @@ def _check(
 class _QKNormRope(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        kernels: _C.qk_norm_rope,
-        x: Tensor,
-        x_dot: Tensor | None,
-        weight: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        eps: float,
-        name: str,
-    ) -> tuple[Tensor, Tensor | None]:
+        ctx: Any, kernels: _C.qk_norm_rope, x: Tensor, x_dot: Tensor | None, weight: Tensor, cos: Tensor,
+        sin: Tensor, eps: float, name: str,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         batch, heads, length, width = x.shape
         cos, sin = as_floats(cos), as_floats(sin)
         y, y_dot = positions_first(x, batch, length, width), None

@@ -59,14 +59,9 @@ def _check(
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        kernels: _C.rms_norm,
-        x: Tensor,
-        x_dot: Tensor | None,
-        weight: Tensor,
-        eps: float,
+        ctx: Any, kernels: _C.rms_norm, x: Tensor, x_dot: Tensor | None, weight: Tensor, eps: float,
         dtype: torch.dtype | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         x, y, y_dot = in_rows(x), contiguous_like(x, dtype), None
         rstd = x.new_empty(count_rows(x), dtype=torch.float32)
         if x_dot is not None:

@@ -471,19 +471,10 @@ def _pieces(width: int) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def launcher_of(
-    kernel: str,
-    architecture: str,
-    dtype: torch.dtype,
-    heads: int,
-    group: int,
-    queries: int,
-    keys: int,
-    width: int,
-    value_width: int,
-    is_causal: bool,
-    mask_strides: tuple[int, ...] | None,
+    kernel: str, architecture: str, dtype: torch.dtype, heads: int, group: int, queries: int, keys: int,
+    width: int, value_width: int, is_causal: bool, mask_strides: tuple[int, ...] | None,
     *strides: tuple[int, ...] | None,
-) -> tuple[Launcher, int]:
+) -> tuple[Launcher, int]:  # fmt: skip
     """Returns the launcher of a kernel for tensors of these strides, and the number of programs per head."""
     walked = queries if kernel == "backward kv" else keys
     masked = mask_strides is not None
@@ -514,19 +505,9 @@ def _stride(x: Tensor | None) -> tuple[int, ...] | None:
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_dot: Tensor | None,
-    k_dot: Tensor | None,
-    v_dot: Tensor | None,
-    mask: Tensor | None,
-    out: Tensor,
-    out_dot: Tensor | None,
-    lse: Tensor,
-    scale: float,
-    is_causal: bool,
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None,
+    mask: Tensor | None, out: Tensor, out_dot: Tensor | None, lse: Tensor, scale: float, is_causal: bool,
+) -> None:  # fmt: skip
     """Fills out [B, H, L_q, D_v], lse [B, H, L_q] (in units of ln 2, -inf where nothing is seen) and out_dot.
 
     Tangents belong to the last `out_dot.shape[0]` samples. The others have a separate launch: with registers
@@ -551,18 +532,9 @@ def forward(
 
 
 def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    lse: Tensor,
-    dout: Tensor,
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
-    scale: float,
-    is_causal: bool,
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lse: Tensor, dout: Tensor, dq: Tensor | None,
+    dk: Tensor | None, dv: Tensor | None, scale: float, is_causal: bool,
+) -> None:  # fmt: skip
     """Fills those of dq, dk and dv that are not None."""
     (batch, heads, queries, width), (_, kv_heads, keys, value_width) = q.shape, v.shape
     architecture, group = triton_launch.architecture(q), heads // max(kv_heads, 1)

@@ -81,15 +81,9 @@ def shares(groups: int, length: int, width: int, count: int) -> int:
 
 
 def forward(
-    x: Tensor,
-    x_dot: Tensor | None,
-    branch: Tensor,
-    branch_dot: Tensor | None,
-    gate: Tensor,
-    gate_dot: Tensor | None,
-    y: Tensor,
-    y_dot: Tensor | None,
-) -> None:
+    x: Tensor, x_dot: Tensor | None, branch: Tensor, branch_dot: Tensor | None,
+    gate: Tensor, gate_dot: Tensor | None, y: Tensor, y_dot: Tensor | None,
+) -> None:  # fmt: skip
     width = x.shape[-1]
     groups, length = groups_of(gate, count_rows(x, width))
     _FORWARD.launch(

@@ -102,18 +102,10 @@ _FORWARD, _BACKWARD = RowKernel(_forward), RowKernel(_backward)
 
 
 def forward(
-    x: Tensor,
-    x_dot: Tensor | None,
-    scale: Tensor | None,
-    scale_dot: Tensor | None,
-    shift: Tensor | None,
-    shift_dot: Tensor | None,
-    y: Tensor,
-    y_dot: Tensor | None,
-    statistics: Tensor,
-    one: float,
-    eps: float,
-) -> None:
+    x: Tensor, x_dot: Tensor | None, scale: Tensor | None, scale_dot: Tensor | None,
+    shift: Tensor | None, shift_dot: Tensor | None, y: Tensor, y_dot: Tensor | None, statistics: Tensor,
+    one: float, eps: float,
+) -> None:  # fmt: skip
     width = x.shape[-1]
     groups, length = groups_of(scale, count_rows(x, width))
     _FORWARD.launch(
@@ -127,15 +119,9 @@ def forward(
 
 
 def backward(
-    x: Tensor,
-    dy: Tensor,
-    scale: Tensor | None,
-    statistics: Tensor,
-    dx: Tensor,
-    partial: Tensor,
-    sums: Tensor,
-    one: float,
-) -> None:
+    x: Tensor, dy: Tensor, scale: Tensor | None, statistics: Tensor, dx: Tensor, partial: Tensor,
+    sums: Tensor, one: float,
+) -> None:  # fmt: skip
     width = x.shape[-1]
     groups, length = groups_of(scale, count_rows(x, width))
     strides, tensors = (row_stride(x, width), row_stride(dy, width)), (x, dy, scale, statistics, dx)

@@ -100,16 +100,9 @@ _FORWARD, _BACKWARD = RowKernel(_forward), RowKernel(_backward)
 
 
 def forward(
-    x: Tensor,
-    x_dot: Tensor | None,
-    weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    y: Tensor,
-    y_dot: Tensor | None,
-    rstd: Tensor,
-    eps: float,
-) -> None:
+    x: Tensor, x_dot: Tensor | None, weight: Tensor, cos: Tensor, sin: Tensor,
+    y: Tensor, y_dot: Tensor | None, rstd: Tensor, eps: float,
+) -> None:  # fmt: skip
     batch, heads, length, width = x.shape
     first_tangent = batch - (0 if x_dot is None else x_dot.shape[0])
     _FORWARD.launch(
@@ -122,16 +115,9 @@ def forward(
 
 
 def backward(
-    x: Tensor,
-    dy: Tensor,
-    weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    rstd: Tensor,
-    dx: Tensor,
-    partial: Tensor,
-    dweight: Tensor,
-) -> None:
+    x: Tensor, dy: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor, dx: Tensor,
+    partial: Tensor, dweight: Tensor,
+) -> None:  # fmt: skip
     _, heads, length, _ = x.shape
     tensors, strides = (x, dy, weight, cos, sin, rstd, dx), (x.stride()[:3], dy.stride()[:3])
     _BACKWARD.sum(strides, tensors, partial, dweight, (heads, length), rstd.numel())
