@@ -18,7 +18,8 @@ class Dual:
     In addition to the operations of this library there are + − × ÷ with tensors, numbers and `Dual`s, ** with
     a number, indexing, `cat`, and the methods of tensors that are linear: reshape, view, flatten, unflatten,
     expand, repeat, transpose, permute, movedim, squeeze, unsqueeze, chunk, split, unbind, flip, roll, sum,
-    mean, to and other casts, contiguous, clone. Other operators raise a TypeError that says what to use.
+    mean, to and other casts, contiguous, clone. Other operators raise a TypeError that names a replacement.
+
     Args:
         primal: any floating-point or complex tensor, [B, ...]; the operations take floating-point ones.
         tangent: of the primal's dtype and device, and either of its shape; or [n, ...] with n < B for the

@@ -14,6 +14,7 @@
 // cancelling between the two terms. A key without weight does not affect it, however large. P and P (S_dot -
 // shift) are rounded for their products, so M and W are sums of the rounded values; lse is taken from the
 // unrounded ones.
+//
 // Has not run on hardware: tests/cuda_host runs this file on an emulated machine.
 #pragma once
 

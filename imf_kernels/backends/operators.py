@@ -57,7 +57,7 @@ class Operation(Generic[Asked]):
             the result and its tangent or `None`; its annotations give the operator's schema. PyTorch or the
             functions of `kernels` do all the work.
         reference: the definition in plain PyTorch, `reference(*arguments)`.
-        check: raises for arguments that do not fit, and returns what backends inspect, mostly tensors.
+        check: raises for arguments that do not fit, and returns those that backends inspect, mostly tensors.
         backends: those with kernels, best first.
         kind: of its work, in profiles: "rows", "attention" or "products".
         public, kernels: name of the public function and prefix of the kernels, `name` by default.

@@ -1,4 +1,4 @@
-"""Checks of arguments; errors name the operation, the argument, what was wanted and what was given."""
+"""Checks of arguments; errors name the operation, the argument, the requirement and the value."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def same_dtype(operation: str, like: Tensor, **arguments: Tensor) -> None:
 
 
 def with_result(operation: str, x: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-    """Returns what backends inspect: the input and, for a result of another dtype, an empty one."""
+    """Returns tensors for backends to inspect: the input and, for another dtype, an empty result."""
     if dtype in (None, x.dtype):
         return (x,)
     if not (x.dtype == torch.float32 and dtype in HALVES):

@@ -1,1 +1,1 @@
-"""What tests and benchmarks share: the cases of every operation, the error rule, a timer."""
+"""Cases of every operation, the error rule and a timer, for tests and benchmarks."""

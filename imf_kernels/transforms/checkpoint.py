@@ -52,12 +52,13 @@ def checkpoint(
     early_stop: bool = True,
     **kwargs: Any,
 ) -> Any:
-    """Calls function(*args, **kwargs) without saving what its backward needs, which recomputes it.
+    """Calls function(*args, **kwargs) without saving activations, which backward recomputes.
 
     The signature is that of `torch.utils.checkpoint.checkpoint`, for networks that take a checkpoint
     function, such as `checkpoint_wrapper(block, checkpoint_fn=ik.checkpoint)`; inside `jvp` calls of
     PyTorch's own come here too. With tangents (inside `jvp`, or arguments that are `Dual`s) the first run
     computes them without a graph, and backward recomputes the primal alone; otherwise PyTorch's own runs.
+
     Args:
         function: takes tensors, and is deterministic. Gradients also reach the tensors it closes over. A loss
             must use its results: inside `jvp`, differentiating a tensor that it leaves elsewhere, in a list

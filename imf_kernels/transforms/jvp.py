@@ -288,7 +288,7 @@ def _refuse_lost_tangents(func: Any, args: Any, kwargs: Any, result: Any) -> Non
 
 
 def _release_graphs(result: Any) -> None:
-    """Releases what PyTorch recorded to differentiate tangents, through which no gradient flows."""
+    """Releases PyTorch's graphs of tangents, through which no gradient flows."""
     for y in result if isinstance(result, (tuple, list)) else (result,):
         if isinstance(y, Tensor) and y.requires_grad:
             _, tangent = unpack_dual_tensor(y)
@@ -305,8 +305,7 @@ def jvp(
     has_aux: bool = False,
     **of_functional: Any,
 ) -> Any:
-    """Computes func(*primals) and its derivative along the tangents in one pass: `torch.func.jvp` for
-    training.
+    """Computes func(*primals) and its derivative along the tangents: `torch.func.jvp` for training.
 
     Gradients flow through the primal outputs, to inputs and weights, as if `func` had been called directly.
     None flows through the returned tangents: differentiating them raises an error, `.detach()` makes them

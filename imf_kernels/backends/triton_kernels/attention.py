@@ -7,6 +7,7 @@ and O_dot = A / W - (M / W) (O / W). Subtracting a constant from a row of S_dot 
 the running softmax mean of S_dot, keeps an offset of keys or values from cancelling between the two terms. A
 key without weight does not affect it, however large. P and P (S_dot - shift) are rounded for their products,
 so M and W are sums of the rounded values; lse is taken from the unrounded ones.
+
 Backward: dQ is such a tangent too, of attention over the values K along the logits' tangent dP = dO V^T:
     dQ = scale sum_j P (dP - delta) K,  delta = sum_j P dP.
 Its kernel computes delta and keeps it, with the sums of the rows of P, for the kernel of dK and dV, in which
