@@ -3,8 +3,8 @@
     make bench-compare BASE=<commit>                           operations on the host, and steps on this CPU
     python benchmarks/compare.py <commit> --only "step digits" --rounds 15
 
-Prints the median of each round's ratio, new over base, and the ratio of the least times; what got slower by more
-than 5 % in both is marked, and ends the run with status 1. The base is built in build/compare/<commit>.
+Prints the median of each round's ratio, new over base, and the ratio of the least times; what got slower by
+more than 5 % in both is marked, and ends the run with status 1. The base is built in build/compare/<commit>.
 """
 
 from __future__ import annotations

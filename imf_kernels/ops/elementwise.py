@@ -4,7 +4,7 @@ Tangent:  ẏ = f′(x) ẋ.
 Backward: dx = f′(x) dy.
 - SiLU: f(x) = x s with s = 1 / (1 + e^(−x)), f′(x) = s (1 + x (1 − s)).
 - GELU: f(x) = x s(x), f′(x) = s(x) + x s′(x), with s the normal distribution Φ(x) = (1 + erf(x / √2)) / 2 or
-    its approximation (1 + tanh(√(2 / π) (x + 0.044715 x³))) / 2.
+  its approximation (1 + tanh(√(2 / π) (x + 0.044715 x³))) / 2.
 Source: Hendrycks and Gimpel, "Gaussian Error Linear Units" (2016); as `torch.nn.functional.silu` and `gelu`.
 Kernels: csrc/ops/elementwise.h, csrc/cpu/elementwise.cpp, csrc/cuda/elementwise.cu,
 backends/triton_kernels/elementwise.py.

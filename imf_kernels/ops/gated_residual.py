@@ -126,8 +126,8 @@ def gated_residual(
         x: [..., d], the residual stream; float32, bfloat16 or float16 (`reference`: any floating-point type;
             `cpu`: not float16).
         branch: like x; bfloat16 and float16 may be added to a stream of float32.
-        gate: [d], one gate per channel, of any floating-point type and without a tangent; or, for x [B, ...,
-            d], [B, d], one row per sample, of any of x's types.
+        gate: [d], one gate per channel, of any floating-point type and without a tangent; or [B, d], one row
+            per sample of x [B, ..., d], of any of x's types.
         backend: "cpu", "cuda", "triton", "reference", or the best one that can run.
 
     Returns:

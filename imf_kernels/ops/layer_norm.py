@@ -144,8 +144,7 @@ def layer_norm(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> TensorOrDual:
-    """Computes (x − mean(x)) · (variance(x) + eps)^(−½) · weight + bias over the last dimension, with its
-    tangent.
+    """Computes (x − mean(x)) · (variance(x) + eps)^(−½) · weight + bias, with its tangent.
 
     Args:
         x: [..., d], float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu`: not float16),

@@ -1,7 +1,7 @@
 """Per-head RMSNorm of queries and keys, then rotary positions.
 
-y = R_l n with n = x · r · w, r = (mean(x²) + ε)^(−½) over the head dimension, and R_l rotating each pair (2i,
-2i+1) by the angle of position l:  y_2i = n_2i c − n_2i+1 s,  y_2i+1 = n_2i+1 c + n_2i s.
+y = R_l n with n = x · r · w, r = (mean(x²) + ε)^(−½) over the head dimension, and R_l rotating each pair
+(2i, 2i+1) by the angle of position l:  y_2i = n_2i c − n_2i+1 s,  y_2i+1 = n_2i+1 c + n_2i s.
 Tangent:  ẏ = R_l ṅ, ṅ as in rms_norm.
 Backward: dn = R_lᵀ dy, then as in rms_norm.
 Source: Su et al., "RoFormer" (2021), interleaved pairs; Dehghani et al., "Scaling Vision Transformers to 22
@@ -30,8 +30,7 @@ OtherTensorOrDual = TypeVar("OtherTensorOrDual", bound="Tensor | Dual")
 
 
 def rope_tables(length: int, width: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """Returns cosines and sines, [length, width / 2] in float32 on the CPU, of angles l · theta^(−2i /
-    width).
+    """Returns cosines and sines of l · theta^(−2i / width), each [length, width / 2] in float32 on the CPU.
 
     Raises:
         ValueError: a negative length, or a width that is not even and positive.

@@ -49,8 +49,7 @@ def _cholesky_solve(input: Any, input2: Any, upper: bool = False) -> Any:
 def _logcumsumexp(input: Any, dim: int) -> Any:
     """Computes ẏ_i = exp(y_{i−1} − y_i) ẏ_{i−1} + exp(x_i − y_i) ẋ_i, by a parallel scan.
 
-    PyTorch's exp(x − max) is 0 for spread logits. After steps 1, 2, 4 … position i includes as many before
-    it.
+    PyTorch's exp(x − max) is 0 for spread logits. After steps 1, 2, 4 … position i spans as many values.
     """
     x, x_dot = cast(tuple[Tensor, Tensor], unpack(input))
     y = torch.logcumsumexp(x, dim)

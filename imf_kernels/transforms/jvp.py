@@ -191,7 +191,7 @@ def _writes_in_graph(func: Any) -> bool:
 
 
 def _apart(args: Any, kwargs: Any) -> Any:
-    """Copies in-place arguments that share memory with the tensor written, as PyTorch's rules read both."""
+    """Copies in-place arguments that share memory with the tensor written: PyTorch's rules read them then."""
     written = args[0]
 
     def apart(x: Any) -> Any:
