@@ -1,4 +1,4 @@
-# Printed by `python -m imf_kernels.testing.stub` from the compiled module; tests/test_build.py compares them.
+# Printed by `python tests/stub.py` from the compiled module; tests/test_build.py compares them.
 from collections.abc import Sequence
 from typing import Protocol
 

@@ -11,19 +11,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import stub
 import torch
 from conftest import ON_GPU
 
 from imf_kernels import _C
 from imf_kernels.backends.operators import OPERATIONS
 from imf_kernels.info import report
-from imf_kernels.testing import stub
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_the_stub_is_what_the_module_prints():
-    assert (ROOT / "imf_kernels" / "_C.pyi").read_text() == stub.text(), "python -m imf_kernels.testing.stub"
+    assert (ROOT / "imf_kernels" / "_C.pyi").read_text() == stub.text(), (
+        "python tests/stub.py > imf_kernels/_C.pyi"
+    )
     functions = {node.name for node in ast.parse(stub.text()).body if isinstance(node, ast.FunctionDef)}
     built = {name for name in dir(_C) if callable(getattr(_C, name)) and not name.startswith("_")}
     assert functions - {"cuda_unavailable"} <= built <= functions

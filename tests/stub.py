@@ -1,6 +1,6 @@
 """Stub of the compiled module, printed from the module itself.
 
-    python -m imf_kernels.testing.stub > imf_kernels/_C.pyi
+    python tests/stub.py > imf_kernels/_C.pyi
 
 For type checkers only, it also has a protocol for each operation's kernels, as passed to its
 `autograd.Function`.
@@ -13,7 +13,7 @@ import re
 from imf_kernels import _C
 
 _HEAD = """\
-# Printed by `python -m imf_kernels.testing.stub` from the compiled module; tests/test_build.py compares them.
+# Printed by `python tests/stub.py` from the compiled module; tests/test_build.py compares them.
 from collections.abc import Sequence
 from typing import Protocol
 
