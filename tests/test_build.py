@@ -23,9 +23,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_stub_is_what_the_module_prints():
-    assert (ROOT / "imf_kernels" / "_C.pyi").read_text() == stub.text(), (
-        "python tests/stub.py > imf_kernels/_C.pyi"
-    )
+    printed = (ROOT / "imf_kernels" / "_C.pyi").read_text()
+    assert printed == stub.text(), "python tests/stub.py > imf_kernels/_C.pyi"
     functions = {node.name for node in ast.parse(stub.text()).body if isinstance(node, ast.FunctionDef)}
     built = {name for name in dir(_C) if callable(getattr(_C, name)) and not name.startswith("_")}
     assert functions - {"cuda_unavailable"} <= built <= functions
