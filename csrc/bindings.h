@@ -86,6 +86,20 @@ auto tied(Arguments& arguments) {
 #undef IMF_TIED
 }
 
+// Positions of tangents among the arguments, each with that of its primal.
+inline std::vector<std::pair<int, int>> tangents_of(const std::vector<std::string>& names) {
+  std::vector<std::pair<int, int>> found;
+  for (int i = 0; i < static_cast<int>(names.size()); ++i) {
+    for (int j = 0; j < static_cast<int>(names.size()); ++j) {
+      if (names[j] == names[i] + "_dot") found.emplace_back(i, j);
+    }
+  }
+  return found;
+}
+
+inline DType dtype_of(const Tensor& x) { return x.dtype; }
+inline DType dtype_of(float) { return DType::other; }
+
 template <typename Arguments>
 using Kernel = void (*)(const Arguments&);
 
@@ -111,6 +125,7 @@ template <typename Arguments, typename... Fields>
 void define(pybind11::module_& m, const char* name, Kernel<Arguments> cpu, Kernel<Arguments> cuda,
             std::tuple<Fields&...>*) {
   static const std::vector<std::string> names = names_of(Arguments::fields);
+  static const std::vector<std::pair<int, int>> tangents = tangents_of(names);
   std::string schema;
   char alias = 'a';
   int i = 0;
@@ -122,6 +137,12 @@ void define(pybind11::module_& m, const char* name, Kernel<Arguments> cpu, Kerne
       (common(given), ...);
       const Kernel<Arguments> kernel = common.device == cpu_device ? cpu : cuda;
       if (!kernel) throw std::invalid_argument("there is no kernel for this device");
+      const DType dtypes[] = {dtype_of(given)...};
+      for (const auto& [primal, tangent] : tangents) {
+        if (dtypes[tangent] != DType::other && dtypes[tangent] != dtypes[primal]) {
+          throw std::invalid_argument(names[tangent] + " must have the dtype of " + names[primal]);
+        }
+      }
       const std::string* next = names.data();
       // Braced initialisers are evaluated from left to right.
       const Arguments arguments{Argument<Fields>::make(given, *next++)..., place_of(common.device)};

@@ -4,6 +4,7 @@
 #ifndef IMF_DLPACK
 #define IMF_DLPACK
 
+#include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -42,18 +43,21 @@ constexpr std::int32_t dl_cpu = 1, dl_cuda = 2;
 struct PyTorch {
   PyObject *tensor, *parameter, *dtype;
   const DLPackExchangeAPI* api;
-  PyObject *num_threads, *autocast, *transforms, *dispatch_modes, *grad_enabled, *is_neg;
+  PyObject *num_threads, *autocast, *transforms, *dispatch_modes, *grad_enabled, *tracing, *profiling,
+      *is_neg;
 
   static const PyTorch& instance() {
-    static const PyTorch found = find();
-    return found;
+    // Python may hand the interpreter lock to another thread meanwhile, which must not wait for this one with
+    // it.
+    PYBIND11_CONSTINIT static pybind11::gil_safe_call_once_and_store<PyTorch> found;
+    return found.call_once_and_store_result(find).get_stored();
   }
 
-  // Calls one of the functions above.
+  // The answer of one of the functions above as a number: None is 0.
   static long ask(PyObject* function) {
     PyObject* const answer = PyObject_CallNoArgs(function);
     if (!answer) throw pybind11::error_already_set();
-    const long number = PyLong_AsLong(answer);
+    const long number = answer == Py_None ? 0 : PyLong_Check(answer) ? PyLong_AsLong(answer) : 1;
     Py_DECREF(answer);
     return number;
   }
@@ -87,6 +91,8 @@ struct PyTorch {
             kept(c.attr("_are_functorch_transforms_active")),
             kept(c.attr("_len_torch_dispatch_stack")),
             kept(torch.attr("is_grad_enabled")),
+            kept(c.attr("_get_tracing_state")),
+            kept(c.attr("_autograd").attr("_profiler_enabled")),
             kept(py::str("is_neg"))};
   }
 };

@@ -43,7 +43,10 @@ class Key {
     } else if (PyUnicode_CheckExact(x)) {
       Py_ssize_t length = 0;
       const char* const text = PyUnicode_AsUTF8AndSize(x, &length);
-      if (!text) throw pybind11::error_already_set();
+      if (!text) {
+        PyErr_Clear();  // half a surrogate pair
+        return false;
+      }
       add('s');
       add(length);
       bytes_.append(text, static_cast<std::size_t>(length));
@@ -89,9 +92,12 @@ class Key {
 // tensor subclasses, tensors without memory, transforms of torch.func and dispatch modes.
 inline pybind11::object key(const pybind11::tuple& arguments) {
   const PyTorch& torch = PyTorch::instance();
-  if (PyTorch::ask(torch.transforms) || PyTorch::ask(torch.dispatch_modes)) return pybind11::none();
+  if (PyTorch::ask(torch.transforms) || PyTorch::ask(torch.dispatch_modes) || PyTorch::ask(torch.tracing)) {
+    return pybind11::none();
+  }
   Key key;
-  key.add(static_cast<char>(PyTorch::ask(torch.autocast) | PyTorch::ask(torch.grad_enabled) << 1));
+  key.add(static_cast<char>(PyTorch::ask(torch.autocast) | PyTorch::ask(torch.grad_enabled) << 1 |
+                            PyTorch::ask(torch.profiling) << 2));
   if (!key.add(arguments.ptr(), torch)) return pybind11::none();
   return key.made();
 }

@@ -306,8 +306,10 @@ def _(gradient: Tensor) -> Tensor:
 def guarded(tangent: Tensor, primal: Tensor, *others: Tensor) -> Tensor:
     """Returns a tangent for the caller: a backward through it to its primal, or to others, raises."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (primal, *others)):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or type(tangent) is not Tensor:
             return _TracedGuard.apply(tangent, primal)
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(f"{_LOST}. A transform of torch.func would leave it out in silence")
         # PyTorch's node whose backward raises and that leads to the sources; its first output is the tangent.
         return torch._C._functions.DelayedError(_LOST, 2 + len(others))(tangent, primal, *others)[0]
     return tangent

@@ -1,5 +1,6 @@
 """What a call decides is remembered by what it depends on, and by no more; the way to a kernel is short."""
 
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -257,3 +258,85 @@ def test_inside_jvp():
             got = ik.jvp(F.silu, (x,), (x_dot,))
         for a, b in zip(got, wanted, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_scripts_made_by_tracing_hold_the_kernels():
+    """Without a graph for gradients, too: what is not recorded would be memory that nobody fills."""
+    x = torch.randn(2, 16)
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            ik.rms_norm(x, WEIGHT)  # a choice that the trace must not take
+            traced = torch.jit.trace(lambda x: ik.silu(ik.rms_norm(x, WEIGHT)), x, check_trace=False)
+            other = torch.randn(2, 16)
+            assert torch.equal(traced(other), ik.silu(ik.rms_norm(other, WEIGHT)))
+
+
+def test_profiles_name_the_operations_without_a_graph():
+    x = torch.randn(2, 16)
+    with torch.no_grad():
+        ik.rms_norm(x, WEIGHT)
+        with torch.profiler.profile() as profile:
+            ik.rms_norm(x, WEIGHT)
+    assert any("_RMSNorm" in entry.key for entry in profile.key_averages())
+
+
+def test_a_mask_that_comes_to_require_grad():
+    q, mask = torch.randn(1, 1, 3, 8), torch.zeros(3, 3)
+    ik.scaled_dot_product_attention(q, q, q, mask)
+    with pytest.raises(ValueError, match="attn_mask requires grad"):
+        ik.scaled_dot_product_attention(q, q, q, mask.requires_grad_())
+
+
+@pytest.mark.parametrize("name", ["", 0, False, "\ud800"])
+def test_a_name_that_is_false_is_a_name(name):
+    with pytest.raises(ValueError, match="rms_norm: backend must be one of"):
+        ik.rms_norm(torch.randn(2, 16), WEIGHT, backend=name)
+
+
+def test_the_tangent_of_another_dtype():
+    x = dual(64, 16)
+    ik.silu(x)
+    x.tangent_rows.data = x.tangent_rows.data.bfloat16()
+    with pytest.raises(ValueError, match="silu_forward: x_dot must have the dtype of x"):
+        ik.silu(x)
+
+
+def test_the_guard_inside_a_transform():
+    x_dot = torch.ones(3)
+    with pytest.raises(RuntimeError, match="no gradient flows through tangents"):
+        torch.func.grad(lambda x: Dual(x, x_dot).tangent.sum())(torch.randn(3))
+
+
+def test_frequencies_are_not_kept():
+    """Those of a first call inside a transform would spoil the calls after it."""
+
+    def f(t):
+        return ik.sinusoidal_embedding(t, 6, 77.0).sum()
+
+    t = torch.randn(2)
+    torch.func.hessian(f)(t)
+    assert torch.equal(torch.func.grad(f)(t), torch.func.grad(f)(t))
+
+
+def test_nested_tensors_and_numbers_too_large():
+    nested = torch.nested.nested_tensor([torch.randn(2, 16)])
+    with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run: .* a nested tensor"):
+        ik.silu(nested, backend="cpu")
+    with pytest.raises(ValueError, match="eps must be finite"):
+        ik.rms_norm(torch.randn(2, 16), WEIGHT, 10**400)
+
+
+def test_first_calls_of_several_threads():
+    """One of them finds what the module needs of PyTorch, and lets go of the interpreter meanwhile."""
+    code = """
+import builtins, threading, time
+import torch, imf_kernels as ik
+real = builtins.__import__
+def slow(*arguments, **options):
+    time.sleep(0.01)
+    return real(*arguments, **options)
+builtins.__import__ = slow
+threads = [threading.Thread(target=lambda: ik.silu(torch.ones(3))) for _ in range(4)]
+[t.start() for t in threads], [t.join() for t in threads]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

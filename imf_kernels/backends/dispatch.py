@@ -104,7 +104,8 @@ def traced_default() -> str | None:
 def use_backend(name: str | None) -> Iterator[None]:
     """Runs the operations inside on one backend, unless a call names another; in the current thread.
 
-    A backward runs on the backend of its forward, wherever and whenever it runs.
+    A backward runs on the backend of its forward, wherever and whenever it runs. `imf_kernels.checkpoint`
+    recomputes there too; `torch.utils.checkpoint` recomputes on the backend that its backward finds set.
 
     Args:
         name: "reference", "cpu", "triton" or "cuda"; `None` for the first that can run.

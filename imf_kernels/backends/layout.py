@@ -72,6 +72,8 @@ def without_memory(x: Tensor) -> str | None:
     """Returns why a kernel cannot read `x` at its address; `None` if it can, or will in a traced graph."""
     if torch._C._are_functorch_transforms_active():
         return "one inside a transform of torch.func"
+    if x.is_nested:
+        return "a nested tensor"
     if x.layout != torch.strided:
         return f"a tensor of layout {x.layout}"
     if torch.compiler.is_compiling():

@@ -111,8 +111,8 @@ class Operation(Generic[Asked]):
     def __call__(self, backend: str | None, *arguments: Any) -> Result:
         """Returns the result and its tangent, by the named backend or the one chosen for such calls."""
         if torch.compiler.is_compiling():
-            return self._decided(backend or traced_default(), arguments)(*arguments)
-        backend = backend or default.backend
+            return self._decided(traced_default() if backend is None else backend, arguments)(*arguments)
+        backend = default.backend if backend is None else backend
         key = _C.key((backend, *arguments))
         run = self.choices.get(key)
         if run is None:
@@ -140,7 +140,9 @@ class Operation(Generic[Asked]):
             )
         elif in_graph():
             run = partial(self._traced, backend.name)
-        elif torch.is_grad_enabled():
+        elif (
+            torch.is_grad_enabled() or torch._C._get_tracing_state() or torch._C._autograd._profiler_enabled()
+        ):
             run = partial(self._apply, backend.kernels)
         else:
             run = partial(self._forward, _NO_GRAPH, backend.kernels)

@@ -131,6 +131,10 @@ def _expanded(attn_mask: Any, q: Tensor, k: Tensor) -> Any:
         raise NoTangent(f"{NAME}: attn_mask carries no tangent; pass a tensor, got a Dual")
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"{NAME}: attn_mask must be a tensor, got {type(attn_mask).__name__}")
+    if attn_mask.requires_grad:
+        raise ValueError(
+            f"{NAME}: attn_mask requires grad, but no gradient flows to a mask; pass attn_mask.detach()"
+        )
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and q.dim() == k.dim() == 4):
         return attn_mask  # refused by the checks of query and key
     shape = (*q.shape[:3], k.shape[2])
@@ -150,10 +154,6 @@ def _check_mask(mask: Tensor, is_causal: bool, q: Tensor) -> None:
         raise TypeError(
             f"{NAME}: attn_mask must be bool (True: the key takes part) or, to be added to the logits, "
             f"float32 or {q.dtype} like the query; got {mask.dtype}"
-        )
-    if mask.requires_grad:
-        raise ValueError(
-            f"{NAME}: attn_mask requires grad, but no gradient flows to a mask; pass attn_mask.detach()"
         )
     check.same_device(NAME, q, attn_mask=mask)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -97,7 +98,7 @@ def number(operation: str, least: float, **arguments: Any) -> None:
     for name, x in arguments.items():
         if isinstance(x, bool) or not isinstance(x, (int, float)):
             raise TypeError(f"{operation}: {name} must be a number, got {type(x).__name__}")
-        if not (abs(x) < math.inf and x >= least):
+        if not (abs(x) <= sys.float_info.max and x >= least):
             bound = "" if least == -math.inf else f" and at least {least:g}"
             raise ValueError(f"{operation}: {name} must be finite{bound}, got {x}")
 

@@ -9,34 +9,21 @@ Plain PyTorch: a separate kernel gained at most 1 % of a step.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from imf_kernels.backends.dispatch import in_graph
 from imf_kernels.backends.operators import Operation
 from imf_kernels.dual import TensorOrDual, last_rows, pack, unpack
 from imf_kernels.ops import check
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
 
-def _make_frequencies(half: int, max_period: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _frequencies(half: int, max_period: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     steps = torch.arange(half, dtype=torch.float64, device=device)
     return torch.exp(steps * (-math.log(max_period) / half)).to(dtype)
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_frequencies(half: int, max_period: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():
-        return _make_frequencies(half, max_period, dtype, device)
-
-
-def _frequencies(half: int, max_period: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    make = _make_frequencies if in_graph() else _kept_frequencies
-    return make(half, max_period, dtype, device)
 
 
 def _without_float64(tensors: Sequence[Tensor]) -> str | None:

@@ -112,7 +112,9 @@ def takes_dual_tensors(operation: Call) -> Call:
         compiling = torch.compiler.is_compiling()
         if not compiling and forward_ad._current_level < 0:
             return operation(*arguments, **options)
-        asked = options.get("backend") or (traced_default() if compiling else default.backend)
+        asked = options.get("backend")
+        if asked is None:
+            asked = traced_default() if compiling else default.backend
         if asked == "reference":
             return operation(*arguments, **options)
         transformed = torch._C._are_functorch_transforms_active()
@@ -227,7 +229,7 @@ def _results(operation: Callable[..., Any], arguments: Any, options: Any, jvp: A
             result = operation(*plain_arguments, **plain_options)
             results = [handed_out(y) for y in (result if isinstance(result, tuple) else (result,))]
     except NoTangent as error:
-        if options.get("backend") or default.backend:
+        if options.get("backend") is not None or default.backend is not None:
             raise
         log_once(operation.__name__, "reference", str(error))
         return operation(*arguments, **{**options, "backend": "reference"}), True
