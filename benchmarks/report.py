@@ -131,7 +131,7 @@ def host(records: Sequence[Record]) -> str:
             groups[record["host"]][record["form"]] = record
     names = list(dict.fromkeys(form for forms in groups.values() for form in forms))
     rows = [
-        [operation, *(f"{forms[name]['seconds'] * 1e6:.1f} µs" for name in names)]
+        [operation, *(f"{forms[name]['seconds'] * 1e6:.1f} µs" if name in forms else "" for name in names)]
         for operation, forms in groups.items()
     ]
     return table(["operation", *names], rows)

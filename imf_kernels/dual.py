@@ -369,7 +369,7 @@ def primal(x: Tensor | Dual) -> Tensor:
     return x.primal if isinstance(x, Dual) else x
 
 
-def _unchecked(primal: Any, tangent: Any) -> Dual:
+def unchecked(primal: Any, tangent: Any) -> Dual:
     """Makes a Dual of parts that are known to fit."""
     x = Dual.__new__(Dual)
     x._primal, x._tangent = primal, tangent
@@ -380,7 +380,7 @@ def pack(y: Tensor, y_dot: Tensor | None, *inputs: object) -> Any:
     """Returns a `Dual` if any of the inputs is one, else the tensor."""
     for x in inputs:
         if isinstance(x, Dual):
-            return _unchecked(y, y_dot)
+            return unchecked(y, y_dot)
     return y
 
 
@@ -495,7 +495,7 @@ def _flatten(x: Dual) -> tuple[list[Any], tuple[int, int] | None]:
 def _unflatten(children: Any, context: tuple[int, int] | None) -> Dual:
     primal, tangent = children
     if not isinstance(primal, Tensor) or not isinstance(tangent, Tensor):
-        return _unchecked(primal, tangent)
+        return unchecked(primal, tangent)
     if context is not None and (*primal.shape[:1], *tangent.shape[:1]) != context:
         # The same slice of both would pair samples that do not belong together.
         raise ValueError(

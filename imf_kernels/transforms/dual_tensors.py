@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from imf_kernels.backends.dispatch import constant, default, log_once, traced_default
-from imf_kernels.dual import Dual, NoTangent, guarded, is_dual, not_a_view, unpack
+from imf_kernels.dual import Dual, NoTangent, guarded, is_dual, not_a_view, unchecked, unpack
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 
@@ -83,7 +83,7 @@ def as_dual(x: Any) -> Any:
     if type(x) is not Tensor or not can_move(x):
         return x
     primal, tangent = unpack_dual_tensor(x)
-    return x if tangent is None else Dual(primal, in_dtype_of(primal, tangent.detach()))
+    return x if tangent is None else unchecked(primal, in_dtype_of(primal, tangent.detach()))
 
 
 def as_dual_tensor(y: Any) -> Any:
