@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, TARGET = ROOT / "benchmarks" / "results", ROOT / "imf_kernels" / "backends" / "verified.py"
 
-TEXT = '''"""GPUs on which a committed record shows the tests green: benchmarks/verified.py lists them."""
+TEXT = '''"""GPUs on which a committed record shows that the tests pass: benchmarks/verified.py lists them."""
 
 # Architectures on which the compiled CUDA kernels are the default.
 CUDA: frozenset[str] = frozenset({names})
