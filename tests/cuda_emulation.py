@@ -12,7 +12,7 @@ import sysconfig
 from pathlib import Path
 
 from imf_kernels.backends import cuda
-from imf_kernels.backends.layout import without_memory
+from imf_kernels.backends.layout import too_wide, without_memory
 from imf_kernels.backends.operators import OPERATIONS
 
 ROOT = Path(__file__).parent.parent
@@ -66,8 +66,7 @@ def _unavailable(widest, tensors):
             return f"it takes CPU tensors, got one on {x.device}"
         if reason := without_memory(x):
             return f"it takes tensors that lie in memory, got {reason}"
-    width = tensors[0].shape[-1] if tensors[0].dim() else 1
-    return None if widest is None or width <= widest else f"it takes rows of at most {widest}, got {width}"
+    return too_wide(tensors[0], widest)
 
 
 @contextlib.contextmanager

@@ -76,12 +76,18 @@ def test_a_gpu_that_it_was_not_built_for_is_refused(monkeypatch):
 
 def test_rows_wider_than_a_block_holds_are_refused(monkeypatch):
     x = SimpleNamespace(
-        dtype=torch.float32, device=torch.device("cuda"), get_device=lambda: 0, shape=torch.Size((2, 8192))
+        dtype=torch.float32,
+        device=torch.device("cuda"),
+        get_device=lambda: 0,
+        shape=torch.Size((2, 8192)),
+        dim=lambda: 2,
     )
     for name in ("without_memory", "missing", "_not_built_for"):
         monkeypatch.setattr(cuda, name, lambda *asked: None)
     assert cuda.unavailable([x], widest=8192) is None
     assert cuda.unavailable([x], widest=8191) == "it takes rows of at most 8191, got 8192"
+    x.shape, x.dim = torch.Size(()), lambda: 0
+    assert cuda.unavailable([x], widest=8192) is None  # a scalar
     assert "got float64" in cuda.unavailable([torch.empty(2, 8, dtype=torch.float64)], widest=8192)
 
 

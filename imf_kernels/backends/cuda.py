@@ -11,7 +11,7 @@ from torch import Tensor
 from imf_kernels import _C
 from imf_kernels.backends.cpu import kernels as compiled
 from imf_kernels.backends.dispatch import Backend, cached_constant
-from imf_kernels.backends.layout import without_memory
+from imf_kernels.backends.layout import too_wide, without_memory
 from imf_kernels.backends.verified import CUDA as VERIFIED
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,10 +44,7 @@ def unavailable(tensors: Sequence[Tensor], widest: int | None = None) -> str | N
             return f"it takes CUDA tensors, got one on {x.device}"
         if reason := without_memory(x):
             return f"it takes tensors that lie in memory, got {reason}"
-    if reason := missing() or _not_built_for(tensors[0].get_device()):
-        return reason
-    width = tensors[0].shape[-1]
-    return None if widest is None or width <= widest else f"it takes rows of at most {widest}, got {width}"
+    return missing() or _not_built_for(tensors[0].get_device()) or too_wide(tensors[0], widest)
 
 
 @cached_constant

@@ -88,6 +88,12 @@ def without_memory(x: Tensor) -> str | None:
     return None
 
 
+def too_wide(x: Tensor, widest: int | None) -> str | None:
+    """Returns why kernels that hold a row of up to `widest` elements cannot take `x`; `None` if they can."""
+    width = x.shape[-1] if x.dim() else 1
+    return None if widest is None or width <= widest else f"it takes rows of at most {widest}, got {width}"
+
+
 def count_rows(x: Tensor) -> int:
     """Returns the number of rows: the product of all dimensions but the last."""
     return math.prod(x.shape[:-1])

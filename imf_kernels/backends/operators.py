@@ -44,8 +44,8 @@ OPERATIONS: dict[str, Operation[Any]] = {}
 
 def profiled_names(kind: str) -> tuple[str, ...]:
     """Returns the profiled names of the operations of a kind: autograd's functions and operators."""
-    operations = [o for o in OPERATIONS.values() if o.kind == kind and o.function is not None]
-    return *(o.function.__name__ for o in operations if o.function), *(o.kernels for o in operations)
+    found = [(o.function.__name__, o.kernels) for o in OPERATIONS.values() if o.kind == kind and o.function]
+    return *(function for function, _ in found), *(kernels for _, kernels in found)
 
 
 class Operation(Generic[Asked]):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from imf_kernels.backends.dispatch import Backend, cached_constant
-from imf_kernels.backends.layout import without_memory
+from imf_kernels.backends.layout import too_wide, without_memory
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 16384  # elements of a row in a program's registers
@@ -75,10 +75,7 @@ def unavailable(tensors: Sequence[Tensor], widest: int | None = None) -> str | N
         if reason := _refused(x):
             return reason
     device = tensors[0].get_device()
-    if reason := missing() or (None if device < 0 else _too_old(device)):
-        return reason
-    width = tensors[0].shape[-1] if tensors[0].dim() else 1
-    return None if widest is None or width <= widest else f"it takes rows of at most {widest}, got {width}"
+    return missing() or (None if device < 0 else _too_old(device)) or too_wide(tensors[0], widest)
 
 
 def _refused(x: Tensor) -> str | None:

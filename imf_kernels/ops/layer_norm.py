@@ -17,7 +17,7 @@ from torch import Tensor
 
 from imf_kernels import _C
 from imf_kernels.backends import cpu, cuda, triton_launch
-from imf_kernels.backends.layout import as_floats, contiguous_like, count_rows, in_rows, sums
+from imf_kernels.backends.layout import as_floats, contiguous_like, count_rows, groups_of, in_rows, sums
 from imf_kernels.backends.operators import Operation
 from imf_kernels.dual import TensorOrDual, last_rows, no_gradient, pack, unpack
 from imf_kernels.ops import check
@@ -109,11 +109,8 @@ def backward(
     kernels: _C.layer_norm, x: Tensor, dy: Tensor, scale: Tensor | None, statistics: Tensor, one: float
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Returns the gradients of x, and of scale and shift, [groups, d] in fp32, one per sample if [B, d]."""
-    dx, groups, width = contiguous_like(x), 1, x.shape[-1]
-    if scale is not None and scale.dim() == 2:
-        groups = x.shape[0]
-    length = count_rows(x[0]) if groups > 1 else count_rows(x)
-    partial, total = sums(kernels, x, groups, length, 2, width)
+    dx = contiguous_like(x)
+    partial, total = sums(kernels, x, *groups_of(scale, x), 2, x.shape[-1])
     s = None if scale is None else as_floats(scale)
     kernels.backward(x, in_rows(dy), s, statistics, dx, partial, total, one)
     return dx, (total[:, 0], total[:, 1])
