@@ -2,8 +2,6 @@
 // the rest. The interpreter lock is released while a kernel runs.
 #include "bindings.h"
 
-#include <vector>
-
 #include "cpu/isa.h"
 #include "key.h"
 #if defined(IMF_CUDA_ARCHITECTURES)
@@ -20,18 +18,6 @@
 #define IMF_CPU_KERNEL(function) nullptr
 
 namespace imf {
-
-using Definition = void (*)(pybind11::module_&);
-
-// Functions of csrc/ops, registered by IMF_DECLARE.
-std::vector<Definition>& definitions() {
-  static std::vector<Definition> entered;
-  return entered;
-}
-
-struct Entered {
-  explicit Entered(Definition definition) { definitions().push_back(definition); }
-};
 
 #define IMF_REGISTER(function, Arguments, on)                                                          \
   const Entered function##_entered([](pybind11::module_& m) {                                          \

@@ -22,10 +22,13 @@ struct Argument {
   using Type = std::conditional_t<is_number, Field, Tensor>;
 
   static Field make(const Type& x, const std::string& name) {
-    if constexpr (is_number) return x;
-    Field field{};
-    if constexpr (!is_number) view(x, name, field);
-    return field;
+    if constexpr (is_number) {
+      return x;
+    } else {
+      Field field{};
+      view(x, name, field);
+      return field;
+    }
   }
   static std::string type(char& alias) {
     (void)alias;
@@ -158,5 +161,17 @@ template <typename Arguments>
 void define(pybind11::module_& m, const char* name, Kernel<Arguments> cpu, Kernel<Arguments> cuda) {
   define(m, name, cpu, cuda, static_cast<decltype(tied(std::declval<Arguments&>()))*>(nullptr));
 }
+
+using Definition = void (*)(pybind11::module_&);
+
+// The functions of csrc/ops, entered by IMF_DECLARE.
+inline std::vector<Definition>& definitions() {
+  static std::vector<Definition> entered;
+  return entered;
+}
+
+struct Entered {
+  explicit Entered(Definition definition) { definitions().push_back(definition); }
+};
 
 }  // namespace imf

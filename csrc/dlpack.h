@@ -7,6 +7,7 @@
 #include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "tensor.h"
@@ -106,28 +107,29 @@ inline DType dtype_of(DLDataType type) {
   return type.code == boolean ? DType::boolean : DType::other;
 }
 
-// Returns the view of a tensor in memory; throws Python's exception for any other object.
-inline Tensor tensor_of(PyObject* object, DLTensor& x) {
+inline bool has_elements(const DLTensor& x) {
+  return std::find(x.shape, x.shape + x.ndim, 0) == x.shape + x.ndim;
+}
+
+// Returns the view of a tensor in memory; throws Python's exception for any other object. Sizes and strides
+// are those that the tensor itself holds.
+inline Tensor tensor_of(PyObject* object) {
   const PyTorch& torch = PyTorch::instance();
   if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(torch.tensor))) {
     throw pybind11::type_error(std::string("imf_kernels: the kernels take tensors, got ") +
                                Py_TYPE(object)->tp_name);
   }
+  DLTensor x;
   if (torch.api->dltensor_from_py_object_no_sync(object, &x)) throw pybind11::error_already_set();
   if (x.device_type != dl_cpu && x.device_type != dl_cuda) {
     throw std::invalid_argument("imf_kernels: the kernels take tensors on CPUs and on CUDA devices");
   }
   const int device = x.device_type == dl_cpu ? cpu_device : x.device_id;
-  Tensor tensor{
-      static_cast<char*>(x.data) + x.byte_offset, dtype_of(x.dtype), device, x.ndim, x.shape, x.strides};
-  if (!x.data) {
-    tensor.data = nullptr;
-    for (int i = 0; i < x.ndim; ++i) {
-      if (x.shape[i] == 0) return tensor;
-    }
+  if (!x.data && has_elements(x)) {
     throw std::invalid_argument("imf_kernels: the kernels take tensors that lie in memory");
   }
-  return tensor;
+  void* const data = x.data ? static_cast<char*>(x.data) + x.byte_offset : nullptr;
+  return {data, dtype_of(x.dtype), device, x.ndim, x.shape, x.strides};
 }
 
 // Returns PyTorch's current stream on `device`, or its number of threads on the CPU.
@@ -150,8 +152,7 @@ template <>
 struct type_caster<imf::Tensor> {
   PYBIND11_TYPE_CASTER(imf::Tensor, const_name("torch.Tensor"));
   bool load(handle object, bool) {
-    imf::DLTensor x;
-    value = imf::tensor_of(object.ptr(), x);
+    value = imf::tensor_of(object.ptr());
     return true;
   }
 };
@@ -160,9 +161,8 @@ template <>
 struct type_caster<imf::Optional<imf::Tensor>> {
   PYBIND11_TYPE_CASTER(imf::Optional<imf::Tensor>, const_name("torch.Tensor | None"));
   bool load(handle object, bool) {
-    imf::DLTensor x;
     value = {object.is_none() ? imf::Tensor{nullptr, imf::DType::other, imf::cpu_device, -1, nullptr, nullptr}
-                              : imf::tensor_of(object.ptr(), x)};
+                              : imf::tensor_of(object.ptr())};
     return true;
   }
 };

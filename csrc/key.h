@@ -4,7 +4,6 @@
 
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
 #include <array>
 #include <string>
 
@@ -82,7 +81,7 @@ class Key {
     const auto bytes = static_cast<std::size_t>(x.ndim) * sizeof(std::int64_t);
     bytes_.append(reinterpret_cast<const char*>(x.shape), bytes);
     bytes_.append(reinterpret_cast<const char*>(x.strides), bytes);
-    return x.data || std::find(x.shape, x.shape + x.ndim, 0) != x.shape + x.ndim;
+    return x.data || !has_elements(x);
   }
 
   std::string bytes_;

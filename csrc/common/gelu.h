@@ -39,4 +39,46 @@ IMF_HOST_DEVICE Dual<T> gated(Dual<T> x, Gate<T> s) {
   return {x.primal * s.value, gated_derivative(x.primal, s) * x.tangent};
 }
 
+// Functions of the elementwise kernels: y = forward(x), of a number or of a dual, and its derivative.
+struct Silu {
+  template <typename T>
+  IMF_HOST_DEVICE T forward(T x) {
+    return silu(x);
+  }
+  template <typename T>
+  IMF_HOST_DEVICE T derivative(T x) {
+    return silu_derivative(x, sigmoid(x));
+  }
+};
+
+struct Normal {
+  template <typename T>
+  IMF_HOST_DEVICE Gate<T> gate(T x) {
+    return normal_gate(x);
+  }
+};
+
+struct Tanh {
+  template <typename T>
+  IMF_HOST_DEVICE Gate<T> gate(T x) {
+    return tanh_gate(x);
+  }
+};
+
+template <typename Gating>
+struct Gelu {
+  template <typename T>
+  IMF_HOST_DEVICE T forward(T x) {
+    return x * Gating::gate(x).value;
+  }
+  template <typename T>
+  IMF_HOST_DEVICE Dual<T> forward(Dual<T> x) {
+    return gated(x, Gating::gate(x.primal));
+  }
+  template <typename T>
+  IMF_HOST_DEVICE T derivative(T x) {
+    return gated_derivative(x, Gating::gate(x));
+  }
+};
+
 }  // namespace imf

@@ -5,13 +5,6 @@
 #include "bindings.h"
 #include "cuda/runtime.h"
 
-using Definition = void (*)(pybind11::module_&);
-static std::vector<Definition> definitions;
-
-struct Entered {
-  explicit Entered(Definition definition) { definitions.push_back(definition); }
-};
-
 // Tensors are on the CPU, where this module's functions are the kernels for CUDA.
 #define IMF_DEFINE_CPU(function, Arguments)
 #define IMF_DEFINE_HOPPER(function, Arguments)
@@ -60,7 +53,7 @@ void run(void (*kernel)(P...), A... arguments) {
 
 PYBIND11_MODULE(_cuda_host, m) {
   m.attr("schemas") = pybind11::dict();
-  for (const Definition definition : definitions) definition(m);
+  for (const imf::Definition definition : imf::definitions()) definition(m);
   m.def("cuda_unavailable", &imf::cuda::unavailable);
   m.def("set_backwards", &cuda_host::set_backwards);
   m.def("half_a_block_waits", [] { run(half_a_block_waits); });
