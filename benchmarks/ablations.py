@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from imf import checkpoint, data
-from imf.config import TrainConfig
-from imf.methods import METHODS, network_of
-from imf.processes import Processes
-from imf.scores import evaluate
-from imf.start import initial_state
-from imf.train import training_step
+from imf import data
+from imf.distributed import Processes
+from imf.evaluation.digits import evaluate
+from imf.mean_flow.methods import METHODS, network_of
+from imf.training import checkpoint
+from imf.training.config import TrainConfig
+from imf.training.loop import training_step
+from imf.training.setup import initial_state
 
 DEFAULT = TrainConfig()
 NETWORK = DEFAULT.network

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imf import data
-from imf.data.encoder import Encoder
-from imf.data.latents import PackedData
-from imf.data.prepare import prepare
-from imf.data.source import Source
+from imf.data.packed import PackedData
+from imf.data.prepare.encoder import Encoder
+from imf.data.prepare.pack import prepare
+from imf.data.prepare.source import Source
 
 IMAGES, BATCH = 16384, 1024  # 512 MiB of latents
 

@@ -29,8 +29,8 @@ from bench_step import make
 from profile_step import peak_bytes, rates, work_of
 from sizes import DIGITS
 
-from imf.draws import Draws
-from imf.model import PRESETS, IMFConfig
+from imf.model.config import PRESETS, IMFConfig
+from imf.objective.draws import Draws
 from imf_kernels.testing import timer
 
 FORMS = (

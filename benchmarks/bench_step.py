@@ -33,11 +33,13 @@ from observe import Beside, look
 from sizes import PLOTTED, SIZES, SWEEPS
 from torch import Tensor, nn
 
-from imf import sharding
-from imf.graphs import CudaGraph
-from imf.model import IMFConfig, build
-from imf.names import from_official
-from imf.objective import Draws, improved_mean_flow, prepare
+from imf.model.config import IMFConfig
+from imf.networks import build
+from imf.objective.draws import Draws
+from imf.objective.imf_loss import improved_mean_flow, prepare
+from imf.official.names import from_official
+from imf.training import parallel as sharding
+from imf.training.graphs import CudaGraph
 from imf_kernels.backends import matmul
 
 FORMS = (
@@ -138,10 +140,10 @@ def make(
             step = prepared if "CUDA graph" in form else drawn
             return improved_mean_flow(network, x, y, step).loss
         if "forward and backward" in form:
-            u, v = network(z, h, *conditions, y)
+            u, v = network(z, draws.t, h, *conditions, y, heads="uv")
             return F.mse_loss(u, v_t) + F.mse_loss(v, v_t)
         if "flow matching" in form:
-            return F.mse_loss(network(z, h, *conditions, y, heads="u"), v_t)
+            return F.mse_loss(network(z, draws.t, h, *conditions, y, heads="u"), v_t)
         derivative = finite_differences if form == "finite differences" else torch.func.jvp
         return plain_imf.official_step(network, x, y, draws, derivative).loss
 

@@ -2,7 +2,7 @@
 
     python benchmarks/official_jax.py DIR CONFIG BATCH
 
-DIR is a checkout of github.com/Lyy-iiis/imeanflow, CONFIG the fields of an `imf.model.IMFConfig` as JSON.
+DIR is a checkout of github.com/Lyy-iiis/imeanflow, CONFIG the fields of an `imf.model.imf.IMFConfig` as JSON.
 Compiles the loss and its gradients (`jax.jit`, float32), writes a line, and from then on runs one step for
 every line that it reads and answers with the loss. Needs jax and flax, not PyTorch.
 """

@@ -26,9 +26,11 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from imf import sharding
-from imf.model import IMFConfig, build
-from imf.objective import Draws, improved_mean_flow, prepare
+from imf.model.config import IMFConfig
+from imf.networks import build
+from imf.objective.draws import Draws
+from imf.objective.imf_loss import improved_mean_flow, prepare
+from imf.training import parallel as sharding
 from imf_kernels.backends.operators import profiled_names
 from imf_kernels.testing.timer import side_by_side
 
@@ -217,7 +219,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=SIZES, default="digits", help="a size of bench_step.py")
-    parser.add_argument("--preset", help="in its place, a preset of imf.model")
+    parser.add_argument("--preset", help="in its place, a preset of imf.model.imf")
     parser.add_argument("--batch", type=int, help="rows of a step (default: the size's)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from imf.model import IMFConfig
+from imf.model.config import IMFConfig
 
 DIGITS = IMFConfig(
     input_size=8,

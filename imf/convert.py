@@ -12,19 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from imf.checkpoint import (
-    CheckpointError,
-    Metadata,
-    empty_weights,
-    environment,
-    find,
-    load_network,
-    save_network,
-)
-from imf.config import TrainConfig
-from imf.files import replacing
-from imf.layers import IMFConfig
-from imf.names import (
+from imf.io import naming, replacing
+from imf.model.config import IMFConfig
+from imf.official.formats import Official, read
+from imf.official.names import (
     from_flax,
     from_official,
     mean_flow_from_flax,
@@ -33,9 +24,10 @@ from imf.names import (
     to_official,
     torch_names,
 )
-from imf.official import ConversionError, Official, read
-from imf.presets import PRESETS
-from imf.run import exit_status, interruptible, naming
+from imf.program import UserError, exit_status, interruptible
+from imf.training.checkpoint import Metadata, empty_weights, environment, find, load_network, save_network
+from imf.training.config import TrainConfig
+from imf.training.recipes import PRESETS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with interruptible():
             print(_export(arguments) if arguments.to == "official" else _import(arguments))
-    except (ConversionError, CheckpointError, KeyError, TypeError, ValueError, OSError) as error:
+    except (UserError, KeyError, TypeError, ValueError, OSError) as error:
         print(f"imf.convert: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
@@ -79,7 +71,7 @@ def _import(a: argparse.Namespace) -> str:
     official = read(a.source)
     if a.weights and a.weights not in official.sets:
         there = ", ".join(official.sets)
-        raise ConversionError(f"--weights: there are {there} in {a.source}, got {a.weights}")
+        raise UserError(f"--weights: there are {there} in {a.source}, got {a.weights}")
     states: dict[str, dict[str, Tensor]] = {}
     shapes: list[IMFConfig] = []
     for kind in [a.weights] if a.weights else official.sets:
@@ -88,10 +80,10 @@ def _import(a: argparse.Namespace) -> str:
         # KeyError: a weight is missing; others: of shapes or types that cannot be cut or joined
         except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
             reason = error.args[0] if isinstance(error, KeyError) else error
-            raise ConversionError(f"{a.source}: {reason}") from error
+            raise UserError(f"{a.source}: {reason}") from error
         shapes.append(shape)
     if len(set(shapes)) > 1:
-        raise ConversionError(f"{a.source}: its sets of weights are of two networks: {shapes}")
+        raise UserError(f"{a.source}: its sets of weights are of two networks: {shapes}")
     _check_whole(a.source, shapes[0], states)
     preset, config = _settings(shapes[0])
     metadata = Metadata(
@@ -147,12 +139,12 @@ def _export(a: argparse.Namespace) -> str:
     kind: Literal["ema", "model"] = a.weights or "ema"
     network, _ = load_network(find(a.source), kind)
     if network.config.block == "plain":
-        raise ConversionError(
+        raise UserError(
             f"{a.source}: the official PyTorch program has iMF's own networks alone, got {network.config}"
         )
     state = network.state_dict()
     if a.v_head and not _with_v_blocks(state):
-        raise ConversionError(f"--v-head: there is none in {a.source}, whose weights are for sampling")
+        raise UserError(f"--v-head: there is none in {a.source}, whose weights are for sampling")
     if not a.v_head:
         state = {name: x for name, x in state.items() if not name.startswith("v_blocks.")}
     official = to_official(state, network.config)
@@ -170,7 +162,7 @@ def _with_v_blocks(state: Mapping[str, Tensor]) -> bool:
 
 
 def _check_whole(source: Path, config: IMFConfig, states: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """ConversionError unless each set has all weights of the network, the v-head's blocks aside."""
+    """UserError unless each set has all weights of the network, the v-head's blocks aside."""
     expected = {name: list(x.shape) for name, x in empty_weights(config).items()}
     for kind, state in states.items():
         whole = _with_v_blocks(state)
@@ -179,7 +171,7 @@ def _check_whole(source: Path, config: IMFConfig, states: Mapping[str, Mapping[s
         different = [n for n in (*wanted, *(got.keys() - wanted.keys())) if wanted.get(n) != got.get(n)]
         if different:
             lines = [f"{n}: wanted {wanted.get(n, 'none')}, got {got.get(n, 'none')}" for n in different[:5]]
-            raise ConversionError("\n  ".join([f"{source}: the {kind} weights are not whole:", *lines]))
+            raise UserError("\n  ".join([f"{source}: the {kind} weights are not whole:", *lines]))
 
 
 if __name__ == "__main__":

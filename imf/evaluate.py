@@ -23,26 +23,20 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from imf import checkpoint, data, features, fid
-from imf import vae as autoencoder
-from imf.features import Extractor
-from imf.fid import Statistics
-from imf.figures import Row, figures, measure, plot, read_results, table, write_results
-from imf.files import check_target, locked
-from imf.generate import (
-    ImageError,
-    Settings,
-    claim,
-    fingerprint,
-    generate,
-    image_files,
-    read_images,
-    to_bytes,
-)
-from imf.model import IMF
-from imf.processes import Processes, joined
-from imf.run import TrainingError, exit_status, interruptible
-from imf.sample import check_inputs
+from imf import data
+from imf.distributed import Processes, joined
+from imf.evaluation import fid
+from imf.evaluation import inception as features
+from imf.evaluation import vae as autoencoder
+from imf.evaluation.fid import Statistics
+from imf.evaluation.inception import Extractor
+from imf.evaluation.results import Row, figures, measure, plot, read_results, table, write_results
+from imf.evaluation.samples import Settings, claim, fingerprint, generate, image_files, read_images, to_bytes
+from imf.io import check_target, locked
+from imf.model.imf import IMF
+from imf.program import UserError, exit_status, interruptible
+from imf.sampling import check_inputs_of
+from imf.training import checkpoint
 
 COUNT = 50_000  # images of the published figures
 
@@ -53,7 +47,7 @@ def reference_statistics(
     """What samples are compared with, on the first process; None on the others.
 
     name: a file of statistics (.npz), a folder of images, "digits" or a folder of prepared images.
-    Raises: StatisticsError, ImageError or ValueError for what cannot be read or is no image.
+    Raises: UserError or ValueError for what cannot be read or is no image.
     """
     path = Path(name)
     if path.suffix == ".npz":
@@ -65,7 +59,7 @@ def _images_of(name: str, processes: Processes, batch_size: int) -> Iterable[Ten
     """This process's slice of the images of a folder or of a data set."""
     path = Path(name)
     if name != "digits" and not path.is_dir():
-        raise ImageError(
+        raise UserError(
             f"{name}: no such file or folder; wanted statistics (.npz), a folder of images or a data set"
         )
     if path.is_dir() and (files := image_files(path)):
@@ -74,7 +68,7 @@ def _images_of(name: str, processes: Processes, batch_size: int) -> Iterable[Ten
         return _with_bar(batches, len(rows), name, processes)
     dataset = data.load(name)
     if dataset.shape[0] not in (1, 3):
-        raise ImageError(
+        raise UserError(
             f"{name}: images have 1 or 3 channels, got {dataset.shape[0]}: latents; statistics of the images "
             "that they were made of are written by imf.data.prepare --statistics"
         )
@@ -98,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
                 _make_statistics(arguments, extractor, processes)
             else:
                 _evaluate(arguments, extractor, processes)
-    except (checkpoint.CheckpointError, TrainingError, ValueError, OSError) as error:
+    except (UserError, ValueError, OSError) as error:
         print(f"imf.evaluate: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
@@ -184,7 +178,7 @@ def _sampler(a: argparse.Namespace, device: torch.device) -> tuple[IMF, Any, lis
     grid = product(a.steps, a.interval or [(t_min, t_max)], a.omega or [omega])
     cells = [replace(base, steps=n, omega=w, t_min=low, t_max=high) for n, (low, high), w in grid]
     for cell in cells:
-        check_inputs(network.config, cell.omega, cell.t_min, cell.t_max)
+        check_inputs_of(network.config, cell.omega, cell.t_min, cell.t_max)
     return network, vae, list(dict.fromkeys(cells))
 
 
@@ -196,7 +190,7 @@ def _samples(
     if cell is None or network is None:
         files = image_files(a.samples_dir)
         if len(files) != a.count:
-            raise ImageError(f"{a.samples_dir}: wanted {a.count} images (--count), found {len(files)}")
+            raise UserError(f"{a.samples_dir}: wanted {a.count} images (--count), found {len(files)}")
         batches = read_images(files[rows.start : rows.stop], a.batch_size)
         return _with_bar(batches, len(rows), str(a.samples_dir), processes)
     folder = a.samples_dir / cell.name if a.samples_dir else None

@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 from tiny_run import ALONE, NETWORK, config
 
-from imf import checkpoint, start, train
-from imf.draws import Draws
-from imf.methods import network_of, objective
-from imf.processes import agreed, joined
-from imf.run import TrainingError
-from imf.sharding import synchronising, whole
+from imf import train
+from imf.distributed import agreed, joined
+from imf.mean_flow.methods import network_of, objective
+from imf.objective.draws import Draws
+from imf.program import UserError
+from imf.training import checkpoint, loop
+from imf.training import setup as start
+from imf.training.parallel import synchronising, whole
 
 FORMS = {
     "ddp": {},
@@ -74,7 +76,7 @@ def gradients(who, *, same_draws=True, **changes):
 def whole_run(who, folder, **changes):
     """A run to its end, and what it wrote."""
     run = start.begin(config(runs=str(folder), **changes), who)
-    assert train.fit(run) is None
+    assert loop.fit(run) is None
     return run
 
 
@@ -94,8 +96,8 @@ def differences(a, b):
 
 
 def changing(call, change):
-    """`train.objective` whose result number `call` in this process is changed; (undo, list of calls)."""
-    real, calls = train.objective, []
+    """`loop.objective` whose result number `call` in this process is changed; (undo, list of calls)."""
+    real, calls = loop.objective, []
 
     def objective_of(*settings):
         def loss_of(*batch):
@@ -105,8 +107,8 @@ def changing(call, change):
 
         return loss_of
 
-    train.objective = objective_of
-    return lambda: setattr(train, "objective", real)
+    loop.objective = objective_of
+    return lambda: setattr(loop, "objective", real)
 
 
 def not_finite(who, folder, **changes):
@@ -118,8 +120,8 @@ def not_finite(who, folder, **changes):
     undo = changing(3, spoil)
     run = start.begin(config(runs=str(folder), name="nan", **changes), who)
     try:
-        train.fit(run)
-    except TrainingError as error:
+        loop.fit(run)
+    except UserError as error:
         return [str(error), bool(run.state.found_inf), agreed(error), len(checkpoint.list_all(run.folder))]
     finally:
         undo()
@@ -135,7 +137,7 @@ def stopped(who, folder, **changes):
 
     undo = changing(3, stop)
     run = start.begin(config(runs=str(folder), name="stopped", checkpoint_every=0, **changes), who)
-    received = train.fit(run)
+    received = loop.fit(run)
     undo()
     return [received, run.state.step, [path.name for path in checkpoint.list_all(run.folder)]]
 
@@ -178,7 +180,7 @@ def main():
         results["full disk"] = full_disk(who, folder)
         try:
             start.begin(config(runs=str(folder), batch_size=9), who)
-        except TrainingError as error:
+        except UserError as error:
             results["batch"] = str(error)
     print(json.dumps(results))
 

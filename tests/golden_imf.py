@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 import imf_kernels as ik
-from imf.model import IMF, IMFConfig, build
-from imf.names import from_flax
-from imf.objective import Draws
+from imf.model.config import IMFConfig
+from imf.model.imf import IMF
+from imf.networks import build
+from imf.objective.draws import Draws
+from imf.official.names import from_flax
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -9,11 +9,12 @@ from golden_imf import GOLDEN
 from torch import Tensor
 
 import imf_kernels as ik
-from imf.dit import DiT
-from imf.draws import Draws
-from imf.model import ORIGINAL, IMFConfig, build
-from imf.names import mean_flow_from_flax
-from imf.objective import Guidance
+from imf.mean_flow.network import DiT
+from imf.model.config import ORIGINAL, IMFConfig
+from imf.networks import build
+from imf.objective.draws import Draws
+from imf.objective.imf_loss import Guidance
+from imf.official.names import mean_flow_from_flax
 
 
 @cache

@@ -17,7 +17,7 @@ LOOK = ("check_batch", "check_inputs")
 
 
 class RecordedGraph(TorchDispatchMode):
-    """Stands for `imf.graphs.CudaGraph`; the first replay is the recording's own run."""
+    """Stands for `imf.training.graphs.CudaGraph`; the first replay is the recording's own run."""
 
     made: ClassVar[list] = []
 

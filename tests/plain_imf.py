@@ -183,7 +183,7 @@ class FinalLayer(nn.Module):
 
 
 def plain(config: Any) -> "PlainIMF":
-    """The network of the sizes in an `imf.model.IMFConfig`."""
+    """The network of the sizes in an `imf.model.imf.IMFConfig`."""
     names = inspect.signature(PlainIMF.__init__).parameters
     return PlainIMF(**{name: getattr(config, name) for name in names if name != "self"})
 
@@ -191,8 +191,9 @@ def plain(config: Any) -> "PlainIMF":
 class PlainIMF(nn.Module):
     """The iMF network: depth - aux_head_depth shared blocks, then aux_head_depth blocks for u and for v each.
 
-    forward(z, h, omega, t_min, t_max, y, heads) takes images [B, C, H, W], four scalars [B] and labels [B]
-    (the null label is num_classes), and returns images: (u, v) for heads="uv", one of them for "u" or "v".
+    forward(z, t, h, omega, t_min, t_max, y, heads) takes images [B, C, H, W], five scalars [B], of which t
+    has no effect, and labels [B] (the null label is num_classes), and returns images: (u, v) for heads="uv",
+    one of them for "u" or "v".
     """
 
     def __init__(
@@ -239,6 +240,7 @@ class PlainIMF(nn.Module):
     def forward(
         self,
         z: Tensor,
+        t: Tensor,
         h: Tensor,
         omega: Tensor,
         t_min: Tensor,
@@ -324,15 +326,15 @@ def official_step(
     omega_masked = torch.where(inside | is_fm, omega, 1.0)
     zero, one = torch.zeros_like(t), torch.ones_like(t)
     with torch.no_grad():
-        v_c = model(z, zero, omega_masked, zero, one, y, heads="v")
-        v_u = model(z, zero, one, zero, one, null, heads="v")
+        v_c = model(z, t, zero, omega_masked, zero, one, y, heads="v")
+        v_u = model(z, t, zero, one, zero, one, null, heads="v")
         guided = v_t + rows(1 - 1 / omega_masked) * (v_c - v_u)
         v_g = torch.where(rows(draws.drop), v_t, guided)
 
     y_dropped = torch.where(draws.drop, null, y)
 
     def f(z: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        return model(z, t - r, omega, draws.t_min, draws.t_max, y_dropped, heads="uv")
+        return model(z, t, t - r, omega, draws.t_min, draws.t_max, y_dropped, heads="uv")
 
     u, du_dt, v = jvp(f, (z, t, r), (v_c, one, zero), has_aux=True)
     du_dt = du_dt.detach()

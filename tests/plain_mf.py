@@ -1,4 +1,4 @@
-"""Mean Flows, and the steps from them to iMF, in plain PyTorch on an `imf.dit.DiT`'s weights, for the tests.
+"""Mean Flows, and the steps from them to iMF, in plain PyTorch on a DiT's weights, for the tests.
 
 Written from the papers and the official program's formulas, with the operations of PyTorch alone, so that
 `torch.func.jvp` gives its derivatives.

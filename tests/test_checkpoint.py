@@ -11,8 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_run import ALONE, NETWORK, config, differing, state_and_data, tensors
 
-from imf import checkpoint, files, train
-from imf.checkpoint import CheckpointError
+from imf import io as files
+from imf.program import UserError
+from imf.training import checkpoint, loop
 
 
 def metadata(step=3, **changes):
@@ -34,7 +35,7 @@ def read(path, state):
 def trained():
     state, batches, c = state_and_data()
     for _ in range(3):
-        train.training_step(state, batches, c, ALONE)
+        loop.training_step(state, batches, c, ALONE)
     return state
 
 
@@ -77,7 +78,7 @@ def test_restored_tensors_do_not_lie_in_the_file(trained, path):
     fresh, batches, c = state_and_data(seed=1)
     read(path, fresh)
     for _ in range(2):
-        train.training_step(fresh, batches, c, ALONE)
+        loop.training_step(fresh, batches, c, ALONE)
     assert path.read_bytes() == kept
 
 
@@ -97,7 +98,7 @@ def test_a_write_that_fails_leaves_the_previous_file(trained, path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # the system refuses what exceeds 1000 bytes
     try:
-        with pytest.raises(CheckpointError) as error:
+        with pytest.raises(UserError) as error:
             write(path, trained)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -114,9 +115,7 @@ def test_a_full_disk(trained, path, module, failing, monkeypatch):
     write(path, trained)
     kept = path.read_bytes()
     monkeypatch.setattr(module, failing, full)
-    with pytest.raises(
-        CheckpointError, match=r"step 3: .*No space left.* needs [\d,]+ bytes, [\d,]+ are free"
-    ):
+    with pytest.raises(UserError, match=r"step 3: .*No space left.* needs [\d,]+ bytes, [\d,]+ are free"):
         write(path, trained)
     assert path.read_bytes() == kept and list(path.parent.iterdir()) == [path]
 
@@ -126,7 +125,7 @@ def test_a_truncated_file(trained, path, length):
     write(path, trained)
     path.write_bytes(path.read_bytes()[:length])
     before = tensors(trained)
-    with pytest.raises(CheckpointError, match="not a complete safetensors file") as error:
+    with pytest.raises(UserError, match="not a complete safetensors file") as error:
         read(path, trained)
     assert str(path) in str(error.value) and differing(before, tensors(trained)) == []
 
@@ -134,17 +133,15 @@ def test_a_truncated_file(trained, path, length):
 def test_foreign_files(trained, tmp_path):
     foreign = tmp_path / "other.safetensors"
     torch.save({"model": torch.zeros(3)}, foreign)
-    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
+    with pytest.raises(UserError, match="not a complete safetensors file"):
         read(foreign, trained)
     save_file({"model": torch.zeros(3)}, foreign)
-    with pytest.raises(CheckpointError, match="without 'imf' metadata"):
+    with pytest.raises(UserError, match="without 'imf' metadata"):
         read(foreign, trained)
     save_file({"model": torch.zeros(3)}, foreign, {"imf": json.dumps({"format": 0})})
-    with pytest.raises(
-        CheckpointError, match=r"another version of imf\.train: this version reads format 2, got 0"
-    ):
+    with pytest.raises(UserError, match=r"another version of imf\.train: this version reads format 2, got 0"):
         read(foreign, trained)
-    with pytest.raises(CheckpointError, match=r"none\.safetensors: no such file"):
+    with pytest.raises(UserError, match=r"none\.safetensors: no such file"):
         read(tmp_path / "none.safetensors", trained)
 
 
@@ -152,7 +149,7 @@ def test_a_checkpoint_of_another_network(trained, path):
     write(path, trained)
     other, *_ = state_and_data(network=dataclasses.replace(NETWORK, hidden_size=24))
     before = tensors(other)
-    with pytest.raises(CheckpointError, match="a checkpoint of another network, or not whole:") as error:
+    with pytest.raises(UserError, match="a checkpoint of another network, or not whole:") as error:
         read(path, other)
     lines = str(error.value).splitlines()
     name, text = lines[1].strip().split(": ")
@@ -166,7 +163,7 @@ def test_missing_and_additional_weights_are_named(trained, path):
     write(path, trained)
     name = next(iter(trained.model.state_dict()))
     spoil(path, lambda state: state.update({"model.more": state.pop(f"model.{name}")}))
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(UserError) as error:
         read(path, trained)
     assert f"  model.{name}: checkpoint has none, network [" in str(error.value)
     assert "  model.more: checkpoint [" in str(error.value) and "network has none" in str(error.value)
@@ -211,7 +208,7 @@ def test_nothing_is_loaded_unless_all_tensors_fit(case, trained, path):
     spoil(path, SPOILED_TENSORS[case])
     fresh, *_ = state_and_data(seed=1)
     before = tensors(fresh)
-    with pytest.raises(CheckpointError, match=r"not whole:\n  .*: checkpoint .*, network .*"):
+    with pytest.raises(UserError, match=r"not whole:\n  .*: checkpoint .*, network .*"):
         read(path, fresh)
     assert differing(before, tensors(fresh)) == []
 
@@ -223,9 +220,9 @@ def test_metadata_of_other_types_are_named(name, value, trained, path):
     write(path, trained)
     spoil(path, **{name: value})
     before = tensors(trained)
-    with pytest.raises(CheckpointError, match=rf"another version of imf\.train: {name}"):
+    with pytest.raises(UserError, match=rf"another version of imf\.train: {name}"):
         read(path, trained)
-    with pytest.raises(CheckpointError, match=f"{name}"):
+    with pytest.raises(UserError, match=f"{name}"):
         checkpoint.load_network(path)
     assert differing(before, tensors(trained)) == []
 
@@ -244,9 +241,9 @@ def test_the_newest_checkpoint_is_that_of_the_highest_step(trained, tmp_path):
 
 
 def test_find_says_what_is_missing(tmp_path):
-    with pytest.raises(CheckpointError, match="no such file or folder"):
+    with pytest.raises(UserError, match="no such file or folder"):
         checkpoint.find(tmp_path / "none")
-    with pytest.raises(CheckpointError, match=r"no checkpoints/step-\*.safetensors"):
+    with pytest.raises(UserError, match=r"no checkpoints/step-\*.safetensors"):
         checkpoint.find(tmp_path)
 
 

@@ -7,7 +7,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import imf_kernels as ik
-from imf.model import IMFConfig, build
+from imf.model.config import IMFConfig
+from imf.networks import build
 from imf_kernels import Dual
 from imf_kernels.backends import operators
 from imf_kernels.testing import cases, errors
@@ -228,7 +229,9 @@ def test_the_whole_network(compiler):
     h, omega, t_min, t_max = torch.rand(4, 3).add(0.5).unbind()
 
     def results(network):
-        u, v = network(Dual(z, z_dot), Dual(h, torch.ones(3)), omega, t_min, t_max, y)
+        u, v = network(
+            Dual(z, z_dot), torch.ones(3), Dual(h, torch.ones(3)), omega, t_min, t_max, y, heads="uv"
+        )
         gradients = torch.autograd.grad(u.primal.square().sum() + v.square().sum(), [*model.parameters()])
         return [u.primal, u.tangent.detach(), v, *gradients]
 

@@ -8,10 +8,11 @@ import time
 import pytest
 from tiny_run import arguments, config
 
-from imf import config as configuration
 from imf import train
-from imf.config import TrainConfig
-from imf.run import TrainingError, create_folder, truncate_metrics
+from imf.program import UserError
+from imf.training import config as configuration
+from imf.training.config import TrainConfig
+from imf.training.log import create_folder, truncate_metrics
 
 
 def test_help_shows_every_field_with_its_default(capsys):
@@ -110,7 +111,7 @@ def test_wrong_devices_are_named(device, message, tmp_path, capsys):
 
 def test_a_network_for_other_images_is_refused(tmp_path):
     network = dataclasses.replace(config().network, in_channels=4)
-    with pytest.raises(TrainingError, match=r"must be \(1, 8, 8, 10\) for the data digits, got \(4, 8, 8"):
+    with pytest.raises(UserError, match=r"must be \(1, 8, 8, 10\) for the data digits, got \(4, 8, 8"):
         train.begin(config(runs=str(tmp_path), network=network))
     assert not list(tmp_path.iterdir())
 
@@ -121,7 +122,7 @@ def test_runs_get_folders_of_their_own(tmp_path):
     assert create_folder(config(runs=str(tmp_path), data="/data/latents/")) == tmp_path / "latents"
     mine = create_folder(config(runs=str(tmp_path / "runs"), name="mine"))
     (mine / "metrics.jsonl").write_text("kept")
-    with pytest.raises(TrainingError, match=f"--resume {mine}, or choose another --name"):
+    with pytest.raises(UserError, match=f"--resume {mine}, or choose another --name"):
         create_folder(config(runs=str(tmp_path / "runs"), name="mine"))
     assert (mine / "metrics.jsonl").read_text() == "kept"
 

@@ -14,11 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_evaluation import Means, autoencoder, script
 
-from imf import convert, evaluate, sample
-from imf.checkpoint import CheckpointError, load_network
-from imf.model import PRESETS
-from imf.names import from_flax, to_official
-from imf.presets import PRESETS as SETTINGS
+from imf import convert, evaluate, sample, sampling
+from imf.model.config import PRESETS
+from imf.official.names import from_flax, to_official
+from imf.program import UserError
+from imf.training.checkpoint import load_network
+from imf.training.recipes import PRESETS as SETTINGS
 
 CONFIG = golden_imf.config()
 OURS = from_flax(golden_imf.weights())
@@ -66,12 +67,10 @@ def test_pytorch_checkpoints_in_and_out(tmp_path, capsys, suffix):
     assert all(torch.equal(found[name], x) for name, x in SAMPLING.items())
 
     z, y = torch.randn(2, 4, 8, 8), torch.tensor([0, 3])
-    assert sample.sample(network, z, y).shape == z.shape
-    with pytest.raises(
-        CheckpointError, match="the v-head was asked of a network whose weights are for sampling"
-    ):
-        network(z, *torch.ones(4, 2), y, heads="v")
-    with pytest.raises(CheckpointError, match="there are no 'model' weights in it"):
+    assert sampling.generate(network, z, y).shape == z.shape
+    with pytest.raises(UserError, match="the v-head was asked of a network whose weights are for sampling"):
+        network(z, *torch.ones(5, 2), y, heads="v")
+    with pytest.raises(UserError, match="there are no 'model' weights in it"):
         load_network(ours, "model")
     assert run(ours, tmp_path / "v.pth", "--to", "official", "--v-head") == 1
     assert "--v-head: there is none" in capsys.readouterr().err
@@ -143,7 +142,7 @@ def test_mean_flow_checkpoints(tmp_path, capsys):
     assert run(source, ours, "--input-size", 8, "--num-heads", 1) == 0
     network, metadata = load_network(ours)
     assert network.config.block == "plain" and metadata.config.method == "mf"
-    assert sample.sample(network, torch.randn(2, 4, 8, 8), torch.tensor([0, 3])).shape == (2, 4, 8, 8)
+    assert sampling.generate(network, torch.randn(2, 4, 8, 8), torch.tensor([0, 3])).shape == (2, 4, 8, 8)
     assert run(ours, tmp_path / "back.pth", "--to", "official") == 1
     assert "has iMF's own networks alone" in capsys.readouterr().err
 

@@ -6,11 +6,13 @@ from conftest import ON_GPU
 from graph_machine import RecordedGraph
 from tiny_run import ALONE, NETWORK, arguments, config, state_and_data, tensors
 
-from imf import data, graphs, start, train
-from imf.draws import Draws
-from imf.methods import network_of
-from imf.objective import Prepared, sizes_of_v_u
-from imf.processes import Processes
+from imf import data, train
+from imf.distributed import Processes
+from imf.mean_flow.methods import network_of
+from imf.objective.draws import Draws
+from imf.objective.imf_loss import Prepared, sizes_of_v_u
+from imf.training import graphs, loop
+from imf.training import setup as start
 
 BATCH = 16
 SIZES = len(sizes_of_v_u(BATCH))
@@ -29,7 +31,7 @@ def steps_of(count, method, **changes):
     state, batches, c = state_and_data(backend="reference", **changes)
     for group in state.optimizer.param_groups:
         group["capturable"] = False  # PyTorch has it for GPUs alone
-    return torch.stack([train.training_step(state, batches, c, ALONE) for _ in range(count)]), tensors(state)
+    return torch.stack([loop.training_step(state, batches, c, ALONE) for _ in range(count)]), tensors(state)
 
 
 @pytest.mark.parametrize("method", ["imf", "imf-vhead", "mf"])
@@ -162,7 +164,7 @@ def test_graphs_train_alike_on_a_gpu(precision):
         state = start.initial_state(c, precision, who)
         images = data.load("digits")
         with data.Batches(images, batch_size=BATCH, seed=0, first=0, device=who.device) as batches:
-            terms = [train.training_step(state, batches, c, who) for _ in range(12)]
+            terms = [loop.training_step(state, batches, c, who) for _ in range(12)]
         results.append((torch.stack(terms), tensors(state)))
     (terms, state), (again, other) = results
     tolerance = 1e-4 if precision == "fp32" else 2e-2

@@ -16,15 +16,16 @@ from safetensors.torch import load_file, save_file
 from tiny_evaluation import network_file
 from tiny_run import ALONE, NETWORK, arguments, config, differing, state_and_data, tensors
 
-from imf import checkpoint, convert, evaluate, sample, train
-from imf.checkpoint import CheckpointError
-from imf.data import prepare
+from imf import convert, evaluate, sample, train
+from imf.data.prepare import pack as prepare
+from imf.program import UserError
+from imf.training import checkpoint, loop
 
 
 @pytest.fixture(scope="module")
 def state():
     state, batches, c = state_and_data()
-    train.training_step(state, batches, c, ALONE)
+    loop.training_step(state, batches, c, ALONE)
     return state
 
 
@@ -70,7 +71,7 @@ def test_a_bit_that_flips_anywhere_is_found(content, state, tmp_path):
         flipped = bytearray(content)
         flipped[place] ^= 1 << draw.randrange(8)
         path.write_bytes(flipped)
-        with pytest.raises(CheckpointError, match=r"flipped\.safetensors: "):
+        with pytest.raises(UserError, match=r"flipped\.safetensors: "):
             read(path, state)
     assert differing(before, tensors(state)) == []
     path.write_bytes(content)
@@ -86,7 +87,7 @@ def test_a_reader_of_the_average_checks_the_average(content, tmp_path):
     lost = bytearray(content)
     lost[8 + header + start : 8 + header + start + 512] = bytes(512)
     path.write_bytes(lost)
-    with pytest.raises(CheckpointError, match=r"damaged: checksum of 'ema' must be [0-9a-f]{8}, got"):
+    with pytest.raises(UserError, match=r"damaged: checksum of 'ema' must be [0-9a-f]{8}, got"):
         checkpoint.load_network(path)
     assert checkpoint.load_network(path, "model")[1].step == 1
 
@@ -105,7 +106,7 @@ def test_numbers_that_are_not_finite_are_neither_written_nor_read(name, value, c
         groups[group][rest] = x.clone()
     groups[kind][name.partition(".")[2]].view(-1)[-1] = value
     out = tmp_path / "out.safetensors"
-    with pytest.raises(CheckpointError, match=f"not written: {name} must be finite"):
+    with pytest.raises(UserError, match=f"not written: {name} must be finite"):
         checkpoint.save_network(out, groups, checkpoint.read_metadata(whole))
     assert list(tmp_path.iterdir()) == [whole]
 
@@ -122,7 +123,7 @@ def test_numbers_that_are_not_finite_are_neither_written_nor_read(name, value, c
     checksums = {group: f"{crc:08x}" for group, crc in sums.items()}
     rewritten(out, content, spoil, lambda values: values.update(checksums=checksums))
     before = tensors(state)
-    with pytest.raises(CheckpointError, match=f"{name} must be finite, got NaN or infinity"):
+    with pytest.raises(UserError, match=f"{name} must be finite, got NaN or infinity"):
         read(out, state)
     assert differing(before, tensors(state)) == []
 
@@ -146,9 +147,7 @@ def test_networks_of_absurd_sizes_are_refused_before_they_are_made(name, content
     )
     began = time.monotonic()
     for read_part in (checkpoint.read_metadata, checkpoint.load_network):
-        with pytest.raises(
-            CheckpointError, match=r"step-00000001\.safetensors: .*(network|IMFConfig|version)"
-        ):
+        with pytest.raises(UserError, match=r"step-00000001\.safetensors: .*(network|IMFConfig|version)"):
             read_part(path)
     assert train.main(["--resume", str(tmp_path)]) == 1
     assert str(path) in capsys.readouterr().err
@@ -162,10 +161,10 @@ def test_headers_of_absurd_sizes(content, tmp_path):
     ).encode()
     for start in (2**63, 2**60, 2**31, len(content)):
         path.write_bytes(start.to_bytes(8, "little") + content[8:])
-        with pytest.raises(CheckpointError, match=r"absurd\.safetensors: not a complete safetensors file"):
+        with pytest.raises(UserError, match=r"absurd\.safetensors: not a complete safetensors file"):
             checkpoint.read_metadata(path)
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"1234")
-    with pytest.raises(CheckpointError, match=r"absurd\.safetensors: not a complete safetensors file"):
+    with pytest.raises(UserError, match=r"absurd\.safetensors: not a complete safetensors file"):
         checkpoint.load_network(path)
 
 
@@ -188,19 +187,17 @@ def test_headers_of_absurd_sizes(content, tmp_path):
 )
 def test_metadata_of_other_versions(change, message, content, tmp_path, state):
     path = rewritten(tmp_path / "other.safetensors", content, change_text=change)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(UserError, match=message):
         read(path, state)
 
 
 def test_neither_a_file_nor_there(tmp_path):
     (tmp_path / "folder.safetensors").mkdir()
     (tmp_path / "link.safetensors").symlink_to("gone.safetensors")
-    with pytest.raises(CheckpointError, match=r"folder\.safetensors: a folder or a device, wanted a file"):
+    with pytest.raises(UserError, match=r"folder\.safetensors: a folder or a device, wanted a file"):
         checkpoint.read_metadata(tmp_path / "folder.safetensors")
     for function in (checkpoint.read_metadata, checkpoint.find):
-        with pytest.raises(
-            CheckpointError, match=r"link\.safetensors: no such file.*a link to gone\.safetensors"
-        ):
+        with pytest.raises(UserError, match=r"link\.safetensors: no such file.*a link to gone\.safetensors"):
             function(tmp_path / "link.safetensors")
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from imf import data
+from imf.program import UserError
 
 
 def test_digits():
@@ -17,7 +18,7 @@ def test_digits():
 
 
 def test_unknown_data_set_is_named():
-    with pytest.raises(data.DataError, match=r"^cats: no such folder; a data set is 'digits' or"):
+    with pytest.raises(UserError, match=r"^cats: no such folder; a data set is 'digits' or"):
         data.load("cats")
 
 

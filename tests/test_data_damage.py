@@ -14,10 +14,12 @@ import tiny_run
 import torch
 from tiny_evaluation import Means, script
 
-from imf import data, evaluate, fid, train
-from imf.data import prepare
-from imf.data.encoder import Encoder
-from imf.data.source import find
+from imf import data, evaluate, train
+from imf.data.prepare import pack as prepare
+from imf.data.prepare.encoder import Encoder
+from imf.data.prepare.source import find
+from imf.evaluation import fid
+from imf.program import UserError
 
 
 class Latents(Encoder):
@@ -83,7 +85,7 @@ def test_any_field_of_the_index_may_be_anything(folder):
             put(folder, path, value)
             try:
                 packed = data.load(folder)
-            except data.DataError as error:
+            except UserError as error:
                 text = str(error)
                 assert text.startswith(str(folder)) and "\n" not in text and len(text) < 700, (path, value)
                 said.add(path)
@@ -115,13 +117,13 @@ def test_any_field_of_the_index_may_be_anything(folder):
 )
 def test_what_the_message_says(folder, path, value, message):
     put(folder, path, value)
-    with pytest.raises(data.DataError, match=rf"index\.json: .*{message}"):
+    with pytest.raises(UserError, match=rf"index\.json: .*{message}"):
         data.load(folder)
 
 
 def test_an_index_of_endless_depth(folder):
     (folder / "index.json").write_text('{"format": ' + "[" * 200_000)
-    with pytest.raises(data.DataError, match=r"index\.json: not a readable JSON file"):
+    with pytest.raises(UserError, match=r"index\.json: not a readable JSON file"):
         data.load(folder)
 
 
@@ -145,7 +147,7 @@ def with_header(path, shape, dtype="<f4", fortran=False):
 )
 def test_headers_that_lie(folder, damage, message):
     damage(folder / "shard-00000.npy")
-    with pytest.raises(data.DataError, match=rf"shard-00000\.npy: .*{message}"):
+    with pytest.raises(UserError, match=rf"shard-00000\.npy: .*{message}"):
         data.load(folder)
 
 
@@ -154,15 +156,13 @@ def test_shards_that_are_shorter_than_their_index_and_header_say(folder):
     path = folder / "shard-00001.npy"
     path.write_bytes(path.read_bytes()[:-4096])
     put(folder, ("shards", 1, "bytes"), path.stat().st_size)
-    with pytest.raises(data.DataError, match=r"must have 8,320 bytes, as its header says, got 4,224"):
+    with pytest.raises(UserError, match=r"must have 8,320 bytes, as its header says, got 4,224"):
         data.load(folder)
 
 
 def test_labels_of_absurd_length_are_not_allocated(folder):
     with_header(folder / "labels.npy", (10**14,), "<i8")
-    with pytest.raises(
-        data.DataError, match=r"labels\.npy: must be \[10\] int64, .* got \[100000000000000\]"
-    ):
+    with pytest.raises(UserError, match=r"labels\.npy: must be \[10\] int64, .* got \[100000000000000\]"):
         data.load(folder)
 
 
@@ -176,7 +176,7 @@ def test_flipped_bytes_of_headers(folder):
             content[chance.randrange(128)] = chance.choice(b"'\"{}[]()<>:,0189fiOL\n\\\0\xff")
         path.write_bytes(content)
         if content != whole:
-            with pytest.raises(data.DataError, match=r"labels\.npy: "):
+            with pytest.raises(UserError, match=r"labels\.npy: "):
                 data.load(folder)
 
 
@@ -185,7 +185,7 @@ def test_flipped_bytes_of_headers(folder):
 def test_a_fifo_is_not_waited_for(folder, name):
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    with pytest.raises(data.DataError, match=name if name == "index.json" else f"{name}: .* got a FIFO"):
+    with pytest.raises(UserError, match=name if name == "index.json" else f"{name}: .* got a FIFO"):
         data.load(folder)
 
 
@@ -202,7 +202,7 @@ def test_values_on_which_nothing_can_be_trained(folder, place, value):
     packed = data.load(folder)
     fine = torch.tensor([0, 5, 7, 9])
     assert packed.fetch(fine, torch.Generator())[0].isfinite().all()
-    with pytest.raises(data.DataError, match=r"shard-00001\.npy: row 2 must be finite and within 1e\+06"):
+    with pytest.raises(UserError, match=r"shard-00001\.npy: row 2 must be finite and within 1e\+06"):
         packed.fetch(torch.tensor([5, 6, 9]), torch.Generator())
 
 
@@ -266,7 +266,7 @@ def test_labels_that_cannot_be(tmp_path, labels, message):
     images = tiny_data.images(tmp_path / "source")
     names = [name for name, _ in find(images).files]
     (tmp_path / "labels").write_text("".join(f"{n} {x}\n" for n, x in zip(names, labels, strict=True)))
-    with pytest.raises(data.DataError, match=message):
+    with pytest.raises(UserError, match=message):
         find(images, tmp_path / "labels")
 
 
@@ -277,18 +277,18 @@ def test_label_files_of_windows(tmp_path):
     assert find(images, tmp_path / "labels").labels.tolist() == [0, 1] * 5
     (tmp_path / "labels").unlink()
     os.mkfifo(tmp_path / "labels")
-    with pytest.raises(data.DataError, match="labels: must be a regular file, got a FIFO"):
+    with pytest.raises(UserError, match="labels: must be a regular file, got a FIFO"):
         find(images, tmp_path / "labels")
 
 
 def test_links_that_lead_nowhere(tmp_path):
     images = tiny_data.images(tmp_path / "source")
     (images / "cat").symlink_to(tmp_path / "unmounted")  # a class would be missing
-    with pytest.raises(data.DataError, match="cat: a link to nothing; mend or remove it"):
+    with pytest.raises(UserError, match="cat: a link to nothing; mend or remove it"):
         find(images)
     (images / "cat").unlink()
     (images / "ant" / "loop.png").symlink_to("loop.png")
-    with pytest.raises(data.DataError, match=r"loop\.png: "):
+    with pytest.raises(UserError, match=r"loop\.png: "):
         find(images)
 
 
@@ -339,7 +339,7 @@ def statistics(path, **arrays):
 )
 def test_statistics_that_are_none(tmp_path, arrays, message):
     statistics(tmp_path / "a.npz", **arrays)
-    with pytest.raises(fid.StatisticsError, match=rf"a\.npz: no statistics can be read from it: .*{message}"):
+    with pytest.raises(UserError, match=rf"a\.npz: no statistics can be read from it: .*{message}"):
         fid.load_statistics(tmp_path / "a.npz")
 
 
@@ -347,13 +347,13 @@ def test_statistics_that_are_no_archive(tmp_path):
     path = tmp_path / "a.npz"
     with path.open("wb") as file:
         np.save(file, np.zeros(3))
-    with pytest.raises(fid.StatisticsError, match="not a zip file"):
+    with pytest.raises(UserError, match="not a zip file"):
         fid.load_statistics(path)
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(fid.StatisticsError, match="must be a regular file, got a FIFO"):
+    with pytest.raises(UserError, match="must be a regular file, got a FIFO"):
         fid.load_statistics(path)
-    with pytest.raises(fid.StatisticsError, match="must be a regular file, got a folder"):
+    with pytest.raises(UserError, match="must be a regular file, got a folder"):
         fid.load_statistics(tmp_path)
 
 
@@ -366,7 +366,7 @@ def test_statistics_of_absurd_size_are_not_allocated(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         for name in ("mu", "sigma"):
             archive.write(tmp_path / "a.npy", f"{name}.npy")
-    with pytest.raises(fid.StatisticsError, match=r"at most 16,384 features, got \[1000000, 1000000\]"):
+    with pytest.raises(UserError, match=r"at most 16,384 features, got \[1000000, 1000000\]"):
         fid.load_statistics(tmp_path / "a.npz")
 
 

@@ -9,9 +9,10 @@ import tiny_data
 import torch
 
 from imf import data
-from imf.data import prepare
-from imf.data.encoder import Encoder
-from imf.data.source import find
+from imf.data.prepare import pack as prepare
+from imf.data.prepare.encoder import Encoder
+from imf.data.prepare.source import find
+from imf.program import UserError
 
 
 class Moments(Encoder):
@@ -125,7 +126,7 @@ def test_verify(folder):
     content = bytearray(path.read_bytes())
     content[-7] ^= 1
     path.write_bytes(content)
-    with pytest.raises(data.DataError, match=r"shard-00001\.npy: its SHA-256 must be .* got"):
+    with pytest.raises(UserError, match=r"shard-00001\.npy: its SHA-256 must be .* got"):
         list(data.load(folder).verify())
     assert prepare.main(["--verify", str(folder)]) == 1
 
@@ -173,7 +174,7 @@ def other_shape(folder):
 )
 def test_a_folder_that_is_not_whole_is_refused(folder, damage, message):
     damage(folder)
-    with pytest.raises(data.DataError, match=message):
+    with pytest.raises(UserError, match=message):
         data.load(folder)
 
 

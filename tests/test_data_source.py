@@ -5,8 +5,9 @@ import pytest
 import tiny_data
 from PIL import Image
 
-from imf import data
-from imf.data.source import BrokenImage, center_crop, decode, find
+from imf.data.prepare.source import center_crop, decode, find
+from imf.images import BrokenImage
+from imf.program import UserError
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_label_files_that_disagree(images, tmp_path, change, message):
         f"{name} {label}" for (name, _), label in zip(find(images).files, find(images).labels, strict=True)
     ]
     (tmp_path / "labels").write_text("\n".join(change(lines)))
-    with pytest.raises(data.DataError, match=message):
+    with pytest.raises(UserError, match=message):
         find(images, tmp_path / "labels")
 
 
@@ -93,13 +94,13 @@ def test_sources_that_are_none(images, tmp_path):
         (tmp_path, "got no folder"),
         (images / "ant", r"got 5 images beside them, .* need --labels FILE"),
     ):
-        with pytest.raises(data.DataError, match=message):
+        with pytest.raises(UserError, match=message):
             find(path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(data.DataError, match="empty: must hold images, one class a folder, got none"):
+    with pytest.raises(UserError, match="empty: must hold images, one class a folder, got none"):
         find(tmp_path)
     (tmp_path / "empty" / "again").symlink_to(tmp_path / "empty")
-    with pytest.raises(data.DataError, match="a link to a folder that is met already"):
+    with pytest.raises(UserError, match="a link to a folder that is met already"):
         find(tmp_path)
 
 
@@ -108,7 +109,7 @@ def test_an_image_that_cannot_be_read_is_no_broken_image(images, tmp_path, capsy
     source = find(images)
     (images / "ant" / "00.png").rename(images / "ant" / "gone")
     try:
-        with pytest.raises(data.DataError, match=r"ant/00\.png: could not be read: .* there when this began"):
+        with pytest.raises(UserError, match=r"ant/00\.png: could not be read: .* there when this began"):
             list(source.decoded(range(3), 8, 1, ahead=1))
     finally:
         (images / "ant" / "gone").rename(images / "ant" / "00.png")

@@ -13,9 +13,11 @@ from distributed_training import FORMS
 from safetensors.torch import load_file
 from tiny_run import arguments
 
-from imf import checkpoint, processes, train
-from imf.processes import Processes
-from imf.run import TrainingError, choose_device
+from imf import distributed as processes
+from imf import train
+from imf.distributed import Processes, choose_device
+from imf.program import UserError
+from imf.training import checkpoint
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this PyTorch is built without distributed"
@@ -139,7 +141,7 @@ def test_addresses_alone_ask_for_nothing(monkeypatch):
 def test_a_gpu_for_each_process(device, local_rank, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(TrainingError, match=message):
+    with pytest.raises(UserError, match=message):
         processes._own_gpu(choose_device(device), local_rank, 4)
 
 

@@ -10,9 +10,11 @@ import torch
 from tiny_run import perturbed
 
 import imf_kernels as ik
-from imf.dit import DiT
-from imf.methods import METHODS, network_of
-from imf.model import IMF, ORIGINAL, PRESETS, IMFConfig, build, velocities
+from imf.mean_flow.methods import METHODS, network_of
+from imf.mean_flow.network import DiT
+from imf.model.config import ORIGINAL, PRESETS, IMFConfig
+from imf.model.imf import IMF
+from imf.networks import build
 from imf_kernels import Dual
 
 TINY = IMFConfig(4, 2, 3, 32, 3, 2, 1, 8 / 3, 5)
@@ -59,7 +61,7 @@ def test_values_and_tangents_equal_plain_pytorchs(method, backend):
     model, (z, t, h, *rest) = network(method, backend), inputs()
     heads = "uv" if model.config.has_v_head else "u"
     expected = plain(model, z, t, h, *rest, heads)
-    got = velocities(model, z, t, h, *rest, heads=heads)
+    got = model(z, t, h, *rest, heads=heads)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
     dots = [torch.randn_like(a) for a in (z, t, h)]
@@ -67,19 +69,19 @@ def test_values_and_tangents_equal_plain_pytorchs(method, backend):
         some = [torch.cat([torch.zeros_like(a[: 4 - rows]), a[4 - rows :]]) for a in dots]
         _, u_dot = torch.func.jvp(lambda *x: plain(model, *x, *rest, "u"), (z, t, h), tuple(some))
         duals = [Dual(a, a_dot[4 - rows :]) for a, a_dot in zip((z, t, h), dots, strict=True)]
-        u = velocities(model, *duals, *rest)
+        u = model(*duals, *rest)
         torch.testing.assert_close(u.tangent.detach(), u_dot, rtol=1e-4, atol=1e-5)
         assert len(u.tangent_rows) == rows
         # Bitwise: a tangent changes nothing.
-        assert torch.equal(u.primal, velocities(model, z, t, h, *rest))
+        assert torch.equal(u.primal, model(z, t, h, *rest))
 
 
 @pytest.mark.parametrize("method", ["mf", "imf-interval", "imf-tokens"])
 def test_bf16_operands_keep_an_fp32_stream(method):
     model, given = network(method, "cpu"), inputs()
-    exact = velocities(model, *given)
+    exact = model(*given)
     model.compute_dtype = torch.bfloat16
-    rounded = velocities(model, *given)
+    rounded = model(*given)
     assert rounded.dtype == torch.float32
     assert 1e-5 < float(((exact - rounded).norm() / exact.norm()).detach()) < 2e-2
 
@@ -118,9 +120,7 @@ def test_the_forms_between_are_what_the_methods_name():
     [
         ("mf", {"heads": "uv"}, "heads must be 'u' (this network has no v-head), got 'uv'"),
         ("imf-vhead", {"heads": "w"}, "heads must be 'u', 'v' or 'uv', got 'w'"),
-        ("mf", {"omega": torch.ones(4)}, "omega must be left out: it is no input of this network"),
-        ("imf-omega", {"omega": None}, "omega must be given: it is an input of this network"),
-        ("imf-interval", {"t_max": None}, "t_max must be given: it is an input of this network"),
+        ("imf-interval", {"t_max": None}, "t_max must be a tensor, got NoneType"),
         ("mf", {"t": torch.ones(3)}, "t must be [4], one a sample, got [3]"),
         ("mf", {"h": torch.ones(4).double()}, "h must be torch.float32 like the weights, got torch.float64"),
         ("mf", {"y": torch.full((4,), 6)}, "labels must be within 0 and 5 (the null label), got 6 to 6"),
@@ -131,10 +131,9 @@ def test_the_forms_between_are_what_the_methods_name():
 def test_wrong_calls_are_refused(method, change, message):
     model = network(method)
     z, t, h, omega, t_min, t_max, y = inputs()
-    given = {"omega": omega} if model.config.omega_input else {}
-    given |= {"t_min": t_min, "t_max": t_max} if model.config.interval_input else {}
+    given = {"z": z, "t": t, "h": h, "omega": omega, "t_min": t_min, "t_max": t_max, "y": y}
     with pytest.raises((ValueError, TypeError), match=re.escape(f"DiT: {message}")):
-        model(**{"z": z, "t": t, "h": h, "y": y, **given, **change})
+        model(**given | change)
 
 
 @pytest.mark.parametrize(
@@ -160,18 +159,18 @@ def test_a_network_made_without_memory_or_in_inference_mode_works():
     with torch.device("meta"):
         model = build(expected.config)
     model.to_empty(device="cpu").load_state_dict(expected.state_dict())
-    assert torch.equal(velocities(model, *given), velocities(expected, *given))
+    assert torch.equal(model(*given), expected(*given))
     with torch.inference_mode():
-        velocities(expected, *given)
+        expected(*given)
         made = build(expected.config)
     assert not made._positions.is_inference()
-    velocities(expected, *given).sum().backward()
+    expected(*given).sum().backward()
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", ["imf-interval", "imf-tokens"])
 def test_blocks_that_are_recomputed_or_compiled_change_nothing(method, compiled):
-    """As `imf.sharding.prepare` makes them, here without a compiler behind the graph."""
+    """As `imf.training.parallel.prepare` makes them, here without a compiler behind the graph."""
     results = []
     for prepared in (False, True):
         model, (z, t, h, *rest) = network(method), inputs()
@@ -179,7 +178,7 @@ def test_blocks_that_are_recomputed_or_compiled_change_nothing(method, compiled)
             if compiled:
                 block.forward = torch.compile(block.forward, fullgraph=True, backend="eager")
             block.forward = functools.partial(ik.checkpoint, block.forward)
-        u = velocities(model, *(Dual(a, torch.ones_like(a[2:])) for a in (z, t, h)), *rest)
+        u = model(*(Dual(a, torch.ones_like(a[2:])) for a in (z, t, h)), *rest)
         u.primal.square().sum().backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         results.append(gradients | {"u": u.primal.detach(), "du_dt": u.tangent.detach()})

@@ -21,10 +21,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_evaluation import LATENTS, Means, autoencoder, network_file, script
 
-from imf import evaluate, fid, figures, generate, sample, train
-from imf.data import prepare
-from imf.files import locked
-from imf.layers import IMFConfig
+from imf import evaluate, sample, train
+from imf.data.prepare import pack as prepare
+from imf.evaluation import fid
+from imf.evaluation import results as figures
+from imf.evaluation import samples as generate
+from imf.io import locked
+from imf.model.config import IMFConfig
 
 IMAGES = IMFConfig(
     input_size=4, patch_size=2, in_channels=3, hidden_size=16, depth=2, num_heads=1, aux_head_depth=1,

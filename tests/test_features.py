@@ -8,7 +8,8 @@ import pytest
 import torch
 from tiny_evaluation import Means, Nvidia, script
 
-from imf import features
+from imf.evaluation import inception as features
+from imf.program import UserError
 
 CPU = torch.device("cpu")
 IMAGES = torch.randint(0, 256, (5, 3, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -46,13 +47,13 @@ def test_what_is_no_extractor_is_refused(tmp_path):
         (str(tmp_path / "none.pt"), "no such file"),
         ("model.pt2", "unpickled when read"),
     ):
-        with pytest.raises(features.ExtractorError, match=message):
+        with pytest.raises(UserError, match=message):
             features.load(name, CPU)
     path = tmp_path / "truncated.pt"
     path.write_bytes(script(Means(), tmp_path / "means.pt").read_bytes()[:500])
-    with pytest.raises(features.ExtractorError, match="no TorchScript module can be read"):
+    with pytest.raises(UserError, match="no TorchScript module can be read"):
         features.load(str(path), CPU)
-    with pytest.raises(features.ExtractorError, match=r"features must be \[5, width\], got \[5, 3, 6, 6\]"):
+    with pytest.raises(UserError, match=r"features must be \[5, width\], got \[5, 3, 6, 6\]"):
         features.load(str(script(Wrong(), tmp_path / "wrong.pt")), CPU)(IMAGES)
 
 
@@ -66,10 +67,10 @@ def test_a_pickle_is_not_run(tmp_path, monkeypatch, suffix):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / f"bomb{suffix}"
     path.write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(features.ExtractorError):
+    with pytest.raises(UserError):
         features.load(str(path), CPU)
     torch.save(Bomb(), path)
-    with pytest.raises(features.ExtractorError):
+    with pytest.raises(UserError):
         features.load(str(path), CPU)
     assert not (tmp_path / "exploded").exists()
 
@@ -78,7 +79,7 @@ def test_inception_needs_torch_fidelity(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [])
     path = tmp_path / "weights.pth"
     path.touch()
-    with pytest.raises(features.ExtractorError, match=r"need torch-fidelity .*pip install --no-deps"):
+    with pytest.raises(UserError, match=r"need torch-fidelity .*pip install --no-deps"):
         features.load(str(path), CPU)
 
 
@@ -99,8 +100,8 @@ def test_torch_fidelitys_inception_with_random_weights(tmp_path, monkeypatch):
     got, logits = features.load(str(path), CPU)(IMAGES)
     assert got.shape == (5, 2048) and logits.shape == (5, 1008)
     torch.save({"fc.weight": weights["fc.weight"]}, path)
-    with pytest.raises(features.ExtractorError, match="no weights of torch-fidelity's Inception"):
+    with pytest.raises(UserError, match="no weights of torch-fidelity's Inception"):
         features.load(str(path), CPU)
     torch.save(Bomb(), path)
-    with pytest.raises(features.ExtractorError, match="nothing else is unpickled"):
+    with pytest.raises(UserError, match="nothing else is unpickled"):
         features.load(str(path), CPU)

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from imf import data, fid
+from imf import data
+from imf.evaluation import fid
+from imf.program import UserError
 
 
 def distance(a, b):
@@ -125,12 +127,12 @@ def test_files_of_both_official_programs(tmp_path, keys):
 
 def test_files_that_are_no_statistics_are_refused(tmp_path):
     path = tmp_path / "statistics.npz"
-    with pytest.raises(fid.StatisticsError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         fid.load_statistics(path)
     x = fid.of_rows(torch.randn(20, 3))
     x.save(path)
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(fid.StatisticsError, match="no statistics can be read"):
+    with pytest.raises(UserError, match="no statistics can be read"):
         fid.load_statistics(path)
     for values, message in (
         ({"mu": x.mean}, "must hold mu and sigma or ref_mu and ref_sigma, got mu"),
@@ -139,7 +141,7 @@ def test_files_that_are_no_statistics_are_refused(tmp_path):
         ({"mu": np.array([{}]), "sigma": x.covariance}, "allow_pickle=False"),
     ):
         np.savez(path, **values)
-        with pytest.raises(fid.StatisticsError, match=message):
+        with pytest.raises(UserError, match=message):
             fid.load_statistics(path)
 
 

@@ -6,7 +6,8 @@ from conftest import dtypes_of
 from torch.autograd import forward_ad
 
 import imf_kernels as ik
-from imf.model import IMFConfig, build
+from imf.model.config import IMFConfig
+from imf.networks import build
 from imf_kernels import Dual
 from imf_kernels.testing import errors
 from imf_kernels.testing.cases import FP32, OPERATIONS, SMALL
@@ -226,7 +227,7 @@ def test_the_whole_network(mode):
     h, omega, t_min, t_max = torch.rand(4, 3).add(0.5).unbind()
 
     def u(z, h):
-        return (model(z, h, omega, t_min, t_max, y, heads="u"),)
+        return (model(z, torch.ones(3), h, omega, t_min, t_max, y, heads="u"),)
 
     (got,), (got_dot,) = forward_mode(mode, u, (z, h), (z_dot, torch.ones(3)))
     (wanted,) = u(Dual(z, z_dot), Dual(h, torch.ones(3)))

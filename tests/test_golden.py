@@ -4,8 +4,8 @@ import golden_imf
 import pytest
 import torch
 
-from imf.names import from_flax
-from imf.objective import improved_mean_flow, improved_mean_flow_plain
+from imf.objective.imf_loss import improved_mean_flow, improved_mean_flow_plain
+from imf.official.names import from_flax
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -7,8 +7,10 @@ import pytest
 import torch
 from conftest import ON_GPU
 
-from imf.model import IMFConfig, build
-from imf.objective import Draws, improved_mean_flow
+from imf.model.config import IMFConfig
+from imf.networks import build
+from imf.objective.draws import Draws
+from imf.objective.imf_loss import improved_mean_flow
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a GPU")]
 

@@ -15,10 +15,13 @@ import torch
 from PIL import Image
 from tiny_evaluation import Means, script
 
-from imf import evaluate, fid, generate
-from imf.data import prepare
-from imf.data.images import BrokenImage
-from imf.data.source import center_crop, decode
+from imf import evaluate
+from imf.data.prepare import pack as prepare
+from imf.data.prepare.source import center_crop, decode
+from imf.evaluation import fid
+from imf.evaluation import samples as generate
+from imf.images import BrokenImage
+from imf.program import UserError
 
 RAMP = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)
 COLOURS = np.stack([RAMP, RAMP.T, 255 - RAMP], axis=2)
@@ -164,7 +167,7 @@ def test_what_holds_no_usable_image(tmp_path, name, write, reason):
     write(tmp_path / name)
     with pytest.raises(BrokenImage, match=reason):
         decode(tmp_path / name, 8)
-    with pytest.raises(generate.ImageError, match=f"1 of 1 images cannot be read: .*{name}; of the first: "):
+    with pytest.raises(UserError, match=f"1 of 1 images cannot be read: .*{name}; of the first: "):
         list(generate.read_images([tmp_path / name]))
 
 

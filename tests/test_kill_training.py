@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from test_distributed_training import start_two
 from tiny_run import arguments, differing
 
-from imf import checkpoint
-from imf.run import how_to_go_on
+from imf.training import checkpoint
+from imf.training.log import how_to_go_on
 
 KILLS = 20
 

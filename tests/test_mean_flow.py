@@ -8,11 +8,11 @@ import torch
 from test_dit import TINY, network
 from test_objective import draws_for
 
-from imf.draws import Draws
-from imf.mean_flow import mean_flow, mean_flow_plain
-from imf.methods import METHODS, network_of, objective
-from imf.model import build
-from imf.objective import Guidance, improved_mean_flow_plain
+from imf.mean_flow.methods import METHODS, network_of, objective
+from imf.mean_flow.objective import mean_flow, mean_flow_plain
+from imf.networks import build
+from imf.objective.draws import Draws
+from imf.objective.imf_loss import Guidance, improved_mean_flow_plain
 
 PLAIN = {
     "mf": mean_flow_plain,

@@ -8,11 +8,12 @@ import pytest
 import torch
 from tiny_run import ALONE, FAST, NETWORK, config, state_and_data
 
-from imf import config as configuration
-from imf import sample, train
-from imf.draws import Draws
-from imf.methods import METHODS, network_of
-from imf.presets import PRESETS, preset_of
+from imf import sample, sampling, train
+from imf.mean_flow.methods import METHODS, network_of
+from imf.objective.draws import Draws
+from imf.training import config as configuration
+from imf.training import loop
+from imf.training.recipes import PRESETS, preset_of
 
 
 def settings(method: str) -> dict:
@@ -37,7 +38,7 @@ def test_every_method_trains_and_samples_on_the_digits(method):
     state, given, c = state_and_data(**settings(method), warmup_steps=0)
     before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     for _ in range(5):
-        terms = train.training_step(state, given, c, ALONE)
+        terms = loop.training_step(state, given, c, ALONE)
     expected = 2 if METHODS[method].v_head else 1
     assert terms.isfinite().all() and float(terms[0]) == pytest.approx(expected, 0.01)
     # What begins at zero has moved by now, so a gradient has reached every weight.
@@ -45,7 +46,7 @@ def test_every_method_trains_and_samples_on_the_digits(method):
     noise, labels = torch.randn(4, 1, 8, 8), torch.arange(4)
     omega, t_min, t_max = c.sampling
     guidance = {"omega": omega, "t_min": t_min, "t_max": t_max}
-    assert sample.sample(state.ema, noise, labels, steps=2, **guidance).isfinite().all()
+    assert sampling.generate(state.ema, noise, labels, steps=2, **guidance).isfinite().all()
 
 
 def test_methods_of_one_seed_share_times_noise_and_dropped_labels():

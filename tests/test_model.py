@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import imf_kernels as ik
-from imf.model import PRESETS, IMFConfig, build
-from imf.names import from_official
+from imf.model.config import PRESETS, IMFConfig
+from imf.networks import build
+from imf.official.names import from_official
 from imf_kernels import Dual
 
 FILES = {"iMF-B/2": "imf_B_2", "iMF-XL/2": "imf_XL_2"}
@@ -72,6 +73,7 @@ def inputs(batch: int = 3) -> list[torch.Tensor]:
     torch.manual_seed(1)
     scalars = [
         torch.rand(batch),
+        torch.rand(batch),
         1 + 7 * torch.rand(batch),
         torch.rand(batch) / 2,
         0.5 + torch.rand(batch) / 2,
@@ -95,19 +97,19 @@ def perturbed(backend: str | None = None):
 @pytest.mark.parametrize("tangent_rows", [0, 1, 3])
 def test_tangent_equals_torch_func_jvp(backend, tangent_rows):
     model, oracle = perturbed(backend)
-    z, h, *rest = inputs()
+    z, t, h, *rest = inputs()
     z_dot, h_dot = torch.randn_like(z), torch.randn_like(h)
     z_dot[: 3 - tangent_rows], h_dot[: 3 - tangent_rows] = 0, 0
 
     expected, expected_dot = torch.func.jvp(
-        lambda z, h: oracle(z, h, *rest, heads="u"), (z, h), (z_dot, h_dot)
+        lambda z, h: oracle(z, t, h, *rest, heads="u"), (z, h), (z_dot, h_dot)
     )
-    u, v = model(Dual(z, z_dot[3 - tangent_rows :]), Dual(h, h_dot[3 - tangent_rows :]), *rest, heads="uv")
+    u, v = model(Dual(z, z_dot[3 - tangent_rows :]), t, Dual(h, h_dot[3 - tangent_rows :]), *rest, heads="uv")
     assert isinstance(u, Dual) and isinstance(v, torch.Tensor)
     torch.testing.assert_close(u.primal, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(u.tangent.detach(), expected_dot, rtol=1e-4, atol=1e-5)
-    assert torch.equal(model(z, h, *rest, heads="u"), u.primal)  # bitwise: a tangent changes nothing
-    assert torch.equal(model(z, h, *rest, heads="v"), v)
+    assert torch.equal(model(z, t, h, *rest, heads="u"), u.primal)  # bitwise: a tangent changes nothing
+    assert torch.equal(model(z, t, h, *rest, heads="v"), v)
 
 
 def test_bf16_operands_keep_an_fp32_stream():
@@ -123,8 +125,8 @@ def test_bf16_operands_keep_an_fp32_stream():
 
 def test_differentiating_the_tangent_raises():
     model, _ = perturbed()
-    z, h, *rest = inputs()
-    u = model(Dual(z, torch.ones_like(z)), Dual(h, torch.ones_like(h)), *rest, heads="u")
+    z, t, h, *rest = inputs()
+    u = model(Dual(z, torch.ones_like(z)), t, Dual(h, torch.ones_like(h)), *rest, heads="u")
     with pytest.raises(RuntimeError, match=r"no gradient flows through tangents.*\.detach\(\)"):
         u.tangent.sum().backward()
     u.primal.sum().backward()
@@ -135,24 +137,24 @@ def test_differentiating_the_tangent_raises():
     [
         (0, torch.zeros(3, 3, 4, 5), r"z must be \[B, 3, 4, 4\], got \[3, 3, 4, 5\]"),
         (0, torch.zeros(3, 3, 4, 4, dtype=torch.float64), "z must be torch.float32 like the weights"),
-        (1, torch.zeros(2), r"h must be \[3\], one a sample, got \[2\]"),
-        (2, torch.ones(3, 1), r"omega must be \[3\], one a sample, got \[3, 1\]"),
-        (5, torch.tensor([0, 1, 6]), r"labels must be within 0 and 5 \(the null label\), got 0 to 6"),
-        (5, torch.tensor([0, -1, 5]), "got -1 to 5"),
-        (5, torch.zeros(3), r"y must be \[3\] in int64 or int32, got \[3\] in torch.float32"),
+        (2, torch.zeros(2), r"h must be \[3\], one a sample, got \[2\]"),
+        (3, torch.ones(3, 1), r"omega must be \[3\], one a sample, got \[3, 1\]"),
+        (6, torch.tensor([0, 1, 6]), r"labels must be within 0 and 5 \(the null label\), got 0 to 6"),
+        (6, torch.tensor([0, -1, 5]), "got -1 to 5"),
+        (6, torch.zeros(3), r"y must be \[3\] in int64 or int32, got \[3\] in torch.float32"),
         (
-            5,
+            6,
             torch.zeros(3, dtype=torch.uint8),
             r"y must be \[3\] in int64 or int32, got \[3\] in torch.uint8",
         ),
-        (5, torch.zeros(3, dtype=torch.int64, device="meta"), "y must be on cpu like the weights, got meta"),
-        (5, [0, 1, 2], "y must be a tensor, got list"),
-        (1, torch.zeros(3, device="meta"), "h must be on cpu like the weights, got meta"),
+        (6, torch.zeros(3, dtype=torch.int64, device="meta"), "y must be on cpu like the weights, got meta"),
+        (6, [0, 1, 2], "y must be a tensor, got list"),
+        (2, torch.zeros(3, device="meta"), "h must be on cpu like the weights, got meta"),
         (0, torch.zeros(3, 3, 4, 4).numpy(), "z must be a tensor, got ndarray"),
-        (2, 1.0, "omega must be a tensor, got float"),
-        (2, Dual(torch.ones(3)), "omega carries no tangent; pass a tensor, got a Dual"),
-        (2, torch.tensor([1.0, 0, 2]), "omega must be positive, got 0.0"),
-        (2, torch.tensor([1.0, math.nan, 2]), "omega must be positive, got nan"),
+        (3, 1.0, "omega must be a tensor, got float"),
+        (3, Dual(torch.ones(3)), "omega carries no tangent; pass a tensor, got a Dual"),
+        (3, torch.tensor([1.0, 0, 2]), "omega must be positive, got 0.0"),
+        (3, torch.tensor([1.0, math.nan, 2]), "omega must be positive, got nan"),
     ],
 )
 def test_wrong_inputs_are_refused(position, value, message):
@@ -170,7 +172,7 @@ def test_a_network_made_without_memory_gets_its_values_from_weights_alone(assign
     if not assign:
         model.to_empty(device="cpu")
     model.load_state_dict(expected.state_dict(), assign=assign)
-    for got, wanted in zip(model(*inputs()), expected(*inputs()), strict=True):
+    for got, wanted in zip(model(*inputs(), heads="uv"), expected(*inputs(), heads="uv"), strict=True):
         assert torch.equal(got, wanted)
 
 
@@ -220,8 +222,8 @@ def test_wrong_heads_and_configurations_are_refused():
 def test_one_network_in_ten_lines():
     """What the README shows."""
     model = build(TINY)
-    z, h, omega, t_min, t_max, y = inputs()
-    u = model(Dual(z, torch.randn_like(z)), Dual(h, torch.ones_like(h)), omega, t_min, t_max, y, heads="u")
+    z, t, h, *conditions = inputs()
+    u = model(Dual(z, torch.randn_like(z)), t, Dual(h, torch.ones_like(h)), *conditions, heads="u")
     assert u.primal.shape == u.tangent.shape == z.shape
     assert isinstance(ik.silu(z), torch.Tensor)
 

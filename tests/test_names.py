@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from imf.model import PRESETS, build
-from imf.names import from_flax, from_official, plain_names, shape_of, to_official
+from imf.model.config import PRESETS
+from imf.networks import build
+from imf.official.names import from_flax, from_official, plain_names, shape_of, to_official
 
 CONFIG = golden_imf.config()
 

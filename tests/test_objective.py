@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import imf_kernels as ik
-from imf.model import IMFConfig, build
-from imf.names import from_official
-from imf.objective import Draws, improved_mean_flow, improved_mean_flow_plain
+from imf.model.config import IMFConfig
+from imf.networks import build
+from imf.objective.draws import Draws
+from imf.objective.imf_loss import improved_mean_flow, improved_mean_flow_plain
+from imf.official.names import from_official
 
 CONFIG = IMFConfig(
     input_size=4,

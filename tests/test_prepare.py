@@ -6,9 +6,10 @@ import tiny_data
 import torch
 
 from imf import data
-from imf.data import prepare
-from imf.data.encoder import Latents
-from imf.data.source import decode
+from imf.data.prepare import pack as prepare
+from imf.data.prepare.encoder import Latents
+from imf.data.prepare.source import decode
+from imf.program import UserError
 
 AE = pytest.importorskip("diffusers", reason="the autoencoder is diffusers'").AutoencoderKL
 
@@ -96,20 +97,20 @@ def test_folders_that_hold_no_autoencoder(vae, tmp_path):
     def loads(path):
         return Latents(path, 32, torch.device("cpu"), "fp32")
 
-    with pytest.raises(data.DataError, match="nowhere: no such folder"):
+    with pytest.raises(UserError, match="nowhere: no such folder"):
         loads(tmp_path / "nowhere")
-    with pytest.raises(data.DataError, match=r"got no config\.json$"):
+    with pytest.raises(UserError, match=r"got no config\.json$"):
         loads(tmp_path)
     (tmp_path / "vae").mkdir()
-    with pytest.raises(data.DataError, match="a whole pipeline: pass the folder vae in it"):
+    with pytest.raises(UserError, match="a whole pipeline: pass the folder vae in it"):
         loads(tmp_path)
     config = tmp_path / "vae" / "config.json"
     config.write_text('{"_class_name": "UNet2DModel"}')
-    with pytest.raises(data.DataError, match="AutoencoderKL, got one of UNet2DModel"):
+    with pytest.raises(UserError, match="AutoencoderKL, got one of UNet2DModel"):
         loads(tmp_path / "vae")
     config.write_text((vae / "config.json").read_text())
     (tmp_path / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(data.DataError, match=r"got config\.json, .*\.bin; nothing is unpickled"):
+    with pytest.raises(UserError, match=r"got config\.json, .*\.bin; nothing is unpickled"):
         loads(tmp_path / "vae")
     weights = (vae / "diffusion_pytorch_model.safetensors").read_bytes()
     (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(weights[:1000])

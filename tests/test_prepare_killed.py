@@ -13,7 +13,8 @@ import pytest
 import tiny_data
 
 from imf import data
-from imf.data import prepare
+from imf.data.prepare import pack as prepare
+from imf.program import UserError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and limits file sizes")
 
@@ -41,7 +42,7 @@ def test_killed_before_any_change_of_a_file(source, whole, tmp_path):
             if (out / "index.json").exists():
                 assert len(data.load(out)) == 8  # whole, whatever of the scaffold is left
             else:
-                with pytest.raises(data.DataError, match=r"half-made|no index\.json|no such folder"):
+                with pytest.raises(UserError, match=r"half-made|no index\.json|no such folder"):
                     data.load(out)
         assert tiny_data.pack(source, out) == 0
         assert tiny_data.content(out) == whole, f"killed before file operation {number}"

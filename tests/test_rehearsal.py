@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from tiny_data import autoencoder, images
 
-from imf import checkpoint
+from imf.training import checkpoint
 
 pytest.importorskip("diffusers", reason="the autoencoder: pip install diffusers")
 pytestmark = pytest.mark.slow

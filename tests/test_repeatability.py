@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import arguments, differing
 
-from imf import checkpoint
+from imf.training import checkpoint
 
 # Wide enough for the products of linear layers to lie on both sides of the border that gemm.py draws.
 NETWORK = {"hidden_size": 96, "num_heads": 2, "batch_size": 64, "patch_size": 2}

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import FAST, arguments, config, cut_short, differing, objective_that
 
-from imf import checkpoint, train
-from imf.run import StopSignals, TrainingError
+from imf import train
+from imf.program import StopSignals, UserError
+from imf.training import checkpoint, loop
 
 TIMES = ("images_per_second", "elapsed")
 
@@ -34,7 +35,7 @@ def resumed(path, *options):
     parser = train.argparse.ArgumentParser()
     train.add_arguments(parser, config())
     run = train.resume(path, parser.parse_args(list(options)))
-    train.fit(run)
+    loop.fit(run)
     return run
 
 
@@ -42,7 +43,7 @@ def resumed(path, *options):
 def whole(tmp_path_factory):
     """The folder of a run that nobody stopped."""
     run = train.begin(config(runs=str(tmp_path_factory.mktemp("whole")), accumulate=2))
-    train.fit(run)
+    loop.fit(run)
     return run.folder
 
 
@@ -70,7 +71,7 @@ def test_a_resumed_run_ends_with_the_same_bits(whole, cut, form, monkeypatch):
 
 def test_a_test_of_equal_bits_can_fail(whole, tmp_path):
     run = train.begin(config(runs=str(tmp_path), accumulate=2, seed=1))
-    train.fit(run)
+    loop.fit(run)
     assert len(differing(final(run.folder), final(whole))) > 10
 
 
@@ -93,14 +94,14 @@ def test_stopping_saves_and_says_how_to_go_on(number, whole, tmp_path, monkeypat
 
 
 def test_a_signal_while_a_grid_is_drawn_loses_nothing(tmp_path, monkeypatch):
-    real = train.draw
+    real = loop.draw
 
     def draw(run, path, steps=1):
         if run.state.step == 3:
             signal.raise_signal(signal.SIGINT)
         real(run, path, steps)
 
-    monkeypatch.setattr(train, "draw", draw)
+    monkeypatch.setattr(loop, "draw", draw)
     options = arguments(runs=tmp_path, checkpoint_every=0, sample_every=1, log_every=2)
     assert train.main(options) == 128 + signal.SIGINT
     assert checkpoint.list_all(tmp_path / "digits") == [checkpoint.path_of(tmp_path / "digits", 3)]
@@ -159,7 +160,7 @@ def test_more_steps(cut):
 )
 def test_what_may_not_change_is_named(cut, options, message):
     kept = (cut / "metrics.jsonl").read_text()
-    with pytest.raises(TrainingError, match=message):
+    with pytest.raises(UserError, match=message):
         resumed(cut, *options)
     assert (cut / "metrics.jsonl").read_text() == kept
 
@@ -189,9 +190,7 @@ def test_the_thread_count_of_the_run_is_restored(cut, capsys):
 
 
 def test_an_older_checkpoint_is_refused_beside_newer_ones(cut):
-    with pytest.raises(
-        TrainingError, match=r"must be the newest checkpoint of its run.* move the newer ones"
-    ):
+    with pytest.raises(UserError, match=r"must be the newest checkpoint of its run.* move the newer ones"):
         resumed(checkpoint.path_of(cut, 2))
 
 

@@ -13,16 +13,17 @@ import pytest
 from test_resume import final, metrics, resumed
 from tiny_run import arguments, config, cut_short, differing, objective_that
 
-from imf import checkpoint, train
-from imf.files import FolderInUse, locked
-from imf.run import TrainingError
+from imf import train
+from imf.io import FolderInUse, locked
+from imf.program import UserError
+from imf.training import checkpoint, loop
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder of a run that nobody stopped, with a picture after every second step."""
     run = train.begin(config(runs=str(tmp_path_factory.mktemp("whole")), sample_every=2))
-    train.fit(run)
+    loop.fit(run)
     return run.folder
 
 
@@ -72,7 +73,7 @@ def test_a_new_run_is_locked_too(tmp_path, monkeypatch):
 
 
 def test_a_killed_process_holds_nothing(cut, capsys):
-    code = "import sys, time, imf.files, pathlib\nwith imf.files.locked(pathlib.Path(sys.argv[1])):\n"
+    code = "import sys, time, imf.io, pathlib\nwith imf.io.locked(pathlib.Path(sys.argv[1])):\n"
     code += "    print('locked', flush=True)\n    time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code, cut], stdout=subprocess.PIPE)
     try:
@@ -118,9 +119,9 @@ def test_links_to_checkpoints_are_followed(form, cut, whole, tmp_path):
 
 def test_a_checkpoint_outside_of_a_run_is_no_run(cut, tmp_path):
     path = shutil.copy(checkpoint.path_of(cut, 4), tmp_path / "copy.safetensors")
-    with pytest.raises(TrainingError, match=r"copy\.safetensors must be a checkpoint in a run's folder"):
+    with pytest.raises(UserError, match=r"copy\.safetensors must be a checkpoint in a run's folder"):
         resumed(path)
-    with pytest.raises(TrainingError, match=r"must be the newest checkpoint of its run.* move the newer"):
+    with pytest.raises(UserError, match=r"must be the newest checkpoint of its run.* move the newer"):
         resumed(checkpoint.path_of(cut, 2))
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from imf import sample
-from imf.config import DIGITS_NETWORK
+from imf import sample, sampling
+from imf.training.config import DIGITS_NETWORK
 
 
 class Velocity(nn.Module):
@@ -18,7 +18,7 @@ class Velocity(nn.Module):
         self.scale = nn.Parameter(torch.tensor(0.5))
         self.calls = []
 
-    def forward(self, z, h, omega, t_min, t_max, y, heads="uv"):
+    def forward(self, z, t, h, omega, t_min, t_max, y, heads="u"):
         assert heads == "u"
         self.calls.append((h, omega, t_min, t_max))
         rows = h + omega.log() + 0.3 * t_min - 0.2 * t_max + 0.1 * y
@@ -38,7 +38,7 @@ def test_against_a_loop_by_hand(steps):
         factor = (t - r) + torch.tensor(2.5).double().log() + 0.3 * 0.4 - 0.2 * 0.6 + 0.1 * LABELS.double()
         z = z - (t - r) * 0.5 * z * factor[:, None, None, None]
         t = r
-    got = sample.sample(model, NOISE, LABELS, steps=steps, omega=2.5, t_min=0.4, t_max=0.6)
+    got = sampling.generate(model, NOISE, LABELS, steps=steps, omega=2.5, t_min=0.4, t_max=0.6)
     torch.testing.assert_close(got.double(), z, rtol=1e-5, atol=1e-5)
     assert not got.requires_grad and got.dtype == torch.float32 and len(model.calls) == steps
     for scalars in model.calls:
@@ -47,7 +47,7 @@ def test_against_a_loop_by_hand(steps):
 
 def test_the_noise_is_left_alone():
     kept = NOISE.clone()
-    sample.sample(Velocity(), NOISE, LABELS, steps=2)
+    sampling.generate(Velocity(), NOISE, LABELS, steps=2)
     assert torch.equal(NOISE, kept)
 
 
@@ -63,12 +63,12 @@ def test_the_noise_is_left_alone():
 )
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        sample.sample(Velocity(), **{"noise": NOISE, "y": LABELS, **arguments})
+        sampling.generate(Velocity(), **{"noise": NOISE, "y": LABELS, **arguments})
 
 
 def test_grid_pixel_by_pixel():
     images = torch.tensor([-1.0, 0.0, 1.0, 5.0]).reshape(4, 1, 1, 1).expand(4, 1, 2, 2)
-    picture = sample.draw_grid(images, columns=2, scale=3, gap=1)
+    picture = sampling.draw_grid(images, columns=2, scale=3, gap=1)
     assert picture.size == (2 * 7 + 1, 2 * 7 + 1)
     assert [picture.getpixel(at)[0] for at in [(1, 1), (6, 6), (8, 1), (1, 8), (8, 8)]] == [
         0,
@@ -82,17 +82,19 @@ def test_grid_pixel_by_pixel():
 
 def test_grid_in_colour_and_what_it_refuses():
     red = torch.tensor([1.0, -1.0, -1.0]).reshape(1, 3, 1, 1)
-    assert sample.draw_grid(red, columns=1, scale=1, gap=1).getpixel((1, 1)) == (255, 0, 0)
+    assert sampling.draw_grid(red, columns=1, scale=1, gap=1).getpixel((1, 1)) == (255, 0, 0)
     with pytest.raises(ValueError, match="1 or 3 channels, got 4"):
-        sample.draw_grid(torch.zeros(1, 4, 2, 2), columns=1)
+        sampling.draw_grid(torch.zeros(1, 4, 2, 2), columns=1)
     with pytest.raises(ValueError, match="columns must divide the 5 images, got 2"):
-        sample.draw_grid(torch.zeros(5, 1, 2, 2), columns=2)
+        sampling.draw_grid(torch.zeros(5, 1, 2, 2), columns=2)
 
 
 def test_class_grid_has_a_row_per_class_and_keeps_its_noise():
     model = Velocity()
-    a, b = (sample.class_grid(model, columns=3, seed=1) for _ in range(2))
-    assert a.tobytes() == b.tobytes() and a.tobytes() != sample.class_grid(model, columns=3, seed=2).tobytes()
+    a, b = (sampling.class_grid(model, columns=3, seed=1) for _ in range(2))
+    assert (
+        a.tobytes() == b.tobytes() and a.tobytes() != sampling.class_grid(model, columns=3, seed=2).tobytes()
+    )
     side = 8 * 5 + 4
     assert a.size == (20 + 3 * side + 4, 10 * side + 4)
     margins = [a.crop((0, row * side, 20, (row + 1) * side)) for row in range(10)]

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from imf import data, scores
-from imf.config import DIGITS_NETWORK
-from imf.fid import frechet_distance, of_rows
+from imf import data
+from imf.evaluation import digits as scores
+from imf.evaluation.fid import frechet_distance, of_rows
+from imf.training.config import DIGITS_NETWORK
 
 
 class Oracle(nn.Module):
@@ -19,7 +20,7 @@ class Oracle(nn.Module):
         super().__init__()
         self.images = nn.Parameter(images, requires_grad=False)
 
-    def forward(self, z, h, omega, t_min, t_max, y, heads="uv"):
+    def forward(self, z, t, h, omega, t_min, t_max, y, heads="u"):
         assert heads == "u"
         return (z - self.images[y]) / h[:, None, None, None]  # right in one step, from t = 1 to 0
 

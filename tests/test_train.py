@@ -9,10 +9,14 @@ import tiny_run
 import torch
 from tiny_run import ALONE, arguments, config, differing, objective_that, state_and_data, tensors
 
-from imf import checkpoint, sample, start, train
-from imf.config import ema_decay, learning_rate
-from imf.objective import Draws, improved_mean_flow
-from imf.run import Readback, TrainingError
+from imf import sample, train
+from imf.objective.draws import Draws
+from imf.objective.imf_loss import improved_mean_flow
+from imf.program import UserError
+from imf.training import checkpoint, loop
+from imf.training import setup as start
+from imf.training.config import ema_decay, learning_rate
+from imf.training.log import Readback
 
 
 def test_the_schedule():
@@ -31,11 +35,11 @@ def test_the_schedule():
 def test_the_first_step_has_learning_rate_zero():
     state, batches, c = state_and_data()
     before = tensors(state)
-    train.training_step(state, batches, c, ALONE)
+    loop.training_step(state, batches, c, ALONE)
     after = tensors(state)
     assert all(torch.equal(after[name], before[name]) for name in before)  # weights and average
     assert any(value.any() for name, value in after.items() if name.endswith("exp_avg"))
-    train.training_step(state, batches, c, ALONE)
+    loop.training_step(state, batches, c, ALONE)
     assert any(not torch.equal(tensors(state)[name], before[name]) for name in before)
 
 
@@ -47,7 +51,7 @@ def test_two_micro_batches_give_the_average_of_their_gradients():
         out = improved_mean_flow(state.model, x, y, Draws.sample(x, seed=0, step=i, **c.draws))
         gradients.append(torch.autograd.grad(out.loss, parameters, allow_unused=True))
         losses.append([out.loss.item(), out.loss_u.item(), out.loss_v.item()])
-    terms = train.training_step(state, tiny_run.batches(c), c, ALONE)
+    terms = loop.training_step(state, tiny_run.batches(c), c, ALONE)
     assert terms[:3].tolist() == pytest.approx(torch.tensor(losses).mean(0).tolist(), rel=1e-5)
     means = [(a + b) / 2 for a, b in zip(*gradients, strict=True) if a is not None]
     assert terms[3].item() == pytest.approx(torch.cat([g.flatten() for g in means]).norm().item(), rel=1e-4)
@@ -63,10 +67,10 @@ def test_each_micro_batch_has_its_own_draws(monkeypatch):
         seen.append(draws.draws.t)
         return improved_mean_flow(model, x, y, draws)
 
-    monkeypatch.setattr(train, "objective", lambda *settings: loss_of)
+    monkeypatch.setattr(loop, "objective", lambda *settings: loss_of)
     state, batches, c = state_and_data(accumulate=2)
     for _ in range(2):
-        train.training_step(state, batches, c, ALONE)
+        loop.training_step(state, batches, c, ALONE)
     assert len({tuple(t.tolist()) for t in seen}) == 4
 
 
@@ -76,7 +80,7 @@ def test_moving_average():
     state, batches, c = state_and_data(ema_decay=0.9, steps=20)
     average = {name: p.detach().double() for name, p in state.ema.named_parameters()}
     for step in range(5):
-        train.training_step(state, batches, c, ALONE)
+        loop.training_step(state, batches, c, ALONE)
         decay = min(0.9, (1 + step) / (10 + step))
         for name, p in state.model.named_parameters():
             average[name] = decay * average[name] + (1 - decay) * p.detach().double()
@@ -101,13 +105,13 @@ BAD = {
 def test_the_gate_keeps_everything_from_a_step_that_is_not_finite(term, monkeypatch):
     state, batches, c = state_and_data()
     for _ in range(2):
-        train.training_step(state, batches, c, ALONE)
+        loop.training_step(state, batches, c, ALONE)
     before = tensors(state)
     with objective_that(monkeypatch, lambda call, out: BAD[term](out) if call == 1 else out):
-        assert not train.training_step(state, batches, c, ALONE).isfinite().all()
+        assert not loop.training_step(state, batches, c, ALONE).isfinite().all()
         assert differing(before, tensors(state)) == []
         # The host may learn of it later only: the next steps, though finite, must change nothing either.
-        assert train.training_step(state, batches, c, ALONE).isfinite().all()
+        assert loop.training_step(state, batches, c, ALONE).isfinite().all()
     assert differing(before, tensors(state)) == []
 
 
@@ -145,8 +149,8 @@ def test_a_checkpoint_waits_for_steps_that_were_not_checked(tmp_path, monkeypatc
     run = train.begin(config(runs=str(tmp_path), checkpoint_every=6))
     nan = BAD["loss"]
     late = objective_that(monkeypatch, lambda call, out: nan(out) if call == 3 else out)
-    with late, pytest.raises(TrainingError, match="stopped at step 3: loss is nan"):
-        train.fit(run)
+    with late, pytest.raises(UserError, match="stopped at step 3: loss is nan"):
+        loop.fit(run)
     assert run.state.step == 6  # the loop went on without waiting; the gate had closed
     assert checkpoint.list_all(run.folder) == []
 
@@ -205,7 +209,7 @@ def test_a_disk_too_full_for_the_checkpoint_too(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(checkpoint, "save_file", full)
         full()
 
-    monkeypatch.setattr(train, "draw", full_from_now_on)
+    monkeypatch.setattr(loop, "draw", full_from_now_on)
     assert train.main(arguments(runs=tmp_path, sample_every=3)) == 1
     error, folder = capsys.readouterr().err, tmp_path / "digits"
     assert "could not write the checkpoint of step 3: " in error

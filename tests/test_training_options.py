@@ -14,17 +14,18 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import ALONE, NETWORK, arguments, config, differing, state_and_data, tensors
 
-from imf import checkpoint, data, train
-from imf.data.latents import PackedData
-from imf.model import Block
-from imf.run import TrainingError
+from imf import train
+from imf.data.packed import PackedData
+from imf.model.imf import Block
+from imf.program import UserError
+from imf.training import checkpoint, loop
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of a few steps."""
     run = train.begin(config(runs=str(tmp_path_factory.mktemp("trained"))))
-    train.fit(run)
+    loop.fit(run)
     return run
 
 
@@ -44,7 +45,7 @@ def test_a_run_begins_with_the_averaged_weights_of_another(form, trained, tmp_pa
         assert all(torch.equal(x, wanted[name]) for name, x in network.state_dict().items())
     assert not run.state.optimizer.state and run.state.step == 0
     assert json.loads((run.folder / "config.json").read_text())["config"]["init_from"] == str(path)
-    train.fit(run)
+    loop.fit(run)
     assert train.main(["--resume", str(run.folder), "--steps", "2"]) == 0
 
 
@@ -106,7 +107,7 @@ def test_data_that_cannot_be_had_are_named(tmp_path, capsys):
 def test_data_that_go_away_end_a_run_with_a_message(packed, tmp_path, monkeypatch, capsys):
     def fetch(self, rows, generator):
         if len(made) == 5:
-            raise data.DataError("shard 3: gone")
+            raise UserError("shard 3: gone")
         made.append(rows)
         return real(self, rows, generator)
 
@@ -119,7 +120,7 @@ def test_data_that_go_away_end_a_run_with_a_message(packed, tmp_path, monkeypatc
 
 def steps_of(count=3, **changes):
     state, batches, c = state_and_data(network=dataclasses.replace(NETWORK, depth=3), **changes)
-    terms = [train.training_step(state, batches, c, ALONE).detach() for _ in range(count)]
+    terms = [loop.training_step(state, batches, c, ALONE).detach() for _ in range(count)]
     return torch.stack(terms), tensors(state)
 
 
@@ -133,7 +134,7 @@ def test_checkpointing_runs_blocks_again(monkeypatch):
     runs, real = [], Block.forward
     monkeypatch.setattr(Block, "forward", lambda *args: (runs.append(args[0]), real(*args))[1])
     state, batches, c = state_and_data(checkpointing=True)
-    train.training_step(state, batches, c, ALONE)
+    loop.training_step(state, batches, c, ALONE)
     block = state.model.shared_blocks[0]
     assert sum(run is block for run in runs) == 3  # the evaluation without gradient, forward, and backward
 
@@ -186,6 +187,6 @@ def test_weights_and_biases(tmp_path, monkeypatch):
 
 def test_weights_and_biases_is_asked_for_before_a_folder_is_made(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import of it fails
-    with pytest.raises(TrainingError, match=r"--wandb needs the package wandb .*pip install -e '.\[wandb\]'"):
+    with pytest.raises(UserError, match=r"--wandb needs the package wandb .*pip install -e '.\[wandb\]'"):
         train.begin(config(runs=str(tmp_path), wandb="project"))
     assert not list(tmp_path.iterdir())

@@ -8,10 +8,11 @@ import torch._dynamo.testing
 from tiny_run import NETWORK, perturbed
 
 import imf_kernels as ik
-from imf.methods import METHODS, objective
-from imf.model import Block
-from imf.objective import Draws, Guidance
-from imf.weights import ALIGNMENT, made_once, operand
+from imf.mean_flow.methods import METHODS, objective
+from imf.model.cast_weights import ALIGNMENT, made_once, operand
+from imf.model.imf import Block
+from imf.objective.draws import Draws
+from imf.objective.imf_loss import Guidance
 
 ODD = dataclasses.replace(NETWORK, hidden_size=32, mlp_ratio=1.35)  # 43 hidden channels
 
@@ -59,7 +60,7 @@ def test_padding_the_mlp_changes_nothing_but_its_width(dtype, monkeypatch):
     )
     for pads in (True, False):
         if not pads:
-            monkeypatch.setattr("imf.weights.ALIGNMENT", 1)
+            monkeypatch.setattr("imf.model.cast_weights.ALIGNMENT", 1)
         block.zero_grad()
         angles = torch.zeros(5, 16)
         with ik.use_backend("reference"):

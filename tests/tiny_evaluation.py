@@ -4,9 +4,10 @@ import warnings
 
 import torch
 
-from imf.checkpoint import Metadata, environment, save_network
-from imf.config import TrainConfig
-from imf.model import IMFConfig, build
+from imf.model.config import IMFConfig
+from imf.networks import build
+from imf.training.checkpoint import Metadata, environment, save_network
+from imf.training.config import TrainConfig
 
 LATENTS = IMFConfig(
     input_size=4, patch_size=2, hidden_size=16, depth=2, num_heads=1, aux_head_depth=1, num_classes=5

@@ -6,11 +6,14 @@ import shutil
 
 import torch
 
-from imf import checkpoint, data, start, train
-from imf.config import TrainConfig
-from imf.methods import network_of
-from imf.model import IMFConfig, build
-from imf.processes import Processes
+from imf import data
+from imf.distributed import Processes
+from imf.mean_flow.methods import network_of
+from imf.model.config import IMFConfig
+from imf.networks import build
+from imf.training import checkpoint, loop
+from imf.training import setup as start
+from imf.training.config import TrainConfig
 
 NETWORK = IMFConfig(
     input_size=8,
@@ -110,7 +113,7 @@ def differing(a, b):
 @contextlib.contextmanager
 def objective_that(monkeypatch, change):
     """Within it training gets change(number of the call, result) for each result of the objective."""
-    real, calls = train.objective, []
+    real, calls = loop.objective, []
 
     def changed(*settings):
         def loss_of(*batch):
@@ -120,5 +123,5 @@ def objective_that(monkeypatch, change):
         return loss_of
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "objective", changed)
+        patch.setattr(loop, "objective", changed)
         yield

@@ -9,16 +9,12 @@ import torch
 from torch import Tensor
 
 
-class DataError(ValueError):
-    """A data set that cannot be read or made; the message names the file and says what to do."""
-
-
 class DataSet(Protocol):
     """Labelled images or latents, in any order by row number.
 
     shape: (C, H, W) of a row as the network sees it.
     num_classes: labels are 0 ... num_classes - 1.
-    autoencoder: `imf.vae.digest` of the one that made the latents; "" where there are none.
+    autoencoder: `imf.evaluation.vae.digest` of the one that made the latents; "" where there are none.
     """
 
     @property

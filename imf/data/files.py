@@ -13,16 +13,16 @@ from typing import IO, Any
 
 import numpy as np
 
-from imf import files
-from imf.data.dataset import DataError
-from imf.files import check_regular, replacing
+from imf import io as files
+from imf.io import check_regular, replacing
+from imf.program import UserError
 
 
 def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> str:
     """Write the parts one after another to `path`; returns the SHA-256 of the file, in hexadecimal.
 
-    The file appears under its name when all of it is on the disk, see `imf.files.replacing`.
-    Raises: DataError, naming the bytes that are free, if it cannot be written (a full disk).
+    The file appears under its name when all of it is on the disk, see `imf.io.replacing`.
+    Raises: UserError, naming the bytes that are free, if it cannot be written (a full disk).
     """
     digest = hashlib.sha256()
     try:
@@ -32,7 +32,7 @@ def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> str:
                 file.write(part)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        raise DataError(
+        raise UserError(
             f"{path}: could not be written: {error}; {free_bytes(path.parent)} bytes are free there"
             + ("; make room and run the same command again: it goes on where it stopped" if full else "")
         ) from error
@@ -45,24 +45,24 @@ def write_json(path: Path, values: Any) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; DataError if it cannot be read or is none."""
+    """The object in a JSON file; UserError if it cannot be read or is none."""
     try:
         check_regular(path)
         values = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not a readable JSON file: {error}") from error
+        raise UserError(f"{path}: not a readable JSON file: {error}") from error
     if not isinstance(values, dict):
-        raise DataError(f"{path}: must be a JSON object, got {type(values).__name__}")
+        raise UserError(f"{path}: must be a JSON object, got {type(values).__name__}")
     return values
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal; DataError if it cannot be read."""
+    """SHA-256 of a file, in hexadecimal; UserError if it cannot be read."""
     try:
         check_regular(path)
         return files.sha256(path)
     except OSError as error:
-        raise DataError(f"{path}: could not be read: {error}") from error
+        raise UserError(f"{path}: could not be read: {error}") from error
 
 
 def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from imf.data.dataset import DataError
 from imf.data.files import are_numbers, is_count, read_json, short
+from imf.program import UserError
 
 FORMAT = 1  # raise it when a folder of the old form can no longer be read
 INDEX, PLAN = "index.json", "prepare.json"
@@ -25,25 +25,25 @@ class Shard:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """All that the index of a folder says; DataError if there is none, or it is damaged or half-made."""
+    """All that the index of a folder says; UserError if there is none, or it is damaged or half-made."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; a data set is 'digits' or a folder of imf.data.prepare")
+        raise UserError(f"{folder}: no such folder; a data set is 'digits' or a folder of imf.data.prepare")
     if not (folder / INDEX).is_file():
         if (folder / PLAN).is_file():
-            raise DataError(
+            raise UserError(
                 f"{folder}: half-made: the same python -m imf.data.prepare again goes on where it stopped"
             )
-        raise DataError(f"{folder}: no {INDEX} in it, so it is no folder of imf.data.prepare")
+        raise UserError(f"{folder}: no {INDEX} in it, so it is no folder of imf.data.prepare")
     index = read_json(folder / INDEX)
     if type(index.get("format")) is not int or index["format"] != FORMAT:  # True == 1
-        raise DataError(
+        raise UserError(
             f"{folder / INDEX}: of format {short(index.get('format'))}, this version reads {FORMAT}: "
             f"make it again"
         )
     try:
         _check(index)
     except ValueError as error:
-        raise DataError(
+        raise UserError(
             f"{folder / INDEX}: disagrees with itself or is damaged: {error}; prepare the folder again"
         ) from error
     return index

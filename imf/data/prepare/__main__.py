@@ -1,0 +1,5 @@
+import sys
+
+from imf.data.prepare.pack import main
+
+sys.exit(main())

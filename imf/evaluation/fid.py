@@ -1,0 +1,220 @@
+"""Fréchet Inception distance and Inception score: statistics of features, and what is computed from them.
+
+Everything is summed in fp64. Neither a batch's size nor the number of processes changes a figure by more than
+the rounding of those sums.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from imf.data.files import read_header
+from imf.evaluation.inception import Extractor
+from imf.io import check_regular, naming, replacing
+from imf.program import UserError
+
+Array = NDArray[np.float64]
+# Keys of mean and covariance in a statistics file, of the official PyTorch and of the official JAX programs.
+KEYS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
+WIDEST = 16_384  # features, whose covariance is 2 GiB in fp64
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The Gaussian that a Fréchet distance sees: mean [D] and covariance [D, D] (divided by N - 1), fp64.
+
+    Raises: ValueError if the shapes do not fit, a value is not finite, or the second is no covariance.
+    """
+
+    mean: Array
+    covariance: Array
+
+    def __post_init__(self) -> None:
+        d = self.mean.size
+        if self.mean.shape != (d,) or self.covariance.shape != (d, d) or d == 0:
+            raise ValueError(
+                "Statistics: mean must be [D] and covariance [D, D], "
+                f"got {list(self.mean.shape)} and {list(self.covariance.shape)}"
+            )
+        if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
+            raise ValueError("Statistics: mean and covariance must be finite")
+        # To the rounding of programs that sum in fp32.
+        slack = 1e-3 * np.abs(self.covariance).max()
+        if (
+            np.abs(self.covariance - self.covariance.T).max() > slack
+            or self.covariance.diagonal().min() < -slack
+        ):
+            raise ValueError("Statistics: covariance must be symmetric, without a negative variance")
+
+    def save(self, path: Path) -> None:
+        """Write an .npz with the keys `mu` and `sigma`, whole or not at all; OSError if that fails."""
+        with naming(path), replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, mu=self.mean, sigma=self.covariance)
+
+
+def load_statistics(path: Path) -> Statistics:
+    """The statistics in an .npz, under `mu` and `sigma` or `ref_mu` and `ref_sigma`; nothing is unpickled.
+
+    Raises: UserError if the file is missing, truncated, no .npz, without them, or they do not fit
+    together: shapes and types are known before anything of that size is allocated.
+    """
+    try:
+        check_regular(path)
+        with zipfile.ZipFile(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            for pair in KEYS:
+                if names.count(pair[0]) == names.count(pair[1]) == 1:
+                    mean, covariance = (_read_array(archive, name) for name in pair)
+                    return Statistics(mean, covariance)
+            raise ValueError(f"it must hold {' or '.join(map(' and '.join, KEYS))}, got {', '.join(names)}")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; wanted statistics (.npz)") from error
+    except Exception as error:  # zipfile's, zlib's, NumPy's: a damaged archive fails in many ways
+        raise UserError(f"{path}: no statistics can be read from it: {error}") from error
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> Array:
+    """An array of real numbers in an .npz as fp64; ValueError for anything else, or for too many."""
+    with archive.open(f"{name}.npy") as file:
+        shape, dtype = read_header(file)
+    if max(shape, default=0) > WIDEST or len(shape) > 2:
+        raise ValueError(f"{name} must be of at most {WIDEST:,} features, got {list(shape)}")
+    if dtype.kind not in "fiuO":  # objects are refused by NumPy
+        raise ValueError(f"{name} must hold real numbers, got {dtype}")
+    with archive.open(f"{name}.npy") as file:
+        array: Array = np.lib.format.read_array(file, allow_pickle=False).astype(np.float64)
+    return array
+
+
+class Moments:
+    """Mean and covariance of rows that come in batches or from several processes.
+
+    `count`, the mean [D] and the sum of centred outer products [D, D], fp64 on `device`. Two of them are
+    merged by Chan's formula, which, unlike the sum of x xᵀ, loses nothing where the mean is large beside the
+    deviations.
+
+    Raises: ValueError for more features than a covariance can be held of.
+    """
+
+    def __init__(self, size: int, device: torch.device | None = None) -> None:
+        if size > WIDEST:
+            raise ValueError(
+                f"features must be at most {WIDEST:,} wide, got {size:,}, whose covariance takes "
+                f"{8 * size**2 / 1e9:,.0f} GB: pixels are features of small images only"
+            )
+        self.count = 0
+        self.mean = torch.zeros(size, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(size, size, dtype=torch.float64, device=device)
+
+    def update(self, features: Tensor) -> None:
+        """Count in features [B, D]; ValueError if one is not finite or of another width."""
+        if features.ndim != 2 or features.shape[1] != len(self.mean):
+            raise ValueError(
+                f"features must be [B, {len(self.mean)}] like those before or of the reference, "
+                f"got {list(features.shape)}: of another extractor?"
+            )
+        if not features.isfinite().all():
+            raise ValueError("features must be finite; got inf or NaN: are the samples?")
+        if len(features):
+            rows = features.to(self.mean)
+            mean = rows.mean(0)
+            rows = rows - mean
+            self.merge(len(rows), mean, rows.T @ rows)
+
+    def merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        """Count in `count` >= 1 rows of that mean [D] and centred outer products [D, D]."""
+        total = self.count + count
+        change = mean - self.mean
+        self.mean = self.mean + change * (count / total)
+        self.scatter += scatter + torch.outer(change, change) * (self.count * count / total)
+        self.count = total
+
+    def statistics(self) -> Statistics:
+        """ValueError for fewer than 2 rows, which have no covariance."""
+        if self.count < 2:
+            raise ValueError(f"statistics need at least 2 images, got {self.count}")
+        return Statistics(self.mean.cpu().numpy().copy(), (self.scatter / (self.count - 1)).cpu().numpy())
+
+
+def of_rows(features: Tensor) -> Statistics:
+    """Statistics of features [N, ...], flattened to [N, D]; ValueError if N < 2 or one is not finite."""
+    moments = Moments(features[0].numel() if len(features) else 0)
+    moments.update(features.flatten(1))
+    return moments.statistics()
+
+
+def statistics(images: Iterable[Tensor], extractor: Extractor) -> Statistics:
+    """Statistics of the features of images that come in batches, each [B, C, H, W] uint8 on any device.
+
+    Raises: ValueError for fewer than 2 images, or images that the extractor does not take.
+    """
+    moments = None
+    for batch in images:
+        features, _ = extractor(batch)
+        moments = moments or Moments(features.shape[1], features.device)
+        moments.update(features)
+    if moments is None:
+        raise ValueError("statistics: wanted at least 2 images, got none")
+    return moments.statistics()
+
+
+def frechet_distance(a: Statistics, b: Statistics) -> float:
+    """Squared Wasserstein-2 distance of two Gaussians.
+
+    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)), computed in fp64.
+
+    Accuracy: absolute 1e-6 for features of order 1; exact for singular covariances too.
+    Raises: ValueError if a and b are of different sizes.
+    Source: Heusel et al., arXiv 1706.08500.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(
+            f"frechet_distance: statistics must be of one size, got {a.mean.size} and {b.mean.size} features "
+            "(of two extractors?)"
+        )
+    # tr (A B)^(1/2) = tr (A^(1/2) B A^(1/2))^(1/2) = sum of the singular values of A^(1/2) B^(1/2): real and
+    # at least 0 for singular matrices too, where a matrix square root of A B may fail or turn complex.
+    cross = np.linalg.svd(_square_root(a.covariance) @ _square_root(b.covariance), compute_uv=False).sum()
+    traces = np.trace(a.covariance) + np.trace(b.covariance)
+    return max(0.0, float(np.square(a.mean - b.mean).sum() + traces - 2 * cross))
+
+
+def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
+    """Mean and standard deviation over `splits` of exp(mean of KL(p(y|x) ‖ p(y))), computed in fp64.
+
+    The rows of `logits` [N, K] are shuffled as by torch-fidelity, whose figures are the published ones.
+    Raises: ValueError for fewer than `splits` rows, or a logit that is NaN.
+    Source: Salimans et al., arXiv 1606.03498.
+    """
+    n = len(logits)
+    if logits.ndim != 2 or n < splits:
+        raise ValueError(
+            f"inception_score: logits must be [N, K] with N >= {splits}, got {list(logits.shape)}"
+        )
+    if logits.isnan().any():
+        raise ValueError("inception_score: logits must be numbers, got NaN: are the samples?")
+    order = torch.from_numpy(np.random.RandomState(2020).permutation(n))
+    log_p = logits.cpu()[order].double().log_softmax(1)
+    scores = []
+    for i in range(splits):
+        part = log_p[i * n // splits : (i + 1) * n // splits]
+        log_marginal = part.logsumexp(0) - np.log(len(part))
+        terms = part.exp() * (part - log_marginal)
+        terms[part == -torch.inf] = 0  # p log p at p = 0
+        scores.append(terms.sum(1).mean().exp().item())
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def _square_root(covariance: Array) -> Array:
+    """Symmetric square root; rounding may push a zero eigenvalue below zero."""
+    values, vectors = np.linalg.eigh(covariance)
+    root: Array = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    return root

@@ -1,0 +1,128 @@
+"""The autoencoder between images and latents: Stable Diffusion's, read by diffusers from a local folder.
+
+A latent as the networks see it is normalised per channel: (latent - MEAN) / STD, without the factor 0.18215
+of Stable Diffusion itself. The constants belong to `sd-vae-ft-mse` at 256 x 256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from imf.io import sha256
+from imf.program import UserError
+
+MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)
+STD = (4.85503674, 5.31922414, 3.93725398, 3.9870003)
+# What the configurations of Stable Diffusion 1's autoencoders say; SDXL's, of the same shape, says 0.13025.
+SCALING_FACTOR = 0.18215
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def load(path: Path, device: torch.device) -> Any:
+    """diffusers' `AutoencoderKL` from a folder (config.json and *.safetensors), fp32, without gradients.
+
+    Raises: UserError if diffusers is not installed, the folder holds no whole autoencoder, or another than
+    Stable Diffusion 1's (4 latent channels, scaling factor 0.18215).
+    """
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise UserError(f"{path}: an autoencoder needs diffusers: pip install -e '.[vae]'") from error
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: wanted the folder of an AutoencoderKL, there is no config.json in it")
+    options = {"local_files_only": True, "use_safetensors": True, "low_cpu_mem_usage": False}
+    speaker = logging.getLogger("diffusers")
+    level = speaker.level
+    try:
+        speaker.setLevel(logging.ERROR)  # what it would warn of is raised below
+        name = AutoencoderKL.load_config(path).get("_class_name")
+        if name != "AutoencoderKL":
+            raise UserError(f"{path}: wanted an AutoencoderKL, got a {name}")
+        vae, found = AutoencoderKL.from_pretrained(path, output_loading_info=True, **options)
+    except UserError:
+        raise
+    except (
+        *(OSError, SafetensorError, RuntimeError, ValueError),
+        *(TypeError, AttributeError, LookupError, ArithmeticError),  # a field of config.json of another type
+    ) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: no AutoencoderKL can be read from it: {reason}") from error
+    finally:
+        speaker.setLevel(level)
+    lacking = [*found["missing_keys"], *found["mismatched_keys"]]
+    if lacking:
+        raise UserError(f"{path}: its weights lack {', '.join(map(str, lacking[:5]))} ({len(lacking)})")
+    config = vae.config
+    for option, wanted in (("latent_channels", len(MEAN)), ("scaling_factor", SCALING_FACTOR)):
+        if config[option] != wanted:
+            raise UserError(
+                f"{path}: wanted Stable Diffusion 1's autoencoder (sd-vae-ft-mse), of {option} {wanted}, "
+                f"got {config[option]}: latents of another are not what these networks know"
+            )
+    return vae.float().to(device).eval().requires_grad_(False)
+
+
+def digest(path: Path) -> str:
+    """Tells the autoencoder in a folder from others: SHA-256 over those of its configuration and weights.
+
+    Raises: UserError if one of the files cannot be read.
+    """
+    try:
+        parts = [sha256(path / name) for name in ("config.json", WEIGHTS)]
+    except OSError as error:
+        raise UserError(f"{path}: could not be read: {error}") from error
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def of_network(path: Path | None, channels: int, device: torch.device, prepared_by: str = "") -> Any:
+    """What decodes the samples of a network of so many channels: the autoencoder in `path`, None for images.
+
+    prepared_by: `digest` of the autoencoder that made the latents of its training; "" if that is not known.
+    Raises: UserError, naming --vae, if latents have no autoencoder, or another one, or images have one; and
+        as `load`.
+    """
+    latents = channels not in (1, 3)
+    if latents != (path is not None):
+        what = "latents: pass the autoencoder's folder" if latents else "images already: leave it out"
+        raise UserError(f"--vae: the network makes {what} ({channels} channels)")
+    if path is None:
+        return None
+    vae = load(path, device)
+    if prepared_by and (got := digest(path)) != prepared_by:
+        raise UserError(
+            f"--vae {path}: must be the autoencoder whose latents the network was trained on, of digest "
+            f"{prepared_by[:16]}… (vae_sha256 in the data's index.json), got {got[:16]}…: "
+            f"pass the folder that imf.data.prepare was given"
+        )
+    return vae
+
+
+def normalise(latents: Tensor) -> Tensor:
+    """Latents [..., 4, H, W] of the autoencoder as the networks see them."""
+    mean, std = _constants(latents)
+    return (latents - mean) / std
+
+
+@torch.no_grad()
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Images [B, 3, 8 H, 8 W] fp32, about within [-1, 1], of normalised latents [B, 4, H, W] fp32.
+
+    Raises: UserError for another number of channels.
+    """
+    if latents.ndim != 4 or latents.shape[1] != len(MEAN):
+        raise UserError(f"decode: latents must be [B, {len(MEAN)}, H, W], got {list(latents.shape)}")
+    mean, std = _constants(latents)
+    images: Tensor = vae.decode(latents * std + mean).sample
+    return images.float()
+
+
+def _constants(latents: Tensor) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(c, dtype=latents.dtype, device=latents.device) for c in (MEAN, STD))
+    return mean[:, None, None], std[:, None, None]

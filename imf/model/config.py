@@ -1,0 +1,200 @@
+"""The shape of a network, and the published shapes by name."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Condition tokens, in their order: how many carry the class, ω, the guidance interval's ends, and h.
+CLASS_TOKENS, OMEGA_TOKENS, T_MIN_TOKENS, T_MAX_TOKENS, TIME_TOKENS = 8, 4, 2, 2, 4
+# What is larger is a mistake, which would otherwise fill the memory or never end.
+MOST = {
+    "input_size": 2**16,
+    "in_channels": 2**16,
+    "hidden_size": 2**20,
+    "depth": 2**12,
+    "num_classes": 2**28,
+}
+MOST_MLP_WIDTH = 2**22
+MOST_POSITIONS = 2**28  # patches times width: the tables of positions, which are in no file
+
+
+@dataclass(frozen=True)
+class IMFConfig:
+    """The shape of a network.
+
+    Attributes:
+        input_size: height and width of the images or latents.
+        patch_size: pixels along a patch.
+        in_channels: channels of the input.
+        hidden_size: width of the residual stream.
+        depth: blocks from the input to one head's output.
+        num_heads: attention heads; hidden_size / num_heads is the head dimension.
+        aux_head_depth: how many of the `depth` blocks belong to the heads: as many for u as for v. With plain
+            blocks 0 means that there is no v-head.
+        mlp_ratio: width of the MLP over hidden_size, rounded down.
+        num_classes: without the null label, which is index num_classes.
+        conditioning: "tokens", in front of the sequence, or "adaln", adaLN-zero, which sees t beside h.
+        block: "modern" (RMSNorm, SwiGLU, rotary positions, QK-norm) or "plain" (LayerNorm, GELU, fixed
+            positions).
+        omega_input, interval_input: whether ω and the guidance interval are inputs.
+
+    "tokens" and "modern" are `imf.model.imf.IMF`, all else is `imf.mean_flow.network.DiT`;
+    `imf.mean_flow.methods` names those that the paper's table of ablations walks through.
+    """
+
+    input_size: int = 32
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    aux_head_depth: int = 8
+    mlp_ratio: float = 8 / 3
+    num_classes: int = 1000
+    conditioning: str = "tokens"
+    block: str = "modern"
+    omega_input: bool = True
+    interval_input: bool = True
+
+    def __post_init__(self) -> None:
+        for name in (
+            "input_size",
+            "patch_size",
+            "in_channels",
+            "hidden_size",
+            "depth",
+            "num_heads",
+            "num_classes",
+        ):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"IMFConfig: {name} must be a positive integer, got {value!r}")
+            if value > MOST.get(name, value):
+                raise ValueError(f"IMFConfig: {name} must be at most {MOST[name]}, got {value}")
+        if self.input_size % self.patch_size:
+            raise ValueError(
+                f"IMFConfig: input_size must be a multiple of patch_size {self.patch_size}, "
+                f"got {self.input_size}"
+            )
+        if type(self.aux_head_depth) is not int or not 0 <= self.aux_head_depth <= self.depth:
+            raise ValueError(
+                f"IMFConfig: aux_head_depth must be an integer within 0 and depth {self.depth}, "
+                f"got {self.aux_head_depth!r}"
+            )
+        if (
+            not isinstance(self.mlp_ratio, (int, float))
+            or not 0 < self.mlp_ratio < math.inf
+            or self.hidden_size * self.mlp_ratio < 1
+        ):
+            raise ValueError(
+                f"IMFConfig: mlp_ratio must be a number of at least 1 / hidden_size, got {self.mlp_ratio!r}"
+            )
+        if self.hidden_size * self.mlp_ratio > MOST_MLP_WIDTH:
+            raise ValueError(
+                f"IMFConfig: mlp_ratio must be at most {MOST_MLP_WIDTH} / hidden_size, got {self.mlp_ratio!r}"
+            )
+        if (positions := self.patches * self.hidden_size) > MOST_POSITIONS:
+            raise ValueError(
+                f"IMFConfig: hidden_size times patches (input_size / patch_size) ** 2 must be at most "
+                f"{MOST_POSITIONS}, got {positions}"
+            )
+        self._check_form()
+
+    def _check_form(self) -> None:
+        for name, known in (("conditioning", ("tokens", "adaln")), ("block", ("modern", "plain"))):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"IMFConfig: {name} must be {' or '.join(known)}, got {value!r}")
+        for name in ("omega_input", "interval_input"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"IMFConfig: {name} must be True or False, got {getattr(self, name)!r}")
+        if self.conditioning == "tokens" and not (self.omega_input and self.interval_input):
+            raise ValueError(
+                f"IMFConfig: tokens carry ω and the interval: omega_input and interval_input must be True, "
+                f"got {self.omega_input} and {self.interval_input}"
+            )
+        if self.conditioning == "adaln" and self.block == "modern":
+            raise ValueError("IMFConfig: block must be 'plain' with conditioning 'adaln', got 'modern'")
+        if self.block == "modern" and self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"IMFConfig: hidden_size must be a multiple of twice num_heads {self.num_heads} (rotary "
+                f"positions turn pairs of channels), got {self.hidden_size}"
+            )
+        if self.block == "plain" and (self.hidden_size % 4 or self.hidden_size % self.num_heads):
+            raise ValueError(
+                f"IMFConfig: hidden_size must be a multiple of num_heads {self.num_heads} and of 4 (sines "
+                f"and cosines of rows and columns), got {self.hidden_size}"
+            )
+
+    @property
+    def mlp_width(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def patches(self) -> int:
+        return (self.input_size // self.patch_size) ** 2
+
+    @property
+    def patch_values(self) -> int:
+        return self.patch_size**2 * self.in_channels
+
+    @property
+    def tokens(self) -> int:
+        """Length of the sequence."""
+        if self.conditioning == "adaln":
+            return self.patches
+        return self.patches + CLASS_TOKENS + OMEGA_TOKENS + T_MIN_TOKENS + T_MAX_TOKENS + TIME_TOKENS
+
+    @property
+    def has_v_head(self) -> bool:
+        return self.block == "modern" or self.aux_head_depth > 0
+
+
+# The network of original Mean Flows: adaLN-zero, no v-head, guidance fixed in training.
+ORIGINAL: dict[str, Any] = {
+    "aux_head_depth": 0,
+    "mlp_ratio": 4.0,
+    "conditioning": "adaln",
+    "block": "plain",
+    "omega_input": False,
+    "interval_input": False,
+}
+PRESETS = {
+    "iMF-B/2": IMFConfig(hidden_size=768, depth=12, num_heads=12),
+    "iMF-M/2": IMFConfig(hidden_size=768, depth=24, num_heads=12),
+    "iMF-L/2": IMFConfig(hidden_size=1024, depth=32, num_heads=16),
+    "iMF-XL/2": IMFConfig(hidden_size=1024, depth=48, num_heads=16),
+    "MF-B/2": IMFConfig(hidden_size=768, depth=12, num_heads=12, **ORIGINAL),
+    "MF-M/2": IMFConfig(hidden_size=1024, depth=16, num_heads=16, **ORIGINAL),
+    "MF-L/2": IMFConfig(hidden_size=1024, depth=24, num_heads=16, **ORIGINAL),
+    "MF-XL/2": IMFConfig(hidden_size=1152, depth=28, num_heads=16, **ORIGINAL),
+}
+
+
+def config_of(model: Any) -> Any:
+    """The configuration of a network, also of one that a wrapper (DDP, torch.compile) holds.
+
+    Raises: TypeError if there is none.
+    """
+    network = model
+    while not hasattr(network, "config"):
+        network = getattr(network, "module", None) or getattr(network, "_orig_mod", None)
+        if network is None:
+            raise TypeError(f"model must have a config with num_classes, got {type(model).__name__}")
+    return network.config
+
+
+def check_guidance(omega: float, t_min: float, t_max: float) -> None:
+    """Raises ValueError unless omega >= 1, finite in fp32, and 0 <= t_min <= t_max <= 1."""
+    for name, holds, wanted, got in (
+        ("omega", abs(omega) <= torch.finfo(torch.float32).max, "finite in fp32", omega),
+        ("omega", omega >= 1, "at least 1", omega),
+        ("t_min", 0 <= t_min <= 1, "in [0, 1]", t_min),
+        ("t_max", t_min <= t_max <= 1, f"in [t_min, 1] = [{t_min:g}, 1]", t_max),
+    ):
+        if not holds:
+            raise ValueError(f"{name} (--{name.replace('_', '-')}) must be {wanted}, got {got!r}")

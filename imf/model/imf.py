@@ -1,0 +1,203 @@
+"""The iMF network: a transformer with in-context conditioning and two heads, u and v.
+
+z, and the scalars that condition it, go in; the average velocity u over [r, t] and the instantaneous velocity
+v come out. z and h, the length of the interval, may each be a `Dual`: then so is u, and its tangent is the
+derivative along theirs. One network serves training, the evaluations without gradient and sampling, always
+through its forward.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import imf_kernels as ik
+from imf.model.cast_weights import operand, padded_down, padded_gate_up
+from imf.model.config import (
+    CLASS_TOKENS,
+    OMEGA_TOKENS,
+    T_MAX_TOKENS,
+    T_MIN_TOKENS,
+    TIME_TOKENS,
+    IMFConfig,
+)
+from imf.model.layers import (
+    ScalarEmbedder,
+    check_inputs,
+    condition_tokens,
+    heads_of_qkv,
+    patch_embedder,
+    patchify,
+    unpatchify,
+)
+from imf_kernels import Dual
+
+
+class Block(nn.Module):
+    """x ← x + attention(norm(x)) · attn_scale;  x ← x + mlp(norm(x)) · mlp_scale."""
+
+    def __init__(self, config: IMFConfig) -> None:
+        super().__init__()
+        width, hidden, head_width = (
+            config.hidden_size,
+            config.mlp_width,
+            config.hidden_size // config.num_heads,
+        )
+        self.heads = config.num_heads
+        self.norm1, self.norm2 = (nn.Parameter(torch.ones(width)) for _ in range(2))
+        self.q_norm, self.k_norm = (nn.Parameter(torch.ones(head_width)) for _ in range(2))
+        self.attn_scale, self.mlp_scale = (nn.Parameter(torch.zeros(width)) for _ in range(2))
+        # One product for queries, keys and values, one for gate (w1) and up (w3) of the MLP.
+        self.qkv = _block_weight(3 * width, width)
+        self.out = _block_weight(width, width)
+        self.gate_up = _block_weight(2 * hidden, width)
+        self.down = _block_weight(width, hidden)
+
+    def forward(self, x: Tensor | Dual, cos: Tensor, sin: Tensor, dtype: torch.dtype | None) -> Any:
+        y = ik.rms_norm(x, self.norm1, dtype=dtype)
+        y = ik.linear(y, operand(self.qkv, dtype))
+        q, k, v = ik.linear_map(lambda a: heads_of_qkv(a, self.heads), y)
+        q, k = ik.qk_norm_rope(q, k, self.q_norm, self.k_norm, cos, sin)
+        y = ik.scaled_dot_product_attention(q, k, v)
+        y = ik.linear_map(lambda a: a.transpose(1, 2).flatten(2), y)
+        y = ik.linear(y, operand(self.out, dtype))
+        x = ik.gated_residual(x, y, self.attn_scale)
+
+        y = ik.rms_norm(x, self.norm2, dtype=dtype)
+        y = ik.linear(y, operand(self.gate_up, dtype, padded_gate_up))
+        y = ik.linear(ik.swiglu(y), operand(self.down, dtype, padded_down))
+        return ik.gated_residual(x, y, self.mlp_scale)
+
+
+def _block_weight(out_features: int, in_features: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(out_features, in_features) * (0.32 / math.sqrt(in_features)))
+
+
+class FinalLayer(nn.Module):
+    """RMSNorm, then a Linear, zero at the start, to the values of a patch; in fp32."""
+
+    def __init__(self, width: int, values: int) -> None:
+        super().__init__()
+        self.norm = nn.Parameter(torch.ones(width))
+        self.linear = nn.Linear(width, values)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor | Dual) -> Any:
+        y = ik.rms_norm(x, self.norm)
+        return ik.linear(y, self.linear.weight, self.linear.bias)
+
+
+class IMF(nn.Module):
+    """The network of Improved Mean Flows.
+
+    Attributes:
+        config: its shape.
+        compute_dtype: of the operands of the blocks' products and of attention: torch.bfloat16, or `None`
+            for the weights' own. Weights, embedders, norms, the residual stream and the outputs are fp32
+            in either case (fp64 after `.double()`, on the `reference` backend).
+    """
+
+    def __init__(self, config: IMFConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype: torch.dtype | None = None
+        width, values = config.hidden_size, config.patch_values
+
+        self.x_embedder = patch_embedder(config)
+        self.y_embedder = nn.Embedding(config.num_classes + 1, width)
+        nn.init.normal_(self.y_embedder.weight, std=width**-0.5)
+        self.omega_embedder = ScalarEmbedder(width)
+        self.t_min_embedder = ScalarEmbedder(width)
+        self.t_max_embedder = ScalarEmbedder(width)
+        self.h_embedder = ScalarEmbedder(width)
+        self.class_tokens = condition_tokens(CLASS_TOKENS, width)
+        self.omega_tokens = condition_tokens(OMEGA_TOKENS, width)
+        self.t_min_tokens = condition_tokens(T_MIN_TOKENS, width)
+        self.t_max_tokens = condition_tokens(T_MAX_TOKENS, width)
+        self.time_tokens = condition_tokens(TIME_TOKENS, width)
+
+        shared = config.depth - config.aux_head_depth
+        self.shared_blocks = nn.ModuleList(Block(config) for _ in range(shared))
+        self.u_blocks = nn.ModuleList(Block(config) for _ in range(config.aux_head_depth))
+        self.v_blocks = nn.ModuleList(Block(config) for _ in range(config.aux_head_depth))
+        self.u_final = FinalLayer(width, values)
+        self.v_final = FinalLayer(width, values)
+
+        # No buffers: those would have no values after `to_empty`, and no checkpoint to get them from.
+        self._rope = _rope_tables(config, torch.device("cpu"))
+
+    def forward(
+        self,
+        z: Tensor | Dual,
+        t: Tensor | Dual,
+        h: Tensor | Dual,
+        omega: Tensor,
+        t_min: Tensor,
+        t_max: Tensor,
+        y: Tensor,
+        heads: str = "u",
+    ) -> Any:
+        """Velocities at z.
+
+        Args:
+            z: [B, C, H, W] in float32, the noisy image; a `Dual` for its tangent.
+            t: [B] in float32, the time. It has no effect: this network is conditioned on h alone.
+            h: [B] in float32, t − r; a `Dual` for its tangent.
+            omega: [B] in float32, the guidance scale ω > 0, 1 for none.
+            t_min, t_max: [B] in float32, the guidance interval.
+            y: [B] in int64 or int32, labels; num_classes is the null label.
+            heads: "u", "v" or "uv": which heads to evaluate.
+
+        Returns:
+            u, v, or the pair (u, v), each [B, C, H, W] in float32. u is a `Dual` if z or h is one; v is
+            always a plain tensor, evaluated on the primal alone: nothing needs its tangent.
+
+        Raises:
+            ValueError, TypeError: for inputs that do not fit; on a CPU, unless compiled, also for labels and
+                guidance scales out of range.
+        """
+        if heads not in ("u", "v", "uv"):
+            raise ValueError(f"IMF: heads must be 'u', 'v' or 'uv', got {heads!r}")
+        plain = {"omega": omega, "t_min": t_min, "t_max": t_max}
+        check_inputs("IMF", self.config, self.x_embedder.weight, z, y, {"t": t, "h": h}, plain)
+        if heads == "v":
+            z, h = ik.primal(z), ik.primal(h)
+        x = ik.linear_map(lambda a: patchify(a, self.config), z)
+        x = ik.linear(x, self.x_embedder.weight, self.x_embedder.bias)
+        groups = [
+            (self.class_tokens, self.y_embedder(y)),
+            (self.omega_tokens, self.omega_embedder(1 - 1 / omega)),
+            (self.t_min_tokens, self.t_min_embedder(t_min)),
+            (self.t_max_tokens, self.t_max_embedder(t_max)),
+            (self.time_tokens, self.h_embedder(h)),
+        ]
+        x = ik.prepend_tokens(x, groups)
+        x = self._blocks(self.shared_blocks, x)
+        outputs = []
+        if "u" in heads:
+            outputs.append(self._head(self.u_blocks, self.u_final, x))
+        if "v" in heads:
+            outputs.append(self._head(self.v_blocks, self.v_final, ik.primal(x)))
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _blocks(self, blocks: nn.ModuleList, x: Tensor | Dual) -> Any:
+        if self._rope[0].device != x.device:
+            self._rope = _rope_tables(self.config, x.device)
+        for block in blocks:
+            x = block(x, *self._rope, self.compute_dtype)
+        return x
+
+    def _head(self, blocks: nn.ModuleList, final: FinalLayer, x: Tensor | Dual) -> Any:
+        x = final(self._blocks(blocks, x))
+        return ik.linear_map(lambda a: unpatchify(a[:, -self.config.patches :], self.config), x)
+
+
+def _rope_tables(config: IMFConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary positions, fp32, fit for training whatever mode they are made in."""
+    with torch.inference_mode(False):
+        cos, sin = ik.rope_tables(config.tokens, config.hidden_size // config.num_heads)
+        return cos.to(device), sin.to(device)

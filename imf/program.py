@@ -1,0 +1,79 @@
+"""The command line programs' common parts: errors for the user, signals, exit statuses."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+class UserError(ValueError):
+    """An error of the input, not of the program: the message says what was wanted, what came, what to do."""
+
+
+def run(name: str, program: Callable[[], int | None], stopped: str = "stopped") -> int:
+    """Runs a program and returns its exit status.
+
+    A `UserError` or an `OSError` is printed without its traceback and gives status 1, SIGINT (Ctrl-C) 130 and
+    SIGTERM 143, with `stopped` as message.
+    """
+    try:
+        with interruptible():
+            return program() or 0
+    except (UserError, OSError) as error:
+        print(f"\n{name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        print(f"\n{name}: {stopped}", file=sys.stderr)
+        return exit_status(stop)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where SIGINT would be."""
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within it SIGTERM raises `Terminated`, so that it cleans up as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def exit_status(stop: KeyboardInterrupt) -> int:
+    """Of a process that a signal has ended."""
+    return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+
+
+class StopSignals:
+    """Within it the first SIGINT (Ctrl-C) or SIGTERM is only noted, in `received`; a second acts as ever."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self.__exit__()

@@ -1,0 +1,506 @@
+"""Checkpoints: one safetensors file holds a run at one step; nothing is unpickled.
+
+Tensors: `model.<name>` and `ema.<name>`, the weights and their moving average; `optimizer.<name>.<state>`,
+AdamW's moments and step count of that weight. Metadata: one JSON text under the key `imf`. Draws and data
+order are functions of (seed, step), so there is no random state to keep.
+
+Every byte is covered by a checksum: the text's CRC-32 lies under the key `crc32`, those of the tensors that
+begin with `model`, `ema` and `optimizer` in the text, each over names, shapes, dtypes and values. A reader
+checks what it reads, and that all numbers are finite, before it uses any of it.
+
+A file appears under its name only when it is whole and on the disk (temporary file, fsync, rename), so the
+checkpoint of the highest step is always the one to resume from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from imf import __version__
+from imf.io import replacing
+from imf.model.config import IMFConfig
+from imf.model.imf import IMF
+from imf.networks import build
+from imf.program import UserError
+from imf.training.config import MOST_THREADS, TrainConfig, from_dict, to_dict
+from imf.training.parallel import placed_like, whole
+
+METADATA_KEY, CHECKSUM_KEY = "imf", "crc32"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by the name of a run's precision
+FORMAT = 2  # raise it when a file of the old form can no longer be read
+MOST_SECONDS = 2**40
+MOST_WEIGHTS = 2**34  # of a network, 64 GiB
+
+
+_CONVERT = "python -m imf.convert SOURCE OUT.safetensors makes a checkpoint of official weights"
+_NAME = re.compile(r"step-(\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a checkpoint says about itself, beside its tensors.
+
+    step: optimizer steps done.  elapsed: seconds of training until then.
+    config: the full configuration, with that of the network.
+    precision: "fp32" or "bf16", as decided when the run began.
+    environment: versions, processor, device and thread count, see `environment`.
+    autoencoder: digest of the one that made the latents, `imf.evaluation.vae.digest`; "" if unknown or none.
+    """
+
+    step: int
+    elapsed: float
+    config: TrainConfig
+    precision: str
+    environment: dict[str, str]
+    autoencoder: str = ""
+
+
+def environment(device: torch.device, processes: int = 1) -> dict[str, str]:
+    """What else decides the bits of a result: versions, processor, device, threads, number of processes."""
+    return {
+        "imf": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "processor": f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": str(torch.get_num_threads()),
+        "processes": str(processes),
+    }
+
+
+def save(
+    path: Path,
+    *,
+    model: nn.Module,
+    ema: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    metadata: Metadata,
+    writes: bool = True,
+) -> None:
+    """Write a checkpoint to `path`, whose folder exists; it always holds the old file or all of the new one.
+
+    writes: whether this process does. Of a network that FSDP2 shards every process calls `save`, and one
+        writes, after it has gathered tensor by tensor in its host's memory.
+    Raises: UserError, naming the bytes needed and free, if the file cannot be written (a full disk),
+        or naming the tensor, if a number is not finite.
+    """
+    tensors = _tensors(model, ema, optimizer, kept=writes)
+    if writes:
+        _write(path, tensors, metadata)
+
+
+def save_network(path: Path, networks: Mapping[str, Mapping[str, Tensor]], metadata: Metadata) -> None:
+    """Write weights without a run to `path`: `load_network` reads them, a run cannot go on from them.
+
+    networks: state dicts under "ema" and "model", or one of the two. Weights for sampling lack `v_blocks`.
+    Raises: UserError as `save` does.
+    """
+    tensors = {f"{kind}.{name}": x for kind, state in networks.items() for name, x in state.items()}
+    _write(path, {name: x.detach().contiguous() for name, x in tensors.items()}, metadata)
+
+
+def load(path: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> Metadata:
+    """Restore a run from `path` in place; nothing is changed unless all of the file fits.
+
+    Raises: UserError if the file is missing, damaged, foreign, of another network or not finite.
+    """
+    metadata, tensors = _read(path)
+    _check_same(path, tensors, _expected(model, ema, optimizer, metadata.step))
+    _fill(model, tensors, "model.")
+    _fill(ema, tensors, "ema.")
+    weights = dict(model.named_parameters())
+    for name in _parameter_names(model, optimizer) if metadata.step else ():
+        states, weight = _select(tensors, f"optimizer.{name}."), weights[name]
+        moments = {key: placed_like(x, weight) for key, x in states.items() if key != "step"}
+        optimizer.state[weight] = {"step": states["step"].to(weight.device, copy=True), **moments}
+    return metadata
+
+
+def load_weights(path: Path, *, model: nn.Module, ema: nn.Module) -> None:
+    """Give both networks the averaged weights of `path`, or its only ones: a run's checkpoint, or weights
+    without a run (`imf.convert`); nothing is changed unless all fit.
+
+    Raises: UserError as `load` does.
+    """
+    for kind in ("ema", "model"):
+        tensors = _read(path, prefix=f"{kind}.")[1]
+        if tensors:
+            _check_same(path, tensors, {f"{kind}.{name}": x for name, x in model.state_dict().items()})
+            _fill(model, tensors, f"{kind}.")
+            _fill(ema, tensors, f"{kind}.")
+            return
+    raise UserError(f"{path}: there are no weights in it")
+
+
+def load_network(path: Path, weights: Literal["ema", "model"] = "ema") -> tuple[IMF, Metadata]:
+    """The network of a checkpoint, built from its own configuration, with its averaged or its latest weights.
+
+    Weights for sampling make a network without a v-head, which says so when the v-head is asked for.
+    Raises: UserError as `load` does.
+    """
+    metadata, tensors = _read(path, prefix=f"{weights}.")
+    if not tensors:
+        raise UserError(f"{path}: there are no {weights!r} weights in it")
+    network = build(metadata.config.network)  # whose weights are those of the file: `_read` compared them
+    sampling = not any(name.startswith(f"{weights}.v_blocks.") for name in tensors)
+    if sampling and len(getattr(network, "v_blocks", ())):
+        network.v_blocks = _NoVHead()
+    network.load_state_dict(_select(tensors, f"{weights}."))
+    network.compute_dtype = DTYPES[metadata.precision]
+    return network.requires_grad_(False), metadata
+
+
+def read_metadata(path: Path) -> Metadata:
+    """What the checkpoint says about itself; UserError if the file is missing, truncated or foreign,
+    or its tensors are not those of a network of its configuration. The tensors' values are not read."""
+    return _read(path, prefix=None)[0]
+
+
+def empty_weights(config: IMFConfig) -> dict[str, Tensor]:
+    """A network's weights without memory, on the meta device: names, shapes and dtypes.
+
+    Raises: ValueError for sizes that no machine holds.
+    """
+    try:
+        with torch.device("meta"):
+            weights: dict[str, Tensor] = build(config).state_dict()
+    except (RuntimeError, OverflowError, TypeError) as error:  # PyTorch's, of sizes beyond 64 bits
+        raise ValueError(f"network: no tensors can be of the sizes of {config}") from error
+    if (count := sum(x.numel() for x in weights.values())) > MOST_WEIGHTS:
+        raise ValueError(
+            f"network: hidden_size {config.hidden_size}, depth {config.depth}, mlp_ratio "
+            f"{config.mlp_ratio:g}, num_classes {config.num_classes} must make at most {MOST_WEIGHTS:,} "
+            f"weights, got {count:,}"
+        )
+    return weights
+
+
+def path_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies in a run's folder."""
+    return run / "checkpoints" / f"step-{step:08d}.safetensors"
+
+
+def list_all(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = (run / "checkpoints").glob("step-*.safetensors")
+    numbered = [(int(match[1]), path) for path in found if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered) if not path.is_dir()]
+
+
+def run_of(path: Path) -> Path | None:
+    """The folder of the run whose checkpoint `path` is; None if it lies in none.
+
+    Links are followed as far as needed: a checkpoint may lie elsewhere, and a link elsewhere may name one.
+    """
+    place = Path(os.path.abspath(path))  # links in it stay: `checkpoints` may be one
+    for _ in range(40):  # the most links that Linux follows
+        if place.parent.name == "checkpoints" and _NAME.fullmatch(place.name):
+            return place.parent.parent
+        if not place.is_symlink():
+            break
+        place = Path(os.path.abspath(place.parent / place.readlink()))
+    place = path.resolve()
+    inside = place.parent.name == "checkpoints" and _NAME.fullmatch(place.name)
+    return place.parent.parent if inside else None
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that `path` means: itself if a file, the one of the highest step if a run's folder.
+
+    Raises: UserError if there is none.
+    """
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder{_aim(path)}")
+    if not path.is_dir():
+        raise UserError(f"{path}: must be a checkpoint or the folder of a run, got a device or a FIFO")
+    checkpoints = list_all(path)
+    if not checkpoints:
+        hint = f"; {_CONVERT}" if any(path.glob("checkpoint_*")) else ""  # a folder of the official programs
+        raise UserError(f"{path}: no checkpoints/step-*.safetensors in this folder{hint}")
+    return checkpoints[-1]
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints of a run."""
+    for path in list_all(run)[:-keep]:
+        path.unlink()
+
+
+def remove_temporaries(run: Path) -> None:
+    """Delete what a killed process left half-written; only for a run that no other process is writing."""
+    for pattern in (".step-*.tmp", ".tmp??????"):  # the second is what safetensors names its own
+        for path in (run / "checkpoints").glob(pattern):
+            if path.is_symlink() or path.is_file():
+                path.unlink()
+
+
+class _NoVHead(nn.ModuleList):
+    """In the place of the v-head's blocks where there are none."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        raise UserError("the v-head was asked of a network whose weights are for sampling, without it")
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
+    """Write a file whole or not at all; UserError if it cannot be written."""
+    if (name := _not_finite(tensors)) is not None:
+        raise UserError(f"{path}: not written: {name} must be finite, got NaN or infinity")
+    values = {**vars(metadata), "config": to_dict(metadata.config), "format": FORMAT}
+    text = json.dumps({**values, "checksums": _checksums(tensors)})
+    texts = {METADATA_KEY: text, CHECKSUM_KEY: f"{zlib.crc32(text.encode()):08x}"}
+    try:
+        with replacing(path, synced=True) as temporary:
+            save_file(dict(tensors), temporary, metadata=texts)
+    except (OSError, SafetensorError) as error:
+        needed = sum(tensor.nbytes for tensor in tensors.values())
+        raise UserError(
+            f"{path}: could not write the checkpoint of step {metadata.step}: {error}; "
+            f"it needs {needed:,} bytes, {_free_bytes(path.parent)} are free"
+        ) from error
+
+
+def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """CRC-32 of the tensors whose names have the same first part, by that part; read once, in order."""
+    sums: dict[str, int] = {}
+    for name in sorted(tensors):
+        tensor, group = tensors[name], name.partition(".")[0]
+        begun = zlib.crc32(f"{name} {_form(tensor)}".encode(), sums.get(group, 0))
+        sums[group] = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, begun)
+    return {group: f"{value:08x}" for group, value in sums.items()}
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not (tensor.is_floating_point() and tensor.numel()):
+            continue
+        # The extremes are NaN where a value is; finding them takes no memory.
+        if not all(math.isfinite(float(x)) for x in torch.aminmax(tensor.float())):
+            return name
+    return None
+
+
+def _tensors(
+    model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, kept: bool
+) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, whole; {} unless they are to be kept: this process gave its parts."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"ema.{name}": tensor for name, tensor in ema.state_dict().items()}
+    weights = dict(model.named_parameters())
+    for name in _parameter_names(model, optimizer):
+        states = optimizer.state.get(weights[name], {})
+        tensors |= {f"optimizer.{name}.{key}": tensor for key, tensor in states.items()}
+    result = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())
+        if kept:  # what was gathered leaves the device at once
+            result[name] = full.cpu().contiguous()
+    return result
+
+
+def _fill(network: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    """Copy the tensors whose names begin with `prefix` into a network's, one after the other."""
+    with torch.no_grad():
+        for name, target in network.state_dict().items():
+            target.copy_(placed_like(tensors[prefix + name], target))
+
+
+def _expected(
+    model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, step: int
+) -> dict[str, Tensor]:
+    """What a checkpoint of that step holds: tensors of its names, shapes and dtypes, with other values.
+
+    The loss reaches every weight, so AdamW knows all of them after a step, and none before.
+    """
+    expected = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    expected |= {f"ema.{name}": tensor for name, tensor in ema.state_dict().items()}
+    weights = dict(model.named_parameters())
+    for name in _parameter_names(model, optimizer) if step else ():
+        expected[f"optimizer.{name}.step"] = torch.zeros(())
+        expected |= {f"optimizer.{name}.{moment}": weights[name] for moment in ("exp_avg", "exp_avg_sq")}
+    return expected
+
+
+def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names in the order of the optimizer's state: an index means nothing once a layer was added."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _read(path: Path, prefix: str | None = "") -> tuple[Metadata, dict[str, Tensor]]:
+    """Metadata, and the tensors whose names begin with `prefix` (None: no tensors), checked byte by byte."""
+    if not path.is_file():
+        kind = "a folder or a device, wanted a file" if path.exists() else f"no such file{_aim(path)}"
+        raise UserError(f"{path}: {kind}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            texts = file.metadata() or {}
+            # They lie in the mapped file, however large: to be copied one after the other.
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a complete safetensors file ({error}){_advice(path)}") from error
+    except OSError as error:
+        raise UserError(f"{path}: could not be read: {error}") from error
+    if METADATA_KEY not in texts:
+        raise UserError(
+            f"{path}: a safetensors file without {METADATA_KEY!r} metadata, so no checkpoint of imf.train; "
+            f"{_CONVERT}"
+        )
+    metadata, checksums = _read_text(path, texts)
+    _check_network(path, metadata.config.network, tensors)
+    wanted = {name: x for name, x in tensors.items() if prefix is not None and name.startswith(prefix)}
+    got = _checksums(wanted)
+    if damaged := [group for group, checksum in got.items() if checksums.get(group) != checksum]:
+        raise UserError(
+            f"{path}: damaged: checksum of {damaged[0]!r} must be {checksums.get(damaged[0])}, "
+            f"got {got[damaged[0]]}{_way_out(path)}"
+        )
+    if (name := _not_finite(wanted)) is not None:
+        raise UserError(f"{path}: {name} must be finite, got NaN or infinity{_way_out(path)}")
+    return metadata, wanted
+
+
+def _read_text(path: Path, texts: Mapping[str, str]) -> tuple[Metadata, dict[str, str]]:
+    """The metadata, and the tensors' checksums, of a file's header."""
+    text, problem = texts[METADATA_KEY], f"{path}: written by another version of imf.train"
+    damaged = f"{path}: damaged: its metadata do not have their checksum{_way_out(path)}"
+    try:
+        values = json.loads(text)
+        found = values["format"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(damaged) from error
+    if type(found) is not int or found != FORMAT:  # asked first: another one may keep its checksum elsewhere
+        raise UserError(
+            f"{problem}: this version reads format {FORMAT}, got {str(found)[:20]}: "
+            f"read it with the version that wrote it"
+        )
+    if texts.get(CHECKSUM_KEY) != f"{zlib.crc32(text.encode()):08x}":
+        raise UserError(damaged)
+    try:
+        del values["format"]
+        checksums = values.pop("checksums")
+        if not isinstance(checksums, dict):
+            raise ValueError(f"checksums must be texts by name, got {checksums!r}")
+        if unknown := values.keys() ^ {field.name for field in fields(Metadata)}:
+            raise ValueError(f"missing or unknown: {', '.join(sorted(unknown))}")
+        metadata = Metadata(**values)
+        _check_metadata(metadata)
+        metadata = replace(metadata, config=from_dict(values["config"]))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(f"{problem}: {error}") from error
+    return metadata, checksums
+
+
+def _check_network(path: Path, config: IMFConfig, tensors: Mapping[str, Tensor]) -> None:
+    """UserError unless the weights of each kind are those of the network, with the v-head or without.
+
+    Before anything of these sizes is made: those of the tensors are true, the file is as long.
+    """
+    found = {name: x for name, x in tensors.items() if not name.startswith("optimizer.")}
+    try:
+        if config.depth > len(found):
+            raise ValueError(f"depth must be at most the number of weights, {len(found)}, got {config.depth}")
+        empty = empty_weights(config)
+    except ValueError as error:
+        raise UserError(f"{path}: its configuration is of another network: {error}") from error
+    expected: dict[str, Tensor] = {}
+    for kind in ("model", "ema"):
+        if any(name.startswith(f"{kind}.") for name in found):
+            v_head = any(name.startswith(f"{kind}.v_blocks.") for name in found)
+            names = [name for name in empty if v_head or not name.startswith("v_blocks.")]
+            expected |= {f"{kind}.{name}": empty[name] for name in names}
+    _check_same(path, found, expected)
+
+
+def _advice(path: Path) -> str:
+    """What a file that is no safetensors may be, and what to do."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start.startswith((b"PK", b"\x80")) or path.suffix in (".pth", ".pt", ".ckpt", ".zip"):
+        return f": of another program? {_CONVERT}"
+    return f": truncated or damaged?{_way_out(path)}"
+
+
+def _way_out(path: Path) -> str:
+    """What to do about a damaged file: a run has an earlier one."""
+    earlier = [other for other in list_all(path.parent.parent) if other.name < path.name]
+    if path.parent.name == "checkpoints" and earlier:
+        return f". Delete it to go on from {earlier[-1].name}, the checkpoint before"
+    return "; copy it again, or take another"
+
+
+def _aim(path: Path) -> str:
+    return f": a link to {path.readlink()}, where there is none" if path.is_symlink() else ""
+
+
+def _check_metadata(metadata: Metadata) -> None:
+    """ValueError unless the values, all but the configuration's, are of the types that `Metadata` names."""
+    m, elapsed, environment = metadata, metadata.elapsed, metadata.environment
+    texts = isinstance(environment, dict) and all(isinstance(text, str) for text in environment.values())
+    threads = environment.get("threads", "") if texts else ""
+    fits_threads = threads.isdecimal() and len(threads) < 5 and 1 <= int(threads) <= MOST_THREADS
+    for name, fits, wanted in (
+        ("step", type(m.step) is int and m.step >= 0, "an integer of at least 0"),
+        ("elapsed", isinstance(elapsed, (int, float)) and 0 <= elapsed <= MOST_SECONDS, "seconds"),
+        ("precision", m.precision in tuple(DTYPES), f"one of {', '.join(DTYPES)}"),
+        ("environment", fits_threads, f"texts by name, threads from 1 to {MOST_THREADS}"),
+        ("autoencoder", isinstance(m.autoencoder, str), "a text"),
+    ):
+        if not fits:
+            raise ValueError(f"{name} must be {wanted}, got {getattr(m, name)!r}")
+
+
+def _check_same(path: Path, got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """UserError, listing the first differences, unless names, shapes and dtypes are the expected."""
+    have, wanted = ({name: _form(tensor) for name, tensor in tensors.items()} for tensors in (got, expected))
+    names = [*wanted, *(have.keys() - wanted.keys())]
+    different = [name for name in names if wanted.get(name) != have.get(name)]
+    if different:
+        lines = [
+            f"  {name}: checkpoint {have.get(name, 'has none')}, network {wanted.get(name, 'has none')}"
+            for name in different[:5]
+        ]
+        more = [f"  and {len(different) - 5} more"] if len(different) > 5 else []
+        raise UserError("\n".join([f"{path}: a checkpoint of another network, or not whole:", *lines, *more]))
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _select(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _free_bytes(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free:,}"
+    except OSError:
+        return "an unknown number"
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

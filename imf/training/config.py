@@ -1,0 +1,328 @@
+"""Configuration of a training run: every field is an argument of `python -m imf.train`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+
+from imf.mean_flow.methods import METHODS, network_of
+from imf.model.config import IMFConfig, check_guidance
+from imf.objective.draws import MAX_LOG_POWER
+from imf.objective.imf_loss import Guidance
+
+# 8 x 8 images in patches of 2 x 2: 16 patch tokens beside the 20 condition tokens.
+DIGITS_NETWORK = IMFConfig(
+    input_size=8,
+    patch_size=2,
+    in_channels=1,
+    hidden_size=96,
+    depth=5,
+    num_heads=2,
+    aux_head_depth=2,
+    mlp_ratio=8 / 3,
+    num_classes=10,
+)
+
+# What may change when a run is resumed: it leaves the weights alone, says when to stop, or only warns.
+RESUMABLE = {
+    "runs", "steps", "omega", "t_min", "t_max", "threads", "device",
+    "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "wandb",
+    "sharding", "compile", "checkpointing", "cuda_graphs",
+}  # fmt: skip
+# Of these, what only changes the last bits.
+ROUNDING = ("sharding", "compile", "checkpointing", "cuda_graphs")
+
+
+MOST_THREADS = 4096  # a larger number is a mistake: OpenMP ends the process where it cannot start as many
+MOST_FP32 = torch.finfo(torch.float32).max
+MOST_ROWS = 2**20  # images of a step
+MOST_STEPS = 2**40  # and all that is counted in steps; micro steps then fit in 64 bits
+
+
+def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a run does; with the code, the versions and the thread count it decides every bit of the result.
+
+    Raises ValueError, naming the argument, for a value out of range or of another type.
+    """
+
+    method: str = _option(
+        "imf", "objective and form of the network, see imf.mean_flow.methods; sizes stay", tuple(METHODS)
+    )
+    data: str = _option("digits", "digits, or a folder that imf.data.prepare wrote")
+    name: str = _option(
+        "", "name of the run; empty: the data set's, numbered when taken (digits, digits-2, ...)"
+    )
+    runs: str = _option("runs", "folder that holds the runs")
+    init_from: str = _option(
+        "",
+        "weights to begin with: a run's folder, a checkpoint, or what imf.convert wrote; empty: fresh ones",
+    )
+
+    steps: int = _option(500, "optimizer steps")
+    batch_size: int = _option(128, "images per optimizer step")
+    accumulate: int = _option(
+        1, "micro-batches per step; their gradients are averaged; divides the batch size"
+    )
+    lr: float = _option(4e-3, "peak learning rate of AdamW")
+    warmup_steps: int = _option(50, "steps of linear warm-up; the first step has learning rate 0")
+    decay: str = _option("cosine", "how the learning rate ends", ("constant", "linear", "cosine"))
+    decay_fraction: float = _option(1.0, "share of the steps, at the end, over which it decays to 0")
+    beta1: float = _option(0.9, "AdamW: decay of the first moment")
+    beta2: float = _option(0.95, "AdamW: decay of the second moment")
+    eps: float = _option(1e-8, "AdamW: epsilon")
+    weight_decay: float = _option(0.0, "AdamW: decoupled weight decay")
+    ema_decay: float = _option(0.99, "decay of the moving average of the weights, after its warm-up")
+    ema_warmup: float = _option(10.0, "decay at step t is at most (1 + t) / (ema_warmup + t)")
+
+    fm_fraction: float = _option(0.5, "share of rows with r = t, plain flow matching")
+    drop_probability: float = _option(0.1, "probability that a row's label is dropped")
+    time_mean: float = _option(-0.4, "t and r are sigmoid of a normal variable of this mean")
+    time_std: float = _option(1.6, "and this standard deviation")
+    omega_max: float = _option(8.0, "guidance scales are drawn from [1, omega_max]")
+    omega_exponent: float = _option(3.0, "with density proportional to omega ** -omega_exponent")
+    fixed_omega: float = _option(1.0, "methods without omega as an input: weight of v_t in their guidance")
+    fixed_kappa: float = _option(
+        0.2, "and of the conditional velocity; the guidance scale is fixed_omega / (1 - fixed_kappa)"
+    )
+    fixed_t_min: float = _option(0.0, "start of the interval of that guidance")
+    fixed_t_max: float = _option(1.0, "end of the interval of that guidance")
+
+    seed: int = _option(0, "seed of the initial weights, the data order, the draws and the samples")
+    precision: str = _option(
+        "auto",
+        "operands of GEMMs and attention; auto: what this processor is fast at",
+        ("auto", "fp32", "bf16"),
+    )
+    backend: str = _option(
+        "auto", "kernels; auto: the first that can run", ("auto", "reference", "cpu", "triton", "cuda")
+    )
+    device: str = _option("auto", "auto, cpu, cuda or cuda:<index>; auto: cuda where there is one")
+    sharding: str = _option(
+        "ddp", "under torchrun; ddp: a copy of all in each process, fsdp: a part", ("ddp", "fsdp")
+    )
+    compile: bool = _option(False, "compile the blocks of the network by torch.compile")
+    checkpointing: bool = _option(False, "keep no activations inside blocks: backward recomputes them")
+    cuda_graphs: bool = _option(
+        False, "replay steps as CUDA graphs: one process on a GPU, without accumulation or checkpointing"
+    )
+    threads: int = _option(0, "threads of PyTorch and of the kernels; 0: as PyTorch chooses")
+
+    omega: float = _option(1.3, "guidance scale of samples while and after training, where an input")
+    t_min: float = _option(0.2, "start of the guidance interval of these samples")
+    t_max: float = _option(0.8, "end of the guidance interval of these samples")
+
+    log_every: int = _option(10, "steps between lines of metrics.jsonl")
+    sample_every: int = _option(100, "steps between sample grids; 0: none while training")
+    checkpoint_every: int = _option(100, "steps between checkpoints; 0: only at the end and on Ctrl-C")
+    keep_checkpoints: int = _option(2, "checkpoints kept, the newest first")
+    tensorboard: bool = _option(True, "write TensorBoard events beside metrics.jsonl")
+    wandb: str = _option("", "project of Weights & Biases to log to as well; empty: none")
+
+    network: IMFConfig = DIGITS_NETWORK
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            choices = option.metadata.get("choices")
+            value, kind = getattr(self, option.name), type(option.default)
+            kinds = (int, float) if kind is float else kind
+            fits = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
+            _require(fits, option.name, f"of type {kind.__name__}", value)
+            _require(
+                not choices or value in choices, option.name, f"one of {', '.join(choices or ())}", value
+            )
+            if kind is float:
+                _require_finite(option.name, value)
+                object.__setattr__(self, option.name, float(value))  # an integer may exceed what tensors take
+        for name in ("steps", "batch_size", "accumulate", "log_every", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("warmup_steps", "sample_every", "checkpoint_every", "seed", "threads", "weight_decay"):
+            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        _require(self.threads <= MOST_THREADS, "threads", f"at most {MOST_THREADS}", self.threads)
+        _require(self.batch_size <= MOST_ROWS, "batch_size", f"at most {MOST_ROWS}", self.batch_size)
+        for name in ("steps", "warmup_steps", "log_every", "sample_every", "checkpoint_every"):
+            _require(getattr(self, name) <= MOST_STEPS, name, f"at most {MOST_STEPS}", getattr(self, name))
+        _require(
+            self.batch_size % self.accumulate == 0,
+            "accumulate",
+            f"a divisor of the batch size {self.batch_size}",
+            self.accumulate,
+        )
+        if self.cuda_graphs:
+            _require(self.accumulate == 1, "accumulate", "1 with cuda_graphs", self.accumulate)
+            _require(not self.checkpointing, "checkpointing", "off with cuda_graphs", self.checkpointing)
+        _require(self.lr > 0, "lr", "above 0", self.lr)
+        _require(self.eps > 0, "eps", "above 0", self.eps)
+        for name in ("beta1", "beta2", "ema_decay"):
+            _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+        _require(0 < self.decay_fraction <= 1, "decay_fraction", "in (0, 1]", self.decay_fraction)
+        for name in ("fm_fraction", "drop_probability"):
+            _require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
+        _require(self.time_std >= 0, "time_std", "at least 0", self.time_std)
+        _require(self.omega_max >= 1, "omega_max", "at least 1", self.omega_max)
+        _require(
+            (1 - self.omega_exponent) * math.log(self.omega_max) <= MAX_LOG_POWER,
+            "omega_exponent",
+            f"such that omega_max ** (1 - omega_exponent) is at most e ** {MAX_LOG_POWER}",
+            self.omega_exponent,
+        )
+        _require(self.seed < 2**63, "seed", "below 2 ** 63", self.seed)
+        _require(self.ema_warmup >= 1, "ema_warmup", "at least 1", self.ema_warmup)
+        check_guidance(self.omega, self.t_min, self.t_max)
+        fixed = {name: getattr(self, f"fixed_{name}") for name in ("omega", "kappa", "t_min", "t_max")}
+        try:
+            Guidance(**fixed)
+        except ValueError as error:
+            raise ValueError(str(error).replace("Guidance: ", "fixed_")) from error
+        self._check_form()
+        name_is_plain = self.name not in (".", "..") and not set(self.name) & set("/\\\0")
+        _require(name_is_plain, "name", "a plain folder name", self.name)
+
+    def _check_form(self) -> None:
+        method, network = METHODS[self.method], self.network
+        for name, wanted in method.form.items():
+            got = getattr(network, name)
+            _require(got == wanted, f"network.{name}", f"{wanted!r} for the method {self.method}", got)
+        if not method.v_head or method.block == "plain":
+            wanted = "at least 1" if method.v_head else "0"
+            fits = (network.aux_head_depth > 0) == method.v_head
+            _require(fits, "aux_head_depth", f"{wanted} for the method {self.method}", network.aux_head_depth)
+
+    @property
+    def fixed_guidance(self) -> Guidance:
+        """What a network without ω as an input is trained for."""
+        return Guidance(self.fixed_omega, self.fixed_kappa, self.fixed_t_min, self.fixed_t_max)
+
+    @property
+    def sampling(self) -> tuple[float, float, float]:
+        """ω, t_min and t_max of samples, as `imf.sample.sample` takes them; none where they are no inputs."""
+        inputs = METHODS[self.method]
+        interval = (self.t_min, self.t_max) if inputs.interval_input else (0.0, 1.0)
+        return self.omega if inputs.omega_input else 1.0, *interval
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Images per forward and backward pass."""
+        return self.batch_size // self.accumulate
+
+    @property
+    def draws(self) -> dict[str, Any]:
+        """What `imf.objective.imf_loss.Draws.sample` takes beside the batch, the seed and the step."""
+        return {
+            "fm_fraction": self.fm_fraction,
+            "drop_probability": self.drop_probability,
+            "interval": METHODS[self.method].interval_input,
+            "mean": self.time_mean,
+            "std": self.time_std,
+            "omega_max": self.omega_max if METHODS[self.method].omega_input else 1.0,
+            "omega_exponent": self.omega_exponent,
+        }
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Learning rate of step `step` (from 0): linear warm-up from 0, then constant or decaying to 0."""
+    warmup = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
+    # `left` falls from 1, where the decay begins, towards 0, which the step after the last would have.
+    left = min(1.0, (config.steps - step) / (config.decay_fraction * config.steps))
+    decay = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[config.decay]
+    return config.lr * warmup * decay
+
+
+def ema_decay(config: TrainConfig, step: int) -> float:
+    """Decay of the moving average at step `step` (from 0): small at first: the initial weights fade."""
+    return min(config.ema_decay, (1 + step) / (config.ema_warmup + step))
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as JSON-compatible values; `from_dict` is the inverse."""
+    return asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> TrainConfig:
+    """The configuration that `to_dict` gave; ValueError for a name that is unknown or missing."""
+    _same_names("", values, TrainConfig)
+    _same_names("network.", values["network"], IMFConfig)
+    return TrainConfig(**{**values, "network": IMFConfig(**values["network"])})
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Options whose values differ: name -> (old, new); those of the network as `network.<name>`."""
+    a, b = _flat(to_dict(old)), _flat(to_dict(new))
+    return {name: (a[name], b[name]) for name in a if a[name] != b[name]}
+
+
+def add_arguments(parser: argparse.ArgumentParser, defaults: TrainConfig | None = None) -> None:
+    """One argument per field, absent from the result unless given; --help shows the defaults."""
+    defaults = defaults or TrainConfig()
+    run = parser.add_argument_group("training")
+    for option in fields(TrainConfig):
+        if option.name != "network":
+            _add_argument(run, option, getattr(defaults, option.name), option.metadata["help"])
+    network = parser.add_argument_group(
+        "network (the data decide input size, channels and classes, the method all else)"
+    )
+    for name in ("patch_size", "hidden_size", "depth", "num_heads", "aux_head_depth", "mlp_ratio"):
+        option = IMFConfig.__dataclass_fields__[name]
+        _add_argument(network, option, getattr(defaults.network, name), "see imf.model.layers.IMFConfig")
+
+
+def with_arguments(config: TrainConfig, arguments: argparse.Namespace) -> TrainConfig:
+    """`config` with the arguments that were given; ValueError, naming it, if one is out of range."""
+    given = vars(arguments)
+    values = to_dict(config)
+    values.update({name: given[name] for name in values if name in given})
+    if values["method"] != config.method:
+        values["network"] = asdict(network_of(values["method"], config.network))
+    values["network"].update({name: given[name] for name in values["network"] if name in given})
+    return from_dict(values)
+
+
+def _add_argument(group: argparse._ArgumentGroup, option: Field[Any], default: Any, text: str) -> None:
+    flag = "--" + option.name.replace("_", "-")
+    shown = f"{default:g}" if isinstance(default, float) else repr(default) if default == "" else default
+    text = f"{text} (default: {shown})"
+    if isinstance(default, bool):
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+    else:
+        choices = option.metadata.get("choices")
+        metavar = None if choices else type(default).__name__.upper()
+        group.add_argument(
+            flag, type=type(default), choices=choices, metavar=metavar, default=argparse.SUPPRESS, help=text
+        )
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    network = {f"network.{name}": value for name, value in values["network"].items()}
+    return {name: value for name, value in values.items() if name != "network"} | network
+
+
+def _same_names(prefix: str, values: Mapping[str, Any], kind: Any) -> None:
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            f"configuration: {prefix.rstrip('.') or 'all'} must be names and values, got {values!r}"
+        )
+    wanted, got = {option.name for option in fields(kind)}, set(values)
+    if wanted != got:
+        missing, unknown = sorted(wanted - got), sorted(got - wanted)
+        raise ValueError(
+            f"configuration: missing {', '.join(prefix + n for n in missing) or 'nothing'}; "
+            f"unknown {', '.join(prefix + n for n in unknown) or 'nothing'}"
+        )
+
+
+def _require_finite(name: str, value: float) -> None:
+    _require(abs(value) <= MOST_FP32, name, "finite in fp32", value)  # NaN is not
+
+
+def _require(condition: bool, name: str, wanted: str, got: Any) -> None:
+    if not condition:
+        raise ValueError(f"{name} (--{name.replace('_', '-')}) must be {wanted}, got {got!r}")

@@ -1,0 +1,139 @@
+"""How a network is made ready to train: compiled, recomputed in backward, inside DDP or sharded by FSDP2."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import imf_kernels as ik
+from imf.distributed import sharded
+
+# FSDP2 and DTensor take a second to import, so only the functions that shard import them.
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a network: the members of its lists of modules."""
+    return [block for group in model.modules() if isinstance(group, nn.ModuleList) for block in group]
+
+
+def prepare(
+    model: nn.Module,
+    ema: nn.Module,
+    *,
+    sharding: str | None,
+    device: torch.device,
+    compile: bool,
+    checkpointing: bool,
+) -> nn.Module:
+    """Makes a network and its average ready to train; returns what the objective calls in the model's place.
+
+    Each block's forward is compiled as a whole (one graph for all blocks of a kind; hooks of DDP and FSDP2
+    stay between the graphs, so communication overlaps), and recomputed in backward, if asked to. With several
+    processes DDP holds the model, or FSDP2 shards both networks block by block, in place.
+
+    sharding: "ddp" or "fsdp"; None for a process alone.  device: where the weights of "fsdp" go.
+    """
+    for block in blocks(model):
+        if compile:
+            block.forward = torch.compile(block.forward, fullgraph=True)
+        if checkpointing:
+            block.forward = functools.partial(ik.checkpoint, block.forward)
+    if sharding is None:
+        return model
+    if sharding == "ddp":
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    from torch.distributed.device_mesh import init_device_mesh
+
+    # What `ik.checkpoint` gives are views; nothing here writes into one.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for network in (model, ema):
+        for module in (*blocks(network), network):
+            _shard(module, mesh, keep_root=network is model)
+    return model
+
+
+def _shard(module: nn.Module, mesh: DeviceMesh, keep_root: bool) -> None:
+    """Weights stay fp32, sharded over all processes; inputs pass as they are: h must not be rounded.
+
+    keep_root: PyTorch's default, the root's weights stay whole from forward to backward; False for a network
+    that is never differentiated, whose weights are to be shards whenever nobody calls it.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    # FSDP2 looks for tensors in tuples, lists, dicts and dataclasses: a `Dual` passes its hooks as a tuple.
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=None if keep_root else True)
+    module.register_forward_pre_hook(lambda _, args: _as_tuples(args), prepend=True)
+    module.register_forward_pre_hook(lambda _, args: _as_duals(args))
+    module.register_forward_hook(lambda _, args, output: _as_tuples(output), prepend=True)
+    module.register_forward_hook(lambda _, args, output: _as_duals(output))
+
+
+class _Marker:
+    """Marks the tuple that stands for a `Dual`."""
+
+
+_DUAL = _Marker()
+
+
+def _as_tuples(x: Any) -> Any:
+    if isinstance(x, ik.Dual):
+        return _DUAL, x.primal, x.tangent_rows
+    return tuple(map(_as_tuples, x)) if isinstance(x, tuple) else x
+
+
+def _as_duals(x: Any) -> Any:
+    if not isinstance(x, tuple):
+        return x
+    return ik.Dual(x[1], x[2]) if x and x[0] is _DUAL else tuple(map(_as_duals, x))
+
+
+@contextlib.contextmanager
+def synchronising(engine: nn.Module, last: bool) -> Iterator[None]:
+    """Forward and backward of a micro step: gradients cross the processes in the `last` of a step only."""
+    if sharded(engine):
+        engine.set_requires_gradient_sync(last)
+    with (
+        engine.no_sync()
+        if isinstance(engine, DistributedDataParallel) and not last
+        else contextlib.nullcontext()
+    ):
+        yield
+
+
+def _is_dtensor(x: Tensor) -> TypeGuard[DTensor]:
+    tensor = sys.modules.get("torch.distributed.tensor")  # absent: there is no DTensor
+    return tensor is not None and isinstance(x, tensor.DTensor)
+
+
+def local(x: Tensor) -> Tensor:
+    """This process's part of a tensor that FSDP2 shards; another tensor as it is."""
+    return x.to_local() if _is_dtensor(x) else x
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a tensor that FSDP2 shards, which takes every process; another tensor as it is."""
+    return x.full_tensor() if _is_dtensor(x) else x
+
+
+def placed_like(x: Tensor, like: Tensor) -> Tensor:
+    """A copy of x, the same in every process, on the device of `like`, and sharded as it is."""
+    if _is_dtensor(like):
+        from torch.distributed.tensor import distribute_tensor
+
+        x = x.to(like.device_mesh.device_type)
+        return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None).clone()
+    return x.to(like.device, copy=True)
