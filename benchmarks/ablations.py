@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from imf import data
-from imf.distributed import Processes
+from imf.distributed import DistributedContext
 from imf.evaluation.digits import evaluate
 from imf.mean_flow.methods import METHODS, network_of
 from imf.training import checkpoint
@@ -59,7 +59,7 @@ def configuration(method: str, changes: dict[str, Any], steps: int, seed: int) -
 def measure(config: TrainConfig, progress: str) -> dict[str, Any]:
     """Trains, and scores one-step samples, with guidance and, where that is an input, without."""
     images = data.load("digits")
-    alone = Processes()
+    alone = DistributedContext()
     state = initial_state(config, config.precision, alone)
     began = time.perf_counter()
     with data.Batches(images, batch_size=config.batch_size, seed=config.seed, first=0) as batches:

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 
 from imf.model.config import IMFConfig
 from imf.networks import build
-from imf.objective.draws import Draws
-from imf.objective.imf_loss import improved_mean_flow, prepare
+from imf.objective.draws import Draws, StepDraws
+from imf.objective.imf_loss import improved_mean_flow
 from imf.official.names import from_official
 from imf.training import parallel as sharding
 from imf.training.graphs import CudaGraph
@@ -117,7 +117,7 @@ def make(
     x = torch.randn(batch, config.in_channels, config.input_size, config.input_size).to(device)
     y = torch.randint(0, config.num_classes, (batch,)).to(device)
     drawn = Draws.sample(x, seed=0, step=0)  # which lie on the host, but for the noise
-    prepared, draws = prepare(drawn, None, x.device), drawn.to(device)
+    prepared, draws = StepDraws.of(drawn, None, x.device), drawn.to(device)
     t = draws.t[:, None, None, None]
     z, h, v_t = (1 - t) * x + t * draws.noise, draws.t - draws.r, draws.noise - x
     conditions = draws.omega, draws.t_min, draws.t_max
@@ -129,7 +129,7 @@ def make(
         network.load_state_dict(from_official(oracle.state_dict()))
         network.compute_dtype = torch.bfloat16 if precision == "bf16" else None
         options: dict[str, Any] = {"sharding": None, "device": x.device, "checkpointing": False}
-        sharding.prepare(network, network, compile="compiled" in form, **options)
+        sharding.wrap_for_training(network, network, compile="compiled" in form, **options)
     elif form == "official, our products":
         with_our_products(oracle)
     elif "fused attention" in form:

@@ -28,8 +28,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from imf.model.config import IMFConfig
 from imf.networks import build
-from imf.objective.draws import Draws
-from imf.objective.imf_loss import improved_mean_flow, prepare
+from imf.objective.draws import Draws, StepDraws
+from imf.objective.imf_loss import improved_mean_flow
 from imf.training import parallel as sharding
 from imf_kernels.backends.operators import profiled_names
 from imf_kernels.testing.timer import side_by_side
@@ -96,7 +96,7 @@ def step_work(config: IMFConfig, batch: int, moving: int, guided: int, size: int
 
 def work_of(config: IMFConfig, draws: Draws, size: int) -> Work:
     """A whole step with these draws, of which all but the noise lie on the host."""
-    step = prepare(draws, None, torch.device("cpu"))
+    step = StepDraws.of(draws, None, torch.device("cpu"))
     return step_work(config, len(draws.t), len(step.c_rows), int((step.kappa != 0).sum()), size)
 
 
@@ -110,7 +110,9 @@ def step_of(
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
     model.compute_dtype = torch.bfloat16 if precision == "bf16" else None
-    sharding.prepare(model, model, sharding=None, device=device, compile=False, checkpointing=checkpointing)
+    sharding.wrap_for_training(
+        model, model, sharding=None, device=device, compile=False, checkpointing=checkpointing
+    )
     x = torch.randn(batch, config.in_channels, config.input_size, config.input_size).to(device)
     y = torch.randint(0, config.num_classes, (batch,)).to(device)
     draws = Draws.sample(x, seed=0, step=0)

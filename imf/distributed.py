@@ -1,7 +1,7 @@
 """The processes of a run or an evaluation: which part is whose, and what they agree on.
 
-`torchrun` starts the processes and tells each its number by environment variables. What the hosts have to
-agree on (a signal, an error, a text) goes over gloo, from host to host, and waits for no GPU.
+`torchrun` starts the processes and tells each its rank by environment variables. What the hosts have to agree
+on (a signal, an error, a text) goes over gloo, from host to host, and waits for no GPU.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from imf.program import UserError
+from imf.program import StopSignals, UserError
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# What ends a run with a message. Where processes have several, the last in this order is everyone's.
+# Where processes have errors of both classes, the last class is everyone's.
 ERRORS: tuple[type[Exception], ...] = (OSError, UserError)
 
 
 @dataclass(frozen=True)
-class Processes:
+class DistributedContext:
     """One of `count` processes, number `rank`, with its device; a process alone needs no torch.distributed.
 
-    The first one, of rank 0, writes all files.  grouped: whether torchrun started them.
+    The first process, of rank 0, writes all files.
+    grouped: whether torchrun started them.
     """
 
     rank: int = 0
@@ -45,7 +46,7 @@ class Processes:
         return self.rank == 0
 
     def slice(self, size: int) -> range:
-        """This one's part of `size` things: in the order of the ranks, without gaps, as equal as can be."""
+        """This process's part of `size` things: in the order of the ranks, sizes differ by at most 1."""
         return range(self.rank * size // self.count, (self.rank + 1) * size // self.count)
 
     def gather(self, value: Any) -> list[Any]:
@@ -56,35 +57,35 @@ class Processes:
         dist.gather_object(value, values)
         return values or []
 
-    def from_first(self, value: Any) -> Any:
-        """The first process's value, on all."""
+    def broadcast(self, value: Any, source: int = 0) -> Any:
+        """The value of the process of rank `source`, on all."""
         if not self.grouped:
             return value
         values = [value]
-        dist.broadcast_object_list(values, device=torch.device("cpu"))
+        dist.broadcast_object_list(values, source, device=torch.device("cpu"))
         return values[0]
 
-    def largest(self, value: int) -> int:
-        """The largest of the processes' values, in each."""
-        if not self.grouped:
-            return value
-        found = torch.tensor([value])
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
+    def largest(self, *values: int) -> list[int]:
+        """The largest of the processes' values, each by itself."""
+        found = torch.tensor(values)
+        if self.grouped:
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return [int(x) for x in found]
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean over the processes of x, fp32 on the device, in each; no host waits for it on a GPU."""
+        """The mean of x, fp32 on the device, over the processes; no host waits for it on a GPU."""
         if self.grouped:
             dist.all_reduce(x)
             x /= self.count
         return x
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Within it one of the `ERRORS` in one process is raised in all: none waits for one that left.
+    def together(self, signals: StopSignals | None = None) -> Iterator[None]:
+        """Raises an `ERRORS` of one process in all, so that none waits for one that left.
 
-        Other exceptions, and these outside of it, end the process alone, upon which torchrun ends the others.
-        Nothing inside may wait for another process after a line that can fail in one alone.
+        It takes one collective, by which the processes agree on `signals` too. Other exceptions, and these
+        outside of it, end the process alone, upon which torchrun ends the others. Nothing inside may wait for
+        another process after a line that can fail in one alone.
         """
         own: Exception | None = None
         try:
@@ -92,21 +93,22 @@ class Processes:
         except ERRORS as caught:
             own = caught
         kind = next((1 + i for i, kind in enumerate(ERRORS) if isinstance(own, kind)), 0)
-        found = self.largest(kind * self.count + self.rank if kind else 0)
-        if not found:
+        code = kind * self.count + self.rank if kind else 0
+        code, received = self.largest(code, signals.noted if signals else 0)
+        if signals:
+            signals.received = received
+        if not code:
             return
-        kind, source = divmod(found, self.count)
-        text = self._from(source, str(own))
+        kind, source = divmod(code, self.count)
+        text = self.broadcast(str(own), source)
         error = own if own is not None and self.rank == source else ERRORS[kind - 1](text)
         error.agreed = True  # type: ignore[attr-defined]
         raise error
 
-    def _from(self, source: int, text: str) -> str:
-        if not self.grouped:
-            return text
-        values = [text]
-        dist.broadcast_object_list(values, source, device=torch.device("cpu"))
-        return values[0]
+
+def agreed(error: BaseException | None) -> bool:
+    """Whether all processes have this error, and so are at the same place."""
+    return getattr(error, "agreed", False)
 
 
 def sharded(network: nn.Module) -> TypeGuard[FSDPModule]:
@@ -115,32 +117,27 @@ def sharded(network: nn.Module) -> TypeGuard[FSDPModule]:
     return fsdp is not None and isinstance(network, fsdp.FSDPModule)
 
 
-def agreed(error: BaseException | None) -> bool:
-    """Whether all processes have this error, and so are at the same place."""
-    return getattr(error, "agreed", False)
-
-
 @contextlib.contextmanager
-def joined(device: str, timeout: timedelta = timedelta(days=7)) -> Iterator[Processes]:
-    """Within it the processes that `torchrun` started know each other; alone without it.
+def initialized(device: str, timeout: timedelta = timedelta(days=7)) -> Iterator[DistributedContext]:
+    """Joins the processes that `torchrun` started; without it the context of one process alone.
 
-    device: as `imf.training.log.choose_device` takes it; "cuda" and "auto" mean one GPU a process.
+    device: as `choose_device` takes it; "cuda" and "auto" mean one GPU per process.
     timeout: how long a process waits for another that lives; that one has died is seen at once.
     Raises: UserError if only some of torchrun's variables are set, or GPUs are too few.
     """
-    place = _place()
+    ranks = _ranks()
     chosen = choose_device(device)
-    if place is None:
-        yield Processes(device=chosen)
+    if ranks is None:
+        yield DistributedContext(device=chosen)
         return
-    rank, count, local_rank = place
+    rank, count, local_rank = ranks
     if chosen.type == "cuda":
         chosen = _own_gpu(chosen, local_rank, count)
     dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
-    who = Processes(rank, count, chosen, grouped=True)
-    yield who
+    context = DistributedContext(rank, count, chosen, grouped=True)
+    yield context
     # Not after an exception, which waiting for processes that have left would hide.
-    who.largest(0)
+    context.largest(0)
     dist.destroy_process_group()
 
 
@@ -148,26 +145,25 @@ def choose_device(name: str) -> torch.device:
     """The device of that name, "auto" for a GPU where there is one; UserError if it cannot be used."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with contextlib.suppress(RuntimeError):
         device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device must be auto, cpu, cuda or cuda:<index>, got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device must be auto, cpu, cuda or cuda:<index>, got {name!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: PyTorch sees no GPU; it was built for CUDA {torch.version.cuda}")
-    return device
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError(
+                f"--device {name}: PyTorch sees no GPU; it was built for CUDA {torch.version.cuda}"
+            )
+        if device.type in ("cpu", "cuda"):
+            return device
+    raise UserError(f"--device must be auto, cpu, cuda or cuda:<index>, got {name!r}")
 
 
-def _place() -> tuple[int, int, int] | None:
+def _ranks() -> tuple[int, int, int] | None:
     """Rank, number of processes and rank on this machine, as torchrun says; None where it says nothing."""
-    # MASTER_ADDR and MASTER_PORT alone, which clusters set for every job, ask for nothing.
-    if not any(name in os.environ for name in VARIABLES[:3]):
-        return None
     found = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    # MASTER_ADDR and MASTER_PORT alone, which clusters set for every job, ask for nothing.
+    if not found.keys() & set(VARIABLES[:3]):
+        return None
     shown = ", ".join(f"{name}={value}" for name, value in found.items())
-    missing = [name for name in VARIABLES if name not in found]
-    if missing:
+    if missing := [name for name in VARIABLES if name not in found]:
         raise UserError(
             f"the environment has {shown} but not {', '.join(missing)}: start with torchrun, which sets "
             f"all of them, or unset these for one process alone"

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from imf import data
-from imf.distributed import Processes, joined
+from imf.distributed import DistributedContext, initialized
 from imf.evaluation import fid
 from imf.evaluation import inception as features
 from imf.evaluation import vae as autoencoder
@@ -42,7 +42,7 @@ COUNT = 50_000  # images of the published figures
 
 
 def reference_statistics(
-    name: str, extractor: Extractor, processes: Processes, batch_size: int = 64
+    name: str, extractor: Extractor, processes: DistributedContext, batch_size: int = 64
 ) -> Statistics | None:
     """What samples are compared with, on the first process; None on the others.
 
@@ -55,7 +55,7 @@ def reference_statistics(
     return measure(_images_of(name, processes, batch_size), extractor, processes)[0]
 
 
-def _images_of(name: str, processes: Processes, batch_size: int) -> Iterable[Tensor]:
+def _images_of(name: str, processes: DistributedContext, batch_size: int) -> Iterable[Tensor]:
     """This process's slice of the images of a folder or of a data set."""
     path = Path(name)
     if name != "digits" and not path.is_dir():
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such images are refused by name
     try:
         _check(parser, arguments)
-        with interruptible(), joined(arguments.device) as processes:
+        with interruptible(), initialized(arguments.device) as processes:
             extractor = features.load(arguments.extractor, processes.device)
             if arguments.make_statistics:
                 _make_statistics(arguments, extractor, processes)
@@ -101,7 +101,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _make_statistics(arguments: argparse.Namespace, extractor: Extractor, processes: Processes) -> None:
+def _make_statistics(
+    arguments: argparse.Namespace, extractor: Extractor, processes: DistributedContext
+) -> None:
     source, out = arguments.make_statistics
     found = reference_statistics(source, extractor, processes, arguments.batch_size)
     if found is not None:
@@ -109,7 +111,7 @@ def _make_statistics(arguments: argparse.Namespace, extractor: Extractor, proces
         print(f"{out}: mean and covariance of {found.mean.size} features of the images in {source}")
 
 
-def _evaluate(arguments: argparse.Namespace, extractor: Extractor, processes: Processes) -> None:
+def _evaluate(arguments: argparse.Namespace, extractor: Extractor, processes: DistributedContext) -> None:
     """Every setting in turn: samples, features, figures; results are written after each."""
     a, path = arguments, arguments.out / "results.json"
     network = vae = None
@@ -125,7 +127,7 @@ def _evaluate(arguments: argparse.Namespace, extractor: Extractor, processes: Pr
                 folder.mkdir(parents=True, exist_ok=True)
             for folder in {folder.resolve() for folder in written}:
                 locks.enter_context(locked(folder))
-        rows = processes.from_first(read_results(path, of) if processes.rank == 0 else None)
+        rows = processes.broadcast(read_results(path, of) if processes.rank == 0 else None)
         for cell in cells:
             if any(row.setting == _setting(cell) for row in rows):
                 continue
@@ -183,7 +185,7 @@ def _sampler(a: argparse.Namespace, device: torch.device) -> tuple[IMF, Any, lis
 
 
 def _samples(
-    a: argparse.Namespace, cell: Settings | None, network: IMF | None, vae: Any, processes: Processes
+    a: argparse.Namespace, cell: Settings | None, network: IMF | None, vae: Any, processes: DistributedContext
 ) -> Iterable[Tensor]:
     """This process's batches of a setting's samples, or of the images that were found."""
     rows = processes.slice(a.count)
@@ -196,12 +198,14 @@ def _samples(
     folder = a.samples_dir / cell.name if a.samples_dir else None
     if folder and processes.rank == 0:
         claim(folder, cell)  # before another process looks
-    processes.from_first(None)
+    processes.broadcast(None)
     batches = generate(network, cell, rows, batch_size=a.batch_size, vae=vae, folder=folder)
     return _with_bar(batches, len(rows), cell.name, processes)
 
 
-def _with_bar(batches: Iterable[Tensor], total: int, title: str, processes: Processes) -> Iterable[Tensor]:
+def _with_bar(
+    batches: Iterable[Tensor], total: int, title: str, processes: DistributedContext
+) -> Iterable[Tensor]:
     quiet = processes.rank > 0
     interval = 0.5 if sys.stderr.isatty() else 10
     with tqdm(total=total, desc=title, unit="image", disable=quiet, mininterval=interval) as bar:

@@ -59,10 +59,14 @@ def exit_status(stop: KeyboardInterrupt) -> int:
 
 
 class StopSignals:
-    """Within it the first SIGINT (Ctrl-C) or SIGTERM is only noted, in `received`; a second acts as ever."""
+    """Defers the first SIGINT (Ctrl-C) or SIGTERM; the second is handled normally.
+
+    noted: the number of the signal that came, 0 for none.  received: that of all processes, once they agreed,
+    see `imf.distributed.DistributedContext.together`.
+    """
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self.noted = self.received = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -75,5 +79,5 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
+        self.noted = number
         self.__exit__()

@@ -1,4 +1,4 @@
-"""Processes that a test starts, kills and waits for.
+"""DistributedContext that a test starts, kills and waits for.
 
 They come from a server that has only imported: a fork of the tests' own process may wait for ever for a lock
 that one of its threads held.

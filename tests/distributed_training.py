@@ -3,6 +3,7 @@
 RANK=… WORLD_SIZE=… LOCAL_RANK=… MASTER_ADDR=… MASTER_PORT=… python tests/distributed_training.py FOLDER
 """
 
+import argparse
 import dataclasses
 import json
 import os
@@ -11,14 +12,13 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny_run import ALONE, NETWORK, config
+from tiny_run import ALONE, NETWORK, config, resumed
 
-from imf import train
-from imf.distributed import agreed, joined
+from imf.distributed import agreed, initialized
 from imf.mean_flow.methods import network_of, objective
 from imf.objective.draws import Draws
 from imf.program import UserError
-from imf.training import checkpoint, loop
+from imf.training import checkpoint, loop, session
 from imf.training import setup as start
 from imf.training.parallel import synchronising, whole
 
@@ -64,9 +64,9 @@ def gradients(who, *, same_draws=True, **changes):
         own = part(draws, mine)
         if not same_draws:
             own = Draws.sample(x[mine], seed=0, step=step, process=who.rank, **c.draws)
-        (loss_of(alone.engine, x, y, draws).loss / 2).backward()
-        with synchronising(state.engine, last=step == 1):
-            (loss_of(state.engine, x[mine], y[mine], own).loss / 2).backward()
+        (loss_of(alone.wrapped, x, y, draws).loss / 2).backward()
+        with synchronising(state.wrapped, last=step == 1):
+            (loss_of(state.wrapped, x[mine], y[mine], own).loss / 2).backward()
     worst = 0.0
     for p, q in zip(state.model.parameters(), alone.model.parameters(), strict=True):
         worst = max(worst, float((whole(p.grad) - q.grad).norm() / q.grad.norm()))
@@ -80,12 +80,6 @@ def whole_run(who, folder, **changes):
     return run
 
 
-def resumed(who, folder, *options):
-    parser = train.argparse.ArgumentParser()
-    train.add_arguments(parser, config())
-    return start.resume(folder, parser.parse_args(list(options)), who)
-
-
 def differences(a, b):
     """The number of tensors of two states that are not bit for bit the same."""
     pairs = [*zip(a.model.parameters(), b.model.parameters(), strict=True)]
@@ -96,8 +90,8 @@ def differences(a, b):
 
 
 def changing(call, change):
-    """`loop.objective` whose result number `call` in this process is changed; (undo, list of calls)."""
-    real, calls = loop.objective, []
+    """`setup.objective` whose result number `call` in this process is changed; (undo, list of calls)."""
+    real, calls = start.objective, []
 
     def objective_of(*settings):
         def loss_of(*batch):
@@ -107,8 +101,8 @@ def changing(call, change):
 
         return loss_of
 
-    loop.objective = objective_of
-    return lambda: setattr(loop, "objective", real)
+    start.objective = objective_of
+    return lambda: setattr(start, "objective", real)
 
 
 def not_finite(who, folder, **changes):
@@ -152,26 +146,24 @@ def full_disk(who, folder):
         real(tensors, path, metadata)
 
     checkpoint.save_file = full
-    parser = train.argparse.ArgumentParser()
-    train.add_arguments(parser, config())
-    parser.add_argument("--resume")
-    status = train._train(config(runs=str(folder), name="full"), parser.parse_args([]), who)
+    arguments = argparse.Namespace(resume=None)
+    status = session.train_in(who, config(runs=str(folder), name="full"), arguments)
     checkpoint.save_file = real
     return status
 
 
 def main():
     folder, results = Path(sys.argv[1]), {}
-    with joined("cpu") as who:
+    with initialized("cpu") as who:
         results["place"] = [who.rank, who.count]
         for name, changes in FORMS.items():
             results[name] = gradients(who, **changes)
         results["other draws"] = gradients(who, same_draws=False)
         ddp = whole_run(who, folder, name="ddp", accumulate=2, sample_every=4)
         fsdp = whole_run(who, folder, name="fsdp", accumulate=2, sample_every=4, sharding="fsdp")
-        again = resumed(who, fsdp.folder)
+        again = resumed(fsdp.folder, context=who)
         results["fsdp resumed as it was"] = differences(fsdp.state, again.state)
-        other = resumed(who, ddp.folder, "--sharding", "fsdp")
+        other = resumed(ddp.folder, "--sharding", "fsdp", context=who)
         results["ddp resumed as fsdp"] = differences(other.state, ddp.state)
         results["different runs"] = differences(ddp.state, start.initial_state(config(seed=1), "fp32", who))
         for sharding in ("ddp", "fsdp"):

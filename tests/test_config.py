@@ -6,13 +6,16 @@ import sys
 import time
 
 import pytest
-from tiny_run import arguments, config
+from tiny_run import arguments, config, resumed
 
-from imf import train
+from imf import data, train
 from imf.program import UserError
+from imf.training import artifacts
 from imf.training import config as configuration
+from imf.training import setup as start
 from imf.training.config import TrainConfig
-from imf.training.log import create_folder, truncate_metrics
+from imf.training.log import truncate_metrics
+from imf.training.setup import create_folder
 
 
 def test_help_shows_every_field_with_its_default(capsys):
@@ -109,11 +112,16 @@ def test_wrong_devices_are_named(device, message, tmp_path, capsys):
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_a_network_for_other_images_is_refused(tmp_path):
-    network = dataclasses.replace(config().network, in_channels=4)
-    with pytest.raises(UserError, match=r"must be \(1, 8, 8, 10\) for the data digits, got \(4, 8, 8"):
-        train.begin(config(runs=str(tmp_path), network=network))
-    assert not list(tmp_path.iterdir())
+def test_a_run_is_resumed_with_data_of_its_shape_alone(tmp_path, monkeypatch):
+    other = dataclasses.replace(config().network, in_channels=4, num_classes=3)
+    run = start.begin(config(runs=str(tmp_path), network=other))
+    assert run.config.network == config().network  # the data decide
+    artifacts.save(run)
+    digits = data.load("digits")
+    few = data.LabelledImages(digits.images, digits.labels.clamp(max=4), 5)
+    monkeypatch.setattr(data, "load", lambda name: few)
+    with pytest.raises(UserError, match=r"the data in digits must be \[1, 8, 8\] of 10 classes .* of 5"):
+        resumed(run.folder)
 
 
 def test_runs_get_folders_of_their_own(tmp_path):

@@ -7,10 +7,9 @@ from graph_machine import RecordedGraph
 from tiny_run import ALONE, NETWORK, arguments, config, state_and_data, tensors
 
 from imf import data, train
-from imf.distributed import Processes
+from imf.distributed import DistributedContext
 from imf.mean_flow.methods import network_of
-from imf.objective.draws import Draws
-from imf.objective.imf_loss import Prepared, sizes_of_v_u
+from imf.objective.draws import Draws, StepDraws, sizes_of_v_u
 from imf.training import graphs, loop
 from imf.training import setup as start
 
@@ -64,7 +63,7 @@ def test_steps_of_more_rows_than_were_met_first_have_a_size(recorded):
 
 def prepared(x, needed):
     rows, weight = torch.arange(len(x), device=x.device), torch.zeros(len(x), device=x.device)
-    return Prepared(Draws.sample(x, seed=0, step=0), weight, weight, rows, rows[:needed])
+    return StepDraws(Draws.sample(x, seed=0, step=0), weight, weight, weight, rows, rows[:needed])
 
 
 def test_graphs_share_memory_with_those_of_their_object_alone(recorded):
@@ -157,7 +156,7 @@ def test_a_capture_that_failed_does_not_hinder_the_next():
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_graphs_train_alike_on_a_gpu(precision):
-    who = Processes(device=torch.device("cuda"))
+    who = DistributedContext(device=torch.device("cuda"))
     results = []
     for cuda_graphs in (False, True):
         c = config(batch_size=BATCH, eps=1e-3, cuda_graphs=cuda_graphs, precision=precision, device="cuda")

@@ -15,7 +15,7 @@ from tiny_run import arguments
 
 from imf import distributed as processes
 from imf import train
-from imf.distributed import Processes, choose_device
+from imf.distributed import DistributedContext, choose_device
 from imf.program import UserError
 from imf.training import checkpoint
 
@@ -127,8 +127,8 @@ def test_what_torchrun_did_not_set_is_named(change, message, monkeypatch, tmp_pa
 def test_addresses_alone_ask_for_nothing(monkeypatch):
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, WHOLE[name])
-    with processes.joined("cpu") as who:
-        assert who == Processes(device=torch.device("cpu")) and who.first and not who.grouped
+    with processes.initialized("cpu") as who:
+        assert who == DistributedContext(device=torch.device("cpu")) and who.first and not who.grouped
 
 
 @pytest.mark.parametrize(

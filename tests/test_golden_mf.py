@@ -5,22 +5,21 @@ import pytest
 import torch
 from test_golden import relative
 
-from imf.mean_flow.objective import mean_flow, mean_flow_plain
+from imf.mean_flow.objective import mean_flow
 from imf.official.names import mean_flow_from_flax
 
 
-@pytest.mark.parametrize("form", [mean_flow, mean_flow_plain])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_objective_equals_the_official_programs(form, backend):
+def test_objective_equals_the_official_programs(backend):
     model = golden_mf.network(backend)
     x, y, draws = golden_mf.batch()
-    result = form(model, x, y, draws, guidance=golden_mf.settings()[1])
+    result = mean_flow(model, x, y, draws, guidance=golden_mf.settings()[1])
     result.loss.backward()
 
     for name in ("u", "v_g"):
         assert relative(getattr(result, name), golden_mf.images(name)) < 1e-5, name
     # The less-work form leaves out the derivative on the FM rows, where it has no effect.
-    rows = slice(draws.n_fm if form is mean_flow else 0, None)
+    rows = slice(draws.n_fm, None)
     assert relative(result.du_dt[rows], golden_mf.images("du_dt")[rows]) < 1e-5
     arrays = golden_mf.arrays()
     assert float(result.loss.detach()) == pytest.approx(float(arrays["out.loss"]), rel=1e-5)

@@ -12,7 +12,7 @@ from test_distributed_training import start_two
 from tiny_run import arguments, differing
 
 from imf.training import checkpoint
-from imf.training.log import how_to_go_on
+from imf.training.session import how_to_resume
 
 KILLS = 20
 
@@ -55,7 +55,7 @@ def test_killed_at_random_points(sharding, tmp_path):
     final = [load_file(checkpoint.path_of(folder, reached + 3)) for folder in (killed, left)]
     assert differing(*final) == [] and len(final[0]) > 100
     assert not list((killed / "checkpoints").glob(".*"))
-    assert f"--resume {killed}" in how_to_go_on(killed, checkpoint.list_all(killed), 2)
+    assert f"--resume {killed}" in how_to_resume(killed, 2)
 
 
 def last_step(folder):

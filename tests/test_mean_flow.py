@@ -1,4 +1,4 @@
-"""Objectives of Mean Flows and of the steps to iMF: both forms equal a plain program, in every corner."""
+"""Objectives of Mean Flows and of the steps to iMF: each equals a plain program, in every corner."""
 
 import dataclasses
 
@@ -9,15 +9,10 @@ from test_dit import TINY, network
 from test_objective import draws_for
 
 from imf.mean_flow.methods import METHODS, network_of, objective
-from imf.mean_flow.objective import mean_flow, mean_flow_plain
+from imf.mean_flow.objective import mean_flow
 from imf.networks import build
-from imf.objective.draws import Draws
-from imf.objective.imf_loss import Guidance, improved_mean_flow_plain
+from imf.objective.draws import Draws, Guidance
 
-PLAIN = {
-    "mf": mean_flow_plain,
-    "imf-boundary": lambda *args, **kwargs: mean_flow_plain(*args, tangent="v_c", **kwargs),
-}
 GUIDANCE = [
     Guidance(1.0, 0.5, 0.0, 0.75),
     Guidance(0.2, 0.92),
@@ -46,7 +41,7 @@ def batch(size: int, case: str, method: str):
 
 @pytest.mark.parametrize(("case", "size"), CASES)
 @pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.block == "plain"])
-def test_both_forms_equal_the_plain_program(method, case, size):
+def test_equals_the_plain_program(method, case, size):
     x, y, draws = batch(size, case, method)
     model, free = network(method, "cpu"), METHODS[method].omega_input
     for guidance in [None] if free else GUIDANCE:
@@ -56,22 +51,17 @@ def test_both_forms_equal_the_plain_program(method, case, size):
         gradients = dict(
             zip(model.state_dict(), torch.autograd.grad(expected, model.parameters()), strict=True)
         )
-        plain = PLAIN.get(method, improved_mean_flow_plain)
-        for less_work in (True, False):
-            model.zero_grad()
-            if less_work:
-                result = objective(method, guidance or Guidance())(model, x, y, draws)
-            else:
-                result = plain(model, x, y, draws, guidance=guidance)
-            result.loss.backward()
-            torch.testing.assert_close(result.loss, expected, rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(result.u, u, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(result.v_g, v_g, rtol=1e-4, atol=1e-5)
-            rows = slice(draws.n_fm if less_work else 0, None)
-            torch.testing.assert_close(result.du_dt[rows], du_dt[rows], rtol=1e-4, atol=2e-5)
-            for name, parameter in model.named_parameters():
-                error = (parameter.grad - gradients[name]).norm() / gradients[name].norm().clamp(min=1e-5)
-                assert error < 1e-4, name
+        model.zero_grad()
+        result = objective(method, guidance or Guidance())(model, x, y, draws)
+        result.loss.backward()
+        torch.testing.assert_close(result.loss, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(result.u, u, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result.v_g, v_g, rtol=1e-4, atol=1e-5)
+        rows = slice(draws.n_fm, None)
+        torch.testing.assert_close(result.du_dt[rows], du_dt[rows], rtol=1e-4, atol=2e-5)
+        for name, parameter in model.named_parameters():
+            error = (parameter.grad - gradients[name]).norm() / gradients[name].norm().clamp(min=1e-5)
+            assert error < 1e-4, name
 
 
 def rows_of_calls(guidance: Guidance, tangent: str, drop: int) -> list[tuple[int, int | None]]:

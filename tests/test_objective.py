@@ -1,4 +1,4 @@
-"""The objective: both forms equal each other and an independent plain program, in every corner."""
+"""The objective equals an independent plain program, in every corner."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ import imf_kernels as ik
 from imf.model.config import IMFConfig
 from imf.networks import build
 from imf.objective.draws import Draws
-from imf.objective.imf_loss import improved_mean_flow, improved_mean_flow_plain
+from imf.objective.imf_loss import improved_mean_flow
 from imf.official.names import from_official
 
 CONFIG = IMFConfig(
@@ -74,7 +74,7 @@ CASES = [
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("batch", [1, 2, 5, 8])
 @pytest.mark.parametrize("case", CASES)
-def test_both_forms_equal_the_plain_program(case, batch, backend):
+def test_equals_the_plain_program(case, batch, backend):
     oracle = perturbed_oracle()
     model = build(CONFIG)
     model.forward = ik.use_backend(backend)(model.forward)
@@ -85,20 +85,18 @@ def test_both_forms_equal_the_plain_program(case, batch, backend):
     expected = plain_imf.official_step(oracle, x, y, draws)
     expected.loss.backward()
     gradients = from_official({name: p.grad for name, p in oracle.named_parameters()})
-    for form in (improved_mean_flow, improved_mean_flow_plain):
-        model.zero_grad()
-        result = form(model, x, y, draws)
-        result.loss.backward()
-        torch.testing.assert_close(result.loss, expected.loss, rtol=1e-5, atol=1e-6)
-        for name in ("loss_u", "loss_v", "u", "v", "v_g"):
-            torch.testing.assert_close(
-                getattr(result, name), getattr(expected, name).detach(), rtol=1e-4, atol=1e-5, msg=name
-            )
-        rows = slice(draws.n_fm if form is improved_mean_flow else 0, None)
-        torch.testing.assert_close(result.du_dt[rows], expected.du_dt[rows], rtol=1e-4, atol=1e-5)
-        for name, parameter in model.named_parameters():
-            error = (parameter.grad - gradients[name]).norm() / gradients[name].norm().clamp(min=1e-6)
-            assert error < 1e-5, name
+    result = improved_mean_flow(model, x, y, draws)
+    result.loss.backward()
+    torch.testing.assert_close(result.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    for name in ("loss_u", "loss_v", "u", "v", "v_g"):
+        torch.testing.assert_close(
+            getattr(result, name), getattr(expected, name).detach(), rtol=1e-4, atol=1e-5, msg=name
+        )
+    rows = slice(draws.n_fm, None)
+    torch.testing.assert_close(result.du_dt[rows], expected.du_dt[rows], rtol=1e-4, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        error = (parameter.grad - gradients[name]).norm() / gradients[name].norm().clamp(min=1e-6)
+        assert error < 1e-5, name
 
 
 def test_less_work_means_fewer_rows():
@@ -247,9 +245,8 @@ def test_draws_from_arguments_out_of_range_are_refused(change, message):
         ({"draws": None}, "draws must be a Draws, got a NoneType"),
     ],
 )
-@pytest.mark.parametrize("form", [improved_mean_flow, improved_mean_flow_plain])
-def test_batches_that_do_not_fit_are_refused(form, change, message):
+def test_batches_that_do_not_fit_are_refused(change, message):
     x = torch.zeros(4, 3, 4, 4)
     batch = {"x": x, "y": torch.zeros(4, dtype=torch.int64), "draws": Draws.sample(x, seed=0, step=0)}
     with pytest.raises((ValueError, TypeError), match=f"improved_mean_flow: {message}"):
-        form(build(CONFIG), **(batch | change))
+        improved_mean_flow(build(CONFIG), **(batch | change))

@@ -10,13 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny_run
 import torch
 from safetensors.torch import load_file
 from tiny_run import FAST, arguments, config, cut_short, differing, objective_that
 
 from imf import train
 from imf.program import StopSignals, UserError
-from imf.training import checkpoint, loop
+from imf.training import artifacts, checkpoint, loop
+from imf.training import setup as start
 
 TIMES = ("images_per_second", "elapsed")
 
@@ -32,9 +34,7 @@ def metrics(folder):
 
 def resumed(path, *options):
     """The run of `path` with command-line options, trained to its end."""
-    parser = train.argparse.ArgumentParser()
-    train.add_arguments(parser, config())
-    run = train.resume(path, parser.parse_args(list(options)))
+    run = tiny_run.resumed(path, *options)
     loop.fit(run)
     return run
 
@@ -42,7 +42,7 @@ def resumed(path, *options):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder of a run that nobody stopped."""
-    run = train.begin(config(runs=str(tmp_path_factory.mktemp("whole")), accumulate=2))
+    run = start.begin(config(runs=str(tmp_path_factory.mktemp("whole")), accumulate=2))
     loop.fit(run)
     return run.folder
 
@@ -70,7 +70,7 @@ def test_a_resumed_run_ends_with_the_same_bits(whole, cut, form, monkeypatch):
 
 
 def test_a_test_of_equal_bits_can_fail(whole, tmp_path):
-    run = train.begin(config(runs=str(tmp_path), accumulate=2, seed=1))
+    run = start.begin(config(runs=str(tmp_path), accumulate=2, seed=1))
     loop.fit(run)
     assert len(differing(final(run.folder), final(whole))) > 10
 
@@ -94,14 +94,14 @@ def test_stopping_saves_and_says_how_to_go_on(number, whole, tmp_path, monkeypat
 
 
 def test_a_signal_while_a_grid_is_drawn_loses_nothing(tmp_path, monkeypatch):
-    real = loop.draw
+    real = artifacts.draw
 
     def draw(run, path, steps=1):
         if run.state.step == 3:
             signal.raise_signal(signal.SIGINT)
         real(run, path, steps)
 
-    monkeypatch.setattr(loop, "draw", draw)
+    monkeypatch.setattr(artifacts, "draw", draw)
     options = arguments(runs=tmp_path, checkpoint_every=0, sample_every=1, log_every=2)
     assert train.main(options) == 128 + signal.SIGINT
     assert checkpoint.list_all(tmp_path / "digits") == [checkpoint.path_of(tmp_path / "digits", 3)]
@@ -112,7 +112,7 @@ def test_a_second_signal_acts_as_ever():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # processes beside a terminal may ignore it
     with pytest.raises(KeyboardInterrupt), StopSignals() as stop:
         signal.raise_signal(signal.SIGINT)
-        assert stop.received == signal.SIGINT
+        assert stop.noted == signal.SIGINT
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -212,7 +212,7 @@ def test_resume_without_a_path_takes_the_newest_run(whole, tmp_path, monkeypatch
         for path in checkpoint.list_all(tmp_path / name):
             os.utime(path, (1e9 - number, 1e9 - number))
     seen = []
-    monkeypatch.setattr(train, "finish", lambda run: seen.append(run.folder))
+    monkeypatch.setattr(artifacts, "finish", lambda run: seen.append(run.folder))
     assert train.main(["--resume", "--runs", str(tmp_path)]) == 0
     assert seen == [tmp_path / "new"]
     assert train.main(["--resume", "--runs", str(tmp_path / "none")]) == 1

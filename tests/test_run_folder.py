@@ -16,13 +16,14 @@ from tiny_run import arguments, config, cut_short, differing, objective_that
 from imf import train
 from imf.io import FolderInUse, locked
 from imf.program import UserError
-from imf.training import checkpoint, loop
+from imf.training import artifacts, checkpoint, loop
+from imf.training import setup as start
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder of a run that nobody stopped, with a picture after every second step."""
-    run = train.begin(config(runs=str(tmp_path_factory.mktemp("whole")), sample_every=2))
+    run = start.begin(config(runs=str(tmp_path_factory.mktemp("whole")), sample_every=2))
     loop.fit(run)
     return run.folder
 
@@ -210,7 +211,7 @@ def test_signals_after_the_last_step_and_a_second_one(number, tmp_path, monkeypa
         signal.raise_signal(number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate", scores)
+        patch.setattr(artifacts, "evaluate", scores)
         assert train.main(arguments(runs=tmp_path)) == 128 + number
     folder, error = tmp_path / "digits", capsys.readouterr().err
     assert f"--resume {folder}" in error and not (folder / "results.json").exists()

@@ -13,7 +13,7 @@ from imf import sample, train
 from imf.objective.draws import Draws
 from imf.objective.imf_loss import improved_mean_flow
 from imf.program import UserError
-from imf.training import checkpoint, loop
+from imf.training import artifacts, checkpoint, loop
 from imf.training import setup as start
 from imf.training.config import ema_decay, learning_rate
 from imf.training.log import Readback
@@ -64,10 +64,10 @@ def test_each_micro_batch_has_its_own_draws(monkeypatch):
     seen = []
 
     def loss_of(model, x, y, draws):
-        seen.append(draws.draws.t)
+        seen.append(draws.t)
         return improved_mean_flow(model, x, y, draws)
 
-    monkeypatch.setattr(loop, "objective", lambda *settings: loss_of)
+    monkeypatch.setattr(start, "objective", lambda *settings: loss_of)
     state, batches, c = state_and_data(accumulate=2)
     for _ in range(2):
         loop.training_step(state, batches, c, ALONE)
@@ -103,11 +103,11 @@ BAD = {
 
 @pytest.mark.parametrize("term", BAD)
 def test_the_gate_keeps_everything_from_a_step_that_is_not_finite(term, monkeypatch):
-    state, batches, c = state_and_data()
-    for _ in range(2):
-        loop.training_step(state, batches, c, ALONE)
-    before = tensors(state)
-    with objective_that(monkeypatch, lambda call, out: BAD[term](out) if call == 1 else out):
+    with objective_that(monkeypatch, lambda call, out: BAD[term](out) if call == 3 else out):
+        state, batches, c = state_and_data()
+        for _ in range(2):
+            loop.training_step(state, batches, c, ALONE)
+        before = tensors(state)
         assert not loop.training_step(state, batches, c, ALONE).isfinite().all()
         assert differing(before, tensors(state)) == []
         # The host may learn of it later only: the next steps, though finite, must change nothing either.
@@ -146,11 +146,11 @@ def test_a_checkpoint_waits_for_steps_that_were_not_checked(tmp_path, monkeypatc
         self._pending.append((step, terms, LateEvent()))
 
     monkeypatch.setattr(Readback, "push", push_late)
-    run = train.begin(config(runs=str(tmp_path), checkpoint_every=6))
     nan = BAD["loss"]
-    late = objective_that(monkeypatch, lambda call, out: nan(out) if call == 3 else out)
-    with late, pytest.raises(UserError, match="stopped at step 3: loss is nan"):
-        loop.fit(run)
+    with objective_that(monkeypatch, lambda call, out: nan(out) if call == 3 else out):
+        run = start.begin(config(runs=str(tmp_path), checkpoint_every=6))
+        with pytest.raises(UserError, match="stopped at step 3: loss is nan"):
+            loop.fit(run)
     assert run.state.step == 6  # the loop went on without waiting; the gate had closed
     assert checkpoint.list_all(run.folder) == []
 
@@ -209,7 +209,7 @@ def test_a_disk_too_full_for_the_checkpoint_too(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(checkpoint, "save_file", full)
         full()
 
-    monkeypatch.setattr(loop, "draw", full_from_now_on)
+    monkeypatch.setattr(artifacts, "draw", full_from_now_on)
     assert train.main(arguments(runs=tmp_path, sample_every=3)) == 1
     error, folder = capsys.readouterr().err, tmp_path / "digits"
     assert "could not write the checkpoint of step 3: " in error

@@ -18,20 +18,21 @@ from imf import train
 from imf.data.packed import PackedData
 from imf.model.imf import Block
 from imf.program import UserError
-from imf.training import checkpoint, loop
+from imf.training import artifacts, checkpoint, loop
+from imf.training import setup as start
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of a few steps."""
-    run = train.begin(config(runs=str(tmp_path_factory.mktemp("trained"))))
+    run = start.begin(config(runs=str(tmp_path_factory.mktemp("trained"))))
     loop.fit(run)
     return run
 
 
 @pytest.mark.parametrize("form", ["a run", "a checkpoint", "weights without a run", "latest weights alone"])
 def test_a_run_begins_with_the_averaged_weights_of_another(form, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "finish", lambda run: None)
+    monkeypatch.setattr(artifacts, "finish", lambda run: None)
     path = {"a run": trained.folder, "a checkpoint": checkpoint.path_of(trained.folder, 4)}.get(form)
     wanted = load_file(checkpoint.path_of(trained.folder, 4 if form == "a checkpoint" else 6))
     wanted = {name.removeprefix("ema."): x for name, x in wanted.items() if name.startswith("ema.")}
@@ -40,7 +41,7 @@ def test_a_run_begins_with_the_averaged_weights_of_another(form, trained, tmp_pa
         about = checkpoint.read_metadata(checkpoint.path_of(trained.folder, 6))
         kinds = {"model" if form.startswith("latest") else "ema": wanted}
         checkpoint.save_network(path, kinds, about)
-    run = train.begin(config(runs=str(tmp_path), init_from=str(path), seed=1, steps=1))
+    run = start.begin(config(runs=str(tmp_path), init_from=str(path), seed=1, steps=1))
     for network in (run.state.model, run.state.ema):
         assert all(torch.equal(x, wanted[name]) for name, x in network.state_dict().items())
     assert not run.state.optimizer.state and run.state.step == 0
@@ -172,7 +173,7 @@ def stub_of_wandb(calls):
 
 def test_weights_and_biases(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(train, "finish", lambda run: None)
+    monkeypatch.setattr(artifacts, "finish", lambda run: None)
     monkeypatch.setitem(sys.modules, "wandb", stub_of_wandb(calls))
     options = arguments(runs=tmp_path, wandb="project", log_every=3, steps=3)
     assert train.main(options) == 0
@@ -188,5 +189,5 @@ def test_weights_and_biases(tmp_path, monkeypatch):
 def test_weights_and_biases_is_asked_for_before_a_folder_is_made(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import of it fails
     with pytest.raises(UserError, match=r"--wandb needs the package wandb .*pip install -e '.\[wandb\]'"):
-        train.begin(config(runs=str(tmp_path), wandb="project"))
+        start.begin(config(runs=str(tmp_path), wandb="project"))
     assert not list(tmp_path.iterdir())

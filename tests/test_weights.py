@@ -9,7 +9,7 @@ from tiny_run import NETWORK, perturbed
 
 import imf_kernels as ik
 from imf.mean_flow.methods import METHODS, objective
-from imf.model.cast_weights import ALIGNMENT, made_once, operand
+from imf.model.cast_weights import ALIGNMENT, cast_once, cast_weight
 from imf.model.imf import Block
 from imf.objective.draws import Draws
 from imf.objective.imf_loss import Guidance
@@ -37,7 +37,7 @@ def test_a_step_rounds_each_weight_once_with_the_same_gradients(method, monkeypa
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "to", to)
-    with made_once():  # as an objective does on a GPU
+    with cast_once():  # as an objective does on a GPU
         loss, gradients = step_of(method)
     assert 0 < len(rounded) == len(set(rounded))
     rounded.clear()
@@ -78,17 +78,17 @@ def test_padding_the_mlp_changes_nothing_but_its_width(dtype, monkeypatch):
 
 def test_a_weight_is_made_anew_outside_and_in_the_next_block():
     weight = torch.nn.Parameter(torch.ones(2, 3))
-    with made_once():
+    with cast_once():
         with torch.no_grad():
-            first = operand(weight, torch.bfloat16)
-        assert operand(weight, torch.bfloat16) is first and first.requires_grad
-        assert operand(weight, torch.float16) is not first
+            first = cast_weight(weight, torch.bfloat16)
+        assert cast_weight(weight, torch.bfloat16) is first and first.requires_grad
+        assert cast_weight(weight, torch.float16) is not first
     with torch.no_grad():
         weight.add_(1)
-    with made_once():
-        assert operand(weight, torch.bfloat16).tolist() == [[2.0] * 3] * 2
-        assert operand(weight, None) is weight is operand(weight, torch.float32)
-    assert operand(weight, torch.bfloat16) is weight  # the product rounds it
+    with cast_once():
+        assert cast_weight(weight, torch.bfloat16).tolist() == [[2.0] * 3] * 2
+        assert cast_weight(weight, None) is weight is cast_weight(weight, torch.float32)
+    assert cast_weight(weight, torch.bfloat16) is weight  # the product rounds it
     first.sum().backward()
     assert weight.grad.dtype == torch.float32 and weight.grad.tolist() == [[1.0] * 3] * 2
 
@@ -97,7 +97,7 @@ def test_blocks_of_a_network_share_a_graph_when_compiled():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     x, angles = torch.randn(2, 5, 32), torch.zeros(5, 16)
-    with made_once(), torch.no_grad():
+    with cast_once(), torch.no_grad():
         for _ in range(10):  # more than PyTorch compiles a function for
             block = Block(ODD)
             run = torch.compile(block.forward, fullgraph=True, backend=counter)

@@ -1,5 +1,6 @@
 """Runs small enough to train in a test, shared by the tests of training, resuming and checkpoints."""
 
+import argparse
 import contextlib
 import itertools
 import shutil
@@ -7,13 +8,13 @@ import shutil
 import torch
 
 from imf import data
-from imf.distributed import Processes
+from imf.distributed import DistributedContext
 from imf.mean_flow.methods import network_of
 from imf.model.config import IMFConfig
 from imf.networks import build
-from imf.training import checkpoint, loop
+from imf.training import checkpoint
 from imf.training import setup as start
-from imf.training.config import TrainConfig
+from imf.training.config import TrainConfig, add_arguments
 
 NETWORK = IMFConfig(
     input_size=8,
@@ -78,7 +79,16 @@ def cut_short(whole, folder, *, lines):
     return folder
 
 
-ALONE = Processes()
+ALONE = DistributedContext()
+
+
+def resumed(path, *options, context=ALONE):
+    """The run of `path` with command-line options."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, config())
+    parser.add_argument("--resume")
+    found = parser.parse_args(["--resume", str(path), *options])
+    return start.resume(*start.find_resumed(found), found, context)
 
 
 def state_and_data(**changes):
@@ -112,8 +122,8 @@ def differing(a, b):
 
 @contextlib.contextmanager
 def objective_that(monkeypatch, change):
-    """Within it training gets change(number of the call, result) for each result of the objective."""
-    real, calls = loop.objective, []
+    """Within it a run that begins gets change(call number, result) for each result of the objective."""
+    real, calls = start.objective, []
 
     def changed(*settings):
         def loss_of(*batch):
@@ -123,5 +133,5 @@ def objective_that(monkeypatch, change):
         return loss_of
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "objective", changed)
+        patch.setattr(start, "objective", changed)
         yield

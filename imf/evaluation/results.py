@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imf.distributed import Processes
+from imf.distributed import DistributedContext
 from imf.evaluation.fid import Moments, Statistics, frechet_distance, inception_score
 from imf.evaluation.inception import Extractor
 from imf.evaluation.samples import different
@@ -46,7 +46,7 @@ class Row:
 
 
 def measure(
-    images: Iterable[Tensor], extractor: Extractor, processes: Processes, width: int | None = None
+    images: Iterable[Tensor], extractor: Extractor, processes: DistributedContext, width: int | None = None
 ) -> tuple[Statistics | None, Tensor | None]:
     """Statistics and logits of all processes' images together, on the first process; elsewhere (None, None).
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from imf.mean_flow.objective import mean_flow
 from imf.model.config import IMFConfig
 from imf.objective.draws import Draws
-from imf.objective.imf_loss import Guidance, Loss, Prepared, improved_mean_flow
+from imf.objective.imf_loss import Guidance, Loss, StepDraws, improved_mean_flow
 
-Objective = Callable[[nn.Module, Tensor, Tensor, Draws | Prepared], Loss]
+Objective = Callable[[nn.Module, Tensor, Tensor, Draws | StepDraws], Loss]
 
 
 @dataclass(frozen=True)

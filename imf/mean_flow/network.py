@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import imf_kernels as ik
-from imf.model.cast_weights import operand
+from imf.model.cast_weights import cast_weight
 from imf.model.config import (
     CLASS_TOKENS,
     OMEGA_TOKENS,
@@ -106,16 +106,16 @@ class Block(nn.Module):
         return ik.gated_residual(x, self._mlp(y, dtype), self.mlp_scale)
 
     def _attention(self, y: Tensor | Dual, dtype: torch.dtype | None) -> Any:
-        y = ik.linear(y, operand(self.qkv.weight, dtype), self.qkv.bias)
+        y = ik.linear(y, cast_weight(self.qkv.weight, dtype), self.qkv.bias)
         q, k, v = ik.linear_map(lambda a: heads_of_qkv(a, self.heads), y)
         y = ik.scaled_dot_product_attention(q, k, v)
         y = ik.linear_map(lambda a: a.transpose(1, 2).flatten(2), y)
-        return ik.linear(y, operand(self.out.weight, dtype), self.out.bias)
+        return ik.linear(y, cast_weight(self.out.weight, dtype), self.out.bias)
 
     def _mlp(self, y: Tensor | Dual, dtype: torch.dtype | None) -> Any:
-        y = ik.linear(y, operand(self.up.weight, dtype), self.up.bias)
+        y = ik.linear(y, cast_weight(self.up.weight, dtype), self.up.bias)
         y = ik.gelu(y, approximate="tanh")
-        return ik.linear(y, operand(self.down.weight, dtype), self.down.bias)
+        return ik.linear(y, cast_weight(self.down.weight, dtype), self.down.bias)
 
 
 class FinalLayer(nn.Module):

@@ -18,17 +18,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from imf.objective.draws import Draws
+from imf.model.config import config_of
+from imf.objective.draws import Draws, Guidance, StepDraws
 from imf.objective.imf_loss import (
-    Guidance,
     Loss,
-    Prepared,
     adaptive,
+    cast_once_on_gpus,
     check_batch,
-    evaluated,
+    guided_velocity,
+    instantaneous_velocities,
     interpolate,
-    rounded_once,
-    target,
+    squared_error,
 )
 from imf_kernels import Dual
 
@@ -37,18 +37,18 @@ def mean_flow(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    draws: Draws | Prepared,
+    draws: Draws | StepDraws,
     *,
     guidance: Guidance,
     tangent: str = "v_g",
     norm_eps: float = 0.01,
     norm_p: float = 1.0,
 ) -> Loss:
-    """One evaluation of the objective, equal to the official program's and with less work.
+    """Evaluates the objective, equal to the official program's and with less work.
 
     What is left out has no effect on the result: tangents and v_c on FM rows (there t = r, and v_c is
     the network's own u), v_u where it is not used (dropped rows, rows outside the interval, 1 − ω − κ = 0),
-    v_c behind the FM rows where κ = 0 and it is no tangent.
+    v_c after the FM rows where κ = 0 and it is no tangent.
 
     Args:
         model: a network without guidance as an input; its `config.num_classes` is the null label.
@@ -62,72 +62,25 @@ def mean_flow(
     Raises:
         ValueError, TypeError: as `imf.objective.imf_loss.improved_mean_flow`, and for another tangent.
     """
-    null, step = _check(model, x, y, draws, tangent, guidance)
-    draws, c_rows = step.draws, step.c_rows
-    if guidance.kappa == 0 and tangent == "v_g":
-        c_rows = c_rows[:0]
-    n_fm, t, h = draws.n_fm, draws.t, draws.t - draws.r
-    z, v_t = interpolate(x, draws)
-    with rounded_once(model, x):
-        v_c, v_u = evaluated(model, z, y, draws, c_rows, step.u_rows, "u")
-        direction = (v_c if tangent == "v_c" else target(v_t, v_c, v_u, step))[n_fm:]
-
-        one, labels = torch.ones_like(t[n_fm:]), y.masked_fill(draws.drop, null)
-        given = draws.omega, draws.t_min, draws.t_max, labels
-        u = model(Dual(z, direction), Dual(t, one), Dual(h, one), *given, heads="u")
-
-    v_c[:n_fm] = u.primal.detach()[:n_fm]
-    v_g = target(v_t, v_c, v_u, step)
-    return _loss(u.primal, v_t, h, u.tangent.detach(), v_g, norm_eps, norm_p)
-
-
-def mean_flow_plain(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    draws: Draws | Prepared,
-    *,
-    guidance: Guidance,
-    tangent: str = "v_g",
-    norm_eps: float = 0.01,
-    norm_p: float = 1.0,
-) -> Loss:
-    """The same objective in the official program's own form: every row gets v_c, v_u and a tangent.
-
-    Costs more and gives the same loss and gradients; here for comparison. Arguments and result as of
-    `mean_flow`, but `du_dt` is computed on every row.
-    """
-    null, step = _check(model, x, y, draws, tangent, guidance)
-    draws = step.draws
-    t, h, every = draws.t, draws.t - draws.r, torch.arange(x.shape[0], device=x.device)
-    z, v_t = interpolate(x, draws)
-    v_c, v_u = evaluated(model, z, y, draws, every, every, "u")
-    v_g = target(v_t, v_c, v_u, step)
-    direction = v_c if tangent == "v_c" else v_g
-    one, labels = torch.ones_like(t), y.masked_fill(draws.drop, null)
-    given = draws.omega, draws.t_min, draws.t_max, labels
-    u = model(Dual(z, direction), Dual(t, one), Dual(h, one), *given, heads="u")
-    return _loss(u.primal, v_t, h, u.tangent.detach(), v_g, norm_eps, norm_p)
-
-
-def _check(
-    model: nn.Module, x: Tensor, y: Tensor, draws: Draws | Prepared, tangent: str, guidance: Guidance
-) -> tuple[int, Prepared]:
     if tangent not in ("v_g", "v_c"):
         raise ValueError(f"mean_flow: tangent must be 'v_g' or 'v_c', got {tangent!r}")
-    return check_batch("mean_flow", model, x, y, draws, guidance)
+    step = check_batch("mean_flow", model, x, y, draws, guidance)
+    draws, null = step.draws, config_of(model).num_classes
+    fm, after = slice(draws.n_fm), slice(draws.n_fm, None)
+    t, h, one = draws.t, draws.t - draws.r, torch.ones_like(draws.t)
+    conditions = draws.omega, draws.t_min, draws.t_max, y.masked_fill(draws.drop, null)
+    c_rows = step.c_rows[:0] if guidance.kappa == 0 and tangent == "v_g" else step.c_rows
 
+    z, v_t = interpolate(x, draws)
+    with cast_once_on_gpus(model, x):
+        v_c, v_u = instantaneous_velocities(model, z, y, step, c_rows, head="u")
+        direction = (v_c if tangent == "v_c" else guided_velocity(v_t, v_c, v_u, step))[after]
+        u = model(Dual(z, direction), Dual(t, one[after]), Dual(h, one[after]), *conditions, heads="u")
+    v_c[fm] = u.primal.detach()[fm]
+    v_g = guided_velocity(v_t, v_c, v_u, step)
+    du_dt = u.tangent.detach()
+    error = squared_error(u.primal + h[:, None, None, None] * du_dt, v_g)
 
-def _loss(
-    u: Tensor, v_t: Tensor, h: Tensor, du_dt: Tensor, v_g: Tensor, norm_eps: float, norm_p: float
-) -> Loss:
-    squares = (u + h[:, None, None, None] * du_dt - v_g).square().flatten(1).sum(1)
-    return Loss(
-        loss=adaptive(squares, norm_eps, norm_p).mean(),
-        loss_u=squares.detach().mean() / u[0].numel(),
-        loss_v=(u.detach() - v_t).square().mean(),
-        u=u.detach(),
-        v=None,
-        du_dt=du_dt,
-        v_g=v_g,
-    )
+    loss_u, loss_v = error.detach().mean() / x[0].numel(), (u.primal.detach() - v_t).square().mean()
+    loss = adaptive(error, norm_eps, norm_p).mean()
+    return Loss(loss, loss_u, loss_v, u.primal.detach(), None, du_dt, v_g)

@@ -17,7 +17,7 @@ _made: ContextVar[dict[tuple[int, torch.dtype], Tensor] | None] = ContextVar("_m
 
 
 @contextlib.contextmanager
-def made_once() -> Iterator[None]:
+def cast_once() -> Iterator[None]:
     """Within it a weight is rounded once, for all passes and their backward; the weights must not change.
 
     Holds the rounded weights of all blocks until backward is done: for GPUs (on a CPU new memory costs more
@@ -30,12 +30,12 @@ def made_once() -> Iterator[None]:
         _made.reset(token)
 
 
-def operand(
+def cast_weight(
     weight: Tensor, dtype: torch.dtype | None, padded: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
     """A weight for a product with operands of `dtype`; gradients flow through, and come out in its own.
 
-    Within `made_once` rounded to it; elsewhere not yet: `imf_kernels.linear` rounds at each use.
+    Within `cast_once` rounded to it; elsewhere not yet: `imf_kernels.linear` rounds at each use.
 
     dtype: None for the weight's own, which is then taken as it is.
     padded: applied to the weight.

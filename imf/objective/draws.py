@@ -1,4 +1,4 @@
-"""The random numbers of a training step, as a value."""
+"""The random numbers of a training step, and what follows from them before the step runs."""
 
 from __future__ import annotations
 
@@ -148,6 +148,94 @@ class Draws:
         """The same with every tensor on `device`; does not wait for it."""
         names = [f.name for f in fields(self) if f.name != "n_fm"]
         return Draws(**{n: getattr(self, n).to(device, non_blocking=True) for n in names}, n_fm=self.n_fm)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Guidance that is fixed in training, for networks without ω as an input.
+
+    v_g = ω v_t + κ v_c + (1 − ω − κ) v_u where t_min ≤ t ≤ t_max, else v_t: a guidance scale of ω / (1 − κ).
+
+    Raises: ValueError, naming the argument, unless ω > 0, 0 ≤ κ < 1, 0 ≤ t_min ≤ t_max ≤ 1.
+    """
+
+    omega: float = 1.0
+    kappa: float = 0.5
+    t_min: float = 0.0
+    t_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, holds, wanted in (
+            ("omega", 0 < self.omega < math.inf, "above 0 and finite"),
+            ("kappa", 0 <= self.kappa < 1, "in [0, 1)"),
+            ("t_min", 0 <= self.t_min <= 1, "in [0, 1]"),
+            ("t_max", self.t_min <= self.t_max <= 1, f"in [t_min, 1] = [{self.t_min:g}, 1]"),
+        ):
+            if not holds:
+                raise ValueError(f"Guidance: {name} must be {wanted}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class StepDraws:
+    """A step's draws on the batch's device, with what the host computes so that nothing synchronises.
+
+    Attributes:
+        draws: with every tensor on the device.
+        alpha, kappa: [B], weights of the target v_g = v_t + α (v_t − v_u) + κ (v_c − v_u); 0 on dropped rows.
+        omega: [B], ω' : ω inside the guidance interval, 1 outside.
+        c_rows: [B − n_fm] in int64, the rows after the FM rows.
+        u_rows: [G] in int64, the rows whose target contains v_u, some of them repeated.
+    """
+
+    draws: Draws
+    alpha: Tensor
+    kappa: Tensor
+    omega: Tensor
+    c_rows: Tensor
+    u_rows: Tensor
+
+    @staticmethod
+    def of(draws: Draws, guidance: Guidance | None, device: torch.device) -> StepDraws:
+        """Moves draws to `device`; with draws on the CPU nothing here waits for it."""
+        inside = (draws.t_min <= draws.t) & (draws.t <= draws.t_max)
+        # Not torch.where, which copies its number to a GPU and waits for that.
+        omega = draws.omega.masked_fill(~inside, 1.0)
+        if guidance is None:
+            alpha, kappa = torch.zeros_like(omega), 1 - 1 / omega
+        else:
+            inside = (guidance.t_min <= draws.t) & (draws.t <= guidance.t_max)
+            alpha, kappa = (inside.to(omega.dtype) * w for w in (guidance.omega - 1, guidance.kappa))
+        alpha, kappa = (w.masked_fill(draws.drop, 0.0) for w in (alpha, kappa))
+        c_rows = torch.arange(draws.n_fm, len(draws.t), device=draws.t.device)
+        small = alpha, kappa, omega, c_rows, _rows_of_v_u(alpha + kappa)
+        return StepDraws(draws.to(device), *(x.to(device, non_blocking=True) for x in small))
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in a fixed order."""
+        own = [value for value in vars(self).values() if isinstance(value, Tensor)]
+        return own + [value for value in vars(self.draws).values() if isinstance(value, Tensor)]
+
+
+def _rows_of_v_u(coefficient: Tensor) -> Tensor:
+    """Rows where it is not 0, the last one repeated up to a multiple of an eighth of the batch.
+
+    Computing a row twice changes nothing; a new number of rows at every step would cost matrix products that
+    tune themselves for each shape more than the rows do.
+    """
+    rows, batch = coefficient.nonzero().squeeze(1), len(coefficient)
+    eighth = max(1, batch // 8)
+    return repeated(rows, min(batch, -(-len(rows) // eighth) * eighth))
+
+
+def sizes_of_v_u(batch: int) -> list[int]:
+    """Numbers of rows, ascending, for which CUDA graphs are captured; the last is the batch."""
+    return sorted({-(-batch * eighths // 8) for eighths in (5, 6, 7, 8)})
+
+
+def repeated(rows: Tensor, count: int) -> Tensor:
+    """[count]: `rows` padded with its last one; an empty `rows` with the batch's first."""
+    last = rows[-1:] if len(rows) else rows.new_zeros(1)
+    return torch.cat([rows, last.expand(count - len(rows))])
 
 
 def _require(condition: bool, name: str, wanted: str, got: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
@@ -40,12 +40,25 @@ ROUNDING = ("sharding", "compile", "checkpointing", "cuda_graphs")
 
 MOST_THREADS = 4096  # a larger number is a mistake: OpenMP ends the process where it cannot start as many
 MOST_FP32 = torch.finfo(torch.float32).max
-MOST_ROWS = 2**20  # images of a step
-MOST_STEPS = 2**40  # and all that is counted in steps; micro steps then fit in 64 bits
+MOST_STEPS = 2**40  # of all that is counted in steps; micro-batches then fit in 64 bits
+
+Bound = tuple[str, Callable[[Any], bool]]  # text for messages, and whether a value is within
 
 
-def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": text, "choices": choices})
+def _at_most(most: int) -> Bound:
+    return f"at most {most}", lambda x: x <= most
+
+
+AT_LEAST_0: Bound = ("at least 0", lambda x: x >= 0)
+AT_LEAST_1: Bound = ("at least 1", lambda x: x >= 1)
+ABOVE_0: Bound = ("above 0", lambda x: x > 0)
+SHARE: Bound = ("in [0, 1]", lambda x: 0 <= x <= 1)
+BELOW_1: Bound = ("in [0, 1)", lambda x: 0 <= x < 1)
+STEPS: Bound = _at_most(MOST_STEPS)
+
+
+def _option(default: Any, text: str, *bounds: Bound, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices, "bounds": bounds})
 
 
 @dataclass(frozen=True)
@@ -56,7 +69,9 @@ class TrainConfig:
     """
 
     method: str = _option(
-        "imf", "objective and form of the network, see imf.mean_flow.methods; sizes stay", tuple(METHODS)
+        "imf",
+        "objective and form of the network, see imf.mean_flow.methods; sizes stay",
+        choices=tuple(METHODS),
     )
     data: str = _option("digits", "digits, or a folder that imf.data.prepare wrote")
     name: str = _option(
@@ -68,27 +83,31 @@ class TrainConfig:
         "weights to begin with: a run's folder, a checkpoint, or what imf.convert wrote; empty: fresh ones",
     )
 
-    steps: int = _option(500, "optimizer steps")
-    batch_size: int = _option(128, "images per optimizer step")
+    steps: int = _option(500, "optimizer steps", AT_LEAST_1, STEPS)
+    batch_size: int = _option(128, "images per optimizer step", AT_LEAST_1, _at_most(2**20))
     accumulate: int = _option(
-        1, "micro-batches per step; their gradients are averaged; divides the batch size"
+        1, "micro-batches per step; their gradients are averaged; divides the batch size", AT_LEAST_1
     )
-    lr: float = _option(4e-3, "peak learning rate of AdamW")
-    warmup_steps: int = _option(50, "steps of linear warm-up; the first step has learning rate 0")
-    decay: str = _option("cosine", "how the learning rate ends", ("constant", "linear", "cosine"))
-    decay_fraction: float = _option(1.0, "share of the steps, at the end, over which it decays to 0")
-    beta1: float = _option(0.9, "AdamW: decay of the first moment")
-    beta2: float = _option(0.95, "AdamW: decay of the second moment")
-    eps: float = _option(1e-8, "AdamW: epsilon")
-    weight_decay: float = _option(0.0, "AdamW: decoupled weight decay")
-    ema_decay: float = _option(0.99, "decay of the moving average of the weights, after its warm-up")
-    ema_warmup: float = _option(10.0, "decay at step t is at most (1 + t) / (ema_warmup + t)")
+    lr: float = _option(4e-3, "peak learning rate of AdamW", ABOVE_0)
+    warmup_steps: int = _option(
+        50, "steps of linear warm-up; the first step has learning rate 0", AT_LEAST_0, STEPS
+    )
+    decay: str = _option("cosine", "how the learning rate ends", choices=("constant", "linear", "cosine"))
+    decay_fraction: float = _option(
+        1.0, "share of the steps, at the end, over which it decays to 0", ("in (0, 1]", lambda x: 0 < x <= 1)
+    )
+    beta1: float = _option(0.9, "AdamW: decay of the first moment", BELOW_1)
+    beta2: float = _option(0.95, "AdamW: decay of the second moment", BELOW_1)
+    eps: float = _option(1e-8, "AdamW: epsilon", ABOVE_0)
+    weight_decay: float = _option(0.0, "AdamW: decoupled weight decay", AT_LEAST_0)
+    ema_decay: float = _option(0.99, "decay of the moving average of the weights, after its warm-up", BELOW_1)
+    ema_warmup: float = _option(10.0, "decay at step t is at most (1 + t) / (ema_warmup + t)", AT_LEAST_1)
 
-    fm_fraction: float = _option(0.5, "share of rows with r = t, plain flow matching")
-    drop_probability: float = _option(0.1, "probability that a row's label is dropped")
+    fm_fraction: float = _option(0.5, "share of rows with r = t, plain flow matching", SHARE)
+    drop_probability: float = _option(0.1, "probability that a row's label is dropped", SHARE)
     time_mean: float = _option(-0.4, "t and r are sigmoid of a normal variable of this mean")
-    time_std: float = _option(1.6, "and this standard deviation")
-    omega_max: float = _option(8.0, "guidance scales are drawn from [1, omega_max]")
+    time_std: float = _option(1.6, "and this standard deviation", AT_LEAST_0)
+    omega_max: float = _option(8.0, "guidance scales are drawn from [1, omega_max]", AT_LEAST_1)
     omega_exponent: float = _option(3.0, "with density proportional to omega ** -omega_exponent")
     fixed_omega: float = _option(1.0, "methods without omega as an input: weight of v_t in their guidance")
     fixed_kappa: float = _option(
@@ -97,34 +116,45 @@ class TrainConfig:
     fixed_t_min: float = _option(0.0, "start of the interval of that guidance")
     fixed_t_max: float = _option(1.0, "end of the interval of that guidance")
 
-    seed: int = _option(0, "seed of the initial weights, the data order, the draws and the samples")
+    seed: int = _option(
+        0,
+        "seed of the initial weights, the data order, the draws and the samples",
+        AT_LEAST_0,
+        ("below 2 ** 63", lambda x: x < 2**63),
+    )
     precision: str = _option(
         "auto",
         "operands of GEMMs and attention; auto: what this processor is fast at",
-        ("auto", "fp32", "bf16"),
+        choices=("auto", "fp32", "bf16"),
     )
     backend: str = _option(
-        "auto", "kernels; auto: the first that can run", ("auto", "reference", "cpu", "triton", "cuda")
+        "auto",
+        "kernels; auto: the first that can run",
+        choices=("auto", "reference", "cpu", "triton", "cuda"),
     )
     device: str = _option("auto", "auto, cpu, cuda or cuda:<index>; auto: cuda where there is one")
     sharding: str = _option(
-        "ddp", "under torchrun; ddp: a copy of all in each process, fsdp: a part", ("ddp", "fsdp")
+        "ddp", "under torchrun; ddp: a copy of all in each process, fsdp: a part", choices=("ddp", "fsdp")
     )
     compile: bool = _option(False, "compile the blocks of the network by torch.compile")
     checkpointing: bool = _option(False, "keep no activations inside blocks: backward recomputes them")
     cuda_graphs: bool = _option(
         False, "replay steps as CUDA graphs: one process on a GPU, without accumulation or checkpointing"
     )
-    threads: int = _option(0, "threads of PyTorch and of the kernels; 0: as PyTorch chooses")
+    threads: int = _option(
+        0, "threads of PyTorch and of the kernels; 0: as PyTorch chooses", AT_LEAST_0, _at_most(MOST_THREADS)
+    )
 
     omega: float = _option(1.3, "guidance scale of samples while and after training, where an input")
     t_min: float = _option(0.2, "start of the guidance interval of these samples")
     t_max: float = _option(0.8, "end of the guidance interval of these samples")
 
-    log_every: int = _option(10, "steps between lines of metrics.jsonl")
-    sample_every: int = _option(100, "steps between sample grids; 0: none while training")
-    checkpoint_every: int = _option(100, "steps between checkpoints; 0: only at the end and on Ctrl-C")
-    keep_checkpoints: int = _option(2, "checkpoints kept, the newest first")
+    log_every: int = _option(10, "steps between lines of metrics.jsonl", AT_LEAST_1, STEPS)
+    sample_every: int = _option(100, "steps between sample grids; 0: none while training", AT_LEAST_0, STEPS)
+    checkpoint_every: int = _option(
+        100, "steps between checkpoints; 0: only at the end and on Ctrl-C", AT_LEAST_0, STEPS
+    )
+    keep_checkpoints: int = _option(2, "checkpoints kept, the newest first", AT_LEAST_1)
     tensorboard: bool = _option(True, "write TensorBoard events beside metrics.jsonl")
     wandb: str = _option("", "project of Weights & Biases to log to as well; empty: none")
 
@@ -143,14 +173,8 @@ class TrainConfig:
             if kind is float:
                 _require_finite(option.name, value)
                 object.__setattr__(self, option.name, float(value))  # an integer may exceed what tensors take
-        for name in ("steps", "batch_size", "accumulate", "log_every", "keep_checkpoints"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("warmup_steps", "sample_every", "checkpoint_every", "seed", "threads", "weight_decay"):
-            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        _require(self.threads <= MOST_THREADS, "threads", f"at most {MOST_THREADS}", self.threads)
-        _require(self.batch_size <= MOST_ROWS, "batch_size", f"at most {MOST_ROWS}", self.batch_size)
-        for name in ("steps", "warmup_steps", "log_every", "sample_every", "checkpoint_every"):
-            _require(getattr(self, name) <= MOST_STEPS, name, f"at most {MOST_STEPS}", getattr(self, name))
+            for wanted, within in option.metadata.get("bounds", ()):
+                _require(within(value), option.name, wanted, value)
         _require(
             self.batch_size % self.accumulate == 0,
             "accumulate",
@@ -160,23 +184,12 @@ class TrainConfig:
         if self.cuda_graphs:
             _require(self.accumulate == 1, "accumulate", "1 with cuda_graphs", self.accumulate)
             _require(not self.checkpointing, "checkpointing", "off with cuda_graphs", self.checkpointing)
-        _require(self.lr > 0, "lr", "above 0", self.lr)
-        _require(self.eps > 0, "eps", "above 0", self.eps)
-        for name in ("beta1", "beta2", "ema_decay"):
-            _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
-        _require(0 < self.decay_fraction <= 1, "decay_fraction", "in (0, 1]", self.decay_fraction)
-        for name in ("fm_fraction", "drop_probability"):
-            _require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
-        _require(self.time_std >= 0, "time_std", "at least 0", self.time_std)
-        _require(self.omega_max >= 1, "omega_max", "at least 1", self.omega_max)
         _require(
             (1 - self.omega_exponent) * math.log(self.omega_max) <= MAX_LOG_POWER,
             "omega_exponent",
             f"such that omega_max ** (1 - omega_exponent) is at most e ** {MAX_LOG_POWER}",
             self.omega_exponent,
         )
-        _require(self.seed < 2**63, "seed", "below 2 ** 63", self.seed)
-        _require(self.ema_warmup >= 1, "ema_warmup", "at least 1", self.ema_warmup)
         check_guidance(self.omega, self.t_min, self.t_max)
         fixed = {name: getattr(self, f"fixed_{name}") for name in ("omega", "kappa", "t_min", "t_max")}
         try:
@@ -213,6 +226,11 @@ class TrainConfig:
     def micro_batch_size(self) -> int:
         """Images per forward and backward pass."""
         return self.batch_size // self.accumulate
+
+    @staticmethod
+    def is_due(every: int, step: int) -> bool:
+        """Whether what happens `every` steps (0: never) follows step `step`."""
+        return every > 0 and step % every == 0
 
     @property
     def draws(self) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imf.objective.imf_loss import Prepared, repeated, sizes_of_v_u
+from imf.objective.draws import Draws, Guidance, StepDraws, repeated, sizes_of_v_u
 
 # What a graph is made of: (x, y, the prepared draws, learning rate, decay of the average) → terms.
-Update = Callable[[Tensor, Tensor, Prepared, Any, Any], Tensor]
+Update = Callable[[Tensor, Tensor, StepDraws, Any, Any], Tensor]
 
 
 class CudaGraph:
@@ -63,18 +63,21 @@ class StepGraphs:
         changes.
     """
 
-    def __init__(self, update: Update, batch: int, device: torch.device) -> None:
+    def __init__(
+        self, update: Update, batch: int, device: torch.device, guidance: Guidance | None = None
+    ) -> None:
         self.update = update
-        self.device = device
+        self.device, self.guidance = device, guidance
         self.waiting = sizes_of_v_u(batch)[::-1]  # sizes not yet met, the largest first
         self.warm: list[int] = []
-        self.inputs: dict[int, tuple[Tensor, Tensor, Prepared]] = {}
+        self.inputs: dict[int, tuple[Tensor, Tensor, StepDraws]] = {}
         self.recorded: dict[int, CudaGraph] = {}
         self.rates = torch.zeros((), device=device), torch.zeros((), device=device)
         # A single one: PyTorch's allocator reuses memory freed on a stream on that stream only.
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __call__(self, x: Tensor, y: Tensor, step: Prepared, rate: float, decay: float) -> Tensor:
+    def __call__(self, x: Tensor, y: Tensor, draws: Draws | StepDraws, rate: float, decay: float) -> Tensor:
+        step = draws if isinstance(draws, StepDraws) else StepDraws.of(draws, self.guidance, self.device)
         needed = len(step.u_rows)
         for scalar, value in zip(self.rates, (rate, decay), strict=True):
             scalar.fill_(value)
@@ -97,7 +100,7 @@ class StepGraphs:
             mine.copy_(new, non_blocking=True)
         return self.recorded[size].replay().clone()
 
-    def _outside(self, x: Tensor, y: Tensor, step: Prepared) -> Tensor:
+    def _outside(self, x: Tensor, y: Tensor, step: StepDraws) -> Tensor:
         """Runs the step eagerly, on the stream that later captures it."""
         if self.stream is None:
             return self.update(x, y, step, *self.rates)
@@ -109,11 +112,11 @@ class StepGraphs:
         return result
 
 
-def _sized(step: Prepared, size: int) -> Prepared:
+def _sized(step: StepDraws, size: int) -> StepDraws:
     return replace(step, u_rows=repeated(step.u_rows, size))
 
 
-def _copy(step: Prepared) -> Prepared:
+def _copy(step: StepDraws) -> StepDraws:
     changes: dict[str, Any] = {name: x.clone() for name, x in vars(step).items() if isinstance(x, Tensor)}
     draws: dict[str, Any] = {name: x.clone() for name, x in vars(step.draws).items() if isinstance(x, Tensor)}
     return replace(step, draws=replace(step.draws, **draws), **changes)

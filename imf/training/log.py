@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import re
-import shlex
 import sys
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from imf.distributed import DistributedContext
 from imf.io import naming, replacing
 from imf.program import UserError
 from imf.training.config import TrainConfig, ema_decay, learning_rate, to_dict
@@ -28,67 +29,38 @@ BAR = "{desc} {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}, {elapsed}<{rem
 TERMS = ("loss", "loss_u", "loss_v", "gradient norm")  # what a training step reports
 
 
-def create_folder(config: TrainConfig) -> Path:
-    """A new, empty folder for a run: `<runs>/<name>`, or the name of the data with the first free number.
-
-    Raises: UserError if a name was given and its folder is taken, or `runs` cannot be a folder.
-    """
-    runs = Path(config.runs)
-    try:
-        runs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--runs must be a folder or a path where one can be made, got {runs} ({error.strerror})"
-        ) from error
-    number, data = 1, Path(config.data).resolve().name
-    while True:
-        folder = runs / (config.name or (data if number == 1 else f"{data}-{number}"))
-        try:
-            folder.mkdir()
-            break
-        except FileExistsError:
-            if config.name:
-                raise UserError(
-                    f"{folder} exists already; continue it with --resume {folder}, or choose another --name"
-                ) from None
-            number += 1
-        except OSError as error:
-            raise UserError(
-                f"{folder} could not be made ({error.strerror}); choose another --runs or --name"
-            ) from error
-    (folder / "checkpoints").mkdir()
-    (folder / "samples").mkdir()
-    return folder
-
-
-def newest(runs: Path) -> Path:
-    """The run in `runs` that wrote a checkpoint last; UserError if there is none."""
-    checkpoints = [path for path in runs.glob("*/checkpoints/step-*.safetensors") if path.is_file()]
-    if not checkpoints:
-        raise UserError(
-            f"--resume: no checkpoint in {runs}/*/checkpoints; pass a run's folder or a checkpoint"
-        )
-    return max(checkpoints, key=lambda path: path.stat().st_mtime).parent.parent
-
-
-def not_finite(step: int, terms: list[float]) -> str:
-    """Why training stopped: which of the TERMS of step number `step` are not finite."""
+def check_finite(step: int, terms: list[float]) -> None:
+    """Raises UserError, naming them, unless all TERMS of step number `step` are finite."""
     named = dict(zip(TERMS, terms, strict=True))
     bad = ", ".join(f"{name} is {value}" for name, value in named.items() if not math.isfinite(value))
     fine = ", ".join(f"{name} {value:.4g}" for name, value in named.items() if math.isfinite(value))
-    return (
-        f"stopped at step {step}: {bad}{f' ({fine})' if fine else ''}. Nothing of it went into the weights. "
-        f"Going on repeats its draws; a new run with a lower --lr, or --precision fp32, may get past it."
-    )
+    if bad:
+        raise UserError(
+            f"stopped at step {step}: {bad}{f' ({fine})' if fine else ''}. Nothing of it went into the "
+            f"weights. Resuming repeats its draws; a new run with a lower --lr, or --precision fp32, may get "
+            f"past it."
+        )
 
 
-def how_to_go_on(folder: Path, checkpoints: list[Path], processes: int = 1) -> str:
-    """The last of a run's checkpoints and the command that resumes from it."""
-    if not checkpoints:
-        return f"No checkpoint had been written to {folder}."
-    start = ["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]
-    command = shlex.join([*start, "-m", "imf.train", "--resume", str(folder)])
-    return f"Last good checkpoint: {checkpoints[-1]}\nGo on with: {command}"
+@contextmanager
+def opened_log(
+    folder: Path, config: TrainConfig, step: int, elapsed: float, context: DistributedContext
+) -> Iterator[Log | None]:
+    """The log in the first process, None in the others; closed in the end."""
+    log = None
+    with context.together():
+        if context.first:
+            log = Log(folder, config, step, elapsed)
+    try:
+        yield log
+    except BaseException:
+        if log is not None:
+            with suppress(OSError):  # the error that came first says more
+                log.close()
+        raise
+    with context.together():
+        if log is not None:
+            log.close()
 
 
 def truncate_metrics(path: Path, step: int) -> int:
@@ -179,7 +151,6 @@ class Log:
 
     def __init__(self, folder: Path, config: TrainConfig, step: int, elapsed: float) -> None:
         self.config = config
-        self.elapsed = elapsed
         self._sums = [0.0] * len(TERMS)
         self._steps, self._since = 0, elapsed
         self._metrics, self._events = folder / "metrics.jsonl", folder / "tensorboard"
@@ -224,17 +195,17 @@ class Log:
                 with naming(self._events):
                     self._board.close()
 
-    def add(self, step: int, terms: list[float]) -> None:
-        """Count in the terms of the step that made `step` steps done; write a line where one is due."""
+    def add(self, step: int, terms: list[float], elapsed: float) -> None:
+        """Counts in the terms of step number `step`, after `elapsed` seconds; writes a line if it is due."""
         self._sums = [total + term for total, term in zip(self._sums, terms, strict=True)]
         self._steps += 1
         if step % self.config.log_every == 0 or step == self.config.steps:
-            self._write(step)
+            self._write(step, elapsed)
         self._bar.update()
 
-    def _write(self, step: int) -> None:
+    def _write(self, step: int, elapsed: float) -> None:
         loss, loss_u, loss_v, gradient_norm = (total / self._steps for total in self._sums)
-        images_per_second = self._steps * self.config.batch_size / max(self.elapsed - self._since, 1e-9)
+        images_per_second = self._steps * self.config.batch_size / max(elapsed - self._since, 1e-9)
         line = {
             "step": step,
             "loss": loss,
@@ -244,7 +215,7 @@ class Log:
             "lr": learning_rate(self.config, step - 1),
             "ema_decay": ema_decay(self.config, step - 1),
             "images_per_second": round(images_per_second, 1),
-            "elapsed": round(self.elapsed, 3),
+            "elapsed": round(elapsed, 3),
         }
         with naming(self._metrics):
             self._file.write(json.dumps(line) + "\n")
@@ -259,4 +230,4 @@ class Log:
             f"{images_per_second:.0f} images/s, loss_u {loss_u:.4f}, loss_v {loss_v:.4f}", refresh=False
         )
         self._sums = [0.0] * len(TERMS)
-        self._steps, self._since = 0, self.elapsed
+        self._steps, self._since = 0, elapsed

@@ -28,7 +28,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [block for group in model.modules() if isinstance(group, nn.ModuleList) for block in group]
 
 
-def prepare(
+def wrap_for_training(
     model: nn.Module,
     ema: nn.Module,
     *,
@@ -37,7 +37,7 @@ def prepare(
     compile: bool,
     checkpointing: bool,
 ) -> nn.Module:
-    """Makes a network and its average ready to train; returns what the objective calls in the model's place.
+    """Compiles, checkpoints and wraps a network and its average; returns the module that the objective calls.
 
     Each block's forward is compiled as a whole (one graph for all blocks of a kind; hooks of DDP and FSDP2
     stay between the graphs, so communication overlaps), and recomputed in backward, if asked to. With several

@@ -1,0 +1,102 @@
+"""A run from the command line's arguments to its final pictures: locks, errors, signals, resuming."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shlex
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import imf_kernels as ik
+from imf.distributed import ERRORS, DistributedContext, agreed, initialized
+from imf.io import locked
+from imf.program import UserError, exit_status
+from imf.training import artifacts, checkpoint
+from imf.training.checkpoint import Metadata
+from imf.training.config import TrainConfig
+from imf.training.loop import fit
+from imf.training.setup import begin, find_resumed, folder_of, resume
+
+
+def train(config: TrainConfig, arguments: argparse.Namespace) -> int:
+    """Trains a new run of `config`, or the one of `arguments.resume`; returns the exit status.
+
+    Raises: UserError or OSError before the processes know of each other; later ones are printed.
+    """
+    resumed = None if arguments.resume is None else find_resumed(arguments)
+    device = config.device if resumed is None else getattr(arguments, "device", resumed[1].config.device)
+    with initialized(device, timeout=timedelta(minutes=30)) as context:
+        return train_in(context, config, arguments, resumed)
+
+
+def train_in(
+    context: DistributedContext,
+    config: TrainConfig,
+    arguments: argparse.Namespace,
+    resumed: tuple[Path, Metadata] | None = None,
+) -> int:
+    """As `train`, in processes that know of each other."""
+    run, locks, received = None, contextlib.ExitStack(), None
+    if context.first:  # reading the data and building the network can take seconds
+        print(f"imf.train: loading {'a checkpoint' if resumed else config.data}", file=sys.stderr)
+    try:
+        if resumed is None:
+            run = begin(config, context)
+            _lock(locks, run.folder, context)
+        else:
+            _lock(locks, folder_of(resumed[0]), context)
+            with context.together():
+                if checkpoint.find(folder_of(resumed[0])).name != resumed[0].name:
+                    raise UserError(
+                        f"--resume: another process has written to {folder_of(resumed[0])}: again"
+                    )
+            run = resume(*resumed, arguments, context)
+        backend = run.config.backend
+        with ik.use_backend(None if backend == "auto" else backend):
+            received = fit(run)
+            if received is None:
+                artifacts.finish(run)
+                return 0
+        status = 128 + received
+    except KeyboardInterrupt as stop:
+        status = exit_status(stop)
+        if context.grouped:
+            sys.exit(status)  # alone: the others are elsewhere, torchrun ends them
+    except ERRORS as error:
+        if context.first or not agreed(error):
+            print(f"\nimf.train: {error}", file=sys.stderr)
+            if run is not None:
+                print(how_to_resume(run.folder, context.count), file=sys.stderr)
+        if context.grouped and not agreed(error):
+            sys.exit(1)
+        return 1
+    except RuntimeError:  # of PyTorch: another process has ended, or this one cannot go on
+        if run is not None and context.grouped:
+            hint = how_to_resume(run.folder, context.count)
+            print(f"\nimf.train: process {context.rank} ends by an error. {hint}", file=sys.stderr)
+        raise
+    finally:
+        locks.close()
+    if run is not None and context.first:
+        print(f"\nStopped after step {run.state.step} of {run.config.steps}.", file=sys.stderr)
+        print(how_to_resume(run.folder, context.count), file=sys.stderr)
+    return status
+
+
+def _lock(locks: contextlib.ExitStack, folder: Path, context: DistributedContext) -> None:
+    """Lets no other process write to the folder until `locks` is closed."""
+    with context.together():
+        if context.first:
+            locks.enter_context(locked(folder))
+
+
+def how_to_resume(folder: Path, processes: int = 1) -> str:
+    """The last of a run's checkpoints and the command that resumes from it."""
+    checkpoints = checkpoint.list_all(folder)
+    if not checkpoints:
+        return f"No checkpoint had been written to {folder}."
+    start = ["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]
+    command = shlex.join([*start, "-m", "imf.train", "--resume", str(folder)])
+    return f"Last good checkpoint: {checkpoints[-1]}\nGo on with: {command}"
