@@ -94,20 +94,24 @@ def save(
     metadata: Metadata,
     writes: bool = True,
 ) -> None:
-    """Write a checkpoint to `path`, whose folder exists; it always holds the old file or all of the new one.
+    """Writes a checkpoint to `path`, whose folder exists; it always holds the old file or all of the new one.
 
     writes: whether this process does. Of a network that FSDP2 shards every process calls `save`, and one
         writes, after it has gathered tensor by tensor in its host's memory.
-    Raises: UserError, naming the bytes needed and free, if the file cannot be written (a full disk),
-        or naming the tensor, if a number is not finite.
+    Raises: UserError, naming the bytes needed and free, if the file cannot be written (a full disk), or
+        naming the tensor, if a number is not finite.
     """
-    tensors = _tensors(model, ema, optimizer, kept=writes)
+    tensors = {}
+    for name, tensor in _tensors(model, ema, optimizer.state).items():
+        full = whole(tensor.detach())
+        if writes:  # what was gathered leaves the device at once
+            tensors[name] = full.cpu().contiguous()
     if writes:
         _write(path, tensors, metadata)
 
 
 def save_network(path: Path, networks: Mapping[str, Mapping[str, Tensor]], metadata: Metadata) -> None:
-    """Write weights without a run to `path`: `load_network` reads them, a run cannot go on from them.
+    """Writes weights without a run to `path`: `load_network` reads them, a run cannot resume from them.
 
     networks: state dicts under "ema" and "model", or one of the two. Weights for sampling lack `v_blocks`.
     Raises: UserError as `save` does.
@@ -117,34 +121,36 @@ def save_network(path: Path, networks: Mapping[str, Mapping[str, Tensor]], metad
 
 
 def load(path: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> Metadata:
-    """Restore a run from `path` in place; nothing is changed unless all of the file fits.
+    """Restores a run from `path` in place; nothing is changed unless all of the file fits.
 
     Raises: UserError if the file is missing, damaged, foreign, of another network or not finite.
     """
     metadata, tensors = _read(path)
-    _check_same(path, tensors, _expected(model, ema, optimizer, metadata.step))
-    _fill(model, tensors, "model.")
-    _fill(ema, tensors, "ema.")
-    weights = dict(model.named_parameters())
-    for name in _parameter_names(model, optimizer) if metadata.step else ():
-        states, weight = _select(tensors, f"optimizer.{name}."), weights[name]
-        moments = {key: placed_like(x, weight) for key, x in states.items() if key != "step"}
-        optimizer.state[weight] = {"step": states["step"].to(weight.device, copy=True), **moments}
+    # The loss reaches every weight, so AdamW knows all of them after a step, and none before.
+    moments: dict[Tensor, dict[str, Tensor]] = {
+        p: {"step": torch.zeros((), device=p.device)}
+        | {name: torch.zeros_like(p, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+        for p in (model.parameters() if metadata.step else ())
+    }
+    targets = _tensors(model, ema, moments)
+    _check_same(path, tensors, targets)
+    _copy(tensors, targets)
+    optimizer.state.update(moments)
     return metadata
 
 
 def load_weights(path: Path, *, model: nn.Module, ema: nn.Module) -> None:
-    """Give both networks the averaged weights of `path`, or its only ones: a run's checkpoint, or weights
+    """Gives both networks the averaged weights of `path`, or its only ones: a run's checkpoint, or weights
     without a run (`imf.convert`); nothing is changed unless all fit.
 
     Raises: UserError as `load` does.
     """
     for kind in ("ema", "model"):
-        tensors = _read(path, prefix=f"{kind}.")[1]
-        if tensors:
-            _check_same(path, tensors, {f"{kind}.{name}": x for name, x in model.state_dict().items()})
-            _fill(model, tensors, f"{kind}.")
-            _fill(ema, tensors, f"{kind}.")
+        if tensors := _read(path, prefix=f"{kind}.")[1]:
+            for network in (model, ema):
+                targets = {f"{kind}.{name}": x for name, x in network.state_dict().items()}
+                _check_same(path, tensors, targets)
+                _copy(tensors, targets)
             return
     raise UserError(f"{path}: there are no weights in it")
 
@@ -300,50 +306,24 @@ def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _tensors(
-    model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, kept: bool
+    model: nn.Module, ema: nn.Module, moments: Mapping[Tensor, Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, whole; {} unless they are to be kept: this process gave its parts."""
+    """All tensors of a run by their names in a checkpoint; moments: AdamW's state of each weight.
+
+    An optimizer's own index of a weight would mean nothing once a layer was added.
+    """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"ema.{name}": tensor for name, tensor in ema.state_dict().items()}
-    weights = dict(model.named_parameters())
-    for name in _parameter_names(model, optimizer):
-        states = optimizer.state.get(weights[name], {})
-        tensors |= {f"optimizer.{name}.{key}": tensor for key, tensor in states.items()}
-    result = {}
-    for name, tensor in tensors.items():
-        full = whole(tensor.detach())
-        if kept:  # what was gathered leaves the device at once
-            result[name] = full.cpu().contiguous()
-    return result
+    for name, weight in model.named_parameters():
+        tensors |= {f"optimizer.{name}.{key}": x for key, x in moments.get(weight, {}).items()}
+    return tensors
 
 
-def _fill(network: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
-    """Copy the tensors whose names begin with `prefix` into a network's, one after the other."""
-    with torch.no_grad():
-        for name, target in network.state_dict().items():
-            target.copy_(placed_like(tensors[prefix + name], target))
-
-
-def _expected(
-    model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, step: int
-) -> dict[str, Tensor]:
-    """What a checkpoint of that step holds: tensors of its names, shapes and dtypes, with other values.
-
-    The loss reaches every weight, so AdamW knows all of them after a step, and none before.
-    """
-    expected = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    expected |= {f"ema.{name}": tensor for name, tensor in ema.state_dict().items()}
-    weights = dict(model.named_parameters())
-    for name in _parameter_names(model, optimizer) if step else ():
-        expected[f"optimizer.{name}.step"] = torch.zeros(())
-        expected |= {f"optimizer.{name}.{moment}": weights[name] for moment in ("exp_avg", "exp_avg_sq")}
-    return expected
-
-
-def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Names in the order of the optimizer's state: an index means nothing once a layer was added."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+@torch.no_grad()
+def _copy(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
+    """Copies tensors into those of the same names, one after the other."""
+    for name, target in targets.items():
+        target.copy_(placed_like(tensors[name], target))
 
 
 def _read(path: Path, prefix: str | None = "") -> tuple[Metadata, dict[str, Tensor]]:
