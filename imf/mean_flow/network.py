@@ -38,12 +38,10 @@ from imf.model.config import (
 )
 from imf.model.layers import (
     ScalarEmbedder,
-    check_inputs,
+    VelocityNetwork,
     condition_tokens,
     heads_of_qkv,
     patch_embedder,
-    patchify,
-    unpatchify,
 )
 from imf_kernels import Dual
 
@@ -138,19 +136,16 @@ class FinalLayer(nn.Module):
         return ik.linear(y, self.linear.weight, self.linear.bias)
 
 
-class DiT(nn.Module):
+class DiT(VelocityNetwork):
     """The network of original Mean Flows, or one between it and `imf.model.imf.IMF`, as its `config` says.
 
-    Attributes:
-        config, compute_dtype: as of `imf.model.imf.IMF`; the condition, too, is fp32.
+    The condition c is fp32.
     """
 
     def __init__(self, config: IMFConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         if config.block != "plain":
             raise ValueError(f"DiT: block must be 'plain', got {config.block!r}")
-        self.config = config
-        self.compute_dtype: torch.dtype | None = None
         width, adaln = config.hidden_size, config.conditioning == "adaln"
 
         self.x_embedder = patch_embedder(config)
@@ -172,67 +167,17 @@ class DiT(nn.Module):
         # No buffer: it would have no values after `to_empty`, and no checkpoint to get them from.
         self._positions = _positions(config, torch.device("cpu"))
 
-    def forward(
-        self,
-        z: Tensor | Dual,
-        t: Tensor | Dual,
-        h: Tensor | Dual,
-        omega: Tensor,
-        t_min: Tensor,
-        t_max: Tensor,
-        y: Tensor,
-        heads: str = "u",
-    ) -> Any:
-        """Velocities at z.
-
-        Args:
-            z: [B, C, H, W] in float32, the noisy image; a `Dual` for its tangent.
-            t, h: [B] in float32, the time and t − r; a `Dual` each for their tangents. Condition tokens carry
-                h alone: t then has no effect.
-            omega, t_min, t_max: [B] in float32, the guidance scale ω > 0 and the guidance interval; without
-                effect in a network that does not have them as inputs.
-            y: [B] in int64 or int32, labels; num_classes is the null label.
-            heads: "u", "v" or "uv": which heads to evaluate.
-
-        Returns:
-            u, v, or the pair (u, v), each [B, C, H, W] in float32. u is a `Dual` if z or a time is one; v is
-            always a plain tensor, evaluated on the primal alone.
-
-        Raises:
-            ValueError, TypeError: for inputs that do not fit or a head that the network does not have; on a
-                CPU, unless compiled, also for labels and guidance scales out of range.
-        """
-        config = self.config
-        if heads not in ("u", "v", "uv") or ("v" in heads and not config.has_v_head):
-            wanted = "'u', 'v' or 'uv'" if config.has_v_head else "'u' (this network has no v-head)"
-            raise ValueError(f"DiT: heads must be {wanted}, got {heads!r}")
-        plain = {"omega": omega, "t_min": t_min, "t_max": t_max}
-        check_inputs("DiT", config, self.x_embedder.weight, z, y, {"t": t, "h": h}, plain)
-        if heads == "v":
-            z, t, h = ik.primal(z), ik.primal(t), ik.primal(h)
-        x = ik.linear_map(lambda a: patchify(a, config), z)
-        x = ik.linear(x, self.x_embedder.weight, self.x_embedder.bias)
+    def embed(self, z: Any, t: Any, h: Any, omega: Tensor, t_min: Tensor, t_max: Tensor, y: Tensor) -> Any:
+        x = self._patches(z)
         if self._positions.device != x.device:
-            self._positions = _positions(config, x.device)
+            self._positions = _positions(self.config, x.device)
         x = _plus(x, self._positions.to(x.dtype))
-
         values = {"t": t, "h": h, "omega": 1 - 1 / omega, "t_min": t_min, "t_max": t_max}
         embedded = {name: embed(values[name]) for name, embed in self.embedders.items()}
         embedded["y"] = self.y_embedder(y)
-        c = None
-        if config.conditioning == "adaln":
-            c = ik.silu(self._sum(embedded))
-        else:
-            x = ik.prepend_tokens(x, [(self.tokens[n], embedded[n]) for n in TOKENS])
-
-        x = self._blocks(self.shared_blocks, x, c)
-        outputs = []
-        if "u" in heads:
-            outputs.append(self._head(self.u_blocks, self.u_final, x, c))
-        if "v" in heads:
-            c = None if c is None else ik.primal(c)
-            outputs.append(self._head(self.v_blocks, self.v_final, ik.primal(x), c))
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        if self.config.conditioning == "adaln":
+            return x, (ik.silu(self._sum(embedded)),)
+        return ik.prepend_tokens(x, [(self.tokens[n], embedded[n]) for n in TOKENS]), (None,)
 
     def _sum(self, embedded: dict[str, Any]) -> Any:
         """The embeddings' sum; those of t and h may carry tangents."""
@@ -244,17 +189,6 @@ class DiT(nn.Module):
             if name not in ("t", "h"):
                 c = _plus(c, embedding)
         return c
-
-    def _blocks(self, blocks: nn.ModuleList, x: Tensor | Dual, c: Tensor | Dual | None) -> Any:
-        for block in blocks:
-            x = block(x, c, self.compute_dtype)
-        return x
-
-    def _head(
-        self, blocks: nn.ModuleList, final: FinalLayer, x: Tensor | Dual, c: Tensor | Dual | None
-    ) -> Any:
-        x = final(self._blocks(blocks, x, c), c)
-        return ik.linear_map(lambda a: unpatchify(a[:, -self.config.patches :], self.config), x)
 
 
 def layer_norm(x: Tensor | Dual, norm: nn.LayerNorm, **options: Any) -> Any:

@@ -61,7 +61,7 @@ class IMFConfig:
     interval_input: bool = True
 
     def __post_init__(self) -> None:
-        for name in (
+        sizes = (
             "input_size",
             "patch_size",
             "in_channels",
@@ -69,66 +69,45 @@ class IMFConfig:
             "depth",
             "num_heads",
             "num_classes",
-        ):
+        )
+        for name in sizes:
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"IMFConfig: {name} must be a positive integer, got {value!r}")
-            if value > MOST.get(name, value):
-                raise ValueError(f"IMFConfig: {name} must be at most {MOST[name]}, got {value}")
-        if self.input_size % self.patch_size:
-            raise ValueError(
-                f"IMFConfig: input_size must be a multiple of patch_size {self.patch_size}, "
-                f"got {self.input_size}"
-            )
-        if type(self.aux_head_depth) is not int or not 0 <= self.aux_head_depth <= self.depth:
-            raise ValueError(
-                f"IMFConfig: aux_head_depth must be an integer within 0 and depth {self.depth}, "
-                f"got {self.aux_head_depth!r}"
-            )
-        if (
-            not isinstance(self.mlp_ratio, (int, float))
-            or not 0 < self.mlp_ratio < math.inf
-            or self.hidden_size * self.mlp_ratio < 1
-        ):
-            raise ValueError(
-                f"IMFConfig: mlp_ratio must be a number of at least 1 / hidden_size, got {self.mlp_ratio!r}"
-            )
-        if self.hidden_size * self.mlp_ratio > MOST_MLP_WIDTH:
-            raise ValueError(
-                f"IMFConfig: mlp_ratio must be at most {MOST_MLP_WIDTH} / hidden_size, got {self.mlp_ratio!r}"
-            )
-        if (positions := self.patches * self.hidden_size) > MOST_POSITIONS:
+            self._require(name, type(value) is int and value >= 1, "a positive integer")
+            self._require(name, value <= MOST.get(name, value), f"at most {MOST.get(name)}")
+        width, heads, depth = self.hidden_size, self.num_heads, self.depth
+        fits = type(self.aux_head_depth) is int and 0 <= self.aux_head_depth <= depth
+        self._require("aux_head_depth", fits, f"an integer within 0 and depth {depth}")
+        ratio = self.mlp_ratio
+        fits = isinstance(ratio, (int, float)) and 0 < ratio < math.inf and width * ratio >= 1
+        self._require("mlp_ratio", fits, "a number of at least 1 / hidden_size")
+        self._require("mlp_ratio", width * ratio <= MOST_MLP_WIDTH, f"at most {MOST_MLP_WIDTH} / hidden_size")
+        multiple = self.input_size % self.patch_size == 0
+        self._require("input_size", multiple, f"a multiple of patch_size {self.patch_size}")
+        if (positions := self.patches * width) > MOST_POSITIONS:
             raise ValueError(
                 f"IMFConfig: hidden_size times patches (input_size / patch_size) ** 2 must be at most "
                 f"{MOST_POSITIONS}, got {positions}"
             )
-        self._check_form()
-
-    def _check_form(self) -> None:
-        for name, known in (("conditioning", ("tokens", "adaln")), ("block", ("modern", "plain"))):
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"IMFConfig: {name} must be {' or '.join(known)}, got {value!r}")
+        self._require("conditioning", self.conditioning in ("tokens", "adaln"), "tokens or adaln")
+        self._require("block", self.block in ("modern", "plain"), "modern or plain")
         for name in ("omega_input", "interval_input"):
-            if type(getattr(self, name)) is not bool:
-                raise ValueError(f"IMFConfig: {name} must be True or False, got {getattr(self, name)!r}")
+            self._require(name, type(getattr(self, name)) is bool, "True or False")
         if self.conditioning == "tokens" and not (self.omega_input and self.interval_input):
             raise ValueError(
                 f"IMFConfig: tokens carry ω and the interval: omega_input and interval_input must be True, "
                 f"got {self.omega_input} and {self.interval_input}"
             )
-        if self.conditioning == "adaln" and self.block == "modern":
-            raise ValueError("IMFConfig: block must be 'plain' with conditioning 'adaln', got 'modern'")
-        if self.block == "modern" and self.hidden_size % (2 * self.num_heads):
-            raise ValueError(
-                f"IMFConfig: hidden_size must be a multiple of twice num_heads {self.num_heads} (rotary "
-                f"positions turn pairs of channels), got {self.hidden_size}"
-            )
-        if self.block == "plain" and (self.hidden_size % 4 or self.hidden_size % self.num_heads):
-            raise ValueError(
-                f"IMFConfig: hidden_size must be a multiple of num_heads {self.num_heads} and of 4 (sines "
-                f"and cosines of rows and columns), got {self.hidden_size}"
-            )
+        if self.block == "modern":
+            self._require("block", self.conditioning != "adaln", "'plain' with conditioning 'adaln'")
+            wanted = f"a multiple of twice num_heads {heads} (rotary positions turn pairs of channels)"
+            self._require("hidden_size", width % (2 * heads) == 0, wanted)
+        else:
+            wanted = f"a multiple of num_heads {heads} and of 4 (sines and cosines of rows and columns)"
+            self._require("hidden_size", width % 4 == 0 and width % heads == 0, wanted)
+
+    def _require(self, name: str, fits: bool, wanted: str) -> None:
+        if not fits:
+            raise ValueError(f"IMFConfig: {name} must be {wanted}, got {getattr(self, name)!r}")
 
     @property
     def mlp_width(self) -> int:

@@ -26,12 +26,10 @@ from imf.model.config import (
 )
 from imf.model.layers import (
     ScalarEmbedder,
-    check_inputs,
+    VelocityNetwork,
     condition_tokens,
     heads_of_qkv,
     patch_embedder,
-    patchify,
-    unpatchify,
 )
 from imf_kernels import Dual
 
@@ -86,25 +84,16 @@ class FinalLayer(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, x: Tensor | Dual) -> Any:
+    def forward(self, x: Tensor | Dual, *_: Tensor) -> Any:
         y = ik.rms_norm(x, self.norm)
         return ik.linear(y, self.linear.weight, self.linear.bias)
 
 
-class IMF(nn.Module):
-    """The network of Improved Mean Flows.
-
-    Attributes:
-        config: its shape.
-        compute_dtype: of the operands of the blocks' products and of attention: torch.bfloat16, or `None`
-            for the weights' own. Weights, embedders, norms, the residual stream and the outputs are fp32
-            in either case (fp64 after `.double()`, on the `reference` backend).
-    """
+class IMF(VelocityNetwork):
+    """The network of Improved Mean Flows."""
 
     def __init__(self, config: IMFConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.compute_dtype: torch.dtype | None = None
+        super().__init__(config)
         width, values = config.hidden_size, config.patch_values
 
         self.x_embedder = patch_embedder(config)
@@ -130,44 +119,10 @@ class IMF(nn.Module):
         # No buffers: those would have no values after `to_empty`, and no checkpoint to get them from.
         self._rope = _rope_tables(config, torch.device("cpu"))
 
-    def forward(
-        self,
-        z: Tensor | Dual,
-        t: Tensor | Dual,
-        h: Tensor | Dual,
-        omega: Tensor,
-        t_min: Tensor,
-        t_max: Tensor,
-        y: Tensor,
-        heads: str = "u",
-    ) -> Any:
-        """Velocities at z.
-
-        Args:
-            z: [B, C, H, W] in float32, the noisy image; a `Dual` for its tangent.
-            t: [B] in float32, the time. It has no effect: this network is conditioned on h alone.
-            h: [B] in float32, t − r; a `Dual` for its tangent.
-            omega: [B] in float32, the guidance scale ω > 0, 1 for none.
-            t_min, t_max: [B] in float32, the guidance interval.
-            y: [B] in int64 or int32, labels; num_classes is the null label.
-            heads: "u", "v" or "uv": which heads to evaluate.
-
-        Returns:
-            u, v, or the pair (u, v), each [B, C, H, W] in float32. u is a `Dual` if z or h is one; v is
-            always a plain tensor, evaluated on the primal alone: nothing needs its tangent.
-
-        Raises:
-            ValueError, TypeError: for inputs that do not fit; on a CPU, unless compiled, also for labels and
-                guidance scales out of range.
-        """
-        if heads not in ("u", "v", "uv"):
-            raise ValueError(f"IMF: heads must be 'u', 'v' or 'uv', got {heads!r}")
-        plain = {"omega": omega, "t_min": t_min, "t_max": t_max}
-        check_inputs("IMF", self.config, self.x_embedder.weight, z, y, {"t": t, "h": h}, plain)
-        if heads == "v":
-            z, h = ik.primal(z), ik.primal(h)
-        x = ik.linear_map(lambda a: patchify(a, self.config), z)
-        x = ik.linear(x, self.x_embedder.weight, self.x_embedder.bias)
+    def embed(self, z: Any, t: Any, h: Any, omega: Tensor, t_min: Tensor, t_max: Tensor, y: Tensor) -> Any:
+        x = self._patches(z)
+        if self._rope[0].device != x.device:
+            self._rope = _rope_tables(self.config, x.device)
         groups = [
             (self.class_tokens, self.y_embedder(y)),
             (self.omega_tokens, self.omega_embedder(1 - 1 / omega)),
@@ -175,25 +130,7 @@ class IMF(nn.Module):
             (self.t_max_tokens, self.t_max_embedder(t_max)),
             (self.time_tokens, self.h_embedder(h)),
         ]
-        x = ik.prepend_tokens(x, groups)
-        x = self._blocks(self.shared_blocks, x)
-        outputs = []
-        if "u" in heads:
-            outputs.append(self._head(self.u_blocks, self.u_final, x))
-        if "v" in heads:
-            outputs.append(self._head(self.v_blocks, self.v_final, ik.primal(x)))
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-    def _blocks(self, blocks: nn.ModuleList, x: Tensor | Dual) -> Any:
-        if self._rope[0].device != x.device:
-            self._rope = _rope_tables(self.config, x.device)
-        for block in blocks:
-            x = block(x, *self._rope, self.compute_dtype)
-        return x
-
-    def _head(self, blocks: nn.ModuleList, final: FinalLayer, x: Tensor | Dual) -> Any:
-        x = final(self._blocks(blocks, x))
-        return ik.linear_map(lambda a: unpatchify(a[:, -self.config.patches :], self.config), x)
+        return ik.prepend_tokens(x, groups), self._rope
 
 
 def _rope_tables(config: IMFConfig, device: torch.device) -> tuple[Tensor, Tensor]:
