@@ -3,6 +3,7 @@
 python tests/distributed_jvp.py ddp|fsdp RANK PROCESSES FILE
 """
 
+import faulthandler
 import sys
 
 import torch
@@ -26,6 +27,7 @@ def loss(model, x, x_dot):
 
 
 def main():
+    faulthandler.dump_traceback_later(240)  # says where a process hangs
     kind, rank, processes, file = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     dist.init_process_group("gloo", f"file://{file}", rank=rank, world_size=processes)
     torch.manual_seed(1)
@@ -52,6 +54,7 @@ def main():
         torch.testing.assert_close(
             grad, q.grad, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
         )
+    dist.barrier()  # none may leave while another still reads what it sent
     dist.destroy_process_group()
     print("equal")
 

@@ -18,5 +18,5 @@ def test_gradients_of_two_processes_equal_those_of_one(kind, tmp_path):
         subprocess.Popen([*command, str(rank), "2", tmp_path / "store"], text=True, **pipes)
         for rank in range(2)
     ]
-    outputs = [run.communicate(timeout=120) for run in runs]
+    outputs = [run.communicate(timeout=300) for run in runs]
     assert [out for out, _ in outputs] == ["equal\n"] * 2, outputs[0][1][-3000:] + outputs[1][1][-3000:]
