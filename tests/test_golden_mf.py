@@ -7,6 +7,7 @@ from test_golden import relative
 
 from imf.mean_flow.objective import mean_flow, mean_flow_plain
 from imf.official.names import mean_flow_from_flax
+from imf.program import UserError
 
 
 @pytest.mark.parametrize("form", [mean_flow, mean_flow_plain])
@@ -50,7 +51,7 @@ def test_tangent_is_the_guided_velocity():
 
 def test_wrong_names_are_refused():
     arrays = golden_mf.weights()
-    with pytest.raises(KeyError, match="'net/blocks/layers_0/attn/kv/kernel' is no weight of the"):
+    with pytest.raises(UserError, match="'net/blocks/layers_0/attn/kv/kernel' is no weight of the"):
         mean_flow_from_flax(arrays | {"net/blocks/layers_0/attn/kv/kernel": arrays.popitem()[1]})
     with pytest.raises(ValueError, match="wanted the weights of an official MF network, got none"):
         mean_flow_from_flax({})

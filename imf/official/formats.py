@@ -7,26 +7,25 @@ hold a training state: `params`, `ema_params`, `step`, and AdamW's moments, whic
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
+from imf.io import read_torch
 from imf.program import UserError
 
 NEEDS_JAX = "JAX checkpoints need orbax-checkpoint and flax: pip install -e '.[jax]'"
-# What a folder that Orbax wrote has: of its versions from 0.4 on one or the other.
+# Files of a folder that Orbax wrote: of its versions from 0.4 on one or the other.
 _ORBAX_FILES = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "checkpoint")
 
 
@@ -43,7 +42,7 @@ class Official:
 
 
 def read(source: Path) -> Official:
-    """The weights in a `.pth`, `.pt` or `.safetensors`, or in a JAX checkpoint: a folder, a file, or a .zip.
+    """Read the weights in a `.pth`, `.pt`, `.safetensors`, or a JAX checkpoint: a folder, a file, or a .zip.
 
     Raises: UserError if there is none, it is damaged, or a package that reads it is not installed.
     """
@@ -53,7 +52,7 @@ def read(source: Path) -> Official:
         return Official({"ema": read_torch(source)}, flax=False)
     if source.suffix != ".zip":
         return _read_jax(source)
-    # Beside the archive: a full checkpoint of XL is larger than many a /tmp.
+    # Next to the archive: a full checkpoint of XL is larger than many a /tmp.
     with tempfile.TemporaryDirectory(dir=source.parent, prefix=f".{source.name}.") as folder:
         try:
             with zipfile.ZipFile(source) as archive:
@@ -70,59 +69,26 @@ def read(source: Path) -> Official:
             raise UserError(str(error).replace(folder, str(source))) from error
 
 
-def read_torch(path: Path) -> dict[str, Tensor]:
-    """A state dict from a file of tensors by name; UserError for anything else."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: wanted a file, got a folder or a device")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except Exception as error:  # torch's unpickler fails in many ways on what is none of its files
-        reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise UserError(
-            f"{path}: no file of plain tensors: {type(error).__name__}: {reason}; nothing else is unpickled"
-        ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(x, Tensor) for x in state.values()):
-        raise UserError(f"{path}: wanted tensors by name, got {_content(state)}")
-    for name, x in state.items():
-        if not isinstance(name, str) or x.layout != torch.strided or x.is_quantized or x.is_meta:
-            raise UserError(f"{path}: wanted plain tensors by name, got {name!r}: {x.layout}, {x.dtype}")
-        if x.nbytes > x.untyped_storage().nbytes():  # a few bytes, repeated to any size
-            raise UserError(
-                f"{path}: {name!r} must have the {x.nbytes:,} bytes of its shape {list(x.shape)}, "
-                f"got {x.untyped_storage().nbytes():,}"
-            )
-    return dict(state)
-
-
-def _content(state: Any) -> str:
-    if not isinstance(state, Mapping):
-        return f"a {type(state).__name__}"
-    return ", ".join(f"{name}: {type(x).__name__}" for name, x in list(state.items())[:5])
-
-
 def _read_jax(source: Path) -> Official:
     path = _newest(source)
     tree = _read_orbax(path) if path.is_dir() else _read_msgpack(path)
     names = {"ema_params": "ema", "params": "model"}
-    sets = {ours: tree[name] for name, ours in names.items() if tree.get(name)}
+    sets = {ours: tree[name] for name, ours in names.items() if isinstance(tree.get(name), Mapping)}
     if not sets:
         raise UserError(f"{path}: wanted params or ema_params in it, got {', '.join(map(str, tree))}")
-    return Official(sets, flax=True, step=int(np.asarray(tree.get("step", 0))))
+    step = np.asarray(tree.get("step", 0))
+    if step.size != 1 or step.dtype.kind not in "iuf":
+        raise UserError(f"{path}: step must be a number, got {list(step.shape)} {step.dtype}")
+    return Official(sets, flax=True, step=int(step.item()))
 
 
 def _newest(source: Path) -> Path:
-    """The checkpoint in a folder: itself, `checkpoint_<step>` of the highest step, or the one deeper down."""
+    """Find the checkpoint in a folder: itself, the newest `checkpoint_<step>`, or the one deeper down."""
     if source.is_file() or any((source / name).exists() for name in _ORBAX_FILES):
         return source
     inside = [path for path in source.iterdir() if not path.name.startswith(".")]
-    numbered = {
-        int(match[1]): path for path in inside if (match := re.fullmatch(r"checkpoint_(\d+)", path.name))
-    }
-    if numbered:
+    matches = {path: re.fullmatch(r"checkpoint_(\d+)", path.name) for path in inside}
+    if numbered := {int(match[1]): path for path, match in matches.items() if match}:
         return numbered[max(numbered)]
     folders = [path for path in inside if path.is_dir() and path.name != "__MACOSX"]
     if len(folders) == 1:
@@ -131,38 +97,41 @@ def _newest(source: Path) -> Path:
     raise UserError(f"{source}: wanted checkpoint_<step> in it, got {names}")
 
 
-def _read_orbax(path: Path) -> Mapping[str, Any]:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # arrays in memory are all that is wanted of JAX
+@contextlib.contextmanager
+def _reading(path: Path, program: str) -> Iterator[None]:
+    """Turn errors of a JAX package, which have no common class, into UserErrors that name the file."""
     try:
-        import jax
-        import orbax.checkpoint as ocp
+        yield
     except ImportError as error:
         raise UserError(f"{path}: {NEEDS_JAX} ({error})") from error
-    path = path.absolute()
-    try:
+    except Exception as error:
+        raise UserError(f"{path}: {program} cannot read it: {str(error)[:500]}") from error
+
+
+def _read_orbax(path: Path) -> Mapping[str, Any]:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # all that is wanted of JAX is arrays in memory
+    with _reading(path, "Orbax"):
+        import jax
+        import orbax.checkpoint as ocp
+
+        path = path.absolute()
         with ocp.PyTreeCheckpointer() as reader:
             if (path / "checkpoint").is_file():  # its old form: one file holds all arrays
-                whole: Mapping[str, Any] = reader.restore(path)
-                return whole
+                old: Mapping[str, Any] = reader.restore(path)
+                return old
             tree = reader.metadata(path).item_metadata.tree
             wanted = {name: tree[name] for name in ("params", "ema_params", "step") if name in tree}
             restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
             options = ocp.args.PyTreeRestore(item=wanted, restore_args=restore, partial_restore=True)
             result: Mapping[str, Any] = reader.restore(path, args=options)
-    except Exception as error:  # Orbax's and tensorstore's errors have no common class
-        raise UserError(f"{path}: Orbax cannot read it: {str(error)[:500]}") from error
     return result
 
 
 def _read_msgpack(path: Path) -> Mapping[str, Any]:
-    try:
+    with _reading(path, "Flax"):
         from flax.serialization import msgpack_restore
-    except ImportError as error:
-        raise UserError(f"{path}: {NEEDS_JAX} ({error})") from error
-    try:
+
         tree = msgpack_restore(path.read_bytes())
-    except Exception as error:  # msgpack's and NumPy's, of a damaged or foreign file
-        raise UserError(f"{path}: Flax cannot read it: {str(error)[:500]}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: wanted a Flax training state, got a {type(tree).__name__}")
     return tree

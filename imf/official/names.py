@@ -1,4 +1,4 @@
-"""Weights of the official programs, by name, into this network's and back.
+"""Weights of the official programs, by name, into this project's networks and back.
 
 The official JAX program (Flax names) and its PyTorch port (`iMF-…-2.pth`) keep q, k, v and w1, w3 apart; this
 network holds them as one weight each. Values are copied, nothing is rounded.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,186 +16,68 @@ import torch
 from torch import Tensor
 
 from imf.model.config import ORIGINAL, PRESETS, IMFConfig
+from imf.program import UserError
 
-# Official torch name (without "._flax_linear" and "._flax_embedding") → ours, of a block.
-_BLOCK = {
-    "attn_scale": "attn_scale",
-    "mlp_scale": "mlp_scale",
-    "norm1.weight": "norm1",
-    "norm2.weight": "norm2",
-    "attn.q_norm.weight": "q_norm",
-    "attn.k_norm.weight": "k_norm",
-    "attn.out_proj.weight": "out",
-    "mlp.w2.weight": "down",
-}
-# Where blocks are counted that a velocity passes through.
-_DEPTHS = ("blocks", "shared_blocks", "u_heads")
-# Ours ← official weights, one below the other.
-_FUSED = {
-    "qkv": ("attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight"),
-    "gate_up": ("mlp.w1.weight", "mlp.w3.weight"),
-}
-_BLOCK_PARTS = (*_BLOCK, *(name for names in _FUSED.values() for name in names))
-_GROUPS = {"shared_blocks": "shared_blocks", "u_heads": "u_blocks", "v_heads": "v_blocks"}
-_LAYERS = {
-    "x_embedder.proj": "x_embedder",
-    "cfg_t_start_embedder.mlp.0": "t_min_embedder.first",
-    "cfg_t_start_embedder.mlp.2": "t_min_embedder.last",
-    "cfg_t_end_embedder.mlp.0": "t_max_embedder.first",
-    "cfg_t_end_embedder.mlp.2": "t_max_embedder.last",
-    "omega_embedder.mlp.0": "omega_embedder.first",
-    "omega_embedder.mlp.2": "omega_embedder.last",
-    "h_embedder.mlp.0": "h_embedder.first",
-    "h_embedder.mlp.2": "h_embedder.last",
-    "u_final_layer.linear": "u_final.linear",
-    "v_final_layer.linear": "v_final.linear",
-}
-_OUTSIDE = {
-    **{f"{name}.{part}": f"{ours}.{part}" for name, ours in _LAYERS.items() for part in ("weight", "bias")},
-    **{
-        name: name for name in ("class_tokens", "omega_tokens", "t_min_tokens", "t_max_tokens", "time_tokens")
+# Official torch name, without the Flax layers → the name as it was given, and the value.
+Named = dict[str, tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names of an official network, without the Flax layers, and ours.
+
+    groups: lists of blocks, official → ours.  block: our weight ← official ones, one below the other.
+    outside: weights outside of blocks, official → ours.
+    """
+
+    network: str
+    groups: dict[str, str]
+    block: dict[str, tuple[str, ...]]
+    outside: dict[str, str]
+
+
+def _layers(layers: dict[str, str], embedders: dict[str, str]) -> dict[str, str]:
+    """Name the weights and biases of linear layers, and of the two layers of each embedder."""
+    ends = (("mlp.0", "first"), ("mlp.2", "last"))
+    layers = layers | {f"{name}.{i}": f"{our}.{end}" for name, our in embedders.items() for i, end in ends}
+    return {f"{name}.{part}": f"{our}.{part}" for name, our in layers.items() for part in ("weight", "bias")}
+
+
+IMF = Names(
+    network="iMF",
+    groups={"shared_blocks": "shared_blocks", "u_heads": "u_blocks", "v_heads": "v_blocks"},
+    block={
+        "attn_scale": ("attn_scale",),
+        "mlp_scale": ("mlp_scale",),
+        "norm1": ("norm1.weight",),
+        "norm2": ("norm2.weight",),
+        "q_norm": ("attn.q_norm.weight",),
+        "k_norm": ("attn.k_norm.weight",),
+        "out": ("attn.out_proj.weight",),
+        "down": ("mlp.w2.weight",),
+        "qkv": ("attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight"),
+        "gate_up": ("mlp.w1.weight", "mlp.w3.weight"),
     },
-    "y_embedder.embedding_table.weight": "y_embedder.weight",
-    "u_final_layer.norm.weight": "u_final.norm",
-    "v_final_layer.norm.weight": "v_final.norm",
-}
-
-
-def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The official PyTorch weights under this network's names.
-
-    Args:
-        state: a state dict with the official names ("shared_blocks.0.attn.q_proj._flax_linear.weight" …),
-            with or without a leading "net", of the sampling or of the training network.
-
-    Returns:
-        A state dict for `imf.model.imf.IMF`; what `state` lacks (the v-head's blocks in the weights for
-        sampling) is lacking in it.
-
-    Raises:
-        KeyError: a name that the official network does not have, or a block without one of its weights.
-        TypeError: a value that is no tensor.
-        ValueError: no weights at all, or parts of q, k, v or w1, w3 of different shapes.
-    """
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"from_official: {name!r} must be a tensor, got a {type(value).__name__}")
-    return _convert("from_official", plain_names(state))
-
-
-def to_official(state: Mapping[str, Tensor], config: IMFConfig) -> dict[str, Tensor]:
-    """This network's weights under the official PyTorch program's names: the inverse of `from_official`.
-
-    Args:
-        state: a state dict of `imf.model.imf.IMF`, with the v-head's blocks or, as for sampling, without.
-        config: of that network.
-
-    Returns:
-        Copies, by the names that the official program's own files have, which begin with "net".
-
-    Raises:
-        KeyError: a name that the network does not have.
-    """
-    outside = {ours: name for name, ours in _OUTSIDE.items()}
-    groups = {ours: group for group, ours in _GROUPS.items()}
-    parts = {ours: (part,) for part, ours in _BLOCK.items()} | _FUSED
-    result: dict[str, Tensor] = {}
-    for name, value in state.items():
-        match = re.fullmatch(r"(\w+)\.(\d+)\.(\w+)", name)
-        if match and match[1] in groups and match[3] in parts:
-            names = parts[match[3]]
-            pieces = value.chunk(len(names))
-            result |= {f"{groups[match[1]]}.{match[2]}.{n}": x for n, x in zip(names, pieces, strict=True)}
-        elif name in outside:
-            p = config.patch_size
-            kernel = name == "x_embedder.weight"
-            result[outside[name]] = value.unflatten(1, (config.in_channels, p, p)) if kernel else value
-        else:
-            raise KeyError(f"to_official: {name!r} is no weight of an iMF network")
-    layers = re.compile(r"(_proj|\.mlp\.\w+|\.linear)(?=\.(weight|bias)$)")
-    return {
-        "net."
-        + layers.sub(r"\1._flax_linear", name).replace("_table.", "_table._flax_embedding."): value.clone()
-        for name, value in result.items()
-    }
-
-
-def plain_names(state: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
-    """Official torch name, without the Flax layers -> the name as it was given, and the value."""
-    plain = {n: n.removeprefix("net.") for n in state}
-    plain = {n: x.replace("._flax_linear", "").replace("._flax_embedding", "") for n, x in plain.items()}
-    return {name: (given, state[given]) for given, name in plain.items()}
-
-
-def _convert(caller: str, weights: dict[str, tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """weights: official torch name, without the Flax layers -> the name as it was given, and the value."""
-    if not weights:
-        raise ValueError(f"{caller}: wanted the weights of an official iMF network, got none")
-    result: dict[str, Tensor] = {}
-    blocks: dict[tuple[str, str], dict[str, Tensor]] = {}
-    for name, (given, value) in weights.items():
-        match = re.fullmatch(r"(shared_blocks|u_heads|v_heads)\.(\d+)\.(.+)", name)
-        if match and match[3] in _BLOCK_PARTS:
-            blocks.setdefault((match[1], match[2]), {})[match[3]] = value
-        elif name in _OUTSIDE:
-            result[_OUTSIDE[name]] = value.flatten(1) if name == "x_embedder.proj.weight" else value
-        else:
-            raise KeyError(f"{caller}: {given!r} is no weight of the official iMF network")
-    for (group, index), parts in blocks.items():
-        missing = [part for part in _BLOCK_PARTS if part not in parts]
-        if missing:
-            raise KeyError(f"{caller}: {group}.{index} lacks {', '.join(missing)}")
-        block = f"{_GROUPS[group]}.{index}"
-        result |= {f"{block}.{ours}": parts[part] for part, ours in _BLOCK.items()}
-        for ours, names in _FUSED.items():
-            shapes = [list(parts[part].shape) for part in names]
-            if shapes != shapes[:1] * len(shapes):
-                raise ValueError(
-                    f"{caller}: {', '.join(names)} of {group}.{index} must have one shape, "
-                    f"got {', '.join(map(str, shapes))}"
-                )
-            result[f"{block}.{ours}"] = torch.cat([parts[part] for part in names])
-    return result
-
-
-def from_flax(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The official JAX weights under this network's names.
-
-    Args:
-        arrays: the tree of arrays as Flax gives it, nested, or flat with the parts of a path joined by "/";
-            with or without a leading "params" and "net"
-            ("net/shared_blocks_0/attn/q_proj/_flax_linear/kernel" …). Gradients map likewise.
-
-    Returns:
-        A state dict for `imf.model.imf.IMF`, in the arrays' dtype.
-
-    Raises:
-        KeyError, ValueError: as `from_official`.
-        TypeError: a value that is no array of a floating-point type that PyTorch has.
-    """
-    return _convert("from_flax", torch_names(arrays))
-
-
-def torch_names(arrays: Mapping[str, Any]) -> dict[str, tuple[str, Tensor]]:
-    """Official torch name, without the Flax layers -> the path as it was given, and PyTorch's value."""
-    weights = {}
-    for path, array in _flat(arrays):
-        name = path.removeprefix("params/").removeprefix("net/")
-        value = _tensor(path, array)
-        if name.endswith("/kernel") and value.dim() == 2:
-            value = value.t()
-        elif name.endswith("/kernel") and value.dim() == 4:  # (row, column, in, out) → (out, in, row, column)
-            value = value.permute(3, 2, 0, 1)
-        name = re.sub(r"/_flax_(linear|embedding)(?=/)", "", name)
-        name = re.sub(r"/(kernel|embedding)$", "/weight", name)
-        name = re.sub(r"(shared_blocks|u_heads|v_heads|layers)_(\d+)", r"\1/\2", name).replace(
-            "/layers/", "/"
-        )
-        weights[name.replace("/", ".")] = (path, value.contiguous())
-    return weights
-
-
-# The official program of Mean Flows → `imf.mean_flow.network.DiT`: modules, each with a weight and a bias.
+    outside={
+        **_layers(
+            {
+                "x_embedder.proj": "x_embedder",
+                "u_final_layer.linear": "u_final.linear",
+                "v_final_layer.linear": "v_final.linear",
+            },
+            {
+                "cfg_t_start_embedder": "t_min_embedder",
+                "cfg_t_end_embedder": "t_max_embedder",
+                "omega_embedder": "omega_embedder",
+                "h_embedder": "h_embedder",
+            },
+        ),
+        **{f"{name}_tokens": f"{name}_tokens" for name in ("class", "omega", "t_min", "t_max", "time")},
+        "y_embedder.embedding_table.weight": "y_embedder.weight",
+        "u_final_layer.norm.weight": "u_final.norm",
+        "v_final_layer.norm.weight": "v_final.norm",
+    },
+)
 _MF_BLOCK = {
     "attn.qkv": "qkv",
     "attn.proj": "out",
@@ -202,58 +85,155 @@ _MF_BLOCK = {
     "mlp.fc2": "down",
     "adaLN_modulation.1": "modulation.linear",
 }
-_MF_OUTSIDE = {
-    "x_embedder.proj": "x_embedder",
-    "t_embedder.mlp.0": "embedders.t.first",
-    "t_embedder.mlp.2": "embedders.t.last",
-    "h_embedder.mlp.0": "embedders.h.first",
-    "h_embedder.mlp.2": "embedders.h.last",
-    "y_embedder.embedding_table": "y_embedder",
-    "final_layer.linear": "u_final.linear",
-    "final_layer.adaLN_modulation.1": "u_final.modulation.linear",
-}
+MF = Names(
+    network="MF",
+    groups={"blocks": "shared_blocks"},
+    block={ours: (name,) for name, ours in _layers(_MF_BLOCK, {}).items()},
+    outside={
+        **_layers(
+            {
+                "x_embedder.proj": "x_embedder",
+                "final_layer.linear": "u_final.linear",
+                "final_layer.adaLN_modulation.1": "u_final.modulation.linear",
+            },
+            {"t_embedder": "embedders.t", "h_embedder": "embedders.h"},
+        ),
+        "y_embedder.embedding_table.weight": "y_embedder.weight",
+    },
+)
+
+
+def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the official PyTorch weights to this network's names.
+
+    state: by the official names ("shared_blocks.0.attn.q_proj._flax_linear.weight" …), with or without a
+        leading "net", of the sampling or of the training network.
+
+    Returns: a state dict for `imf.model.imf.IMF`, without what `state` lacks (the v-head's blocks in the
+        weights for sampling).
+    Raises: UserError for a value that is not a tensor, a name that the official network does not have, a
+        block without one of its weights, parts of q, k, v or w1, w3 of different shapes, or no weights.
+    """
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"from_official: {name!r} must be a tensor, got a {type(value).__name__}")
+    return convert(plain_names(state), IMF, "from_official")
+
+
+def from_flax(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Rename the official JAX weights to this network's names.
+
+    arrays: as Flax gives them, nested, or flat with the parts of a path joined by "/"; with or without a
+        leading "params" and "net" ("net/shared_blocks_0/attn/q_proj/_flax_linear/kernel" …). Gradients map
+        likewise.
+
+    Returns: a state dict for `imf.model.imf.IMF`, in the arrays' dtype.
+    Raises: UserError as `from_official`, and for an array of another than PyTorch's floating-point types.
+    """
+    return convert(torch_names(arrays), IMF, "from_flax")
 
 
 def mean_flow_from_flax(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights of the official JAX program of Mean Flows under the names of `imf.mean_flow.network.DiT`.
+    """Rename the official JAX weights of Mean Flows to the names of `imf.mean_flow.network.DiT`.
 
-    Args:
-        arrays: as of `from_flax` ("net/blocks/layers_0/attn/qkv/_flax_linear/kernel" …). Gradients map
-            likewise.
-
-    Returns:
-        A state dict for the network of an MF preset, in the arrays' dtype.
-
-    Raises:
-        KeyError: a name that the official network does not have.
-        TypeError, ValueError: as `from_flax`.
+    arrays: as of `from_flax` ("net/blocks/layers_0/attn/qkv/_flax_linear/kernel" …).
+    Returns: a state dict for the network of an MF preset, in the arrays' dtype.
+    Raises: UserError as `from_flax`.
     """
-    result = {}
-    for name, (path, value) in torch_names(arrays).items():
-        module, _, part = name.rpartition(".")
-        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
-        ours = _MF_BLOCK.get(block[2]) if block else _MF_OUTSIDE.get(module)
-        if ours is None or part not in ("weight", "bias"):
-            raise KeyError(f"mean_flow_from_flax: {path!r} is no weight of the official MF network")
-        ours = f"shared_blocks.{block[1]}.{ours}" if block else ours
-        result[f"{ours}.{part}"] = value.flatten(1) if name == "x_embedder.proj.weight" else value
-    if not result:
-        raise ValueError("mean_flow_from_flax: wanted the weights of an official MF network, got none")
+    return convert(torch_names(arrays), MF, "mean_flow_from_flax")
+
+
+def convert(weights: Named, names: Names, caller: str) -> dict[str, Tensor]:
+    """Rename the weights of an official network and join its parts; `caller` begins the messages.
+
+    Raises: UserError as `from_official`.
+    """
+    if not weights:
+        raise UserError(f"{caller}: wanted the weights of an official {names.network} network, got none")
+    result: dict[str, Tensor] = {}
+    blocks: dict[str, dict[str, Tensor]] = {}
+    parts = [part for joined in names.block.values() for part in joined]
+    for name, (given, value) in weights.items():
+        match = re.fullmatch(rf"((?:{'|'.join(names.groups)})\.\d+)\.(.+)", name)
+        if match and match[2] in parts:
+            blocks.setdefault(match[1], {})[match[2]] = value
+        elif name in names.outside:
+            result[names.outside[name]] = value.flatten(1) if name == "x_embedder.proj.weight" else value
+        else:
+            raise UserError(f"{caller}: {given!r} is no weight of the official {names.network} network")
+    for block, values in blocks.items():
+        if missing := [part for part in parts if part not in values]:
+            raise UserError(f"{caller}: {block} lacks {', '.join(missing)}")
+        group, index = block.split(".")
+        for ours, joined in names.block.items():
+            shapes = [list(values[part].shape) for part in joined]
+            if any(shape != shapes[0] for shape in shapes):
+                raise UserError(
+                    f"{caller}: {', '.join(joined)} of {block} must have one shape, "
+                    f"got {', '.join(map(str, shapes))}"
+                )
+            rows = [values[part] for part in joined]
+            result[f"{names.groups[group]}.{index}.{ours}"] = torch.cat(rows) if len(rows) > 1 else rows[0]
     return result
+
+
+def to_official(state: Mapping[str, Tensor], config: IMFConfig) -> dict[str, Tensor]:
+    """Rename weights of `imf.model.imf.IMF` to the official PyTorch program's names: undoes `from_official`.
+
+    state: with the v-head's blocks or, as for sampling, without.  config: of that network.
+    Returns: copies, by the names that the official program's own files have, which begin with "net".
+    Raises: UserError for a name that the network does not have.
+    """
+    outside = {ours: name for name, ours in IMF.outside.items()}
+    groups = {ours: group for group, ours in IMF.groups.items()}
+    result: dict[str, Tensor] = {}
+    for name, value in state.items():
+        group, _, rest = name.partition(".")
+        index, _, part = rest.partition(".")
+        if group in groups and part in IMF.block:
+            names = [f"{groups[group]}.{index}.{official}" for official in IMF.block[part]]
+            result |= zip(names, value.chunk(len(names)), strict=True)
+        elif name in outside:
+            kernel = (config.in_channels, config.patch_size, config.patch_size)
+            result[outside[name]] = value.unflatten(1, kernel) if name == "x_embedder.weight" else value
+        else:
+            raise UserError(f"to_official: {name!r} is no weight of an iMF network")
+    linear = re.compile(r"(_proj|\.mlp\.\w+|\.linear)(?=\.(weight|bias)$)")
+    full = {name: linear.sub(r"\1._flax_linear", name) for name in result}
+    full = {name: x.replace("_table.", "_table._flax_embedding.") for name, x in full.items()}
+    return {f"net.{full[name]}": x.clone() for name, x in result.items()}
+
+
+def plain_names(state: Mapping[str, Tensor]) -> Named:
+    """Remove the root and the Flax layers from the PyTorch program's names."""
+    return {re.sub(r"^net\.|\._flax_(linear|embedding)", "", name): (name, x) for name, x in state.items()}
+
+
+def torch_names(arrays: Mapping[str, Any]) -> Named:
+    """Convert the JAX programs' arrays to tensors by official torch name, without root and Flax layers."""
+    weights = {}
+    for path, array in _flat(arrays):
+        value = _tensor(path, array)
+        if path.endswith("/kernel") and value.dim() == 2:
+            value = value.t()
+        elif path.endswith("/kernel") and value.dim() == 4:  # (row, column, in, out) → (out, in, row, column)
+            value = value.permute(3, 2, 0, 1)
+        name = path.removeprefix("params/").removeprefix("net/")
+        name = re.sub(r"/_flax_(linear|embedding)(?=/)", "", name)
+        name = re.sub(r"/(kernel|embedding)$", "/weight", name)
+        name = re.sub(r"(shared_blocks|u_heads|v_heads)_(\d+)|/layers_(\d+)", r"\1/\2\3", name)
+        weights[name.replace("/", ".")] = (path, value.contiguous())
+    return weights
 
 
 def shape_of(
     weights: Mapping[str, Tensor], *, input_size: int = 32, num_heads: int | None = None
 ) -> IMFConfig:
-    """The shape of the network that official weights are of.
+    """Find the configuration of the network that official weights of iMF or MF are of.
 
-    Args:
-        weights: by official torch name, without the Flax layers, of iMF or of MF.
-        input_size: of the latents: weights do not tell.
-        num_heads: of an MF network whose width is no preset's: its weights do not tell.
-
-    Raises:
-        ValueError: weights that are of neither network, or lack what tells the shape.
+    weights: by official torch name, without the Flax layers.  input_size: of the latents: weights do not
+        tell.  num_heads: of an MF network whose width is no preset's: its weights do not tell.
+    Raises: UserError for weights that are of neither network, or lack what tells the shape.
     """
     mean_flow = any(name.startswith("blocks.") for name in weights)
     try:
@@ -262,16 +242,19 @@ def shape_of(
         first = weights["blocks.0.mlp.fc1.weight" if mean_flow else "u_heads.0.mlp.w1.weight"]
         head_width = 0 if mean_flow else len(weights["u_heads.0.attn.q_norm.weight"])
     except (KeyError, ValueError) as error:
-        raise ValueError(f"shape_of: no weights of an official iMF or MF network: {error}") from error
+        raise UserError(f"shape_of: no weights of an official iMF or MF network: {error}") from error
     known = {preset.hidden_size: preset.num_heads for preset in PRESETS.values()}
     heads = width // head_width if head_width else num_heads or known.get(width)
     if heads is None:
-        raise ValueError(f"shape_of: num_heads (--num-heads) of an MF network of width {width} is not known")
+        raise UserError(f"shape_of: num_heads (--num-heads) of an MF network of width {width} is not known")
     if num_heads not in (None, heads):
-        raise ValueError(
+        raise UserError(
             f"shape_of: num_heads (--num-heads) must be {heads}, as the weights say, got {num_heads}"
         )
-    depth = {group: len({n.split(".")[1] for n in weights if n.startswith(f"{group}.")}) for group in _DEPTHS}
+    blocks = {tuple(name.split(".")[:2]) for name in weights}
+    depth = {
+        name: sum(block[0] == name for block in blocks) for name in ("blocks", "shared_blocks", "u_heads")
+    }
     # 8 / 3 where it gives this width: as the presets have it, though 1 / 3 is no number of fp64.
     ratio = 8 / 3 if int(width * 8 / 3) == len(first) else len(first) / width
     return IMFConfig(
@@ -279,7 +262,7 @@ def shape_of(
         patch_size=patch,
         in_channels=channels,
         hidden_size=width,
-        depth=depth["blocks"] + depth["shared_blocks"] + depth["u_heads"],
+        depth=sum(depth.values()),
         num_heads=heads,
         num_classes=num_classes,
         **(ORIGINAL if mean_flow else {"aux_head_depth": depth["u_heads"], "mlp_ratio": ratio}),
@@ -295,12 +278,12 @@ def _flat(tree: Mapping[str, Any], root: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _tensor(path: str, array: Any) -> Tensor:
-    """A copy of an array, also in JAX's bfloat16, which PyTorch does not take from NumPy."""
+    """Copy an array into a tensor, also from JAX's bfloat16, which PyTorch does not take from NumPy."""
     values = np.array(array)
     if values.dtype.name == "bfloat16":
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
     if values.dtype.kind != "f":
-        raise TypeError(
+        raise UserError(
             f"from_flax: {path!r} must be an array of floating-point numbers, "
             f"got a {type(array).__name__} of {values.dtype}"
         )
