@@ -10,9 +10,8 @@ from typing import Literal
 import torch
 
 from imf.model.config import IMFConfig
-from imf.official.convert import check_complete, has_v_blocks, states_of, write_official
-from imf.official.formats import read
-from imf.program import UserError, run
+from imf.official.convert import export_weights, has_v_blocks, import_weights
+from imf.program import run
 from imf.training.checkpoint import Metadata, empty_weights, environment, find, load_network, save_network
 from imf.training.config import TrainConfig
 from imf.training.recipes import PRESETS
@@ -42,22 +41,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def _import(a: argparse.Namespace) -> str:
     """Convert official weights into a file of ours; returns what was done, as text."""
-    official = read(a.source)
-    network, states = states_of(a.source, official, a.weights, input_size=a.input_size, num_heads=a.num_heads)
-    try:
-        weights, (preset, config) = empty_weights(network), _settings(network)
-    except ValueError as error:
-        raise UserError(f"{a.source}: {error}") from error
-    check_complete(a.source, states, weights)
-    metadata = Metadata(official.step, 0.0, config, "fp32", environment(torch.device("cpu")))
-    save_network(a.out, states, metadata)
+    sizes = {"input_size": a.input_size, "num_heads": a.num_heads}
+    network, states, step = import_weights(a.source, a.weights, empty_weights, **sizes)
+    preset, config = _settings(network)
+    save_network(a.out, states, Metadata(step, 0.0, config, "fp32", environment(torch.device("cpu"))))
     width, heads, patch = network.hidden_size, network.num_heads, network.patch_size
     unknown = f"no preset (depth {network.depth}, width {width}, {heads} heads, patch {patch})"
     count = sum(x.numel() for x in next(iter(states.values())).values())
     sampling = network.has_v_head and not all(map(has_v_blocks, states.values()))
     return (
-        f"{a.out}: {preset or unknown}, {count:,} weights ({' and '.join(states)}), "
-        f"step {official.step}{', for sampling: without the v-head' if sampling else ''}"
+        f"{a.out}: {preset or unknown}, {count:,} weights ({' and '.join(states)}), step {step}"
+        f"{', for sampling: without the v-head' if sampling else ''}"
     )
 
 
@@ -72,7 +66,7 @@ def _export(a: argparse.Namespace) -> str:
     """Write our weights into a file of official names; returns what was done, as text."""
     kind: Literal["ema", "model"] = a.weights or "ema"
     network, metadata = load_network(find(a.source), kind)
-    count = write_official(a.source, a.out, network, metadata.config.network, a.v_head)
+    count = export_weights(a.source, a.out, network, metadata.config.network, a.v_head)
     return f"{a.out}: {count} tensors ({kind}), {'with' if a.v_head else 'without'} the v-head's blocks"
 
 

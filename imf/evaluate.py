@@ -57,9 +57,8 @@ def _evaluate(a: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     check_arguments(a, parser.error)
     with joined(a.device) as processes:
         extractor = features.load(a.extractor, processes.device)
-        evaluation = Evaluation(a, processes, extractor, data.load)
         if a.make_statistics:
-            evaluation.make_statistics()
+            Evaluation(a, processes, extractor, data.load).make_statistics()
             return
         network = metadata = None
         if a.checkpoint:
@@ -68,7 +67,7 @@ def _evaluate(a: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             network.compute_dtype = checkpoint.DTYPES[a.precision]
             network.to(processes.device).eval()
         environment = {"checkpoint": str(a.checkpoint or ""), **checkpoint.environment(processes.device)}
-        evaluation.run(environment, network, metadata)
+        Evaluation(a, processes, extractor, data.load, network, metadata).run(environment)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from imf.model.config import IMFConfig, check_guidance, config_of
 from imf.program import UserError
@@ -31,10 +32,8 @@ def generate(
 ) -> Tensor:
     """Sample images [B, C, H, W], fp32, from `noise` [B, C, H, W] ~ N(0, I) and labels `y` [B] int64.
 
-    z <- z - (t - r) u(z, h = t - r, omega, t_min, t_max, y) on linspace(1, 0, steps + 1), a call per step.
-    Noise and labels are moved to the model's device, where the images are.
-
-    omega: guidance scale, >= 1.  t_min, t_max: guidance interval in [0, 1].
+    z <- z - (t - r) u(z, h = t - r, omega, t_min, t_max, y) on linspace(1, 0, steps + 1), a call per step, on
+    the model's device.  omega: guidance scale, >= 1.  t_min, t_max: guidance interval in [0, 1].
     Raises: UserError for steps < 1, labels that do not fit the noise, or guidance out of range.
     Source: Improved Mean Flows, arXiv 2512.02012.
     """
@@ -70,23 +69,18 @@ def check_inputs_of(config: IMFConfig, omega: float, t_min: float, t_max: float)
         )
 
 
-def sample_shape(model: nn.Module) -> tuple[int, int, int]:
-    """Return (C, H, W) of one of the model's samples."""
-    config = config_of(model)
-    return config.in_channels, config.input_size, config.input_size
-
-
 def sample_labels(
     model: nn.Module, labels: Tensor, *, seed: int = 0, batch_size: int | None = None, **options: Any
 ) -> Tensor:
-    """Sample an image per label: [N, C, H, W] fp32, on the model's device, from labels [N] int64.
+    """Sample an image per label [N] int64: [N, C, H, W] fp32 on the model's device.
 
-    The noise depends on the seed and N, not on the device or batch_size (default: all at once).
-    options: of `generate`.
+    The noise depends on the seed and N, not on batch_size, default N.  options: of `generate`.
     """
-    noise = torch.randn(len(labels), *sample_shape(model), generator=torch.Generator().manual_seed(seed))
-    parts = (x.split(batch_size or len(labels)) for x in (noise, labels))
-    return torch.cat([generate(model, z, y, **options) for z, y in zip(*parts, strict=True)])
+    config, size = config_of(model), batch_size or len(labels)
+    shape = len(labels), config.in_channels, config.input_size, config.input_size
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    parts = zip(noise.split(size), labels.split(size), strict=True)
+    return torch.cat([generate(model, z, y, **options) for z, y in parts])
 
 
 def class_grid(
@@ -98,10 +92,9 @@ def class_grid(
     decode: Callable[[Tensor], Tensor] | None = None,
     **options: Any,
 ) -> Image.Image:
-    """Draw a row per class with `columns` samples in each; the noise depends on the seed and their number.
+    """Draw a row per class with `columns` samples in each; the noise is that of `sample_labels`.
 
-    classes: labels of the rows, default all.  decode: makes images of latents [columns, C, H, W].
-    options: of `generate`.
+    classes: labels of the rows, default all.  decode: makes images of latents.  options: of `generate`.
     """
     classes = range(config_of(model).num_classes) if classes is None else classes
     images = sample_labels(model, torch.tensor(classes).repeat_interleave(columns), seed=seed, **options)
@@ -136,14 +129,11 @@ def draw_grid(
         raise ValueError(f"draw_grid: columns must divide the {n} images, got {columns}")
     scale = scale or max(1, 40 // width)
     margin = 20 if row_labels else 0
-    tiles = to_uint8(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    side = (width * scale, height * scale)
-    width, height = width * scale + gap, height * scale + gap
-    canvas = Image.new("RGB", (margin + columns * width + gap, n // columns * height + gap), "white")
-    for index, tile in enumerate(tiles):
-        row, column = divmod(index, columns)
-        picture = Image.fromarray(tile).resize(side, Image.Resampling.NEAREST)
-        canvas.paste(picture, (margin + gap + column * width, gap + row * height))
+    height, width = height * scale + gap, width * scale + gap
+    tiles = to_uint8(images).expand(-1, 3, -1, -1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    tiles = pad(tiles, (0, gap, 0, gap), value=255).unflatten(0, (-1, columns))
+    pixels = tiles.permute(0, 3, 1, 4, 2).reshape(-1, columns * width, 3)
+    canvas = Image.fromarray(pad(pixels, (0, 0, margin + gap, 0, gap, 0), value=255).cpu().numpy())
     pen = ImageDraw.Draw(canvas)
     for row, label in enumerate(row_labels or []):
         middle = (margin // 2 + gap // 2, gap // 2 + row * height + height // 2)

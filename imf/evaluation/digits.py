@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,6 @@ from imf.evaluation.fid import frechet_distance, of_rows
 from imf.model.config import config_of
 from imf.program import UserError
 from imf.sampling import sample_labels
-
-
-class Labelled(Protocol):
-    """Tensors of a data set: images [N, C, H, W] fp32 in [-1, 1] and labels [N] int64."""
-
-    @property
-    def images(self) -> Tensor: ...
-
-    @property
-    def labels(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -35,21 +25,15 @@ class Score:
 
 
 def evaluate(
-    model: nn.Module,
-    data: Labelled,
-    *,
-    steps: Sequence[int] = (1, 2, 4),
-    count: int = 1800,
-    **options: Any,
+    model: nn.Module, data: Any, *, steps: Sequence[int] = (1, 2, 4), count: int = 1800, **options: Any
 ) -> list[Score]:
     """Score `count` samples for each number of steps, all from the same noise.
 
     Fréchet distance between class-balanced samples, as the network gives them (not clipped), and all the
     data, in pixel units squared; share of the samples that an SVC trained on the data gives their label.
-    options: seed, omega, t_min, t_max, as `class_balanced_samples` takes them.
+    data: has images [N, C, H, W] fp32 and labels [N] int64.  options: of `class_balanced_samples`.
     """
-    reference = of_rows(data.images)
-    scores = []
+    reference, scores = of_rows(data.images), []
     for n in steps:
         samples, labels = class_balanced_samples(model, count, steps=n, **options)
         distance = frechet_distance(reference, of_rows(samples))
@@ -58,11 +42,11 @@ def evaluate(
 
 
 def class_balanced_samples(
-    model: nn.Module, count: int = 1800, *, seed: int = 0, batch_size: int = 256, **options: Any
+    model: nn.Module, count: int = 1800, *, batch_size: int = 256, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """Sample as many images of each class, on the CPU: images [count, C, H, W] fp32, labels [count] int64.
 
-    Sample i has label i mod num_classes; the noise is that of `sample_labels`.  options: of `generate`.
+    Sample i has label i mod num_classes.  options: seed, and those of `imf.sampling.generate`.
     Raises: UserError if count is not a positive multiple of the number of classes.
     """
     classes = config_of(model).num_classes
@@ -71,10 +55,10 @@ def class_balanced_samples(
             f"class_balanced_samples: count must be a positive multiple of the {classes} classes, got {count}"
         )
     labels = torch.arange(count) % classes
-    return sample_labels(model, labels, seed=seed, batch_size=batch_size, **options).cpu(), labels
+    return sample_labels(model, labels, batch_size=batch_size, **options).cpu(), labels
 
 
-def svc_accuracy(data: Labelled, samples: Tensor, labels: Tensor) -> float:
+def svc_accuracy(data: Any, samples: Tensor, labels: Tensor) -> float:
     """Return the share of samples [N, C, H, W] that an SVC trained on the data gives their label."""
     from sklearn.svm import SVC  # importing it takes a second
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.special import entr
 
 from imf.distributed import Processes
 from imf.evaluation.inception import Extractor
@@ -83,11 +84,11 @@ def _read_array(archive: zipfile.ZipFile, name: str) -> Array:
         first = np.lib.format.read_magic(file) == (1, 0)
         read_header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
         shape, _, dtype = read_header(file)
-    if max(shape, default=0) > WIDEST or len(shape) > 2:
-        raise ValueError(f"{name} must be of at most {WIDEST:,} features, got {list(shape)}")
-    if dtype.kind not in "fiuO":  # objects are refused by NumPy
-        raise ValueError(f"{name} must hold real numbers, got {dtype}")
-    with archive.open(f"{name}.npy") as file:
+        if max(shape, default=0) > WIDEST or len(shape) > 2:
+            raise ValueError(f"{name} must be of at most {WIDEST:,} features, got {list(shape)}")
+        if dtype.kind not in "fiuO":  # objects are refused by NumPy
+            raise ValueError(f"{name} must hold real numbers, got {dtype}")
+        file.seek(0)
         array: Array = np.lib.format.read_array(file, allow_pickle=False).astype(np.float64)
     return array
 
@@ -144,9 +145,7 @@ class Moments:
 
 def of_rows(features: Tensor) -> Statistics:
     """Return statistics of features [N, ...], flattened to [N, D], N >= 2; UserError unless finite."""
-    moments = Moments(features[0].numel() if len(features) else 0)
-    moments.update(features.flatten(1))
-    return moments.statistics()
+    return statistics([features.flatten(1)], lambda rows: (rows, None))
 
 
 def measure(
@@ -221,15 +220,12 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
     if logits.isnan().any():
         raise UserError("inception_score: logits must be numbers, got NaN: are the samples?")
     order = torch.from_numpy(np.random.RandomState(2020).permutation(n))
-    log_p = logits.cpu()[order].double().log_softmax(1)
-    scores = []
-    for i in range(splits):
-        part = log_p[i * n // splits : (i + 1) * n // splits]
-        log_marginal = part.logsumexp(0) - np.log(len(part))
-        terms = part.exp() * (part - log_marginal)
-        terms[part == -torch.inf] = 0  # p log p at p = 0
-        scores.append(terms.sum(1).mean().exp().item())
-    return float(np.mean(scores)), float(np.std(scores))
+    p = logits.cpu()[order].double().softmax(1)
+    parts = [p[i * n // splits : (i + 1) * n // splits] for i in range(splits)]
+    # The mean of the divergences is the entropy of the mean less the mean of the entropies.
+    information = [entr(part.mean(0)).sum() - entr(part).sum(1).mean() for part in parts]
+    scores = torch.stack(information).exp()
+    return scores.mean().item(), scores.std(correction=0).item()
 
 
 def _square_root(covariance: Array) -> Array:

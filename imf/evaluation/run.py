@@ -33,6 +33,7 @@ from imf.sampling import check_inputs_of
 
 COUNT = 50_000  # images of the published figures
 SPLITS = 10  # of the Inception score
+Setting = tuple[Any, Any, Any, Any]  # steps, omega, t_min, t_max; None for images that were found
 
 
 def check_arguments(a: argparse.Namespace, error: Callable[[str], Any]) -> None:
@@ -71,44 +72,48 @@ def check_arguments(a: argparse.Namespace, error: Callable[[str], Any]) -> None:
 class Evaluation:
     """One process's part in an evaluation with these arguments of `imf.evaluate`.
 
-    load_data: `imf.data.load`.
+    load_data: `imf.data.load`.  network, metadata: of --checkpoint, on the processes' device.
     """
 
     arguments: argparse.Namespace
     processes: Processes
     extractor: Extractor
     load_data: Callable[[str], Any]
+    network: Any = None
+    metadata: Any = None
 
     def make_statistics(self) -> None:
-        """Write the statistics of --make-statistics SOURCE to OUT."""
+        """Write the statistics of --make-statistics SOURCE to OUT; UserError or OSError if that fails."""
         source, out = self.arguments.make_statistics
         found = self._statistics(source)
         if found is not None:
             found.save(Path(out))
             print(f"{out}: mean and covariance of {found.mean.size} features of the images in {source}")
 
-    def run(self, environment: dict[str, str], network: Any = None, metadata: Any = None) -> None:
+    def run(self, environment: dict[str, str]) -> None:
         """Measure every setting in turn; results are written after each, and those of an earlier run kept.
 
-        environment: noted in the results.  network, metadata: of --checkpoint, on the device.
+        environment: noted in the results.
         Raises: UserError or OSError, naming the argument or the file.
         """
-        a, processes = self.arguments, self.processes
-        settings: list[Any] = [(None, None, None, None)]  # images that were found have no setting
+        a, processes, path = self.arguments, self.processes, self.arguments.out / "results.json"
+        settings: list[Setting] = [(None, None, None, None)]
         shared = {"weights": "", "vae": "", "precision": "", "count": a.count, "seed": ""}
         folders, decode = [a.out], None
-        if network is not None:
-            channels = network.config.in_channels
-            vae = autoencoder.of_network(a.vae, channels, processes.device, metadata.autoencoder)
+        if self.network is not None:
+            config, folders = self.network.config, [a.out, *filter(None, [a.samples_dir])]
+            vae = autoencoder.of_network(
+                a.vae, config.in_channels, processes.device, self.metadata.autoencoder
+            )
             decode = partial(autoencoder.decode, vae) if vae else None
-            weights, vae_weights = (samples.fingerprint(x.state_dict()) if x else "" for x in (network, vae))
+            weights = samples.fingerprint(self.network.state_dict())
+            vae_weights = samples.fingerprint(vae.state_dict()) if vae else ""
             shared |= {"weights": weights, "vae": vae_weights, "precision": a.precision, "seed": a.seed}
-            omega, *interval = metadata.config.sampling
+            omega, *interval = self.metadata.config.sampling
             grid = product(a.steps, a.interval or [interval], a.omega or [omega])
             settings = list(dict.fromkeys((n, w, low, high) for n, (low, high), w in grid))
-            for setting in settings:
-                check_inputs_of(network.config, *setting[1:])
-            folders += [a.samples_dir] if a.samples_dir else []
+            for _, *guidance in settings:
+                check_inputs_of(config, *guidance)
         reference = self._statistics(a.reference) if a.reference else None
         judged = {
             **shared,
@@ -116,7 +121,6 @@ class Evaluation:
             "extractor": _named(a.extractor),
             "reference": _named(a.reference or ""),
         }
-        path = a.out / "results.json"
         with contextlib.ExitStack() as locks:
             if processes.rank == 0:
                 for folder in folders:
@@ -128,17 +132,16 @@ class Evaluation:
                 if any(row.setting == setting for row in rows):
                     continue
                 began = time.perf_counter()
-                images = self._samples(network, shared, setting, decode) if network else self._found()
+                images = self._images(setting, shared, decode)
                 width = reference.mean.size if reference else None
                 found, logits = measure(images, self.extractor, processes, width)
                 if found is None:
                     continue
                 fid = frechet_distance(found, reference) if reference else None
-                score: tuple[float | None, float | None] = (None, None)
-                if logits is not None and len(logits) >= SPLITS:
-                    score = inception_score(logits, SPLITS)
+                enough = logits if logits is not None and len(logits) >= SPLITS else None
+                score, deviation = (None, None) if enough is None else inception_score(enough, SPLITS)
                 seconds = round(time.perf_counter() - began, 3)
-                rows.append(Row(*setting, a.count, fid, *score, seconds))
+                rows.append(Row(*setting, a.count, fid, score, deviation, seconds))
                 values = {"settings": judged, "environment": environment, "rows": [vars(row) for row in rows]}
                 write_json(path, values)
         if processes.rank == 0:
@@ -175,26 +178,21 @@ class Evaluation:
         batches = (samples.to_bytes(dataset.fetch(part, generator)[0]) for part in parts)
         return self._with_bar(batches, len(rows), source)
 
-    def _found(self) -> Iterable[Tensor]:
-        """Read this process's slice of the images in --samples-dir."""
-        folder, count = self.arguments.samples_dir, self.arguments.count
-        if (found := len(samples.image_files(folder))) != count:
-            raise UserError(f"{folder}: wanted {count} images (--count), found {found}")
-        return self._images_of(str(folder))
-
-    def _samples(
-        self, network: Any, shared: dict[str, Any], setting: Any, decode: Callable[[Tensor], Tensor] | None
-    ) -> Iterable[Tensor]:
-        """Make this process's slice of the samples of a setting."""
-        steps, omega, t_min, t_max = setting
-        settings = samples.Settings(**shared, steps=steps, omega=omega, t_min=t_min, t_max=t_max)
-        a, rows = self.arguments, self.processes.slice(settings.count)
+    def _images(self, setting: Setting, shared: dict[str, Any], decode: Any) -> Iterable[Tensor]:
+        """Make this process's slice of the samples of a setting, or read that of the images to judge."""
+        a, rows = self.arguments, self.processes.slice(self.arguments.count)
+        if self.network is None:
+            if (count := len(samples.image_files(a.samples_dir))) != a.count:
+                raise UserError(f"{a.samples_dir}: wanted {a.count} images (--count), found {count}")
+            return self._images_of(str(a.samples_dir))
+        values = zip(("steps", "omega", "t_min", "t_max"), setting, strict=True)
+        settings = samples.Settings(**shared, **dict(values))
         folder = a.samples_dir / settings.name if a.samples_dir else None
         if folder and self.processes.rank == 0:
             samples.claim(folder, settings)  # before another process looks
         self.processes.from_first(None)
         options = {"batch_size": a.batch_size, "decode": decode, "folder": folder}
-        batches = samples.sample_images(network, settings, rows, **options)
+        batches = samples.sample_images(self.network, settings, rows, **options)
         return self._with_bar(batches, len(rows), settings.name)
 
     def _with_bar(self, batches: Iterable[Tensor], total: int, title: str) -> Iterable[Tensor]:

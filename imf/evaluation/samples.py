@@ -24,7 +24,7 @@ from imf.images import BrokenImage, read_image, walk
 from imf.io import check_regular, naming, replacing, write_json
 from imf.model.config import config_of
 from imf.program import UserError
-from imf.sampling import generate, sample_shape, to_uint8
+from imf.sampling import generate, to_uint8
 
 SETTINGS = "settings.json"
 _THREADS = 4  # that compress and read PNGs while the network computes
@@ -35,7 +35,7 @@ class Settings:
     """All that decides a set of samples, together with the software.
 
     weights, vae: `fingerprint` of the network's and the autoencoder's, "" for none.  precision: "fp32" or
-    "bf16".  count: number of samples.  steps, omega, t_min, t_max: as `imf.sampling.generate` takes them.
+    "bf16".  count: number of samples.  seed: of the noise.  Others: as `imf.sampling.generate` takes them.
     """
 
     weights: str
@@ -59,8 +59,8 @@ def noise(seed: int, indices: Iterable[int], shape: tuple[int, ...]) -> Tensor:
 
     Philox, a counter-based generator, keyed by the seed; sample i starts at block i 2^64 of its sequence.
     """
-    generators = (np.random.Generator(np.random.Philox(key=seed, counter=i << 64)) for i in indices)
-    rows = [generator.standard_normal(shape, dtype=np.float32) for generator in generators]
+    philox = (np.random.Philox(key=seed, counter=i << 64) for i in indices)
+    rows = [np.random.Generator(x).standard_normal(shape, dtype=np.float32) for x in philox]
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, *shape)
 
 
@@ -97,12 +97,12 @@ def sample_images(
 
     With a folder, samples that lie in it are read, the others are written to it as PNGs, each whole or not
     at all: after an interruption the same call resumes.  decode: makes images of latents.
-
-    Raises: UserError for settings that do not fit the network, samples that are not finite, a folder of
-    samples of other settings, or an autoencoder that does not fit.
+    Raises: UserError for settings that do not fit the network, samples that are not finite, or a folder of
+        other samples.
     """
-    num_classes = config_of(model).num_classes
-    classes(range(0), settings.count, num_classes)  # before anything is written
+    config: Any = config_of(model)
+    shape = config.in_channels, config.input_size, config.input_size
+    classes(range(0), settings.count, config.num_classes)  # before anything is written
     if folder is not None:
         claim(folder, settings)
     options = {name: getattr(settings, name) for name in ("steps", "omega", "t_min", "t_max")}
@@ -114,19 +114,18 @@ def sample_images(
             stored = zip(paths, pool.map(_read, paths.values()), strict=True)
             images = {i: x for i, x in stored if isinstance(x, Tensor)}
             if missing := [i for i in batch if i not in images]:
-                z = noise(settings.seed, missing, sample_shape(model))
-                x = generate(model, z, classes(missing, settings.count, num_classes), **options)
-                new = to_bytes(decode(x) if decode else x).cpu()
-                images |= zip(missing, new, strict=True)
+                y = classes(missing, settings.count, config.num_classes)
+                x = generate(model, noise(settings.seed, missing, shape), y, **options)
+                images |= zip(missing, to_bytes(decode(x) if decode else x).cpu(), strict=True)
                 for write in writes:
                     write.result()
                 writes = [pool.submit(write_png, paths[i], images[i]) for i in missing if paths]
-            shape = list(images[batch[0]].shape)
+            first = images[batch[0]].shape
             for i, path in paths.items():
-                if list(images[i].shape) != shape:
+                if images[i].shape != first:
                     raise UserError(
-                        f"{path}: must be {shape} like the sample before it, got {list(images[i].shape)}; "
-                        "delete the one that does not belong here"
+                        f"{path}: must be {list(first)} like the sample before it, "
+                        f"got {list(images[i].shape)}; delete the one that does not belong here"
                     )
             yield torch.stack([images[i] for i in batch])
         for write in writes:
@@ -160,10 +159,7 @@ def different(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """List the images in a folder and the folders in it, sorted by path; hidden files are left out.
-
-    Raises: UserError for what cannot be listed, see `imf.images.walk`.
-    """
+    """List the images in a folder and the folders in it, sorted, as `imf.images.walk` finds them."""
     return sorted(folder / name for name, _ in walk(folder))
 
 
@@ -202,13 +198,11 @@ def read_images(paths: list[Path], batch_size: int = 64) -> Iterator[Tensor]:
 
 def write_png(path: Path, image: Tensor) -> None:
     """Write an image [C, H, W] uint8, C = 1 or 3, whole or not at all."""
-    if image.shape[0] not in (1, 3):
-        raise UserError(
-            f"an image must have 1 or 3 channels, got {image.shape[0]}: latents are decoded by an autoencoder"
-        )
+    if (c := len(image)) not in (1, 3):
+        raise UserError(f"an image must have 1 or 3 channels, got {c}: latents are decoded by an autoencoder")
     array = image.permute(1, 2, 0).numpy()
     with naming(path), replacing(path) as temporary:
-        Image.fromarray(array[..., 0] if len(image) == 1 else array).save(temporary, "PNG", compress_level=1)
+        Image.fromarray(array[..., 0] if c == 1 else array).save(temporary, "PNG", compress_level=1)
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:

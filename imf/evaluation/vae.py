@@ -39,14 +39,12 @@ def load(path: Path, device: torch.device) -> Any:
     options = {"local_files_only": True, "use_safetensors": True, "low_cpu_mem_usage": False}
     logger = logging.getLogger("diffusers")
     level = logger.level
+    logger.setLevel(logging.ERROR)  # it would warn of what is raised below
     try:
-        logger.setLevel(logging.ERROR)  # it would warn of what is raised below
         name = AutoencoderKL.load_config(path).get("_class_name")
         if name != "AutoencoderKL":
-            raise UserError(f"{path}: wanted an AutoencoderKL, got a {name}")
+            raise ValueError(f"wanted an AutoencoderKL, got a {name}")
         vae, found = AutoencoderKL.from_pretrained(path, output_loading_info=True, **options)
-    except UserError:
-        raise
     except Exception as error:  # of nearly any class, for a field of config.json of another type
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: no AutoencoderKL can be read from it: {reason}") from error
@@ -97,12 +95,6 @@ def of_network(path: Path | None, channels: int, device: torch.device, prepared_
             f"pass the folder that imf.data.prepare was given"
         )
     return vae
-
-
-def normalise(latents: Tensor) -> Tensor:
-    """Normalise latents [..., 4, H, W] of the autoencoder as the networks see them."""
-    mean, std = latents.new_tensor((MEAN, STD))[..., None, None]
-    return (latents - mean) / std
 
 
 @torch.no_grad()

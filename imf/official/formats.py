@@ -72,14 +72,14 @@ def read(source: Path) -> Official:
 def _read_jax(source: Path) -> Official:
     path = _newest(source)
     tree = _read_orbax(path) if path.is_dir() else _read_msgpack(path)
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{path}: wanted a Flax training state, got a {type(tree).__name__}")
     names = {"ema_params": "ema", "params": "model"}
     sets = {ours: tree[name] for name, ours in names.items() if isinstance(tree.get(name), Mapping)}
     if not sets:
         raise UserError(f"{path}: wanted params or ema_params in it, got {', '.join(map(str, tree))}")
-    step = np.asarray(tree.get("step", 0))
-    if step.size != 1 or step.dtype.kind not in "iuf":
-        raise UserError(f"{path}: step must be a number, got {list(step.shape)} {step.dtype}")
-    return Official(sets, flax=True, step=int(step.item()))
+    with _reading(path, "NumPy"):
+        return Official(sets, flax=True, step=int(np.asarray(tree.get("step", 0))))
 
 
 def _newest(source: Path) -> Path:
@@ -108,7 +108,7 @@ def _reading(path: Path, program: str) -> Iterator[None]:
         raise UserError(f"{path}: {program} cannot read it: {str(error)[:500]}") from error
 
 
-def _read_orbax(path: Path) -> Mapping[str, Any]:
+def _read_orbax(path: Path) -> Any:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # all that is wanted of JAX is arrays in memory
     with _reading(path, "Orbax"):
         import jax
@@ -117,21 +117,16 @@ def _read_orbax(path: Path) -> Mapping[str, Any]:
         path = path.absolute()
         with ocp.PyTreeCheckpointer() as reader:
             if (path / "checkpoint").is_file():  # its old form: one file holds all arrays
-                old: Mapping[str, Any] = reader.restore(path)
-                return old
+                return reader.restore(path)
             tree = reader.metadata(path).item_metadata.tree
             wanted = {name: tree[name] for name in ("params", "ema_params", "step") if name in tree}
             restore = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
             options = ocp.args.PyTreeRestore(item=wanted, restore_args=restore, partial_restore=True)
-            result: Mapping[str, Any] = reader.restore(path, args=options)
-    return result
+            return reader.restore(path, args=options)
 
 
-def _read_msgpack(path: Path) -> Mapping[str, Any]:
+def _read_msgpack(path: Path) -> Any:
     with _reading(path, "Flax"):
         from flax.serialization import msgpack_restore
 
-        tree = msgpack_restore(path.read_bytes())
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: wanted a Flax training state, got a {type(tree).__name__}")
-    return tree
+        return msgpack_restore(path.read_bytes())

@@ -7,8 +7,7 @@ network holds them as one weight each. Values are copied, nothing is rounded.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,158 +21,137 @@ from imf.program import UserError
 Named = dict[str, tuple[str, Tensor]]
 
 
-@dataclass(frozen=True)
-class Names:
-    """Names of an official network, without the Flax layers, and ours.
-
-    groups: lists of blocks, official → ours.  block: our weight ← official ones, one below the other.
-    outside: weights outside of blocks, official → ours.
-    """
-
-    network: str
-    groups: dict[str, str]
-    block: dict[str, tuple[str, ...]]
-    outside: dict[str, str]
+def _parts(layers: dict[str, str]) -> dict[str, str]:
+    """Name the weight and the bias of each layer."""
+    return {
+        f"{name}.{part}": f"{ours}.{part}" for name, ours in layers.items() for part in ("weight", "bias")
+    }
 
 
-def _layers(layers: dict[str, str], embedders: dict[str, str]) -> dict[str, str]:
-    """Name the weights and biases of linear layers, and of the two layers of each embedder."""
+def _embedders(names: dict[str, str]) -> dict[str, str]:
+    """Name the two layers of each embedder."""
     ends = (("mlp.0", "first"), ("mlp.2", "last"))
-    layers = layers | {f"{name}.{i}": f"{our}.{end}" for name, our in embedders.items() for i, end in ends}
-    return {f"{name}.{part}": f"{our}.{part}" for name, our in layers.items() for part in ("weight", "bias")}
+    return {f"{name}.{layer}": f"{ours}.{end}" for name, ours in names.items() for layer, end in ends}
 
 
-IMF = Names(
-    network="iMF",
-    groups={"shared_blocks": "shared_blocks", "u_heads": "u_blocks", "v_heads": "v_blocks"},
-    block={
-        "attn_scale": ("attn_scale",),
-        "mlp_scale": ("mlp_scale",),
-        "norm1": ("norm1.weight",),
-        "norm2": ("norm2.weight",),
-        "q_norm": ("attn.q_norm.weight",),
-        "k_norm": ("attn.k_norm.weight",),
-        "out": ("attn.out_proj.weight",),
-        "down": ("mlp.w2.weight",),
-        "qkv": ("attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight"),
-        "gate_up": ("mlp.w1.weight", "mlp.w3.weight"),
-    },
-    outside={
-        **_layers(
-            {
-                "x_embedder.proj": "x_embedder",
-                "u_final_layer.linear": "u_final.linear",
-                "v_final_layer.linear": "v_final.linear",
-            },
-            {
-                "cfg_t_start_embedder": "t_min_embedder",
-                "cfg_t_end_embedder": "t_max_embedder",
-                "omega_embedder": "omega_embedder",
-                "h_embedder": "h_embedder",
-            },
-        ),
-        **{f"{name}_tokens": f"{name}_tokens" for name in ("class", "omega", "t_min", "t_max", "time")},
-        "y_embedder.embedding_table.weight": "y_embedder.weight",
-        "u_final_layer.norm.weight": "u_final.norm",
-        "v_final_layer.norm.weight": "v_final.norm",
-    },
-)
-_MF_BLOCK = {
+# Lists of blocks: official → ours. iMF has the first three, MF the last.
+_GROUPS = {
+    "shared_blocks": "shared_blocks",
+    "u_heads": "u_blocks",
+    "v_heads": "v_blocks",
+    "blocks": "shared_blocks",
+}
+# Weights of a block: ours ← official ones, one below the other.
+_IMF_BLOCK = {
+    "attn_scale": ["attn_scale"],
+    "mlp_scale": ["mlp_scale"],
+    "norm1": ["norm1.weight"],
+    "norm2": ["norm2.weight"],
+    "q_norm": ["attn.q_norm.weight"],
+    "k_norm": ["attn.k_norm.weight"],
+    "out": ["attn.out_proj.weight"],
+    "down": ["mlp.w2.weight"],
+    "qkv": ["attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight"],
+    "gate_up": ["mlp.w1.weight", "mlp.w3.weight"],
+}
+_MF_LAYERS = {
     "attn.qkv": "qkv",
     "attn.proj": "out",
     "mlp.fc1": "up",
     "mlp.fc2": "down",
     "adaLN_modulation.1": "modulation.linear",
 }
-MF = Names(
-    network="MF",
-    groups={"blocks": "shared_blocks"},
-    block={ours: (name,) for name, ours in _layers(_MF_BLOCK, {}).items()},
-    outside={
-        **_layers(
-            {
-                "x_embedder.proj": "x_embedder",
-                "final_layer.linear": "u_final.linear",
-                "final_layer.adaLN_modulation.1": "u_final.modulation.linear",
-            },
-            {"t_embedder": "embedders.t", "h_embedder": "embedders.h"},
-        ),
-        "y_embedder.embedding_table.weight": "y_embedder.weight",
-    },
-)
+_MF_BLOCK = {ours: [name] for name, ours in _parts(_MF_LAYERS).items()}
+# Weights outside of blocks: official → ours.
+_BOTH = {
+    **_parts({"x_embedder.proj": "x_embedder"}),
+    "y_embedder.embedding_table.weight": "y_embedder.weight",
+}
+_IMF_EMBEDDERS = {
+    "cfg_t_start_embedder": "t_min_embedder",
+    "cfg_t_end_embedder": "t_max_embedder",
+    "omega_embedder": "omega_embedder",
+    "h_embedder": "h_embedder",
+}
+_IMF_OUTSIDE = {
+    **_BOTH,
+    **_parts(_embedders(_IMF_EMBEDDERS)),
+    **_parts({f"{head}_final_layer.linear": f"{head}_final.linear" for head in "uv"}),
+    **{f"{head}_final_layer.norm.weight": f"{head}_final.norm" for head in "uv"},
+    **{f"{name}_tokens": f"{name}_tokens" for name in ("class", "omega", "t_min", "t_max", "time")},
+}
+_MF_OUTSIDE = {
+    **_BOTH,
+    **_parts(_embedders({"t_embedder": "embedders.t", "h_embedder": "embedders.h"})),
+    **_parts({"final_layer.linear": "u_final.linear"}),
+    **_parts({"final_layer.adaLN_modulation.1": "u_final.modulation.linear"}),
+}
 
 
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the official PyTorch weights to this network's names.
+    """Rename official PyTorch weights, and join the parts of q, k, v and w1, w3.
 
-    state: by the official names ("shared_blocks.0.attn.q_proj._flax_linear.weight" …), with or without a
-        leading "net", of the sampling or of the training network.
+    state: by official names ("shared_blocks.0.attn.q_proj._flax_linear.weight" …), with or without a leading
+        "net", of the sampling or of the training network.
 
-    Returns: a state dict for `imf.model.imf.IMF`, without what `state` lacks (the v-head's blocks in the
-        weights for sampling).
+    Returns: a state dict for `imf.model.imf.IMF` (or `imf.mean_flow.network.DiT`), without what `state`
+        lacks (the v-head's blocks in the weights for sampling).
     Raises: UserError for a value that is not a tensor, a name that the official network does not have, a
-        block without one of its weights, parts of q, k, v or w1, w3 of different shapes, or no weights.
+        block without one of its weights, parts of different shapes, or no weights at all.
     """
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise UserError(f"from_official: {name!r} must be a tensor, got a {type(value).__name__}")
-    return convert(plain_names(state), IMF, "from_official")
+    return convert(plain_names(state), "from_official")
 
 
 def from_flax(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Rename the official JAX weights to this network's names.
+    """Rename official JAX weights or gradients of iMF or of MF; the rest as `from_official`.
 
-    arrays: as Flax gives them, nested, or flat with the parts of a path joined by "/"; with or without a
-        leading "params" and "net" ("net/shared_blocks_0/attn/q_proj/_flax_linear/kernel" …). Gradients map
-        likewise.
-
-    Returns: a state dict for `imf.model.imf.IMF`, in the arrays' dtype.
-    Raises: UserError as `from_official`, and for an array of another than PyTorch's floating-point types.
+    arrays: as Flax gives them, nested, or flat with the parts of a path joined by "/", with or without a
+        leading "params" and "net" ("net/shared_blocks_0/attn/q_proj/_flax_linear/kernel" …), of
+        floating-point types that PyTorch has; results are of the same.
     """
-    return convert(torch_names(arrays), IMF, "from_flax")
+    return convert(torch_names(arrays), "from_flax")
 
 
-def mean_flow_from_flax(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Rename the official JAX weights of Mean Flows to the names of `imf.mean_flow.network.DiT`.
-
-    arrays: as of `from_flax` ("net/blocks/layers_0/attn/qkv/_flax_linear/kernel" …).
-    Returns: a state dict for the network of an MF preset, in the arrays' dtype.
-    Raises: UserError as `from_flax`.
-    """
-    return convert(torch_names(arrays), MF, "mean_flow_from_flax")
+def is_mean_flow(names: Iterable[str]) -> bool:
+    """Return whether official torch names are those of MF's network, else of iMF's."""
+    return any(name.startswith("blocks.") for name in names)
 
 
-def convert(weights: Named, names: Names, caller: str) -> dict[str, Tensor]:
-    """Rename the weights of an official network and join its parts; `caller` begins the messages.
-
-    Raises: UserError as `from_official`.
-    """
+def convert(weights: Named, caller: str) -> dict[str, Tensor]:
+    """Rename and join weights as `from_official` and `from_flax` do; messages begin with `caller`."""
+    network, table, outside = "iMF", _IMF_BLOCK, _IMF_OUTSIDE
+    if is_mean_flow(weights):
+        network, table, outside = "MF", _MF_BLOCK, _MF_OUTSIDE
     if not weights:
-        raise UserError(f"{caller}: wanted the weights of an official {names.network} network, got none")
+        raise UserError(f"{caller}: wanted the weights of an official iMF or MF network, got none")
     result: dict[str, Tensor] = {}
     blocks: dict[str, dict[str, Tensor]] = {}
-    parts = [part for joined in names.block.values() for part in joined]
+    parts = [part for joined in table.values() for part in joined]
     for name, (given, value) in weights.items():
-        match = re.fullmatch(rf"((?:{'|'.join(names.groups)})\.\d+)\.(.+)", name)
+        # Before they are joined, which turns integers into the others' type.
+        if not value.is_floating_point() or not value.isfinite().all():
+            got = "NaN or infinity" if value.is_floating_point() else value.dtype
+            raise UserError(f"weights must be finite floating-point numbers, got {got} in {name}")
+        match = re.fullmatch(rf"((?:{'|'.join(_GROUPS)})\.\d+)\.(.+)", name)
         if match and match[2] in parts:
             blocks.setdefault(match[1], {})[match[2]] = value
-        elif name in names.outside:
-            result[names.outside[name]] = value.flatten(1) if name == "x_embedder.proj.weight" else value
+        elif name in outside:
+            result[outside[name]] = value.flatten(1) if name == "x_embedder.proj.weight" else value
         else:
-            raise UserError(f"{caller}: {given!r} is no weight of the official {names.network} network")
+            raise UserError(f"{caller}: {given!r} is no weight of the official {network} network")
     for block, values in blocks.items():
         if missing := [part for part in parts if part not in values]:
             raise UserError(f"{caller}: {block} lacks {', '.join(missing)}")
         group, index = block.split(".")
-        for ours, joined in names.block.items():
-            shapes = [list(values[part].shape) for part in joined]
-            if any(shape != shapes[0] for shape in shapes):
-                raise UserError(
-                    f"{caller}: {', '.join(joined)} of {block} must have one shape, "
-                    f"got {', '.join(map(str, shapes))}"
-                )
+        for ours, joined in table.items():
             rows = [values[part] for part in joined]
-            result[f"{names.groups[group]}.{index}.{ours}"] = torch.cat(rows) if len(rows) > 1 else rows[0]
+            if any(x.shape != rows[0].shape for x in rows):
+                names, shapes = ", ".join(joined), ", ".join(str(list(x.shape)) for x in rows)
+                raise UserError(f"{caller}: {names} of {block} must have one shape, got {shapes}")
+            result[f"{_GROUPS[group]}.{index}.{ours}"] = torch.cat(rows) if len(rows) > 1 else rows[0]
     return result
 
 
@@ -184,14 +162,13 @@ def to_official(state: Mapping[str, Tensor], config: IMFConfig) -> dict[str, Ten
     Returns: copies, by the names that the official program's own files have, which begin with "net".
     Raises: UserError for a name that the network does not have.
     """
-    outside = {ours: name for name, ours in IMF.outside.items()}
-    groups = {ours: group for group, ours in IMF.groups.items()}
+    outside = {ours: name for name, ours in _IMF_OUTSIDE.items()}
+    groups = {ours: group for group, ours in _GROUPS.items() if group != "blocks"}
     result: dict[str, Tensor] = {}
     for name, value in state.items():
-        group, _, rest = name.partition(".")
-        index, _, part = rest.partition(".")
-        if group in groups and part in IMF.block:
-            names = [f"{groups[group]}.{index}.{official}" for official in IMF.block[part]]
+        group, index, part = (*name.split(".", 2), "", "")[:3]
+        if group in groups and part in _IMF_BLOCK:
+            names = [f"{groups[group]}.{index}.{official}" for official in _IMF_BLOCK[part]]
             result |= zip(names, value.chunk(len(names)), strict=True)
         elif name in outside:
             kernel = (config.in_channels, config.patch_size, config.patch_size)
@@ -235,7 +212,7 @@ def shape_of(
         tell.  num_heads: of an MF network whose width is no preset's: its weights do not tell.
     Raises: UserError for weights that are of neither network, or lack what tells the shape.
     """
-    mean_flow = any(name.startswith("blocks.") for name in weights)
+    mean_flow = is_mean_flow(weights)
     try:
         width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
         num_classes = len(weights["y_embedder.embedding_table.weight"]) - 1
