@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from imf.model.config import IMFConfig
-from imf.official.convert import export_weights, has_v_blocks, import_weights
+from imf.official.checkpoints import export_weights, has_v_blocks, import_weights
 from imf.program import run
 from imf.training.checkpoint import Metadata, empty_weights, environment, find, load_network, save_network
 from imf.training.config import TrainConfig

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from imf.model.config import PRESETS
 from imf.networks import build
-from imf.official.names import from_flax, from_official, plain_names, shape_of, to_official
+from imf.official.names import from_flax, from_official, plain_name, shape_of, to_official
 from imf.program import UserError
 
 CONFIG = golden_imf.config()
@@ -138,7 +138,7 @@ def test_presets_go_out_under_the_official_names_and_shapes(preset):
     with FakeTensorMode(allow_non_fake_inputs=True):
         back = to_official(build(config).state_dict(), config)
     assert {name: "x".join(map(str, x.shape)) for name, x in back.items()} == expected
-    plain = {name: x for name, (_, x) in plain_names(back).items()}
+    plain = {plain_name(name): x for name, x in back.items()}
     assert shape_of(plain) == config
     assert shape_of({n: x for n, x in plain.items() if not n.startswith("v_heads.")}) == config
 

@@ -1,7 +1,6 @@
-"""Fréchet Inception distance and Inception score: statistics of features, and what is computed from them.
+"""Fréchet Inception distance and Inception score, and the statistics of features that they are made from.
 
-Everything is summed in fp64. Neither a batch's size nor the number of processes changes a figure by more than
-the rounding of those sums.
+All sums are in fp64: batch size and number of processes change a figure by no more than their rounding.
 """
 
 from __future__ import annotations
@@ -41,10 +40,8 @@ class Statistics:
     def __post_init__(self) -> None:
         mean, covariance, d = self.mean, self.covariance, self.mean.size
         if mean.shape != (d,) or covariance.shape != (d, d) or d == 0:
-            raise UserError(
-                "Statistics: mean must be [D] and covariance [D, D], "
-                f"got {list(mean.shape)} and {list(covariance.shape)}"
-            )
+            got = f"{list(mean.shape)} and {list(covariance.shape)}"
+            raise UserError(f"Statistics: mean must be [D] and covariance [D, D], got {got}")
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
             raise UserError("Statistics: mean and covariance must be finite")
         slack = 1e-3 * np.abs(covariance).max()  # the rounding of programs that sum in fp32
@@ -60,8 +57,8 @@ class Statistics:
 def load_statistics(path: Path) -> Statistics:
     """Read the statistics in an .npz, `mu` and `sigma` or `ref_mu` and `ref_sigma`; nothing is unpickled.
 
-    Raises: UserError if the file is missing, truncated, no .npz, without them, or they do not fit
-    together: shapes and types are known before anything of that size is allocated.
+    Raises: UserError if the file is missing, damaged or without them, or they do not fit together: shapes
+        and types are known before anything of that size is allocated.
     """
     try:
         check_regular(path)
@@ -94,12 +91,9 @@ def _read_array(archive: zipfile.ZipFile, name: str) -> Array:
 
 
 class Moments:
-    """Mean and covariance of rows that come in batches or from several processes.
+    """Count, mean [D] and sum of centred outer products [D, D] of rows in batches, fp64 on `device`.
 
-    `count`, the mean [D] and the sum of centred outer products [D, D], fp64 on `device`. Two of them are
-    merged by Chan's formula, which, unlike the sum of x xᵀ, loses nothing where the mean is large compared
-    with the deviations.
-
+    Merged by Chan's formula, which, unlike the sum of x xᵀ, is exact where the mean is large.
     Raises: UserError for more than `WIDEST` features.
     """
 
@@ -115,18 +109,16 @@ class Moments:
 
     def update(self, features: Tensor) -> None:
         """Count in features [B, D]; UserError if one is not finite or of another width."""
-        if features.ndim != 2 or features.shape[1] != len(self.mean):
-            raise UserError(
-                f"features must be [B, {len(self.mean)}] like those before or of the reference, "
-                f"got {list(features.shape)}: of another extractor?"
-            )
+        d, got = len(self.mean), list(features.shape)
+        if features.ndim != 2 or features.shape[1] != d:
+            wanted = f"[B, {d}] like those before or of the reference"
+            raise UserError(f"features must be {wanted}, got {got}: of another extractor?")
         if not features.isfinite().all():
             raise UserError("features must be finite; got inf or NaN: are the samples?")
         if len(features):
             rows = features.to(self.mean)
-            mean = rows.mean(0)
-            rows = rows - mean
-            self.merge(len(rows), mean, rows.T @ rows)
+            centred = rows - (mean := rows.mean(0))
+            self.merge(len(rows), mean, centred.T @ centred)
 
     def merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         """Count in `count` >= 1 rows of that mean [D] and centred outer products [D, D]."""
@@ -155,7 +147,7 @@ def measure(
 
     images: this process's, in batches [B, C, H, W] uint8 on any device.  width: of the features, if known.
     Returns: (None, None) on the other processes; no logits where the extractor has none.
-    Raises: UserError for fewer than 2 images in all, features of another width, what the extractor raises.
+    Raises: UserError for fewer than 2 images in all, features of another width or not finite.
     """
     moments: Moments | None = None
     logits: list[Tensor] = []
@@ -169,9 +161,8 @@ def measure(
     parts = processes.gather((sums, logits))
     if processes.rank:
         return None, None
-    all_sums = [part for part, _ in parts if part]
-    total = Moments(len(all_sums[0][1]) if all_sums else 0)
-    for part in all_sums:
+    total = Moments(max((len(part[1]) for part, _ in parts if part), default=0))
+    for part in (part for part, _ in parts if part):
         total.merge(*part)
     all_logits = [x for _, part in parts for x in part]
     return total.statistics(), torch.cat(all_logits) if all_logits else None
@@ -189,17 +180,15 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
     |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)), computed in fp64.
 
-    Accuracy: absolute 1e-6 for features of order 1; exact for singular covariances too.
+    Accuracy: absolute 1e-6 for features of order 1, for singular covariances too.
     Raises: UserError if a and b are of different sizes.
     Source: Heusel et al., arXiv 1706.08500.
     """
     if a.mean.shape != b.mean.shape:
-        raise UserError(
-            f"frechet_distance: statistics must be of one size, got {a.mean.size} and {b.mean.size} features "
-            "(of two extractors?)"
-        )
-    # tr (A B)^(1/2) = tr (A^(1/2) B A^(1/2))^(1/2) = sum of the singular values of A^(1/2) B^(1/2): real and
-    # at least 0 for singular matrices too, where a matrix square root of A B may fail or turn complex.
+        got = f"{a.mean.size} and {b.mean.size} features (of two extractors?)"
+        raise UserError(f"frechet_distance: statistics must be of one size, got {got}")
+    # tr (A B)^(1/2) = sum of the singular values of A^(1/2) B^(1/2): real and at least 0, where a square root
+    # of a singular A B may fail or turn complex.
     cross = np.linalg.svd(_square_root(a.covariance) @ _square_root(b.covariance), compute_uv=False).sum()
     traces = np.trace(a.covariance) + np.trace(b.covariance)
     return max(0.0, float(np.square(a.mean - b.mean).sum() + traces - 2 * cross))

@@ -20,6 +20,7 @@ class Row:
 
     steps, omega, t_min, t_max: of the sampling, None for images that were found.  count: images.
     fid: of the reference.  inception_score, inception_score_std: mean and deviation over the splits.
+    Raises: UserError for a value that is not a finite number, or None where that may not be.
     """
 
     steps: int | None
@@ -31,6 +32,13 @@ class Row:
     inception_score: float | None
     inception_score_std: float | None
     seconds: float
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            kinds = (int,) if name in ("steps", "count") else (int, float)
+            fits = type(value) in kinds and math.isfinite(value)
+            if not fits and (value is not None or name in ("count", "seconds")):
+                raise UserError(f"{name} must be a number, got {value!r}")
 
     @property
     def setting(self) -> tuple[int | None, float | None, float | None, float | None]:
@@ -47,7 +55,7 @@ def read_results(path: Path, settings: dict[str, Any]) -> list[Row]:
     try:
         check_regular(path)
         values = json.loads(path.read_text())
-        held, rows = dict(values["settings"]), [_checked(Row(**row)) for row in values["rows"]]
+        held, rows = dict(values["settings"]), [Row(**row) for row in values["rows"]]
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{path}: no results of imf.evaluate, or damaged: {error}; move it away, or choose another --out"
@@ -55,17 +63,6 @@ def read_results(path: Path, settings: dict[str, Any]) -> list[Row]:
     if differences := different(held, settings):
         raise UserError(f"{path}: results of {differences}; choose another --out")
     return rows
-
-
-def _checked(row: Row) -> Row:
-    """Return the row; ValueError unless its values are finite numbers, or None where that may be."""
-    for name, value in vars(row).items():
-        optional = name not in ("count", "seconds")
-        kinds = (int,) if name in ("steps", "count") else (int, float)
-        fits = type(value) in kinds and math.isfinite(value)
-        if not fits and not (optional and value is None):
-            raise ValueError(f"{name} must be a number, got {value!r}")
-    return row
 
 
 def table(rows: Sequence[Row]) -> str:

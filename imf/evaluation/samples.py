@@ -1,8 +1,7 @@
 """Samples by number, stored as images or made in memory, and folders of images.
 
 The noise of sample i is a function of (seed, i), its class one of (i, count), so samples can be made in any
-order, in batches of any size and by any number of processes, and made again. With batches of another size the
-network's sums round differently: a pixel may then differ in its last bit, the noise never does.
+order, by any number of processes, and again; another batch size may change the last bit of a pixel.
 """
 
 from __future__ import annotations
@@ -70,10 +69,8 @@ def classes(indices: Iterable[int], count: int, num_classes: int) -> Tensor:
     Raises: UserError if count is not a positive multiple of the number of classes.
     """
     if count < 1 or count % num_classes:
-        raise UserError(
-            f"count must be a positive multiple of the {num_classes} classes (as many samples of each), "
-            f"got {count}"
-        )
+        wanted = f"a positive multiple of the {num_classes} classes (as many samples of each)"
+        raise UserError(f"count must be {wanted}, got {count}")
     return torch.tensor([i // (count // num_classes) for i in indices], dtype=torch.int64)
 
 
@@ -120,13 +117,11 @@ def sample_images(
                 for write in writes:
                     write.result()
                 writes = [pool.submit(write_png, paths[i], images[i]) for i in missing if paths]
-            first = images[batch[0]].shape
+            shapes = {i: list(images[i].shape) for i in paths}
             for i, path in paths.items():
-                if images[i].shape != first:
-                    raise UserError(
-                        f"{path}: must be {list(first)} like the sample before it, "
-                        f"got {list(images[i].shape)}; delete the one that does not belong here"
-                    )
+                if shapes[i] != (first := shapes[batch[0]]):
+                    wrong = f"must be {first} like the sample before it, got {shapes[i]}"
+                    raise UserError(f"{path}: {wrong}; delete the one that does not belong here")
             yield torch.stack([images[i] for i in batch])
         for write in writes:
             write.result()
@@ -140,10 +135,9 @@ def claim(folder: Path, settings: Settings) -> None:
         check_regular(path)
         held = dict(json.loads(path.read_text()))
     except FileNotFoundError:
-        if others := image_files(folder):
-            raise UserError(
-                f"{folder}: holds {len(others)} images and no {SETTINGS}; choose an empty folder for samples"
-            ) from None
+        if count := len(image_files(folder)):
+            found = f"holds {count} images and no {SETTINGS}"
+            raise UserError(f"{folder}: {found}; choose an empty folder for samples") from None
         write_json(path, asdict(settings))
         return
     except (ValueError, TypeError, RecursionError) as error:
@@ -191,9 +185,8 @@ def read_images(paths: list[Path], batch_size: int = 64) -> Iterator[Tensor]:
                 yield torch.stack(images)
     if broken:
         names = ", ".join(str(path) for path, _ in broken[:5]) + (" …" if len(broken) > 5 else "")
-        raise UserError(
-            f"{len(broken)} of {len(paths)} images cannot be read: {names}; of the first: {broken[0][1]}"
-        )
+        found = f"{len(broken)} of {len(paths)} images cannot be read: {names}"
+        raise UserError(f"{found}; of the first: {broken[0][1]}")
 
 
 def write_png(path: Path, image: Tensor) -> None:

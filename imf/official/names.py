@@ -7,7 +7,8 @@ network holds them as one weight each. Values are copied, nothing is rounded.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,6 @@ from torch import Tensor
 
 from imf.model.config import ORIGINAL, PRESETS, IMFConfig
 from imf.program import UserError
-
-# Official torch name, without the Flax layers → the name as it was given, and the value.
-Named = dict[str, tuple[str, Tensor]]
 
 
 def _parts(layers: dict[str, str]) -> dict[str, str]:
@@ -102,7 +100,7 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise UserError(f"from_official: {name!r} must be a tensor, got a {type(value).__name__}")
-    return convert(plain_names(state), "from_official")
+    return _convert(state, "from_official")
 
 
 def from_flax(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -112,29 +110,38 @@ def from_flax(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
         leading "params" and "net" ("net/shared_blocks_0/attn/q_proj/_flax_linear/kernel" …), of
         floating-point types that PyTorch has; results are of the same.
     """
-    return convert(torch_names(arrays), "from_flax")
+    return _convert(to_tensors(arrays), "from_flax")
 
 
-def is_mean_flow(names: Iterable[str]) -> bool:
-    """Return whether official torch names are those of MF's network, else of iMF's."""
-    return any(name.startswith("blocks.") for name in names)
+def plain_name(name: str) -> str:
+    """Return the official torch name, without root and Flax layers, of an official name or path of Flax."""
+    for pattern, replacement in (
+        (r"/", "."),
+        (r"^(params\.)?(net\.)?", ""),
+        (r"\._flax_(linear|embedding)", ""),
+        (r"\.(kernel|embedding)$", ".weight"),
+        (r"(shared_blocks|u_heads|v_heads)_(\d+)|\.layers_(\d+)", r"\1.\2\3"),
+    ):
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
-def convert(weights: Named, caller: str) -> dict[str, Tensor]:
-    """Rename and join weights as `from_official` and `from_flax` do; messages begin with `caller`."""
-    network, table, outside = "iMF", _IMF_BLOCK, _IMF_OUTSIDE
-    if is_mean_flow(weights):
-        network, table, outside = "MF", _MF_BLOCK, _MF_OUTSIDE
+def _convert(weights: Mapping[str, Tensor], caller: str) -> dict[str, Tensor]:
     if not weights:
         raise UserError(f"{caller}: wanted the weights of an official iMF or MF network, got none")
+    names = {given: plain_name(given) for given in weights}
+    network, table, outside = "iMF", _IMF_BLOCK, _IMF_OUTSIDE
+    if any(name.startswith("blocks.") for name in names.values()):
+        network, table, outside = "MF", _MF_BLOCK, _MF_OUTSIDE
     result: dict[str, Tensor] = {}
     blocks: dict[str, dict[str, Tensor]] = {}
     parts = [part for joined in table.values() for part in joined]
-    for name, (given, value) in weights.items():
+    for given, value in weights.items():
+        name = names[given]
         # Before they are joined, which turns integers into the others' type.
         if not value.is_floating_point() or not value.isfinite().all():
             got = "NaN or infinity" if value.is_floating_point() else value.dtype
-            raise UserError(f"weights must be finite floating-point numbers, got {got} in {name}")
+            raise UserError(f"weights must be finite floating-point numbers, got {got} in {given}")
         match = re.fullmatch(rf"((?:{'|'.join(_GROUPS)})\.\d+)\.(.+)", name)
         if match and match[2] in parts:
             blocks.setdefault(match[1], {})[match[2]] = value
@@ -149,8 +156,8 @@ def convert(weights: Named, caller: str) -> dict[str, Tensor]:
         for ours, joined in table.items():
             rows = [values[part] for part in joined]
             if any(x.shape != rows[0].shape for x in rows):
-                names, shapes = ", ".join(joined), ", ".join(str(list(x.shape)) for x in rows)
-                raise UserError(f"{caller}: {names} of {block} must have one shape, got {shapes}")
+                got = ", ".join(str(list(x.shape)) for x in rows)
+                raise UserError(f"{caller}: {', '.join(joined)} of {block} must have one shape, got {got}")
             result[f"{_GROUPS[group]}.{index}.{ours}"] = torch.cat(rows) if len(rows) > 1 else rows[0]
     return result
 
@@ -181,25 +188,14 @@ def to_official(state: Mapping[str, Tensor], config: IMFConfig) -> dict[str, Ten
     return {f"net.{full[name]}": x.clone() for name, x in result.items()}
 
 
-def plain_names(state: Mapping[str, Tensor]) -> Named:
-    """Remove the root and the Flax layers from the PyTorch program's names."""
-    return {re.sub(r"^net\.|\._flax_(linear|embedding)", "", name): (name, x) for name, x in state.items()}
-
-
-def torch_names(arrays: Mapping[str, Any]) -> Named:
-    """Convert the JAX programs' arrays to tensors by official torch name, without root and Flax layers."""
+def to_tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Convert arrays, see `from_flax`, to tensors by path, those of layers as PyTorch's have them."""
     weights = {}
     for path, array in _flat(arrays):
-        value = _tensor(path, array)
-        if path.endswith("/kernel") and value.dim() == 2:
-            value = value.t()
-        elif path.endswith("/kernel") and value.dim() == 4:  # (row, column, in, out) → (out, in, row, column)
-            value = value.permute(3, 2, 0, 1)
-        name = path.removeprefix("params/").removeprefix("net/")
-        name = re.sub(r"/_flax_(linear|embedding)(?=/)", "", name)
-        name = re.sub(r"/(kernel|embedding)$", "/weight", name)
-        name = re.sub(r"(shared_blocks|u_heads|v_heads)_(\d+)|/layers_(\d+)", r"\1/\2\3", name)
-        weights[name.replace("/", ".")] = (path, value.contiguous())
+        x = _tensor(path, array)
+        if path.endswith("/kernel") and x.dim() in (2, 4):  # (row, column, in, out) → (out, in, row, column)
+            x = x.t() if x.dim() == 2 else x.permute(3, 2, 0, 1)
+        weights[path] = x.contiguous()
     return weights
 
 
@@ -208,11 +204,12 @@ def shape_of(
 ) -> IMFConfig:
     """Find the configuration of the network that official weights of iMF or MF are of.
 
-    weights: by official torch name, without the Flax layers.  input_size: of the latents: weights do not
-        tell.  num_heads: of an MF network whose width is no preset's: its weights do not tell.
+    weights: tensors by official names.  input_size: of the latents: weights do not tell.  num_heads: of an MF
+        network whose width is no preset's: its weights do not tell.
     Raises: UserError for weights that are of neither network, or lack what tells the shape.
     """
-    mean_flow = is_mean_flow(weights)
+    weights = {plain_name(name): x for name, x in weights.items()}
+    mean_flow = any(name.startswith("blocks.") for name in weights)
     try:
         width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
         num_classes = len(weights["y_embedder.embedding_table.weight"]) - 1
@@ -228,10 +225,7 @@ def shape_of(
         raise UserError(
             f"shape_of: num_heads (--num-heads) must be {heads}, as the weights say, got {num_heads}"
         )
-    blocks = {tuple(name.split(".")[:2]) for name in weights}
-    depth = {
-        name: sum(block[0] == name for block in blocks) for name in ("blocks", "shared_blocks", "u_heads")
-    }
+    blocks = Counter(block[0] for block in {tuple(name.split(".")[:2]) for name in weights})
     # 8 / 3 where it gives this width: as the presets have it, though 1 / 3 is no number of fp64.
     ratio = 8 / 3 if int(width * 8 / 3) == len(first) else len(first) / width
     return IMFConfig(
@@ -239,10 +233,10 @@ def shape_of(
         patch_size=patch,
         in_channels=channels,
         hidden_size=width,
-        depth=sum(depth.values()),
+        depth=blocks["blocks"] + blocks["shared_blocks"] + blocks["u_heads"],
         num_heads=heads,
         num_classes=num_classes,
-        **(ORIGINAL if mean_flow else {"aux_head_depth": depth["u_heads"], "mlp_ratio": ratio}),
+        **(ORIGINAL if mean_flow else {"aux_head_depth": blocks["u_heads"], "mlp_ratio": ratio}),
     )
 
 
@@ -256,6 +250,8 @@ def _flat(tree: Mapping[str, Any], root: str = "") -> Iterator[tuple[str, Any]]:
 
 def _tensor(path: str, array: Any) -> Tensor:
     """Copy an array into a tensor, also from JAX's bfloat16, which PyTorch does not take from NumPy."""
+    if isinstance(array, Tensor):
+        return array
     values = np.array(array)
     if values.dtype.name == "bfloat16":
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
