@@ -1,9 +1,8 @@
-"""Feature extractors: what turns an image into the numbers that FID and IS are computed from.
+"""Feature extractors: from images to the numbers that FID and IS are computed from.
 
-No file is unpickled by Python. `.pt` and `.ts` are TorchScript: PyTorch's own interpreter runs the program in
-them, so take one from a source that you trust. `.safetensors` and `.pth` (read with `weights_only`) are
-weights of torch-fidelity's Inception-v3, the one of the published figures. torch.export's `.pt2` is unpickled
-when it is read, and therefore refused.
+No file is unpickled by Python. PyTorch's interpreter runs the program in a TorchScript file (`.pt`, `.ts`):
+take one from a source that you trust. `.safetensors` and `.pth` (read with `weights_only`) are weights of
+torch-fidelity's Inception-v3, the one of the published figures.
 """
 
 from __future__ import annotations
@@ -31,20 +30,20 @@ Extractor = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 def load(name: str, device: torch.device) -> Extractor:
     """Load the extractor of that name, one of `FORMS`, onto `device`.
 
-    Raises: UserError if there is none, its file cannot be read, or torch-fidelity is not installed. The
-        extractor raises it where it fails on images, or returns tensors of another form.
+    Raises: UserError if there is none, its file cannot be read, or torch-fidelity is not installed; the
+        extractor, if it fails on images or returns tensors of other shapes.
     """
     if name == "pixels":
         return pixels
     path = Path(name)
     if path.suffix == ".pt2":
         raise UserError(f"{path}: torch.export's files are unpickled when read; save it as TorchScript")
-    if path.suffix not in (".pt", ".ts", ".pth", ".safetensors"):
+    readers = {".pt": _torchscript, ".ts": _torchscript, ".pth": _inception, ".safetensors": _inception}
+    if path.suffix not in readers:
         raise UserError(f"extractor must be {FORMS}, got {name!r}")
     if not path.is_file():
         raise UserError(f"{path}: no such file; the extractor must be {FORMS}")
-    network = (_torchscript if path.suffix in (".pt", ".ts") else _inception)(path, device)
-    return partial(_extract, path, network, device)
+    return partial(_extract, path, readers[path.suffix](path, device), device)
 
 
 def pixels(images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -79,8 +78,8 @@ def _extract(
 def _torchscript(path: Path, device: torch.device) -> Any:
     """Load a TorchScript module: images [B, 3, H, W] uint8 → features, or (features, logits).
 
-    A module with arguments `return_features` and `no_output_bias` is taken for NVIDIA's Inception of
-    StyleGAN2 and later (`inception-2015-12-05.pt`): it is called once for features, once for probabilities.
+    NVIDIA's Inception of StyleGAN2 and later (`inception-2015-12-05.pt`), known by its arguments, is called
+    once for features and once for probabilities.
     """
     try:
         module: Any = torch.jit.load(path, map_location=device).eval()
@@ -114,15 +113,14 @@ def _inception(path: Path, device: torch.device) -> Any:
 def torch_fidelitys_inception() -> Any:
     """Import the class of torch-fidelity's Inception-v3 without torchvision; ImportError if it is missing.
 
-    The package's own `__init__` imports torchvision, which its Inception does not use. PyPI's torchvision is
-    built for CUDA: a CPU build of PyTorch cannot import it, and pip may replace PyTorch to fit it.
+    The package's `__init__` imports torchvision, which its Inception does not use and CPU builds of PyTorch
+    cannot import from PyPI.
     """
     name = "torch_fidelity"
     imported = name in sys.modules
     try:
         if not imported:
-            spec = importlib.util.find_spec(name)
-            if spec is None:
+            if (spec := importlib.util.find_spec(name)) is None:
                 raise ModuleNotFoundError(f"No module named {name!r}", name=name)
             sys.modules[name] = importlib.util.module_from_spec(spec)  # a package whose __init__ has not run
         return importlib.import_module(f"{name}.feature_extractor_inceptionv3").FeatureExtractorInceptionV3

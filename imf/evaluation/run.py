@@ -102,12 +102,12 @@ class Evaluation:
         folders, decode = [a.out], None
         if self.network is not None:
             config, folders = self.network.config, [a.out, *filter(None, [a.samples_dir])]
-            vae = autoencoder.of_network(
-                a.vae, config.in_channels, processes.device, self.metadata.autoencoder
-            )
+            channels, made_by = config.in_channels, self.metadata.autoencoder
+            vae = autoencoder.of_network(a.vae, channels, processes.device, made_by)
             decode = partial(autoencoder.decode, vae) if vae else None
-            weights = samples.fingerprint(self.network.state_dict())
-            vae_weights = samples.fingerprint(vae.state_dict()) if vae else ""
+            weights, vae_weights = (
+                samples.fingerprint(x.state_dict()) if x else "" for x in (self.network, vae)
+            )
             shared |= {"weights": weights, "vae": vae_weights, "precision": a.precision, "seed": a.seed}
             omega, *interval = self.metadata.config.sampling
             grid = product(a.steps, a.interval or [interval], a.omega or [omega])
@@ -158,13 +158,13 @@ class Evaluation:
 
     def _images_of(self, source: str) -> Iterable[Tensor]:
         """Read this process's slice of the images in a folder, of "digits" or of prepared images."""
-        path, size = Path(source), self.arguments.batch_size
+        path, size, slice_of = Path(source), self.arguments.batch_size, self.processes.slice
         if source != "digits" and not path.is_dir():
             wanted = "wanted statistics (.npz), a folder of images or a data set"
             raise UserError(f"{source}: no such file or folder; {wanted}")
         if path.is_dir() and (files := samples.image_files(path)):
-            rows = self.processes.slice(len(files))
-            batches = samples.read_images(files[rows.start : rows.stop], size)
+            rows = slice_of(len(files))
+            batches = samples.read_images([files[i] for i in rows], size)
             return self._with_bar(batches, len(rows), source)
         dataset = self.load_data(source)
         if dataset.shape[0] not in (1, 3):
@@ -172,9 +172,8 @@ class Evaluation:
                 f"{source}: images have 1 or 3 channels, got {dataset.shape[0]}: latents; statistics of the "
                 "images that they were made of are written by imf.data.prepare --statistics"
             )
-        rows = self.processes.slice(len(dataset))
-        generator = torch.Generator()
-        parts = torch.arange(rows.start, rows.stop).split(size)
+        rows = slice_of(len(dataset))
+        generator, parts = torch.Generator(), torch.arange(rows.start, rows.stop).split(size)
         batches = (samples.to_bytes(dataset.fetch(part, generator)[0]) for part in parts)
         return self._with_bar(batches, len(rows), source)
 

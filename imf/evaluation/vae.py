@@ -1,7 +1,7 @@
 """The autoencoder between images and latents: Stable Diffusion's, read by diffusers from a local folder.
 
-A latent as the networks see it is normalised per channel: (latent - MEAN) / STD, without the factor 0.18215
-of Stable Diffusion itself. The constants belong to `sd-vae-ft-mse` at 256 x 256.
+The networks see latents normalised per channel, (latent - MEAN) / STD by the constants of `sd-vae-ft-mse` at
+256 x 256, without Stable Diffusion's own factor.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from imf.program import UserError
 
 MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)
 STD = (4.85503674, 5.31922414, 3.93725398, 3.9870003)
-# What the configurations of Stable Diffusion 1's autoencoders say; SDXL's, of the same shape, says 0.13025.
-SCALING_FACTOR = 0.18215
+SCALING_FACTOR = 0.18215  # of Stable Diffusion 1's autoencoders; SDXL's, of the same shape, has 0.13025
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def load(path: Path, device: torch.device) -> Any:
     """Load diffusers' `AutoencoderKL` from a folder (config.json and *.safetensors), fp32, without gradients.
 
-    Raises: UserError if diffusers is not installed, the folder holds no complete autoencoder, or another than
-    Stable Diffusion 1's (4 latent channels, scaling factor 0.18215).
+    Raises: UserError if diffusers is not installed or the folder holds no complete autoencoder of Stable
+        Diffusion 1 (4 latent channels, scaling factor 0.18215).
     """
     try:
         from diffusers import AutoencoderKL
@@ -54,19 +53,16 @@ def load(path: Path, device: torch.device) -> Any:
     if lacking:
         raise UserError(f"{path}: its weights lack {', '.join(map(str, lacking[:5]))} ({len(lacking)})")
     for option, wanted in (("latent_channels", len(MEAN)), ("scaling_factor", SCALING_FACTOR)):
-        if vae.config[option] != wanted:
+        if (got := vae.config[option]) != wanted:
             raise UserError(
                 f"{path}: wanted Stable Diffusion 1's autoencoder (sd-vae-ft-mse), of {option} {wanted}, "
-                f"got {vae.config[option]}: latents of another are not what these networks know"
+                f"got {got}: latents of another are not what these networks know"
             )
     return vae.float().to(device).eval().requires_grad_(False)
 
 
 def digest(path: Path) -> str:
-    """Return the SHA-256 over those of the configuration and the weights in an autoencoder's folder.
-
-    Raises: UserError if one of the files cannot be read.
-    """
+    """Return the SHA-256 over those of config.json and the weights in a folder; UserError if unreadable."""
     try:
         parts = [sha256(path / name) for name in ("config.json", WEIGHTS)]
     except OSError as error:
@@ -78,8 +74,7 @@ def of_network(path: Path | None, channels: int, device: torch.device, prepared_
     """Load the autoencoder that decodes a network's samples of so many channels; None for images.
 
     prepared_by: `digest` of the autoencoder that made the latents of its training; "" if that is not known.
-    Raises: UserError, naming --vae, if latents have no autoencoder, or another one, or images have one; and
-        as `load`.
+    Raises: UserError for latents without autoencoder or with another one, images with one, and as `load`.
     """
     latents = channels not in (1, 3)
     if latents != (path is not None):

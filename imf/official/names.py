@@ -1,8 +1,4 @@
-"""Weights of the official programs, by name, into this project's networks and back.
-
-The official JAX program (Flax names) and its PyTorch port (`iMF-…-2.pth`) keep q, k, v and w1, w3 apart; this
-network holds them as one weight each. Values are copied, nothing is rounded.
-"""
+"""Weights of the official programs, by name, into this project's networks and back; nothing is rounded."""
 
 from __future__ import annotations
 
@@ -87,15 +83,13 @@ _MF_OUTSIDE = {
 
 
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename official PyTorch weights, and join the parts of q, k, v and w1, w3.
+    """Rename official PyTorch weights, and join q, k, v and w1, w3 into one weight each.
 
     state: by official names ("shared_blocks.0.attn.q_proj._flax_linear.weight" …), with or without a leading
-        "net", of the sampling or of the training network.
-
-    Returns: a state dict for `imf.model.imf.IMF` (or `imf.mean_flow.network.DiT`), without what `state`
-        lacks (the v-head's blocks in the weights for sampling).
-    Raises: UserError for a value that is not a tensor, a name that the official network does not have, a
-        block without one of its weights, parts of different shapes, or no weights at all.
+        "net"; those of the v-head's blocks may be missing.
+    Returns: a state dict for `imf.model.imf.IMF`, or for `imf.mean_flow.network.DiT` from weights of MF.
+    Raises: UserError for a value that is not a tensor or not finite, a name that the official network does
+        not have, a block without one of its weights, parts of different shapes, or no weights at all.
     """
     for name, value in state.items():
         if not isinstance(value, Tensor):
@@ -104,11 +98,10 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_flax(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Rename official JAX weights or gradients of iMF or of MF; the rest as `from_official`.
+    """Rename official JAX weights or gradients, keeping their dtype; the rest as `from_official`.
 
     arrays: as Flax gives them, nested, or flat with the parts of a path joined by "/", with or without a
-        leading "params" and "net" ("net/shared_blocks_0/attn/q_proj/_flax_linear/kernel" …), of
-        floating-point types that PyTorch has; results are of the same.
+        leading "params" and "net" ("net/shared_blocks_0/attn/q_proj/_flax_linear/kernel" …).
     """
     return _convert(to_tensors(arrays), "from_flax")
 
@@ -183,9 +176,8 @@ def to_official(state: Mapping[str, Tensor], config: IMFConfig) -> dict[str, Ten
         else:
             raise UserError(f"to_official: {name!r} is no weight of an iMF network")
     linear = re.compile(r"(_proj|\.mlp\.\w+|\.linear)(?=\.(weight|bias)$)")
-    full = {name: linear.sub(r"\1._flax_linear", name) for name in result}
-    full = {name: x.replace("_table.", "_table._flax_embedding.") for name, x in full.items()}
-    return {f"net.{full[name]}": x.clone() for name, x in result.items()}
+    full = {linear.sub(r"\1._flax_linear", name): x for name, x in result.items()}
+    return {f"net.{n.replace('_table.', '_table._flax_embedding.')}": x.clone() for n, x in full.items()}
 
 
 def to_tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -219,12 +211,11 @@ def shape_of(
         raise UserError(f"shape_of: no weights of an official iMF or MF network: {error}") from error
     known = {preset.hidden_size: preset.num_heads for preset in PRESETS.values()}
     heads = width // head_width if head_width else num_heads or known.get(width)
+    option = "shape_of: num_heads (--num-heads)"
     if heads is None:
-        raise UserError(f"shape_of: num_heads (--num-heads) of an MF network of width {width} is not known")
+        raise UserError(f"{option} of an MF network of width {width} is not known")
     if num_heads not in (None, heads):
-        raise UserError(
-            f"shape_of: num_heads (--num-heads) must be {heads}, as the weights say, got {num_heads}"
-        )
+        raise UserError(f"{option} must be {heads}, as the weights say, got {num_heads}")
     blocks = Counter(block[0] for block in {tuple(name.split(".")[:2]) for name in weights})
     # 8 / 3 where it gives this width: as the presets have it, though 1 / 3 is no number of fp64.
     ratio = 8 / 3 if int(width * 8 / 3) == len(first) else len(first) / width
@@ -256,8 +247,6 @@ def _tensor(path: str, array: Any) -> Tensor:
     if values.dtype.name == "bfloat16":
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
     if values.dtype.kind != "f":
-        raise UserError(
-            f"from_flax: {path!r} must be an array of floating-point numbers, "
-            f"got a {type(array).__name__} of {values.dtype}"
-        )
+        got = f"a {type(array).__name__} of {values.dtype}"
+        raise UserError(f"from_flax: {path!r} must be an array of floating-point numbers, got {got}")
     return torch.from_numpy(values)
