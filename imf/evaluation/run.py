@@ -43,7 +43,7 @@ def check_arguments(a: argparse.Namespace, error: Callable[[str], Any]) -> None:
     Raises: UserError or OSError if a file could not be written, or the images cannot be listed.
     """
     out = a.make_statistics[1] if a.make_statistics else ""
-    if out and (a.checkpoint or a.samples_dir):
+    if a.make_statistics and (a.checkpoint or a.samples_dir):
         error("--make-statistics goes with neither --checkpoint nor --samples-dir")
     if not (a.make_statistics or a.checkpoint or a.samples_dir):
         error("one of --checkpoint, --samples-dir and --make-statistics is required")

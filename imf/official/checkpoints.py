@@ -57,6 +57,10 @@ def import_weights(
             tensors = to_tensors(sets[name])
             configs.append(shape_of(tensors, input_size=input_size, num_heads=num_heads))
             expected = empty_weights(configs[-1])
+            for n, x in tensors.items():  # before they are joined, which turns integers into the others' type
+                if not x.is_floating_point() or not x.isfinite().all():
+                    got = "NaN or infinity" if x.is_floating_point() else x.dtype
+                    raise UserError(f"weights must be finite floating-point numbers, got {got} in {n}")
             converted = from_official(tensors)
         except (TypeError, ValueError, IndexError, RuntimeError) as error:  # of shapes that do not fit
             raise UserError(f"{source}: {error}") from error

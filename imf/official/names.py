@@ -88,8 +88,8 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     state: by official names ("shared_blocks.0.attn.q_proj._flax_linear.weight" …), with or without a leading
         "net"; those of the v-head's blocks may be missing.
     Returns: a state dict for `imf.model.imf.IMF`, or for `imf.mean_flow.network.DiT` from weights of MF.
-    Raises: UserError for a value that is not a tensor or not finite, a name that the official network does
-        not have, a block without one of its weights, parts of different shapes, or no weights at all.
+    Raises: UserError for a value that is not a tensor, a name that the official network does not have, a
+        block without one of its weights, parts of different shapes, or no weights at all.
     """
     for name, value in state.items():
         if not isinstance(value, Tensor):
@@ -131,10 +131,6 @@ def _convert(weights: Mapping[str, Tensor], caller: str) -> dict[str, Tensor]:
     parts = [part for joined in table.values() for part in joined]
     for given, value in weights.items():
         name = names[given]
-        # Before they are joined, which turns integers into the others' type.
-        if not value.is_floating_point() or not value.isfinite().all():
-            got = "NaN or infinity" if value.is_floating_point() else value.dtype
-            raise UserError(f"weights must be finite floating-point numbers, got {got} in {given}")
         match = re.fullmatch(rf"((?:{'|'.join(_GROUPS)})\.\d+)\.(.+)", name)
         if match and match[2] in parts:
             blocks.setdefault(match[1], {})[match[2]] = value
