@@ -8,10 +8,16 @@ import os
 import platform
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from imf.program import UserError
 
 try:
     import fcntl
@@ -156,6 +162,40 @@ def sha256(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def read_torch(path: Path) -> dict[str, Tensor]:
+    """Read a state dict on the CPU from `.safetensors`, or from PyTorch's format with `weights_only`.
+
+    Raises: UserError unless the file holds plain tensors by name, each with all bytes of its shape.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: wanted a file, got a folder or a device")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except Exception as error:  # torch's unpickler fails in many ways on what is none of its files
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise UserError(
+            f"{path}: no file of plain tensors: {type(error).__name__}: {reason}; nothing else is unpickled"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise UserError(f"{path}: wanted tensors by name, got a {type(state).__name__}")
+    if not all(isinstance(x, Tensor) for x in state.values()):
+        content = ", ".join(f"{name}: {type(x).__name__}" for name, x in list(state.items())[:5])
+        raise UserError(f"{path}: wanted tensors by name, got {content}")
+    for name, x in state.items():
+        if not isinstance(name, str) or x.layout != torch.strided or x.is_quantized or x.is_meta:
+            raise UserError(f"{path}: wanted plain tensors by name, got {name!r}: {x.layout}, {x.dtype}")
+        if x.nbytes > x.untyped_storage().nbytes():  # a few bytes, repeated to any size
+            raise UserError(
+                f"{path}: {name!r} must have the {x.nbytes:,} bytes of its shape {list(x.shape)}, "
+                f"got {x.untyped_storage().nbytes():,}"
+            )
+    return dict(state)
 
 
 def sync(path: Path) -> None:

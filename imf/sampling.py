@@ -1,4 +1,4 @@
-"""Sampling: from noise to images in n network calls, one by default, and grids of them.
+"""Sampling: images from noise in n network calls, one by default, and grids of them.
 
 By the definition of the average velocity u over [r, t], z_r = z_t - (t - r) u(z_t, t, r) exactly: the only
 error is the network's. One call serves guided sampling too: omega and the interval are inputs of the network.
@@ -6,17 +6,17 @@ error is the network's. One call serves guided sampling too: omega and the inter
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from imf.evaluation import vae as autoencoder
 from imf.model.config import IMFConfig, check_guidance, config_of
-from imf.model.imf import IMF
+from imf.program import UserError
 
 
 @torch.no_grad()
@@ -30,71 +30,82 @@ def generate(
     t_min: float = 0.0,
     t_max: float = 1.0,
 ) -> Tensor:
-    """Images [B, C, H, W], fp32, from `noise` [B, C, H, W] ~ N(0, I), fp32, and labels `y` [B] int64.
+    """Sample images [B, C, H, W], fp32, from `noise` [B, C, H, W] ~ N(0, I) and labels `y` [B] int64.
 
-    z <- z - (t - r) u(z, h = t - r, omega, t_min, t_max, y) on linspace(1, 0, steps + 1), a call a step.
-
-    omega: guidance scale, >= 1.  t_min, t_max: guidance interval in [0, 1].
-    Raises: ValueError for steps < 1, labels that do not fit the noise, or guidance out of range.
+    z <- z - (t - r) u(z, h = t - r, omega, t_min, t_max, y) on linspace(1, 0, steps + 1), a call per step, on
+    the model's device.  omega: guidance scale, >= 1.  t_min, t_max: guidance interval in [0, 1].
+    Raises: UserError for steps < 1, labels that do not fit the noise, or guidance out of range.
     Source: Improved Mean Flows, arXiv 2512.02012.
     """
     if steps < 1:
-        raise ValueError(f"generate: steps must be at least 1, got {steps}")
+        raise UserError(f"generate: steps must be at least 1, got {steps}")
     if noise.ndim != 4 or y.shape != noise.shape[:1]:
-        raise ValueError(
+        raise UserError(
             f"generate: noise must be [B, C, H, W] and y [B], got {list(noise.shape)} and {list(y.shape)}"
         )
     check_inputs_of(config_of(model), omega, t_min, t_max)
-    rows = noise.new_ones(len(noise), dtype=torch.float32)
-    times = torch.linspace(1, 0, steps + 1).tolist()
-    z = noise.float()
-    for t, r in pairwise(times):
-        guidance = rows * float(omega), rows * t_min, rows * t_max
+    device = next(model.parameters()).device
+    z, y = noise.to(device, torch.float32), y.to(device)
+    rows = z.new_ones(len(z))
+    guidance = rows * float(omega), rows * t_min, rows * t_max
+    for t, r in pairwise(torch.linspace(1, 0, steps + 1).tolist()):
         u = model(z, rows * t, rows * (t - r), *guidance, y)
         z = z - (t - r) * u
     return z
 
 
 def check_inputs_of(config: IMFConfig, omega: float, t_min: float, t_max: float) -> None:
-    """ValueError for guidance out of range, or that is no input of the network: it would have no effect."""
-    check_guidance(omega, t_min, t_max)
+    """Raise UserError for guidance out of range, or that the network does not take as an input."""
+    try:
+        check_guidance(omega, t_min, t_max)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if not config.omega_input and omega != 1:
-        raise ValueError(f"generate: omega must be 1, it is no input of this network, got {omega:g}")
+        raise UserError(f"generate: omega must be 1, it is no input of this network, got {omega:g}")
     if not config.interval_input and (t_min, t_max) != (0, 1):
-        raise ValueError(
+        raise UserError(
             "generate: t_min and t_max must be 0 and 1, the guidance interval is no input of this network, "
             f"got {t_min:g} and {t_max:g}"
         )
 
 
+def sample_labels(
+    model: nn.Module, labels: Tensor, *, seed: int = 0, batch_size: int | None = None, **options: Any
+) -> Tensor:
+    """Sample an image per label [N] int64: [N, C, H, W] fp32 on the model's device.
+
+    The noise depends on the seed and N, not on batch_size, default N.  options: of `generate`.
+    """
+    config, size = config_of(model), batch_size or len(labels)
+    shape = len(labels), config.in_channels, config.input_size, config.input_size
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    parts = zip(noise.split(size), labels.split(size), strict=True)
+    return torch.cat([generate(model, z, y, **options) for z, y in parts])
+
+
 def class_grid(
-    model: IMF,
+    model: nn.Module,
     *,
     columns: int = 10,
-    steps: int = 1,
-    omega: float = 1.0,
-    t_min: float = 0.0,
-    t_max: float = 1.0,
     seed: int = 0,
     classes: Sequence[int] | None = None,
-    vae: Any = None,
+    decode: Callable[[Tensor], Tensor] | None = None,
+    **options: Any,
 ) -> Image.Image:
-    """A picture with a row per class and `columns` samples in each; the noise depends on the seed alone.
+    """Draw a row per class with `columns` samples in each; the noise is that of `sample_labels`.
 
-    classes: labels of the rows, default all.  vae: what decodes latents, see `imf.evaluation.vae`.
+    classes: labels of the rows, default all.  decode: makes images of latents.  options: of `generate`.
     """
-    config = model.config
-    classes = range(config.num_classes) if classes is None else classes
-    device = next(model.parameters()).device
-    shape = (len(classes) * columns, config.in_channels, config.input_size, config.input_size)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    y = torch.tensor(classes).repeat_interleave(columns)
-    images = generate(
-        model, noise.to(device), y.to(device), steps=steps, omega=omega, t_min=t_min, t_max=t_max
-    )
-    if vae is not None:
-        images = torch.cat([autoencoder.decode(vae, part) for part in images.split(columns)])
+    classes = range(config_of(model).num_classes) if classes is None else classes
+    images = sample_labels(model, torch.tensor(classes).repeat_interleave(columns), seed=seed, **options)
+    if decode is not None:
+        images = torch.cat([decode(latents) for latents in images.split(columns)])
     return draw_grid(images, columns, row_labels=[str(label) for label in classes])
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Map [-1, 1] to 0 … 255, rounded; what lies outside is clipped."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def draw_grid(
@@ -105,7 +116,7 @@ def draw_grid(
     scale: int | None = None,
     gap: int = 4,
 ) -> Image.Image:
-    """Images [N, C, H, W] in [-1, 1] (C = 1 or 3; clipped), row after row of `columns`, N a multiple of it.
+    """Draw images [N, C, H, W] in [-1, 1] (C = 1 or 3; clipped) in rows of `columns`, a divisor of N.
 
     Each pixel becomes scale x scale pixels (default: an image is about 40 wide), unsmoothed, with `gap` white
     pixels around every image and `row_labels` to the left.
@@ -118,17 +129,13 @@ def draw_grid(
         raise ValueError(f"draw_grid: columns must divide the {n} images, got {columns}")
     scale = scale or max(1, 40 // width)
     margin = 20 if row_labels else 0
-    levels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-    tiles = levels.repeat_interleave(scale, 2).repeat_interleave(scale, 3).permute(0, 2, 3, 1).numpy()
     height, width = height * scale + gap, width * scale + gap
-    canvas = Image.new("RGB", (margin + columns * width + gap, n // columns * height + gap), "white")
-    for index, tile in enumerate(tiles):
-        row, column = divmod(index, columns)
-        picture = Image.fromarray(tile[..., 0] if c == 1 else tile)
-        canvas.paste(picture, (margin + gap + column * width, gap + row * height))
+    tiles = to_uint8(images).expand(-1, 3, -1, -1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    tiles = pad(tiles, (0, gap, 0, gap), value=255).unflatten(0, (-1, columns))
+    pixels = tiles.permute(0, 3, 1, 4, 2).reshape(-1, columns * width, 3)
+    canvas = Image.fromarray(pad(pixels, (0, 0, margin + gap, 0, gap, 0), value=255).cpu().numpy())
     pen = ImageDraw.Draw(canvas)
     for row, label in enumerate(row_labels or []):
-        pen.text(
-            (margin // 2 + gap // 2, gap // 2 + row * height + height // 2), label, fill="black", anchor="mm"
-        )
+        middle = (margin // 2 + gap // 2, gap // 2 + row * height + height // 2)
+        pen.text(middle, label, fill="black", anchor="mm")
     return canvas

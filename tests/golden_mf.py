@@ -14,7 +14,7 @@ from imf.model.config import ORIGINAL, IMFConfig
 from imf.networks import build
 from imf.objective.draws import Draws
 from imf.objective.imf_loss import Guidance
-from imf.official.names import mean_flow_from_flax
+from imf.official.names import from_flax
 
 
 @cache
@@ -41,7 +41,7 @@ def settings() -> tuple[IMFConfig, Guidance]:
 
 def network(backend: str | None) -> DiT:
     model = build(settings()[0])
-    model.load_state_dict(mean_flow_from_flax(weights()))
+    model.load_state_dict(from_flax(weights()))
     model.forward = ik.use_backend(backend)(model.forward)
     return model
 

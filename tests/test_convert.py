@@ -268,7 +268,7 @@ def test_damaged_weights_are_refused(case, name, tmp_path, capsys):
     torch.save(SAMPLING | {name: change(SAMPLING[name])}, source)
     assert run(source, out, "--input-size", CONFIG.input_size) == 1
     error = capsys.readouterr().err
-    assert error.startswith("imf.convert: ") and message in error and "in.pth" in error
+    assert error.lstrip().startswith("imf.convert: ") and message in error and "in.pth" in error
     assert not out.exists()
 
 

@@ -24,7 +24,7 @@ from tiny_evaluation import LATENTS, Means, autoencoder, network_file, script
 from imf import evaluate, sample, train
 from imf.data.prepare import pack as prepare
 from imf.evaluation import fid
-from imf.evaluation import results as figures
+from imf.evaluation import run as evaluation
 from imf.evaluation import samples as generate
 from imf.io import locked
 from imf.model.config import IMFConfig
@@ -78,7 +78,7 @@ def test_figures_are_those_of_the_images_on_disk(files, tmp_path, capsys):
 
 def test_a_grid_with_a_plot_goes_on_where_it_stopped(files, tmp_path, monkeypatch, capsys):
     grid = ["--omega", 1, 4, "--interval", 0, 1, "--interval", 0.4, 0.6, "--steps", 1, 2]
-    real, calls = figures.figures, []
+    real, calls = evaluation.frechet_distance, []
 
     def stops(*args):
         calls.append(args)
@@ -86,7 +86,7 @@ def test_a_grid_with_a_plot_goes_on_where_it_stopped(files, tmp_path, monkeypatc
             raise OSError(28, "No space left on device")
         return real(*args)
 
-    monkeypatch.setattr(evaluate, "figures", stops)
+    monkeypatch.setattr(evaluation, "frechet_distance", stops)
     status, results = run(files, tmp_path, *grid)
     assert status == 1 and len(results["rows"]) == 3
     assert "No space left" in capsys.readouterr().err
@@ -157,7 +157,7 @@ def test_another_autoencoder_than_that_of_the_latents_is_refused(files, tmp_path
 
     assert asked(vae) == (0, 0)
     assert asked(other) == (1, 1)
-    for line in capsys.readouterr().err.strip().splitlines()[-2:]:
+    for line in [line for line in capsys.readouterr().err.splitlines() if line][-2:]:
         assert f"--vae {other}: must be the autoencoder whose latents the network was trained on" in line
 
     again = tmp_path / "again"
@@ -181,14 +181,14 @@ def test_one_evaluation_at_a_time(files, tmp_path, capsys):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_evaluation_keeps_what_is_finished(number, files, tmp_path, monkeypatch, capsys):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # processes beside a terminal may ignore it
-    real = evaluate.measure
+    real = evaluation.measure
 
     def measure(images, *args):
         if (tmp_path / "out" / "results.json").exists():
             signal.raise_signal(number)
         return real(images, *args)
 
-    monkeypatch.setattr(evaluate, "measure", measure)
+    monkeypatch.setattr(evaluation, "measure", measure)
     status, results = run(files, tmp_path, "--omega", 1, 2)
     assert status == 128 + number and [row["omega"] for row in results["rows"]] == [1.0]
     assert "imf.evaluate: stopped" in capsys.readouterr().err

@@ -1,5 +1,8 @@
 """FID and Inception score against closed forms and other programs; statistics that add up; their files."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -163,3 +166,19 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 def test_features_too_wide_for_a_covariance_are_named():
     with pytest.raises(ValueError, match="at most 16,384 wide, got 196,608, whose covariance takes 309 GB"):
         fid.Moments(3 * 256 * 256)
+
+
+def test_fid_needs_neither_the_networks_nor_the_kernels():
+    """The package imports the kernels for their version alone; a stand-in shows that FID needs no more."""
+    program = (
+        "import sys, types\n"
+        "sys.modules['imf_kernels'] = types.SimpleNamespace(__version__='0')\n"
+        "from imf.evaluation import fid\n"
+        "print(*sorted(name for name in sys.modules if name.startswith('imf')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    found = done.stdout.split()
+    assert "imf.evaluation.fid" in found
+    above = ("model", "objective", "mean_flow", "networks", "sampling", "data", "official", "training")
+    assert not [name for name in found if name.startswith(tuple(f"imf.{room}" for room in above))]
+    assert not [name for name in found if name.startswith("imf_kernels.")]

@@ -39,7 +39,7 @@ SETTINGS = generate.Settings("w", "", "fp32", 12, 7, 1, 1.0, 0.0, 1.0)
 
 
 def painted(**changes):
-    return torch.cat(list(generate.generate(Painter(), SETTINGS, range(12), **changes)))
+    return torch.cat(list(generate.sample_images(Painter(), SETTINGS, range(12), **changes)))
 
 
 def test_the_noise_belongs_to_seed_and_number():
@@ -76,7 +76,9 @@ def test_batches_and_slices_make_the_same_images():
     colours = (generate.classes(range(12), 12, 3) + 1) / 8
     assert torch.equal(whole, generate.to_bytes(z * colours[:, None, None, None]))
     assert torch.equal(painted(batch_size=5), whole)
-    parts = [torch.cat(list(generate.generate(Painter(), SETTINGS, r))) for r in (range(5), range(5, 12))]
+    parts = [
+        torch.cat(list(generate.sample_images(Painter(), SETTINGS, r))) for r in (range(5), range(5, 12))
+    ]
     assert torch.equal(torch.cat(parts), whole)
 
 
@@ -90,7 +92,7 @@ def test_files_hold_the_same_images_and_are_not_made_twice(tmp_path):
     (tmp_path / "000003.png").unlink()
     (tmp_path / "000004.png").write_bytes((tmp_path / "000004.png").read_bytes()[:60])
     model = Painter()
-    again = torch.cat(list(generate.generate(model, SETTINGS, range(12), folder=tmp_path)))
+    again = torch.cat(list(generate.sample_images(model, SETTINGS, range(12), folder=tmp_path)))
     assert torch.equal(again, whole) and model.sizes == [2]
 
 
@@ -98,7 +100,7 @@ def test_a_folder_keeps_to_its_settings(tmp_path):
     painted(folder=tmp_path)
     other = generate.Settings(**{**vars(SETTINGS), "seed": 8})
     with pytest.raises(UserError, match=r"holds other samples, of seed 7 \(not 8\)"):
-        list(generate.generate(Painter(), other, range(12), folder=tmp_path))
+        list(generate.sample_images(Painter(), other, range(12), folder=tmp_path))
     (tmp_path / generate.SETTINGS).write_text("{")
     with pytest.raises(UserError, match="no JSON"):
         painted(folder=tmp_path)
@@ -141,7 +143,7 @@ def test_fingerprints_tell_weights_apart():
 
 
 def paint_slowly(folder):
-    list(generate.generate(Painter(pause=0.01), SETTINGS, range(12), batch_size=2, folder=folder))
+    list(generate.sample_images(Painter(pause=0.01), SETTINGS, range(12), batch_size=2, folder=folder))
 
 
 def test_killed_at_any_moment_it_goes_on(tmp_path):

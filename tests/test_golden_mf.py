@@ -6,7 +6,6 @@ import torch
 from test_golden import relative
 
 from imf.mean_flow.objective import mean_flow
-from imf.official.names import mean_flow_from_flax
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -25,7 +24,7 @@ def test_objective_equals_the_official_programs(backend):
     assert float(result.loss.detach()) == pytest.approx(float(arrays["out.loss"]), rel=1e-5)
     # The program watches Σ (u − v_t)² a row; here it is the mean over all elements.
     assert float(result.loss_v) == pytest.approx(float(arrays["out.v_loss"].mean()) / x[0].numel(), rel=1e-5)
-    gradients = mean_flow_from_flax(golden_mf.weights("grad"))
+    gradients = from_flax(golden_mf.weights("grad"))
     assert gradients.keys() == dict(model.named_parameters()).keys()
     for name, parameter in model.named_parameters():
         assert relative(parameter.grad, gradients[name]) < 1e-5, name
@@ -49,7 +48,7 @@ def test_tangent_is_the_guided_velocity():
 
 def test_wrong_names_are_refused():
     arrays = golden_mf.weights()
-    with pytest.raises(KeyError, match="'net/blocks/layers_0/attn/kv/kernel' is no weight of the"):
-        mean_flow_from_flax(arrays | {"net/blocks/layers_0/attn/kv/kernel": arrays.popitem()[1]})
-    with pytest.raises(ValueError, match="wanted the weights of an official MF network, got none"):
-        mean_flow_from_flax({})
+    with pytest.raises(UserError, match="'net/blocks/layers_0/attn/kv/kernel' is no weight of the"):
+        from_flax(arrays | {"net/blocks/layers_0/attn/kv/kernel": arrays.popitem()[1]})
+    with pytest.raises(ValueError, match="wanted the weights of an official iMF or MF network, got none"):
+        from_flax({})

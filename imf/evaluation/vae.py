@@ -1,7 +1,7 @@
 """The autoencoder between images and latents: Stable Diffusion's, read by diffusers from a local folder.
 
-A latent as the networks see it is normalised per channel: (latent - MEAN) / STD, without the factor 0.18215
-of Stable Diffusion itself. The constants belong to `sd-vae-ft-mse` at 256 x 256.
+The networks see latents normalised per channel, (latent - MEAN) / STD by the constants of `sd-vae-ft-mse` at
+256 x 256, without Stable Diffusion's own factor.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from imf.io import sha256
@@ -20,16 +19,15 @@ from imf.program import UserError
 
 MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)
 STD = (4.85503674, 5.31922414, 3.93725398, 3.9870003)
-# What the configurations of Stable Diffusion 1's autoencoders say; SDXL's, of the same shape, says 0.13025.
-SCALING_FACTOR = 0.18215
+SCALING_FACTOR = 0.18215  # of Stable Diffusion 1's autoencoders; SDXL's, of the same shape, has 0.13025
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def load(path: Path, device: torch.device) -> Any:
-    """diffusers' `AutoencoderKL` from a folder (config.json and *.safetensors), fp32, without gradients.
+    """Load diffusers' `AutoencoderKL` from a folder (config.json and *.safetensors), fp32, without gradients.
 
-    Raises: UserError if diffusers is not installed, the folder holds no whole autoencoder, or another than
-    Stable Diffusion 1's (4 latent channels, scaling factor 0.18215).
+    Raises: UserError if diffusers is not installed or the folder holds no complete autoencoder of Stable
+        Diffusion 1 (4 latent channels, scaling factor 0.18215).
     """
     try:
         from diffusers import AutoencoderKL
@@ -38,42 +36,33 @@ def load(path: Path, device: torch.device) -> Any:
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: wanted the folder of an AutoencoderKL, there is no config.json in it")
     options = {"local_files_only": True, "use_safetensors": True, "low_cpu_mem_usage": False}
-    speaker = logging.getLogger("diffusers")
-    level = speaker.level
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it would warn of what is raised below
     try:
-        speaker.setLevel(logging.ERROR)  # what it would warn of is raised below
         name = AutoencoderKL.load_config(path).get("_class_name")
         if name != "AutoencoderKL":
-            raise UserError(f"{path}: wanted an AutoencoderKL, got a {name}")
+            raise ValueError(f"wanted an AutoencoderKL, got a {name}")
         vae, found = AutoencoderKL.from_pretrained(path, output_loading_info=True, **options)
-    except UserError:
-        raise
-    except (
-        *(OSError, SafetensorError, RuntimeError, ValueError),
-        *(TypeError, AttributeError, LookupError, ArithmeticError),  # a field of config.json of another type
-    ) as error:
+    except Exception as error:  # of nearly any class, for a field of config.json of another type
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: no AutoencoderKL can be read from it: {reason}") from error
     finally:
-        speaker.setLevel(level)
+        logger.setLevel(level)
     lacking = [*found["missing_keys"], *found["mismatched_keys"]]
     if lacking:
         raise UserError(f"{path}: its weights lack {', '.join(map(str, lacking[:5]))} ({len(lacking)})")
-    config = vae.config
     for option, wanted in (("latent_channels", len(MEAN)), ("scaling_factor", SCALING_FACTOR)):
-        if config[option] != wanted:
+        if (got := vae.config[option]) != wanted:
             raise UserError(
                 f"{path}: wanted Stable Diffusion 1's autoencoder (sd-vae-ft-mse), of {option} {wanted}, "
-                f"got {config[option]}: latents of another are not what these networks know"
+                f"got {got}: latents of another are not what these networks know"
             )
     return vae.float().to(device).eval().requires_grad_(False)
 
 
 def digest(path: Path) -> str:
-    """Tells the autoencoder in a folder from others: SHA-256 over those of its configuration and weights.
-
-    Raises: UserError if one of the files cannot be read.
-    """
+    """Return the SHA-256 over those of config.json and the weights in a folder; UserError if unreadable."""
     try:
         parts = [sha256(path / name) for name in ("config.json", WEIGHTS)]
     except OSError as error:
@@ -82,11 +71,10 @@ def digest(path: Path) -> str:
 
 
 def of_network(path: Path | None, channels: int, device: torch.device, prepared_by: str = "") -> Any:
-    """What decodes the samples of a network of so many channels: the autoencoder in `path`, None for images.
+    """Load the autoencoder that decodes a network's samples of so many channels; None for images.
 
     prepared_by: `digest` of the autoencoder that made the latents of its training; "" if that is not known.
-    Raises: UserError, naming --vae, if latents have no autoencoder, or another one, or images have one; and
-        as `load`.
+    Raises: UserError for latents without autoencoder or with another one, images with one, and as `load`.
     """
     latents = channels not in (1, 3)
     if latents != (path is not None):
@@ -104,25 +92,14 @@ def of_network(path: Path | None, channels: int, device: torch.device, prepared_
     return vae
 
 
-def normalise(latents: Tensor) -> Tensor:
-    """Latents [..., 4, H, W] of the autoencoder as the networks see them."""
-    mean, std = _constants(latents)
-    return (latents - mean) / std
-
-
 @torch.no_grad()
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Images [B, 3, 8 H, 8 W] fp32, about within [-1, 1], of normalised latents [B, 4, H, W] fp32.
+    """Decode images [B, 3, 8 H, 8 W] fp32, about within [-1, 1], of normalised latents [B, 4, H, W] fp32.
 
     Raises: UserError for another number of channels.
     """
     if latents.ndim != 4 or latents.shape[1] != len(MEAN):
         raise UserError(f"decode: latents must be [B, {len(MEAN)}, H, W], got {list(latents.shape)}")
-    mean, std = _constants(latents)
+    mean, std = latents.new_tensor((MEAN, STD))[..., None, None]
     images: Tensor = vae.decode(latents * std + mean).sample
     return images.float()
-
-
-def _constants(latents: Tensor) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(c, dtype=latents.dtype, device=latents.device) for c in (MEAN, STD))
-    return mean[:, None, None], std[:, None, None]
