@@ -6,6 +6,8 @@ import torch
 from test_golden import relative
 
 from imf.mean_flow.objective import mean_flow
+from imf.official.names import from_flax
+from imf.program import UserError
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
