@@ -1,3 +1,41 @@
-"""Improved Mean Flows (arXiv 2512.02012) in PyTorch, on the fused forward-mode kernels of `imf_kernels`."""
+"""Improved Mean Flows (arXiv 2512.02012) in PyTorch, on the fused forward-mode kernels of `imf_kernels`.
 
-from imf_kernels import __version__ as __version__
+import imf
+
+network = imf.build("iMF-B/2")
+loss = imf.improved_mean_flow(network, x, y, imf.Draws.sample(x, seed=0, step=0)).loss
+images = imf.generate(network, noise, y)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from imf.model.config import IMFConfig
+    from imf.networks import build
+    from imf.objective.draws import Draws
+    from imf.objective.imf_loss import improved_mean_flow
+    from imf.sampling import generate
+    from imf.training.checkpoint import load
+    from imf_kernels import __version__
+
+__all__ = ["Draws", "IMFConfig", "__version__", "build", "generate", "improved_mean_flow", "load"]
+
+# Imported when first asked for: a program that reads statistics needs no network, and no compiled module.
+_MODULES = {
+    "Draws": "imf.objective.draws",
+    "IMFConfig": "imf.model.config",
+    "__version__": "imf_kernels",
+    "build": "imf.networks",
+    "generate": "imf.sampling",
+    "improved_mean_flow": "imf.objective.imf_loss",
+    "load": "imf.training.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'imf' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
