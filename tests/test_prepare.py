@@ -6,7 +6,7 @@ import tiny_data
 import torch
 
 from imf import data
-from imf.data.prepare import pack as prepare
+from imf.data.prepare import __main__ as prepare
 from imf.data.prepare.encoder import Latents
 from imf.data.prepare.source import decode
 from imf.program import UserError

@@ -57,7 +57,7 @@ class Latents(Encoder):
     as the sampling whose parameters it stores.
 
     precision: of the products, "fp32", "tf32" or "bf16".
-    Raises: UserError or UserError if the folder is not that autoencoder's, or `size` does not fit it.
+    Raises: UserError if the folder is not that autoencoder's, or `size` does not fit it.
     """
 
     def __init__(self, path: Path, size: int, device: torch.device, precision: str) -> None:
@@ -126,9 +126,9 @@ def _check_folder(path: Path) -> None:
     if not path.is_dir():
         raise UserError(f"--vae {path}: no such folder")
     if not (path / "config.json").is_file():
-        whole = "; it is a whole pipeline: pass the folder vae in it" if (path / "vae").is_dir() else ""
+        hint = "; it is a whole pipeline: pass the folder vae in it" if (path / "vae").is_dir() else ""
         raise UserError(
-            f"--vae {path}: must be a folder of diffusers' AutoencoderKL, got no config.json{whole}"
+            f"--vae {path}: must be a folder of diffusers' AutoencoderKL, got no config.json{hint}"
         )
     kind = read_json(path / "config.json").get("_class_name")
     if kind != "AutoencoderKL":

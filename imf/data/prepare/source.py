@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import deque
 from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from imf.data.batches import prefetch
 from imf.data.files import short
 from imf.images import BrokenImage, entries, is_image, read_image, walk
 from imf.io import check_regular
@@ -48,7 +47,7 @@ class Source:
 
     def decoded(
         self, places: Sequence[int], size: int, workers: int, *, ahead: int
-    ) -> Generator[NDArray[np.uint8] | BrokenImage]:
+    ) -> Generator[NDArray[np.uint8] | BrokenImage, None, None]:
         """The images at `places` of `files`, in that order, [3, size, size]; why, for those that are none.
 
         Decoded by `workers` threads, up to `ahead` images before their use. UserError if one cannot be read.
@@ -69,17 +68,7 @@ class Source:
                     f"{path}: too little memory to decode it at --size {size}; are fewer --workers enough?"
                 ) from error
 
-        pool = ThreadPoolExecutor(workers)
-        pending: deque[Future[NDArray[np.uint8] | BrokenImage]] = deque()
-        try:
-            for place in places:
-                pending.append(pool.submit(decode_place, place))
-                if len(pending) > ahead:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        return prefetch(decode_place, places, workers=workers, ahead=ahead)
 
 
 def find(root: Path, label_file: Path | None = None) -> Source:
