@@ -40,10 +40,6 @@ class LabelledImages:
         """Return images and labels of `rows`; nothing is drawn from the generator."""
         return self.images[rows], self.labels[rows]
 
-    def to(self, device: torch.device) -> LabelledImages:
-        """Copy images and labels to `device`."""
-        return LabelledImages(self.images.to(device), self.labels.to(device), self.num_classes)
-
 
 def load() -> LabelledImages:
     """Load all digits in file order: images [1797, 1, 8, 8], 0..16 mapped to [-1, 1]; labels [1797]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from imf.io import check_regular, replacing
 from imf.program import UserError
@@ -33,13 +35,18 @@ def write_file(path: Path, *parts: bytes | memoryview) -> str:
                 digest.update(part)
                 file.write(part)
     except OSError as error:
-        message = f"{path}: could not be written: {error}"
-        if path.parent.is_dir():
-            message += f"; {shutil.disk_usage(path.parent).free:,} bytes are free there"
+        free = f"{shutil.disk_usage(path.parent).free:,} bytes are free there"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            message += "; make room and run the same command again: it resumes where it stopped"
-        raise UserError(message) from error
+            free += "; make room and run the same command again: it resumes where it stopped"
+        raise UserError(f"{path}: could not be written: {error}; {free}") from error
     return digest.hexdigest()
+
+
+def write_array(path: Path, array: NDArray[Any]) -> str:
+    """Write a C-contiguous array as .npy of format 1.0, see `write_file`."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    return write_file(path, header.getvalue(), array.data.cast("B"))
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -87,26 +94,21 @@ def count(least: int) -> Check:
     return f"a whole number from {least} on", lambda x: type(x) is int and least <= x < 2**63  # bool is none
 
 
+def list_of(fits: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
+    """Test for a list of values that fit, `length` of them if given."""
+    return lambda x: isinstance(x, list) and length in (None, len(x)) and all(map(fits, x))
+
+
 def numbers(length: int, low: float = -3e38, high: float = 3e38, wanted: str = "a finite number") -> Check:
-    """Check for a list of a number between `low` and `high` (by default those of fp32) for each channel."""
-
-    def fits(values: Any) -> bool:
-        return list_of(lambda x: type(x) in (int, float) and low < x < high)(values) and len(values) == length
-
+    """Check for a list of numbers between `low` and `high` (by default those of fp32), one per channel."""
+    fits = list_of(lambda x: type(x) in (int, float) and low < x < high, length)
     return f"{wanted} for each of {length} channels", fits
 
 
-def list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Test for a list whose values fit."""
-    return lambda values: isinstance(values, list) and all(map(fits, values))
-
-
-def matches(pattern: str, wanted: str) -> Check:
-    """Check for a string that matches a regular expression from end to end."""
-    return wanted, lambda x: isinstance(x, str) and re.fullmatch(pattern, x) is not None
-
-
-SHA256 = matches("[0-9a-f]{64}", "64 hexadecimal digits")
+SHA256: Check = (
+    "64 hexadecimal digits",
+    lambda x: isinstance(x, str) and re.fullmatch("[0-9a-f]{64}", x) is not None,
+)
 
 
 def short(value: Any) -> str:

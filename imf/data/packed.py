@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,18 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from imf.data import files
 from imf.data.batches import row_seeds
-from imf.data.files import (
-    SHA256,
-    check_fields,
-    count,
-    list_of,
-    matches,
-    numbers,
-    read_header,
-    read_json,
-    short,
-)
+from imf.data.files import SHA256, Check, check_fields
 from imf.io import check_regular, sha256
 from imf.program import UserError
 
@@ -36,20 +28,22 @@ FORMAT = 1  # raise it when a folder of the old form can no longer be read
 INDEX, PLAN, LABELS = "index.json", "prepare.json", "labels.npy"
 # Of a stored row: the shape before (C, H, W), and the dtype.
 _ROWS = {"latents": ((2,), "float32"), "pixels": ((), "uint8")}
-_FIELDS = {
+_FIELDS: dict[str, Check] = {
     "kind": ("latents or pixels", lambda x: x in list(_ROWS)),
-    "shape": ("[C, H, W]", lambda x: list_of(count(1)[1])(x) and len(x) == 3),
-    "class_names": ("a list of names", lambda x: bool(x) and list_of(lambda name: isinstance(name, str))(x)),
-    "rows": count(1),
-    "skipped": count(0),
+    "shape": ("[C, H, W]", files.list_of(files.count(1)[1], 3)),
+    "class_names": ("a list of names", lambda x: x != [] and files.list_of(lambda y: isinstance(y, str))(x)),
+    "rows": files.count(1),
+    "skipped": files.count(0),
     "labels_sha256": SHA256,
     "shards": ("a list", lambda x: isinstance(x, list)),
 }
-_SHARD_FIELDS = {
-    # Nothing outside of the folder is opened, whoever wrote the index.
-    "file": matches(r"[^/\\\0]+\.npy", "the name of a .npy file in this folder"),
-    "rows": count(1),
-    "bytes": count(1),
+SHARD_FIELDS: dict[str, Check] = {
+    "file": (  # nothing outside of the folder is opened, whoever wrote the index
+        "the name of a .npy file in this folder",
+        lambda x: isinstance(x, str) and re.fullmatch(r"[^/\\\0]+\.npy", x) is not None,
+    ),
+    "rows": files.count(1),
+    "bytes": files.count(1),
     "sha256": SHA256,
 }
 # Norm of a row in standard deviations of the channels: no image is that far off, and the square of the loss
@@ -81,14 +75,18 @@ class PackedData:
         self.autoencoder: str = encoder.get("vae_sha256", "")
         self.shards: list[dict[str, Any]] = self.index["shards"]
         stored, dtype = _ROWS[self.kind]
+        row = (*stored, *self.shape)
         self._arrays = [
-            _MappedArray(
-                self.folder / shard["file"], (shard["rows"], *stored, *self.shape), dtype, shard["bytes"]
-            )
+            _MappedArray(self.folder / shard["file"], (shard["rows"], *row), dtype, shard["bytes"])
             for shard in self.shards
         ]
         self._starts = torch.tensor([0, *(shard["rows"] for shard in self.shards)]).cumsum(0)
-        self.labels = self._read_labels()
+        path = self.folder / LABELS
+        self.labels = _MappedArray(path, (len(self),), "int64").rows.clone()  # which may be written to
+        least, most = self.labels.min(), self.labels.max()
+        if least < 0 or most >= self.num_classes:
+            raise UserError(f"{path}: labels must be in [0, {self.num_classes}), got {least} ... {most}")
+        _check_sha256(path, self.index["labels_sha256"])
 
     def __len__(self) -> int:
         rows: int = self.index["rows"]
@@ -154,16 +152,6 @@ class PackedData:
             self._arrays[shard].will_need(row)
         return [self._arrays[shard].rows[row] for shard, row in places]
 
-    def _read_labels(self) -> Tensor:
-        path = self.folder / LABELS
-        labels = _MappedArray(path, (len(self),), "int64").rows.clone()  # which may be written to
-        if labels.min() < 0 or labels.max() >= self.num_classes:
-            raise UserError(
-                f"{path}: labels must be in [0, {self.num_classes}), got {labels.min()} ... {labels.max()}"
-            )
-        _check_sha256(path, self.index["labels_sha256"])
-        return labels
-
 
 class _MappedArray:
     """The array in a .npy file: `rows` is a tensor on the file's pages, which are read when they are used.
@@ -175,7 +163,7 @@ class _MappedArray:
         try:
             got_size = check_regular(path).st_size
             with path.open("rb") as file:
-                got_shape, got_dtype = read_header(file)
+                got_shape, got_dtype = files.read_header(file)
                 self._offset = file.tell()  # bytes before the first row
                 self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
@@ -216,9 +204,9 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: half-made: the same python -m imf.data.prepare command resumes it")
     if not path.is_file():
         raise UserError(f"{folder}: no {INDEX} in it, so it is not a folder of imf.data.prepare")
-    index = read_json(path)
+    index = files.read_json(path)
     if type(got := index.get("format")) is not int or got != FORMAT:  # True == 1
-        raise UserError(f"{path}: of format {short(got)}, this version reads {FORMAT}: make it again")
+        raise UserError(f"{path}: of format {files.short(got)}, this version reads {FORMAT}: make it again")
     try:
         _check_index(index)
     except ValueError as error:
@@ -231,21 +219,21 @@ def _read_index(folder: Path) -> dict[str, Any]:
 def _check_index(index: dict[str, Any]) -> None:
     """ValueError, naming the field, unless every field that is read has its type and they agree."""
     check_fields(index, _FIELDS)
-    channels = numbers(index["shape"][0])
-    positive = numbers(index["shape"][0], 1e-30, 1e30, "positive")
-    check_fields(index.get("encoder"), {"mean": channels, "std": positive}, "encoder.")
+    channels = index["shape"][0]
+    finite, positive = files.numbers(channels), files.numbers(channels, 1e-30, 1e30, "positive")
+    check_fields(index.get("encoder"), {"mean": finite, "std": positive}, "encoder.")
     if "vae_sha256" in index["encoder"]:
         check_fields(index["encoder"], {"vae_sha256": SHA256}, "encoder.")
     if index.get("samples") is not None:
-        check_fields(index["samples"], {"mean": channels, "std": channels}, "samples.")
+        check_fields(index["samples"], {"mean": finite, "std": finite}, "samples.")
     for number, shard in enumerate(index["shards"]):
-        check_fields(shard, _SHARD_FIELDS, f"shards[{number}].")
-    files = [shard["file"] for shard in index["shards"]]
-    if len(set(files)) != len(files):
-        raise ValueError(f"shards must be of different files, got {short(files)}")
+        check_fields(shard, SHARD_FIELDS, f"shards[{number}].")
+    names = [shard["file"] for shard in index["shards"]]
+    if len(set(names)) != len(names):
+        raise ValueError(f"shards must be of different files, got {files.short(names)}")
     total = sum(shard["rows"] for shard in index["shards"])
     if total != index["rows"]:
-        raise ValueError(f"{index['rows']} rows, but the {len(files)} shards have {total}")
+        raise ValueError(f"{index['rows']} rows, but the {len(names)} shards have {total}")
 
 
 def _check_sha256(path: Path, wanted: str) -> None:

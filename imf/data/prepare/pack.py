@@ -13,7 +13,6 @@ import shutil
 import sys
 from contextlib import closing
 from importlib.metadata import version
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,11 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from imf.data.files import write_file, write_json
+from imf.data.files import write_array, write_file, write_json
 from imf.data.packed import FORMAT, INDEX, LABELS, PLAN, PackedData
 from imf.data.prepare import source as sources
 from imf.data.prepare.encoder import Encoder, Latents, Pixels
-from imf.data.prepare.plan import RECORDS, begin, locked, read_record, record_path, shard_name, warn
+from imf.data.prepare.plan import RECORDS, begin, locked, read_record, record_path, shard_path, warn
 from imf.data.prepare.source import Source
 from imf.distributed import choose_device
 from imf.evaluation import fid, inception
@@ -135,8 +134,8 @@ def _write_shard(out: Path, shard: int, rows: NDArray[Any], skipped: list[list[A
     """Write the shard, then its record: without the record it does not count."""
     record: dict[str, Any] = {"rows": len(rows), "skipped": skipped}
     if len(rows):
-        path = out / shard_name(shard)
-        digest = _write_array(path, rows)
+        path = shard_path(out, shard)
+        digest = write_array(path, rows)
         record |= {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
         if rows.dtype != np.uint8:  # sums over rows and places, a value per channel, for `_sample_statistics`
             mean, std = rows[:, 0], rows[:, 1]
@@ -144,13 +143,6 @@ def _write_shard(out: Path, shard: int, rows: NDArray[Any], skipped: list[list[A
             record["sums"] = [np.einsum("nchw->c", mean, dtype=np.float64).tolist(), sum(squares).tolist()]
     write_json(record_path(out, shard), record)
     return record
-
-
-def _write_array(path: Path, array: NDArray[Any]) -> str:
-    """Write a C-contiguous array as .npy of format 1.0; returns the file's SHA-256."""
-    header = BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-    return write_file(path, header.getvalue(), array.data.cast("B"))
 
 
 def _finish(out: Path, source: Source, plan: dict[str, Any], records: list[dict[str, Any]]) -> None:
@@ -162,7 +154,7 @@ def _finish(out: Path, source: Source, plan: dict[str, Any], records: list[dict[
     labels = source.labels[kept]
     for label in sorted(set(range(len(source.class_names))) - set(labels.tolist())):
         warn(f"{source.class_names[label]}: a class of which no image could be used")
-    labels_sha256 = _write_array(out / LABELS, labels)
+    labels_sha256 = write_array(out / LABELS, labels)
     names = [name for name, _ in source.files]
     _write_lines(out / FILES, [names[place] for place in kept])
     _write_lines(out / SKIPPED, [f"{names[place]}\t{reason}" for place, reason in sorted(skipped.items())])

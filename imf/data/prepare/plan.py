@@ -10,19 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from imf.data.files import (
-    SHA256,
-    Check,
-    check_fields,
-    count,
-    list_of,
-    matches,
-    numbers,
-    read_json,
-    short,
-    write_json,
-)
-from imf.data.packed import INDEX, PLAN
+from imf.data.files import Check, check_fields, list_of, numbers, read_json, short, write_json
+from imf.data.packed import INDEX, PLAN, SHARD_FIELDS
 from imf.program import UserError
 
 RECORDS = "records"  # a file per shard that is completely on the disk, written after it
@@ -83,52 +72,38 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def read_record(out: Path, shard: int, places: range, plan: dict[str, Any]) -> dict[str, Any] | None:
-    """Read the record of the shard of these images; None if it has to be made (again)."""
+    """Read and check the record of the shard of these images; None if the shard has to be made (again)."""
     path = record_path(out, shard)
     if not path.exists():
         return None
     try:
         record = read_json(path)
-        _check_record(record, shard, places, plan)
+        pairs = list_of(lambda x: isinstance(x, list) and list(map(type, x)) == [int, str] and x[0] in places)
+        check_fields(record, {"skipped": ("[place, reason] pairs of this shard", pairs)}, f"{path}: ")
+        rows = len(places) - len(record["skipped"])
+        file = shard_path(out, shard)
+        checks: dict[str, Check] = {"rows": (str(rows), lambda x: type(x) is int and x == rows)}
+        if rows:
+            checks = SHARD_FIELDS | checks | {"file": (file.name, lambda x: x == file.name)}
+        if rows and plan["kind"] == "latents":
+            checks["sums"] = ("two sums per channel", list_of(numbers(plan["shape"][0])[1], 2))
+        check_fields(record, checks, f"{path}: ")
+        size = file.stat().st_size if file.exists() else None
+        if rows and size != record["bytes"]:
+            raise ValueError(f"{file}: must have {record['bytes']:,} bytes, got {size}")
     except ValueError as error:
-        warn(f"{error if isinstance(error, UserError) else f'{path}: {error}'}; the shard is made again")
+        warn(f"{error}; it is made again")
         return None
-    if record["rows"]:
-        path = out / record["file"]
-        size = path.stat().st_size if path.exists() else None
-        if size != record["bytes"]:
-            warn(f"{path}: must have {record['bytes']:,} bytes, got {size}; it is made again")
-            return None
     return record
 
 
-def _check_record(record: dict[str, Any], shard: int, places: range, plan: dict[str, Any]) -> None:
-    """ValueError unless all fields that are read later are there, and of this shard."""
-
-    def is_skipped(entry: Any) -> bool:
-        fits = isinstance(entry, list) and [type(x) for x in entry] == [int, str]
-        return fits and entry[0] in places
-
-    checks: dict[str, Check] = {"rows": count(0), "skipped": ("[place, reason] pairs", list_of(is_skipped))}
-    check_fields(record, checks)
-    if record["rows"] + len(record["skipped"]) != len(places):
-        raise ValueError(f"must be of {len(places)} images, got {record['rows']} + {len(record['skipped'])}")
-    if record["rows"]:
-        name = shard_name(shard)
-        checks = {"file": matches(name, name), "bytes": count(1), "sha256": SHA256}
-        if plan["kind"] == "latents":
-            channels = numbers(plan["shape"][0])[1]
-            checks["sums"] = ("two sums per channel", lambda x: list_of(channels)(x) and len(x) == 2)
-        check_fields(record, checks)
-
-
-def shard_name(shard: int) -> str:
-    """Name the file of a shard."""
-    return f"shard-{shard:05d}.npy"
+def shard_path(out: Path, shard: int) -> Path:
+    """Return the path of a shard."""
+    return out / f"shard-{shard:05d}.npy"
 
 
 def record_path(out: Path, shard: int) -> Path:
-    """Return the path of a shard's record."""
+    """Return the path of a shard's record, which is written after the shard."""
     return out / RECORDS / f"{shard:05d}.json"
 
 
