@@ -101,12 +101,11 @@ class Batches:
     place in the global batch): all processes together see the data of a single one, bit for bit.
 
     A context manager, whose end stops the thread, and an iterator of x [b / P, C, H, W] fp32 and y [b / P]
-    int64 on `device`; on CUDA they come through pinned memory and the copy does not block. An error of
-    fetching is raised by the `next` that would have given that batch.
+    int64 on `device`; on CUDA from pinned memory, without blocking. `next` raises what fetching raises.
 
     batch_size: rows of a global batch, a multiple of `processes`.
-    ahead: how many batches a thread makes while the network works, 0 for no thread; by default 3 for a GPU.
-    On a CPU, whose cores the network keeps busy, the thread's own OpenMP threads would slow it by a third.
+    ahead: how many batches a thread fetches in advance, 0 for no thread; by default 3 for a GPU. On a CPU the
+    thread's own OpenMP threads would slow the network by a third.
     Raises: ValueError, naming it, for an argument out of range.
     """
 
@@ -123,17 +122,15 @@ class Batches:
         ahead: int | None = None,
     ) -> None:
         if not 0 <= process < processes:
-            message = f"process must be in [0, processes), got process {process} of {processes}"
+            wrong = f"process must be in [0, processes), got process {process} of {processes}"
         elif batch_size < 1 or batch_size % processes:
-            message = f"batch_size must be a positive multiple of the {processes} processes, got {batch_size}"
+            wrong = f"batch_size must be a positive multiple of the {processes} processes, got {batch_size}"
         elif min(first, seed, ahead or 0) < 0:
-            message = f"first, seed and ahead must be at least 0, got {first}, {seed} and {ahead}"
-        elif len(dataset) < 1:
-            message = "dataset must have a row, got an empty one"
+            wrong = f"first, seed and ahead must be at least 0, got {first}, {seed} and {ahead}"
         else:
-            message = ""
-        if message:
-            raise ValueError(f"Batches: {message}")
+            wrong = "" if len(dataset) else "dataset must have a row, got an empty one"
+        if wrong:
+            raise ValueError(f"Batches: {wrong}")
         self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
         self._part = slice(process * batch_size // processes, (process + 1) * batch_size // processes)
         self._device = torch.device(device)

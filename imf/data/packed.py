@@ -27,9 +27,9 @@ from imf.program import UserError
 FORMAT = 1  # raise it when a folder of the old form can no longer be read
 INDEX, PLAN, LABELS = "index.json", "prepare.json", "labels.npy"
 # Of a stored row: the shape before (C, H, W), and the dtype.
-_ROWS = {"latents": ((2,), "float32"), "pixels": ((), "uint8")}
+ROWS = {"latents": ((2,), "float32"), "pixels": ((), "uint8")}
 _FIELDS: dict[str, Check] = {
-    "kind": ("latents or pixels", lambda x: x in list(_ROWS)),
+    "kind": ("latents or pixels", lambda x: x in list(ROWS)),
     "shape": ("[C, H, W]", files.list_of(files.count(1)[1], 3)),
     "class_names": ("a list of names", lambda x: x != [] and files.list_of(lambda y: isinstance(y, str))(x)),
     "rows": files.count(1),
@@ -74,11 +74,10 @@ class PackedData:
         self.mean, self.std = (torch.tensor([float(x) for x in encoder[name]]) for name in ("mean", "std"))
         self.autoencoder: str = encoder.get("vae_sha256", "")
         self.shards: list[dict[str, Any]] = self.index["shards"]
-        stored, dtype = _ROWS[self.kind]
-        row = (*stored, *self.shape)
+        parts, dtype = ROWS[self.kind]
         self._arrays = [
-            _MappedArray(self.folder / shard["file"], (shard["rows"], *row), dtype, shard["bytes"])
-            for shard in self.shards
+            _MappedArray(self.folder / s["file"], (s["rows"], *parts, *self.shape), dtype, s["bytes"])
+            for s in self.shards
         ]
         self._starts = torch.tensor([0, *(shard["rows"] for shard in self.shards)]).cumsum(0)
         path = self.folder / LABELS
@@ -89,8 +88,7 @@ class PackedData:
         _check_sha256(path, self.index["labels_sha256"])
 
     def __len__(self) -> int:
-        rows: int = self.index["rows"]
-        return rows
+        return int(self.index["rows"])
 
     def fetch(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return normalised data and labels of `rows`, see `DataSet.fetch`; latents are posterior samples.
@@ -102,14 +100,13 @@ class PackedData:
             raise ValueError(f"fetch: rows must be [B] int64, got {list(rows.shape)} {rows.dtype}")
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
             raise ValueError(f"fetch: rows must be in [0, {len(self)}), got {rows.min()} ... {rows.max()}")
-        stored = self._gather(rows)
         seeds = row_seeds(generator, len(rows)).tolist()
         x = torch.empty(len(rows), *self.shape)
         mean, std = self.mean[:, None, None], self.std[:, None, None]
         noise_of_row = torch.Generator()
         # Row by row: a latent lies in the cache, and these operations on it are too small to be spread over
         # threads, which the network needs.
-        for seed, row, out in zip(seeds, stored, x, strict=True):
+        for seed, row, out in zip(seeds, self._gather(rows), x, strict=True):
             if self.kind == "pixels":
                 out.copy_(row)
             else:
@@ -200,9 +197,9 @@ def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a data set is 'digits' or a folder of imf.data.prepare")
-    if not path.is_file() and (folder / PLAN).is_file():
-        raise UserError(f"{folder}: half-made: the same python -m imf.data.prepare command resumes it")
     if not path.is_file():
+        if (folder / PLAN).is_file():
+            raise UserError(f"{folder}: half-made: the same python -m imf.data.prepare command resumes it")
         raise UserError(f"{folder}: no {INDEX} in it, so it is not a folder of imf.data.prepare")
     index = files.read_json(path)
     if type(got := index.get("format")) is not int or got != FORMAT:  # True == 1
@@ -210,9 +207,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
     try:
         _check_index(index)
     except ValueError as error:
-        raise UserError(
-            f"{path}: disagrees with itself or is damaged: {error}; prepare the folder again"
-        ) from error
+        reason = f"disagrees with itself or is damaged: {error}; prepare the folder again"
+        raise UserError(f"{path}: {reason}") from error
     return index
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from imf.data.files import write_array, write_file, write_json
-from imf.data.packed import FORMAT, INDEX, LABELS, PLAN, PackedData
+from imf.data.packed import FORMAT, INDEX, LABELS, PLAN, ROWS, PackedData
 from imf.data.prepare import source as sources
 from imf.data.prepare.encoder import Encoder, Latents, Pixels
 from imf.data.prepare.plan import RECORDS, begin, locked, read_record, record_path, shard_path, warn
@@ -35,18 +35,12 @@ from imf.io import check_target
 from imf.program import UserError
 
 FILES, SKIPPED = "files.txt", "skipped.tsv"
+Record = dict[str, Any]  # the content of a JSON file
 SHOWN = 5  # of the skipped images, with their reasons, at the end
 
 
 def pack(
-    source: Source,
-    out: Path,
-    encoder: Encoder,
-    *,
-    size: int = 256,
-    batch_size: int = 64,
-    shard_size: int = 4096,
-    workers: int = 1,
+    source: Source, out: Path, encoder: Encoder, *, size: int, batch_size: int, shard_size: int, workers: int
 ) -> PackedData:
     """Encode all images of `source` into the folder `out`, or resume one that was begun alike.
 
@@ -60,9 +54,10 @@ def pack(
         if value < 1:
             raise UserError(f"prepare: {name} must be at least 1, got {value}")
     count = len(source.files)
-    shape = (min(shard_size, count), *encoder.row_shape)
+    parts, dtype = ROWS[encoder.kind]
+    shape = (min(shard_size, count), *parts, *encoder.shape)
     try:
-        rows = np.empty(shape, encoder.dtype)  # before anything is written
+        rows = np.empty(shape, dtype)  # of a shard; allocated before anything is written
     except (MemoryError, ValueError) as error:  # ValueError: more than can be addressed
         raise UserError(f"--shard-size and --size: a shard of {list(shape)} is too large: {error}") from error
     try:
@@ -85,10 +80,10 @@ def pack(
             path.unlink()
         if not (out / INDEX).exists():
             (out / RECORDS).mkdir(exist_ok=True)
-            _warn_if_small(out, count, rows)
-            shards = [range(first, min(first + shard_size, count)) for first in range(0, count, shard_size)]
-            records = _make_shards(out, source, encoder, plan, shards, rows, workers)
-            _finish(out, source, plan, records)
+            needed = rows[0].nbytes * count - sum(path.stat().st_size for path in out.glob("shard-*.npy"))
+            if needed > (free := shutil.disk_usage(out).free):
+                warn(f"{out} needs {needed:,} bytes more, {free:,} are free there")
+            _finish(out, source, plan, _make_shards(out, source, encoder, plan, rows, workers))
         # The plan last: records without it belong to nobody.
         shutil.rmtree(out / RECORDS, ignore_errors=True)
         (out / PLAN).unlink(missing_ok=True)
@@ -96,43 +91,36 @@ def pack(
 
 
 def _make_shards(
-    out: Path,
-    source: Source,
-    encoder: Encoder,
-    plan: dict[str, Any],
-    shards: list[range],
-    rows: NDArray[Any],
-    workers: int,
-) -> list[dict[str, Any]]:
-    """Make the shards, ranges of images, that are missing, each by way of `rows`; returns all records."""
-    records = {shard: read_record(out, shard, images, plan) for shard, images in enumerate(shards)}
-    todo = [place for shard, record in records.items() if record is None for place in shards[shard]]
-    batch_size, count = plan["batch_size"], len(source.files)
+    out: Path, source: Source, encoder: Encoder, plan: Record, rows: NDArray[Any], workers: int
+) -> list[Record]:
+    """Make the shards that are missing, each in the buffer `rows`; returns the records of all."""
+    count, batch_size, shard_size = len(source.files), plan["batch_size"], plan["shard_size"]
+    shards = [range(first, min(first + shard_size, count)) for first in range(0, count, shard_size)]
+    records = [read_record(out, shard, places, plan) for shard, places in enumerate(shards)]
+    missing = [shard for shard, record in enumerate(records) if record is None]
+    todo = [place for shard in missing for place in shards[shard]]
     decoded = source.decoded(todo, plan["size"], workers, ahead=2 * batch_size + workers)
     bar = tqdm(
         total=count, initial=count - len(todo), desc=out.name, unit="image", dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 10,
     )  # fmt: skip
     with closing(decoded), bar:
-        for shard, record in records.items():
-            if record is not None:
-                continue
+        for shard in missing:
             filled, skipped = 0, []
             for first in range(0, len(shards[shard]), batch_size):
                 batch = list(zip(shards[shard][first : first + batch_size], decoded, strict=False))
                 skipped += [[place, str(image)] for place, image in batch if isinstance(image, BrokenImage)]
-                good = [image for _, image in batch if not isinstance(image, BrokenImage)]
-                if good:
+                if good := [image for _, image in batch if not isinstance(image, BrokenImage)]:
                     rows[filled : filled + len(good)] = encoder(np.stack(good))
                     filled += len(good)
                 bar.update(len(batch))
             records[shard] = _write_shard(out, shard, rows[:filled], skipped)
-    return [record for record in records.values() if record is not None]
+    return [record for record in records if record is not None]
 
 
-def _write_shard(out: Path, shard: int, rows: NDArray[Any], skipped: list[list[Any]]) -> dict[str, Any]:
+def _write_shard(out: Path, shard: int, rows: NDArray[Any], skipped: list[list[Any]]) -> Record:
     """Write the shard, then its record: without the record it does not count."""
-    record: dict[str, Any] = {"rows": len(rows), "skipped": skipped}
+    record: Record = {"rows": len(rows), "skipped": skipped}
     if len(rows):
         path = shard_path(out, shard)
         digest = write_array(path, rows)
@@ -145,7 +133,7 @@ def _write_shard(out: Path, shard: int, rows: NDArray[Any], skipped: list[list[A
     return record
 
 
-def _finish(out: Path, source: Source, plan: dict[str, Any], records: list[dict[str, Any]]) -> None:
+def _finish(out: Path, source: Source, plan: Record, records: list[Record]) -> None:
     """Write labels, names and what was skipped, then the index, whose presence marks the folder complete."""
     skipped = dict(pair for record in records for pair in record["skipped"])
     kept = [place for place in range(len(source.files)) if place not in skipped]
@@ -156,8 +144,9 @@ def _finish(out: Path, source: Source, plan: dict[str, Any], records: list[dict[
         warn(f"{source.class_names[label]}: a class of which no image could be used")
     labels_sha256 = write_array(out / LABELS, labels)
     names = [name for name, _ in source.files]
-    _write_lines(out / FILES, [names[place] for place in kept])
-    _write_lines(out / SKIPPED, [f"{names[place]}\t{reason}" for place, reason in sorted(skipped.items())])
+    left_out = [f"{names[place]}\t{reason}" for place, reason in sorted(skipped.items())]
+    for file, lines in ((FILES, [names[place] for place in kept]), (SKIPPED, left_out)):
+        write_file(out / file, "".join(line + "\n" for line in lines).encode(errors="surrogateescape"))
     index = {
         **plan,
         "rows": len(kept),
@@ -169,13 +158,7 @@ def _finish(out: Path, source: Source, plan: dict[str, Any], records: list[dict[
     write_json(out / INDEX, index)
 
 
-def _write_lines(path: Path, lines: list[str]) -> None:
-    write_file(path, "".join(line + "\n" for line in lines).encode(errors="surrogateescape"))
-
-
-def _sample_statistics(
-    plan: dict[str, Any], records: list[dict[str, Any]], rows: int
-) -> dict[str, list[float]] | None:
+def _sample_statistics(plan: Record, records: list[Record], rows: int) -> dict[str, list[float]] | None:
     """Mean and standard deviation of the latents as the network sees them, per channel; None for pixels.
 
     By E[x] = E[mean] and E[x²] = E[mean² + std²].
@@ -184,18 +167,9 @@ def _sample_statistics(
         return None
     sums = np.sum([record["sums"] for record in records if record["rows"]], axis=0)
     first, second = sums / (rows * math.prod(plan["shape"][1:]))
-    mean, std = np.array(plan["encoder"]["mean"]), np.array(plan["encoder"]["std"])
-    return {
-        "mean": ((first - mean) / std).tolist(),
-        "std": (np.sqrt(np.maximum(second - first**2, 0)) / std).tolist(),
-    }
-
-
-def _warn_if_small(out: Path, count: int, rows: NDArray[Any]) -> None:
-    there = sum(path.stat().st_size for path in out.glob("shard-*.npy"))
-    needed, free = rows.nbytes // len(rows) * count - there, shutil.disk_usage(out).free
-    if needed > free:
-        warn(f"{out} needs {needed:,} bytes more, {free:,} are free there")
+    mean, std = (np.array(plan["encoder"][name]) for name in ("mean", "std"))
+    deviation = np.sqrt(np.maximum(second - first**2, 0))
+    return {"mean": ((first - mean) / std).tolist(), "std": (deviation / std).tolist()}
 
 
 def source_statistics(
@@ -232,16 +206,13 @@ def pack_command(arguments: argparse.Namespace) -> None:
         raise UserError(f"{out}: OUT must lie outside of SOURCE, {arguments.source}")
     _say(f"{source.root}: {len(source.files):,} images in {len(source.class_names):,} classes")
     if source.others:
-        _say(
-            f"{len(source.others):,} other files are left out, which do not end in "
-            f"{', '.join(sorted(EXTENSIONS))}: such as {', '.join(source.others[:3])}"
-        )
+        shown = ", ".join(source.others[:3])
+        ends = ", ".join(sorted(EXTENSIONS))
+        _say(f"{len(source.others):,} other files are left out, which do not end in {ends}: such as {shown}")
     sizes = {name: getattr(arguments, name) for name in ("size", "batch_size", "shard_size", "workers")}
     data = pack(source, out, encoder, **sizes)
-    _say(
-        f"{out}: {len(data):,} {data.kind} {list(data.shape)} of {data.num_classes:,} classes, "
-        f"{len(data.shards):,} shards"
-    )
+    kind = f"{data.kind} {list(data.shape)}"
+    _say(f"{out}: {len(data):,} {kind} of {data.num_classes:,} classes, {len(data.shards):,} shards")
     if skipped := data.index["skipped"]:
         _say(f"{skipped:,} images skipped, all listed in {out / SKIPPED}:")
         with (out / SKIPPED).open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
@@ -253,9 +224,7 @@ def pack_command(arguments: argparse.Namespace) -> None:
         mean, std = (", ".join(f"{value:.3f}" for value in samples[name]) for name in ("mean", "std"))
         _say(f"Channels as the network sees them: mean {mean}; std {std} (on ImageNet 0 and 1)")
         if max(map(abs, samples["mean"])) > 0.5 or not all(0.5 < value < 2 for value in samples["std"]):
-            warn(
-                "far from 0 and 1: images unlike ImageNet, or another autoencoder than that of the constants"
-            )
+            warn("far from 0 and 1: images unlike ImageNet, or not the autoencoder of the constants")
     if extractor is not None:
         source_statistics(source, size, extractor, arguments.workers).save(arguments.statistics)
         _say(f"{arguments.statistics}: statistics of the images by {arguments.extractor}")

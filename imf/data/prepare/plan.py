@@ -26,9 +26,8 @@ def begin(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
     begun = out / INDEX if (out / INDEX).exists() else out / PLAN
     if not begun.exists():
         if others := sorted(path.name for path in out.iterdir() if path.name != f".{PLAN}.tmp"):
-            raise UserError(
-                f"{out}: OUT must be empty, new or begun by this program, got {', '.join(others[:3])}"
-            )
+            got = ", ".join(others[:3])
+            raise UserError(f"{out}: OUT must be empty, new or begun by this program, got {got}")
         write_json(out / PLAN, plan)
         return plan
     old = read_json(begun)
@@ -80,8 +79,7 @@ def read_record(out: Path, shard: int, places: range, plan: dict[str, Any]) -> d
         record = read_json(path)
         pairs = list_of(lambda x: isinstance(x, list) and list(map(type, x)) == [int, str] and x[0] in places)
         check_fields(record, {"skipped": ("[place, reason] pairs of this shard", pairs)}, f"{path}: ")
-        rows = len(places) - len(record["skipped"])
-        file = shard_path(out, shard)
+        rows, file = len(places) - len(record["skipped"]), shard_path(out, shard)
         checks: dict[str, Check] = {"rows": (str(rows), lambda x: type(x) is int and x == rows)}
         if rows:
             checks = SHARD_FIELDS | checks | {"file": (file.name, lambda x: x == file.name)}
