@@ -21,7 +21,7 @@ from PIL import Image
 from imf import data
 from imf.data.packed import PackedData
 from imf.data.prepare.encoder import Encoder
-from imf.data.prepare.pack import prepare
+from imf.data.prepare.pack import pack
 from imf.data.prepare.source import Source
 
 IMAGES, BATCH = 16384, 1024  # 512 MiB of latents
@@ -44,7 +44,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> PackedData:
     size = (folder / "a.png").stat().st_size
     labels = np.arange(IMAGES) % 1000
     source = Source(folder, [("a.png", size)] * IMAGES, labels, [str(label) for label in range(1000)])
-    return prepare(source, folder / "out", Noise(), size=8, batch_size=512, shard_size=2048)
+    return pack(source, folder / "out", Noise(), size=8, batch_size=512, shard_size=2048, workers=2)
 
 
 @pytest.mark.benchmark(timer=time.thread_time)

@@ -5,7 +5,6 @@ The one reader of images that come from outside: `imf.data.prepare` and `imf.eva
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ MAX_PIXELS = (1 << 30) // 12  # a quarter of a GiB in RGB, from where on Pillow 
 MAX_BYTES = 1 << 30  # of a file: more than MAX_PIXELS take in any of the formats
 # By content, whatever the name says. Not EPS, for which Pillow would start Ghostscript.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
-_TO_RGB = ("RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+_TO_RGB = ("RGB", "P", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 _SAMPLE_FORMAT, _SIGNED = 339, 2
 
@@ -38,8 +37,8 @@ def read_image(path: Path) -> Image.Image:
     the orientation in EXIF ignored, as by the programs whose figures are published (ADM, torch-fidelity).
 
     Raises: BrokenImage if it is not a regular file or not a whole image, larger than `MAX_PIXELS` or
-    `MAX_BYTES`, or of values without a known range (32-bit integers, floating point); OSError if the bytes
-    cannot be read: then a disk or a network fails, or the folder has changed.
+    `MAX_BYTES`, or of values without a known range; OSError if the bytes cannot be read: then a disk or a
+    network fails, or the folder has changed.
     """
     try:
         size = check_regular(path).st_size
@@ -51,7 +50,8 @@ def read_image(path: Path) -> Image.Image:
         raise BrokenImage(f"{size:,} bytes: at most {MAX_BYTES:,} are read")
     content = path.read_bytes()
     try:
-        image = Image.open(io.BytesIO(content), formats=_formats())
+        Image.init()
+        image = Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN])
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise Image.DecompressionBombError
@@ -70,7 +70,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def walk(root: Path, below: str = "", others: list[str] | None = None) -> Iterator[tuple[str, int]]:
-    """Names relative to `root`, and sizes in bytes, of the images at any depth under root/below.
+    """Yield names relative to `root`, and sizes in bytes, of the images at any depth under root/below.
 
     Links are followed; hidden files and folders are left out. Files whose name does not end as that of an
     image are appended to `others`.
@@ -96,7 +96,7 @@ def walk(root: Path, below: str = "", others: list[str] | None = None) -> Iterat
 
 
 def entries(folder: Path) -> list[os.DirEntry[str]]:
-    """The entries of a folder that are not hidden, each with its status; UserError if one has none."""
+    """List a folder's entries that are not hidden, each with its status; UserError if one has none."""
     path = folder
     try:
         with os.scandir(folder) as found:
@@ -112,30 +112,21 @@ def entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name ends as that of an image."""
+    """Tell whether a file's name ends as that of an image."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS
-
-
-@functools.cache
-def _formats() -> list[str]:
-    """Those of `FORMATS` that this Pillow reads."""
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _with_eight_bits(image: Image.Image) -> Image.Image:
     mode = image.mode
     if _SIGNED in getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT, ()):  # Pillow reads 8 bits as unsigned
         mode = "I"
-    if mode in ("L", "RGB"):
-        return image
-    if mode in ("1", "LA"):
+    if mode in ("1", "L", "LA"):
         return image.convert("L")
     # Old versions of Pillow read a PNG of 16 bits, and all read a PGM of 16 bits, as 32-bit integers.
     if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
         return _scaled(image)
     if mode in ("P", "PA"):  # by way of RGBA: Pillow warns of transparency in a palette
-        return image.convert("RGBA").convert("RGB")
+        image = image.convert("RGBA")
     if mode in _TO_RGB:
         return image.convert("RGB")
     kind = {"I": "signed or 32-bit integers", "F": "floating-point numbers"}.get(mode, f"mode {mode}")

@@ -17,7 +17,7 @@ from tiny_evaluation import network_file
 from tiny_run import ALONE, NETWORK, arguments, config, differing, state_and_data, tensors
 
 from imf import convert, evaluate, sample, train
-from imf.data.prepare import pack as prepare
+from imf.data.prepare import __main__ as prepare
 from imf.program import UserError
 from imf.training import checkpoint, loop
 

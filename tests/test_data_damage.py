@@ -15,8 +15,9 @@ import torch
 from tiny_evaluation import Means, script
 
 from imf import data, evaluate, train
-from imf.data.prepare import pack as prepare
+from imf.data.prepare import __main__ as prepare
 from imf.data.prepare.encoder import Encoder
+from imf.data.prepare.pack import pack
 from imf.data.prepare.source import find
 from imf.evaluation import fid
 from imf.program import UserError
@@ -36,7 +37,7 @@ class Latents(Encoder):
 def made(tmp_path_factory):
     source = find(tiny_data.images(tmp_path_factory.mktemp("source"), broken=False))
     out = tmp_path_factory.mktemp("out")
-    prepare.prepare(source, out, Latents(), size=8, batch_size=4, shard_size=4, workers=1)
+    pack(source, out, Latents(), size=8, batch_size=4, shard_size=4, workers=1)
     return out
 
 

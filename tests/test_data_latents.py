@@ -9,8 +9,9 @@ import tiny_data
 import torch
 
 from imf import data
-from imf.data.prepare import pack as prepare
+from imf.data.prepare import __main__ as prepare
 from imf.data.prepare.encoder import Encoder
+from imf.data.prepare.pack import pack
 from imf.data.prepare.source import find
 from imf.program import UserError
 
@@ -33,7 +34,7 @@ def made(tmp_path_factory):
     """A folder of 8 latents in shards of 4, 4 and 0 images, less the broken; what it was made of."""
     source = find(tiny_data.images(tmp_path_factory.mktemp("source")))
     out = tmp_path_factory.mktemp("out")
-    prepare.prepare(source, out, Moments(), size=8, batch_size=3, shard_size=3, workers=1)
+    pack(source, out, Moments(), size=8, batch_size=3, shard_size=3, workers=1)
     kept = [image for image in source.decoded(range(10), 8, 1, ahead=1) if isinstance(image, np.ndarray)]
     return out, torch.tensor(np.stack(kept)[:, 0, 0, 0].astype(np.float32))
 
@@ -154,7 +155,7 @@ def other_shape(folder):
             r"shard-00002\.npy: could not be read",
         ),
         (other_shape, r"shard-00000\.npy: must be \[3, 2, 4, 32, 32\] float32, .* got \[3, 2, 4, 16, 64\]"),
-        (relabel([0] * 7), r"labels\.npy: must be \[8\] int64, a label a row, got \[7\]"),
+        (relabel([0] * 7), r"labels\.npy: must be \[8\] int64, as index\.json says, got \[7\]"),
         (relabel([0] * 7 + [2]), r"labels\.npy: labels must be in \[0, 2\), got 0 ... 2"),
         (relabel([0] * 7 + [1]), r"labels\.npy: its SHA-256 must be"),
         (lambda f: (f / "labels.npy").write_bytes(b"\x93NUMPY"), r"labels\.npy: not a whole \.npy file"),

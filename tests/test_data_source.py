@@ -97,7 +97,7 @@ def test_sources_that_are_none(images, tmp_path):
         with pytest.raises(UserError, match=message):
             find(path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty: must hold images, one class a folder, got none"):
+    with pytest.raises(UserError, match="empty: must hold images, one class per folder, got none"):
         find(tmp_path)
     (tmp_path / "empty" / "again").symlink_to(tmp_path / "empty")
     with pytest.raises(UserError, match="a link to a folder that is met already"):

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tiny_evaluation import LATENTS, Means, autoencoder, network_file, script
 
 from imf import evaluate, sample, train
-from imf.data.prepare import pack as prepare
+from imf.data.prepare import __main__ as prepare
 from imf.evaluation import fid
 from imf.evaluation import run as evaluation
 from imf.evaluation import samples as generate

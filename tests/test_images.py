@@ -16,7 +16,7 @@ from PIL import Image
 from tiny_evaluation import Means, script
 
 from imf import evaluate
-from imf.data.prepare import pack as prepare
+from imf.data.prepare import __main__ as prepare
 from imf.data.prepare.source import center_crop, decode
 from imf.evaluation import fid
 from imf.evaluation import samples as generate

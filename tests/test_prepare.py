@@ -6,7 +6,7 @@ import tiny_data
 import torch
 
 from imf import data
-from imf.data.prepare import pack as prepare
+from imf.data.prepare import __main__ as prepare
 from imf.data.prepare.encoder import Latents
 from imf.data.prepare.source import decode
 from imf.program import UserError
@@ -106,7 +106,7 @@ def test_folders_that_hold_no_autoencoder(vae, tmp_path):
         loads(tmp_path)
     config = tmp_path / "vae" / "config.json"
     config.write_text('{"_class_name": "UNet2DModel"}')
-    with pytest.raises(UserError, match="AutoencoderKL, got one of UNet2DModel"):
+    with pytest.raises(UserError, match="folder, got one of UNet2DModel"):
         loads(tmp_path / "vae")
     config.write_text((vae / "config.json").read_text())
     (tmp_path / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"")

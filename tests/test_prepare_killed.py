@@ -13,7 +13,7 @@ import pytest
 import tiny_data
 
 from imf import data
-from imf.data.prepare import pack as prepare
+from imf.data.prepare import __main__ as prepare
 from imf.program import UserError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and limits file sizes")

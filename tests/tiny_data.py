@@ -8,7 +8,7 @@ import sys
 import numpy as np
 from PIL import Image
 
-from imf.data.prepare import pack as prepare
+from imf.data.prepare import __main__ as prepare
 
 
 def images(root, classes=("ant", "bee"), count=5, broken=True):

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from imf.data.batches import Batches, batch_indices
-from imf.data.dataset import DataSet, LabelledImages, row_seeds
-from imf.program import UserError
+from imf.data import digits
+from imf.data.batches import Batches, DataSet, batch_indices, row_seeds
+from imf.data.digits import LabelledImages
+from imf.data.packed import PackedData
 
-__all__ = ["Batches", "DataSet", "LabelledImages", "UserError", "batch_indices", "load", "row_seeds"]
+__all__ = ["Batches", "DataSet", "LabelledImages", "PackedData", "batch_indices", "load", "row_seeds"]
 
 
 def load(name_or_path: str | Path) -> DataSet:
-    """The data set called "digits", or the one in a folder that `imf.data.prepare` wrote.
+    """Load the data set called "digits", or the one in a folder that `imf.data.prepare` wrote.
 
-    Raises: UserError if there is none of that name, or the folder is not whole.
+    Raises: UserError if there is none of that name, or the folder is not complete.
     """
-    if name_or_path == "digits":
-        from imf.data import digits
-
-        return digits.load()
-    from imf.data.packed import PackedData
-
-    return PackedData(name_or_path)
+    return digits.load() if name_or_path == "digits" else PackedData(name_or_path)

@@ -1,21 +1,57 @@
-"""The order in which training walks through a data set, and the batches of one process."""
+"""What a data set provides, the order in which training walks through it, and the batches of one process."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from imf.data.dataset import DataSet, row_seeds
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class DataSet(Protocol):
+    """Labelled images or latents, in any order by row number.
+
+    shape: (C, H, W) of a row as the network sees it.
+    num_classes: labels are 0 ... num_classes - 1.
+    autoencoder: `imf.evaluation.vae.digest` of the one that made the latents; "" where there are none.
+    """
+
+    @property
+    def autoencoder(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def num_classes(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return data x [B, C, H, W] fp32, normalised, and labels y [B] int64, on the CPU, of rows [B] int64.
+
+        Randomness in x[i] (a latent is a sample of its posterior) depends on the i-th of the `row_seeds` of
+        the CPU `generator`; nothing else is drawn from it, so part of a batch can be fetched alone.
+        """
+        ...
+
+
+def row_seeds(generator: torch.Generator, count: int) -> Tensor:
+    """Draw the next `count` seeds of a CPU generator, [count] int64; n, then m equal n + m at once."""
+    return torch.randint(2**63 - 1, (count,), generator=generator)
 
 
 def batch_indices(size: int, batch_size: int, *, seed: int, step: int) -> Tensor:
-    """Rows of the batch of step `step`: a function of the arguments alone, so a resumed run needs no state.
+    """Return the rows of step `step`'s batch, a function of the arguments alone: resuming needs no state.
 
     Every epoch walks through the `size` examples once, in an order of its own; a batch runs across the end of
     an epoch, so none is short and no example is left out.
@@ -23,12 +59,8 @@ def batch_indices(size: int, batch_size: int, *, seed: int, step: int) -> Tensor
     Returns: [batch_size] int64 on the CPU, values in 0 ... size - 1.
     Raises: ValueError unless size >= 1, batch_size >= 1, seed >= 0 and step >= 0.
     """
-    for name, value, least in (
-        ("size", size, 1),
-        ("batch_size", batch_size, 1),
-        ("seed", seed, 0),
-        ("step", step, 0),
-    ):
+    arguments = {"size": (size, 1), "batch_size": (batch_size, 1), "seed": (seed, 0), "step": (step, 0)}
+    for name, (value, least) in arguments.items():
         if value < least:
             raise ValueError(f"batch_indices: {name} must be at least {least}, got {value}")
     first, last = step * batch_size, (step + 1) * batch_size  # positions in the endless walk
@@ -38,20 +70,42 @@ def batch_indices(size: int, batch_size: int, *, seed: int, step: int) -> Tensor
     return torch.from_numpy(walk[start : start + batch_size].copy())
 
 
+def prefetch(
+    function: Callable[[T], R], items: Iterable[T], *, workers: int, ahead: int
+) -> Generator[R, None, None]:
+    """Yield function(item) of each item, in order, computed by threads up to `ahead` items before its use.
+
+    ahead: 0 for no thread. Closing the generator ends the threads.
+    """
+    if not ahead:
+        yield from map(function, items)
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="imf-data")
+    pending: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 class Batches:
-    """Batches of a process from micro step `first` on, without end.
+    """Endless batches of a process, from micro step `first` on.
 
     A micro step's global batch is `batch_indices(len(dataset), batch_size, seed=seed, step=micro_step)`, and
-    process p of P takes its rows [p b / P, (p + 1) b / P). What is random in a row depends on (seed, micro
-    step, place in the global batch): all processes together see what one process would see, bit for bit.
+    process p of P takes its rows [p b / P, (p + 1) b / P). Randomness in a row depends on (seed, micro step,
+    place in the global batch): all processes together see the data of a single one, bit for bit.
 
     A context manager, whose end stops the thread, and an iterator of x [b / P, C, H, W] fp32 and y [b / P]
-    int64 on `device`; on CUDA they come through pinned memory and the copy does not block. What fetching
-    raises is raised by the `next` that would have given that batch.
+    int64 on `device`; on CUDA from pinned memory, without blocking. `next` raises what fetching raises.
 
     batch_size: rows of a global batch, a multiple of `processes`.
-    ahead: how many batches a thread makes while the network works, 0 for no thread; by default 3 for a GPU.
-    On a CPU, whose cores the network keeps busy, the thread's own OpenMP threads would slow it by a third.
+    ahead: how many batches a thread fetches in advance, 0 for no thread; by default 3 for a GPU. On a CPU the
+    thread's own OpenMP threads would slow the network by a third.
     Raises: ValueError, naming it, for an argument out of range.
     """
 
@@ -67,63 +121,46 @@ class Batches:
         device: torch.device | str = "cpu",
         ahead: int | None = None,
     ) -> None:
-        if processes < 1 or not 0 <= process < processes:
-            raise ValueError(
-                f"Batches: process must be in [0, processes), got process {process} of {processes}"
-            )
-        if batch_size < 1 or batch_size % processes:
-            raise ValueError(
-                f"Batches: batch_size must be a positive multiple of the {processes} processes, "
-                f"got {batch_size}"
-            )
-        if min(first, seed, ahead or 0) < 0:
-            raise ValueError(
-                f"Batches: first, seed and ahead must be at least 0, got {first}, {seed} and {ahead}"
-            )
-        if len(dataset) < 1:
-            raise ValueError("Batches: dataset must have a row, got an empty one")
+        if not 0 <= process < processes:
+            wrong = f"process must be in [0, processes), got process {process} of {processes}"
+        elif batch_size < 1 or batch_size % processes:
+            wrong = f"batch_size must be a positive multiple of the {processes} processes, got {batch_size}"
+        elif min(first, seed, ahead or 0) < 0:
+            wrong = f"first, seed and ahead must be at least 0, got {first}, {seed} and {ahead}"
+        else:
+            wrong = "" if len(dataset) else "dataset must have a row, got an empty one"
+        if wrong:
+            raise ValueError(f"Batches: {wrong}")
         self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
         self._part = slice(process * batch_size // processes, (process + 1) * batch_size // processes)
         self._device = torch.device(device)
-        self._next = first
-        self._pending: deque[Future[tuple[Tensor, Tensor]]] = deque()
-        self._ahead = (0 if self._device.type == "cpu" else 3) if ahead is None else ahead
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="imf-data") if self._ahead else None
+        if ahead is None:
+            ahead = 0 if self._device.type == "cpu" else 3
+        self._batches = prefetch(self._make, itertools.count(first), workers=1, ahead=ahead)
 
     def __enter__(self) -> Batches:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._thread is not None:
-            self._thread.shutdown(cancel_futures=True)
-            self._pending.clear()
+        self._batches.close()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self
 
     def __next__(self) -> tuple[Tensor, Tensor]:
-        if self._thread is None:
-            self._next += 1
-            return self._make(self._next - 1)
-        while len(self._pending) <= self._ahead:
-            self._pending.append(self._thread.submit(self._make, self._next))
-            self._next += 1
-        x, y = self._pending.popleft().result()
+        x, y = next(self._batches)
         return x.to(self._device, non_blocking=True), y.to(self._device, non_blocking=True)
 
     def _make(self, micro_step: int) -> tuple[Tensor, Tensor]:
         rows = batch_indices(len(self._dataset), self._batch_size, seed=self._seed, step=micro_step)
-        generator = torch.Generator().manual_seed(_key(self._seed, micro_step))
-        row_seeds(generator, self._part.start)  # those of the processes before this one
+        # The third word keeps this stream, like that of `_epoch_order`, apart from others of (seed, number).
+        key = np.random.SeedSequence((self._seed, micro_step, 0x1A7E47)).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(key))
+        row_seeds(generator, self._part.start)  # skip those of the processes before this one
         x, y = self._dataset.fetch(rows[self._part], generator)
         return (x.pin_memory(), y.pin_memory()) if self._device.type == "cuda" else (x, y)
 
 
 @functools.lru_cache(maxsize=2)  # a batch that runs across an epoch's end needs two
 def _epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
-    # The third word keeps this stream apart from any other that is keyed by (seed, number).
     return np.random.default_rng((seed, epoch, 0x0DA7A)).permutation(size).astype(np.int64)
-
-
-def _key(seed: int, micro_step: int) -> int:
-    return int(np.random.SeedSequence((seed, micro_step, 0x1A7E47)).generate_state(1)[0])

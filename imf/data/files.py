@@ -1,24 +1,28 @@
-"""Files that appear whole or not at all, their checksums, and what is read from files that may be damaged."""
+"""Files of packed data: written completely or not at all, checked when read, since they may be damaged."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
+import re
 import shutil
 import tokenize
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from imf import io as files
 from imf.io import check_regular, replacing
 from imf.program import UserError
 
+Check = tuple[str, Callable[[Any], bool]]  # what a value must be, in words, and whether it is
 
-def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> str:
+
+def write_file(path: Path, *parts: bytes | memoryview) -> str:
     """Write the parts one after another to `path`; returns the SHA-256 of the file, in hexadecimal.
 
     The file appears under its name when all of it is on the disk, see `imf.io.replacing`.
@@ -31,21 +35,27 @@ def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> str:
                 digest.update(part)
                 file.write(part)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        raise UserError(
-            f"{path}: could not be written: {error}; {free_bytes(path.parent)} bytes are free there"
-            + ("; make room and run the same command again: it goes on where it stopped" if full else "")
-        ) from error
+        free = f"{shutil.disk_usage(path.parent).free:,} bytes are free there"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free += "; make room and run the same command again: it resumes where it stopped"
+        raise UserError(f"{path}: could not be written: {error}; {free}") from error
     return digest.hexdigest()
 
 
-def write_json(path: Path, values: Any) -> str:
-    """`values` as an indented JSON file, see `write_whole`."""
-    return write_whole(path, [(json.dumps(values, indent=1) + "\n").encode()])
+def write_array(path: Path, array: NDArray[Any]) -> str:
+    """Write a C-contiguous array as .npy of format 1.0, see `write_file`."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    return write_file(path, header.getvalue(), array.data.cast("B"))
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write an indented JSON file, see `write_file`."""
+    write_file(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; UserError if it cannot be read or is none."""
+    """Read the object in a JSON file; UserError if it cannot be read or holds another value."""
     try:
         check_regular(path)
         values = json.loads(path.read_bytes())
@@ -56,17 +66,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal; UserError if it cannot be read."""
-    try:
-        check_regular(path)
-        return files.sha256(path)
-    except OSError as error:
-        raise UserError(f"{path}: could not be read: {error}") from error
-
-
 def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and dtype of an open .npy file, which is left at its first value; ValueError if it is none."""
+    """Read shape and dtype of an open .npy file up to its first value; ValueError if it is damaged."""
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(file)
     if version not in readers:
@@ -80,29 +81,37 @@ def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     return shape, dtype
 
 
-def is_count(value: Any, least: int = 0) -> bool:
-    """Whether a value of a JSON file is a whole number, at least `least`, that fits into 64 bits."""
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
+def check_fields(values: Any, checks: Mapping[str, Check], prefix: str = "") -> None:
+    """Check the fields of a JSON object, an absent one as None; ValueError names the first that is wrong."""
+    for name, (wanted, fits) in checks.items():
+        got = values.get(name) if isinstance(values, dict) else None
+        if not fits(got):
+            raise ValueError(f"{prefix}{name} must be {wanted}, got {short(got)}")
 
 
-def are_numbers(values: Any, count: int) -> bool:
-    """Whether a value of a JSON file is a list of `count` finite numbers that fit into fp32."""
-    return (
-        isinstance(values, list)
-        and len(values) == count
-        and all(isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 3e38 for x in values)
-    )
+def count(least: int) -> Check:
+    """Check for an integer, at least `least`, that fits into 64 bits."""
+    return f"a whole number from {least} on", lambda x: type(x) is int and least <= x < 2**63  # bool is none
+
+
+def list_of(fits: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
+    """Test for a list of values that fit, `length` of them if given."""
+    return lambda x: isinstance(x, list) and length in (None, len(x)) and all(map(fits, x))
+
+
+def numbers(length: int, low: float = -3e38, high: float = 3e38, wanted: str = "a finite number") -> Check:
+    """Check for a list of numbers between `low` and `high` (by default those of fp32), one per channel."""
+    fits = list_of(lambda x: type(x) in (int, float) and low < x < high, length)
+    return f"{wanted} for each of {length} channels", fits
+
+
+SHA256: Check = (
+    "64 hexadecimal digits",
+    lambda x: isinstance(x, str) and re.fullmatch("[0-9a-f]{64}", x) is not None,
+)
 
 
 def short(value: Any) -> str:
-    """A value as it stands in a message: quoted, and cut where it is long."""
+    """Format a value for a message: quoted, and cut where it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def free_bytes(folder: Path) -> str:
-    """Bytes free on the file system of `folder`, for messages."""
-    try:
-        return f"{shutil.disk_usage(folder).free:,}"
-    except OSError:
-        return "an unknown number of"

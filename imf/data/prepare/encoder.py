@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ CONSTANTS = "sd-vae-ft-mse"  # whose ImageNet latents gave MEAN and STD
 
 
 class Encoder(ABC):
-    """Images [B, 3, S, S] uint8 -> what is stored, [B, *row_shape] of `dtype`.
+    """Images [B, 3, S, S] uint8 -> the rows that are stored, see `imf.data.packed.ROWS`.
 
     kind: "latents" or "pixels".  shape: (C, H, W) of a row as the network sees it.
     about: what tells this encoder from others, JSON-compatible.
@@ -29,8 +29,6 @@ class Encoder(ABC):
 
     kind: str
     shape: tuple[int, int, int]
-    row_shape: tuple[int, ...]
-    dtype: str
     about: dict[str, Any]
 
     @abstractmethod
@@ -40,9 +38,10 @@ class Encoder(ABC):
 class Pixels(Encoder):
     """Stores the pixels as they are; the network sees x / 127.5 - 1."""
 
+    kind = "pixels"
+
     def __init__(self, size: int) -> None:
-        self.kind, self.dtype = "pixels", "uint8"
-        self.shape = self.row_shape = (3, size, size)
+        self.shape = (3, size, size)
         self.about = {"mean": [127.5] * 3, "std": [127.5] * 3}
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[Any]:
@@ -52,29 +51,28 @@ class Pixels(Encoder):
 class Latents(Encoder):
     """Stores mean and standard deviation of the posterior of diffusers' AutoencoderKL in the folder `path`.
 
-    In fp32: rounding to fp16 moves a latent of this autoencoder by 9.5e-4 RMS, as much as sampling a
-    posterior of log-variance -13.9 does. Its posteriors are about as narrow: the file would add as much noise
-    as the sampling whose parameters it stores.
+    In fp32: rounding to fp16 moves a latent by 9.5e-4 RMS, as much as sampling a posterior of log-variance
+    -13.9 does, and this autoencoder's posteriors are about as narrow.
 
     precision: of the products, "fp32", "tf32" or "bf16".
-    Raises: UserError or UserError if the folder is not that autoencoder's, or `size` does not fit it.
+    Raises: UserError if the folder is not that autoencoder's, or `size` does not fit it.
     """
+
+    kind = "latents"
 
     def __init__(self, path: Path, size: int, device: torch.device, precision: str) -> None:
         _check_folder(path)
-        self._vae, self._device, self._precision = vae.load(path, device), device, precision
-        self._path = path
+        self._vae, self._path = vae.load(path, device), path
+        self._device, self._precision = device, precision
         config = self._vae.config
         factor = 2 ** (len(config.block_out_channels) - 1)
         if factor != 8:
             raise UserError(f"--vae {path}: must downsample by 8, as {CONSTANTS} does, got {factor}")
         if size % factor:
             raise UserError(
-                f"--size must be a multiple of {factor}, by which the VAE downsamples, got {size}"
+                f"--size must be a multiple of {factor}, as the VAE downsamples by it, got {size}"
             )
-        self.kind, self.dtype = "latents", "float32"
         self.shape = (config.latent_channels, size // factor, size // factor)
-        self.row_shape = (2, *self.shape)
         self.about = {
             "mean": list(vae.MEAN),
             "std": list(vae.STD),
@@ -86,13 +84,10 @@ class Latents(Encoder):
 
     @torch.inference_mode()
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[Any]:
-        bf16 = self._precision == "bf16"
         x = torch.from_numpy(images).to(self._device).float() / 127.5 - 1
+        autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bf16")
         try:
-            with (
-                _tf32(self._precision == "tf32"),
-                torch.autocast(self._device.type, torch.bfloat16) if bf16 else nullcontext(),
-            ):
+            with _tf32(self._precision == "tf32"), autocast:
                 posterior = self._vae.encode(x).latent_dist
         except torch.OutOfMemoryError as error:
             raise UserError(f"--batch-size must be smaller than {len(images)} here: {error}") from error
@@ -102,16 +97,14 @@ class Latents(Encoder):
         # Not posterior.std: in bf16 the exponential would be rounded too.
         moments = torch.stack([posterior.mean.float(), torch.exp(0.5 * posterior.logvar.float())], dim=1)
         if not moments.isfinite().all():
-            raise UserError(
-                f"--vae {self._path}: its latents are not finite in {self._precision}: "
-                f"its weights may be damaged"
-            )
+            reason = f"its latents are not finite in {self._precision}: its weights may be damaged"
+            raise UserError(f"--vae {self._path}: {reason}")
         return moments.cpu().numpy()
 
 
 @contextmanager
 def _tf32(allowed: bool) -> Iterator[None]:
-    """Within it products and convolutions in fp32 may, or may not, round their operands to TF32."""
+    """Set whether products and convolutions in fp32 may round their operands to TF32."""
     matmul = torch.backends.cuda.matmul
     before, matmul.allow_tf32 = matmul.allow_tf32, allowed
     try:
@@ -126,13 +119,11 @@ def _check_folder(path: Path) -> None:
     if not path.is_dir():
         raise UserError(f"--vae {path}: no such folder")
     if not (path / "config.json").is_file():
-        whole = "; it is a whole pipeline: pass the folder vae in it" if (path / "vae").is_dir() else ""
-        raise UserError(
-            f"--vae {path}: must be a folder of diffusers' AutoencoderKL, got no config.json{whole}"
-        )
+        hint = "; it is a whole pipeline: pass the folder vae in it" if (path / "vae").is_dir() else ""
+        raise UserError(f"--vae {path}: must be an AutoencoderKL's folder, got no config.json{hint}")
     kind = read_json(path / "config.json").get("_class_name")
     if kind != "AutoencoderKL":
-        raise UserError(f"--vae {path}: must be a folder of diffusers' AutoencoderKL, got one of {kind}")
+        raise UserError(f"--vae {path}: must be an AutoencoderKL's folder, got one of {kind}")
     if not (path / vae.WEIGHTS).is_file():
         names = ", ".join(sorted(file.name for file in path.iterdir()))
         raise UserError(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import deque
 from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from imf.data.batches import prefetch
 from imf.data.files import short
 from imf.images import BrokenImage, entries, is_image, read_image, walk
 from imf.io import check_regular
@@ -48,42 +47,28 @@ class Source:
 
     def decoded(
         self, places: Sequence[int], size: int, workers: int, *, ahead: int
-    ) -> Generator[NDArray[np.uint8] | BrokenImage]:
-        """The images at `places` of `files`, in that order, [3, size, size]; why, for those that are none.
+    ) -> Generator[NDArray[np.uint8] | BrokenImage, None, None]:
+        """Yield the images at `places` of `files`, [3, size, size], in that order; for broken ones why.
 
         Decoded by `workers` threads, up to `ahead` images before their use. UserError if one cannot be read.
         """
+        return prefetch(lambda place: self._decode(place, size), places, workers=workers, ahead=ahead)
 
-        def decode_place(place: int) -> NDArray[np.uint8] | BrokenImage:
-            path = self.root / self.files[place][0]
-            try:
-                return decode(path, size)
-            except BrokenImage as error:
-                return error
-            except OSError as error:
-                raise UserError(
-                    f"{path}: could not be read: {error}; it was there when this began"
-                ) from error
-            except MemoryError as error:
-                raise UserError(
-                    f"{path}: too little memory to decode it at --size {size}; are fewer --workers enough?"
-                ) from error
-
-        pool = ThreadPoolExecutor(workers)
-        pending: deque[Future[NDArray[np.uint8] | BrokenImage]] = deque()
+    def _decode(self, place: int, size: int) -> NDArray[np.uint8] | BrokenImage:
+        path = self.root / self.files[place][0]
         try:
-            for place in places:
-                pending.append(pool.submit(decode_place, place))
-                if len(pending) > ahead:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+            return decode(path, size)
+        except BrokenImage as error:
+            return error
+        except OSError as error:
+            raise UserError(f"{path}: could not be read: {error}; it was there when this began") from error
+        except MemoryError as error:
+            reason = f"too little memory to decode it at --size {size}; are fewer --workers enough?"
+            raise UserError(f"{path}: {reason}") from error
 
 
 def find(root: Path, label_file: Path | None = None) -> Source:
-    """The images below `root`.
+    """List the images below `root`.
 
     Without a label file a class is a folder in `root`, or in `root/train` of an ImageNet tree (nothing but
     splits in `root`, folders in `train`); classes, and the files of each at any depth, are in the order of
@@ -97,40 +82,46 @@ def find(root: Path, label_file: Path | None = None) -> Source:
         raise UserError(f"{root}: no such folder; SOURCE must be a folder of images")
     if label_file is not None:
         return _with_label_file(root, label_file)
-    folders = sorted(entry.name for entry in entries(root) if entry.is_dir())
-    if "train" in folders and SPLITS.issuperset(folders) and _holds_folders(root / "train"):
-        return find(root / "train")
-    stray = [entry.name for entry in entries(root) if is_image(entry.name) and not entry.is_dir()]
-    if stray:
+    found = entries(root)
+    folders = sorted(entry.name for entry in found if entry.is_dir())
+    if "train" in folders and SPLITS.issuperset(folders):
+        inside = entries(root / "train")  # a class named train, which holds images, is not taken for a split
+        if any(x.is_dir() for x in inside) and not any(is_image(x.name) for x in inside):
+            return find(root / "train")
+    if stray := [entry.name for entry in found if is_image(entry.name) and not entry.is_dir()]:
         raise UserError(
-            f"{root}: must hold a folder a class, got {len(stray):,} images beside them, such as {stray[0]}; "
-            f"images without class folders need --labels FILE"
+            f"{root}: must hold a folder per class, got {len(stray):,} images beside them, "
+            f"such as {stray[0]}; images without class folders need --labels FILE"
         )
     files, labels, others = [], [], list[str]()
     for label, folder in enumerate(folders):
-        found = sorted(walk(root, folder, others))
-        if not found:
-            raise UserError(f"{root / folder}: must hold images, one class a folder, got none; remove it?")
-        files += found
-        labels += [label] * len(found)
+        images = sorted(walk(root, folder, others))
+        if not images:
+            raise UserError(f"{root / folder}: must hold images, one class per folder, got none; remove it?")
+        files += images
+        labels += [label] * len(images)
     if not files:
-        raise UserError(f"{root}: must hold a folder of images a class, got no folder")
+        raise UserError(f"{root}: must hold a folder of images per class, got no folder")
     return Source(root, files, np.array(labels, np.int64), folders, others)
 
 
 def decode(path: Path, size: int) -> NDArray[np.uint8]:
-    """The image file as the network sees it, [3, size, size]; see `center_crop`. Raises as `read_image`."""
+    """Read an image file as the network sees it, [3, size, size]; raises as `read_image`."""
     return center_crop(read_image(path).convert("RGB"), size)
 
 
 def center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """The centre of an RGB image, its shorter side scaled to `size`: [3, size, size] uint8.
+    """Crop the centre of an RGB image, its shorter side scaled to `size`: [3, size, size] uint8.
 
     The crop of ADM (Dhariwal and Nichol, arXiv 2105.05233), by which ImageNet figures are published: halved
     by averaging while the shorter side is at least 2 size, then bicubic, then cut, the odd pixel at the end.
     """
-    image = _shortened(image)
     width, height = image.size
+    most = LONGEST * min(width, height)
+    x, y = (max(0, length - most + 1) // 2 for length in (width, height))  # as much at both ends
+    if x or y:  # scaled in full, a line of 20,000 pixels would become 256 lines of 5 million
+        image = image.crop((x, y, width - x, height - y))
+        width, height = image.size
     while min(width, height) >= 2 * size:
         width, height = width // 2, height // 2
         image = image.resize((width, height), Image.Resampling.BOX)
@@ -142,36 +133,24 @@ def center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _shortened(image: Image.Image) -> Image.Image:
-    """The image without the ends of its longer side that are further away than the crop can reach.
-
-    Scaled in full, a line of 20,000 pixels would become 256 lines of 5 million.
-    """
-    width, height = image.size
-    most = LONGEST * min(width, height)
-    x, y = (max(0, length - most + 1) // 2 for length in (width, height))  # as much at both ends
-    return image.crop((x, y, width - x, height - y)) if x or y else image
-
-
 def _with_label_file(root: Path, label_file: Path) -> Source:
+    prefix = f"--labels {label_file}:"
     try:
         check_regular(label_file)
         lines = label_file.read_text("utf-8-sig", errors="surrogateescape").splitlines()
     except OSError as error:
-        raise UserError(f"--labels {label_file}: could not be read: {error}") from error
+        raise UserError(f"{prefix} could not be read: {error}") from error
     label_of: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if not line:
             continue
         separator = next((mark for mark in "\t," if mark in line), None)  # None: any white space
-        name, *rest = line.strip().rsplit(separator, 1)
-        name, label = name.strip(), "".join(rest).strip()
+        name, label = map(str.strip, [*line.rsplit(separator, 1), ""][:2])
         if not label:
-            raise UserError(f"--labels {label_file}: line {number} must be `file label`, got {short(line)}")
-        if label_of.setdefault(name, label) != label:
+            raise UserError(f"{prefix} line {number} must be `file label`, got {short(line)}")
+        if (before := label_of.setdefault(name, label)) != label:
             raise UserError(
-                f"--labels {label_file}: line {number} gives {name} the label {label}, a line before it "
-                f"{label_of[name]}"
+                f"{prefix} line {number} gives {name} the label {label}, a line before it {before}"
             )
     others: list[str] = []
     files = sorted(walk(root, "", others))
@@ -181,36 +160,19 @@ def _with_label_file(root: Path, label_file: Path) -> Source:
     unknown = sorted(label_of.keys() - {name for name, _ in files})
     for names, what in ((without, "images have no label"), (unknown, "labels have no image")):
         if names:
+            raise UserError(f"{prefix} {len(names):,} {what} in {root}, such as {', '.join(names[:3])}")
+    class_names = sorted({label_of[name] for name, _ in files})
+    number_of = {text: number for number, text in enumerate(class_names)}
+    if all(map(_NUMBER.fullmatch, class_names)):
+        if wrong := [text for text in class_names if not (text.isdecimal() and len(text) <= 18)]:
+            raise UserError(f"{prefix} labels must be 0, 1, 2 ... or names, got {short(wrong[0])}")
+        number_of = {text: int(text) for text in class_names}
+        numbers = sorted(set(number_of.values()))
+        if missing := [expected for expected, number in enumerate(numbers) if number != expected]:
             raise UserError(
-                f"--labels {label_file}: {len(names):,} {what} in {root}, such as {', '.join(names[:3])}"
+                f"{prefix} labels must be 0 ... {numbers[-1]} with none left out, "
+                f"got no image of label {missing[0]}"
             )
-    texts = [label_of[name] for name, _ in files]
-    if all(_NUMBER.fullmatch(text) for text in texts):
-        numbers = _consecutive(texts, label_file)
-        class_names = [str(number) for number in range(max(numbers) + 1)]
-    else:
-        class_names = sorted(set(texts))
-        place = {name: label for label, name in enumerate(class_names)}
-        numbers = [place[text] for text in texts]
-    return Source(root, files, np.array(numbers, np.int64), class_names, others)
-
-
-def _consecutive(texts: list[str], label_file: Path) -> list[int]:
-    """The labels as numbers; UserError unless they are 0 ... n - 1 with none left out."""
-    wrong = next((text for text in texts if not (text.isdecimal() and len(text) <= 18)), None)
-    if wrong is not None:
-        raise UserError(f"--labels {label_file}: labels must be 0, 1, 2 ... or names, got {short(wrong)}")
-    numbers = [int(text) for text in texts]
-    for expected, number in enumerate(sorted(set(numbers))):
-        if number != expected:
-            raise UserError(
-                f"--labels {label_file}: labels must be 0 ... {max(numbers)} with none left out, "
-                f"got no image of label {expected}"
-            )
-    return numbers
-
-
-def _holds_folders(folder: Path) -> bool:
-    """Whether folders lie in it, and no image: a class named train is not taken for a split."""
-    inside = entries(folder)
-    return any(entry.is_dir() for entry in inside) and not any(is_image(entry.name) for entry in inside)
+        class_names = [str(number) for number in numbers]
+    labels = np.array([number_of[label_of[name]] for name, _ in files], np.int64)
+    return Source(root, files, labels, class_names, others)
