@@ -1,12 +1,13 @@
-"""Build the API reference from the docstrings: `make docs`, or `python docs/api.py [FOLDER]` with pdoc installed.
+"""Build the API reference from the docstrings: `make docs`, or `python docs/api.py [FOLDER]` with pdoc.
 
-Whatever is wrong with the docstrings is an error: a warning of pdoc, a public function, class or module without
-one, and a name in backticks that begins with a package's and does not exist.
+Each of these is an error: a warning of pdoc; a public module, class or function without a docstring; a name
+in backticks that begins with a package's and does not exist.
 """
 
 from __future__ import annotations
 
-import importlib
+import contextlib
+import pkgutil
 import re
 import sys
 import warnings
@@ -48,18 +49,13 @@ def documented(of: pdoc.doc.Doc) -> Iterator[pdoc.doc.Doc]:
 
 
 def exists(name: str) -> bool:
-    """Returns whether a dotted name is a module, or an attribute of one."""
-    parts = name.split(".")
-    for count in range(len(parts), 0, -1):
-        try:
-            found = importlib.import_module(".".join(parts[:count]))
-        except ModuleNotFoundError:
-            continue
-        for part in parts[count:]:
-            if not hasattr(found, part):
-                return part in getattr(found, "__annotations__", {})  # a field without a default
-            found = getattr(found, part)
+    """Returns whether a dotted name is a module or an attribute, a field without a default included."""
+    with contextlib.suppress(ImportError, AttributeError):
+        pkgutil.resolve_name(name)
         return True
+    with contextlib.suppress(ImportError, AttributeError):
+        owner, _, field = name.rpartition(".")
+        return field in getattr(pkgutil.resolve_name(owner), "__annotations__", {})
     return False
 
 
