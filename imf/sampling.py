@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from imf import random
 from imf.model.config import IMFConfig, check_guidance, config_of
 from imf.program import UserError
 
@@ -78,7 +79,7 @@ def sample_labels(
     """
     config, size = config_of(model), batch_size or len(labels)
     shape = len(labels), config.in_channels, config.input_size, config.input_size
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(shape, generator=random.generator(seed, "samples"))
     parts = zip(noise.split(size), labels.split(size), strict=True)
     return torch.cat([generate(model, z, y, **options) for z, y in parts])
 

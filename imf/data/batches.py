@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from imf import random
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -153,9 +155,7 @@ class Batches:
 
     def _make(self, micro_step: int) -> tuple[Tensor, Tensor]:
         rows = batch_indices(len(self._dataset), self._batch_size, seed=self._seed, step=micro_step)
-        # The third word keeps this stream, like that of `_epoch_order`, apart from others of (seed, number).
-        key = np.random.SeedSequence((self._seed, micro_step, 0x1A7E47)).generate_state(1)[0]
-        generator = torch.Generator().manual_seed(int(key))
+        generator = random.generator(self._seed, "rows", micro_step)
         row_seeds(generator, self._part.start)  # skip those of the processes before this one
         x, y = self._dataset.fetch(rows[self._part], generator)
         return (x.pin_memory(), y.pin_memory()) if self._device.type == "cuda" else (x, y)
@@ -163,4 +163,4 @@ class Batches:
 
 @functools.lru_cache(maxsize=2)  # a batch that runs across an epoch's end needs two
 def _epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch, 0x0DA7A)).permutation(size).astype(np.int64)
+    return torch.randperm(size, generator=random.generator(seed, "order", epoch)).numpy()

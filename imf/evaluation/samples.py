@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from imf import random
 from imf.images import BrokenImage, read_image, walk
 from imf.io import check_regular, naming, replacing, write_json
 from imf.model.config import config_of
@@ -54,13 +55,9 @@ class Settings:
 
 
 def noise(seed: int, indices: Iterable[int], shape: tuple[int, ...]) -> Tensor:
-    """Draw standard normal noise [n, *shape], fp32, of the samples of these numbers.
-
-    Philox, a counter-based generator, keyed by the seed; sample i starts at block i 2^64 of its sequence.
-    """
-    philox = (np.random.Philox(key=seed, counter=i << 64) for i in indices)
-    rows = [np.random.Generator(x).standard_normal(shape, dtype=np.float32) for x in philox]
-    return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, *shape)
+    """Draw standard normal noise [n, *shape], fp32, of the samples of these numbers."""
+    rows = [torch.randn(shape, generator=random.generator(seed, "sample", i)) for i in indices]
+    return torch.stack(rows) if rows else torch.empty(0, *shape)
 
 
 def classes(indices: Iterable[int], count: int, num_classes: int) -> Tensor:

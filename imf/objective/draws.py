@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imf import random
+
 MAX_LOG_POWER = 80  # omega_max ** (1 - omega_exponent) must stay finite in float32
 
 
@@ -113,7 +115,7 @@ class Draws:
             f"such that omega_max ** (1 - omega_exponent) is at most e ** {MAX_LOG_POWER}",
             omega_exponent,
         )
-        generator = torch.Generator().manual_seed(_key(seed, step, process))
+        generator = random.generator(seed, "draws", step, process)
         batch = x.shape[0]
         n_fm = int(batch * fm_fraction)
         fm = torch.arange(batch) < n_fm
@@ -128,11 +130,9 @@ class Draws:
             omega = torch.exp(torch.log1p(uniform[0] * math.expm1(slope * log_max)) / slope)
         whole = fm if interval else torch.ones_like(fm)
         n_drop = int((uniform[3] < drop_probability).sum())
-        if x.device.type == "cpu":
-            noise = torch.randn(x.shape, generator=generator)
-        else:  # made there: a copy would wait until the device has done all that it was asked for
-            own = torch.Generator(x.device).manual_seed(_key(seed, step, process))
-            noise = torch.randn(x.shape, generator=own, device=x.device)
+        # Made where it is used: a copy would wait until a GPU has done all that it was asked for.
+        of_noise = random.generator(seed, "noise", step, process, x.device)
+        noise = torch.randn(x.shape, generator=of_noise, device=x.device)
         return Draws(
             t=t,
             r=torch.where(fm, t, r),
@@ -248,14 +248,3 @@ def form(x: Any) -> str:
     if not isinstance(x, Tensor):
         return f"a {type(x).__name__}"
     return f"{list(x.shape)} of {x.dtype} on {x.device}"
-
-
-def _key(seed: int, step: int, process: int) -> int:
-    """One 63-bit seed from three numbers, far apart for neighbouring ones (the mixer of splitmix64)."""
-    mask, key = (1 << 64) - 1, 0
-    for value in (seed, step, process):
-        key = (key + value + 0x9E3779B97F4A7C15) & mask
-        key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & mask
-        key ^= key >> 31
-    return key >> 1

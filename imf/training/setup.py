@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from imf import data
+from imf import data, random
 from imf.distributed import DistributedContext, choose_device
 from imf.io import write_json
 from imf.mean_flow.methods import Objective, guidance_of, objective
@@ -86,7 +86,7 @@ class Run:
 def initial_state(config: TrainConfig, precision: str, context: DistributedContext) -> State:
     """Network, moving average and optimizer before the first step, on this process's device: a function of
     the configuration's seed, the same in every process."""
-    torch.manual_seed(config.seed)
+    torch.manual_seed(random.key(config.seed, "weights"))
     model = build(config.network)
     model.compute_dtype = checkpoint.DTYPES[precision]
     if not (context.grouped and config.sharding == "fsdp"):  # which moves block by block, and only its part
