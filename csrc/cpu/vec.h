@@ -343,20 +343,13 @@ inline Vec keep_lanes(Vec a, int lanes, float other) {
   return lanes == Vec::width ? a : keep(a, lanes, other);
 }
 
-// Elements with their tangents.
-template <typename T>
-inline Dual<Vec> load_dual(const T* primal, const T* tangent, int lanes) {
-  return {load_lanes(primal, lanes), load_lanes(tangent, lanes)};
-}
-template <typename T>
-inline void store_dual(T* primal, T* tangent, Dual<Vec> a, int lanes) {
-  store_lanes(primal, a.primal, lanes);
-  store_lanes(tangent, a.tangent, lanes);
-}
+// The same for duals.
 inline Dual<Vec> keep_lanes(Dual<Vec> a, int lanes, float other) {
   return {keep_lanes(a.primal, lanes, other), keep_lanes(a.tangent, lanes, other)};
 }
 inline Dual<float> reduce_add(Dual<Vec> a) { return {reduce_add(a.primal), reduce_add(a.tangent)}; }
+inline float primal(float x) { return x; }
+inline float primal(Dual<float> x) { return x.primal; }
 inline Vec broadcast(float x) { return Vec(x); }
 inline Dual<Vec> broadcast(Dual<float> x) { return {Vec(x.primal), Vec(x.tangent)}; }
 
