@@ -101,11 +101,11 @@ void backward(const LayerNormBackward& a) {
     X* dx = row_of<X>(a.dx, row);
     float* dshift = dscale + width;
     const float* statistics = a.statistics.data + 3 * row;
-    const Vec mean(statistics[0]), correction(statistics[1]), rstd(statistics[2]);
+    const Vec mean(statistics[0]), correction(statistics[1]), rstd(statistics[2]), one(a.one);
     const auto normalized = [&](index_t j, int lanes) {
       return keep_lanes((load_lanes(x + j, lanes) - mean - correction) * rstd, lanes, 0.0f);
     };
-    const auto gain = [&](index_t j, int lanes) { return Vec(a.one) + load_or_zero(scale, j, lanes); };
+    const auto gain = [&](index_t j, int lanes) { return one + load_or_zero(scale, j, lanes); };
     const Pair<Vec> total = sum_over_row<Pair<Vec>, 2>(width, [&](index_t j, int lanes, Pair<Vec>& sum) {
       const Vec d = load_lanes(dy + j, lanes);
       const Vec n = normalized(j, lanes);
