@@ -20,7 +20,6 @@ constexpr int cpu_device = -1;
 struct Rows {
   void* data;
   DType dtype;
-  int device;
   index_t rows, width, stride;
 };
 
@@ -28,14 +27,12 @@ struct Rows {
 struct Elements {
   void* data;
   DType dtype;
-  int device;
   index_t count;
 };
 
 // [..., width] in float32, contiguous.
 struct Floats {
   float* data;
-  int device;
   index_t rows, width;
 };
 
@@ -43,7 +40,6 @@ struct Floats {
 struct Heads {
   void* data;
   DType dtype;
-  int device;
   index_t batch, heads, length, width;
   index_t stride[3];  // of batch, head, position
 };
@@ -52,7 +48,6 @@ struct Heads {
 struct Mask {
   void* data;
   DType dtype;
-  int device;
   index_t stride[4];
 };
 

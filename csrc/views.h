@@ -53,32 +53,32 @@ inline index_t row_stride(const Tensor& x) {
 inline void view(const Tensor& x, const std::string& name, Rows& rows) {
   const index_t stride = x.dim > 0 ? row_stride(x) : -1;
   if (stride < 0) refuse(x, name, "contiguous rows at one distance");
-  rows = {x.data, x.dtype, x.device, count_of(x, 0, x.dim - 1), x.sizes[x.dim - 1], stride};
+  rows = {x.data, x.dtype, count_of(x, 0, x.dim - 1), x.sizes[x.dim - 1], stride};
 }
 
 inline void view(const Tensor& x, const std::string& name, Elements& elements) {
   if (!is_contiguous(x)) refuse(x, name, "contiguous");
-  elements = {x.data, x.dtype, x.device, count_of(x, 0, x.dim)};
+  elements = {x.data, x.dtype, count_of(x, 0, x.dim)};
 }
 
 inline void view(const Tensor& x, const std::string& name, Floats& floats) {
   if (x.dtype != DType::float32) throw std::invalid_argument(name + " must be float32");
   if (x.dim == 0 || !is_contiguous(x)) refuse(x, name, "contiguous");
-  floats = {static_cast<float*>(x.data), x.device, count_of(x, 0, x.dim - 1), x.sizes[x.dim - 1]};
+  floats = {static_cast<float*>(x.data), count_of(x, 0, x.dim - 1), x.sizes[x.dim - 1]};
 }
 
 inline void view(const Tensor& x, const std::string& name, Heads& heads) {
   if (x.dim != 4 || (x.sizes[3] > 1 && x.strides[3] != 1 && count_of(x, 0, 4))) {
     refuse(x, name, "[batch, heads, length, width] with contiguous rows");
   }
-  heads = {x.data, x.dtype, x.device, x.sizes[0], x.sizes[1], x.sizes[2], x.sizes[3], {}};
+  heads = {x.data, x.dtype, x.sizes[0], x.sizes[1], x.sizes[2], x.sizes[3], {}};
   // A tensor without elements has no memory: every address in it must stay null.
   for (int i = 0; i < 3; ++i) heads.stride[i] = x.data ? x.strides[i] : 0;
 }
 
 inline void view(const Tensor& x, const std::string& name, Mask& mask) {
   if (x.dim != 4) refuse(x, name, "[batch, heads, queries, keys]");
-  mask = {x.data, x.dtype, x.device, {x.strides[0], x.strides[1], x.strides[2], x.strides[3]}};
+  mask = {x.data, x.dtype, {x.strides[0], x.strides[1], x.strides[2], x.strides[3]}};
 }
 
 }  // namespace imf

@@ -69,6 +69,10 @@ template <typename T>
 IMF_HOST_DEVICE Dual<T> fma(Dual<T> a, Dual<T> b, Dual<T> c) {
   return {fma(a.primal, b.primal, c.primal), fma(a.tangent, b.primal, fma(a.primal, b.tangent, c.tangent))};
 }
+template <typename T>
+IMF_HOST_DEVICE Dual<T> fma(Dual<T> a, T constant, Dual<T> c) {
+  return {fma(a.primal, constant, c.primal), fma(a.tangent, constant, c.tangent)};
+}
 
 // 1/sqrt(x); d = -x_dot / (2 x sqrt(x))
 template <typename T>

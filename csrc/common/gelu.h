@@ -10,35 +10,6 @@ struct Gate {
   T value, slope;
 };
 
-template <typename T>
-IMF_HOST_DEVICE Gate<T> normal_gate(T x) {
-  Gate<T> s;
-  normal(x, s.value, s.slope);
-  return s;
-}
-
-// (1 + tanh(v / 2)) / 2 = 1 / (1 + e^-v). s(|v|) = 1 / (1 + e^-|v|) and s(-|v|) = e^-|v| s(|v|) are computed
-// without overflow or cancellation; their product is s' on either side.
-template <typename T>
-IMF_HOST_DEVICE Gate<T> tanh_gate(T x) {
-  const T twice(1.59576912160573071f), cubic(0.044715f);  // 2 sqrt(2 / pi)
-  const T square = x * x;
-  const T v = twice * x * fma(cubic, square, T(1.0f));
-  const T e = exp(T(0.0f) - abs(v));
-  const T above = T(1.0f) / (T(1.0f) + e), below = e * above;
-  const T v_slope = twice * fma(T(3.0f) * cubic, square, T(1.0f));
-  return {select_less(v, T(0.0f), below, above), above * below * v_slope};
-}
-
-template <typename T>
-IMF_HOST_DEVICE T gated_derivative(T x, Gate<T> s) {
-  return fma(x, s.slope, s.value);
-}
-template <typename T>
-IMF_HOST_DEVICE Dual<T> gated(Dual<T> x, Gate<T> s) {
-  return {x.primal * s.value, gated_derivative(x.primal, s) * x.tangent};
-}
-
 // Functions of the elementwise kernels: y = forward(x), of a number or of a dual, and its derivative.
 struct Silu {
   template <typename T>
@@ -54,14 +25,24 @@ struct Silu {
 struct Normal {
   template <typename T>
   IMF_HOST_DEVICE Gate<T> gate(T x) {
-    return normal_gate(x);
+    Gate<T> s;
+    normal(x, s.value, s.slope);
+    return s;
   }
 };
 
+// (1 + tanh(v / 2)) / 2 = 1 / (1 + e^-v). s(|v|) = 1 / (1 + e^-|v|) and s(-|v|) = e^-|v| s(|v|) are computed
+// without overflow or cancellation; their product is s' on either side.
 struct Tanh {
   template <typename T>
   IMF_HOST_DEVICE Gate<T> gate(T x) {
-    return tanh_gate(x);
+    const T twice(1.59576912160573071f), cubic(0.044715f);  // 2 sqrt(2 / pi)
+    const T square = x * x;
+    const T v = twice * x * fma(cubic, square, T(1.0f));
+    const T e = exp(T(0.0f) - abs(v));
+    const T above = T(1.0f) / (T(1.0f) + e), below = e * above;
+    const T v_slope = twice * fma(T(3.0f) * cubic, square, T(1.0f));
+    return {select_less(v, T(0.0f), below, above), above * below * v_slope};
   }
 };
 
@@ -73,11 +54,13 @@ struct Gelu {
   }
   template <typename T>
   IMF_HOST_DEVICE Dual<T> forward(Dual<T> x) {
-    return gated(x, Gating::gate(x.primal));
+    const Gate<T> s = Gating::gate(x.primal);
+    return {x.primal * s.value, fma(x.primal, s.slope, s.value) * x.tangent};
   }
   template <typename T>
   IMF_HOST_DEVICE T derivative(T x) {
-    return gated_derivative(x, Gating::gate(x));
+    const Gate<T> s = Gating::gate(x);
+    return fma(x, s.slope, s.value);
   }
 };
 

@@ -58,6 +58,10 @@ template <typename Number>
 inline Number corrected(Number total, Number error) {
   return select_less(abs(error), Number(INFINITY), total + error, total);
 }
+// The same for n floats, rounded up to vectors, into `sum`.
+inline void correct(float* sum, const float* total, const float* error, index_t n) {
+  for (index_t i = 0; i < n; i += Vec::width) store(sum + i, corrected(load(total + i), load(error + i)));
+}
 
 // Calls body(j, n) for ranges of a row short enough to sum sequentially: the rounding errors of equal terms,
 // as in a softmax of small logits, all have one sign.
@@ -103,11 +107,7 @@ class LongSum {
   }
   // Leaves the sum in `part`.
   void finish() {
-    if (!several_) return;
-    const float *total = part + size_, *error = total + size_;
-    for (index_t i = 0; i < size_; i += Vec::width) {
-      store(part + i, corrected(load(total + i), load(error + i)));
-    }
+    if (several_) correct(part, part + size_, part + 2 * size_, size_);
   }
 
  private:
@@ -207,13 +207,10 @@ inline void begin_sums(QuerySums& total, QuerySums& error, index_t value_stride)
 }
 
 inline void correct_sums(QuerySums& total, const QuerySums& error, index_t value_stride) {
-  const auto correct = [](float* x, const float* errors, index_t n) {
-    for (index_t i = 0; i < n; i += Vec::width) store(x + i, corrected(load(x + i), load(errors + i)));
-  };
-  correct(total.weight, error.weight, query_block);
-  correct(total.dot, error.dot, query_block);
-  correct(total.out, error.out, query_block * value_stride);
-  correct(total.out_dot, error.out_dot, query_block * value_stride);
+  correct(total.weight, total.weight, error.weight, query_block);
+  correct(total.dot, total.dot, error.dot, query_block);
+  correct(total.out, total.out, error.out, query_block * value_stride);
+  correct(total.out_dot, total.out_dot, error.out_dot, query_block * value_stride);
 }
 
 // Buffers of one block of queries.

@@ -2,7 +2,7 @@
 #include "ops/gated_residual.h"
 
 #include "cpu/dtypes.h"
-#include "cpu/parallel.h"
+#include "cpu/duals.h"
 #include "cpu/rows.h"
 
 namespace imf::IMF_ISA {
@@ -10,66 +10,42 @@ namespace {
 
 template <typename X, typename B>
 void forward(const GatedResidualForward& a) {
-  const X* x = static_cast<const X*>(a.x.data);
-  const X* x_dot = static_cast<const X*>(a.x_dot.data);
-  const B* branch = static_cast<const B*>(a.branch.data);
-  const B* branch_dot = static_cast<const B*>(a.branch_dot.data);
-  X* y = static_cast<X*>(a.y.data);
-  X* y_dot = static_cast<X*>(a.y_dot.data);
-  const index_t rows = a.x.rows, tangent_rows = a.y_dot.rows, width = a.x.width;
-  const index_t length = a.gate.rows > 1 ? rows / a.gate.rows : rows, first_tangent = rows - tangent_rows;
-  const int team = team_size(a.place.threads, (rows + tangent_rows) * width, rows);
-
-  on_each_thread(team, [&](int thread) {
-    const Range share = share_of_rows(rows, tangent_rows, thread, team);
-    for (index_t row = share.begin; row < share.end; ++row) {
-      const X* xi = x + row * a.x.stride;
-      const B* bi = branch + row * a.branch.stride;
-      const index_t group = row / length * width;
-      const float* gate = a.gate.data + group;
-      X* yi = y + row * a.y.stride;
-      const auto primal = [&](index_t j, int lanes, Vec b, Vec g) {
-        store_lanes(yi + j, fma(b, g, load_lanes(xi + j, lanes)), lanes);
-      };
-      if (row < first_tangent) {
-        for_each_vec(width, [&](index_t j, int lanes) {
-          primal(j, lanes, load_lanes(bi + j, lanes), load_lanes(gate + j, lanes));
-        });
-        continue;
+  const index_t width = a.x.width, first_tangent = a.x.rows - a.y_dot.rows;
+  const index_t length = length_of(a.x.rows, a.gate.rows);
+  for_each_row(a.y, a.y_dot, a.place.threads, [&](auto number, index_t row, index_t t) {
+    using Number = decltype(number);
+    const index_t group = row / length, t_group = group - first_tangent / length;
+    const auto x = dual_row<Number, const X>(a.x, row, a.x_dot, t);
+    const auto branch = dual_row<Number, const B>(a.branch, row, a.branch_dot, t);
+    const auto gate = dual_row<Number>(a.gate, group, a.gate_dot, t_group);
+    const auto y = dual_row<Number, X>(a.y, row, a.y_dot, t);
+    for_each_vec(width, [&](index_t j, int lanes) {
+      const Number b = branch.or_zero(j, lanes);
+      Number yj = fma(b, load_lanes(gate.primal + j, lanes), x.or_zero(j, lanes));
+      if constexpr (is_dual<Number>) {
+        // Without a tangent of the gate nothing is added: 0 times an infinite branch would be NaN.
+        if (gate.tangent) yj.tangent = fma(b.primal, load_lanes(gate.tangent + j, lanes), yj.tangent);
       }
-      const index_t t = row - first_tangent;
-      const index_t xt = t * a.x_dot.stride, bt = t * a.branch_dot.stride;
-      const index_t gt = group - first_tangent / length * width;
-      X* y_dot_i = y_dot + t * a.y_dot.stride;
-      for_each_vec(width, [&](index_t j, int lanes) {
-        const Vec b = load_lanes(bi + j, lanes), g = load_lanes(gate + j, lanes);
-        primal(j, lanes, b, g);
-        Vec tangent = fma(load_or_zero(branch_dot, bt + j, lanes), g, load_or_zero(x_dot, xt + j, lanes));
-        if (a.gate_dot.data) tangent = fma(b, load_lanes(a.gate_dot.data + gt + j, lanes), tangent);
-        store_lanes(y_dot_i + j, tangent, lanes);
-      });
-    }
+      y.store(j, yj, lanes);
+    });
   });
 }
 
 template <typename X, typename B>
 void backward(const GatedResidualBackward& a) {
-  const X* dy = static_cast<const X*>(a.dy.data);
-  const B* branch = static_cast<const B*>(a.branch.data);
-  B* dbranch = static_cast<B*>(a.dbranch.data);
   const index_t rows = a.branch.rows, width = a.branch.width, groups = a.dgate.rows;
-  const index_t length = groups > 1 ? rows / groups : rows;
+  const index_t length = length_of(rows, groups);
   const int team = team_size(a.place.threads, 2 * rows * width, rows);
 
   sum_over_groups(groups, length, width, team, a.partial, a.dgate, [&](index_t row, float* dgate) {
-    const X* dyi = dy + row * a.dy.stride;
-    const B* bi = branch + row * a.branch.stride;
-    const float* gate = a.gate.data + row / length * width;
-    B* dbi = dbranch + row * a.dbranch.stride;
+    const X* dy = row_of<const X>(a.dy, row);
+    const B* branch = row_of<const B>(a.branch, row);
+    const float* gate = row_of(a.gate, row / length);
+    B* dbranch = row_of<B>(a.dbranch, row);
     for_each_vec(width, [&](index_t j, int lanes) {
-      const Vec d = load_lanes(dyi + j, lanes);
-      store_lanes(dbi + j, d * load_lanes(gate + j, lanes), lanes);
-      store_lanes(dgate + j, fma(d, load_lanes(bi + j, lanes), load_lanes(dgate + j, lanes)), lanes);
+      const Vec d = load_lanes(dy + j, lanes);
+      store_lanes(dbranch + j, d * load_lanes(gate + j, lanes), lanes);
+      store_lanes(dgate + j, fma(d, load_lanes(branch + j, lanes), load_lanes(dgate + j, lanes)), lanes);
     });
   });
 }

@@ -20,49 +20,26 @@ bool is_intel();
 
 }  // namespace imf
 
+// Expands apply(set, ...) for each set that is compiled in.
 #if defined(IMF_AVX512_BF16)
-#define IMF_DECLARE_AVX512_BF16(...) \
-  namespace avx512_bf16 {            \
-  __VA_ARGS__;                       \
-  }
-#define IMF_CALL_AVX512_BF16(function, ...) \
-  ::imf::current_isa() == ::imf::Isa::avx512_bf16 ? avx512_bf16::function(__VA_ARGS__):
+#define IMF_FOR_EACH_ISA(apply, ...)                                                  \
+  apply(avx512_bf16, __VA_ARGS__) apply(avx512, __VA_ARGS__) apply(avx2, __VA_ARGS__) \
+      apply(plain, __VA_ARGS__)
+#elif defined(IMF_X86)
+#define IMF_FOR_EACH_ISA(apply, ...) \
+  apply(avx512, __VA_ARGS__) apply(avx2, __VA_ARGS__) apply(plain, __VA_ARGS__)
+#elif defined(IMF_ARM64)
+#define IMF_FOR_EACH_ISA(apply, ...) apply(neon, __VA_ARGS__) apply(plain, __VA_ARGS__)
 #else
-#define IMF_DECLARE_AVX512_BF16(...)
-#define IMF_CALL_AVX512_BF16(function, ...)
+#define IMF_FOR_EACH_ISA(apply, ...) apply(plain, __VA_ARGS__)
 #endif
 
-#if defined(IMF_X86)
-#define IMF_DECLARE_PER_ISA(...) \
-  namespace plain {              \
-  __VA_ARGS__;                   \
-  }                              \
-  namespace avx2 {               \
-  __VA_ARGS__;                   \
-  }                              \
-  namespace avx512 {             \
-  __VA_ARGS__;                   \
-  }                              \
-  IMF_DECLARE_AVX512_BF16(__VA_ARGS__)
-#define IMF_CALL(function, ...)                                                          \
-  (IMF_CALL_AVX512_BF16(function, __VA_ARGS__)::imf::current_isa() == ::imf::Isa::avx512 \
-       ? avx512::function(__VA_ARGS__)                                                   \
-   : ::imf::current_isa() == ::imf::Isa::avx2 ? avx2::function(__VA_ARGS__)              \
-                                              : plain::function(__VA_ARGS__))
-#elif defined(IMF_ARM64)
-#define IMF_DECLARE_PER_ISA(...) \
-  namespace plain {              \
-  __VA_ARGS__;                   \
-  }                              \
-  namespace neon {               \
+#define IMF_DECLARE_IN(isa, ...) \
+  namespace isa {                \
   __VA_ARGS__;                   \
   }
-#define IMF_CALL(function, ...) \
-  (::imf::current_isa() == ::imf::Isa::neon ? neon::function(__VA_ARGS__) : plain::function(__VA_ARGS__))
-#else
-#define IMF_DECLARE_PER_ISA(...) \
-  namespace plain {              \
-  __VA_ARGS__;                   \
-  }
-#define IMF_CALL(function, ...) plain::function(__VA_ARGS__)
-#endif
+#define IMF_DECLARE_PER_ISA(...) IMF_FOR_EACH_ISA(IMF_DECLARE_IN, __VA_ARGS__)
+// Statements that return function(...) of the set in use.
+#define IMF_CALL_IN(isa, function, ...) \
+  if (::imf::current_isa() == ::imf::Isa::isa) return isa::function(__VA_ARGS__);
+#define IMF_CALL(function, ...) IMF_FOR_EACH_ISA(IMF_CALL_IN, function, __VA_ARGS__)

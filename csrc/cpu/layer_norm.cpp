@@ -5,14 +5,11 @@
 #include <type_traits>
 
 #include "cpu/dtypes.h"
-#include "cpu/parallel.h"
+#include "cpu/duals.h"
 #include "cpu/rows.h"
 
 namespace imf::IMF_ISA {
 namespace {
-
-inline float primal(float x) { return x; }
-inline float primal(Dual<float> x) { return x.primal; }
 
 // Moments of a row, whose mean is mean + correction: with an offset the sum of the row is off by about an ulp
 // of the values. The mean of x - mean corrects the mean, exactly if all values are equal, and the variance:
@@ -47,9 +44,8 @@ template <typename Number, typename Row>
                                                with_whole_tangent(reduce_add(squares)) / count};
 }
 
-template <typename Row>
+template <typename Number, typename Row>
 inline auto moments(index_t width, Row x) {
-  using Number = decltype(x(0, 0));
   const float count = static_cast<float>(width);
   const Number total =
       sum_over_row<Number, 2>(width, [&](index_t j, int lanes, Number& sum) { sum = sum + x(j, lanes); });
@@ -64,110 +60,64 @@ inline auto moments(index_t width, Row x) {
   return Moments<std::decay_t<decltype(mean)>>{mean, correction, variance};
 }
 
-// Passes each part of a row's n gain + shift to write(j, part, lanes). x, gain and shift are functions of (j,
-// lanes) that return Vec, or Dual<Vec> if the row has a tangent.
-template <typename Row, typename Gain, typename Shift, typename Write>
-inline void normalize(index_t width, float eps, float* statistics, Row x, Gain gain, Shift shift,
-                      Write write) {
-  const auto of_row = moments(width, x);
-  const auto mean = of_row.mean, correction = of_row.correction, rstd = rsqrt(of_row.variance + eps);
-  for_each_vec(width, [&](index_t j, int lanes) {
-    const auto n = (x(j, lanes) - broadcast(mean) - broadcast(correction)) * broadcast(rstd);
-    write(j, fma(n, gain(j, lanes), shift(j, lanes)), lanes);
-  });
-  statistics[0] = primal(mean);
-  statistics[1] = primal(correction);
-  statistics[2] = primal(rstd);
-}
-
-// Returns the number of rows per group.
-inline index_t length_of(index_t rows, index_t groups) { return groups > 1 ? rows / groups : rows; }
-
 template <typename X, typename Y>
 void forward(const LayerNormForward& a) {
-  const X* x = static_cast<const X*>(a.x.data);
-  const X* x_dot = static_cast<const X*>(a.x_dot.data);
-  Y* y = static_cast<Y*>(a.y.data);
-  Y* y_dot = static_cast<Y*>(a.y_dot.data);
-  const index_t rows = a.x.rows, tangent_rows = a.y_dot.rows, width = a.x.width;
-  const index_t length = length_of(rows, a.scale.data ? a.scale.rows : a.shift.rows),
-                first_tangent = rows - tangent_rows;
-  const int team = team_size(a.place.threads, (rows + tangent_rows) * width, rows);
-
-  on_each_thread(team, [&](int thread) {
-    const Range share = share_of_rows(rows, tangent_rows, thread, team);
-    for (index_t row = share.begin; row < share.end; ++row) {
-      const X* xi = x + row * a.x.stride;
-      Y* yi = y + row * a.y.stride;
-      const index_t group = row / length * width;
-      const auto primal_x = [&](index_t j, int lanes) { return load_lanes(xi + j, lanes); };
-      const auto primal_gain = [&](index_t j, int lanes) {
-        return Vec(a.one) + load_or_zero(a.scale.data, group + j, lanes);
-      };
-      const auto primal_shift = [&](index_t j, int lanes) {
-        return load_or_zero(a.shift.data, group + j, lanes);
-      };
-      if (row < first_tangent) {
-        normalize(width, a.eps, a.statistics.data + 3 * row, primal_x, primal_gain, primal_shift,
-                  [&](index_t j, Vec part, int lanes) { store_lanes(yi + j, part, lanes); });
-        continue;
-      }
-      const index_t t = row - first_tangent, t_row = t * a.x_dot.stride;
-      const index_t t_group = group - first_tangent / length * width;
-      Y* y_dot_i = y_dot + t * a.y_dot.stride;
-      normalize(
-          width, a.eps, a.statistics.data + 3 * row,
-          [&](index_t j, int lanes) {
-            return Dual<Vec>{primal_x(j, lanes), load_or_zero(x_dot, t_row + j, lanes)};
-          },
-          [&](index_t j, int lanes) {
-            return Dual<Vec>{primal_gain(j, lanes), load_or_zero(a.scale_dot.data, t_group + j, lanes)};
-          },
-          [&](index_t j, int lanes) {
-            return Dual<Vec>{primal_shift(j, lanes), load_or_zero(a.shift_dot.data, t_group + j, lanes)};
-          },
-          [&](index_t j, Dual<Vec> part, int lanes) { store_dual(yi + j, y_dot_i + j, part, lanes); });
-    }
+  const index_t width = a.x.width, first_tangent = a.x.rows - a.y_dot.rows;
+  const index_t length = length_of(a.x.rows, a.scale.data ? a.scale.rows : a.shift.rows);
+  for_each_row(a.y, a.y_dot, a.place.threads, [&](auto number, index_t row, index_t t) {
+    using Number = decltype(number);
+    const index_t group = row / length, t_group = group - first_tangent / length;
+    const auto x = dual_row<Number, const X>(a.x, row, a.x_dot, t);
+    const auto scale = dual_row<Number>(a.scale, group, a.scale_dot, t_group);
+    const auto shift = dual_row<Number>(a.shift, group, a.shift_dot, t_group);
+    const auto y = dual_row<Number, Y>(a.y, row, a.y_dot, t);
+    const auto xj = [&](index_t j, int lanes) { return x.or_zero(j, lanes); };
+    const auto of_row = moments<Number>(width, xj);
+    const auto rstd = rsqrt(of_row.variance + a.eps);
+    const Number mean = broadcast(of_row.mean), correction = broadcast(of_row.correction);
+    for_each_vec(width, [&](index_t j, int lanes) {
+      const Number n = (xj(j, lanes) - mean - correction) * broadcast(rstd);
+      y.store(j, fma(n, scale.or_zero(j, lanes) + Vec(a.one), shift.or_zero(j, lanes)), lanes);
+    });
+    float* statistics = a.statistics.data + 3 * row;
+    statistics[0] = primal(of_row.mean);
+    statistics[1] = primal(of_row.correction);
+    statistics[2] = primal(rstd);
   });
 }
 
 // With g = dy (one + scale): dx = rstd (g - mean(g) - n mean(g n)), dscale = sum dy n, dshift = sum dy.
 template <typename X, typename Y>
 void backward(const LayerNormBackward& a) {
-  const X* x = static_cast<const X*>(a.x.data);
-  const Y* dy = static_cast<const Y*>(a.dy.data);
-  X* dx = static_cast<X*>(a.dx.data);
   const index_t rows = a.x.rows, width = a.x.width;
   const index_t groups = a.sums.rows / 2, length = length_of(rows, groups);
-  const float scale = 1.0f / static_cast<float>(width);
+  const float share = 1.0f / static_cast<float>(width);
   const int team = team_size(a.place.threads, 2 * rows * width, rows);
 
   sum_over_groups(groups, length, 2 * width, team, a.partial, a.sums, [&](index_t row, float* dscale) {
-    const X* xi = x + row * a.x.stride;
-    const Y* dyi = dy + row * a.dy.stride;
-    X* dxi = dx + row * a.dx.stride;
+    const X* x = row_of<const X>(a.x, row);
+    const Y* dy = row_of<const Y>(a.dy, row);
+    const float* scale = row_of(a.scale, row / length);
+    X* dx = row_of<X>(a.dx, row);
     float* dshift = dscale + width;
-    const index_t group = row / length * width;
     const float* statistics = a.statistics.data + 3 * row;
-    const Vec mean(statistics[0]), correction(statistics[1]), rstd(statistics[2]);
+    const Vec mean(statistics[0]), correction(statistics[1]), rstd(statistics[2]), one(a.one);
     const auto normalized = [&](index_t j, int lanes) {
-      return keep_lanes((load_lanes(xi + j, lanes) - mean - correction) * rstd, lanes, 0.0f);
+      return keep_lanes((load_lanes(x + j, lanes) - mean - correction) * rstd, lanes, 0.0f);
     };
-    const auto gain = [&](index_t j, int lanes) {
-      return Vec(a.one) + load_or_zero(a.scale.data, group + j, lanes);
-    };
+    const auto gain = [&](index_t j, int lanes) { return one + load_or_zero(scale, j, lanes); };
     const Pair<Vec> total = sum_over_row<Pair<Vec>, 2>(width, [&](index_t j, int lanes, Pair<Vec>& sum) {
-      const Vec d = load_lanes(dyi + j, lanes);
+      const Vec d = load_lanes(dy + j, lanes);
       const Vec n = normalized(j, lanes);
       const Vec g = d * gain(j, lanes);
       store_lanes(dscale + j, fma(d, n, load_lanes(dscale + j, lanes)), lanes);
       store_lanes(dshift + j, load_lanes(dshift + j, lanes) + d, lanes);
       sum = {sum.first + g, fma(g, n, sum.second)};
     });
-    const Vec mean_g(reduce_add(total.first) * scale), mean_gn(reduce_add(total.second) * scale);
+    const Vec mean_g(reduce_add(total.first) * share), mean_gn(reduce_add(total.second) * share);
     for_each_vec(width, [&](index_t j, int lanes) {
-      const Vec g = load_lanes(dyi + j, lanes) * gain(j, lanes);
-      store_lanes(dxi + j, rstd * (g - mean_g - normalized(j, lanes) * mean_gn), lanes);
+      const Vec g = load_lanes(dy + j, lanes) * gain(j, lanes);
+      store_lanes(dx + j, rstd * (g - mean_g - normalized(j, lanes) * mean_gn), lanes);
     });
   });
 }

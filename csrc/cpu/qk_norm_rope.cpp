@@ -4,8 +4,7 @@
 #include <stdexcept>
 
 #include "cpu/dtypes.h"
-#include "cpu/parallel.h"
-#include "cpu/rows.h"
+#include "cpu/rms.h"
 
 namespace imf::IMF_ISA {
 namespace {
@@ -34,83 +33,54 @@ struct Rotation {
   }
 };
 
-// Row (b, l, h), counted in this order, the memory order of projections.
-struct RowPosition {
-  index_t b = 0, l = -1, h = 0;
-  RowPosition() = default;
-  RowPosition(index_t row, index_t heads, index_t length)
-      : b(row / (heads * length)), l(row / heads % length), h(row % heads) {}
-  void next(index_t heads, index_t length) {
-    if (++h < heads) return;
-    h = 0;
-    if (++l < length) return;
-    l = 0;
-    ++b;
-  }
-  // Offset of the row in a tensor that begins with sample `first`.
-  index_t offset(const index_t (&stride)[3], index_t first = 0) const {
-    return (b - first) * stride[0] + h * stride[1] + l * stride[2];
-  }
-};
+// Moves to the next row of x.
+inline void advance(RowPosition& at, const Heads& x) {
+  if (++at.h < x.heads) return;
+  at.h = 0;
+  if (++at.l < x.length) return;
+  at.l = 0;
+  ++at.b;
+}
 
 template <typename T>
 void forward(const QkNormRopeForward& a) {
-  const T* x = static_cast<const T*>(a.x.data);
-  const T* x_dot = static_cast<const T*>(a.x_dot.data);
-  T* y = static_cast<T*>(a.y.data);
-  T* y_dot = static_cast<T*>(a.y_dot.data);
-  const index_t heads = a.x.heads, length = a.x.length, width = a.x.width;
-  const index_t rows = a.x.batch * heads * length, tangent_rows = a.x_dot.batch * heads * length;
-  const index_t first_tangent = rows - tangent_rows;
-  const double share_of_mean = 1.0 / static_cast<double>(width);
+  const index_t width = a.x.width, per_sample = a.x.heads * a.x.length, first = a.x.batch - a.x_dot.batch;
+  const index_t rows = a.x.batch * per_sample, tangent_rows = a.x_dot.batch * per_sample;
   const int team = team_size(a.place.threads, (rows + tangent_rows) * width, rows);
 
+  const double share_of_mean = 1.0 / static_cast<double>(width);
   if (rows == 0) return;  // RowPosition divides by the numbers of heads and positions
   on_each_thread(team, [&](int thread) {
     const Range share = share_of_rows(rows, tangent_rows, thread, team);
     Scratch scratch(2 * width);
     Rotation rotation(scratch, width);
-    RowPosition at(share.begin, heads, length);
-    for (index_t row = share.begin; row < share.end; ++row, at.next(heads, length)) {
-      if (row == share.begin || at.h == 0) {
-        rotation.set(a.cos.data + at.l * (width / 2), a.sin.data + at.l * (width / 2), width);
-      }
-      const T* xi = x + at.offset(a.x.stride);
-      T* yi = y + row * width;
-      if (row < first_tangent) {
-        const float rstd = inverse_rms(sum_of_squares(xi, width), share_of_mean, a.eps);
-        a.rstd.data[row] = rstd;
-        for_each_vec(width, [&](index_t j, int lanes) {
-          prefetch(xi + j + a.x.stride[2]);
-          const Vec n = load_lanes(xi + j, lanes) * Vec(rstd) * load_lanes(a.weight.data + j, lanes);
-          store_lanes(yi + j, rotation.apply(n, j, lanes), lanes);
-        });
-        continue;
-      }
-      const T* ti = x_dot + at.offset(a.x_dot.stride, a.x.batch - a.x_dot.batch);
-      T* y_dot_i = y_dot + (row - first_tangent) * width;
-      const Dual<float> rstd = inverse_rms(sum_of_squares(xi, ti, width), share_of_mean, a.eps);
-      a.rstd.data[row] = rstd.primal;
-      const Dual<Vec> r{Vec(rstd.primal), Vec(rstd.tangent)};
+    RowPosition at = position_of(share.begin, a.x);
+    for_rows(share, rows - tangent_rows, [&](auto number, index_t row, index_t t) {
+      const RowPosition here = at;
+      advance(at, a.x);
+      if (row == share.begin || here.h == 0)
+        rotation.set(row_of(a.cos, here.l), row_of(a.sin, here.l), width);
+      using Number = decltype(number);
+      const DualRow<Number, const T> x{row_of<const T>(a.x, here), row_of<const T>(a.x_dot, here, first)};
+      const DualRow<Number, T> y{static_cast<T*>(a.y.data) + row * width,
+                                 static_cast<T*>(a.y_dot.data) + t * width};
+      const float* weight = a.weight.data;
+      const index_t next = a.x.stride[2], next_dot = a.x_dot.stride[2];
+      const Rotation turn = rotation;  // in registers
+      const Number rstd = inverse_rms(x, width, share_of_mean, a.eps, a.rstd.data + row);
       for_each_vec(width, [&](index_t j, int lanes) {
-        prefetch(xi + j + a.x.stride[2]);
-        prefetch(ti + j + a.x_dot.stride[2]);
-        const Dual<Vec> n = load_dual(xi + j, ti + j, lanes) * r * load_lanes(a.weight.data + j, lanes);
-        store_dual(yi + j, y_dot_i + j, rotation.apply(n, j, lanes), lanes);
+        x.prefetch(j + next, j + next_dot);
+        const Number n = x(j, lanes) * rstd * load_lanes(weight + j, lanes);
+        y.store(j, turn.apply(n, j, lanes), lanes);
       });
-    }
+    });
   });
 }
 
-// dy rotated back is the cotangent of rms_norm's output; the rest is as in rms_norm.cpp.
+// dy rotated back is the cotangent of rms_norm's output.
 template <typename T>
 void backward(const QkNormRopeBackward& a) {
-  const T* x = static_cast<const T*>(a.x.data);
-  const T* dy = static_cast<const T*>(a.dy.data);
-  T* dx = static_cast<T*>(a.dx.data);
-  const index_t heads = a.x.heads, length = a.x.length, width = a.x.width;
-  const index_t rows = a.x.batch * heads * length;
-  const float scale = 1.0f / static_cast<float>(width);
+  const index_t rows = a.x.batch * a.x.heads * a.x.length, width = a.x.width;
   const int team = team_size(a.place.threads, 2 * rows * width, rows);
 
   GroupSums sums(1, rows, width, a.partial, a.dweight);
@@ -118,37 +88,28 @@ void backward(const QkNormRopeBackward& a) {
     Scratch scratch(3 * width);
     Rotation rotation(scratch, width);
     float* g = scratch.take<float>(width);  // dy rotated back, times w
-    RowPosition at;
+    RowPosition at{0, -1, 0};
     index_t row_before = -2;
     sums.add(share_of(sums.blocks(), thread, team), [&](index_t row, float* dweight) {
       const index_t position_before = at.l;
       if (row == row_before + 1) {
-        at.next(heads, length);
+        advance(at, a.x);
       } else {
-        at = RowPosition(row, heads, length);
+        at = position_of(row, a.x);
       }
       row_before = row;
-      if (at.l != position_before) {
-        rotation.set(a.cos.data + at.l * (width / 2), a.sin.data + at.l * (width / 2), width);
-      }
-      const T* xi = x + at.offset(a.x.stride);
-      const T* dyi = dy + at.offset(a.dy.stride);
-      T* dxi = dx + row * width;
-      const Vec rstd(a.rstd.data[row]);
-      const Vec dot = sum_over_row<Vec>(width, [&](index_t j, int lanes, Vec& sum) {
-        prefetch(xi + j + a.x.stride[2]);
-        const Vec dn = rotation.transposed(load_lanes(dyi + j, lanes), j, lanes);
-        const Vec dyn = dn * (load_lanes(xi + j, lanes) * rstd);
-        const Vec w = load_lanes(a.weight.data + j, lanes);
-        store_lanes(dweight + j, load_lanes(dweight + j, lanes) + dyn, lanes);
-        store_lanes(g + j, dn * w, lanes);
-        sum = fma(dyn, w, sum);
-      });
-      const Vec mean(reduce_add(dot) * scale);
-      for_each_vec(width, [&](index_t j, int lanes) {
-        const Vec n = load_lanes(xi + j, lanes) * rstd;
-        store_lanes(dxi + j, rstd * (load_lanes(g + j, lanes) - n * mean), lanes);
-      });
+      if (at.l != position_before) rotation.set(row_of(a.cos, at.l), row_of(a.sin, at.l), width);
+      const T* x = row_of<const T>(a.x, at);
+      const T* dy = row_of<const T>(a.dy, at);
+      const auto dn = [&](index_t j, int lanes) {
+        prefetch(x + j + a.x.stride[2]);
+        const Vec back = rotation.transposed(load_lanes(dy + j, lanes), j, lanes);
+        store_lanes(g + j, back * load_lanes(a.weight.data + j, lanes), lanes);
+        return back;
+      };
+      const auto product = [&](index_t j, int lanes) { return load_lanes(g + j, lanes); };
+      rms_norm_backward(width, x, a.weight.data, a.rstd.data[row], dn, product, dweight,
+                        static_cast<T*>(a.dx.data) + row * width);
     });
   });
   sums.finish(team);

@@ -92,31 +92,6 @@ inline Dual<Vec> add_square(Dual<Vec> sum, Dual<Vec> x) {
 inline float with_whole_tangent(float sum) { return sum; }
 inline Dual<float> with_whole_tangent(Dual<float> sum) { return {sum.primal, 2.0f * sum.tangent}; }
 
-template <typename T>
-IMF_ALWAYS_INLINE float sum_of_squares(const T* x, index_t n) {
-  return reduce_add(sum_over_row<Vec>(
-      n, [&](index_t j, int lanes, Vec& sum) { sum = add_square(sum, load_lanes(x + j, lanes)); }));
-}
-
-// The same with its tangent; the primal takes exactly the steps above.
-template <typename T>
-IMF_ALWAYS_INLINE Dual<float> sum_of_squares(const T* x, const T* x_dot, index_t n) {
-  const Dual<Vec> sum = sum_over_row<Dual<Vec>>(n, [&](index_t j, int lanes, Dual<Vec>& sum) {
-    sum = add_square(sum, load_dual(x + j, x_dot + j, lanes));
-  });
-  return with_whole_tangent(reduce_add(sum));
-}
-
-// Returns (sum share + eps)^(-1/2), where share is 1 / terms. The mean is rounded once: in a row of equal
-// values rounding errors would not average out.
-inline float inverse_rms(float sum, double share, float eps) {
-  return 1.0f / std::sqrt(static_cast<float>(static_cast<double>(sum) * share + static_cast<double>(eps)));
-}
-inline Dual<float> inverse_rms(Dual<float> sum, double share, float eps) {
-  const float r = inverse_rms(sum.primal, share, eps);
-  return {r, -0.5f * r * r * r * (sum.tangent * static_cast<float>(share))};
-}
-
 // Sums part(0) ... part(count - 1), each [n], pairwise into part(0).
 template <typename Part>
 inline void add_pairwise(index_t count, index_t n, Part part) {

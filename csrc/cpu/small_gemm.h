@@ -55,21 +55,27 @@ inline index_t units(index_t n) {
   return (n + elements_per_unit<Unit> - 1) / elements_per_unit<Unit>;
 }
 
-inline Vec load_units(const float* p) { return load(p); }
+template <typename Unit>
+inline Vec load_units(const Unit* p) {
+  Vec a;
+  std::memcpy(&a.v, p, sizeof a.v);
+  return a;
+}
+template <typename Unit>
+inline void store_units(Unit* p, Vec a) {
+  std::memcpy(p, &a.v, sizeof a.v);
+}
 inline Vec broadcast(const float* p) { return Vec(*p); }
-inline void store_units(float* p, Vec a) { store(p, a); }
 template <typename Unit>
 inline Vec multiply_add(Vec a, Vec b, Vec c) {
   return fma(a, b, c);
 }
 #if IMF_ISA_LEVEL >= 4
-inline Vec load_units(const Bf16Pair* p) { return _mm512_loadu_ps(p); }
 inline Vec broadcast(const Bf16Pair* p) {
   std::int32_t bits;
   std::memcpy(&bits, p, sizeof bits);
   return _mm512_castsi512_ps(_mm512_set1_epi32(bits));
 }
-inline void store_units(Bf16Pair* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 template <>
 inline Vec multiply_add<Bf16Pair>(Vec a, Vec b, Vec c) {
   return _mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v);
@@ -165,35 +171,16 @@ inline void product(index_t m, index_t n, index_t k, Strided<Unit> a, const Unit
   for (index_t j = 0; j < n; j += panel_width) {
     const index_t width = n - j < panel_width ? round_up(n - j, Vec::width) : panel_width;
     const Unit* panel = b + j * b_total + b_first * width;
-    switch (width / Vec::width) {
-      case 1:
-        product_rows<1>(m, a, panel, width, c + j, c_row, k, add, terms);
-        break;
-      case 2:
-        product_rows<2>(m, a, panel, width, c + j, c_row, k, add, terms);
-        break;
-      case 3:
-        product_rows<3>(m, a, panel, width, c + j, c_row, k, add, terms);
-        break;
-      default:
-        product_rows<4>(m, a, panel, width, c + j, c_row, k, add, terms);
-        break;
-    }
+    constexpr decltype(&product_rows<1, Unit>) of_vecs[] = {product_rows<1, Unit>, product_rows<2, Unit>,
+                                                            product_rows<3, Unit>, product_rows<4, Unit>};
+    of_vecs[width / Vec::width - 1](m, a, panel, width, c + j, c_row, k, add, terms);
   }
 }
 
-// Packs rows [k, n], row i at x + i stride, into panels.
+// Loads a unit of each column from the first of `rows` rows: an element.
 template <typename T>
-inline void pack(const T* x, index_t stride, index_t k, index_t n, float* packed) {
-  for (index_t j = 0; j < n; j += panel_width) {
-    const index_t columns = n - j < panel_width ? n - j : panel_width;
-    const index_t width = round_up(columns, Vec::width);
-    for (index_t p = 0; p < k; ++p, packed += width) {
-      for_each_vec(columns, [&](index_t i, int lanes) {
-        store(packed + i, load_lanes(x + p * stride + j + i, lanes));
-      });
-    }
-  }
+inline Vec load_column_units(const T* row, index_t, index_t, int lanes, const float*) {
+  return load_lanes(row, lanes);
 }
 
 // Loads elements p ... p + Vec::width - 1 of a row of k, zero beyond its end.
@@ -203,20 +190,10 @@ inline Vec load_row_units(const T* row, index_t p, index_t k, const float*) {
 }
 
 #if IMF_ISA_LEVEL >= 4
-inline void pack(const bfloat16* x, index_t stride, index_t k, index_t n, Bf16Pair* packed) {
-  for (index_t j = 0; j < n; j += panel_width) {
-    const index_t columns = n - j < panel_width ? n - j : panel_width;
-    const index_t width = round_up(columns, Vec::width);
-    for (index_t p = 0; p < k; p += 2, packed += width) {
-      for_each_vec(columns, [&](index_t i, int lanes) {
-        const bfloat16* row = x + p * stride + j + i;
-        const Vec odd = p + 1 < k ? load_lanes(row + stride, lanes) : Vec(0.0f);
-        store_units(packed + i, pair(load_lanes(row, lanes), odd));
-      });
-    }
-  }
+// The same of a pair, from two rows, zero for a missing second one.
+inline Vec load_column_units(const bfloat16* row, index_t stride, index_t rows, int lanes, const Bf16Pair*) {
+  return pair(load_lanes(row, lanes), rows > 1 ? load_lanes(row + stride, lanes) : Vec(0.0f));
 }
-
 // Loads units p ... p + 15 of a row of k elements, zero beyond its end.
 inline Vec load_row_units(const bfloat16* row, index_t p, index_t k, const Bf16Pair*) {
   const index_t left = k - 2 * p;
@@ -224,6 +201,21 @@ inline Vec load_row_units(const bfloat16* row, index_t p, index_t k, const Bf16P
   return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, row + 2 * p));
 }
 #endif
+
+// Packs rows [k, n], row i at x + i stride, into panels.
+template <typename T, typename Unit>
+inline void pack(const T* x, index_t stride, index_t k, index_t n, Unit* packed) {
+  for (index_t j = 0; j < n; j += panel_width) {
+    const index_t columns = n - j < panel_width ? n - j : panel_width;
+    const index_t width = round_up(columns, Vec::width);
+    for (index_t p = 0; p < k; p += elements_per_unit<Unit>, packed += width) {
+      for_each_vec(columns, [&](index_t i, int lanes) {
+        const T* row = x + p * stride + j + i;
+        store_units(packed + i, load_column_units(row, stride, k - p, lanes, packed));
+      });
+    }
+  }
+}
 
 // Packs the transpose of rows [n, k], row i at x + i stride, into panels of [k, n].
 template <typename T, typename Unit>

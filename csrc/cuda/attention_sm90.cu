@@ -18,19 +18,13 @@ ptx::TensorMap map_of(const Heads& x, index_t first, index_t samples, int rows, 
   const auto stride = [](index_t n, index_t step) {
     return static_cast<std::uint64_t>(n == 1 ? 16 : 2 * step);
   };
-  ptx::Boxes boxes{};
-  boxes.data = static_cast<std::uint16_t*>(x.data) + first * x.stride[0];
-  boxes.sizes[0] = size(x.width);
-  boxes.sizes[1] = size(x.length);
-  boxes.sizes[2] = size(x.heads);
-  boxes.sizes[3] = size(samples);
-  boxes.strides[0] = stride(x.length, x.stride[2]);
-  boxes.strides[1] = stride(x.heads, x.stride[1]);
-  boxes.strides[2] = stride(samples, x.stride[0]);
-  boxes.rows = static_cast<std::uint32_t>(rows);
-  boxes.columns = static_cast<std::uint32_t>(box);
-  boxes.swizzle = static_cast<ptx::Swizzle>(2 * box);
-  return ptx::tensor_map(boxes);
+  return ptx::tensor_map(
+      {static_cast<std::uint16_t*>(x.data) + first * x.stride[0],
+       {size(x.width), size(x.length), size(x.heads), size(samples)},
+       {stride(x.length, x.stride[2]), stride(x.heads, x.stride[1]), stride(samples, x.stride[0])},
+       static_cast<std::uint32_t>(rows),
+       static_cast<std::uint32_t>(box),
+       static_cast<ptx::Swizzle>(2 * box)});
 }
 
 // Runs samples `first` to `first + samples`; tangents, if any, begin with `first`.

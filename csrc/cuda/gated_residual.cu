@@ -63,7 +63,7 @@ void gated_residual_forward(const GatedResidualForward& a) {
     constexpr int n = lanes<decltype(x)>;
     const Tiles tiles(a.y, n);
     launch("gated_residual_forward", forward<decltype(x), decltype(b)>, tiles.blocks, tiles.columns,
-           tiles.threads, a.place, a, length_of(a.x.rows, a.gate),
+           tiles.threads, a.place, a, length_of(a.x.rows, a.gate.rows),
            all_aligned(n, a.x, a.x_dot, a.branch, a.branch_dot, a.gate, a.gate_dot, a.y, a.y_dot));
   });
 }

@@ -112,13 +112,12 @@ __global__ void __launch_bounds__(most_threads)
 }  // namespace
 
 void layer_norm_forward(const LayerNormForward& a) {
-  const index_t length = length_of(a.x.rows, a.scale.data ? a.scale : a.shift);
+  const index_t length = length_of(a.x.rows, a.scale.data ? a.scale.rows : a.shift.rows);
   with_types(a.x.dtype, a.y.dtype, [&](auto x, auto y) {
     using X = decltype(x);
-    const dim3 threads = threads_for(a.x.width, lanes<X>);
-    launch("layer_norm_forward", forward<X, decltype(y)>, blocks_for(a.x.rows, threads), 1, threads, a.place,
-           a, length,
-           all_aligned(lanes<X>, a.x, a.x_dot, a.scale, a.scale_dot, a.shift, a.shift_dot, a.y, a.y_dot));
+    launch_rows<X>(
+        "layer_norm_forward", forward<X, decltype(y)>, a.x.rows, a.x.width, a.place, a, length,
+        all_aligned(lanes<X>, a.x, a.x_dot, a.scale, a.scale_dot, a.shift, a.shift_dot, a.y, a.y_dot));
   });
 }
 

@@ -114,11 +114,12 @@ struct TeamRow {
   __device__ __forceinline__ bool writes() const { return width > 0 && threadIdx.x == 0; }
 };
 
-inline index_t blocks_for(index_t rows, dim3 threads) { return divide_up(rows, threads.y); }
-
-// Returns the number of rows per group, of which `parameter` has one row each.
-inline index_t length_of(index_t rows, const Floats& parameter) {
-  return parameter.rows > 1 ? rows / parameter.rows : rows;
+// Launches kernel(arguments...), which takes each row of `width` elements once.
+template <typename X, typename... Parameters, typename... Arguments>
+void launch_rows(const char* what, void (*kernel)(Parameters...), index_t rows, index_t width, Place place,
+                 Arguments... arguments) {
+  const dim3 threads = threads_for(width, lanes<X>);
+  launch(what, kernel, divide_up(rows, threads.y), 1, threads, place, arguments...);
 }
 
 // Sums over rows: the `length` rows of a group are split into `shares` shares, one block each, which write
@@ -130,7 +131,7 @@ struct Shares {
   // `rows`: of all groups; `sums`: rows of sums per group.
   Shares(index_t rows, const Floats& partial, const Floats& total, index_t sums = 1)
       : groups(total.rows / sums),
-        length(groups > 1 ? rows / groups : rows),
+        length(length_of(rows, groups)),
         shares(total.rows > 0 ? partial.rows / total.rows : 0) {
     if (partial.rows != shares * total.rows || partial.width != total.width || (rows > 0 && shares == 0)) {
       throw std::invalid_argument("partial must be [groups, shares, sums, width]");

@@ -8,9 +8,8 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "common/dual.h"
+#include "common/rows.h"
 #include "cuda/runtime.h"
-#include "tensor.h"
 
 #define IMF_DEVICE static __device__ __forceinline__
 
@@ -63,24 +62,6 @@ IMF_DEVICE void store(T* p, const float* from, index_t left, bool aligned) {
   }
 }
 
-// Returns the address of column j of row i; null without a view.
-template <typename T>
-IMF_DEVICE T* row_of(const Rows& x, index_t i, index_t j = 0) {
-  return static_cast<T*>(x.data) + i * x.stride + j;
-}
-template <typename T>
-IMF_DEVICE T* row_of(const Optional<Rows>& x, index_t i, index_t j = 0) {
-  return x.data ? static_cast<T*>(x.data) + i * x.stride + j : nullptr;
-}
-template <typename T = const float>
-IMF_DEVICE T* row_of(const Floats& x, index_t i, index_t j = 0) {
-  return x.data + i * x.width + j;
-}
-template <typename T = const float>
-IMF_DEVICE T* row_of(const Optional<Floats>& x, index_t i, index_t j = 0) {
-  return x.data ? x.data + i * x.width + j : nullptr;
-}
-
 // Returns whether n elements of `size` bytes can be read at once from p and from each multiple of the
 // strides, which count elements, after it.
 inline bool aligned(int n, int size, const void* p, std::initializer_list<index_t> strides = {}) {
@@ -127,12 +108,6 @@ void with_types(DType wide, DType narrow, Body body) {
       body(w, w);
     }
   });
-}
-
-// a / b, in 32 bits where both fit: 64-bit division takes a hundred instructions.
-IMF_DEVICE index_t quotient(index_t a, index_t b) {
-  if (((a | b) >> 32) == 0) return static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b);
-  return a / b;
 }
 
 }  // namespace imf::cuda

@@ -11,9 +11,9 @@ extern "C" const char* attention_forward(int type, const std::int64_t (*tensors)
   for (int i = 0; i < 8; ++i) {
     const std::int64_t* n = tensors[i];
     auto* data = reinterpret_cast<void*>(n[0]);
-    x[i] = {data, static_cast<DType>(type), 0, n[1], n[2], n[3], n[4], {n[5], n[6], n[7]}};
+    x[i] = {data, static_cast<DType>(type), n[1], n[2], n[3], n[4], {n[5], n[6], n[7]}};
   }
-  const Floats statistics{lse, 0, x[0].batch * x[0].heads, x[0].length};
+  const Floats statistics{lse, x[0].batch * x[0].heads, x[0].length};
   cuda::ptx::processor_count() = processors;
   cuda::ptx::seed() = seed;
   try {

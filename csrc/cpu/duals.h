@@ -1,0 +1,85 @@
+// Loops over rows of which the last ones have tangents: a kernel is written once, for a Number that is a Vec
+// or a Dual<Vec>.
+#pragma once
+
+#include <type_traits>
+
+#include "common/rows.h"
+#include "cpu/parallel.h"
+#include "cpu/vec.h"
+
+namespace imf::IMF_ISA {
+namespace {
+
+template <typename Number>
+constexpr bool is_dual = !std::is_same_v<Number, Vec>;
+
+// A row and its tangent, which is ignored where Number is a Vec.
+template <typename Number, typename T>
+struct DualRow {
+  T *primal, *tangent;
+
+  Number operator()(index_t j, int lanes) const {
+    const Vec x = load_lanes(primal + j, lanes);
+    if constexpr (is_dual<Number>) {
+      return {x, load_lanes(tangent + j, lanes)};
+    } else {
+      return x;
+    }
+  }
+  // The same with zeros where `primal` or `tangent` is null.
+  Number or_zero(index_t j, int lanes) const {
+    const Vec x = load_or_zero(primal, j, lanes);
+    if constexpr (is_dual<Number>) {
+      return {x, load_or_zero(tangent, j, lanes)};
+    } else {
+      return x;
+    }
+  }
+  void store(index_t j, Number x, int lanes) const {
+    if constexpr (is_dual<Number>) {
+      store_lanes(primal + j, x.primal, lanes);
+      store_lanes(tangent + j, x.tangent, lanes);
+    } else {
+      store_lanes(primal + j, x, lanes);
+    }
+  }
+  void prefetch(index_t j, index_t tangent_j) const {
+    IMF_ISA::prefetch(primal + j);
+    if constexpr (is_dual<Number>) IMF_ISA::prefetch(tangent + tangent_j);
+  }
+};
+
+// Returns row `row` of x, from column j on, with row `t` of x_dot.
+template <typename Number, typename T = const float, typename View, typename Tangent>
+inline DualRow<Number, T> dual_row(const View& x, index_t row, const Tangent& x_dot, index_t t,
+                                   index_t j = 0) {
+  return {row_of<T>(x, row, j), is_dual<Number> ? row_of<T>(x_dot, t, j) : nullptr};
+}
+
+// Calls body(j, lanes) over a share of elements, a vector at a time from its beginning on.
+template <typename Body>
+inline void for_each_vec(Range share, Body body) {
+  for_each_vec(share.end - share.begin, [&](index_t j, int lanes) { body(share.begin + j, lanes); });
+}
+
+// Calls body(number, row, t) for the rows of a share: `number` is a Vec or, from row `first_tangent` on, a
+// Dual<Vec>, whose type counts alone; t = row - first_tangent. Not inlined, but `body` is.
+template <typename Body>
+[[gnu::noinline, gnu::flatten]] void for_rows(Range share, index_t first_tangent, Body body) {
+  index_t row = share.begin;
+  for (; row < share.end && row < first_tangent; ++row) body(Vec(), row, index_t{0});
+  for (; row < share.end; ++row) body(Dual<Vec>(), row, row - first_tangent);
+}
+
+// The same for the rows of y, on at most `threads` threads.
+template <typename Body>
+inline void for_each_row(const Rows& y, const Rows& y_dot, int threads, Body body) {
+  const int team = team_size(threads, (y.rows + y_dot.rows) * y.width, y.rows);
+  on_each_thread(team, [&](int thread) {
+    for_rows(share_of_rows(y.rows, y_dot.rows, thread, team), y.rows - y_dot.rows, body);
+  });
+}
+
+}  // namespace
+}  // namespace imf::IMF_ISA
