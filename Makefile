@@ -104,6 +104,7 @@ lint: $(DEVELOP)
 	$(FIND_TOOLS) ruff check .
 	$(FIND_TOOLS) ruff format --check .
 	$(BIN)/python -m mypy
+	$(FIND_TOOLS) lint-imports
 	$(FIND_TOOLS) clang-format --dry-run --Werror $(CPP) $(TEST_CPP)
 
 format: $(DEVELOP)

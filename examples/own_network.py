@@ -14,7 +14,7 @@ import imf
 import imf_kernels as ik
 from imf.data import Batches, load
 from imf.mean_flow.objective import mean_flow
-from imf.objective.imf_loss import Guidance
+from imf.objective.draws import Guidance
 
 
 class Adapter(nn.Module):

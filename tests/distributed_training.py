@@ -15,7 +15,8 @@ import torch
 from tiny_run import ALONE, NETWORK, config, resumed
 
 from imf.distributed import agreed, initialized
-from imf.mean_flow.methods import network_of, objective
+from imf.mean_flow.methods import network_of
+from imf.mean_flow.objective import objective
 from imf.objective.draws import Draws
 from imf.program import UserError
 from imf.training import checkpoint, loop, session

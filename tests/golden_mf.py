@@ -12,8 +12,7 @@ import imf_kernels as ik
 from imf.mean_flow.network import DiT
 from imf.model.config import ORIGINAL, IMFConfig
 from imf.networks import build
-from imf.objective.draws import Draws
-from imf.objective.imf_loss import Guidance
+from imf.objective.draws import Draws, Guidance
 from imf.official.names import from_flax
 
 

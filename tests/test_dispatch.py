@@ -1,7 +1,6 @@
 """The choice of a backend: by name or the first that can, with its reasons, never in silence."""
 
 import logging
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from conftest import NO_OPERATIONS
 
 import imf_kernels as ik
 from imf_kernels import info
-from imf_kernels.backends import cpu, cuda, dispatch
+from imf_kernels.backends import cpu, dispatch
 from imf_kernels.backends.dispatch import Backend, choose
 from imf_kernels.backends.operators import OPERATIONS
 
@@ -92,20 +91,3 @@ def test_operations_without_kernels_of_a_name_take_it_for_another():
         ValueError, match="linear: backend must be one of 'cpu', 'triton', 'cuda', 'reference', got 'gpu'"
     ):
         ik.linear(x, weight, backend="gpu")
-
-
-def test_the_table_of_operations_is_what_is_registered():
-    readme = (Path(ik.__file__).parent.parent / "README.md").read_text()
-    section = readme.partition("## Operations and backends")[2].partition("\n\n`reference`")[0]
-    rows = {}
-    for line in section.splitlines():
-        if line.startswith("| `"):
-            name, _, *marks = (cell.strip() for cell in line.strip("|").split("|"))
-            rows[name.strip("`")] = marks
-    rows.pop("linear_map")
-    for operation in OPERATIONS.values():
-        has = {backend.name for backend in operation.backends}
-        marks = dict(zip(("reference", "cpu", "triton", "cuda"), rows[operation.public], strict=True))
-        assert {name for name, mark in marks.items() if mark} == has, operation.name
-        assert marks["cuda"] in ("", "on request") or cuda.VERIFIED
-    assert set(rows) == {operation.public for operation in OPERATIONS.values()}

@@ -17,9 +17,7 @@ from imf_kernels.backends.operators import OPERATIONS
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
-# The public names of imf, without which a page that uses them cannot run.
 PUBLIC = ["Draws", "IMFConfig", "build", "generate", "improved_mean_flow", "load"]
-public_names = pytest.mark.skipif(not hasattr(imf, "build"), reason="imf has no public names yet")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
@@ -36,8 +34,6 @@ def test_python_blocks(page, tmp_path, monkeypatch, capsys):
         if fence.info:
             (reason,) = re.fullmatch(r'skip="(.+)"', fence.info).groups()
             skipped.append(f"line {fence.line}: {reason}")
-        elif "imf.build" in fence.text and not hasattr(imf, "build"):
-            pytest.skip("imf has no public names yet")
         else:
             capsys.readouterr()
             exec(compile("\n" * fence.line + fence.text, str(page), "exec"), namespace)
@@ -108,8 +104,7 @@ def test_links_files_and_names(page):
     ):
         assert (ROOT / file).exists(), f"{file} does not exist"
     for name in re.findall(r"(?<![\w/.])((?:imf|imf_kernels)(?:\.[A-Za-z_]\w*)+)(?![\w/])", text):
-        known = hasattr(imf, "build") or name.split(".")[1] not in PUBLIC
-        if known and not name.endswith((".pyi", ".so", ".py")):
+        if not name.endswith((".pyi", ".so", ".py")):
             pkgutil.resolve_name(name)
 
 
@@ -159,13 +154,11 @@ def test_public_names_of_imf_kernels():
     ]
 
 
-@public_names
 def test_public_names_of_imf():
     assert sorted(imf.__all__) == PUBLIC
     assert all(getattr(imf, name).__doc__ for name in PUBLIC)
 
 
-@public_names
 def test_load(tmp_path):
     """A run's folder or a checkpoint, as text or as a path: the averaged network, and what the file says."""
     from imf import train

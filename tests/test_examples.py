@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import imf
-
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = {
     "quickstart.py": "--tokens 16 --width 48 --depth 1",
@@ -21,8 +19,6 @@ MOST_LINES = {"quickstart.py": 79, "own_loop.py": 40, "own_network.py": 80}
 
 def run(name, folder):
     """The output of an example, run in an empty folder."""
-    if "import imf\n" in (EXAMPLES / name).read_text() and not hasattr(imf, "build"):
-        pytest.skip("imf.build is not there yet")
     if name == "own_network.py":
         pytest.importorskip("diffusers", reason="networks of other people: pip install diffusers")
     command = [sys.executable, str(EXAMPLES / name), *SMALL[name].split()]

@@ -8,8 +8,8 @@ import torch
 from test_dit import TINY, network
 from test_objective import draws_for
 
-from imf.mean_flow.methods import METHODS, network_of, objective
-from imf.mean_flow.objective import mean_flow
+from imf.mean_flow.methods import METHODS, network_of
+from imf.mean_flow.objective import mean_flow, objective
 from imf.networks import build
 from imf.objective.draws import Draws, Guidance
 

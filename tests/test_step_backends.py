@@ -6,9 +6,9 @@ from conftest import CUDA_ON_GPU, ON_GPU, running_on
 from tiny_run import perturbed
 
 import imf_kernels as ik
-from imf.mean_flow.methods import METHODS, objective
-from imf.objective.draws import Draws
-from imf.objective.imf_loss import Guidance
+from imf.mean_flow.methods import METHODS
+from imf.mean_flow.objective import objective
+from imf.objective.draws import Draws, Guidance
 
 
 def step_of(model, method, backend, batch=4):

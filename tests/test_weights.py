@@ -8,11 +8,11 @@ import torch._dynamo.testing
 from tiny_run import NETWORK, perturbed
 
 import imf_kernels as ik
-from imf.mean_flow.methods import METHODS, objective
+from imf.mean_flow.methods import METHODS
+from imf.mean_flow.objective import objective
 from imf.model.cast_weights import ALIGNMENT, cast_once, cast_weight
 from imf.model.imf import Block
-from imf.objective.draws import Draws
-from imf.objective.imf_loss import Guidance
+from imf.objective.draws import Draws, Guidance
 
 ODD = dataclasses.replace(NETWORK, hidden_size=32, mlp_ratio=1.35)  # 43 hidden channels
 

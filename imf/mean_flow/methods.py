@@ -1,25 +1,17 @@
 """The methods that can be trained: original Mean Flows, Improved Mean Flows, and each step between them.
 
-A method is an objective and the form of the network that it needs; sizes are the configuration's own. They
-are in the order of the ablations in "Improved Mean Flows" (arXiv 2512.02012); each adds one thing to the one
-before it.
+A method is an objective (`imf.mean_flow.objective.objective`) and the form of the network that it needs;
+sizes are the configuration's own. They are in the order of the ablations in "Improved Mean Flows" (arXiv
+2512.02012); each adds one thing to the one before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
-
-from imf.mean_flow.objective import mean_flow
 from imf.model.config import IMFConfig
-from imf.objective.draws import Draws
-from imf.objective.imf_loss import Guidance, Loss, StepDraws, improved_mean_flow
-
-Objective = Callable[[nn.Module, Tensor, Tensor, Draws | StepDraws], Loss]
+from imf.objective.draws import Guidance
 
 
 @dataclass(frozen=True)
@@ -28,22 +20,25 @@ class Method:
 
     Attributes:
         text: what it adds to the one before it.
-        objective: called as `objective(model, x, y, draws)`, with `guidance=` where that is fixed.
+        tangent: "v_c", "v_g", or "v" for the v-head's.
         omega_input, interval_input, conditioning, block: the form of the network, as of `IMFConfig`.
-        v_head: whether the network has a head for v.
     """
 
     text: str
-    objective: Callable[..., Loss]
+    tangent: str = "v"
     omega_input: bool = True
     interval_input: bool = True
     conditioning: str = "adaln"
     block: str = "plain"
-    v_head: bool = True
+
+    @property
+    def v_head(self) -> bool:
+        """Whether the network has a head for v."""
+        return self.tangent == "v"
 
     @property
     def form(self) -> dict[str, Any]:
-        """Those fields of an `IMFConfig` that the method decides."""
+        """The fields of an `IMFConfig` that the method decides."""
         return {
             name: getattr(self, name) for name in ("conditioning", "block", "omega_input", "interval_input")
         }
@@ -51,32 +46,18 @@ class Method:
 
 _FIXED: dict[str, Any] = {"omega_input": False, "interval_input": False}
 METHODS = {
-    "mf": Method("original Mean Flows", mean_flow, v_head=False, **_FIXED),
-    "imf-boundary": Method(
-        "v-loss, v = u(z, t, t) as tangent", partial(mean_flow, tangent="v_c"), v_head=False, **_FIXED
-    ),
-    "imf-vhead": Method("v-loss, v from an auxiliary head", improved_mean_flow, **_FIXED),
-    "imf-omega": Method("+ ω as an input", improved_mean_flow, interval_input=False),
-    "imf-interval": Method("+ interval as an input", improved_mean_flow),
-    "imf-tokens": Method(
-        "+ in-context tokens in place of adaLN-zero", improved_mean_flow, conditioning="tokens"
-    ),
-    "imf": Method(
-        "+ SwiGLU, RMSNorm, RoPE: Improved Mean Flows",
-        improved_mean_flow,
-        conditioning="tokens",
-        block="modern",
-    ),
+    "mf": Method("original Mean Flows", tangent="v_g", **_FIXED),
+    "imf-boundary": Method("v-loss, v = u(z, t, t) as tangent", tangent="v_c", **_FIXED),
+    "imf-vhead": Method("v-loss, v from an auxiliary head", **_FIXED),
+    "imf-omega": Method("+ ω as an input", interval_input=False),
+    "imf-interval": Method("+ interval as an input"),
+    "imf-tokens": Method("+ in-context tokens in place of adaLN-zero", conditioning="tokens"),
+    "imf": Method("+ SwiGLU, RMSNorm, RoPE: Improved Mean Flows", conditioning="tokens", block="modern"),
 }
 
 
-def objective(method: str, guidance: Guidance) -> Objective:
-    """The objective of a method; `guidance` is what networks without ω as an input are trained for."""
-    return partial(METHODS[method].objective, guidance=guidance_of(method, guidance))
-
-
 def guidance_of(method: str, guidance: Guidance) -> Guidance | None:
-    """What `imf.objective.imf_loss.prepare` takes: `guidance`, or `None` for networks with ω as an input."""
+    """Returns the guidance of an objective: `guidance`, or `None` for networks with ω as an input."""
     return None if METHODS[method].omega_input else guidance
 
 

@@ -15,9 +15,13 @@ Sources: "Mean Flows" (arXiv 2505.13447) and its official program; "Improved Mea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
+from imf.mean_flow.methods import METHODS, guidance_of
 from imf.model.config import config_of
 from imf.objective.draws import Draws, Guidance, StepDraws
 from imf.objective.imf_loss import (
@@ -26,6 +30,7 @@ from imf.objective.imf_loss import (
     cast_once_on_gpus,
     check_batch,
     guided_velocity,
+    improved_mean_flow,
     instantaneous_velocities,
     interpolate,
     squared_error,
@@ -84,3 +89,13 @@ def mean_flow(
     loss_u, loss_v = error.detach().mean() / x[0].numel(), (u.primal.detach() - v_t).square().mean()
     loss = adaptive(error, norm_eps, norm_p).mean()
     return Loss(loss, loss_u, loss_v, u.primal.detach(), None, du_dt, v_g)
+
+
+Objective = Callable[[nn.Module, Tensor, Tensor, Draws | StepDraws], Loss]
+
+
+def objective(method: str, guidance: Guidance) -> Objective:
+    """The objective of a method; `guidance` is what networks without ω as an input are trained for."""
+    if METHODS[method].v_head:
+        return partial(improved_mean_flow, guidance=guidance_of(method, guidance))
+    return partial(mean_flow, guidance=guidance, tangent=METHODS[method].tangent)

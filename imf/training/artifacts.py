@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imf.data import LabelledImages
 from imf.evaluation.digits import evaluate, table
@@ -13,7 +13,9 @@ from imf.sampling import class_grid
 from imf.training import checkpoint
 from imf.training.checkpoint import Metadata
 from imf.training.config import TrainConfig
-from imf.training.setup import Run
+
+if TYPE_CHECKING:  # for the annotations
+    from imf.training.setup import Run
 
 
 def save(run: Run) -> None:

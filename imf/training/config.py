@@ -12,8 +12,7 @@ import torch
 
 from imf.mean_flow.methods import METHODS, network_of
 from imf.model.config import IMFConfig, check_guidance
-from imf.objective.draws import MAX_LOG_POWER
-from imf.objective.imf_loss import Guidance
+from imf.objective.draws import MAX_LOG_POWER, Guidance
 
 # 8 x 8 images in patches of 2 x 2: 16 patch tokens beside the 20 condition tokens.
 DIGITS_NETWORK = IMFConfig(

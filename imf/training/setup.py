@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from imf import data, random
 from imf.distributed import DistributedContext, choose_device
 from imf.io import write_json
-from imf.mean_flow.methods import Objective, guidance_of, objective
+from imf.mean_flow.methods import guidance_of
+from imf.mean_flow.objective import Objective, objective
 from imf.model.imf import IMF
 from imf.networks import build
 from imf.objective.draws import Guidance
