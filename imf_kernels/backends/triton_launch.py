@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imf_kernels import _C
 from imf_kernels.backends.dispatch import Backend, cached_constant
 from imf_kernels.backends.layout import too_wide, without_memory
 
@@ -32,7 +33,7 @@ _MOST_KEPT = 1024
 # Releases of Triton whose compiled kernels are launched directly; others use the public API.
 _DIRECT = (3, 6), (3, 9)
 
-Tensors = Sequence["Tensor | tuple[Tensor | None, ...] | None"]
+Tensors = tuple["Tensor | None", ...]
 Fixed = tuple["int | Fixed | None", ...]
 
 
@@ -144,21 +145,16 @@ class Launcher:
         """Launches the kernel on `grid`, programs along two axes, unless that is empty.
 
         Args:
-            tensors: tensors and tuples of them, `None` for missing ones; the first is a tensor.
+            tensors: tensors, `None` for missing ones.
             numbers: integers and floats, each the same type in every call.
         """
         if 0 in grid:
             return
-        device = tensors[0].get_device()  # type: ignore[union-attr]
+        kind, device, arguments = _C.launch(tensors, self.fixed, numbers)
         if device < 0:  # in the interpreter
             self.kernel[grid](*tensors, *self.fixed, *numbers, **self.constants)
             return
-        key: list[object] = [self, device]
-        arguments = (*_addresses(tensors, key), *self.fixed, *numbers)
-        if not max(numbers) < 1 << 31:
-            key.append(("int64", *[not number < 1 << 31 for number in numbers]))
-        kind = tuple(key)
-        launch = _kept.get(kind)
+        launch = _kept.get((self, device, kind))
         if launch is not None and torch._C._cuda_getDevice() == device:
             launch(grid, device, arguments)
             return
@@ -171,27 +167,7 @@ class Launcher:
         if launch := _direct(compiled, len(self.kernel.arg_names) - len(arguments)):
             if len(_kept) >= _MOST_KEPT:
                 _kept.clear()
-            _kept[kind] = launch
-
-
-def _addresses(tensors: Tensors, key: list[object]) -> list[object]:
-    """Returns the tensors' addresses; appends to `key` their dtypes and, if any, which are misaligned."""
-    addresses: list[Any] = []
-    bits = 0
-    for x in tensors:
-        if x is None:
-            key.append(None)
-            addresses.append(None)
-        elif isinstance(x, tuple):
-            addresses.append(tuple(_addresses(x, key)))
-        else:
-            key.append(x.dtype)
-            address = x.data_ptr()
-            addresses.append(address)
-            bits |= address
-    if bits & 15:
-        key.append(tuple([isinstance(address, int) and address & 15 > 0 for address in addresses]))
-    return addresses
+            _kept[self, device, kind] = launch
 
 
 def _direct(compiled: Any, constants: int) -> Callable[..., None] | None:
