@@ -27,7 +27,7 @@ schemas: dict[str, str]
 
 def key(arguments: tuple[object, ...], /) -> bytes | None: ...  # None where a choice must not be remembered
 def launch(
-    tensors: tuple[Tensor | None, ...], fixed: tuple[object, ...], numbers: tuple[float, ...], /
+    tensors: tuple[Tensor | None, ...], fixed: tuple[object, ...], numbers: tuple[float | None, ...], /
 ) -> tuple[bytes, int, tuple[object, ...]]: ...  # kind, device, arguments
 def supported_isas() -> list[str]: ...
 def isa_unavailable(name: str, /) -> str: ...

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from imf_kernels import _C
 from imf_kernels.backends.dispatch import Backend, cached_constant
-from imf_kernels.backends.layout import too_wide, without_memory
+from imf_kernels.backends.layout import too_wide, unfit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 16384  # elements of a row in a program's registers
@@ -72,24 +72,13 @@ def interpreted() -> bool:
 
 def unavailable(tensors: Sequence[Tensor], widest: int | None = None) -> str | None:
     """Returns why `triton` cannot take these tensors, whose first has rows up to `widest`; else `None`."""
-    for x in tensors:
-        if reason := _refused(x):
-            return reason
+    on_cpu = interpreted() and tensors[0].device.type == "cpu"
+    if reason := unfit(tensors, "cpu" if on_cpu else "cuda", DTYPES, "CUDA and ROCm"):
+        return reason
+    if on_cpu and any(x.dtype == torch.bfloat16 for x in tensors):
+        return "Triton's interpreter is wrong in bfloat16; it takes float32 and float16"
     device = tensors[0].get_device()
     return missing() or (None if device < 0 else _too_old(device)) or too_wide(tensors[0], widest)
-
-
-def _refused(x: Tensor) -> str | None:
-    """Returns why the kernels cannot take a tensor; `None` if they can."""
-    if x.dtype not in DTYPES:
-        return f"it takes float32, bfloat16 and float16, got {str(x.dtype).removeprefix('torch.')}"
-    if x.device.type != "cuda" and not (x.device.type == "cpu" and interpreted()):
-        return f"it takes CUDA and ROCm tensors, got one on {x.device}"
-    if x.dtype == torch.bfloat16 and interpreted():
-        return "Triton's interpreter is wrong in bfloat16; it takes float32 and float16"
-    if reason := without_memory(x):
-        return f"it takes tensors that lie in memory, got {reason}"
-    return None
 
 
 @cached_constant
@@ -141,12 +130,12 @@ class Launcher:
         # whether there is a tangent: kernels call `tl.fma` instead.
         self.constants = {"enable_fp_fusion": False, **constants}
 
-    def __call__(self, grid: tuple[int, int], tensors: Tensors, *numbers: float) -> None:
+    def __call__(self, grid: tuple[int, int], tensors: Tensors, *numbers: float | None) -> None:
         """Launches the kernel on `grid`, programs along two axes, unless that is empty.
 
         Args:
             tensors: tensors, `None` for missing ones.
-            numbers: integers and floats, each the same type in every call.
+            numbers: integers, floats and `None`, each the same type in every call.
         """
         if 0 in grid:
             return
