@@ -36,6 +36,7 @@ PYBIND11_MODULE(_C, m) {
   for (const Definition definition : definitions()) definition(m);
 
   m.def("key", &key);
+  m.def("launch", &launch);
   m.def("supported_isas", &supported_isas);
   m.def("isa_unavailable", &isa_unavailable);
   m.def("set_isa", &set_isa);

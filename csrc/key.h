@@ -1,4 +1,4 @@
-// Cache key of the choice of a kernel: all that the choice depends on, as bytes.
+// Cache keys, as bytes: of the choice of a kernel, and of a compiled Triton kernel.
 #ifndef IMF_KEY
 #define IMF_KEY
 
@@ -99,6 +99,44 @@ inline pybind11::object key(const pybind11::tuple& arguments) {
                             PyTorch::ask(torch.profiling) << 2));
   if (!key.add(arguments.ptr(), torch)) return pybind11::none();
   return key.made();
+}
+
+// Returns what a launch of a Triton kernel needs: its kind, the device (-1: the CPU), and its arguments.
+//
+// The kind is all that Triton specialises the kernel on: each tensor's dtype and alignment to 16 bytes, which
+// tensors are None, and which integers need 64 bits. The arguments are the tensors' addresses, `fixed` and
+// `numbers`.
+inline pybind11::tuple launch(const pybind11::tuple& tensors, const pybind11::tuple& fixed,
+                              const pybind11::tuple& numbers) {
+  const PyTorch& torch = PyTorch::instance();
+  pybind11::tuple arguments(tensors.size() + fixed.size() + numbers.size());
+  std::size_t place = 0;
+  const auto give = [&](PyObject* stolen) {
+    if (!stolen) throw pybind11::error_already_set();
+    PyTuple_SET_ITEM(arguments.ptr(), static_cast<Py_ssize_t>(place++), stolen);
+  };
+  std::string kind;
+  int device = -1;
+  for (const pybind11::handle tensor : tensors) {
+    if (tensor.is_none()) {
+      kind += '0';
+      give(tensor.inc_ref().ptr());
+      continue;
+    }
+    DLTensor x;
+    if (torch.api->dltensor_from_py_object_no_sync(tensor.ptr(), &x)) throw pybind11::error_already_set();
+    if (x.device_type != dl_cpu) device = x.device_id;
+    const std::uintptr_t address = x.data ? reinterpret_cast<std::uintptr_t>(x.data) + x.byte_offset : 0;
+    kind += static_cast<char>(x.dtype.code);
+    kind += static_cast<char>(address % 16 ? -x.dtype.bits : x.dtype.bits);
+    give(PyLong_FromSize_t(address));
+  }
+  for (const pybind11::handle x : fixed) give(x.inc_ref().ptr());
+  for (const pybind11::handle x : numbers) {
+    if (PyLong_CheckExact(x.ptr())) kind += PyLong_AsLongLong(x.ptr()) >> 31 ? 'l' : 'i';
+    give(x.inc_ref().ptr());
+  }
+  return pybind11::make_tuple(pybind11::bytes(kind), device, arguments);
 }
 
 }  // namespace imf

@@ -11,6 +11,22 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
+def _operator(name: str, sign: str, reflected: bool = False) -> Callable[[Dual, Any], Dual]:
+    def operator(x: Dual, other: Any) -> Dual:
+        value = arithmetic.operand(other)
+        if value is not None:
+            return arithmetic.FUNCTIONS[name](*((value, x) if reflected else (x, value)))
+        if hasattr(other, "__array__"):
+            left, right = (type(t).__name__ for t in ((other, x) if reflected else (x, other)))
+            raise TypeError(
+                f"unsupported operand type(s) for {sign}: {left!r} and {right!r}. "
+                "torch.from_numpy(array) makes a tensor of an array"
+            )
+        return NotImplemented
+
+    return operator
+
+
 class Dual:
     """A primal `x` and its tangent `x_dot`: the pair that every operation of this library maps to a pair.
 
@@ -92,27 +108,10 @@ class Dual:
     # NumPy leaves `number * dual` to the Dual, and refuses `array * dual`.
     __array_ufunc__ = None
 
-    def __add__(self, other: Any) -> Dual:
-        return _arithmetic("add", self, other)
-
-    __radd__ = __add__
-
-    def __sub__(self, other: Any) -> Dual:
-        return _arithmetic("sub", self, other)
-
-    def __rsub__(self, other: Any) -> Dual:
-        return _arithmetic("sub", other, self)
-
-    def __mul__(self, other: Any) -> Dual:
-        return _arithmetic("mul", self, other)
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, other: Any) -> Dual:
-        return _arithmetic("div", self, other)
-
-    def __rtruediv__(self, other: Any) -> Dual:
-        return _arithmetic("div", other, self)
+    __add__ = __radd__ = _operator("add", "+")
+    __sub__, __rsub__ = _operator("sub", "-"), _operator("sub", "-", reflected=True)
+    __mul__ = __rmul__ = _operator("mul", "*")
+    __truediv__, __rtruediv__ = _operator("div", "/"), _operator("div", "/", reflected=True)
 
     def __pow__(self, exponent: Any) -> Dual:
         exponent = arithmetic.operand(exponent)
@@ -168,21 +167,6 @@ _ARITHMETIC = {
 }
 
 
-_SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
-
-
-def _arithmetic(name: str, a: Any, b: Any) -> Any:
-    left, right = arithmetic.operand(a), arithmetic.operand(b)
-    if left is not None and right is not None:
-        return arithmetic.FUNCTIONS[name](left, right)
-    if hasattr(b if right is None else a, "__array__"):
-        raise TypeError(
-            f"unsupported operand type(s) for {_SIGNS[name]}: {type(a).__name__!r} and {type(b).__name__!r}. "
-            "torch.from_numpy(array) makes a tensor of an array"
-        )
-    return NotImplemented
-
-
 _BY_JVP = (
     "imf_kernels.jvp(function, (x.primal,), (x.tangent.detach(),)) differentiates any function of tensors; "
     "where no tangent is wanted, x.primal"
@@ -190,7 +174,7 @@ _BY_JVP = (
 _ONE_NUMBER = "A number has no tangent: x.primal.item()"
 _BITS = "A Dual has no bits; for masks, x.primal > 0 or the like"
 # Operators that a Dual does not have: their Python notation, and what to use instead.
-_REFUSED = {
+_REFUSED: dict[tuple[str, ...], tuple[str, str]] = {
     ("matmul", "rmatmul"): (
         "@",
         "imf_kernels.linear(x, w) is x @ w.mT; with another constant matrix, which keeps batch rows apart, "
@@ -208,19 +192,14 @@ _REFUSED = {
         "A Dual does not change: join its parts with imf_kernels.cat, or x * mask + values",
     ),
     ("bool",): ("bool()", "Its truth would be that of its values: bool(x.primal); or x is not None"),
-    ("int",): ("int()", _ONE_NUMBER),
-    ("float",): ("float()", _ONE_NUMBER),
-    ("complex",): ("complex()", _ONE_NUMBER),
+    **{(name,): (f"{name}()", _ONE_NUMBER) for name in ("int", "float", "complex")},
     ("round",): ("round()", _BY_JVP),
-    ("floor",): ("math.floor()", _BY_JVP),
-    ("ceil",): ("math.ceil()", _BY_JVP),
-    ("trunc",): ("math.trunc()", _BY_JVP),
+    **{(name,): (f"math.{name}()", _BY_JVP) for name in ("floor", "ceil", "trunc")},
     ("invert",): ("~", _BITS),
-    ("and", "rand"): ("&", _BITS),
-    ("or", "ror"): ("|", _BITS),
-    ("xor", "rxor"): ("^", _BITS),
-    ("lshift", "rlshift"): ("<<", _BITS),
-    ("rshift", "rrshift"): (">>", _BITS),
+    **{
+        (name, f"r{name}"): (sign, _BITS)
+        for name, sign in (("and", "&"), ("or", "|"), ("xor", "^"), ("lshift", "<<"), ("rshift", ">>"))
+    },
     ("array",): (
         "Conversion to NumPy",
         "Take one array of each part: x.primal.detach().numpy(), x.tangent.detach().numpy()",
@@ -336,10 +315,7 @@ def last_rows(x: Tensor, like: Tensor) -> Tensor:
 
 def stored(*tangents: Tensor | None) -> Tensor | None:
     """Returns the first tangent that is not a structural zero."""
-    for tangent in tangents:
-        if tangent is not None:
-            return tangent
-    return None
+    return next((tangent for tangent in tangents if tangent is not None), None)
 
 
 def no_gradient(ctx: Any, tangent: Tensor) -> None:

@@ -26,6 +26,9 @@ cuda_sm90: bool
 schemas: dict[str, str]
 
 def key(arguments: tuple[object, ...], /) -> bytes | None: ...  # None where a choice must not be remembered
+def launch(
+    tensors: tuple[Tensor | None, ...], fixed: tuple[object, ...], numbers: tuple[float | None, ...], /
+) -> tuple[bytes, int, tuple[object, ...]]: ...  # kind, device, arguments
 def supported_isas() -> list[str]: ...
 def isa_unavailable(name: str, /) -> str: ...
 def set_isa(name: str, /) -> None: ...

@@ -82,12 +82,13 @@ def test_rows_wider_than_a_block_holds_are_refused(monkeypatch):
         shape=torch.Size((2, 8192)),
         dim=lambda: 2,
     )
-    for name in ("without_memory", "missing", "_not_built_for"):
+    for name in ("unfit", "missing", "_not_built_for"):
         monkeypatch.setattr(cuda, name, lambda *asked: None)
     assert cuda.unavailable([x], widest=8192) is None
     assert cuda.unavailable([x], widest=8191) == "it takes rows of at most 8191, got 8192"
     x.shape, x.dim = torch.Size(()), lambda: 0
     assert cuda.unavailable([x], widest=8192) is None  # a scalar
+    monkeypatch.undo()
     assert "got float64" in cuda.unavailable([torch.empty(2, 8, dtype=torch.float64)], widest=8192)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from imf_kernels import _C
 from imf_kernels.backends.dispatch import Backend
-from imf_kernels.backends.layout import without_memory
+from imf_kernels.backends.layout import unfit
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -44,14 +44,7 @@ def shares(groups: int, length: int, width: int, count: int) -> int:
 
 def unavailable(tensors: Sequence[Tensor]) -> str | None:
     """Returns why the `cpu` backend cannot take these tensors; `None` if it can."""
-    for x in tensors:
-        if x.device.type != "cpu":
-            return f"it takes CPU tensors, got one on {x.device}"
-        if x.dtype not in DTYPES:
-            return f"it takes float32 and bfloat16, got {str(x.dtype).removeprefix('torch.')}"
-        if reason := without_memory(x):
-            return f"it takes tensors that lie in memory, got {reason}"
-    return None
+    return unfit(tensors, "cpu", DTYPES)
 
 
 def instruction_sets() -> list[str]:

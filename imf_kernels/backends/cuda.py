@@ -11,7 +11,7 @@ from torch import Tensor
 from imf_kernels import _C
 from imf_kernels.backends.cpu import kernels as compiled
 from imf_kernels.backends.dispatch import Backend, cached_constant
-from imf_kernels.backends.layout import too_wide, without_memory
+from imf_kernels.backends.layout import too_wide, unfit
 from imf_kernels.backends.verified import CUDA as VERIFIED
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,13 +37,8 @@ def missing() -> str | None:
 
 def unavailable(tensors: Sequence[Tensor], widest: int | None = None) -> str | None:
     """Returns why a `cuda` backend cannot take these tensors; `None` if it can."""
-    for x in tensors:
-        if x.dtype not in DTYPES:
-            return f"it takes float32, bfloat16 and float16, got {str(x.dtype).removeprefix('torch.')}"
-        if x.device.type != "cuda":
-            return f"it takes CUDA tensors, got one on {x.device}"
-        if reason := without_memory(x):
-            return f"it takes tensors that lie in memory, got {reason}"
+    if reason := unfit(tensors, "cuda", DTYPES):
+        return reason
     return missing() or _not_built_for(tensors[0].get_device()) or too_wide(tensors[0], widest)
 
 

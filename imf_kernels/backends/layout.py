@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -85,6 +86,22 @@ def without_memory(x: Tensor) -> str | None:
     # A fake tensor must not be asked for its address: PyTorch warns, and will raise.
     if hasattr(x, "fake_mode") or (x.numel() and x.data_ptr() == 0):
         return "a tensor without memory (fake, meta or symbolically zero)"
+    return None
+
+
+def unfit(
+    tensors: Sequence[Tensor], device: str, dtypes: Sequence[torch.dtype], devices: str = ""
+) -> str | None:
+    """Returns why kernels for some dtypes on a type of device, for messages `devices`, cannot take tensors;
+    `None` if they can."""
+    for x in tensors:
+        if x.dtype not in dtypes:
+            *others, last = (str(dtype).removeprefix("torch.") for dtype in (*dtypes, x.dtype))
+            return f"it takes {', '.join(others[:-1])} and {others[-1]}, got {last}"
+        if x.device.type != device:
+            return f"it takes {devices or device.upper()} tensors, got one on {x.device}"
+        if reason := without_memory(x):
+            return f"it takes tensors that lie in memory, got {reason}"
     return None
 
 

@@ -14,6 +14,7 @@ the latter, stay in the graph. Eager mode does without operators, which take two
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -21,8 +22,10 @@ from typing import Any, ClassVar, Generic
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionMeta
 
 from imf_kernels import _C
+from imf_kernels.backends import cpu, cuda, triton_launch
 from imf_kernels.backends.dispatch import (
     Asked,
     Backend,
@@ -33,6 +36,7 @@ from imf_kernels.backends.dispatch import (
     without_autocast,
 )
 from imf_kernels.backends.layout import last_contiguous, without_memory
+from imf_kernels.dual import Dual, align, unchecked, unpack
 
 _LIBRARY = torch.library.Library("imf_kernels", "DEF")
 MOST_CHOICES = 1024  # that an operation remembers
@@ -51,14 +55,17 @@ def profiled_names(kind: str) -> tuple[str, ...]:
 class Operation(Generic[Asked]):
     """An operation that maps duals to a dual.
 
+    Its arguments are primals, each followed by its tangent or `None`, then all others.
+
     Args:
         name: of the operation and its operator.
-        function: its `autograd.Function`, `None` without kernels. `forward(ctx, kernels, *arguments)` returns
-            the result and its tangent or `None`; its annotations give the operator's schema. PyTorch or the
-            functions of `kernels` do all the work.
-        reference: the definition in plain PyTorch, `reference(*arguments)`.
+        reference: the definition in plain PyTorch, `reference(*arguments)`: the result and its tangent or
+            `None`.
         check: raises for arguments that do not fit, and returns those that backends inspect, mostly tensors.
         backends: those with kernels, best first.
+        forward, backward: of its `autograd.Function`, `None` without kernels: `forward(ctx, kernels,
+            *arguments)` returns what the reference does; its annotations give the operator's schema. PyTorch
+            or the functions of `kernels` do all the work.
         kind: of its work, in profiles: "rows", "attention" or "products".
         public, kernels: name of the public function and prefix of the kernels, `name` by default.
         schemas: of the kernels by name, if they are not in the compiled module; `fakes`: the same functions
@@ -71,10 +78,11 @@ class Operation(Generic[Asked]):
     def __init__(
         self,
         name: str,
-        function: type[torch.autograd.Function] | None,
         reference: Callable[..., Result],
         check: Callable[..., Asked],
-        backends: Sequence[Backend[Asked]],
+        backends: Sequence[Backend[Asked]] = (),
+        forward: Callable[..., Result] | None = None,
+        backward: Callable[..., Any] | None = None,
         *,
         kind: str = "rows",
         public: str | None = None,
@@ -86,15 +94,23 @@ class Operation(Generic[Asked]):
         reference_aliases: tuple[str, ...] = (),
     ) -> None:
         self.name, self.kind, self.public = name, kind, public or name
-        self.reference, self.function, self._check = reference, function, check
+        self.reference, self._check = reference, check
         plain = {} if reference_unavailable is None else {"unavailable": reference_unavailable}
         self.backends = (*backends, Backend[Asked]("reference", aliases=reference_aliases, **plain))
         self.choices: dict[bytes | None, Callable[..., Result]] = {}
         self.kernels = kernels or name
-        if function is not None:
+        self.function: type[torch.autograd.Function] | None = None
+        if forward is not None and backward is not None:
+            methods = {
+                "forward": staticmethod(forward),
+                "backward": staticmethod(_first_derivatives(self.public, backward)),
+            }
+            function: Any = FunctionMeta(f"_{name}", (torch.autograd.Function,), methods)
+            self.function = function
             # Skips `Function.apply`'s work for transforms of torch.func, where no kernel runs: 2 µs per call.
-            self._forward, self._apply = function.forward, super(torch.autograd.Function, function).apply  # type: ignore[misc]
-            self._operator = _define(name, f"({_parameters(function)}) -> Tensor[]")
+            base: Any = super(torch.autograd.Function, function)
+            self._forward, self._apply = forward, base.apply
+            self._operator = _define(name, f"({_parameters(forward)}) -> Tensor[]")
             _LIBRARY.impl(name, self._compose, "CompositeImplicitAutograd")
         self._kernel_operators = {
             kernel.removeprefix(f"{self.kernels}_"): _KernelOperator.of(
@@ -108,7 +124,20 @@ class Operation(Generic[Asked]):
                 operator.backends.setdefault(backend.name, (backend.kernels, kernel))
         OPERATIONS[name] = self
 
-    def __call__(self, backend: str | None, *arguments: Any) -> Result:
+    def __call__(self, backend: str | None, inputs: Sequence[Tensor | Dual], *others: Any) -> Any:
+        """Returns the result for tensors or `Dual`s and all other arguments, a `Dual` if an input is one."""
+        if len(inputs) == 1:
+            result = self.run(backend, *unpack(inputs[0]), *others)
+        else:
+            primals, tangents = zip(*map(unpack, inputs), strict=True)
+            pairs = zip(primals, align(*tangents), strict=True)
+            result = self.run(backend, *(part for pair in pairs for part in pair), *others)
+        for x in inputs:
+            if isinstance(x, Dual):
+                return unchecked(*result)
+        return result[0]
+
+    def run(self, backend: str | None, *arguments: Any) -> Result:
         """Returns the result and its tangent, by the named backend or the one chosen for such calls."""
         if torch.compiler.is_compiling():
             return self._decided(traced_default() if backend is None else backend, arguments)(*arguments)
@@ -166,6 +195,47 @@ class Operation(Generic[Asked]):
 
 
 _FUNCTIONS = ("forward", "backward", "grad_input", "grad_weight")
+
+
+def compiled(
+    kernels: str, *, reduces: bool = False, triton: tuple[str, str | None] | None = None
+) -> tuple[Backend[Sequence[Tensor]], ...]:
+    """Returns the `cpu`, `cuda` and `triton` backends of kernels of one name.
+
+    Args:
+        reduces: whether they hold complete rows of the first tensor in registers, whose number is limited.
+        triton: module of the Triton kernels and name in it, by default the module `kernels`.
+    """
+    return (
+        cpu.backend(kernels),
+        cuda.backend(kernels, cuda.WIDEST if reduces else None),
+        triton_launch.backend(*(triton or (kernels, None)), triton_launch.WIDEST if reduces else None),
+    )
+
+
+def _first_derivatives(operation: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps the backward of kernels.
+
+    It raises if it would have to be differentiated itself (PyTorch's `once_differentiable` silently leaves
+    out second derivatives if no cotangent requires grad), returns no gradients for a missing cotangent, and
+    runs outside `torch.autocast`, like its forward.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, dy: Tensor | None, dy_dot: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{operation}: create_graph=True asks for second derivatives, which the kernels do not have; "
+                "backend='reference' does"
+            )
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
+        if dy.is_neg():
+            dy = dy.resolve_neg()
+        with without_autocast(dy.device):
+            return backward(ctx, dy)
+
+    return wrapper
 
 
 class _NoGraph:
@@ -237,9 +307,9 @@ _TYPES = {
 }
 
 
-def _parameters(function: type[torch.autograd.Function]) -> str:
-    """Returns an operator's parameters: those of the Function's `forward` after `ctx` and `kernels`."""
-    code, annotations = function.forward.__code__, function.forward.__annotations__
+def _parameters(forward: Any) -> str:
+    """Returns an operator's parameters: those of `forward` after `ctx` and `kernels`."""
+    code, annotations = forward.__code__, forward.__annotations__
     return ", ".join(f"{_TYPES[annotations[name]]} {name}" for name in code.co_varnames[2 : code.co_argcount])
 
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imf_kernels import _C
 from imf_kernels.backends.dispatch import Backend, cached_constant
-from imf_kernels.backends.layout import too_wide, without_memory
+from imf_kernels.backends.layout import too_wide, unfit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 16384  # elements of a row in a program's registers
@@ -32,7 +33,7 @@ _MOST_KEPT = 1024
 # Releases of Triton whose compiled kernels are launched directly; others use the public API.
 _DIRECT = (3, 6), (3, 9)
 
-Tensors = Sequence["Tensor | tuple[Tensor | None, ...] | None"]
+Tensors = tuple["Tensor | None", ...]
 Fixed = tuple["int | Fixed | None", ...]
 
 
@@ -71,24 +72,13 @@ def interpreted() -> bool:
 
 def unavailable(tensors: Sequence[Tensor], widest: int | None = None) -> str | None:
     """Returns why `triton` cannot take these tensors, whose first has rows up to `widest`; else `None`."""
-    for x in tensors:
-        if reason := _refused(x):
-            return reason
+    on_cpu = interpreted() and tensors[0].device.type == "cpu"
+    if reason := unfit(tensors, "cpu" if on_cpu else "cuda", DTYPES, "CUDA and ROCm"):
+        return reason
+    if on_cpu and any(x.dtype == torch.bfloat16 for x in tensors):
+        return "Triton's interpreter is wrong in bfloat16; it takes float32 and float16"
     device = tensors[0].get_device()
     return missing() or (None if device < 0 else _too_old(device)) or too_wide(tensors[0], widest)
-
-
-def _refused(x: Tensor) -> str | None:
-    """Returns why the kernels cannot take a tensor; `None` if they can."""
-    if x.dtype not in DTYPES:
-        return f"it takes float32, bfloat16 and float16, got {str(x.dtype).removeprefix('torch.')}"
-    if x.device.type != "cuda" and not (x.device.type == "cpu" and interpreted()):
-        return f"it takes CUDA and ROCm tensors, got one on {x.device}"
-    if x.dtype == torch.bfloat16 and interpreted():
-        return "Triton's interpreter is wrong in bfloat16; it takes float32 and float16"
-    if reason := without_memory(x):
-        return f"it takes tensors that lie in memory, got {reason}"
-    return None
 
 
 @cached_constant
@@ -140,25 +130,20 @@ class Launcher:
         # whether there is a tangent: kernels call `tl.fma` instead.
         self.constants = {"enable_fp_fusion": False, **constants}
 
-    def __call__(self, grid: tuple[int, int], tensors: Tensors, *numbers: float) -> None:
+    def __call__(self, grid: tuple[int, int], tensors: Tensors, *numbers: float | None) -> None:
         """Launches the kernel on `grid`, programs along two axes, unless that is empty.
 
         Args:
-            tensors: tensors and tuples of them, `None` for missing ones; the first is a tensor.
-            numbers: integers and floats, each the same type in every call.
+            tensors: tensors, `None` for missing ones.
+            numbers: integers, floats and `None`, each the same type in every call.
         """
         if 0 in grid:
             return
-        device = tensors[0].get_device()  # type: ignore[union-attr]
+        kind, device, arguments = _C.launch(tensors, self.fixed, numbers)
         if device < 0:  # in the interpreter
             self.kernel[grid](*tensors, *self.fixed, *numbers, **self.constants)
             return
-        key: list[object] = [self, device]
-        arguments = (*_addresses(tensors, key), *self.fixed, *numbers)
-        if not max(numbers) < 1 << 31:
-            key.append(("int64", *[not number < 1 << 31 for number in numbers]))
-        kind = tuple(key)
-        launch = _kept.get(kind)
+        launch = _kept.get((self, device, kind))
         if launch is not None and torch._C._cuda_getDevice() == device:
             launch(grid, device, arguments)
             return
@@ -171,27 +156,7 @@ class Launcher:
         if launch := _direct(compiled, len(self.kernel.arg_names) - len(arguments)):
             if len(_kept) >= _MOST_KEPT:
                 _kept.clear()
-            _kept[kind] = launch
-
-
-def _addresses(tensors: Tensors, key: list[object]) -> list[object]:
-    """Returns the tensors' addresses; appends to `key` their dtypes and, if any, which are misaligned."""
-    addresses: list[Any] = []
-    bits = 0
-    for x in tensors:
-        if x is None:
-            key.append(None)
-            addresses.append(None)
-        elif isinstance(x, tuple):
-            addresses.append(tuple(_addresses(x, key)))
-        else:
-            key.append(x.dtype)
-            address = x.data_ptr()
-            addresses.append(address)
-            bits |= address
-    if bits & 15:
-        key.append(tuple([isinstance(address, int) and address & 15 > 0 for address in addresses]))
-    return addresses
+            _kept[self, device, kind] = launch
 
 
 def _direct(compiled: Any, constants: int) -> Callable[..., None] | None:

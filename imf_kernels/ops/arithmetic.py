@@ -7,8 +7,9 @@ samples apart and in order work on those; all others complete the tangent first.
 from __future__ import annotations
 
 import numbers
+import operator
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, cast
 
 import torch
@@ -44,15 +45,9 @@ def _values_for(y: Tensor, x: Operand, like: Tensor) -> Operand:
     return x[y.shape[0] - like.shape[0] :]
 
 
-def _of_two(
-    a: Operand,
-    b: Operand,
-    y: Callable[[Any, Any], Tensor],
-    of_a: Callable[[Tensor, Any, Any, Tensor], Tensor],
-    of_b: Callable[[Tensor, Any, Any, Tensor], Tensor],
-) -> Dual:
-    """Returns y(a, b) with the tangent of_a(ȧ, a, b, y) + of_b(ḃ, a, b, y)."""
-    (a, a_dot), (b, b_dot) = unpack(a), unpack(b)
+def _of_two(rule: tuple[Callable[..., Tensor], ...], a: Operand, b: Operand) -> Dual:
+    """Returns y(a, b) with the tangent of_a(ȧ, a, b, y) + of_b(ḃ, a, b, y), for a rule of `ARITHMETIC`."""
+    (a, a_dot), (b, b_dot), (y, of_a, of_b) = unpack(a), unpack(b), rule
     result = y(a, b)
     parts = []
     with torch.no_grad():
@@ -67,24 +62,18 @@ def _of_two(
         return Dual(result, reduce(torch.add, cast(list[Tensor], align(*parts))))
 
 
-def add(a: Operand, b: Operand) -> Dual:
-    return _of_two(a, b, lambda a, b: a + b, lambda t, a, b, y: t, lambda t, a, b, y: t)
-
-
-def sub(a: Operand, b: Operand) -> Dual:
-    return _of_two(a, b, lambda a, b: a - b, lambda t, a, b, y: t, lambda t, a, b, y: -t)
-
-
-def mul(a: Operand, b: Operand) -> Dual:
-    return _of_two(a, b, lambda a, b: a * b, lambda t, a, b, y: t * b, lambda t, a, b, y: a * t)
-
-
-def div(a: Operand, b: Operand) -> Dual:
-    return _of_two(a, b, lambda a, b: a / b, lambda t, a, b, y: t / b, lambda t, a, b, y: -y * t / b)
+# y(a, b), and its derivatives along ȧ and ḃ as functions of the tangent, a, b and y.
+ARITHMETIC: dict[str, tuple[Callable[..., Any], Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "add": (operator.add, lambda t, a, b, y: t, lambda t, a, b, y: t),
+    "sub": (operator.sub, lambda t, a, b, y: t, lambda t, a, b, y: -t),
+    "mul": (operator.mul, lambda t, a, b, y: t * b, lambda t, a, b, y: a * t),
+    "div": (operator.truediv, lambda t, a, b, y: t / b, lambda t, a, b, y: -y * t / b),
+}
+FUNCTIONS = {name: partial(_of_two, rule) for name, rule in ARITHMETIC.items()}
 
 
 def neg(x: Dual) -> Dual:
-    return mul(x, -1.0)
+    return FUNCTIONS["mul"](x, -1.0)
 
 
 def power(x: Dual, n: float) -> Dual:
@@ -284,4 +273,3 @@ METHODS: dict[str, Callable[..., Any]] = {
     "unflatten": linear("unflatten", lambda x, dim, sizes: (dim,)),
     "unsqueeze": linear("unsqueeze", lambda x, dim: (0,) if dim % (x.dim() + 1) == 0 else ()),
 }
-FUNCTIONS: dict[str, Callable[[Any, Any], Dual]] = {"add": add, "sub": sub, "mul": mul, "div": div}

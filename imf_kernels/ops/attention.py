@@ -19,9 +19,9 @@ from torch import Tensor
 from imf_kernels import _C
 from imf_kernels.backends import cpu, cuda, triton_launch
 from imf_kernels.backends.dispatch import Backend
-from imf_kernels.backends.layout import in_order_of, last_contiguous, without_memory
+from imf_kernels.backends.layout import in_order_of, last_contiguous, unfit
 from imf_kernels.backends.operators import Operation
-from imf_kernels.dual import Dual, NoTangent, align, last_rows, no_gradient, pack, stored, unpack
+from imf_kernels.dual import Dual, NoTangent, last_rows, no_gradient, primal, stored
 from imf_kernels.ops import check
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
@@ -81,17 +81,15 @@ class _Asked(NamedTuple):
 
 
 def _check_heads(q: Tensor, k: Tensor) -> None:
-    if (
-        isinstance(q, Tensor)
-        and isinstance(k, Tensor)
-        and q.dim() == k.dim() == 4
-        and q.shape[1] != k.shape[1]
-    ):
-        wanted = [q.shape[0], q.shape[1], k.shape[2], q.shape[3]]
+    if _have_heads(q, k) and q.shape[1] != k.shape[1]:
         raise ValueError(
-            f"{NAME}: key must be [{wanted[0]}, {wanted[1]}, L, {wanted[3]}] for query of shape "
+            f"{NAME}: key must be [{q.shape[0]}, {q.shape[1]}, L, {q.shape[3]}] for query of shape "
             f"{list(q.shape)}, got {list(k.shape)}; did you pass [B, L, H, D]?"
         )
+
+
+def _have_heads(*tensors: Any) -> bool:
+    return all(isinstance(x, Tensor) and x.dim() == 4 for x in tensors)
 
 
 def _check(
@@ -135,7 +133,7 @@ def _expanded(attn_mask: Any, q: Tensor, k: Tensor) -> Any:
         raise ValueError(
             f"{NAME}: attn_mask requires grad, but no gradient flows to a mask; pass attn_mask.detach()"
         )
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and q.dim() == k.dim() == 4):
+    if not _have_heads(q, k):
         return attn_mask  # refused by the checks of query and key
     shape = (*q.shape[:3], k.shape[2])
     try:
@@ -158,34 +156,31 @@ def _check_mask(mask: Tensor, is_causal: bool, q: Tensor) -> None:
     check.same_device(NAME, q, attn_mask=mask)
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, kernels: _C.attention, q: Tensor, q_dot: Tensor | None, k: Tensor, k_dot: Tensor | None,
-        v: Tensor, v_dot: Tensor | None, mask: Tensor | None, is_causal: bool, scale: float,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        out, out_dot = in_order_of(q, q.shape[0], q.shape[2], v.shape[3]), None
-        moving = stored(q_dot, k_dot, v_dot)
-        if moving is not None:
-            out_dot = in_order_of(q, moving.shape[0], q.shape[2], v.shape[3])
-            no_gradient(ctx, out_dot)
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        kernels.forward(q, k, v, q_dot, k_dot, v_dot, mask, out, out_dot, lse, scale, is_causal)
-        ctx.save_for_backward(q, k, v, mask, lse)
-        ctx.kernels, ctx.scale, ctx.is_causal = kernels, scale, is_causal
-        return out, out_dot
+def _forward(
+    ctx: Any, kernels: _C.attention, q: Tensor, q_dot: Tensor | None, k: Tensor, k_dot: Tensor | None,
+    v: Tensor, v_dot: Tensor | None, mask: Tensor | None, is_causal: bool, scale: float,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    out, out_dot = in_order_of(q, q.shape[0], q.shape[2], v.shape[3]), None
+    moving = stored(q_dot, k_dot, v_dot)
+    if moving is not None:
+        out_dot = in_order_of(q, moving.shape[0], q.shape[2], v.shape[3])
+        no_gradient(ctx, out_dot)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    kernels.forward(q, k, v, q_dot, k_dot, v_dot, mask, out, out_dot, lse, scale, is_causal)
+    ctx.save_for_backward(q, k, v, mask, lse)
+    ctx.kernels, ctx.scale, ctx.is_causal = kernels, scale, is_causal
+    return out, out_dot
 
-    @staticmethod
-    @check.backward_of(NAME)
-    def backward(ctx: Any, dout: Tensor, dout_dot: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, lse = ctx.saved_tensors
-        _, need_q, _, need_k, _, need_v, *_ = ctx.needs_input_grad
-        dq = in_order_of(q, q.shape[0], q.shape[2], q.shape[3]) if need_q else None
-        dk = in_order_of(k, k.shape[0], k.shape[2], k.shape[3]) if need_k else None
-        dv = in_order_of(v, v.shape[0], v.shape[2], v.shape[3]) if need_v else None
-        kernels: _C.attention = ctx.kernels
-        kernels.backward(q, k, v, mask, lse, last_contiguous(dout), dq, dk, dv, ctx.scale, ctx.is_causal)
-        return None, dq, None, dk, None, dv, None, None, None, None
+
+def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, mask, lse = ctx.saved_tensors
+    _, need_q, _, need_k, _, need_v, *_ = ctx.needs_input_grad
+    dq = in_order_of(q, q.shape[0], q.shape[2], q.shape[3]) if need_q else None
+    dk = in_order_of(k, k.shape[0], k.shape[2], k.shape[3]) if need_k else None
+    dv = in_order_of(v, v.shape[0], v.shape[2], v.shape[3]) if need_v else None
+    kernels: _C.attention = ctx.kernels
+    kernels.backward(q, k, v, mask, lse, last_contiguous(dout), dq, dk, dv, ctx.scale, ctx.is_causal)
+    return None, dq, None, dk, None, dv, None, None, None, None
 
 
 def _cpu_unavailable(asked: _Asked) -> str | None:
@@ -206,11 +201,11 @@ def _triton_unavailable(asked: _Asked) -> str | None:
     return None if width <= 256 else f"it takes head dims of at most 256, got {width}"
 
 
+_TRITON = triton_launch.Kernels("attention")
+
+
 class _CUDA:
     """The forward of csrc/cuda; backward is Triton's, from the same lse."""
-
-    def __init__(self, backward: Any) -> None:
-        self._triton = backward
 
     @staticmethod
     def forward(
@@ -223,8 +218,9 @@ class _CUDA:
                 raise RuntimeError(f"{NAME}: backend 'cuda' cannot run: of {name}, {reason}")
         _C.attention_forward(q, k, v, q_dot, k_dot, v_dot, *rest)
 
-    def backward(self, *arguments: Any) -> None:
-        self._triton.backward(*arguments)
+    @staticmethod
+    def backward(*arguments: Any) -> None:
+        _TRITON.backward(*arguments)
 
 
 def _cuda_layout(x: Tensor) -> str | None:
@@ -242,13 +238,9 @@ def _cuda_layout(x: Tensor) -> str | None:
 def _cuda_unavailable(asked: _Asked) -> str | None:
     if asked.masked:
         return "it has no masks and no is_causal"
+    if reason := unfit(asked[:3], "cuda", check.HALVES):
+        return reason
     for x in asked[:3]:
-        if x.device.type != "cuda":
-            return f"it takes CUDA tensors, got one on {x.device}"
-        if x.dtype not in check.HALVES:
-            return f"it takes bfloat16 and float16, got {str(x.dtype).removeprefix('torch.')}"
-        if reason := without_memory(x):
-            return f"it takes tensors that lie in memory, got {reason}"
         # A traced tensor has no address yet: forward checks again.
         if not torch.compiler.is_compiling() and (reason := _cuda_layout(x)):
             return reason
@@ -261,27 +253,21 @@ def _cuda_unavailable(asked: _Asked) -> str | None:
     capability = torch.cuda.get_device_capability(asked.q.device)
     if capability != (9, 0):
         return f"it runs on compute capability 9.0, got {capability[0]}.{capability[1]}"
-    if reason := triton_launch.missing():
-        return f"its backward is Triton's: {reason}"
-    return None
+    reason = triton_launch.missing()
+    return f"its backward is Triton's: {reason}" if reason else None
 
 
-_TRITON = triton_launch.Kernels("attention")
 _OPERATION = Operation(
     NAME,
-    _Attention,
     _reference,
     _check,
     (
         Backend("cpu", cpu.kernels("attention"), _cpu_unavailable),
-        Backend(
-            "cuda",
-            _CUDA(_TRITON),
-            _cuda_unavailable,
-            lambda _: "it runs on request, having run on no GPU yet",
-        ),
+        Backend("cuda", _CUDA(), _cuda_unavailable, lambda _: "it runs on request, having run on no GPU yet"),
         Backend("triton", _TRITON, _triton_unavailable),
     ),
+    _forward,
+    _backward,
     kind="attention",
     kernels="attention",
 )
@@ -343,14 +329,12 @@ def scaled_dot_product_attention(
         TypeError, ValueError: for arguments that do not fit.
         RuntimeError: when an explicit `backend` cannot run.
     """
-    (q, q_dot), (k, k_dot), (v, v_dot) = unpack(query), unpack(key), unpack(value)
+    q, k = primal(query), primal(key)
     if dropout_p != 0.0:
         raise NotImplementedError(f"{NAME}: dropout_p is not supported yet")
     if not enable_gqa:
         _check_heads(q, k)
-    q_dot, k_dot, v_dot = align(q_dot, k_dot, v_dot)
     mask = attn_mask if attn_mask is None else _expanded(attn_mask, q, k)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1]) if isinstance(q, Tensor) and q.dim() and q.shape[-1] else 1.0
-    result = _OPERATION(backend, q, q_dot, k, k_dot, v, v_dot, mask, is_causal, scale)
-    return pack(*result, query, key, value)
+    return _OPERATION(backend, (query, key, value), mask, is_causal, scale)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from imf_kernels.backends.dispatch import without_autocast
 from imf_kernels.dual import Dual, NoTangent
 
 # Dtypes of branches of a residual stream in float32, and of operands made from it.
@@ -101,33 +98,3 @@ def number(operation: str, least: float, **arguments: Any) -> None:
         if not (abs(x) <= sys.float_info.max and x >= least):
             bound = "" if least == -math.inf else f" and at least {least:g}"
             raise ValueError(f"{operation}: {name} must be finite{bound}, got {x}")
-
-
-def backward_of(operation: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Wraps the backward of kernels.
-
-    It raises if it would have to be differentiated itself (PyTorch's `once_differentiable` silently leaves
-    out second derivatives if no cotangent requires grad), returns no gradients for a missing cotangent, and
-    runs outside `torch.autocast`, like its forward.
-    """
-
-    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(backward)
-        def wrapper(ctx: Any, *cotangents: Tensor | None) -> Any:
-            if torch.is_grad_enabled():
-                raise RuntimeError(
-                    f"{operation}: create_graph=True asks for second derivatives, which the kernels do not "
-                    "have; backend='reference' does"
-                )
-            dy, *others = cotangents
-            if dy is None:
-                return (None,) * len(ctx.needs_input_grad)
-            dy = dy.resolve_neg()
-            if not torch._C._is_any_autocast_enabled():
-                return backward(ctx, dy, *others)
-            with without_autocast(dy.device):
-                return backward(ctx, dy, *others)
-
-        return wrapper
-
-    return decorate

@@ -18,12 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionMeta
 
 from imf_kernels import _C
-from imf_kernels.backends import cpu, cuda, triton_launch
-from imf_kernels.backends.operators import Operation
-from imf_kernels.dual import TensorOrDual, last_rows, no_gradient, pack, unpack
+from imf_kernels.backends.operators import Operation, compiled
+from imf_kernels.dual import TensorOrDual, last_rows, no_gradient
 from imf_kernels.ops import check
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
@@ -47,23 +45,14 @@ class Elementwise:
             check.is_tensor(public, x=x)
             return (x,)
 
-        methods = {
-            "forward": staticmethod(_forward),
-            "backward": staticmethod(check.backward_of(public)(_backward)),
-        }
+        backends = compiled(name, triton=("elementwise", name))
+        layout: Any = {"lay_out": Tensor.contiguous}
         self._operation = Operation(
-            name,
-            FunctionMeta(f"_{name}", (torch.autograd.Function,), methods),  # type: ignore[arg-type]
-            self._reference,
-            check_arguments,
-            (cpu.backend(name), cuda.backend(name), triton_launch.backend("elementwise", name)),
-            public=public,
-            lay_out=Tensor.contiguous,
+            name, self._reference, check_arguments, backends, _forward, _backward, public=public, **layout
         )
 
     def __call__(self, x: TensorOrDual, backend: str | None) -> TensorOrDual:
-        primal, tangent = unpack(x)
-        return pack(*self._operation(backend, primal, tangent), x)
+        return self._operation(backend, (x,))
 
     def _reference(self, x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
         dtype, exact = x.dtype, torch.promote_types(x.dtype, torch.float32)
@@ -90,7 +79,7 @@ def _forward(
     return y, y_dot
 
 
-def _backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     (x,) = ctx.saved_tensors
     dx = torch.empty_like(x)
     ctx.kernels.backward(x, dy.contiguous(), dx)

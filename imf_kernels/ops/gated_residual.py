@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from imf_kernels import _C
-from imf_kernels.backends import cpu, cuda, triton_launch
 from imf_kernels.backends.layout import as_floats, contiguous_like, groups_of, in_rows, per_position, sums
-from imf_kernels.backends.operators import Operation
-from imf_kernels.dual import Dual, NoTangent, align, last_rows, no_gradient, pack, stored, unpack
+from imf_kernels.backends.operators import Operation, compiled
+from imf_kernels.dual import Dual, NoTangent, last_rows, no_gradient, stored
 from imf_kernels.ops import check
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
@@ -69,43 +68,34 @@ def _check(
     return (x, branch) if gate.dim() == 1 else (x, branch, gate)
 
 
-class _GatedResidual(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, kernels: _C.gated_residual, x: Tensor, x_dot: Tensor | None,
-        branch: Tensor, branch_dot: Tensor | None, gate: Tensor, gate_dot: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        branch, y, y_dot = in_rows(branch), contiguous_like(x), None
-        moving = stored(x_dot, branch_dot, gate_dot)
-        if moving is not None:
-            y_dot = contiguous_like(last_rows(x, moving))
-            no_gradient(ctx, y_dot)
-            x_dot, branch_dot = (None if t is None else in_rows(t) for t in (x_dot, branch_dot))
-        g_dot = None if gate_dot is None else as_floats(gate_dot)
-        kernels.forward(in_rows(x), x_dot, branch, branch_dot, as_floats(gate), g_dot, y, y_dot)
-        ctx.save_for_backward(branch, gate)
-        ctx.kernels = kernels
-        return y, y_dot
-
-    @staticmethod
-    @check.backward_of("gated_residual")
-    def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
-        branch, gate = ctx.saved_tensors
-        kernels: _C.gated_residual = ctx.kernels
-        dbranch = contiguous_like(branch)
-        partial, dgate = sums(kernels, branch, *groups_of(gate, branch), 1, branch.shape[-1])
-        kernels.backward(in_rows(dy), branch, as_floats(gate), dbranch, partial, dgate)
-        return None, dy, None, dbranch, None, dgate.view(gate.shape).to(gate.dtype), None
+def _forward(
+    ctx: Any, kernels: _C.gated_residual, x: Tensor, x_dot: Tensor | None,
+    branch: Tensor, branch_dot: Tensor | None, gate: Tensor, gate_dot: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    branch, y, y_dot = in_rows(branch), contiguous_like(x), None
+    moving = stored(x_dot, branch_dot, gate_dot)
+    if moving is not None:
+        y_dot = contiguous_like(last_rows(x, moving))
+        no_gradient(ctx, y_dot)
+        x_dot, branch_dot = (None if t is None else in_rows(t) for t in (x_dot, branch_dot))
+    g_dot = None if gate_dot is None else as_floats(gate_dot)
+    kernels.forward(in_rows(x), x_dot, branch, branch_dot, as_floats(gate), g_dot, y, y_dot)
+    ctx.save_for_backward(branch, gate)
+    ctx.kernels = kernels
+    return y, y_dot
 
 
-_OPERATION = Operation(
-    "gated_residual",
-    _GatedResidual,
-    _reference,
-    _check,
-    (cpu.backend("gated_residual"), cuda.backend("gated_residual"), triton_launch.backend("gated_residual")),
-    lay_out=in_rows,
-)
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    branch, gate = ctx.saved_tensors
+    kernels: _C.gated_residual = ctx.kernels
+    dbranch = contiguous_like(branch)
+    partial, dgate = sums(kernels, branch, *groups_of(gate, branch), 1, branch.shape[-1])
+    kernels.backward(in_rows(dy), branch, as_floats(gate), dbranch, partial, dgate)
+    return None, dy, None, dbranch, None, dgate.view(gate.shape).to(gate.dtype), None
+
+
+_BACKENDS = compiled("gated_residual")
+_OPERATION = Operation("gated_residual", _reference, _check, _BACKENDS, _forward, _backward, lay_out=in_rows)
 
 
 @overload
@@ -137,8 +127,6 @@ def gated_residual(
         TypeError, ValueError: for arguments that do not fit.
         RuntimeError: when an explicit `backend` cannot run.
     """
-    (x_primal, x_dot), (b_primal, b_dot), (g_primal, g_dot) = unpack(x), unpack(branch), unpack(gate)
     if isinstance(gate, Dual) and gate.dim() == 1:
         raise NoTangent("gated_residual: gate [d] carries no tangent; pass a tensor, got a Dual")
-    x_dot, b_dot, g_dot = align(x_dot, b_dot, g_dot)
-    return pack(*_OPERATION(backend, x_primal, x_dot, b_primal, b_dot, g_primal, g_dot), x, branch, gate)
+    return _OPERATION(backend, (x, branch, gate))

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from imf_kernels import _C
-from imf_kernels.backends import cpu, cuda, triton_launch
 from imf_kernels.backends.layout import as_floats, contiguous_like, count_rows, groups_of, in_rows, sums
-from imf_kernels.backends.operators import Operation
-from imf_kernels.dual import TensorOrDual, last_rows, no_gradient, pack, unpack
+from imf_kernels.backends.operators import Operation, compiled
+from imf_kernels.dual import TensorOrDual, last_rows, no_gradient, primal, stored
 from imf_kernels.ops import check
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
@@ -40,8 +39,8 @@ def normalize(x: Tensor, x_dot: Tensor | None, eps: float) -> tuple[Tensor, Tens
 
 
 def _reference(
-    x: Tensor, x_dot: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
-    dtype: torch.dtype | None,
+    x: Tensor, x_dot: Tensor | None, bias: Tensor | None, bias_dot: None, weight: Tensor | None,
+    weight_dot: None, one: float, eps: float, dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     dtype = dtype or x.dtype
     n, n_dot = normalize(x, x_dot, eps)
@@ -63,8 +62,8 @@ def _check_shape(x: Tensor, normalized_shape: Sequence[int]) -> None:
 
 
 def _check(
-    x: Tensor, x_dot: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
-    dtype: torch.dtype | None,
+    x: Tensor, x_dot: Tensor | None, bias: Tensor | None, bias_dot: None, weight: Tensor | None,
+    weight_dot: None, one: float, eps: float, dtype: torch.dtype | None,
 ) -> Sequence[Tensor]:  # fmt: skip
     check.single_row_is_complete("layer_norm", x=(x, x_dot))
     for name, parameter in (("weight", weight), ("bias", bias)):
@@ -77,57 +76,41 @@ def _check(
     return check.with_result("layer_norm", x, dtype)
 
 
-class _LayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, kernels: _C.layer_norm, x: Tensor, x_dot: Tensor | None, weight: Tensor | None,
-        bias: Tensor | None, eps: float, dtype: torch.dtype | None,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        x, y, y_dot = in_rows(x), contiguous_like(x, dtype), None
-        statistics = x.new_empty(3 * count_rows(x), dtype=torch.float32)
-        if x_dot is not None:
-            x_dot, y_dot = in_rows(x_dot), contiguous_like(x_dot, dtype)
-            no_gradient(ctx, y_dot)
-        w, one = (None, 1.0) if weight is None else (as_floats(weight), 0.0)
-        b = None if bias is None else as_floats(bias)
-        kernels.forward(x, x_dot, w, None, b, None, y, y_dot, statistics, one, eps)
-        ctx.save_for_backward(x, weight, bias, statistics)
-        ctx.kernels, ctx.one = kernels, one
-        return y, y_dot
-
-    @staticmethod
-    @check.backward_of("layer_norm")
-    def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, bias, statistics = ctx.saved_tensors
-        dx, (dscale, dshift) = backward(ctx.kernels, x, dy, weight, statistics, ctx.one)
-        dweight = None if weight is None else dscale[0].to(weight.dtype)
-        dbias = None if bias is None else dshift[0].to(bias.dtype)
-        return None, dx, None, dweight, dbias, None, None
+def forward(
+    ctx: Any, kernels: _C.layer_norm, x: Tensor, x_dot: Tensor | None, shift: Tensor | None,
+    shift_dot: Tensor | None, scale: Tensor | None, scale_dot: Tensor | None, one: float, eps: float,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Computes n · (one + scale) + shift, both [d] or [B, d], 0 if missing; of layer_norm_modulate too."""
+    x, y, y_dot = in_rows(x), contiguous_like(x, dtype), None
+    statistics = x.new_empty(3 * count_rows(x), dtype=torch.float32)
+    moving = stored(x_dot, shift_dot, scale_dot)
+    if moving is not None:
+        y_dot = contiguous_like(last_rows(x, moving), dtype)
+        no_gradient(ctx, y_dot)
+        x_dot = None if x_dot is None else in_rows(x_dot)
+    s, s_dot, b, b_dot = (None if p is None else as_floats(p) for p in (scale, scale_dot, shift, shift_dot))
+    kernels.forward(x, x_dot, s, s_dot, b, b_dot, y, y_dot, statistics, one, eps)
+    ctx.save_for_backward(x, shift, scale, statistics)
+    ctx.kernels, ctx.one = kernels, one
+    return y, y_dot
 
 
-def backward(
-    kernels: _C.layer_norm, x: Tensor, dy: Tensor, scale: Tensor | None, statistics: Tensor, one: float
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Returns the gradients of x, and of scale and shift, [groups, d] in fp32, one per sample if [B, d]."""
+def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, shift, scale, statistics = ctx.saved_tensors
+    kernels: _C.layer_norm = ctx.kernels
     dx = contiguous_like(x)
     partial, total = sums(kernels, x, *groups_of(scale, x), 2, x.shape[-1])
     s = None if scale is None else as_floats(scale)
-    kernels.backward(x, in_rows(dy), s, statistics, dx, partial, total, one)
-    return dx, (total[:, 0], total[:, 1])
+    kernels.backward(x, in_rows(dy), s, statistics, dx, partial, total, ctx.one)
+    dscale, dshift = (
+        None if p is None else total[:, i].view(p.shape).to(p.dtype) for i, p in enumerate((scale, shift))
+    )
+    return None, dx, None, dshift, None, dscale, None, None, None, None
 
 
-_OPERATION = Operation(
-    "layer_norm",
-    _LayerNorm,
-    _reference,
-    _check,
-    (
-        cpu.backend("layer_norm"),
-        cuda.backend("layer_norm", widest=cuda.WIDEST),
-        triton_launch.backend("layer_norm", widest=triton_launch.WIDEST),
-    ),
-    lay_out=in_rows,
-)
+BACKENDS = compiled("layer_norm", reduces=True)
+_OPERATION = Operation("layer_norm", _reference, _check, BACKENDS, forward, backward, lay_out=in_rows)
 
 
 @takes_dual_tensors
@@ -160,6 +143,6 @@ def layer_norm(
         TypeError, ValueError: for arguments that do not fit.
         RuntimeError: when an explicit `backend` cannot run.
     """
-    primal, tangent = unpack(x)
-    _check_shape(primal, normalized_shape)
-    return pack(*_OPERATION(backend, primal, tangent, weight, bias, eps, dtype), x)
+    _check_shape(primal(x), normalized_shape)
+    one = 1.0 if weight is None else 0.0
+    return _OPERATION(backend, (x,), bias, None, weight, None, one, eps, dtype)

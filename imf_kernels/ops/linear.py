@@ -17,7 +17,7 @@ from torch import Tensor
 from imf_kernels.backends import cpu, matmul
 from imf_kernels.backends.dispatch import Backend
 from imf_kernels.backends.operators import Operation
-from imf_kernels.dual import TensorOrDual, no_gradient, pack, unpack
+from imf_kernels.dual import TensorOrDual, no_gradient
 from imf_kernels.ops import check
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
@@ -54,42 +54,40 @@ def _check(x: Tensor, x_dot: Tensor | None, weight: Tensor, bias: Tensor | None)
     return (x,)
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, products: Any, x: Tensor, x_dot: Tensor | None, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        w = weight.to(x.dtype)
-        b = None if bias is None else bias.to(x.dtype)
-        y, y_dot = products.forward(x, w, b), None
-        if x_dot is not None:
-            y_dot = products.forward(x_dot, w, None)
-            no_gradient(ctx, y_dot)
-        ctx.save_for_backward(x, weight, bias)
-        ctx.products = products
-        return y, y_dot
+def _forward(
+    ctx: Any, products: Any, x: Tensor, x_dot: Tensor | None, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    w = weight.to(x.dtype)
+    b = None if bias is None else bias.to(x.dtype)
+    y, y_dot = products.forward(x, w, b), None
+    if x_dot is not None:
+        y_dot = products.forward(x_dot, w, None)
+        no_gradient(ctx, y_dot)
+    ctx.save_for_backward(x, weight, bias)
+    ctx.products = products
+    return y, y_dot
 
-    @staticmethod
-    @check.backward_of("linear")
-    def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        dx = dweight = dbias = None
-        rows = matmul.matrix(dy)
-        if ctx.needs_input_grad[1]:
-            dx = ctx.products.grad_input(rows, weight.to(x.dtype)).view(x.shape)
-        if ctx.needs_input_grad[3]:
-            dweight = ctx.products.grad_weight(rows, matmul.matrix(x)).to(weight.dtype)
-        if ctx.needs_input_grad[4]:
-            dbias = rows.sum(0, dtype=torch.float32).to(bias.dtype)
-        return None, dx, None, dweight, dbias
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias = ctx.saved_tensors
+    dx = dweight = dbias = None
+    rows = matmul.matrix(dy)
+    if ctx.needs_input_grad[1]:
+        dx = ctx.products.grad_input(rows, weight.to(x.dtype)).view(x.shape)
+    if ctx.needs_input_grad[3]:
+        dweight = ctx.products.grad_weight(rows, matmul.matrix(x)).to(weight.dtype)
+    if ctx.needs_input_grad[4]:
+        dbias = rows.sum(0, dtype=torch.float32).to(bias.dtype)
+    return None, dx, None, dweight, dbias
 
 
 _OPERATION = Operation(
     "linear",
-    _Linear,
     _reference,
     _check,
     (Backend("cpu", matmul, cpu.unavailable),),
+    _forward,
+    _backward,
     schemas={
         "linear_forward": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
         "linear_grad_input": "(Tensor dy, Tensor weight) -> Tensor",
@@ -126,5 +124,4 @@ def linear(
         TypeError, ValueError: for arguments that do not fit.
         RuntimeError: when an explicit `backend` cannot run.
     """
-    primal, tangent = unpack(x)
-    return pack(*_OPERATION(backend, primal, tangent, weight, bias), x)
+    return _OPERATION(backend, (x,), weight, bias)

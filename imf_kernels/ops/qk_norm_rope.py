@@ -13,16 +13,15 @@ backends/triton_kernels/qk_norm_rope.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from imf_kernels import _C
-from imf_kernels.backends import cpu, cuda, triton_launch
 from imf_kernels.backends.layout import as_floats, last_contiguous, positions_first, sums
-from imf_kernels.backends.operators import Operation
-from imf_kernels.dual import Dual, TensorOrDual, last_rows, no_gradient, pack, unpack
+from imf_kernels.backends.operators import Operation, compiled
+from imf_kernels.dual import Dual, TensorOrDual, last_rows, no_gradient
 from imf_kernels.ops import check
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
@@ -83,46 +82,34 @@ def _check(
     return (x,)
 
 
-class _QKNormRope(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, kernels: _C.qk_norm_rope, x: Tensor, x_dot: Tensor | None, weight: Tensor, cos: Tensor,
-        sin: Tensor, eps: float, name: str,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        batch, heads, length, width = x.shape
-        cos, sin = as_floats(cos), as_floats(sin)
-        y, y_dot = positions_first(x, batch, length, width), None
-        rstd = x.new_empty(batch * length * heads, dtype=torch.float32)
-        if x_dot is not None:
-            y_dot = positions_first(x, x_dot.shape[0], length, width)
-            no_gradient(ctx, y_dot)
-        kernels.forward(x, x_dot, as_floats(weight), cos, sin, y, y_dot, rstd, eps)
-        ctx.save_for_backward(x, weight, cos, sin, rstd)
-        ctx.kernels = kernels
-        return y, y_dot
-
-    @staticmethod
-    @check.backward_of("qk_norm_rope")
-    def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, cos, sin, rstd = ctx.saved_tensors
-        kernels: _C.qk_norm_rope = ctx.kernels
-        dx = positions_first(x, x.shape[0], x.shape[2], x.shape[3])
-        partial, dweight = sums(kernels, x, 1, rstd.numel(), 1, x.shape[3])
-        kernels.backward(x, last_contiguous(dy), as_floats(weight), cos, sin, rstd, dx, partial, dweight)
-        return None, dx, None, dweight.view(-1).to(weight.dtype), None, None, None, None
+def _forward(
+    ctx: Any, kernels: _C.qk_norm_rope, x: Tensor, x_dot: Tensor | None, weight: Tensor, cos: Tensor,
+    sin: Tensor, eps: float, name: str,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    batch, heads, length, width = x.shape
+    cos, sin = as_floats(cos), as_floats(sin)
+    y, y_dot = positions_first(x, batch, length, width), None
+    rstd = x.new_empty(batch * length * heads, dtype=torch.float32)
+    if x_dot is not None:
+        y_dot = positions_first(x, x_dot.shape[0], length, width)
+        no_gradient(ctx, y_dot)
+    kernels.forward(x, x_dot, as_floats(weight), cos, sin, y, y_dot, rstd, eps)
+    ctx.save_for_backward(x, weight, cos, sin, rstd)
+    ctx.kernels = kernels
+    return y, y_dot
 
 
-_OPERATION = Operation(
-    "qk_norm_rope",
-    _QKNormRope,
-    _reference,
-    _check,
-    (
-        cpu.backend("qk_norm_rope"),
-        cuda.backend("qk_norm_rope", widest=cuda.WIDEST),
-        triton_launch.backend("qk_norm_rope"),
-    ),
-)
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, cos, sin, rstd = ctx.saved_tensors
+    kernels: _C.qk_norm_rope = ctx.kernels
+    dx = positions_first(x, x.shape[0], x.shape[2], x.shape[3])
+    partial, dweight = sums(kernels, x, 1, rstd.numel(), 1, x.shape[3])
+    kernels.backward(x, last_contiguous(dy), as_floats(weight), cos, sin, rstd, dx, partial, dweight)
+    return None, dx, None, dweight.view(-1).to(weight.dtype), None, None, None, None
+
+
+_BACKENDS = compiled("qk_norm_rope", reduces=True)
+_OPERATION = Operation("qk_norm_rope", _reference, _check, _BACKENDS, _forward, _backward)
 
 
 @takes_dual_tensors
@@ -156,8 +143,5 @@ def qk_norm_rope(
         TypeError, ValueError: for arguments that do not fit.
         RuntimeError: when an explicit `backend` cannot run.
     """
-    results = []
-    for name, x, weight in (("q", q, q_weight), ("k", k, k_weight)):
-        primal, tangent = unpack(x)
-        results.append(pack(*_OPERATION(backend, primal, tangent, weight, cos, sin, eps, name), x))
-    return cast(Any, tuple(results))
+    new_q = _OPERATION(backend, (q,), q_weight, cos, sin, eps, "q")
+    return new_q, _OPERATION(backend, (k,), k_weight, cos, sin, eps, "k")

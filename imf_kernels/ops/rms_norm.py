@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from imf_kernels import _C
-from imf_kernels.backends import cpu, cuda, triton_launch
 from imf_kernels.backends.layout import as_floats, contiguous_like, count_rows, in_rows, sums
-from imf_kernels.backends.operators import Operation
-from imf_kernels.dual import TensorOrDual, last_rows, no_gradient, pack, unpack
+from imf_kernels.backends.operators import Operation, compiled
+from imf_kernels.dual import TensorOrDual, last_rows, no_gradient
 from imf_kernels.ops import check
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
@@ -56,45 +55,32 @@ def _check(
     return check.with_result("rms_norm", x, dtype)
 
 
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, kernels: _C.rms_norm, x: Tensor, x_dot: Tensor | None, weight: Tensor, eps: float,
-        dtype: torch.dtype | None,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        x, y, y_dot = in_rows(x), contiguous_like(x, dtype), None
-        rstd = x.new_empty(count_rows(x), dtype=torch.float32)
-        if x_dot is not None:
-            x_dot, y_dot = in_rows(x_dot), contiguous_like(x_dot, dtype)
-            no_gradient(ctx, y_dot)
-        kernels.forward(x, x_dot, as_floats(weight), y, y_dot, rstd, eps)
-        ctx.save_for_backward(x, weight, rstd)
-        ctx.kernels = kernels
-        return y, y_dot
-
-    @staticmethod
-    @check.backward_of("rms_norm")
-    def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, rstd = ctx.saved_tensors
-        kernels: _C.rms_norm = ctx.kernels
-        dx = contiguous_like(x)
-        partial, dweight = sums(kernels, x, 1, count_rows(x), 1, x.shape[-1])
-        kernels.backward(x, in_rows(dy), as_floats(weight), rstd, dx, partial, dweight)
-        return None, dx, None, dweight.view(-1).to(weight.dtype), None, None
+def _forward(
+    ctx: Any, kernels: _C.rms_norm, x: Tensor, x_dot: Tensor | None, weight: Tensor, eps: float,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    x, y, y_dot = in_rows(x), contiguous_like(x, dtype), None
+    rstd = x.new_empty(count_rows(x), dtype=torch.float32)
+    if x_dot is not None:
+        x_dot, y_dot = in_rows(x_dot), contiguous_like(x_dot, dtype)
+        no_gradient(ctx, y_dot)
+    kernels.forward(x, x_dot, as_floats(weight), y, y_dot, rstd, eps)
+    ctx.save_for_backward(x, weight, rstd)
+    ctx.kernels = kernels
+    return y, y_dot
 
 
-_OPERATION = Operation(
-    "rms_norm",
-    _RMSNorm,
-    _reference,
-    _check,
-    (
-        cpu.backend("rms_norm"),
-        cuda.backend("rms_norm", widest=cuda.WIDEST),
-        triton_launch.backend("rms_norm", widest=triton_launch.WIDEST),
-    ),
-    lay_out=in_rows,
-)
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, rstd = ctx.saved_tensors
+    kernels: _C.rms_norm = ctx.kernels
+    dx = contiguous_like(x)
+    partial, dweight = sums(kernels, x, 1, count_rows(x), 1, x.shape[-1])
+    kernels.backward(x, in_rows(dy), as_floats(weight), rstd, dx, partial, dweight)
+    return None, dx, None, dweight.view(-1).to(weight.dtype), None, None
+
+
+_BACKENDS = compiled("rms_norm", reduces=True)
+_OPERATION = Operation("rms_norm", _reference, _check, _BACKENDS, _forward, _backward, lay_out=in_rows)
 
 
 @takes_dual_tensors
@@ -123,5 +109,4 @@ def rms_norm(
         TypeError, ValueError: for arguments that do not fit.
         RuntimeError: when an explicit `backend` cannot run.
     """
-    primal, tangent = unpack(x)
-    return pack(*_OPERATION(backend, primal, tangent, weight, eps, dtype), x)
+    return _OPERATION(backend, (x,), weight, eps, dtype)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from imf_kernels.backends.operators import Operation
-from imf_kernels.dual import TensorOrDual, last_rows, pack, unpack
+from imf_kernels.dual import TensorOrDual, last_rows
 from imf_kernels.ops import check
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
@@ -59,10 +59,8 @@ def _check(t: Tensor, t_dot: Tensor | None, dim: int, max_period: float) -> Sequ
 
 _OPERATION = Operation(
     "sinusoidal_embedding",
-    None,
     _reference,
     _check,
-    (),
     reference_unavailable=_without_float64,
     reference_aliases=("cpu", "triton", "cuda"),
 )
@@ -87,5 +85,4 @@ def sinusoidal_embedding(
         TypeError, ValueError: for arguments that do not fit.
         RuntimeError: when an explicit `backend` cannot run.
     """
-    primal, tangent = unpack(t)
-    return pack(*_OPERATION(backend, primal, tangent, dim, max_period), t)
+    return _OPERATION(backend, (t,), dim, max_period)

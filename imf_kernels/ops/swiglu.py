@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from imf_kernels import _C
-from imf_kernels.backends import cpu, cuda, triton_launch
 from imf_kernels.backends.layout import contiguous_like, in_rows
-from imf_kernels.backends.operators import Operation
-from imf_kernels.dual import TensorOrDual, last_rows, no_gradient, pack, unpack
+from imf_kernels.backends.operators import Operation, compiled
+from imf_kernels.dual import TensorOrDual, last_rows, no_gradient
 from imf_kernels.ops import check
 from imf_kernels.ops.elementwise import SILU
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
@@ -49,38 +48,27 @@ def _check(x: Tensor, x_dot: Tensor | None) -> Sequence[Tensor]:
     return (x,)
 
 
-class _Swiglu(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, kernels: _C.swiglu, x: Tensor, x_dot: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        x, width = in_rows(x), x.shape[-1] // 2
-        y, y_dot = x.new_empty((*x.shape[:-1], width)), None
-        if x_dot is not None:
-            x_dot, y_dot = in_rows(x_dot), x.new_empty((*x_dot.shape[:-1], width))
-            no_gradient(ctx, y_dot)
-        kernels.forward(x, x_dot, y, y_dot)
-        ctx.save_for_backward(x)
-        ctx.kernels = kernels
-        return y, y_dot
-
-    @staticmethod
-    @check.backward_of("swiglu")
-    def backward(ctx: Any, dy: Tensor, dy_dot: Tensor | None) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        dx = contiguous_like(x)
-        ctx.kernels.backward(x, in_rows(dy), dx)
-        return None, dx, None
+def _forward(ctx: Any, kernels: _C.swiglu, x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    x, width = in_rows(x), x.shape[-1] // 2
+    y, y_dot = x.new_empty((*x.shape[:-1], width)), None
+    if x_dot is not None:
+        x_dot, y_dot = in_rows(x_dot), x.new_empty((*x_dot.shape[:-1], width))
+        no_gradient(ctx, y_dot)
+    kernels.forward(x, x_dot, y, y_dot)
+    ctx.save_for_backward(x)
+    ctx.kernels = kernels
+    return y, y_dot
 
 
-_OPERATION = Operation(
-    "swiglu",
-    _Swiglu,
-    _reference,
-    _check,
-    (cpu.backend("swiglu"), cuda.backend("swiglu"), triton_launch.backend("swiglu")),
-    lay_out=in_rows,
-)
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    (x,) = ctx.saved_tensors
+    dx = contiguous_like(x)
+    ctx.kernels.backward(x, in_rows(dy), dx)
+    return None, dx, None
+
+
+_BACKENDS = compiled("swiglu")
+_OPERATION = Operation("swiglu", _reference, _check, _BACKENDS, _forward, _backward, lay_out=in_rows)
 
 
 @takes_dual_tensors
@@ -99,5 +87,4 @@ def swiglu(x: TensorOrDual, *, backend: str | None = None) -> TensorOrDual:
         TypeError, ValueError: for arguments that do not fit.
         RuntimeError: when an explicit `backend` cannot run.
     """
-    primal, tangent = unpack(x)
-    return pack(*_OPERATION(backend, primal, tangent), x)
+    return _OPERATION(backend, (x,))

@@ -18,6 +18,8 @@ from torch import Generator, Tensor
 import imf_kernels
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+Dtype = torch.dtype | None
+Options = Mapping[str, Any] | None  # of an input
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Input:
     """
 
     shape: tuple[int, ...]
-    dtype: torch.dtype | None = None
+    dtype: Dtype = None
     offset: float = 0.0
     scale: float = 1.0
     outlier: float = 0.0
@@ -94,7 +96,7 @@ class Case:
     tangents: tuple[str, ...] = ()
     tangent_rows: int | None = None
     dtypes: tuple[torch.dtype, ...] = (FP32, BF16, FP16)
-    output_dtype: torch.dtype | None = None
+    output_dtype: Dtype = None
     backward_flops: int = 0
     backward_inputs: tuple[str, ...] | None = None
     large: bool = False
@@ -165,8 +167,18 @@ class Case:
         return sizes, sum(math.prod(shape) for shape in self.outputs) * out_dtype.itemsize
 
 
-def _weight(*shape: int, dtype: torch.dtype | None = FP32) -> Input:
+def _weight(*shape: int, dtype: Dtype = FP32) -> Input:
     return Input(shape, dtype, offset=1.0, scale=0.25)
+
+
+def _rows(
+    operation: str, name: str, shape: tuple[int, ...], stream: Dtype, x: Options, others: Mapping[str, Input],
+    flops: tuple[int, int], **more: Any,
+) -> Case:  # fmt: skip
+    """Returns a case of rows x and a result of one shape, with so many operations per element."""
+    inputs, n = {"x": Input(shape, stream, **(x or {})), **others}, math.prod(shape)
+    more = {"tangents": ("x",), **more}
+    return Case(operation, name, inputs, (shape,), flops[0] * n, flops[1] * n, **more)
 
 
 def linear(
@@ -182,65 +194,37 @@ def linear(
 
 
 def rms_norm(
-    name: str,
-    *lead: int,
-    width: int,
-    stream: torch.dtype | None = None,
-    weights: torch.dtype | None = FP32,
-    x: Mapping[str, Any] | None = None,
+    name: str, *lead: int, width: int, stream: Dtype = None, weights: Dtype = FP32, x: Options = None,
     **more: Any,
-) -> Case:
-    inputs = {"x": Input((*lead, width), stream, **(x or {})), "weight": _weight(width, dtype=weights)}
-    elements = math.prod(lead) * width
-    return Case(
-        "rms_norm", name, inputs, ((*lead, width),), 4 * elements, 7 * elements, tangents=("x",), **more
-    )
+) -> Case:  # fmt: skip
+    weight = {"weight": _weight(width, dtype=weights)}
+    return _rows("rms_norm", name, (*lead, width), stream, x, weight, (4, 7), **more)
 
 
 def layer_norm(
-    name: str,
-    *lead: int,
-    width: int,
-    stream: torch.dtype | None = None,
-    weights: torch.dtype | None = FP32,
-    affine: Sequence[str] = ("weight", "bias"),
-    x: Mapping[str, Any] | None = None,
-    **more: Any,
-) -> Case:
+    name: str, *lead: int, width: int, stream: Dtype = None, weights: Dtype = FP32,
+    affine: Sequence[str] = ("weight", "bias"), x: Options = None, **more: Any,
+) -> Case:  # fmt: skip
     parameters = {"weight": _weight(width, dtype=weights), "bias": Input((width,), weights)}
-    inputs = {"x": Input((*lead, width), stream, **(x or {}))} | {n: parameters[n] for n in affine}
-    n = math.prod(lead) * width
-    more = {"options": {"normalized_shape": (width,)}, "tangents": ("x",), **more}
-    return Case("layer_norm", name, inputs, ((*lead, width),), 8 * n, 10 * n, **more)
+    more = {"options": {"normalized_shape": (width,)}, **more}
+    chosen = {name: parameters[name] for name in affine}
+    return _rows("layer_norm", name, (*lead, width), stream, x, chosen, (8, 10), **more)
 
 
 def layer_norm_modulate(
-    name: str,
-    *lead: int,
-    width: int,
-    stream: torch.dtype | None = None,
-    modulation: torch.dtype | None = None,
-    tangents: Sequence[str] = ("x", "shift", "scale"),
-    x: Mapping[str, Any] | None = None,
-    **more: Any,
-) -> Case:
+    name: str, *lead: int, width: int, stream: Dtype = None, modulation: Dtype = None,
+    tangents: tuple[str, ...] = ("x", "shift", "scale"), x: Options = None, **more: Any,
+) -> Case:  # fmt: skip
     row = Input((lead[0], width), modulation, scale=0.5)
-    inputs = {"x": Input((*lead, width), stream, **(x or {})), "shift": row, "scale": row}
-    n = math.prod(lead) * width
-    more = {"tangents": tuple(tangents), "backward_inputs": ("x", "scale"), **more}
-    return Case("layer_norm_modulate", name, inputs, ((*lead, width),), 8 * n, 12 * n, **more)
+    more = {"tangents": tangents, "backward_inputs": ("x", "scale"), **more}
+    rows = {"shift": row, "scale": row}
+    return _rows("layer_norm_modulate", name, (*lead, width), stream, x, rows, (8, 12), **more)
 
 
 def qk_norm_rope(
-    name: str,
-    batch: int,
-    heads: int,
-    length: int,
-    width: int,
-    k_heads: int | None = None,
-    tangents: Sequence[str] = ("q", "k"),
-    **more: Any,
-) -> Case:
+    name: str, batch: int, heads: int, length: int, width: int, k_heads: int | None = None,
+    tangents: tuple[str, ...] = ("q", "k"), **more: Any,
+) -> Case:  # fmt: skip
     q = (batch, heads, length, width)
     k = (batch, heads if k_heads is None else k_heads, length, width)
     table = Input((length, width // 2), FP32, differentiable=False)
@@ -254,27 +238,15 @@ def qk_norm_rope(
     }
     n = math.prod(q) + math.prod(k)
     moving = math.prod(q) * ("q" in tangents) + math.prod(k) * ("k" in tangents)
-    return Case("qk_norm_rope", name, inputs, (q, k), 7 * n, 10 * moving, tangents=tuple(tangents), **more)
+    return Case("qk_norm_rope", name, inputs, (q, k), 7 * n, 10 * moving, tangents=tangents, **more)
 
 
 def attention(
-    name: str,
-    batch: int,
-    heads: int,
-    queries: int,
-    width: int,
-    keys: int | None = None,
-    value_width: int | None = None,
-    tangents: Sequence[str] = ("query", "key", "value"),
-    positions_first: bool = True,
-    q: Mapping[str, Any] | None = None,
-    k: Mapping[str, Any] | None = None,
-    v: Mapping[str, Any] | None = None,
-    kv_heads: int | None = None,
-    mask: Input | None = None,
-    is_causal: bool = False,
-    **more: Any,
-) -> Case:
+    name: str, batch: int, heads: int, queries: int, width: int, keys: int | None = None,
+    value_width: int | None = None, tangents: tuple[str, ...] = ("query", "key", "value"),
+    positions_first: bool = True, q: Options = None, k: Options = None, v: Options = None,
+    kv_heads: int | None = None, mask: Input | None = None, is_causal: bool = False, **more: Any,
+) -> Case:  # fmt: skip
     keys = queries if keys is None else keys
     value_width = width if value_width is None else value_width
     kv_heads = heads if kv_heads is None else kv_heads
@@ -296,55 +268,35 @@ def attention(
     pairs = 2 * batch * heads * seen
     logits = sum(name in tangents for name in ("query", "key"))
     products = width * logits + value_width * ((logits > 0) + ("value" in tangents))
-    return Case(
-        "scaled_dot_product_attention",
-        name,
-        inputs,
-        ((batch, heads, queries, value_width),),
-        pairs * (width + value_width),
-        pairs * products,
-        tangents=tuple(tangents),
-        backward_flops=pairs * (3 * width + 2 * value_width),
-        **more,
-    )
+    more |= {"tangents": tangents, "backward_flops": pairs * (3 * width + 2 * value_width)}
+    outputs, flops = ((batch, heads, queries, value_width),), pairs * (width + value_width)
+    return Case("scaled_dot_product_attention", name, inputs, outputs, flops, pairs * products, **more)
 
 
-def swiglu(name: str, *lead: int, width: int, x: Mapping[str, Any] | None = None, **more: Any) -> Case:
+def swiglu(name: str, *lead: int, width: int, x: Options = None, **more: Any) -> Case:
     n, inputs = math.prod(lead) * width, {"x": Input((*lead, 2 * width), **(x or {}))}
     return Case("swiglu", name, inputs, ((*lead, width),), 5 * n, 7 * n, tangents=("x",), **more)
 
 
 def gated_residual(
-    name: str,
-    *lead: int,
-    width: int,
-    stream: torch.dtype | None = None,
-    gate_a_sample: bool = False,
-    tangents: Sequence[str] = ("x", "branch"),
-    **more: Any,
-) -> Case:
+    name: str, *lead: int, width: int, stream: Dtype = None, gate_a_sample: bool = False,
+    tangents: tuple[str, ...] = ("x", "branch"), **more: Any,
+) -> Case:  # fmt: skip
     shape = (*lead, width)
     gate = Input((lead[0], width)) if gate_a_sample else _weight(width)
-    inputs = {"x": Input(shape, stream), "branch": Input(shape), "gate": gate}
-    n = math.prod(shape)
-    flops = 2 * n * (1 + ("gate" in tangents))
-    more = {"tangents": tuple(tangents), "backward_inputs": ("branch", "gate"), **more}
-    return Case("gated_residual", name, inputs, (shape,), 2 * n, flops, **more)
+    flops = 2, 2 * (1 + ("gate" in tangents))
+    more = {"tangents": tangents, "backward_inputs": ("branch", "gate"), **more}
+    others = {"branch": Input(shape), "gate": gate}
+    return _rows("gated_residual", name, shape, stream, None, others, flops, **more)
 
 
-def gelu(
-    name: str, *shape: int, approximate: str = "none", x: Mapping[str, Any] | None = None, **more: Any
-) -> Case:
-    n, inputs = math.prod(shape), {"x": Input(shape, **(x or {}))}
-    more = {"options": {"approximate": approximate}, "tangents": ("x",), **more}
-    return Case("gelu", name, inputs, (shape,), 4 * n, 5 * n, **more)
+def gelu(name: str, *shape: int, approximate: str = "none", x: Options = None, **more: Any) -> Case:
+    more = {"options": {"approximate": approximate}, **more}
+    return _rows("gelu", name, shape, None, x, {}, (4, 5), **more)
 
 
-def silu(name: str, *shape: int, x: Mapping[str, Any] | None = None, **more: Any) -> Case:
-    n = math.prod(shape)
-    return Case(
-        "silu", name, {"x": Input(shape, **(x or {}))}, (shape,), 4 * n, 5 * n, tangents=("x",), **more
-    )
+def silu(name: str, *shape: int, x: Options = None, **more: Any) -> Case:
+    return _rows("silu", name, shape, None, x, {}, (4, 5), **more)
 
 
 def sinusoidal_embedding(name: str, batch: int, dim: int, scale: float = 1.0, **more: Any) -> Case:
@@ -354,14 +306,9 @@ def sinusoidal_embedding(name: str, batch: int, dim: int, scale: float = 1.0, **
 
 
 def prepend_tokens(
-    name: str,
-    batch: int,
-    length: int,
-    width: int,
-    counts: Sequence[int],
-    without: Sequence[str] = (),
+    name: str, batch: int, length: int, width: int, counts: Sequence[int], without: Sequence[str] = (),
     **more: Any,
-) -> Case:
+) -> Case:  # fmt: skip
     inputs = {"x": Input((batch, length, width))}
     for i, count in enumerate(counts):
         inputs |= {f"tokens_{i}": Input((count, width)), f"embedding_{i}": Input((batch, width))}
@@ -488,50 +435,50 @@ def _small() -> list[Case]:
     ]
 
 
+BIG: dict[str, Any] = {"large": True}
+
+
 def rows(name: str, batch: int, length: int, width: int, heads: int, mlp: int) -> list[Case]:
     """Returns the memory-bound operations of a block, in their shapes there."""
     d = width // heads
-    big: dict[str, Any] = {"large": True}
-    stream: dict[str, Any] = {"stream": FP32, "dtypes": (BF16,), **big}
+    stream: dict[str, Any] = {"stream": FP32, "dtypes": (BF16,), **BIG}
     return [
-        rms_norm(f"{name}", batch, length, width=width, **big),
+        rms_norm(f"{name}", batch, length, width=width, **BIG),
         rms_norm(f"{name} fp32 stream", batch, length, width=width, output_dtype=BF16, **stream),
-        qk_norm_rope(f"{name}", batch, heads, length, d, **big),
-        swiglu(f"{name}", batch, length, width=mlp, **big),
-        gated_residual(f"{name}", batch, length, width=width, **big),
+        qk_norm_rope(f"{name}", batch, heads, length, d, **BIG),
+        swiglu(f"{name}", batch, length, width=mlp, **BIG),
+        gated_residual(f"{name}", batch, length, width=width, **BIG),
         gated_residual(f"{name} fp32 stream", batch, length, width=width, **stream),
-        prepend_tokens(f"{name}", batch, length - 20, width, (8, 4, 2, 2, 4), **big),
+        prepend_tokens(f"{name}", batch, length - 20, width, (8, 4, 2, 2, 4), **BIG),
     ]
 
 
 def model(name: str, batch: int, length: int, width: int, heads: int, mlp: int) -> list[Case]:
     """Returns the operations of a network's blocks and embeddings, in their shapes there."""
     d = width // heads
-    big: dict[str, Any] = {"large": True}
     return [
-        linear(f"{name} qkv", batch, length, width=width, out=3 * width, bias=False, **big),
-        linear(f"{name} mlp in", batch, length, width=width, out=2 * mlp, bias=False, **big),
-        linear(f"{name} mlp out", batch, length, width=mlp, out=width, bias=False, **big),
-        attention(f"{name}", batch, heads, length, d, **big),
-        attention(f"{name} tangents of q", batch, heads, length, d, tangents=("query",), **big),
+        linear(f"{name} qkv", batch, length, width=width, out=3 * width, bias=False, **BIG),
+        linear(f"{name} mlp in", batch, length, width=width, out=2 * mlp, bias=False, **BIG),
+        linear(f"{name} mlp out", batch, length, width=mlp, out=width, bias=False, **BIG),
+        attention(f"{name}", batch, heads, length, d, **BIG),
+        attention(f"{name} tangents of q", batch, heads, length, d, tangents=("query",), **BIG),
         *rows(name, batch, length, width, heads, mlp),
-        silu(f"{name}", batch, width, **big),
-        sinusoidal_embedding(f"{name}", batch, 256, **big),
+        silu(f"{name}", batch, width, **BIG),
+        sinusoidal_embedding(f"{name}", batch, 256, **BIG),
     ]
 
 
 def adaln(name: str, batch: int, length: int, width: int) -> list[Case]:
     """Returns the memory-bound operations of a DiT block, with shift, scale and gate per sample."""
-    big: dict[str, Any] = {"large": True}
-    stream: dict[str, Any] = {"stream": FP32, "dtypes": (BF16,), "output_dtype": BF16, **big}
-    gates: dict[str, Any] = {"gate_a_sample": True, "tangents": ("x", "branch", "gate"), **big}
+    stream: dict[str, Any] = {"stream": FP32, "dtypes": (BF16,), "output_dtype": BF16, **BIG}
+    gates: dict[str, Any] = {"gate_a_sample": True, "tangents": ("x", "branch", "gate"), **BIG}
     return [
-        layer_norm(f"{name}", batch, length, width=width, **big),
-        layer_norm_modulate(f"{name}", batch, length, width=width, **big),
+        layer_norm(f"{name}", batch, length, width=width, **BIG),
+        layer_norm_modulate(f"{name}", batch, length, width=width, **BIG),
         layer_norm_modulate(f"{name} fp32 stream", batch, length, width=width, **stream),
         gated_residual(f"{name}", batch, length, width=width, **gates),
-        gelu(f"{name}", batch, length, 4 * width, **big),
-        gelu(f"{name} tanh", batch, length, 4 * width, approximate="tanh", **big),
+        gelu(f"{name}", batch, length, 4 * width, **BIG),
+        gelu(f"{name} tanh", batch, length, 4 * width, approximate="tanh", **BIG),
     ]
 
 

@@ -10,6 +10,7 @@ import contextlib
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -214,7 +215,7 @@ class _FirstRun(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             for x in inputs:
                 if isinstance(x, Tensor):
-                    self.seen[id(x)] = _Seen(x, x.requires_grad, False)
+                    self.seen[id(x)] = _Seen(weakref.ref(x), x.requires_grad, False)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -262,13 +263,13 @@ class _FirstRun(TorchFunctionMode):
                 if moves and x.grad_fn is not None:
                     self.captured.append(x)
                 # With a tangent it was made by an unseen call.
-                seen = self.seen[id(x)] = _Seen(x, moves or carries_tangent(x), False)
+                seen = self.seen[id(x)] = _Seen(weakref.ref(x), moves or carries_tangent(x), False)
         return seen
 
     def _make(self, y: Tensor, moves: bool, name: str) -> None:
         seen = self.seen.get(id(y))
         if seen is None or seen.tensor() is not y:
-            self.seen[id(y)] = _Seen(y, moves, True)
+            self.seen[id(y)] = _Seen(weakref.ref(y), moves, True)
         elif name == "detach_":
             seen.moves = False
         elif moves and seen.is_made and not seen.moves:  # in place
@@ -296,13 +297,13 @@ class _FirstRun(TorchFunctionMode):
         return next(reversed(self.grad_contexts.values()))
 
 
+@dataclass(slots=True)
 class _Seen:
-    """A tensor of the first run, if it was made there, and if a run with a graph would differentiate it."""
+    """A tensor of the first run, if a run with a graph would differentiate it, and if it was made there."""
 
-    __slots__ = ("is_made", "moves", "tensor")
-
-    def __init__(self, tensor: Tensor, moves: bool, is_made: bool) -> None:
-        self.tensor, self.moves, self.is_made = weakref.ref(tensor), moves, is_made
+    tensor: weakref.ref[Tensor]
+    moves: bool
+    is_made: bool
 
 
 _GRAD_MODE = torch.no_grad.__enter__.__code__.co_filename

@@ -21,6 +21,7 @@ from imf_kernels.backends.dispatch import autocasts, cached_constant
 from imf_kernels.backends.layout import last_contiguous
 from imf_kernels.dual import Dual, map_both, unpack
 from imf_kernels.ops import attention, check, elementwise, layer_norm, linear, rms_norm
+from imf_kernels.ops.arithmetic import ARITHMETIC
 
 Rule = Callable[..., Any]
 
@@ -96,15 +97,9 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
 
 @serves(F.scaled_dot_product_attention)
 def _scaled_dot_product_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
+    query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
+    scale: float | None = None, enable_gqa: bool = False,
+) -> Any:  # fmt: skip
     dtype = _autocast_to(query.device)
     q, k, v = (_cast(x, dtype) for x in (query, key, value))
     if attn_mask is not None and (not _plain(attn_mask) or attn_mask.requires_grad):
@@ -208,15 +203,9 @@ def _group_norm(input: Any, num_groups: int, weight: Any = None, bias: Any = Non
 
 @serves(F.batch_norm)
 def _batch_norm(
-    input: Any,
-    running_mean: Any,
-    running_var: Any,
-    weight: Any = None,
-    bias: Any = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Any:
+    input: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> Any:  # fmt: skip
     """Normalises channels as group_norm does groups: torch.compile cannot trace PyTorch's rule."""
     if not isinstance(input, Dual) or not _plain(running_mean, running_var, weight, bias):
         return _PARAMETER
@@ -239,11 +228,7 @@ def _batch_norm(
 # its own rules, without zeros: 0 · ∞ would be NaN.
 
 
-def _arithmetic(
-    y: Callable[[Any, Any], Tensor],
-    of_a: Callable[[Any, Any, Any, Tensor], Tensor],
-    of_b: Callable[[Any, Any, Any, Tensor], Tensor],
-) -> Rule:
+def _arithmetic(y: Callable[..., Tensor], of_a: Callable[..., Any], of_b: Callable[..., Any]) -> Rule:
     """Makes the rule of y(a, b) for one tangent: ẏ is of_a(ȧ, a, b, y) or of_b(ḃ, a, b, y)."""
 
     def rule(a: Any, b: Any) -> Any:
@@ -260,27 +245,15 @@ def _arithmetic(
     return rule
 
 
-def _same(x_dot: Tensor, a: Any, b: Any, y: Tensor) -> Tensor:
-    return x_dot
-
-
-def _negative(x_dot: Tensor, a: Any, b: Any, y: Tensor) -> Tensor:
-    return -x_dot
-
-
-_add = _arithmetic(torch.add, _same, _same)
-_sub = _arithmetic(torch.sub, _same, _negative)
-_reflected_sub = _arithmetic(torch.rsub, _negative, _same)
-_mul = _arithmetic(torch.mul, lambda a_dot, a, b, y: a_dot * b, lambda b_dot, a, b, y: a * b_dot)
-_div = _arithmetic(torch.div, lambda a_dot, a, b, y: a_dot / b, lambda b_dot, a, b, y: -y * b_dot / b)
+_, _same, _negative = ARITHMETIC["sub"]
 _reflected_div = _arithmetic(lambda a, b: a.reciprocal() * b, lambda a_dot, a, b, y: -y * a_dot / a, _same)
 # By name: torch.compile does not find methods written in Python by identity.
 ARITHMETIC_WHILE_COMPILING: dict[str, Rule] = {
-    **dict.fromkeys(("add", "__radd__"), _add),
-    **dict.fromkeys(("sub", "subtract"), _sub),
-    **dict.fromkeys(("rsub", "__rsub__"), _reflected_sub),
-    **dict.fromkeys(("mul", "multiply", "__rmul__"), _mul),
-    **dict.fromkeys(("div", "true_divide"), _div),
+    **dict.fromkeys(("add", "__radd__"), _arithmetic(torch.add, *ARITHMETIC["add"][1:])),
+    **dict.fromkeys(("sub", "subtract"), _arithmetic(torch.sub, _same, _negative)),
+    **dict.fromkeys(("rsub", "__rsub__"), _arithmetic(torch.rsub, _negative, _same)),
+    **dict.fromkeys(("mul", "multiply", "__rmul__"), _arithmetic(torch.mul, *ARITHMETIC["mul"][1:])),
+    **dict.fromkeys(("div", "true_divide"), _arithmetic(torch.div, *ARITHMETIC["div"][1:])),
     **dict.fromkeys(("__rdiv__", "__rtruediv__"), _reflected_div),
 }
 # These get zeros, at the cost of filling them.
@@ -352,43 +325,40 @@ if hasattr(Tensor, "__cuda_array_interface__"):
     )
 
 
-@serves(torch.scatter_reduce, Tensor.scatter_reduce, Tensor.scatter_reduce_)
-def _scatter_reduce(input: Any, dim: int, index: Any, src: Any, reduce: str, **options: Any) -> Any:
-    if reduce == "prod":
-        raise NotImplementedError(
-            "imf_kernels.jvp: scatter_reduce with reduce='prod' has no tangent in PyTorch, which would give "
-            "zeros"
-        )
-    return _ALSO
+def _refuse_if(case: Callable[..., bool], reason: str) -> Rule:
+    """Makes a rule that refuses some of a function's calls and leaves all others to PyTorch."""
+
+    def rule(*args: Any, **kwargs: Any) -> Any:
+        if case(*args, **kwargs):
+            raise NotImplementedError(f"imf_kernels.jvp: {reason}")
+        return _ALSO
+
+    return rule
 
 
-@serves(torch.linalg.lstsq)
-def _lstsq(A: Any, B: Any, rcond: Any = None, *, driver: str | None = None) -> Any:
-    if driver in ("gelss", "gelsd"):
-        raise NotImplementedError(
-            f"imf_kernels.jvp: linalg.lstsq with driver={driver!r} gives its singular values no tangent; the "
-            "other drivers return none"
-        )
-    return _ALSO
-
-
-@serves(F.nll_loss, F.cross_entropy)
-def _class_weights(input: Any, target: Any, weight: Any = None, *args: Any, **kwargs: Any) -> Any:
-    if isinstance(weight, Dual):
-        raise NotImplementedError(
-            "imf_kernels.jvp: PyTorch would leave out the tangent of a loss's class weights; detach the "
-            "weights, or write the weighted sum"
-        )
-    return _ALSO
-
-
-@serves(F.embedding)
-def _embedding(
-    input: Any, weight: Any, padding_idx: Any = None, max_norm: float | None = None, *args: Any, **kwargs: Any
-) -> Any:
-    if max_norm is not None:
-        raise NotImplementedError(
-            "imf_kernels.jvp: embedding with max_norm scales its table in place, which PyTorch leaves out of "
-            "its tangent"
-        )
-    return _ALSO
+RULES |= {
+    **dict.fromkeys(
+        (torch.scatter_reduce, Tensor.scatter_reduce, Tensor.scatter_reduce_),
+        _refuse_if(
+            lambda input, dim, index, src, reduce, **options: reduce == "prod",
+            "scatter_reduce with reduce='prod' has no tangent in PyTorch, which would give zeros",
+        ),
+    ),
+    torch.linalg.lstsq: _refuse_if(
+        lambda A, B, rcond=None, *, driver=None: driver in ("gelss", "gelsd"),
+        "linalg.lstsq with driver='gelss' or 'gelsd' gives its singular values no tangent; the other drivers "
+        "return none",
+    ),
+    **dict.fromkeys(
+        (F.nll_loss, F.cross_entropy),
+        _refuse_if(
+            lambda input, target, weight=None, *args, **kwargs: isinstance(weight, Dual),
+            "PyTorch would leave out the tangent of a loss's class weights; detach the weights, or write the "
+            "weighted sum",
+        ),
+    ),
+    F.embedding: _refuse_if(
+        lambda input, weight, padding_idx=None, max_norm=None, *args, **kwargs: max_norm is not None,
+        "embedding with max_norm scales its table in place, which PyTorch leaves out of its tangent",
+    ),
+}

@@ -91,28 +91,21 @@ _SEND_NOTHING = {
     *("merge_remote_group", "memory_stats", "monitored_barrier", "name", "rank", "resume", "set_timeout"),
     *("shrink", "shutdown", "size", "split_group", "suspend", "unbox"),
 }
+_COLLECTIVE = (
+    "torch.distributed's collective {} would leave each rank its own tangent, or none; "
+    "torch.distributed.nn.functional.all_reduce and all_gather have a tangent"
+)
 _patched: set[Any] = set()
 
 
-def _refusing(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def call(group: Any, *args: Any, **kwargs: Any) -> Any:
+def _refusing(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
+    """Wraps a function so that it refuses tensors with a tangent."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
         if fwAD._current_level >= 0 and any(map(carries_tangent, pytree.tree_leaves((args, kwargs)))):
-            raise NotImplementedError(
-                f"imf_kernels.jvp: torch.distributed's collective {name} would leave each rank its own "
-                "tangent, or none; torch.distributed.nn.functional.all_reduce and all_gather have a tangent"
-            )
-        return method(group, *args, **kwargs)
-
-    return call
-
-
-def _refusing_to_leave(to_dlpack: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    @functools.wraps(to_dlpack)
-    def call(tensor: Any) -> Any:
-        if fwAD._current_level >= 0 and carries_tangent(tensor):
-            raise NotImplementedError(f"imf_kernels.jvp: {REFUSED[Tensor.__dlpack__]}")
-        return to_dlpack(tensor)
+            raise NotImplementedError(f"imf_kernels.jvp: {reason}")
+        return function(*args, **kwargs)
 
     return call
 
@@ -145,14 +138,14 @@ def _complete_pytorch() -> None:
             script.__call__ = _without_plans(script.__call__)  # type: ignore[method-assign]
     if torch.utils.dlpack not in _patched:
         _patched.add(torch.utils.dlpack)
-        torch.utils.dlpack.to_dlpack = _refusing_to_leave(torch.utils.dlpack.to_dlpack)  # type: ignore[assignment]
+        torch.utils.dlpack.to_dlpack = _refusing(torch.utils.dlpack.to_dlpack, REFUSED[Tensor.__dlpack__])
     if "torch.distributed.distributed_c10d" in sys.modules and torch.distributed not in _patched:
         _patched.add(torch.distributed)
         for kind in (torch.distributed.ProcessGroup, torch._C._distributed_c10d.Backend):
             for name, method in list(vars(kind).items()):
                 sends = name.startswith(("_allgather", "_reduce_scatter")) or not name.startswith("_")
                 if sends and name not in _SEND_NOTHING and type(method).__name__ == "instancemethod":
-                    setattr(kind, name, _refusing(name.strip("_"), method))
+                    setattr(kind, name, _refusing(method, _COLLECTIVE.format(name.strip("_"))))
 
 
 class Surroundings:

@@ -517,19 +517,16 @@ def forward(
     (batch, heads, queries, width), (_, kv_heads, keys, value_width) = q.shape, v.shape
     architecture, group = triton_launch.architecture(q), heads // max(kv_heads, 1)
     sizes = heads, group, queries, keys, width, value_width, is_causal, _stride(mask)
-    strides, out_stride = (q.stride(), k.stride(), v.stride()), out.stride()
     tangents = 0 if out_dot is None else out_dot.shape[0]
-    if tangents < batch:
-        launch, programs = launcher_of(
-            "forward", architecture, q.dtype, *sizes, *strides, None, None, None, out_stride, None
-        )
-        grid = (batch - tangents) * heads * programs, 1
-        launch(grid, (q, k, v, None, None, None, out, None, mask, lse), float(scale), 0)
-    if out_dot is not None:
-        strides_dot = _stride(q_dot), _stride(k_dot), _stride(v_dot), out_stride, out_dot.stride()
-        launch, programs = launcher_of("forward", architecture, q.dtype, *sizes, *strides, *strides_dot)
-        tensors = q, k, v, q_dot, k_dot, v_dot, out, out_dot, mask, lse
-        launch((tangents * heads * programs, 1), tensors, float(scale), batch - tangents)
+    for first, samples, dots in (
+        (0, batch - tangents, (None, None, None, out, None)),
+        (batch - tangents, tangents, (q_dot, k_dot, v_dot, out, out_dot)),
+    ):
+        if samples:
+            tensors = q, k, v, *dots
+            strides = map(_stride, tensors)
+            launch, programs = launcher_of("forward", architecture, q.dtype, *sizes, *strides)
+            launch((samples * heads * programs, 1), (*tensors, mask, lse), float(scale), first)
 
 
 def backward(

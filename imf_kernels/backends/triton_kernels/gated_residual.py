@@ -6,15 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from imf_kernels.backends.triton_kernels import rows
-from imf_kernels.backends.triton_kernels.rows import (
-    RowKernel,
-    count_rows,
-    group_and_position,
-    groups_of,
-    row_of_group,
-    row_stride,
-)
+from imf_kernels.backends.triton_kernels.rows import RowKernel, count_rows, group_and_position, row_of_group
+from imf_kernels.backends.triton_kernels.rows import shares as shares_of_rows
 
 _WIDEST = 1024
 
@@ -77,7 +70,7 @@ _FORWARD, _BACKWARD = RowKernel(_forward, widest=_WIDEST), RowKernel(_backward, 
 
 def shares(groups: int, length: int, width: int, count: int) -> int:
     """Returns the number of partial sums per group of `length` rows [width]."""
-    return rows.shares(groups, length, min(width, _WIDEST), count)
+    return shares_of_rows(groups, length, min(width, _WIDEST), count)
 
 
 def forward(
@@ -85,26 +78,13 @@ def forward(
     gate: Tensor, gate_dot: Tensor | None, y: Tensor, y_dot: Tensor | None,
 ) -> None:  # fmt: skip
     width = x.shape[-1]
-    groups, length = groups_of(gate, count_rows(x, width))
-    _FORWARD.launch(
-        width,
-        (
-            row_stride(x, width),
-            row_stride(x_dot, width),
-            row_stride(branch, width),
-            row_stride(branch_dot, width),
-        ),
-        (x, x_dot, branch, branch_dot, gate, gate_dot, y, y_dot),
-        (groups * length - count_rows(y_dot, width),),
-        length,
-        groups,
-    )
+    rows, groups = count_rows(x, width), 1 if gate.dim() == 1 else gate.shape[0]
+    tensors = x, x_dot, branch, branch_dot, gate, gate_dot, y, y_dot
+    _FORWARD.launch(tensors[:4], tensors, (rows - count_rows(y_dot, width),), width, rows, groups)
 
 
 def backward(
     dy: Tensor, branch: Tensor, gate: Tensor, dbranch: Tensor, partial: Tensor, dgate: Tensor
 ) -> None:
-    width = branch.shape[-1]
-    groups, length = groups_of(gate, count_rows(branch, width))
-    strides, tensors = (row_stride(dy, width), row_stride(branch, width)), (dy, branch, gate, dbranch)
-    _BACKWARD.sum(strides, tensors, partial, dgate, (), length, groups)
+    rows = count_rows(branch, branch.shape[-1])
+    _BACKWARD.sum((dy, branch), (dy, branch, gate, dbranch), (), rows, partial, dgate)

@@ -7,17 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from imf_kernels.backends.triton_kernels.rows import (
-    RowKernel,
-    count_rows,
-    group_and_position,
-    groups_of,
-    row_of_group,
-    row_stride,
-    shares,
-)
-
-__all__ = ["backward", "forward", "shares"]
+from imf_kernels.backends.triton_kernels.rows import RowKernel, count_rows, group_and_position, row_of_group
+from imf_kernels.backends.triton_kernels.rows import shares as shares
 
 
 @triton.jit
@@ -107,22 +98,15 @@ def forward(
     one: float, eps: float,
 ) -> None:  # fmt: skip
     width = x.shape[-1]
-    groups, length = groups_of(scale, count_rows(x, width))
-    _FORWARD.launch(
-        width,
-        (row_stride(x, width), row_stride(x_dot, width)),
-        (x, x_dot, scale, scale_dot, shift, shift_dot, y, y_dot, statistics),
-        (groups * length - count_rows(y_dot, width), float(one), float(eps)),
-        length,
-        groups,
-    )
+    rows, groups = count_rows(x, width), 1 if scale is None or scale.dim() == 1 else scale.shape[0]
+    numbers = rows - count_rows(y_dot, width), float(one), float(eps)
+    tensors = x, x_dot, scale, scale_dot, shift, shift_dot, y, y_dot, statistics
+    _FORWARD.launch((x, x_dot), tensors, numbers, width, rows, groups)
 
 
 def backward(
     x: Tensor, dy: Tensor, scale: Tensor | None, statistics: Tensor, dx: Tensor, partial: Tensor,
     sums: Tensor, one: float,
 ) -> None:  # fmt: skip
-    width = x.shape[-1]
-    groups, length = groups_of(scale, count_rows(x, width))
-    strides, tensors = (row_stride(x, width), row_stride(dy, width)), (x, dy, scale, statistics, dx)
-    _BACKWARD.sum(strides, tensors, partial, sums, (float(one),), length, groups)
+    rows = count_rows(x, x.shape[-1])
+    _BACKWARD.sum((x, dy), (x, dy, scale, statistics, dx), (float(one),), rows, partial, sums)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from imf_kernels.backends.triton_launch import Launcher, Tensors
 
@@ -22,7 +23,7 @@ _ELEMENTS, _ELEMENTS_OF_A_WARP = 2048, 256
 _SHARES = 512
 
 
-def row_stride(x: Tensor | None, width: int) -> int:
+def row_stride(x: Tensor | None) -> int:
     """Returns the stride between rows of x [..., width], whose leading dimensions collapse; 0 for `None`."""
     if x is None:
         return 0
@@ -30,23 +31,12 @@ def row_stride(x: Tensor | None, width: int) -> int:
         for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
             if size != 1:
                 return stride
-    return width
+    return x.shape[-1]
 
 
 def count_rows(x: Tensor | None, width: int) -> int:
     """Returns the number of rows of x [..., width]; 0 for `None` and for rows of no width."""
     return 0 if x is None or not width else x.numel() // width
-
-
-def groups_of(parameter: Tensor | None, rows: int) -> tuple[int, int]:
-    """Returns the number of groups of rows that share a row of `parameter`, and the rows of each.
-
-    The samples are the groups of [B, width]; all rows are one group of [width], or without a parameter.
-    """
-    if parameter is None or parameter.dim() == 1:
-        return 1, rows
-    groups = parameter.shape[0]
-    return groups, rows // max(groups, 1)
 
 
 def _block(width: int) -> int:
@@ -102,36 +92,31 @@ class RowKernel:
     Args:
         kernel: a `triton.jit` function.
         widest: the widest tile; narrower rows fit one tile. A kernel that reduces along rows takes any width.
+        stride: returns the stride, or a tuple of them, of a tensor or `None`.
     """
 
-    def __init__(self, kernel: Any, widest: int = 1 << 30) -> None:
-        self._kernel, self._widest = kernel, widest
+    def __init__(
+        self, kernel: Any, widest: int = 1 << 30, stride: Callable[[Tensor | None], Any] = row_stride
+    ) -> None:
+        self._kernel, self._widest, self._stride = kernel, widest, stride
         self._launcher = functools.lru_cache(maxsize=1024)(self._new_launcher)
 
     def launch(
-        self,
-        width: int,
-        strides: tuple[int | tuple[int, ...], ...],
-        tensors: Tensors,
-        numbers: Sequence[float],
-        length: int,
+        self, strided: Tensors, tensors: Tensors, numbers: tuple[float | None, ...], width: int, rows: int,
         groups: int = 1,
-        **constants: Any,
-    ) -> None:
-        """Runs the kernel on every tile of groups of `length` rows; no tile spans two groups."""
-        launcher, rows, columns = self._launcher(width, *strides, **constants)
-        launcher((groups * -(-length // rows), columns), tensors, *numbers, length)
+    ) -> None:  # fmt: skip
+        """Runs the kernel on every tile of the groups of `rows` rows; no tile spans two groups.
+
+        `strided` are the tensors of whose strides the kernel is told.
+        """
+        length = rows // max(groups, 1)
+        launcher, tile, columns = self._launcher(width, *map(self._stride, strided))
+        launcher((groups * -(-length // tile), columns), tensors, *numbers, length)
 
     def sum(
-        self,
-        strides: tuple[int | tuple[int, ...], ...],
-        tensors: tuple[Tensor | None, ...],
-        partial: Tensor,
-        total: Tensor,
-        numbers: Sequence[float],
-        length: int,
-        groups: int = 1,
-    ) -> None:
+        self, strided: Tensors, tensors: Tensors, numbers: tuple[float | None, ...], rows: int,
+        partial: Tensor, total: Tensor,
+    ) -> None:  # fmt: skip
         """Runs the kernel on shares of each group's rows and adds up their sums.
 
         Program i takes up to `share` rows of its group and writes their sums to row i of partial, counted
@@ -141,25 +126,19 @@ class RowKernel:
             partial: [groups, shares, sums, width], the kernel's last tensor.
             total: [groups, sums, width].
         """
-        width = partial.shape[-1]
-        launcher, _, columns = self._launcher(width, *strides)
+        groups, width = partial.shape[0], partial.shape[-1]
+        length = rows // max(groups, 1)
+        launcher, _, columns = self._launcher(width, *map(self._stride, strided))
         share = _rows_of_share(groups, length, min(width, self._widest))
         launcher((groups * -(-length // share), columns), (*tensors, partial), *numbers, length, share)
         torch.sum(partial, 1, out=total)
 
-    def _new_launcher(
-        self, width: int, *strides: int | tuple[int, ...], **constants: Any
-    ) -> tuple[Launcher, int, int]:
+    def _new_launcher(self, width: int, *strides: int | tuple[int, ...]) -> tuple[Launcher, int, int]:
         """Returns a launcher, the rows per tile, and the tiles per row."""
-        if strides:
-            parts = [stride if isinstance(stride, tuple) else (stride,) for stride in strides]
-            unit = constants["UNIT"] = math.gcd(16, *(step for part in parts for step in part))
-            strides = tuple(
-                tuple(step // unit for step in stride) if isinstance(stride, tuple) else stride // unit
-                for stride in strides
-            )
+        unit = math.gcd(16, *pytree.tree_leaves(strides))
+        strides = pytree.tree_map(lambda step: step // unit, strides)
         block = min(_block(width), self._widest)
         rows = _rows_of_tile(block)
         warps = max(1, min(rows * block // _ELEMENTS_OF_A_WARP, 16))
-        constants |= {"WIDTH": width, "ROWS": rows, "BLOCK": block, "num_warps": warps}
+        constants = {"UNIT": unit, "WIDTH": width, "ROWS": rows, "BLOCK": block, "num_warps": warps}
         return Launcher(self._kernel, *strides, **constants), rows, -(-width // block)
