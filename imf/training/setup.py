@@ -162,7 +162,7 @@ def find_resumed(arguments: argparse.Namespace) -> tuple[Path, Metadata]:
     Raises: UserError if there is none, or it lies in no run's folder or beside a newer one.
     """
     path = checkpoint.find(Path(arguments.resume) if arguments.resume else _newest(arguments))
-    last = checkpoint.list_all(folder_of(path))[-1]
+    last = checkpoint.list_all(checkpoint.run_of(path))[-1]
     if not path.samefile(last):
         raise UserError(
             f"--resume: {path} must be the newest checkpoint of its run, got one beside {last}; "
@@ -188,7 +188,7 @@ def resume(path: Path, metadata: Metadata, arguments: argparse.Namespace, contex
     path, metadata: as of `find_resumed`.
     Raises: UserError for an argument that may not change or is wrong, or a damaged file.
     """
-    folder = folder_of(path)
+    folder = checkpoint.run_of(path)
     with context.together():
         config = _resumed_config(path, metadata, arguments)
         _check_processes(config, context)
