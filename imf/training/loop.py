@@ -50,7 +50,7 @@ def fit(run: Run) -> int | None:
         try:
             with opened_log(run.folder, config, state.step, run.elapsed, context) as log:
                 report()
-                artifacts.draw_owed(run)
+                artifacts.draw_due(run, again=False)
                 while state.step < config.steps and not signals.received:
                     began = time.perf_counter()
                     terms = training_step(state, batches, config, context)
@@ -59,8 +59,7 @@ def fit(run: Run) -> int | None:
                     report()
                     if signals.received or config.is_due(config.checkpoint_every, state.step):
                         save_checked()
-                    if artifacts.picture_is_due(run):
-                        artifacts.draw(run, artifacts.picture_of(run))
+                    artifacts.draw_due(run)
                 save_checked()  # also when a signal came while a checkpoint or a picture was written
         except OSError as error:  # a full disk met by the metrics or a picture: the steps are worth keeping
             if context.grouped and not agreed(error):  # the other processes are elsewhere
