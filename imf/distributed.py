@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# Where processes have errors of both classes, the last class is everyone's.
+# If processes have errors of both classes, all raise the last; `together` relies on the order.
 ERRORS: tuple[type[Exception], ...] = (OSError, UserError)
 
 
@@ -44,7 +44,7 @@ class DistributedContext:
         return self.rank == 0
 
     def slice(self, size: int) -> range:
-        """Returns this process's part of `size` rows: in the order of the ranks, sizes differ by at most 1."""
+        """Returns this process's part of `size` rows: in order of rank, sizes differ by at most 1."""
         return range(self.rank * size // self.count, (self.rank + 1) * size // self.count)
 
     def gather(self, value: Any) -> list[Any]:
@@ -81,9 +81,9 @@ class DistributedContext:
     def together(self, signals: StopSignals | None = None) -> Iterator[None]:
         """Raises an `ERRORS` of one process in all, so that none waits for one that left.
 
-        One collective carries errors and `signals`. Other exceptions, and these outside of it, end the process
-        alone, and then torchrun ends the others. Nothing inside may wait for another process after a line that
-        can fail in one alone.
+        One collective carries errors and `signals`. Other exceptions, and these outside of it, end the
+        process alone, and then torchrun ends the others. Nothing inside may wait for another process after
+        a line that can fail in one alone.
         """
         own: Exception | None = None
         try:
@@ -153,10 +153,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def _ranks() -> tuple[int, int, int] | None:
-    """Returns rank, number of processes and rank on this machine, as torchrun sets them; None if it does not."""
+    """Returns torchrun's rank, number of processes and rank on this machine; None without torchrun."""
     found = {name: os.environ[name] for name in VARIABLES if name in os.environ}
-    # MASTER_ADDR and MASTER_PORT alone, which clusters set for every job, ask for nothing.
-    if not found.keys() & set(VARIABLES[:3]):
+    if not found.keys() & set(VARIABLES[:3]):  # clusters set MASTER_ADDR and MASTER_PORT for every job
         return None
     shown = ", ".join(f"{name}={value}" for name, value in found.items())
     if missing := [name for name in VARIABLES if name not in found]:
@@ -176,8 +175,7 @@ def _ranks() -> tuple[int, int, int] | None:
 def _own_gpu(device: torch.device, local_rank: int, count: int) -> torch.device:
     if device.index is not None and count > 1:
         raise UserError(f"--device must be cuda with {count} processes, which take a GPU each, got {device}")
-    found = torch.cuda.device_count()
-    if local_rank >= found:
+    if local_rank >= (found := torch.cuda.device_count()):
         raise UserError(
             f"process {local_rank} of this machine has no GPU of its own: PyTorch sees {found}; "
             f"start torchrun with --nproc-per-node {found}, or with --device cpu"

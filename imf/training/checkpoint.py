@@ -117,11 +117,8 @@ def save(
     Raises: UserError, naming the bytes needed and free, if the file cannot be written (a full disk), or
         naming the tensor, if a number is not finite.
     """
-    tensors = {}
-    for name, tensor in _tensors(model, ema, optimizer.state).items():
-        full = whole(tensor.detach())
-        if writes:  # what was gathered leaves the device at once
-            tensors[name] = full.cpu().contiguous()
+    gathered = ((name, whole(x.detach())) for name, x in _tensors(model, ema, optimizer.state).items())
+    tensors = {name: x.cpu().contiguous() for name, x in gathered if writes}  # one at a time on the device
     if writes:
         _write(path, tensors, metadata)
 
@@ -132,8 +129,8 @@ def save_network(path: Path, networks: Mapping[str, Mapping[str, Tensor]], metad
     networks: state dicts under "ema" and "model", or one of the two. Weights for sampling lack `v_blocks`.
     Raises: UserError as `save` does.
     """
-    tensors = {f"{kind}.{name}": x for kind, state in networks.items() for name, x in state.items()}
-    _write(path, {name: x.detach().contiguous() for name, x in tensors.items()}, metadata)
+    named = ((f"{kind}.{name}", x) for kind, state in networks.items() for name, x in state.items())
+    _write(path, {name: x.detach().contiguous() for name, x in named}, metadata)
 
 
 def load(path: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> Metadata:
@@ -154,9 +151,9 @@ def load(path: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim
 
 
 def load_weights(path: Path, *, model: nn.Module, ema: nn.Module) -> None:
-    """Gives both networks the averaged weights of `path`, or else its latest ones; `path` is a checkpoint of
-    a run or of weights alone (`imf.convert`). Nothing is changed unless all fit.
+    """Loads the averaged weights of `path`, or else its latest ones, into both networks, if all fit.
 
+    path: a run's checkpoint, or weights without a run (`imf.convert`).
     Raises: UserError as `load` does.
     """
     for kind in ("ema", "model"):
@@ -366,9 +363,9 @@ def _read(path: Path, prefix: str | tuple[str, ...] = "") -> tuple[Metadata, dic
     _check_network(path, metadata.config.network, tensors)
     wanted = {name: x for name, x in tensors.items() if name.startswith(prefix)}
     for group, got in _checksums(wanted).items():
-        if got != (expected := checksums.get(group)):
-            problem = f"damaged: checksum of {group!r} must be {expected}, got {got}"
-            raise UserError(f"{path}: {problem}{_way_out(path)}")
+        if got != (wants := checksums.get(group)):
+            damage = f"damaged: checksum of {group!r} must be {wants}, got {got}"
+            raise UserError(f"{path}: {damage}{_way_out(path)}")
     if name := _not_finite(wanted):
         raise UserError(f"{path}: {name} must be finite, got NaN or infinity{_way_out(path)}")
     return metadata, wanted
@@ -418,8 +415,8 @@ def _check_network(path: Path, config: IMFConfig, tensors: Mapping[str, Tensor])
     for kind in ("model.", "ema."):
         if any(name.startswith(kind) for name in found):
             v_head = any(name.startswith(f"{kind}v_blocks.") for name in found)
-            names = [name for name in empty if v_head or not name.startswith("v_blocks.")]
-            expected |= {f"{kind}{name}": empty[name] for name in names}
+            absent = () if v_head else "v_blocks."
+            expected |= {f"{kind}{name}": x for name, x in empty.items() if not name.startswith(absent)}
     _check_same(path, found, expected)
 
 
@@ -427,14 +424,14 @@ def _check_same(path: Path, got: Mapping[str, Tensor], expected: Mapping[str, Te
     """Raises UserError, listing the first differences, unless names, shapes and dtypes are the expected."""
     have, wanted = ({name: _form(tensor) for name, tensor in tensors.items()} for tensors in (got, expected))
     names = [*wanted, *(have.keys() - wanted.keys())]
-    different = [name for name in names if wanted.get(name) != have.get(name)]
-    if different:
-        lines = [
-            f"  {name}: checkpoint {have.get(name, 'has none')}, network {wanted.get(name, 'has none')}"
-            for name in different[:5]
-        ]
-        more = [f"  and {len(different) - 5} more"] if len(different) > 5 else []
-        raise UserError("\n".join([f"{path}: a checkpoint of another network, or not whole:", *lines, *more]))
+    lines = [
+        f"  {name}: checkpoint {have.get(name, 'has none')}, network {wanted.get(name, 'has none')}"
+        for name in names
+        if wanted.get(name) != have.get(name)
+    ]
+    if lines:
+        lines[5:] = [f"  and {len(lines) - 5} more"] if len(lines) > 5 else []
+        raise UserError("\n".join([f"{path}: a checkpoint of another network, or not whole:", *lines]))
 
 
 def _form(tensor: Tensor) -> str:

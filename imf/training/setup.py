@@ -188,9 +188,12 @@ def resume(path: Path, metadata: Metadata, arguments: argparse.Namespace, contex
         _check_processes(config, context)
         fitted, dataset = _open_data(config)
         if fitted != config:
+            wanted, got = (
+                f"{[n.in_channels, n.input_size, n.input_size]} of {n.num_classes} classes"
+                for n in (config.network, fitted.network)
+            )
             raise UserError(
-                f"--resume: the data in {config.data} must be {_shape_of(config)} as the network of {path}, "
-                f"got {_shape_of(fitted)}"
+                f"--resume: the data in {config.data} must be {wanted} as the network of {path}, got {got}"
             )
         if dataset.autoencoder != metadata.autoencoder:
             raise UserError(
@@ -270,7 +273,7 @@ def _warn_of_other_bits(metadata: Metadata, config: TrainConfig, context: Distri
 
 
 def _open_data(config: TrainConfig) -> tuple[TrainConfig, data.DataSet]:
-    """Opens the data; returns the configuration with their input size, channels and classes, and them."""
+    """Opens the data; returns them, and the configuration with their input size, channels and classes."""
     with _named("--data"):
         found = data.load(config.data)
     channels, size, _ = found.shape
@@ -284,12 +287,6 @@ def _open_data(config: TrainConfig) -> tuple[TrainConfig, data.DataSet]:
             config.network, in_channels=channels, input_size=size, num_classes=found.num_classes
         )
         return replace(config, network=network), found
-
-
-def _shape_of(config: TrainConfig) -> str:
-    network = config.network
-    shape = [network.in_channels, network.input_size, network.input_size]
-    return f"{shape} of {network.num_classes} classes"
 
 
 def _check_processes(config: TrainConfig, context: DistributedContext) -> None:
