@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from imf.data import LabelledImages
 from imf.evaluation.digits import evaluate, table
@@ -97,5 +98,5 @@ def finish(run: Run) -> None:
         )
 
 
-def _guidance(config: TrainConfig) -> dict[str, float]:
+def _guidance(config: TrainConfig) -> dict[str, Any]:
     return dict(zip(("omega", "t_min", "t_max"), config.sampling, strict=True))

@@ -4,12 +4,10 @@ Tensors: `model.<name>` and `ema.<name>`, the weights and their moving average; 
 AdamW's moments and step count of that weight. Metadata: one JSON text under the key `imf`. Random numbers and
 data order are functions of (seed, step), so there is no random state to keep.
 
-Every byte is covered by a CRC-32: the text's lies under the key `crc32`, those of the tensors named `model.`,
-`ema.` and `optimizer.` in the text, each over names, shapes, dtypes and values. Readers check what they read,
-and that all numbers are finite, before they use any of it.
-
-A file gets its name only when it is complete and on the disk (temporary file, fsync, rename), so the
-checkpoint of the highest step is always the one to resume from.
+A CRC-32 covers every byte: the text's lies under the key `crc32`, those of the tensors named `model.`, `ema.`
+and `optimizer.` in the text, each over names, shapes, dtypes and values. Readers check them, and that all
+numbers are finite, before use. A file gets its name only when it is complete and on the disk (temporary file,
+fsync, rename), so the checkpoint of the highest step is always the one to resume from.
 """
 
 from __future__ import annotations

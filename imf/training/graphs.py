@@ -4,7 +4,7 @@ A graph has fixed shapes, addresses and numbers. So inputs are copied into tenso
 graph for each size of the evaluation of v_u, see `sizes_of_v_u`.
 
 Source: "Accelerating PyTorch with CUDA Graphs" and the notes on CUDA semantics in PyTorch's documentation.
-Tests on the CPU replay the same steps from a recording of PyTorch's operators.
+Not yet run on a GPU: tests replay the same steps from a recording of PyTorch's operators on the CPU.
 """
 
 from __future__ import annotations
