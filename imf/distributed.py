@@ -1,7 +1,6 @@
-"""The processes of a run or an evaluation: which part is whose, and what they agree on.
+"""Processes of a run or an evaluation, started by `torchrun`: their shares of the work and their agreement.
 
-`torchrun` starts the processes and tells each its rank by environment variables. What the hosts have to agree
-on (a signal, an error, a text) goes over gloo, from host to host, and waits for no GPU.
+Hosts agree (on a signal, an error, a text) over gloo, which waits for no GPU.
 """
 
 from __future__ import annotations
@@ -24,16 +23,15 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# Where processes have errors of both classes, the last class is everyone's.
+# If processes have errors of both classes, all raise the last; `together` relies on the order.
 ERRORS: tuple[type[Exception], ...] = (OSError, UserError)
 
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """One of `count` processes, number `rank`, with its device; a process alone needs no torch.distributed.
+    """Process number `rank` of `count`, with its device; the first, of rank 0, writes all files.
 
-    The first process, of rank 0, writes all files.
-    grouped: whether torchrun started them.
+    grouped: whether torchrun started them; a process alone needs no torch.distributed.
     """
 
     rank: int = 0
@@ -46,11 +44,11 @@ class DistributedContext:
         return self.rank == 0
 
     def slice(self, size: int) -> range:
-        """This process's part of `size` things: in the order of the ranks, sizes differ by at most 1."""
+        """Returns this process's part of `size` rows: in order of rank, sizes differ by at most 1."""
         return range(self.rank * size // self.count, (self.rank + 1) * size // self.count)
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all processes on the first, an empty list on the others."""
+        """Returns the values of all processes on the first, an empty list on the others."""
         if not self.grouped:
             return [value]
         values = [None] * self.count if self.first else None
@@ -58,7 +56,7 @@ class DistributedContext:
         return values or []
 
     def broadcast(self, value: Any, source: int = 0) -> Any:
-        """The value of the process of rank `source`, on all."""
+        """Returns the value of the process of rank `source`, on all."""
         if not self.grouped:
             return value
         values = [value]
@@ -66,14 +64,14 @@ class DistributedContext:
         return values[0]
 
     def largest(self, *values: int) -> list[int]:
-        """The largest of the processes' values, each by itself."""
+        """Returns the elementwise maximum over the processes."""
         found = torch.tensor(values)
         if self.grouped:
             dist.all_reduce(found, dist.ReduceOp.MAX)
         return [int(x) for x in found]
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean of x, fp32 on the device, over the processes; no host waits for it on a GPU."""
+        """Averages x, fp32 on the device, over the processes in place; no host waits for it on a GPU."""
         if self.grouped:
             dist.all_reduce(x)
             x /= self.count
@@ -83,16 +81,16 @@ class DistributedContext:
     def together(self, signals: StopSignals | None = None) -> Iterator[None]:
         """Raises an `ERRORS` of one process in all, so that none waits for one that left.
 
-        It takes one collective, by which the processes agree on `signals` too. Other exceptions, and these
-        outside of it, end the process alone, upon which torchrun ends the others. Nothing inside may wait for
-        another process after a line that can fail in one alone.
+        One collective carries errors and `signals`. Other exceptions, and these outside of it, end the
+        process alone, and then torchrun ends the others. Nothing inside may wait for another process after
+        a line that can fail in one alone.
         """
         own: Exception | None = None
         try:
             yield
         except ERRORS as caught:
             own = caught
-        kind = next((1 + i for i, kind in enumerate(ERRORS) if isinstance(own, kind)), 0)
+        kind = 0 if own is None else 1 + isinstance(own, UserError)
         code = kind * self.count + self.rank if kind else 0
         code, received = self.largest(code, signals.noted if signals else 0)
         if signals:
@@ -119,14 +117,13 @@ def sharded(network: nn.Module) -> TypeGuard[FSDPModule]:
 
 @contextlib.contextmanager
 def initialized(device: str, timeout: timedelta = timedelta(days=7)) -> Iterator[DistributedContext]:
-    """Joins the processes that `torchrun` started; without it the context of one process alone.
+    """Joins the processes that `torchrun` started; without it yields the context of a process alone.
 
     device: as `choose_device` takes it; "cuda" and "auto" mean one GPU per process.
     timeout: how long a process waits for another that lives; that one has died is seen at once.
     Raises: UserError if only some of torchrun's variables are set, or GPUs are too few.
     """
-    ranks = _ranks()
-    chosen = choose_device(device)
+    ranks, chosen = _ranks(), choose_device(device)
     if ranks is None:
         yield DistributedContext(device=chosen)
         return
@@ -134,15 +131,14 @@ def initialized(device: str, timeout: timedelta = timedelta(days=7)) -> Iterator
     if chosen.type == "cuda":
         chosen = _own_gpu(chosen, local_rank, count)
     dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
-    context = DistributedContext(rank, count, chosen, grouped=True)
-    yield context
+    yield (context := DistributedContext(rank, count, chosen, grouped=True))
     # Not after an exception, which waiting for processes that have left would hide.
     context.largest(0)
     dist.destroy_process_group()
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name, "auto" for a GPU where there is one; UserError if it cannot be used."""
+    """Returns the device of that name, "auto" for a GPU if there is one; UserError if it cannot be used."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with contextlib.suppress(RuntimeError):
@@ -157,10 +153,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def _ranks() -> tuple[int, int, int] | None:
-    """Rank, number of processes and rank on this machine, as torchrun says; None where it says nothing."""
+    """Returns torchrun's rank, number of processes and rank on this machine; None without torchrun."""
     found = {name: os.environ[name] for name in VARIABLES if name in os.environ}
-    # MASTER_ADDR and MASTER_PORT alone, which clusters set for every job, ask for nothing.
-    if not found.keys() & set(VARIABLES[:3]):
+    if not found.keys() & set(VARIABLES[:3]):  # clusters set MASTER_ADDR and MASTER_PORT for every job
         return None
     shown = ", ".join(f"{name}={value}" for name, value in found.items())
     if missing := [name for name in VARIABLES if name not in found]:
@@ -174,15 +169,13 @@ def _ranks() -> tuple[int, int, int] | None:
             f"the environment must have numbers as RANK, WORLD_SIZE and LOCAL_RANK, RANK below WORLD_SIZE; "
             f"got {shown}"
         )
-    rank, count, local_rank = map(int, numbers)
-    return rank, count, local_rank
+    return int(numbers[0]), int(numbers[1]), int(numbers[2])
 
 
 def _own_gpu(device: torch.device, local_rank: int, count: int) -> torch.device:
     if device.index is not None and count > 1:
         raise UserError(f"--device must be cuda with {count} processes, which take a GPU each, got {device}")
-    found = torch.cuda.device_count()
-    if local_rank >= found:
+    if local_rank >= (found := torch.cuda.device_count()):
         raise UserError(
             f"process {local_rank} of this machine has no GPU of its own: PyTorch sees {found}; "
             f"start torchrun with --nproc-per-node {found}, or with --device cpu"

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, files that are regular, folders of one process, digests."""
+"""Atomic replacement of files, checks for regular files, locks of folders, digests."""
 
 from __future__ import annotations
 
@@ -24,8 +24,6 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_CHUNK = 1 << 22  # bytes
-
 
 class FolderInUse(OSError):
     """Another process writes to a folder; the message names both."""
@@ -33,45 +31,31 @@ class FolderInUse(OSError):
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Within it no other process may write to the folder that asks in the same way.
+    """Locks a folder against other processes that lock it in the same way.
 
-    The operating system holds the lock (flock on the file `.lock`, in which the holder's number lies) until
-    this process ends, however it ends: nothing has to be removed after a crash. Where there are no such locks
-    a warning says so.
+    The operating system holds the lock (flock on the file `.lock`, which names the holder) until this process
+    ends, however it ends: nothing has to be removed after a crash. Without such locks a warning says so.
 
-    Raises: FolderInUse if another process has it; OSError if the file cannot be opened.
+    Raises: FolderInUse if another process has it; OSError if the file cannot be opened or written.
     """
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        if fcntl is None:
-            _warn_of_no_lock(folder, f"{platform.system()} has no flock")
+    with (folder / ".lock").open("a+b", buffering=0) as file:
+        try:
+            if fcntl is None:
+                raise OSError(f"{platform.system()} has no flock")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(200).decode(errors="replace").strip() or "another process"
+            raise FolderInUse(
+                f"{folder}: {holder} is writing to this folder: wait until it ends, or end it"
+            ) from None
+        except OSError as error:  # some network file systems
+            warning = f"{folder} cannot be locked ({error}): let no other process write to it meanwhile"
+            print(f"warning: {warning}", file=sys.stderr)
         else:
-            _lock(folder, descriptor)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock(folder: Path, descriptor: int) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-        raise FolderInUse(
-            f"{folder}: {holder} is writing to this folder: wait until it ends, or end it"
-        ) from None
-    except OSError as error:  # some network file systems
-        _warn_of_no_lock(folder, str(error))
-        return
-    os.truncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
-
-
-def _warn_of_no_lock(folder: Path, reason: str) -> None:
-    print(
-        f"warning: {folder} cannot be locked ({reason}): let no other process write to it meanwhile",
-        file=sys.stderr,
-    )
 
 
 _KINDS = {
@@ -84,7 +68,7 @@ _KINDS = {
 
 
 class IrregularFile(OSError):
-    """A path that is not a regular file; `reason` is the message without the path."""
+    """Path that is not a regular file; `reason` is the message without the path."""
 
     def __init__(self, path: Path, kind: str) -> None:
         self.reason = f"must be a regular file, got {kind}"
@@ -92,7 +76,7 @@ class IrregularFile(OSError):
 
 
 def check_regular(path: Path) -> os.stat_result:
-    """Status of a regular file. To open a FIFO would wait for a writer, to read a device might never end.
+    """Returns the status of a regular file. Opening a FIFO would wait, reading a device might never end.
 
     Raises: IrregularFile for anything else, OSError if there is nothing or it cannot be reached.
     """
@@ -103,7 +87,7 @@ def check_regular(path: Path) -> os.stat_result:
 
 
 def check_target(path: Path) -> None:
-    """Whether a file can get this name, asked before the work that fills it.
+    """Checks that a file can get this name, before the work that fills it.
 
     Raises: IrregularFile if something else is there, which a rename would destroy; OSError without a folder.
     """
@@ -115,13 +99,13 @@ def check_target(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path, *, synced: bool = False) -> Iterator[Path]:
-    """A temporary path to write to; what is there when the block ends well gets the name `path`.
+    """Yields a temporary path, and renames the file there to `path` if the block succeeds.
 
     A block that fails leaves no temporary file; a process that is killed leaves the old file or the new one,
     and perhaps a temporary one, named .<name>.tmp.
 
     synced: file and name are on the disk when this ends.
-    Raises: what `check_target` does, before the block begins.
+    Raises: the errors of `check_target`, before the block begins.
     """
     check_target(path)
     temporary = path.with_name(f".{path.name}.tmp")  # same folder, so the rename stays inside one file system
@@ -140,7 +124,7 @@ def replacing(path: Path, *, synced: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Within it an OSError gets the file's name: that of a write, on a full disk, has none."""
+    """Adds the file's name to an OSError: one of a write, on a full disk, has none."""
     try:
         yield
     except IrregularFile:  # names it
@@ -150,16 +134,16 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write a JSON file whole or not at all."""
+    """Writes a complete JSON file or none."""
     with naming(path), replacing(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal; OSError if it cannot be read."""
+    """Returns the SHA-256 of a file, in hexadecimal; OSError if it cannot be read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
+        while chunk := file.read(2**22):
             digest.update(chunk)
     return digest.hexdigest()
 
@@ -199,7 +183,7 @@ def read_torch(path: Path) -> dict[str, Tensor]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's entries, are on the disk."""
+    """Waits until a file's content, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

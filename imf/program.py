@@ -1,4 +1,4 @@
-"""The command line programs' common parts: errors for the user, signals, exit statuses."""
+"""Common parts of the command-line programs: errors for the user, signals, exit statuses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """An error of the input, not of the program: the message says what was wanted, what came, what to do."""
+    """Error that the user can do something about; the message says what was wanted, what came, what to do."""
 
 
 def run(name: str, program: Callable[[], int | None], stopped: str = "stopped") -> int:
@@ -38,7 +38,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within it SIGTERM raises `Terminated`, so that it cleans up as Ctrl-C does."""
+    """Makes SIGTERM raise `Terminated`, so that it cleans up as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are the main thread's
         return
@@ -54,7 +54,7 @@ def interruptible() -> Iterator[None]:
 
 
 def exit_status(stop: KeyboardInterrupt) -> int:
-    """Of a process that a signal has ended."""
+    """Returns the exit status of a process that a signal has ended."""
     return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
 
 

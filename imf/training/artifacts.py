@@ -1,4 +1,4 @@
-"""What a run writes beside its log: checkpoints, pictures, final scores."""
+"""Files that a run writes in addition to its log: checkpoints, pictures, final scores."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def save(run: Run) -> None:
 
 
 def draw(run: Run, path: Path, steps: int = 1) -> None:
-    """Writes a grid of samples of the averaged network, a row for each class, always from the same noise.
+    """Writes a grid of samples of the averaged network, one row per class, always from the same noise.
 
-    Every process draws, which a sharded network asks for; the first one writes.
+    Every process draws, since a sharded network needs all of them; the first one writes.
     """
     config = run.config
     picture = class_grid(run.state.ema, steps=steps, seed=config.seed, **_guidance(config))
@@ -50,27 +50,22 @@ def draw(run: Run, path: Path, steps: int = 1) -> None:
                 picture.save(temporary, format="PNG")
 
 
-def picture_is_due(run: Run) -> bool:
-    """Whether the step that was just done asks for a picture; after the last one `finish` draws."""
-    step = run.state.step
-    return 0 < step < run.config.steps and run.config.is_due(run.config.sample_every, step)
+def draw_due(run: Run, again: bool = True) -> None:
+    """Draws the picture that the step just done asks for; after the last step `finish` draws.
 
-
-def picture_of(run: Run) -> Path:
-    """Path of the picture of the step that was just done."""
-    return run.folder / "samples" / f"step-{run.state.step:08d}.png"
-
-
-def draw_owed(run: Run) -> None:
-    """Draws the picture that a process owes that was killed after its checkpoint."""
-    if picture_is_due(run) and run.context.broadcast(not picture_of(run).exists()):
-        draw(run, picture_of(run))
+    again: also if the file exists; False draws it only where a process was killed after its checkpoint.
+    """
+    step, config = run.state.step, run.config
+    path = run.folder / "samples" / f"step-{step:08d}.png"
+    due = 0 < step < config.steps and config.is_due(config.sample_every, step)
+    if due and (again or run.context.broadcast(not path.exists())):
+        draw(run, path)
 
 
 def finish(run: Run) -> None:
     """Scores the averaged network in 1, 2 and 4 steps, draws samples, writes results.json, prints the table.
 
-    That is for images in memory; the samples of others are scored by `python -m imf.evaluate`.
+    Only for images in memory; `python -m imf.evaluate` scores others.
     """
     config, context = run.config, run.context
     if not isinstance(run.dataset, LabelledImages):

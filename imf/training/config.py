@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from imf.mean_flow.methods import METHODS, network_of
 from imf.model.config import IMFConfig, check_guidance
 from imf.objective.draws import MAX_LOG_POWER, Guidance
 
-# 8 x 8 images in patches of 2 x 2: 16 patch tokens beside the 20 condition tokens.
+# 8 x 8 images in patches of 2 x 2: 16 patch tokens and 20 condition tokens.
 DIGITS_NETWORK = IMFConfig(
     input_size=8,
     patch_size=2,
@@ -27,19 +27,17 @@ DIGITS_NETWORK = IMFConfig(
     num_classes=10,
 )
 
-# What may change when a run is resumed: it leaves the weights alone, says when to stop, or only warns.
+# Options that may change when a run is resumed: they leave the weights alone, say when to stop, or only warn.
 RESUMABLE = {
     "runs", "steps", "omega", "t_min", "t_max", "threads", "device",
     "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "wandb",
     "sharding", "compile", "checkpointing", "cuda_graphs",
 }  # fmt: skip
-# Of these, what only changes the last bits.
-ROUNDING = ("sharding", "compile", "checkpointing", "cuda_graphs")
-
+ROUNDING = ("sharding", "compile", "checkpointing", "cuda_graphs")  # those that only change the last bits
+NETWORK_OPTIONS = ("patch_size", "hidden_size", "depth", "num_heads", "aux_head_depth", "mlp_ratio")
 
 MOST_THREADS = 4096  # a larger number is a mistake: OpenMP ends the process where it cannot start as many
 MOST_FP32 = torch.finfo(torch.float32).max
-MOST_STEPS = 2**40  # of all that is counted in steps; micro-batches then fit in 64 bits
 
 Bound = tuple[str, Callable[[Any], bool]]  # text for messages, and whether a value is within
 
@@ -52,49 +50,42 @@ AT_LEAST_0: Bound = ("at least 0", lambda x: x >= 0)
 AT_LEAST_1: Bound = ("at least 1", lambda x: x >= 1)
 ABOVE_0: Bound = ("above 0", lambda x: x > 0)
 SHARE: Bound = ("in [0, 1]", lambda x: 0 <= x <= 1)
+ABOVE_0_TO_1: Bound = ("in (0, 1]", lambda x: 0 < x <= 1)
 BELOW_1: Bound = ("in [0, 1)", lambda x: 0 <= x < 1)
-STEPS: Bound = _at_most(MOST_STEPS)
+FINITE: Bound = ("finite in fp32", lambda x: abs(x) <= MOST_FP32)  # NaN is not
+STEPS: Bound = _at_most(2**40)  # all that is counted in steps; micro-batches then fit in 64 bits
+BELOW_2_63: Bound = ("below 2 ** 63", lambda x: x < 2**63)
+PLAIN_NAME: Bound = ("a plain folder name", lambda x: x not in (".", "..") and not set(x) & set("/\\\0"))
 
 
-def _option(default: Any, text: str, *bounds: Bound, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": text, "choices": choices, "bounds": bounds})
+def _option(default: Any, text: str, *bounds: Bound, choices: tuple[str, ...] = ()) -> Any:
+    if choices:
+        bounds = ((f"one of {', '.join(choices)}", lambda x: x in choices),)
+    elif isinstance(default, float):
+        bounds = (FINITE, *bounds)
+    return field(default=default, metadata={"help": text, "choices": choices or None, "bounds": bounds})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a run does; with the code, the versions and the thread count it decides every bit of the result.
+    """Options of a run; with the code, versions and thread count they decide every bit of the result.
 
-    Raises ValueError, naming the argument, for a value out of range or of another type.
+    Raises: ValueError, naming the argument, for a value out of range or of another type.
     """
 
-    method: str = _option(
-        "imf",
-        "objective and form of the network, see imf.mean_flow.methods; sizes stay",
-        choices=tuple(METHODS),
-    )
+    method: str = _option("imf", "objective and form of the network; sizes stay", choices=tuple(METHODS))
     data: str = _option("digits", "digits, or a folder that imf.data.prepare wrote")
-    name: str = _option(
-        "", "name of the run; empty: the data set's, numbered when taken (digits, digits-2, ...)"
-    )
+    name: str = _option("", "name of the run; empty: the data set's, numbered when taken", PLAIN_NAME)
     runs: str = _option("runs", "folder that holds the runs")
-    init_from: str = _option(
-        "",
-        "weights to begin with: a run's folder, a checkpoint, or what imf.convert wrote; empty: fresh ones",
-    )
+    init_from: str = _option("", "initial weights: a run's folder or a checkpoint; empty: random ones")
 
     steps: int = _option(500, "optimizer steps", AT_LEAST_1, STEPS)
     batch_size: int = _option(128, "images per optimizer step", AT_LEAST_1, _at_most(2**20))
-    accumulate: int = _option(
-        1, "micro-batches per step; their gradients are averaged; divides the batch size", AT_LEAST_1
-    )
+    accumulate: int = _option(1, "micro-batches per step, whose gradients are averaged", AT_LEAST_1)
     lr: float = _option(4e-3, "peak learning rate of AdamW", ABOVE_0)
-    warmup_steps: int = _option(
-        50, "steps of linear warm-up; the first step has learning rate 0", AT_LEAST_0, STEPS
-    )
+    warmup_steps: int = _option(50, "steps of linear warm-up from learning rate 0", AT_LEAST_0, STEPS)
     decay: str = _option("cosine", "how the learning rate ends", choices=("constant", "linear", "cosine"))
-    decay_fraction: float = _option(
-        1.0, "share of the steps, at the end, over which it decays to 0", ("in (0, 1]", lambda x: 0 < x <= 1)
-    )
+    decay_fraction: float = _option(1.0, "share of the steps, at the end, that decay to 0", ABOVE_0_TO_1)
     beta1: float = _option(0.9, "AdamW: decay of the first moment", BELOW_1)
     beta2: float = _option(0.95, "AdamW: decay of the second moment", BELOW_1)
     eps: float = _option(1e-8, "AdamW: epsilon", ABOVE_0)
@@ -109,22 +100,13 @@ class TrainConfig:
     omega_max: float = _option(8.0, "guidance scales are drawn from [1, omega_max]", AT_LEAST_1)
     omega_exponent: float = _option(3.0, "with density proportional to omega ** -omega_exponent")
     fixed_omega: float = _option(1.0, "methods without omega as an input: weight of v_t in their guidance")
-    fixed_kappa: float = _option(
-        0.2, "and of the conditional velocity; the guidance scale is fixed_omega / (1 - fixed_kappa)"
-    )
+    fixed_kappa: float = _option(0.2, "and of v_c; the guidance scale is fixed_omega / (1 - fixed_kappa)")
     fixed_t_min: float = _option(0.0, "start of the interval of that guidance")
     fixed_t_max: float = _option(1.0, "end of the interval of that guidance")
 
-    seed: int = _option(
-        0,
-        "seed of the initial weights, the data order, the draws and the samples",
-        AT_LEAST_0,
-        ("below 2 ** 63", lambda x: x < 2**63),
-    )
+    seed: int = _option(0, "seed of initial weights, data order, draws and samples", AT_LEAST_0, BELOW_2_63)
     precision: str = _option(
-        "auto",
-        "operands of GEMMs and attention; auto: what this processor is fast at",
-        choices=("auto", "fp32", "bf16"),
+        "auto", "of GEMMs and attention; auto: as the processor is fast", choices=("auto", "fp32", "bf16")
     )
     backend: str = _option(
         "auto",
@@ -137,12 +119,8 @@ class TrainConfig:
     )
     compile: bool = _option(False, "compile the blocks of the network by torch.compile")
     checkpointing: bool = _option(False, "keep no activations inside blocks: backward recomputes them")
-    cuda_graphs: bool = _option(
-        False, "replay steps as CUDA graphs: one process on a GPU, without accumulation or checkpointing"
-    )
-    threads: int = _option(
-        0, "threads of PyTorch and of the kernels; 0: as PyTorch chooses", AT_LEAST_0, _at_most(MOST_THREADS)
-    )
+    cuda_graphs: bool = _option(False, "replay steps as CUDA graphs: one process on a GPU, one micro-batch")
+    threads: int = _option(0, "CPU threads; 0: as PyTorch chooses", AT_LEAST_0, _at_most(MOST_THREADS))
 
     omega: float = _option(1.3, "guidance scale of samples while and after training, where an input")
     t_min: float = _option(0.2, "start of the guidance interval of these samples")
@@ -150,73 +128,54 @@ class TrainConfig:
 
     log_every: int = _option(10, "steps between lines of metrics.jsonl", AT_LEAST_1, STEPS)
     sample_every: int = _option(100, "steps between sample grids; 0: none while training", AT_LEAST_0, STEPS)
-    checkpoint_every: int = _option(
-        100, "steps between checkpoints; 0: only at the end and on Ctrl-C", AT_LEAST_0, STEPS
-    )
+    checkpoint_every: int = _option(100, "steps between checkpoints; 0: only the last", AT_LEAST_0, STEPS)
     keep_checkpoints: int = _option(2, "checkpoints kept, the newest first", AT_LEAST_1)
-    tensorboard: bool = _option(True, "write TensorBoard events beside metrics.jsonl")
+    tensorboard: bool = _option(True, "write TensorBoard events in addition to metrics.jsonl")
     wandb: str = _option("", "project of Weights & Biases to log to as well; empty: none")
 
     network: IMFConfig = DIGITS_NETWORK
 
     def __post_init__(self) -> None:
         for option in fields(self):
-            choices = option.metadata.get("choices")
-            value, kind = getattr(self, option.name), type(option.default)
+            name, value, kind = option.name, getattr(self, option.name), type(option.default)
             kinds = (int, float) if kind is float else kind
-            fits = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
-            _require(fits, option.name, f"of type {kind.__name__}", value)
-            _require(
-                not choices or value in choices, option.name, f"one of {', '.join(choices or ())}", value
-            )
-            if kind is float:
-                _require_finite(option.name, value)
-                object.__setattr__(self, option.name, float(value))  # an integer may exceed what tensors take
+            fits = isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
+            _require(fits, name, f"of type {kind.__name__}", value)
             for wanted, within in option.metadata.get("bounds", ()):
-                _require(within(value), option.name, wanted, value)
-        _require(
-            self.batch_size % self.accumulate == 0,
-            "accumulate",
-            f"a divisor of the batch size {self.batch_size}",
-            self.accumulate,
-        )
-        if self.cuda_graphs:
-            _require(self.accumulate == 1, "accumulate", "1 with cuda_graphs", self.accumulate)
-            _require(not self.checkpointing, "checkpointing", "off with cuda_graphs", self.checkpointing)
-        _require(
-            (1 - self.omega_exponent) * math.log(self.omega_max) <= MAX_LOG_POWER,
-            "omega_exponent",
-            f"such that omega_max ** (1 - omega_exponent) is at most e ** {MAX_LOG_POWER}",
-            self.omega_exponent,
-        )
+                _require(within(value), name, wanted, value)
+            if kind is float:
+                object.__setattr__(self, name, float(value))  # an integer may exceed what tensors take
+        log_power, graphs = (1 - self.omega_exponent) * math.log(self.omega_max), self.cuda_graphs
+        small = f"such that omega_max ** (1 - omega_exponent) is at most e ** {MAX_LOG_POWER}"
+        divisor = f"a divisor of the batch size {self.batch_size}"
+        for name, fits, wanted in (
+            ("accumulate", self.batch_size % self.accumulate == 0, divisor),
+            ("accumulate", not graphs or self.accumulate == 1, "1 with cuda_graphs"),
+            ("checkpointing", not graphs or not self.checkpointing, "off with cuda_graphs"),
+            ("omega_exponent", log_power <= MAX_LOG_POWER, small),
+        ):
+            _require(fits, name, wanted, getattr(self, name))
         check_guidance(self.omega, self.t_min, self.t_max)
-        fixed = {name: getattr(self, f"fixed_{name}") for name in ("omega", "kappa", "t_min", "t_max")}
         try:
-            Guidance(**fixed)
+            _ = self.fixed_guidance
         except ValueError as error:
             raise ValueError(str(error).replace("Guidance: ", "fixed_")) from error
-        self._check_form()
-        name_is_plain = self.name not in (".", "..") and not set(self.name) & set("/\\\0")
-        _require(name_is_plain, "name", "a plain folder name", self.name)
-
-    def _check_form(self) -> None:
-        method, network = METHODS[self.method], self.network
-        for name, wanted in method.form.items():
-            got = getattr(network, name)
-            _require(got == wanted, f"network.{name}", f"{wanted!r} for the method {self.method}", got)
+        method, depth = METHODS[self.method], self.network.aux_head_depth
+        for name, form in method.form.items():
+            got = getattr(self.network, name)
+            _require(got == form, f"network.{name}", f"{form!r} for the method {self.method}", got)
         if not method.v_head or method.block == "plain":
-            wanted = "at least 1" if method.v_head else "0"
-            fits = (network.aux_head_depth > 0) == method.v_head
-            _require(fits, "aux_head_depth", f"{wanted} for the method {self.method}", network.aux_head_depth)
+            wanted = f"{'at least 1' if method.v_head else '0'} for the method {self.method}"
+            _require((depth > 0) == method.v_head, "aux_head_depth", wanted, depth)
 
     @property
     def fixed_guidance(self) -> Guidance:
-        """What a network without ω as an input is trained for."""
+        """Guidance that a network without ω as an input is trained for."""
         return Guidance(self.fixed_omega, self.fixed_kappa, self.fixed_t_min, self.fixed_t_max)
 
     @property
     def sampling(self) -> tuple[float, float, float]:
-        """ω, t_min and t_max of samples, as `imf.sample.sample` takes them; none where they are no inputs."""
+        """ω, t_min and t_max of samples; 1, 0 and 1 where the method does not take them as inputs."""
         inputs = METHODS[self.method]
         interval = (self.t_min, self.t_max) if inputs.interval_input else (0.0, 1.0)
         return self.omega if inputs.omega_input else 1.0, *interval
@@ -233,20 +192,21 @@ class TrainConfig:
 
     @property
     def draws(self) -> dict[str, Any]:
-        """What `imf.objective.imf_loss.Draws.sample` takes beside the batch, the seed and the step."""
+        """Arguments of `imf.objective.draws.Draws.sample` that stay the same from step to step."""
+        inputs = METHODS[self.method]
         return {
             "fm_fraction": self.fm_fraction,
             "drop_probability": self.drop_probability,
-            "interval": METHODS[self.method].interval_input,
+            "interval": inputs.interval_input,
             "mean": self.time_mean,
             "std": self.time_std,
-            "omega_max": self.omega_max if METHODS[self.method].omega_input else 1.0,
+            "omega_max": self.omega_max if inputs.omega_input else 1.0,
             "omega_exponent": self.omega_exponent,
         }
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Learning rate of step `step` (from 0): linear warm-up from 0, then constant or decaying to 0."""
+    """Returns the learning rate of step `step` (from 0): linear warm-up from 0, constant, decay to 0."""
     warmup = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
     # `left` falls from 1, where the decay begins, towards 0, which the step after the last would have.
     left = min(1.0, (config.steps - step) / (config.decay_fraction * config.steps))
@@ -255,89 +215,71 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def ema_decay(config: TrainConfig, step: int) -> float:
-    """Decay of the moving average at step `step` (from 0): small at first: the initial weights fade."""
+    """Returns the decay of the moving average at step `step` (from 0): small at first."""
     return min(config.ema_decay, (1 + step) / (config.ema_warmup + step))
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as JSON-compatible values; `from_dict` is the inverse."""
+    """Returns the configuration as JSON-compatible values; `from_dict` is the inverse."""
     return asdict(config)
 
 
-def from_dict(values: dict[str, Any]) -> TrainConfig:
-    """The configuration that `to_dict` gave; ValueError for a name that is unknown or missing."""
-    _same_names("", values, TrainConfig)
-    _same_names("network.", values["network"], IMFConfig)
+def from_dict(values: Mapping[str, Any]) -> TrainConfig:
+    """Returns the configuration that `to_dict` gave; ValueError for a name that is unknown or missing."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"configuration: must be names and values, got {values!r}")
+    wanted, got = _flat(to_dict(TrainConfig())).keys(), _flat(values).keys()
+    if wanted != got:
+        missing, unknown = (", ".join(sorted(names)) or "nothing" for names in (wanted - got, got - wanted))
+        raise ValueError(f"configuration: missing {missing}; unknown {unknown}")
     return TrainConfig(**{**values, "network": IMFConfig(**values["network"])})
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Options whose values differ: name -> (old, new); those of the network as `network.<name>`."""
+    """Returns the options whose values differ: name -> (old, new); the network's as `network.<name>`."""
     a, b = _flat(to_dict(old)), _flat(to_dict(new))
     return {name: (a[name], b[name]) for name in a if a[name] != b[name]}
 
 
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    network = values.get("network")
+    if not isinstance(network, Mapping):
+        return dict(values)
+    others = {name: value for name, value in values.items() if name != "network"}
+    return others | {f"network.{name}": value for name, value in network.items()}
+
+
 def add_arguments(parser: argparse.ArgumentParser, defaults: TrainConfig | None = None) -> None:
-    """One argument per field, absent from the result unless given; --help shows the defaults."""
+    """Adds one argument per option, absent from the result unless given; --help shows the defaults."""
     defaults = defaults or TrainConfig()
-    run = parser.add_argument_group("training")
-    for option in fields(TrainConfig):
-        if option.name != "network":
-            _add_argument(run, option, getattr(defaults, option.name), option.metadata["help"])
-    network = parser.add_argument_group(
-        "network (the data decide input size, channels and classes, the method all else)"
-    )
-    for name in ("patch_size", "hidden_size", "depth", "num_heads", "aux_head_depth", "mlp_ratio"):
-        option = IMFConfig.__dataclass_fields__[name]
-        _add_argument(network, option, getattr(defaults.network, name), "see imf.model.layers.IMFConfig")
+    training = [option.name for option in fields(defaults) if option.name != "network"]
+    sizes = "network (the data decide input size, channels and classes, the method all else)"
+    for title, config, names in (
+        ("training", defaults, training),
+        (sizes, defaults.network, NETWORK_OPTIONS),
+    ):
+        group = parser.add_argument_group(title)
+        for name in names:
+            default, about = getattr(config, name), config.__dataclass_fields__[name].metadata
+            kind, choices = type(default), about.get("choices")
+            how: dict[str, Any] = {"type": kind, "choices": choices}
+            if kind is bool:
+                how = {"action": argparse.BooleanOptionalAction}
+            elif not choices:
+                how["metavar"] = kind.__name__.upper()
+            shown = f"{default:g}" if kind is float else default if default != "" else "''"
+            text = f"{about.get('help', 'see imf.model.config.IMFConfig')} (default: {shown})"
+            group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **how)
 
 
 def with_arguments(config: TrainConfig, arguments: argparse.Namespace) -> TrainConfig:
-    """`config` with the arguments that were given; ValueError, naming it, if one is out of range."""
-    given = vars(arguments)
-    values = to_dict(config)
+    """Returns `config` with the arguments that were given; ValueError, naming it, if one is out of range."""
+    given, values = vars(arguments), to_dict(config)
     values.update({name: given[name] for name in values if name in given})
     if values["method"] != config.method:
         values["network"] = asdict(network_of(values["method"], config.network))
     values["network"].update({name: given[name] for name in values["network"] if name in given})
     return from_dict(values)
-
-
-def _add_argument(group: argparse._ArgumentGroup, option: Field[Any], default: Any, text: str) -> None:
-    flag = "--" + option.name.replace("_", "-")
-    shown = f"{default:g}" if isinstance(default, float) else repr(default) if default == "" else default
-    text = f"{text} (default: {shown})"
-    if isinstance(default, bool):
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-    else:
-        choices = option.metadata.get("choices")
-        metavar = None if choices else type(default).__name__.upper()
-        group.add_argument(
-            flag, type=type(default), choices=choices, metavar=metavar, default=argparse.SUPPRESS, help=text
-        )
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    network = {f"network.{name}": value for name, value in values["network"].items()}
-    return {name: value for name, value in values.items() if name != "network"} | network
-
-
-def _same_names(prefix: str, values: Mapping[str, Any], kind: Any) -> None:
-    if not isinstance(values, Mapping):
-        raise ValueError(
-            f"configuration: {prefix.rstrip('.') or 'all'} must be names and values, got {values!r}"
-        )
-    wanted, got = {option.name for option in fields(kind)}, set(values)
-    if wanted != got:
-        missing, unknown = sorted(wanted - got), sorted(got - wanted)
-        raise ValueError(
-            f"configuration: missing {', '.join(prefix + n for n in missing) or 'nothing'}; "
-            f"unknown {', '.join(prefix + n for n in unknown) or 'nothing'}"
-        )
-
-
-def _require_finite(name: str, value: float) -> None:
-    _require(abs(value) <= MOST_FP32, name, "finite in fp32", value)  # NaN is not
 
 
 def _require(condition: bool, name: str, wanted: str, got: Any) -> None:

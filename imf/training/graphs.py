@@ -1,7 +1,7 @@
-"""A training step as CUDA graphs: the host replays what the device does, and no longer prepares it.
+"""Training steps as CUDA graphs, so that the host replays a step instead of launching each kernel.
 
-A graph is of fixed shapes, addresses and numbers. So what changes from step to step is copied into tensors
-that stay, and there is a graph for each number of rows that need v_u, of which there are four.
+A graph has fixed shapes, addresses and numbers. So inputs are copied into tensors that stay, and there is one
+graph for each size of the evaluation of v_u, see `sizes_of_v_u`.
 
 Source: "Accelerating PyTorch with CUDA Graphs" and the notes on CUDA semantics in PyTorch's documentation.
 Not yet run on a GPU: tests replay the same steps from a recording of PyTorch's operators on the CPU.
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from imf.objective.draws import Draws, Guidance, StepDraws, repeated, sizes_of_v_u
 
-# What a graph is made of: (x, y, the prepared draws, learning rate, decay of the average) → terms.
+# The captured call: (x, y, the draws on the device, learning rate, decay of the average) → terms.
 Update = Callable[[Tensor, Tensor, StepDraws, Any, Any], Tensor]
 
 
 class CudaGraph:
-    """A call captured on a GPU, not yet run: `replay` does that.
+    """Call captured on a GPU, not yet run: `replay` runs it.
 
     stream: to capture on; PyTorch's own stream for captures unless given.
     beside: a graph whose memory this one shares; the two must never run at the same time.
@@ -37,9 +37,9 @@ class CudaGraph:
         beside: CudaGraph | None = None,
     ) -> None:
         self.graph = torch.cuda.CUDAGraph()
-        # A pool is gone with the last of its graphs, so it is asked of a graph: a handle would outlive it.
+        # A pool ends with the last of its graphs, so a graph is asked for it: a handle would outlive it.
         pool = None if beside is None else beside.graph.pool()
-        # Other threads, that of the batches, go on allocating: only this thread's calls are watched.
+        # The thread of the batches allocates meanwhile: only this thread's calls are checked.
         with (
             torch.cuda.device(device),
             torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
@@ -47,27 +47,25 @@ class CudaGraph:
             self.result = call()
 
     def replay(self) -> Tensor:
-        """What the call returned, at a place that the next replay writes to."""
+        """Returns the call's result, in memory that the next replay overwrites."""
         self.graph.replay()
         return self.result
 
 
 class StepGraphs:
-    """Calls `update` by graphs, from the fifth step on; until then as it is, on each size in turn.
+    """Replays `update` as CUDA graphs, after one eager step at each size.
 
-    Those first steps compile kernels and make what is made once (the optimizer's state, handles of
-    libraries), which no graph can hold. A step that needs v_u on fewer rows than a size runs at that size
-    exactly: rows are repeated. So no later step has to run without a graph.
+    Those eager steps compile kernels and make what no graph can hold (the optimizer's state, handles of
+    libraries). A step that needs v_u on fewer rows than a size repeats rows to fill it.
 
-    update: changes weights, optimizer and average in place, waits for nothing, reads nothing else that
+    update: changes weights, optimizer and average in place, never synchronises, reads nothing else that
         changes.
     """
 
     def __init__(
         self, update: Update, batch: int, device: torch.device, guidance: Guidance | None = None
     ) -> None:
-        self.update = update
-        self.device, self.guidance = device, guidance
+        self.update, self.device, self.guidance = update, device, guidance
         self.waiting = sizes_of_v_u(batch)[::-1]  # sizes not yet met, the largest first
         self.warm: list[int] = []
         self.inputs: dict[int, tuple[Tensor, Tensor, StepDraws]] = {}
@@ -85,9 +83,9 @@ class StepGraphs:
             size = self.waiting.pop(0)
             size = size if size >= needed else min(n for n in self.warm if n >= needed)
             self.warm.append(size)
-            return self._outside(x, y, _sized(step, size))
+            return self._eager(x, y, replace(step, u_rows=repeated(step.u_rows, size)))
         size = min(n for n in self.warm if n >= needed)
-        step = _sized(step, size)
+        step = replace(step, u_rows=repeated(step.u_rows, size))
         if size not in self.recorded:
             own = x.clone(), y.clone(), _copy(step)
             self.inputs[size] = own
@@ -100,7 +98,7 @@ class StepGraphs:
             mine.copy_(new, non_blocking=True)
         return self.recorded[size].replay().clone()
 
-    def _outside(self, x: Tensor, y: Tensor, step: StepDraws) -> Tensor:
+    def _eager(self, x: Tensor, y: Tensor, step: StepDraws) -> Tensor:
         """Runs the step eagerly, on the stream that later captures it."""
         if self.stream is None:
             return self.update(x, y, step, *self.rates)
@@ -112,11 +110,8 @@ class StepGraphs:
         return result
 
 
-def _sized(step: StepDraws, size: int) -> StepDraws:
-    return replace(step, u_rows=repeated(step.u_rows, size))
-
-
 def _copy(step: StepDraws) -> StepDraws:
-    changes: dict[str, Any] = {name: x.clone() for name, x in vars(step).items() if isinstance(x, Tensor)}
-    draws: dict[str, Any] = {name: x.clone() for name, x in vars(step.draws).items() if isinstance(x, Tensor)}
-    return replace(step, draws=replace(step.draws, **draws), **changes)
+    def clones(values: StepDraws | Draws) -> dict[str, Any]:
+        return {name: x.clone() for name, x in vars(values).items() if isinstance(x, Tensor)}
+
+    return replace(step, draws=replace(step.draws, **clones(step.draws)), **clones(step))

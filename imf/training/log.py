@@ -1,7 +1,6 @@
-"""What surrounds the training loop: the run's folder, metrics, stop signals, numbers leaving the device.
+"""Log of a run: metrics.jsonl, TensorBoard, Weights & Biases, the progress bar; numbers leaving the device.
 
-A run's folder: config.json, metrics.jsonl, results.json, checkpoints/, samples/, tensorboard/; .lock while a
-process writes to it.
+A run's folder: config.json, metrics.jsonl, results.json, checkpoints/, samples/, tensorboard/, .lock.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -26,19 +26,18 @@ from imf.program import UserError
 from imf.training.config import TrainConfig, ema_decay, learning_rate, to_dict
 
 BAR = "{desc} {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}, {elapsed}<{remaining}{postfix}"
-TERMS = ("loss", "loss_u", "loss_v", "gradient norm")  # what a training step reports
+TERMS = ("loss", "loss_u", "loss_v", "gradient norm")  # the numbers that a training step returns
 
 
 def check_finite(step: int, terms: list[float]) -> None:
     """Raises UserError, naming them, unless all TERMS of step number `step` are finite."""
     named = dict(zip(TERMS, terms, strict=True))
-    bad = ", ".join(f"{name} is {value}" for name, value in named.items() if not math.isfinite(value))
-    fine = ", ".join(f"{name} {value:.4g}" for name, value in named.items() if math.isfinite(value))
-    if bad:
+    if bad := [f"{name} is {value}" for name, value in named.items() if not math.isfinite(value)]:
+        fine = [f"{name} {value:.4g}" for name, value in named.items() if math.isfinite(value)]
         raise UserError(
-            f"stopped at step {step}: {bad}{f' ({fine})' if fine else ''}. Nothing of it went into the "
-            f"weights. Resuming repeats its draws; a new run with a lower --lr, or --precision fp32, may get "
-            f"past it."
+            f"stopped at step {step}: {', '.join(bad)} (finite: {', '.join(fine) or 'none'}). Nothing of it "
+            f"went into the weights. Resuming repeats its draws; a new run with a lower --lr, or --precision "
+            f"fp32, may get past it."
         )
 
 
@@ -46,11 +45,9 @@ def check_finite(step: int, terms: list[float]) -> None:
 def opened_log(
     folder: Path, config: TrainConfig, step: int, elapsed: float, context: DistributedContext
 ) -> Iterator[Log | None]:
-    """The log in the first process, None in the others; closed in the end."""
-    log = None
+    """Opens the log in the first process, None in the others, and closes it in the end."""
     with context.together():
-        if context.first:
-            log = Log(folder, config, step, elapsed)
+        log = Log(folder, config, step, elapsed) if context.first else None
     try:
         yield log
     except BaseException:
@@ -64,51 +61,49 @@ def opened_log(
 
 
 def truncate_metrics(path: Path, step: int) -> int:
-    """Drop the lines past `step`, which a resumed run writes again, what a killed run left half-written at
-    the end, and all lines that are no metrics; returns how many of those there were.
+    """Drops lines past `step`, which a resumed run writes again, a half-written line at the end, and lines
+    that are not metrics; returns the number of the last.
 
-    Raises: UserError if it is no file, OSError if it cannot be read or written.
+    Raises: UserError if it is not a file, OSError if it cannot be read or written.
     """
     if not path.exists():
         return 0
     if not path.is_file():
         raise UserError(f"{path}: must be a file, got a folder or a device; move it away")
-    kept, foreign = [], 0
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
+    kept, foreign = bytearray(), 0
+    *lines, _ = path.read_bytes().split(b"\n")  # the last one has no end: empty, or half-written
+    for line in lines:
         try:
-            values = json.loads(line)
-            if type(values["step"]) is not int:
-                raise ValueError("no number of a step")
+            number = json.loads(line)["step"]
         except (ValueError, TypeError, KeyError, RecursionError):
-            foreign += number < len(lines)  # the last one has no end: empty, or half-written
-            continue
-        if values["step"] <= step:
-            kept.append(line + b"\n")
+            number = None
+        if type(number) is not int:
+            foreign += 1
+        elif number <= step:
+            kept += line + b"\n"
     with naming(path), replacing(path) as temporary:
-        temporary.write_bytes(b"".join(kept))
+        temporary.write_bytes(kept)
     return foreign
 
 
 class Readback:
-    """Small vectors on their way from device to host, in order; waits for a GPU only when asked to."""
+    """Queue of small vectors copied from device to host, in order; waits for a GPU only when asked to."""
 
     def __init__(self) -> None:
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def push(self, step: int, terms: Tensor) -> None:
-        """Send `terms`, those of step number `step`, on their way."""
+        """Starts the copy of `terms`, those of step number `step`."""
         event = None
         if terms.is_cuda:
-            terms = torch.empty(terms.shape, dtype=terms.dtype, pin_memory=True).copy_(
-                terms, non_blocking=True
-            )
+            host = torch.empty(terms.shape, dtype=terms.dtype, pin_memory=True)
+            terms = host.copy_(terms, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
         self._pending.append((step, terms, event))
 
     def pop(self, wait: bool = False) -> Iterator[tuple[int, list[float]]]:
-        """Those that have arrived; with `wait`, all."""
+        """Yields those that have arrived; with `wait`, all."""
         while self._pending:
             step, terms, event = self._pending[0]
             if event is not None and not event.query():
@@ -120,7 +115,7 @@ class Readback:
 
 
 def wandb_module() -> Any:
-    """The package of Weights & Biases; UserError if it is not installed."""
+    """Imports the package of Weights & Biases; UserError if it is not installed."""
     try:
         import wandb  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
@@ -131,7 +126,7 @@ def wandb_module() -> Any:
 
 
 def _wandb_id(path: Path, wandb: Any) -> str:
-    """The run's name there, made up by the first process and kept; UserError for a damaged file."""
+    """Returns the run's id there, made by the first process and kept in a file; UserError if damaged."""
     if not path.exists():
         with naming(path), replacing(path) as temporary:
             temporary.write_text(wandb.util.generate_id())
@@ -142,7 +137,7 @@ def _wandb_id(path: Path, wandb: Any) -> str:
 
 
 class Log:
-    """Progress bar, metrics.jsonl, TensorBoard and Weights & Biases; `close` it in the end.
+    """Progress bar, metrics.jsonl, TensorBoard and Weights & Biases; call `close` in the end.
 
     A line of metrics.jsonl holds `step` (steps done), `loss`, `loss_u`, `loss_v` and `gradient_norm`, means
     over the steps since the line before, `lr` and `ema_decay` of that step, `images_per_second` and
@@ -151,8 +146,7 @@ class Log:
 
     def __init__(self, folder: Path, config: TrainConfig, step: int, elapsed: float) -> None:
         self.config = config
-        self._sums = [0.0] * len(TERMS)
-        self._steps, self._since = 0, elapsed
+        self._sums, self._steps, self._since = np.zeros(len(TERMS)), 0, elapsed
         self._metrics, self._events = folder / "metrics.jsonl", folder / "tensorboard"
         self._file = self._metrics.open("a", buffering=1)  # by line: a killed run loses none
         self._board = None
@@ -183,7 +177,7 @@ class Log:
         )
 
     def close(self) -> None:
-        """Write what is left; OSError, naming the file, if that cannot be written."""
+        """Writes what is left; OSError, naming the file, if that cannot be written."""
         self._bar.close()
         if self._wandb is not None:
             self._wandb.finish()
@@ -196,38 +190,33 @@ class Log:
                     self._board.close()
 
     def add(self, step: int, terms: list[float], elapsed: float) -> None:
-        """Counts in the terms of step number `step`, after `elapsed` seconds; writes a line if it is due."""
-        self._sums = [total + term for total, term in zip(self._sums, terms, strict=True)]
+        """Adds the terms of step number `step`, after `elapsed` seconds; writes a line if it is due."""
+        self._sums += terms
         self._steps += 1
         if step % self.config.log_every == 0 or step == self.config.steps:
             self._write(step, elapsed)
         self._bar.update()
 
     def _write(self, step: int, elapsed: float) -> None:
-        loss, loss_u, loss_v, gradient_norm = (total / self._steps for total in self._sums)
+        means = (self._sums / self._steps).tolist()
         images_per_second = self._steps * self.config.batch_size / max(elapsed - self._since, 1e-9)
-        line = {
-            "step": step,
-            "loss": loss,
-            "loss_u": loss_u,
-            "loss_v": loss_v,
-            "gradient_norm": gradient_norm,
+        values = {
+            **{name.replace(" ", "_"): mean for name, mean in zip(TERMS, means, strict=True)},
             "lr": learning_rate(self.config, step - 1),
             "ema_decay": ema_decay(self.config, step - 1),
             "images_per_second": round(images_per_second, 1),
             "elapsed": round(elapsed, 3),
         }
         with naming(self._metrics):
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
         if self._board is not None:
             with naming(self._events):
-                for name, value in line.items():
-                    if name != "step":
-                        self._board.add_scalar(name, value, step)
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log({name: value for name, value in line.items() if name != "step"}, step=step)
-        self._bar.set_postfix_str(
-            f"{images_per_second:.0f} images/s, loss_u {loss_u:.4f}, loss_v {loss_v:.4f}", refresh=False
+            self._wandb.log(values, step=step)
+        shown = (
+            f"{images_per_second:.0f} images/s, loss_u {values['loss_u']:.4f}, loss_v {values['loss_v']:.4f}"
         )
-        self._sums = [0.0] * len(TERMS)
-        self._steps, self._since = 0, elapsed
+        self._bar.set_postfix_str(shown, refresh=False)
+        self._sums, self._steps, self._since = np.zeros(len(TERMS)), 0, elapsed

@@ -22,8 +22,7 @@ from imf.training.setup import Run, State
 def fit(run: Run) -> int | None:
     """Trains until `steps`, or until SIGINT or SIGTERM, and saves; returns the signal's number if one came.
 
-    A signal or an error of one process stops all of them after the same step, and after the picture that is
-    due there; one that an earlier process owes is drawn first.
+    A signal or an error of one process stops all of them after the same step and its picture.
 
     Raises: UserError at a step that is not finite, or if a checkpoint cannot be written; OSError if another
         file cannot, after a checkpoint.
@@ -50,7 +49,7 @@ def fit(run: Run) -> int | None:
         try:
             with opened_log(run.folder, config, state.step, run.elapsed, context) as log:
                 report()
-                artifacts.draw_owed(run)
+                artifacts.draw_due(run, again=False)
                 while state.step < config.steps and not signals.received:
                     began = time.perf_counter()
                     terms = training_step(state, batches, config, context)
@@ -59,8 +58,7 @@ def fit(run: Run) -> int | None:
                     report()
                     if signals.received or config.is_due(config.checkpoint_every, state.step):
                         save_checked()
-                    if artifacts.picture_is_due(run):
-                        artifacts.draw(run, artifacts.picture_of(run))
+                    artifacts.draw_due(run)
                 save_checked()  # also when a signal came while a checkpoint or a picture was written
         except OSError as error:  # a full disk met by the metrics or a picture: the steps are worth keeping
             if context.grouped and not agreed(error):  # the other processes are elsewhere
@@ -121,7 +119,6 @@ def update(
     norm = whole(nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None]))
     terms = torch.cat([context.mean(terms), norm[None]])  # the same in all processes
     state.found_inf.logical_or_(~terms.isfinite().all())  # once 1, the two updates below change nothing
-
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.optimizer.step()

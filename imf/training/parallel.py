@@ -1,4 +1,4 @@
-"""How a network is made ready to train: compiled, recomputed in backward, inside DDP or sharded by FSDP2."""
+"""Preparation of a network for training: compiled, recomputed in backward, inside DDP, sharded by FSDP2."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 import imf_kernels as ik
 from imf.distributed import sharded
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a network: the members of its lists of modules."""
+    """Returns the blocks of a network: the members of its lists of modules."""
     return [block for group in model.modules() if isinstance(group, nn.ModuleList) for block in group]
 
 
@@ -39,11 +39,10 @@ def wrap_for_training(
 ) -> nn.Module:
     """Compiles, checkpoints and wraps a network and its average; returns the module that the objective calls.
 
-    Each block's forward is compiled as a whole (one graph for all blocks of a kind; hooks of DDP and FSDP2
-    stay between the graphs, so communication overlaps), and recomputed in backward, if asked to. With several
-    processes DDP holds the model, or FSDP2 shards both networks block by block, in place.
+    Each block's forward is one compiled graph (hooks of DDP and FSDP2 stay between the graphs, so that
+    communication overlaps). DDP wraps the model, or FSDP2 shards both networks block by block, in place.
 
-    sharding: "ddp" or "fsdp"; None for a process alone.  device: where the weights of "fsdp" go.
+    sharding: "ddp" or "fsdp"; None for a process alone.  device: of the weights of "fsdp".
     """
     for block in blocks(model):
         if compile:
@@ -53,10 +52,10 @@ def wrap_for_training(
     if sharding is None:
         return model
     if sharding == "ddp":
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+        return DDP(model, gradient_as_bucket_view=True)
     from torch.distributed.device_mesh import init_device_mesh
 
-    # What `ik.checkpoint` gives are views; nothing here writes into one.
+    # `ik.checkpoint` returns views; nothing here writes into one.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for network in (model, ema):
@@ -66,10 +65,10 @@ def wrap_for_training(
 
 
 def _shard(module: nn.Module, mesh: DeviceMesh, keep_root: bool) -> None:
-    """Weights stay fp32, sharded over all processes; inputs pass as they are: h must not be rounded.
+    """Shards a module's fp32 weights over all processes; inputs pass uncast: h must not be rounded.
 
-    keep_root: PyTorch's default, the root's weights stay whole from forward to backward; False for a network
-    that is never differentiated, whose weights are to be shards whenever nobody calls it.
+    keep_root: PyTorch's default, the root's weights stay gathered from forward to backward; False for a
+        network that is never differentiated.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -82,11 +81,7 @@ def _shard(module: nn.Module, mesh: DeviceMesh, keep_root: bool) -> None:
     module.register_forward_hook(lambda _, args, output: _as_duals(output))
 
 
-class _Marker:
-    """Marks the tuple that stands for a `Dual`."""
-
-
-_DUAL = _Marker()
+_DUAL = object()  # marks the tuple that stands for a `Dual`
 
 
 def _as_tuples(x: Any) -> Any:
@@ -103,14 +98,10 @@ def _as_duals(x: Any) -> Any:
 
 @contextlib.contextmanager
 def synchronising(engine: nn.Module, last: bool) -> Iterator[None]:
-    """Forward and backward of a micro step: gradients cross the processes in the `last` of a step only."""
+    """Surrounds a micro step's forward and backward: the `last` one of a step synchronises the gradients."""
     if sharded(engine):
         engine.set_requires_gradient_sync(last)
-    with (
-        engine.no_sync()
-        if isinstance(engine, DistributedDataParallel) and not last
-        else contextlib.nullcontext()
-    ):
+    with engine.no_sync() if isinstance(engine, DDP) and not last else contextlib.nullcontext():
         yield
 
 
@@ -120,17 +111,17 @@ def _is_dtensor(x: Tensor) -> TypeGuard[DTensor]:
 
 
 def local(x: Tensor) -> Tensor:
-    """This process's part of a tensor that FSDP2 shards; another tensor as it is."""
+    """Returns this process's part of a tensor that FSDP2 shards; another tensor as it is."""
     return x.to_local() if _is_dtensor(x) else x
 
 
 def whole(x: Tensor) -> Tensor:
-    """All of a tensor that FSDP2 shards, which takes every process; another tensor as it is."""
+    """Gathers a tensor that FSDP2 shards, which takes every process; returns another tensor as it is."""
     return x.full_tensor() if _is_dtensor(x) else x
 
 
 def placed_like(x: Tensor, like: Tensor) -> Tensor:
-    """A copy of x, the same in every process, on the device of `like`, and sharded as it is."""
+    """Copies x, the same in every process, to the device of `like`, sharded as it is."""
     if _is_dtensor(like):
         from torch.distributed.tensor import distribute_tensor
 

@@ -1,19 +1,20 @@
-"""Settings of whole runs, by name: the digits, and the published ones for ImageNet at 256² in latents.
+"""Presets: the digits, and the published settings for ImageNet at 256² in latents.
 
-Those of Improved Mean Flows are of its official program: 640 epochs of 1,251 steps, as for B/2, and the best
-published guidance for one step. Those of Mean Flows are of its own: 240 epochs of 5,004 steps.
+Improved Mean Flows: its official program, 640 epochs of 1,251 steps, as for B/2, and the best published
+guidance for one step. Mean Flows: its official program, 240 epochs of 5,004 steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 from imf.model.config import PRESETS as NETWORKS
 from imf.training.config import TrainConfig
 
-# What both programs have in common.
+# Settings that both programs have in common.
 _IMAGENET: dict[str, Any] = {
     "lr": 1e-4,
     "decay": "constant",
@@ -32,37 +33,28 @@ _IMAGENET: dict[str, Any] = {
     "checkpoint_every": 5_000,
 }
 _IMF_EPOCH, _MF_EPOCH = 1_281_167 // 1024, 1_281_167 // 256
+_IMF: dict[str, Any] = {
+    "method": "imf",
+    "batch_size": 1024,
+    "steps": 640 * _IMF_EPOCH,
+    "warmup_steps": 10 * _IMF_EPOCH,
+}
+_MF: dict[str, Any] = {"method": "mf", "batch_size": 256, "steps": 240 * _MF_EPOCH, "warmup_steps": 0}
 
 
 def _improved(name: str, omega: float, t_min: float, t_max: float) -> TrainConfig:
-    return TrainConfig(
-        method="imf",
-        network=NETWORKS[name],
-        steps=640 * _IMF_EPOCH,
-        warmup_steps=10 * _IMF_EPOCH,
-        batch_size=1024,
-        fm_fraction=0.5,
-        omega=omega,
-        t_min=t_min,
-        t_max=t_max,
-        **_IMAGENET,
-    )
+    guidance: dict[str, Any] = {"omega": omega, "t_min": t_min, "t_max": t_max}
+    return TrainConfig(network=NETWORKS[name], fm_fraction=0.5, **_IMF, **guidance, **_IMAGENET)
 
 
 def _original(name: str, omega: float, kappa: float, t_max: float) -> TrainConfig:
-    return TrainConfig(
-        method="mf",
-        network=NETWORKS[name],
-        steps=240 * _MF_EPOCH,
-        warmup_steps=0,
-        batch_size=256,
-        fm_fraction=0.75,
-        fixed_omega=omega,
-        fixed_kappa=kappa,
-        fixed_t_min=0.0,
-        fixed_t_max=t_max,
-        **_IMAGENET,
-    )
+    guidance: dict[str, Any] = {
+        "fixed_omega": omega,
+        "fixed_kappa": kappa,
+        "fixed_t_min": 0.0,
+        "fixed_t_max": t_max,
+    }
+    return TrainConfig(network=NETWORKS[name], fm_fraction=0.75, **_MF, **guidance, **_IMAGENET)
 
 
 PRESETS = {
@@ -79,11 +71,10 @@ PRESETS = {
 
 
 def preset_of(argv: Sequence[str]) -> TrainConfig:
-    """The preset that `--preset` names among the arguments; the digits' where it is not there or unknown."""
+    """Returns the preset that `--preset` names among the arguments; "digits" if it is absent or unknown."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset", default="digits")
-    try:
+    name = "digits"
+    with contextlib.suppress(argparse.ArgumentError):  # without a value: the full parser says so
         name = parser.parse_known_args(argv)[0].preset
-    except argparse.ArgumentError:  # without a value: the full parser says so
-        name = "digits"
     return PRESETS.get(name, PRESETS["digits"])

@@ -17,7 +17,7 @@ from imf.training import artifacts, checkpoint
 from imf.training.checkpoint import Metadata
 from imf.training.config import TrainConfig
 from imf.training.loop import fit
-from imf.training.setup import begin, find_resumed, folder_of, resume
+from imf.training.setup import Run, begin, find_resumed, resume
 
 
 def train(config: TrainConfig, arguments: argparse.Namespace) -> int:
@@ -37,24 +37,33 @@ def train_in(
     arguments: argparse.Namespace,
     resumed: tuple[Path, Metadata] | None = None,
 ) -> int:
-    """As `train`, in processes that know of each other."""
-    run, locks, received = None, contextlib.ExitStack(), None
+    """Does what `train` does, in processes that know of each other."""
+    run: Run | None = None
+    locks = contextlib.ExitStack()
+
+    def report(text: str) -> None:
+        hint = "" if run is None else f"\n{how_to_resume(run.folder, context.count)}"
+        print(f"\n{text}{hint}", file=sys.stderr)
+
+    def lock(folder: Path) -> None:
+        with context.together():
+            if context.first:
+                locks.enter_context(locked(folder))
+
     if context.first:  # reading the data and building the network can take seconds
         print(f"imf.train: loading {'a checkpoint' if resumed else config.data}", file=sys.stderr)
     try:
         if resumed is None:
             run = begin(config, context)
-            _lock(locks, run.folder, context)
+            lock(run.folder)
         else:
-            _lock(locks, folder_of(resumed[0]), context)
+            folder = checkpoint.run_of(resumed[0])
+            lock(folder)
             with context.together():
-                if checkpoint.find(folder_of(resumed[0])).name != resumed[0].name:
-                    raise UserError(
-                        f"--resume: another process has written to {folder_of(resumed[0])}: again"
-                    )
+                if checkpoint.find(folder).name != resumed[0].name:
+                    raise UserError(f"--resume: another process has written to {folder}: again")
             run = resume(*resumed, arguments, context)
-        backend = run.config.backend
-        with ik.use_backend(None if backend == "auto" else backend):
+        with ik.use_backend(None if run.config.backend == "auto" else run.config.backend):
             received = fit(run)
             if received is None:
                 artifacts.finish(run)
@@ -66,34 +75,23 @@ def train_in(
             sys.exit(status)  # alone: the others are elsewhere, torchrun ends them
     except ERRORS as error:
         if context.first or not agreed(error):
-            print(f"\nimf.train: {error}", file=sys.stderr)
-            if run is not None:
-                print(how_to_resume(run.folder, context.count), file=sys.stderr)
+            report(f"imf.train: {error}")
         if context.grouped and not agreed(error):
             sys.exit(1)
         return 1
     except RuntimeError:  # of PyTorch: another process has ended, or this one cannot go on
         if run is not None and context.grouped:
-            hint = how_to_resume(run.folder, context.count)
-            print(f"\nimf.train: process {context.rank} ends by an error. {hint}", file=sys.stderr)
+            report(f"imf.train: process {context.rank} ends by an error.")
         raise
     finally:
         locks.close()
     if run is not None and context.first:
-        print(f"\nStopped after step {run.state.step} of {run.config.steps}.", file=sys.stderr)
-        print(how_to_resume(run.folder, context.count), file=sys.stderr)
+        report(f"Stopped after step {run.state.step} of {run.config.steps}.")
     return status
 
 
-def _lock(locks: contextlib.ExitStack, folder: Path, context: DistributedContext) -> None:
-    """Lets no other process write to the folder until `locks` is closed."""
-    with context.together():
-        if context.first:
-            locks.enter_context(locked(folder))
-
-
 def how_to_resume(folder: Path, processes: int = 1) -> str:
-    """The last of a run's checkpoints and the command that resumes from it."""
+    """Names the last of a run's checkpoints and the command that resumes from it."""
     checkpoints = checkpoint.list_all(folder)
     if not checkpoints:
         return f"No checkpoint had been written to {folder}."

@@ -1,10 +1,13 @@
-"""How a run begins: a new one from its configuration, or one that resumes from a checkpoint."""
+"""Start of a run: a new one from its configuration, or one that resumes from a checkpoint."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import itertools
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -31,14 +34,13 @@ from imf_kernels.backends import cpu
 
 @dataclass
 class State:
-    """All that training changes; model and ema are one network with different weights.
+    """Everything that training changes; model and ema are one network with different weights.
 
-    wrapped: what the objective calls, DDP around the model or the model itself.
+    wrapped: the module that the objective calls, DDP around the model or the model itself.
     objective: called as objective(wrapped, x, y, draws).  guidance: of a method without ω as an input.
     found_inf: [] fp32 on the device, 0 until a loss or gradient is not finite, then 1 for good: from then on
         weights, moments and average stay as they are, so the host may learn of it some steps later.
-    step: optimizer steps done.
-    graphs: the step as CUDA graphs, captured from the first one on, where they are asked for.
+    step: optimizer steps done.  graphs: the step as CUDA graphs, if asked for.
     """
 
     model: IMF
@@ -53,14 +55,14 @@ class State:
 
     def __post_init__(self) -> None:
         self.parameters = list(self.model.parameters())
-        # This process's shards, which the moving average walks through.
+        # This process's shards, as the moving average takes them.
         self.weights: list[Tensor] = [local(p) for p in self.parameters]
         self.averages: list[Tensor] = [local(p) for p in self.ema.parameters()]
 
 
 @dataclass
 class Run:
-    """A run: its state, and what stays. precision: "fp32" or "bf16"; elapsed: seconds of training so far."""
+    """A run's state and settings. precision: "fp32" or "bf16"; elapsed: seconds of training so far."""
 
     folder: Path
     config: TrainConfig
@@ -72,7 +74,7 @@ class Run:
     signals: StopSignals = field(default_factory=StopSignals)
 
     def batches(self) -> data.Batches:
-        """This process's batches, from the next step on."""
+        """Returns this process's batches, from the next step on."""
         return data.Batches(
             self.dataset,
             batch_size=self.config.micro_batch_size,
@@ -85,8 +87,8 @@ class Run:
 
 
 def initial_state(config: TrainConfig, precision: str, context: DistributedContext) -> State:
-    """Network, moving average and optimizer before the first step, on this process's device: a function of
-    the configuration's seed, the same in every process."""
+    """Builds network, moving average and optimizer on this process's device: a function of the seed, the
+    same in every process."""
     torch.manual_seed(random.key(config.seed, "weights"))
     model = build(config.network)
     model.compute_dtype = checkpoint.DTYPES[precision]
@@ -118,7 +120,7 @@ def initial_state(config: TrainConfig, precision: str, context: DistributedConte
 
 
 def begin(config: TrainConfig, context: DistributedContext | None = None) -> Run:
-    """A new run in its folder, with a network of the input size, channels and classes of its data.
+    """Begins a run in a new folder, with a network of the input size, channels and classes of its data.
 
     Raises: UserError if the name is taken, the network does not fit the data, or there are none.
     """
@@ -133,73 +135,68 @@ def begin(config: TrainConfig, context: DistributedContext | None = None) -> Run
             bf16 = "avx512_bf16" in cpu.instruction_sets()
         precision = context.broadcast("bf16" if bf16 else "fp32")
     with context.together():
-        found = _open_data(config)
-        config = _fitted(config, found)
+        config, dataset = _open_data(config)
         _check_processes(config, context)
         try:
             checkpoint.empty_weights(config.network)
         except ValueError as error:
             raise UserError(str(error)) from error
     state = initial_state(config, precision, context)
-    folder = None
-    with context.together():
+    with context.together(), _named("--init-from"):
         if config.init_from:
-            try:
-                source = checkpoint.find(Path(config.init_from))
-                checkpoint.load_weights(source, model=state.model, ema=state.ema)
-            except UserError as error:
-                raise UserError(f"--init-from: {error}") from error
+            source = checkpoint.find(Path(config.init_from))
+            checkpoint.load_weights(source, model=state.model, ema=state.ema)
     with context.together():
-        if context.first:
-            folder = create_folder(config)
-    run = Run(context.broadcast(folder), config, precision, found, state, context)
+        folder = create_folder(config) if context.first else None
+    run = Run(context.broadcast(folder), config, precision, dataset, state, context)
     _write_configuration(run)
     return run
 
 
 def find_resumed(arguments: argparse.Namespace) -> tuple[Path, Metadata]:
-    """The checkpoint that --resume means, the newest one of its run, and what it says about itself.
+    """Returns the newest checkpoint of the run that --resume names, or of the last run, and its metadata.
 
-    Raises: UserError if there is none, or it lies in no run's folder or beside a newer one.
+    Raises: UserError if there is none, it lies in no run's folder, or --resume names an older one.
     """
-    path = checkpoint.find(Path(arguments.resume) if arguments.resume else _newest(arguments))
-    last = checkpoint.list_all(folder_of(path))[-1]
+    path = Path(arguments.resume)
+    if not arguments.resume:
+        runs = Path(getattr(arguments, "runs", TrainConfig().runs))
+        found = [other for other in runs.glob("*/checkpoints/step-*.safetensors") if other.is_file()]
+        if not found:
+            raise UserError(
+                f"--resume: no checkpoint in {runs}/*/checkpoints; pass a run's folder or a checkpoint"
+            )
+        path = max(found, key=lambda other: other.stat().st_mtime).parent.parent
+    path = checkpoint.find(path)
+    last = checkpoint.list_all(checkpoint.run_of(path))[-1]
     if not path.samefile(last):
         raise UserError(
-            f"--resume: {path} must be the newest checkpoint of its run, got one beside {last}; "
+            f"--resume: {path} must be the newest checkpoint of its run, got one older than {last}; "
             f"to go back to it, move the newer ones away first"
         )
     return path, checkpoint.read_metadata(path)
 
 
-def folder_of(path: Path) -> Path:
-    """The folder of the run that a checkpoint is of; UserError if it lies in none."""
-    folder = checkpoint.run_of(path)
-    if folder is None:
-        raise UserError(
-            f"--resume: {path} must be a checkpoint in a run's folder, <run>/checkpoints/step-….safetensors, "
-            f"or a link to one; --init-from begins a new run with the weights of any"
-        )
-    return folder
-
-
 def resume(path: Path, metadata: Metadata, arguments: argparse.Namespace, context: DistributedContext) -> Run:
-    """The run of a checkpoint as it was, with the arguments that may change; warns of what changes its bits.
+    """Restores the run of a checkpoint, with the arguments that may change; warns of what changes its bits.
 
-    path, metadata: as of `find_resumed`.
+    path, metadata: as `find_resumed` returns them.
     Raises: UserError for an argument that may not change or is wrong, or a damaged file.
     """
-    folder = folder_of(path)
+    folder = checkpoint.run_of(path)
     with context.together():
         config = _resumed_config(path, metadata, arguments)
         _check_processes(config, context)
-        found = _open_data(config)
-        if _fitted(config, found) != config:
-            raise UserError(
-                f"--resume: the data in {config.data} must be {_shape_of(config)} as the network of {path}, "
-                f"got {_shape_of(_fitted(config, found))}"
+        fitted, dataset = _open_data(config)
+        if fitted != config:
+            wanted, got = (
+                f"{[n.in_channels, n.input_size, n.input_size]} of {n.num_classes} classes"
+                for n in (config.network, fitted.network)
             )
-        if found.autoencoder != metadata.autoencoder:
+            raise UserError(
+                f"--resume: the data in {config.data} must be {wanted} as the network of {path}, got {got}"
+            )
+        if dataset.autoencoder != metadata.autoencoder:
             raise UserError(
                 f"--resume: the latents in {config.data} are of another autoencoder than those that {folder} "
                 f"was trained on: start a new run, or prepare them again as they were"
@@ -216,61 +213,44 @@ def resume(path: Path, metadata: Metadata, arguments: argparse.Namespace, contex
             if dropped := truncate_metrics(folder / "metrics.jsonl", metadata.step):
                 _warn(f"{folder / 'metrics.jsonl'}: {dropped} line(s) that are no metrics are dropped")
     state.step = metadata.step
-    run = Run(folder, config, metadata.precision, found, state, context, metadata.elapsed)
+    run = Run(folder, config, metadata.precision, dataset, state, context, metadata.elapsed)
     _write_configuration(run)
     return run
 
 
-def _newest(arguments: argparse.Namespace) -> Path:
-    """The folder of the run that wrote a checkpoint last; UserError if there is none."""
-    runs = Path(getattr(arguments, "runs", TrainConfig().runs))
-    checkpoints = [path for path in runs.glob("*/checkpoints/step-*.safetensors") if path.is_file()]
-    if not checkpoints:
-        raise UserError(
-            f"--resume: no checkpoint in {runs}/*/checkpoints; pass a run's folder or a checkpoint"
-        )
-    return max(checkpoints, key=lambda path: path.stat().st_mtime).parent.parent
-
-
 def create_folder(config: TrainConfig) -> Path:
-    """A new, empty folder for a run: `<runs>/<name>`, or the name of the data with the first free number.
+    """Makes an empty folder for a run: `<runs>/<name>`, or the name of the data with the first free number.
 
     Raises: UserError if a name was given and its folder is taken, or `runs` cannot be a folder.
     """
-    runs = Path(config.runs)
+    runs, name = Path(config.runs), Path(config.data).resolve().name
     try:
         runs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"--runs must be a folder or a path where one can be made, got {runs} ({error.strerror})"
         ) from error
-    number, name = 1, Path(config.data).resolve().name
-    while True:
-        folder = runs / (config.name or (name if number == 1 else f"{name}-{number}"))
+    numbered = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+    for folder in map(runs.joinpath, [config.name] if config.name else numbered):
         try:
             folder.mkdir()
-            break
         except FileExistsError:
-            if config.name:
-                raise UserError(
-                    f"{folder} exists already; continue it with --resume {folder}, or choose another --name"
-                ) from None
-            number += 1
+            continue
         except OSError as error:
             raise UserError(
                 f"{folder} could not be made ({error.strerror}); choose another --runs or --name"
             ) from error
-    (folder / "checkpoints").mkdir()
-    (folder / "samples").mkdir()
-    return folder
+        (folder / "checkpoints").mkdir()
+        (folder / "samples").mkdir()
+        return folder
+    folder = runs / config.name
+    raise UserError(f"{folder} exists already; continue it with --resume {folder}, or choose another --name")
 
 
 def _resumed_config(path: Path, metadata: Metadata, arguments: argparse.Namespace) -> TrainConfig:
-    """The configuration of a checkpoint with the arguments given; UserError if they do not fit."""
-    try:
+    """Returns a checkpoint's configuration with the arguments given; UserError if they do not fit."""
+    with _named("--resume", ValueError):
         config = with_arguments(metadata.config, arguments)
-    except ValueError as error:
-        raise UserError(f"--resume: {error}") from error
     for name, (old, new) in differences(metadata.config, config).items():
         if name not in RESUMABLE:
             raise UserError(
@@ -283,46 +263,31 @@ def _resumed_config(path: Path, metadata: Metadata, arguments: argparse.Namespac
 
 
 def _warn_of_other_bits(metadata: Metadata, config: TrainConfig, context: DistributedContext) -> None:
-    def rounding(config: TrainConfig) -> dict[str, str]:
-        return {name: str(getattr(config, name)) for name in ROUNDING}
-
     if config.steps != metadata.config.steps and config.decay != "constant":
         _warn(f"--steps {config.steps}, not {metadata.config.steps}: the learning rate decays at other steps")
-    before = metadata.environment | rounding(metadata.config)
-    for name, now in (checkpoint.environment(context.device, context.count) | rounding(config)).items():
-        if before.get(name) != now:
-            _warn(f"{name} was {before.get(name)}, now it is {now}: it goes on, but not to the same bits")
+    before, now = dict(metadata.environment), checkpoint.environment(context.device, context.count)
+    for option in ROUNDING:
+        before[option], now[option] = str(getattr(metadata.config, option)), str(getattr(config, option))
+    for name, value in now.items():
+        if before.get(name) != value:
+            _warn(f"{name} was {before.get(name)}, now it is {value}: it goes on, but not to the same bits")
 
 
-def _open_data(config: TrainConfig) -> data.DataSet:
-    try:
+def _open_data(config: TrainConfig) -> tuple[TrainConfig, data.DataSet]:
+    """Opens the data; returns them, and the configuration with their input size, channels and classes."""
+    with _named("--data"):
         found = data.load(config.data)
-    except UserError as error:
-        raise UserError(f"--data: {error}") from error
-    if config.sample_every and found.shape[0] not in (1, 3):
+    channels, size, _ = found.shape
+    if config.sample_every and channels not in (1, 3):
         raise UserError(
             f"--sample-every must be 0 for latents, which python -m imf.sample decodes, "
             f"got {config.sample_every}"
         )
-    return found
-
-
-def _fitted(config: TrainConfig, found: data.DataSet) -> TrainConfig:
-    """The configuration with a network of the data's input size, channels and classes."""
-    channels, size, _ = found.shape
-    try:
+    with _named(f"--data {config.data}", ValueError):  # patches that do not divide the input
         network = replace(
             config.network, in_channels=channels, input_size=size, num_classes=found.num_classes
         )
-        return replace(config, network=network)
-    except ValueError as error:  # patches that do not divide the input
-        raise UserError(f"--data {config.data}: {error}") from error
-
-
-def _shape_of(config: TrainConfig) -> str:
-    network = config.network
-    shape = [network.in_channels, network.input_size, network.input_size]
-    return f"{shape} of {network.num_classes} classes"
+        return replace(config, network=network), found
 
 
 def _check_processes(config: TrainConfig, context: DistributedContext) -> None:
@@ -346,6 +311,15 @@ def _write_configuration(run: Run) -> None:
     with run.context.together():
         if run.context.first:
             write_json(run.folder / "config.json", values)
+
+
+@contextlib.contextmanager
+def _named(option: str, errors: type[ValueError] = UserError) -> Iterator[None]:
+    """Turns errors of an option's value into a UserError that names the option."""
+    try:
+        yield
+    except errors as error:
+        raise UserError(f"{option}: {error}") from error
 
 
 def _warn(text: str) -> None:
