@@ -12,7 +12,7 @@ import torch
 from imf.model.config import IMFConfig
 from imf.official.checkpoints import export_weights, has_v_blocks, import_weights
 from imf.program import run
-from imf.training.checkpoint import Metadata, empty_weights, environment, find, load_network, save_network
+from imf.training.checkpoint import Metadata, empty_weights, environment, find, load, save_network
 from imf.training.config import TrainConfig
 from imf.training.recipes import PRESETS
 
@@ -65,7 +65,7 @@ def _settings(network: IMFConfig) -> tuple[str, TrainConfig]:
 def _export(a: argparse.Namespace) -> str:
     """Write our weights into a file of official names; returns what was done, as text."""
     kind: Literal["ema", "model"] = a.weights or "ema"
-    network, metadata = load_network(find(a.source), kind)
+    network, metadata = load(find(a.source), kind)
     count = export_weights(a.source, a.out, network, metadata.config.network, a.v_head)
     return f"{a.out}: {count} tensors ({kind}), {'with' if a.v_head else 'without'} the v-head's blocks"
 

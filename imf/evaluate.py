@@ -62,7 +62,7 @@ def _evaluate(a: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             return
         network = metadata = None
         if a.checkpoint:
-            network, metadata = checkpoint.load_network(checkpoint.find(a.checkpoint), a.weights)
+            network, metadata = checkpoint.load(checkpoint.find(a.checkpoint), a.weights)
             a.precision = a.precision or metadata.precision
             network.compute_dtype = checkpoint.DTYPES[a.precision]
             network.to(processes.device).eval()

@@ -51,7 +51,7 @@ def _draw(a: argparse.Namespace) -> None:
     """Write the grid and say what was done."""
     check_target(a.out)
     path = checkpoint.find(a.checkpoint)
-    network, metadata = checkpoint.load_network(path, a.weights)
+    network, metadata = checkpoint.load(path, a.weights)
     omega, *interval = metadata.config.sampling
     omega = omega if a.omega is None else a.omega
     t_min, t_max = a.interval or interval

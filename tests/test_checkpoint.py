@@ -28,7 +28,7 @@ def write(path, state, **changes):
 
 
 def read(path, state):
-    return checkpoint.load(path, model=state.model, ema=state.ema, optimizer=state.optimizer)
+    return checkpoint.restore(path, model=state.model, ema=state.ema, optimizer=state.optimizer)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_restored_tensors_do_not_lie_in_the_file(trained, path):
 @pytest.mark.parametrize("weights", ["ema", "model"])
 def test_load_network(trained, path, weights):
     write(path, trained)
-    network, got = checkpoint.load_network(path, weights)
+    network, got = checkpoint.load(path, weights)
     wanted = getattr(trained, weights).state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in network.state_dict().items())
     assert got.step == 3 and network.compute_dtype == torch.bfloat16
@@ -223,7 +223,7 @@ def test_metadata_of_other_types_are_named(name, value, trained, path):
     with pytest.raises(UserError, match=rf"another version of imf\.train: {name}"):
         read(path, trained)
     with pytest.raises(UserError, match=f"{name}"):
-        checkpoint.load_network(path)
+        checkpoint.load(path)
     assert differing(before, tensors(trained)) == []
 
 

@@ -44,7 +44,7 @@ def write(path, state):
 
 
 def read(path, state):
-    return checkpoint.load(path, model=state.model, ema=state.ema, optimizer=state.optimizer)
+    return checkpoint.restore(path, model=state.model, ema=state.ema, optimizer=state.optimizer)
 
 
 def rewritten(path, content, change_tensors=lambda state: None, change_text=lambda values: None):
@@ -88,8 +88,8 @@ def test_a_reader_of_the_average_checks_the_average(content, tmp_path):
     lost[8 + header + start : 8 + header + start + 512] = bytes(512)
     path.write_bytes(lost)
     with pytest.raises(UserError, match=r"damaged: checksum of 'ema' must be [0-9a-f]{8}, got"):
-        checkpoint.load_network(path)
-    assert checkpoint.load_network(path, "model")[1].step == 1
+        checkpoint.load(path)
+    assert checkpoint.load(path, "model")[1].step == 1
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_networks_of_absurd_sizes_are_refused_before_they_are_made(name, content
         path, content, change_text=lambda values: values["config"]["network"].update({name: ABSURD[name]})
     )
     began = time.monotonic()
-    for read_part in (checkpoint.read_metadata, checkpoint.load_network):
+    for read_part in (checkpoint.read_metadata, checkpoint.load):
         with pytest.raises(UserError, match=r"step-00000001\.safetensors: .*(network|IMFConfig|version)"):
             read_part(path)
     assert train.main(["--resume", str(tmp_path)]) == 1
@@ -165,7 +165,7 @@ def test_headers_of_absurd_sizes(content, tmp_path):
             checkpoint.read_metadata(path)
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"1234")
     with pytest.raises(UserError, match=r"absurd\.safetensors: not a complete safetensors file"):
-        checkpoint.load_network(path)
+        checkpoint.load(path)
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def save(
 
 
 def save_network(path: Path, networks: Mapping[str, Mapping[str, Tensor]], metadata: Metadata) -> None:
-    """Writes weights without a run to `path`: `load_network` reads them, a run cannot resume from them.
+    """Writes weights without a run to `path`: `load` reads them, a run cannot resume from them.
 
     networks: state dicts under "ema" and "model", or one of the two. Weights for sampling lack `v_blocks`.
     Raises: UserError as `save` does.
@@ -152,7 +152,7 @@ def load_weights(path: Path, *, model: nn.Module, ema: nn.Module) -> None:
     """Loads the averaged weights of `path`, or else its latest ones, into both networks, if all fit.
 
     path: a run's checkpoint, or weights without a run (`imf.convert`).
-    Raises: UserError as `load` does.
+    Raises: UserError as `restore` does.
     """
     for kind in ("ema", "model"):
         if tensors := _read(path, prefix=f"{kind}.")[1]:
@@ -162,13 +162,15 @@ def load_weights(path: Path, *, model: nn.Module, ema: nn.Module) -> None:
     raise UserError(f"{path}: there are no weights in it")
 
 
-def load_network(path: Path, weights: Literal["ema", "model"] = "ema") -> tuple[IMF, Metadata]:
+def load(path: str | Path, weights: Literal["ema", "model"] = "ema") -> tuple[IMF, Metadata]:
     """Builds a checkpoint's network from its own configuration, with its averaged or its latest weights.
 
     Weights for sampling make a network without a v-head, which says so when the v-head is asked for.
-    Raises: UserError as `load` does.
+
+    path: a checkpoint, or the folder of a run, which stands for its newest one.
+    Raises: UserError if the file is missing, damaged, foreign or not finite.
     """
-    prefix = f"{weights}."
+    path, prefix = find(Path(path)), f"{weights}."
     metadata, tensors = _read(path, prefix)
     if not tensors:
         raise UserError(f"{path}: there are no {weights!r} weights in it")

@@ -206,7 +206,7 @@ def resume(path: Path, metadata: Metadata, arguments: argparse.Namespace, contex
         _warn_of_other_bits(metadata, config, context)
     state = initial_state(config, metadata.precision, context)
     with context.together():
-        checkpoint.load(path, model=state.model, ema=state.ema, optimizer=state.optimizer)
+        checkpoint.restore(path, model=state.model, ema=state.ema, optimizer=state.optimizer)
         if context.first:
             (folder / "samples").mkdir(exist_ok=True)  # a checkpoint may have been copied to a new folder
             checkpoint.remove_temporaries(folder)
