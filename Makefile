@@ -75,7 +75,8 @@ test-all: $(DEVELOP)
 # instrumented and its leaks at exit are not looked for.
 SANITIZED := build/sanitizers
 SANITIZED_PACKAGE := $(SANITIZED)/path/imf_kernels
-SANITIZED_TESTS := $(addprefix tests/test_,operations.py edge_cases.py any_shape.py sizes.py properties.py threads.py)
+SANITIZED_TESTS := $(addprefix tests/ops/test_,operations.py edge_cases.py any_shape.py sizes.py properties.py) \
+  tests/backends/test_threads.py
 PRELOADED := $(foreach library,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(library)))
 test-sanitizers: $(DEVELOP)
 	@mkdir -p $(SANITIZED_PACKAGE)
@@ -89,16 +90,16 @@ test-sanitizers: $(DEVELOP)
 	PYTHONPATH=$(dir $(SANITIZED_PACKAGE)) OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 \
 	  -m "not slow" -k "not triton and not cuda" $(SANITIZED_TESTS) $(ARGS)
 
-# ARGS="'python3.10*' --tests tests/test_jvp.py" for some rows and tests only.
+# ARGS="'python3.10*' --tests tests/transforms/test_jvp.py" for some rows and tests only.
 test-versions: $(DEVELOP)
-	$(BIN)/python tests/versions.py $(ARGS)
+	$(BIN)/python -m tests.helpers.versions $(ARGS)
 
 bench: $(DEVELOP)
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
 # Two commits in one run, in turns: `make bench-compare BASE=<commit>`, ARGS="--only step" for some.
 bench-compare: $(DEVELOP)
-	$(BIN)/python benchmarks/compare.py $(BASE) $(ARGS)
+	$(BIN)/python -m benchmarks.tools.compare $(BASE) $(ARGS)
 
 lint: $(DEVELOP)
 	$(FIND_TOOLS) ruff check .

@@ -102,8 +102,8 @@ if processes=${PROCESSES:-$("$python" -c "$share" 2>/dev/null)}; then
 fi
 stage tests 3600 env OMP_WAIT_POLICY=passive "$python" -m pytest tests "${left_out[@]}" "${parallel[@]}" \
   -m gpu --durations 20 --tb short -p no:cacheprovider --junitxml "$out/tests.xml"
-stage benchmarks 3600 "$python" benchmarks/bench_gpu.py "$out/benchmarks.json"
-stage profile 900 "$python" benchmarks/profile_step.py --preset iMF-B/2 --batch 128 --json "$out/profile.json"
-stage steps 1800 env PYTHONPATH=tests "$python" benchmarks/bench_gpu_step.py "$out/steps.json"
-stage compiled 3600 "$python" benchmarks/bench_gpu.py "$out/compiled.json" --compiled --only B/2
+stage benchmarks 3600 "$python" -m benchmarks.ops.bench_gpu "$out/benchmarks.json"
+stage profile 900 "$python" -m benchmarks.training.profile_step --preset iMF-B/2 --batch 128 --json "$out/profile.json"
+stage steps 1800 "$python" -m benchmarks.training.bench_gpu_step "$out/steps.json"
+stage compiled 3600 "$python" -m benchmarks.ops.bench_gpu "$out/compiled.json" --compiled --only B/2
 exit $failed

@@ -1,4 +1,4 @@
-# Printed by `python tests/stub.py` from the compiled module; tests/test_build.py compares them.
+# Printed by `python -m tests.helpers.stub` from the compiled module; tests/csrc/test_build.py compares them.
 from collections.abc import Sequence
 from typing import Protocol
 

@@ -4,7 +4,6 @@ On a machine with a GPU the `triton` backend runs on it, elsewhere in Triton's i
 `cuda` backend likewise, elsewhere compiled for the CPU (tests/cuda_host), which is slow to build.
 """
 
-import contextlib
 import os
 
 # Before PyTorch is imported, and for the processes that tests start: one thread, enough for the small tensors
@@ -14,44 +13,26 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
-ON_GPU = torch.cuda.is_available()
-if not ON_GPU:  # before Triton is imported
+if not torch.cuda.is_available():  # before Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic products ask for
 
 if "IMF_REMOTE_KERNELS" in os.environ:
-    import remote_kernels
+    from tests.helpers import remote_kernels
 
     remote_kernels.install(os.environ["IMF_REMOTE_KERNELS"])
 
-import cuda_emulation  # noqa: E402
-
-from imf_kernels.backends import cpu, cuda, triton_launch  # noqa: E402
-from imf_kernels.backends.operators import OPERATIONS  # noqa: E402
-from imf_kernels.testing.cases import Case  # noqa: E402
-
-ISAS = ("plain", "neon", "avx2", "avx512", "avx512_bf16")
-KERNELS = (*(f"cpu-{isa}" for isa in ISAS), "triton", "cuda")
-BACKENDS = ("reference", *KERNELS)
-
-# What imf_kernels makes public beside its operations.
-NO_OPERATIONS = {
-    *("Dual", "cat", "checkpoint", "explain", "jvp", "linear_map", "primal", "rope_tables", "use_backend"),
-}
-
-CUDA_ON_GPU = ON_GPU and not cuda.missing()
-
-_DTYPES = {
-    "cuda": (torch.float32, torch.bfloat16, torch.float16),
-    "cpu": (torch.float32, torch.bfloat16),
-    "triton": triton_launch.DTYPES if ON_GPU else (torch.float32, torch.float16),
-    "reference": (torch.float32, torch.bfloat16, torch.float16),
-}
-
-
-def dtypes_of(case, backend):
-    """The dtypes of a case that a backend takes here; the natural one first."""
-    return [dtype for dtype in case.dtypes if dtype in _DTYPES[backend.partition("-")[0]]]
+from imf_kernels.testing.cases import Case
+from tests.helpers.backends import (
+    BACKENDS,
+    CUDA_ON_GPU,
+    KERNELS,
+    ON_GPU,
+    has,
+    has_triton,
+    running_on,
+    takes,
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -87,67 +68,22 @@ def _exists(item):
     operation = case.operation if case else named
     large = case is not None and case.large  # hours in the interpreter
     if backend == "triton":
-        return has_triton(operation) and not (large and not ON_GPU) and _takes(case, dtype, backend)
+        return has_triton(operation) and not (large and not ON_GPU) and takes(case, dtype, backend)
     if backend == "cuda":
         if operation == "scaled_dot_product_attention":
-            return _hopper_takes(case, dtype)
+            return _hoppertakes(case, dtype)
         emulated = not large
-        return _has("cuda", operation) and (CUDA_ON_GPU or emulated) and _takes(case, dtype, backend)
-    return (backend == "reference" or _has("cpu", operation)) and _takes(case, dtype, backend)
+        return has("cuda", operation) and (CUDA_ON_GPU or emulated) and takes(case, dtype, backend)
+    return (backend == "reference" or has("cpu", operation)) and takes(case, dtype, backend)
 
 
-def _hopper_takes(case, dtype):
+def _hoppertakes(case, dtype):
     """Of attention's cases those of its kernel for Hopper, which is emulated by tests of its own."""
     if not CUDA_ON_GPU or torch.cuda.get_device_capability() != (9, 0) or case is None:
         return False
     widths = {x.shape[3] for name, x in case.inputs.items() if name != "attn_mask"}
     plain = "attn_mask" not in case.inputs and "is_causal" not in case.options
     return plain and dtype in (torch.bfloat16, torch.float16) and all(w % 8 == 0 and w <= 128 for w in widths)
-
-
-def has_triton(operation):
-    """Whether an operation has Triton kernels."""
-    return _has("triton", operation)
-
-
-def _has(name, operation):
-    return any(backend.name == name for backend in OPERATIONS[operation].backends)
-
-
-def _takes(case, dtype, backend):
-    if case is None:
-        return dtype is None or dtype in _DTYPES[backend.partition("-")[0]]
-    return dtype in dtypes_of(case, backend) if dtype else bool(dtypes_of(case, backend))
-
-
-@contextlib.contextmanager
-def running_on(name):
-    """The name to pass as `backend`, with the instruction set of "cpu-avx2" chosen meanwhile, or the GPU."""
-    backend, _, isa = name.partition("-")
-    if isa and isa not in cpu.instruction_sets():
-        pytest.skip(f"this processor has no {isa}")
-    if backend == "triton" and (reason := triton_launch.missing()):
-        pytest.skip(reason)
-    if backend == "cuda" and not CUDA_ON_GPU and (reason := cuda_emulation.missing()):
-        pytest.skip(f"neither a GPU nor the emulator: {reason}")
-    with contextlib.ExitStack() as stack:
-        if isa:
-            stack.enter_context(cpu.use_instruction_set(isa))
-        if (backend == "triton" and ON_GPU) or (backend == "cuda" and CUDA_ON_GPU):
-            stack.enter_context(torch.device("cuda"))
-        elif backend == "cuda":
-            stack.enter_context(cuda_emulation.emulated())
-        yield backend
-
-
-@contextlib.contextmanager
-def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -131,7 +131,7 @@ def save_network(path: Path, networks: Mapping[str, Mapping[str, Tensor]], metad
     _write(path, {name: x.detach().contiguous() for name, x in named}, metadata)
 
 
-def load(path: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> Metadata:
+def restore(path: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> Metadata:
     """Restores a run from `path` in place; nothing is changed unless all of the file fits.
 
     Raises: UserError if the file is missing, damaged, foreign, of another network or not finite.

@@ -264,7 +264,7 @@ ZEROS_WHILE_COMPILING = (
 
 
 # Functions that PyTorch's forward mode, and so torch.func.jvp, silently gets wrong: found by
-# tests/test_jvp_sweep.py, and refused here. Not every release of PyTorch has all of them.
+# tests/transforms/test_jvp_sweep.py, and refused here. Not every release of PyTorch has all of them.
 _WITHOUT_DERIVATIVE = [
     *("airy_ai", "bessel_j0", "bessel_j1", "bessel_y0", "bessel_y1", "spherical_bessel_j0"),
     *("modified_bessel_i0", "modified_bessel_i1", "modified_bessel_k0", "modified_bessel_k1"),

@@ -1,4 +1,4 @@
-"""Tiles of the attention kernels: data, read by attention_tiles.py, written by benchmarks/tune_attention.py.
+"""Tiles of the attention kernels: data that benchmarks/ops/tune_attention.py writes.
 
 By architecture, kernel and shape class: BLOCK_M, BLOCK_N, EDGE_N (0 where the kernel has none), num_warps,
 num_stages. Not timed yet but derived from registers and shared memory: the sums take twice

@@ -1,6 +1,6 @@
 // Stand-in for pybind11 with which csrc/bindings.cpp becomes a program instead of a module: it reads calls
 // from its input, runs them on copies of the caller's memory and writes the copies back.
-// tests/remote_kernels.py is the other side.
+// tests/helpers/remote_kernels.py is the other side.
 //
 // A call is a line
 //     function  threads  blocks {address bytes}  arguments

@@ -1,0 +1,103 @@
+"""Networks of other people, unmodified: a training step with a tangent, by `imf_kernels.jvp` and otherwise.
+
+The step is MeanFlow's: output and tangent in one call, a loss of both, the backward of the output.
+- `ours`: `imf_kernels.jvp`. `torch.func.jvp`: in its place, attention in its plain form. `compiled`: the step
+  of either by `torch.compile(fullgraph=True)`.
+- `one forward and backward`: of the network as it is, without a tangent.
+
+    pytest benchmarks/transforms/bench_networks.py --benchmark-only                    one network, eager
+    pytest benchmarks/transforms/bench_networks.py --benchmark-only --every-case  all, bf16 too, compiled
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import imf_kernels as ik
+from benchmarks.tools.observe import Beside, look
+
+for name in ("diffusers", "transformers"):
+    pytest.importorskip(name, reason=f"{name} is not installed: pip install -e '.[dev]'")
+
+from benchmarks.baselines.networks import NETWORKS, made  # noqa: E402
+
+TRANSFORMER = {"size": 32, "heads": 6, "head_dim": 64, "layers": 4}  # 256 tokens of width 384
+SHAPES = {
+    "unet": {"size": 32, "heads": 1, "head_dim": 64},
+    "flux": {**TRANSFORMER, "layers": 2},  # of each of its two kinds
+}
+FORMS = ("ours", "torch.func.jvp", "one forward and backward", "ours, compiled", "torch.func.jvp, compiled")
+BATCH = 4
+
+
+def make(name: str, form: str, precision: str) -> Callable[[], float]:
+    """A step in this form, from the same weights and inputs as every other; a call returns the loss."""
+    network, of, (z, t), (z_dot, t_dot) = made(name, BATCH, **SHAPES.get(name, TRANSFORMER))
+    function = of(network)
+
+    def loss() -> Tensor:
+        if form == "one forward and backward":
+            y, y_dot = function(z, t), torch.zeros(())
+        elif form.startswith("ours"):
+            y, y_dot = ik.jvp(function, (z, t), (z_dot, t_dot))
+        else:
+            with sdpa_kernel(SDPBackend.MATH):
+                y, y_dot = torch.func.jvp(function, (z, t), (z_dot, t_dot))
+        return (y + 0.5 * y_dot.detach() - 1).square().mean()
+
+    compute = loss
+    if form.endswith("compiled"):
+        torch._dynamo.reset()
+        compute = torch.compile(loss, dynamic=False, fullgraph=True)
+
+    def step() -> float:
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            value = compute()
+        value.backward()
+        return float(value.detach())
+
+    return step
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    every = metafunc.config.getoption("--every-case")
+    metafunc.parametrize("network", list(NETWORKS) if every else ["authors_dit"])
+    metafunc.parametrize("precision", ["fp32", "bf16"] if every else ["fp32"])
+    metafunc.parametrize("form", FORMS if every else FORMS[:3], ids=lambda form: form)
+
+
+def test_network(benchmark: Any, network: str, precision: str, form: str) -> None:
+    benchmark.group = f"{network}, {precision}"
+    benchmark.extra_info |= {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "network": network,
+        "dtype": precision,
+        "form": form,
+    }
+    ours = make(network, "ours", precision)
+    step = make(network, form, precision)
+    try:  # in a thread of its own: a transform of torch.func that fails leaves its state behind
+        with ThreadPoolExecutor(1) as thread:
+            loss = thread.submit(step).result()
+    except Exception as error:
+        if not form.startswith("torch.func.jvp"):
+            raise
+        benchmark.extra_info["fails"] = f"{type(error).__name__}: {error}".splitlines()[0]
+        benchmark.pedantic(lambda: None, rounds=1)
+        return
+    if form != "one forward and backward":
+        assert loss == pytest.approx(ours(), rel=1e-4 if precision == "fp32" else 3e-2)
+    benchmark.extra_info |= {"loss": loss, **look(step)}
+    beside = Beside(ours) if form != "ours" else None
+    benchmark.pedantic(step, setup=beside, rounds=5, warmup_rounds=1, iterations=1)
+    if beside:
+        benchmark.extra_info["ours beside"] = beside.seconds[-5:]

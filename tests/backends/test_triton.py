@@ -1,0 +1,126 @@
+"""The triton backend: when it can run and why not, what it warns of, sums over many rows."""
+
+import importlib
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import imf_kernels as ik
+from imf_kernels.backends import triton_launch
+from imf_kernels.testing import cases, errors
+from tests.helpers.backends import ON_GPU
+
+pytestmark = pytest.mark.gpu
+
+needs_triton = pytest.mark.skipif(triton_launch.missing() is not None, reason=str(triton_launch.missing()))
+in_the_interpreter = pytest.mark.skipif(ON_GPU, reason="on a GPU nothing is interpreted")
+
+
+def silu(x, backend="triton"):
+    return ik.silu(x, backend=backend)
+
+
+def test_triton_is_not_imported_before_it_is_needed():
+    code = "import sys, torch, imf_kernels as ik; ik.silu(torch.ones(3)); assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@needs_triton
+def test_what_it_cannot_take_is_refused_with_the_reason():
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run: it takes float32, .* got float64"):
+        silu(torch.ones(3, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run: it takes CUDA and ROCm tensors, .* meta"):
+        silu(torch.ones(3, device="meta"))
+
+
+@needs_triton
+@in_the_interpreter
+def test_bfloat16_is_refused_in_the_interpreter():
+    reason = "'triton' cannot run: Triton's interpreter is wrong in bfloat16"
+    with pytest.raises(RuntimeError, match=reason):
+        silu(torch.ones(3, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match=reason):
+        ik.rms_norm(torch.ones(2, 3), torch.ones(3), dtype=torch.bfloat16, backend="triton")
+
+
+def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch):
+    monkeypatch.setattr(triton_launch, "interpreted", lambda: False)
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run: it takes CUDA .* got one on cpu"):
+        silu(torch.ones(3))
+
+
+def test_a_failed_import_is_the_reason(monkeypatch):
+    def fail(name):
+        raise ImportError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    assert "cannot be imported: libcuda.so.1: cannot open" in triton_launch.missing.__wrapped__()
+
+
+def test_float16_is_refused_by_the_cpu_and_taken_by_the_others():
+    x, w = torch.ones(2, 4, dtype=torch.float16), torch.ones(4)
+    with pytest.raises(RuntimeError, match="'cpu' cannot run: it takes float32 and bfloat16, got float16"):
+        silu(x, "cpu")
+    with pytest.raises(RuntimeError, match="'cpu' cannot run: it takes float32 and bfloat16, got float16"):
+        ik.rms_norm(x.float(), w, dtype=torch.float16, backend="cpu")
+    for backend in ("reference", None):
+        assert silu(x, backend).dtype == torch.float16
+        assert ik.rms_norm(x.float(), w, dtype=torch.float16, backend=backend).dtype == torch.float16
+
+
+@needs_triton
+def test_rows_too_long_for_a_program_are_refused():
+    x, w = torch.ones(1, 16385), torch.ones(16385)
+    with pytest.raises(RuntimeError, match=r"takes rows of at most 16384, got 16385|takes CUDA"):
+        ik.rms_norm(x, w, backend="triton")
+    assert ik.rms_norm(x, w).shape == x.shape
+
+
+def test_unverified_hardware_is_warned_of_once(monkeypatch):
+    monkeypatch.setattr(triton_launch, "_architecture", lambda device: "sm_00")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    triton_launch._warn_unverified.cache_clear()
+    with pytest.warns(UserWarning, match=r"not been verified on a GPU \(sm_00\)"):
+        triton_launch._warn_unverified(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        triton_launch._warn_unverified(0)
+    triton_launch._warn_unverified.cache_clear()
+
+
+def test_gpus_without_the_instructions_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    for capability, reason in (
+        ((7, 5), "it needs a GPU of compute capability 8.0 or newer, got Tesla T4 of 7.5"),
+        ((8, 0), None),
+        ((12, 0), None),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert triton_launch._too_old.__wrapped__(0) == reason
+
+
+SUMS = [
+    cases.rms_norm("shares", 3, 67, width=24),
+    cases.layer_norm("shares", 3, 67, width=24),
+    cases.layer_norm_modulate("shares", 2, 200, width=24),
+    cases.qk_norm_rope("shares", 2, 3, 21, 24),
+    cases.gated_residual("shares", 3, 67, width=24),
+    cases.gated_residual("shares, a gate a sample", 2, 200, width=24, gate_a_sample=True),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+@pytest.mark.parametrize("case", SUMS, ids=str)
+def test_sums_over_shares_of_several_tiles(case, kernels, monkeypatch):
+    """As on so many rows that a program takes one tile after another, the last one not whole."""
+    from imf_kernels.backends.triton_kernels import rows
+
+    monkeypatch.setattr(rows, "_SHARES", 2)
+    p = errors.problem(case, torch.float32)
+    first, second = p.evaluate(kernels), p.evaluate(kernels)
+    p.check(first)
+    assert all(torch.equal(first[name], second[name]) for name in first)

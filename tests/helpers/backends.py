@@ -1,0 +1,79 @@
+"""The backends that tests run on: which there are here, what they take, how one is chosen."""
+
+import contextlib
+
+import pytest
+import torch
+
+from imf_kernels.backends import cpu, cuda, triton_launch
+from imf_kernels.backends.operators import OPERATIONS
+from tests.helpers import cuda_emulation
+
+ON_GPU = torch.cuda.is_available()
+ISAS = ("plain", "neon", "avx2", "avx512", "avx512_bf16")
+KERNELS = (*(f"cpu-{isa}" for isa in ISAS), "triton", "cuda")
+BACKENDS = ("reference", *KERNELS)
+
+# What imf_kernels makes public beside its operations.
+NO_OPERATIONS = {
+    *("Dual", "cat", "checkpoint", "explain", "jvp", "linear_map", "primal", "rope_tables", "use_backend"),
+}
+
+CUDA_ON_GPU = ON_GPU and not cuda.missing()
+
+DTYPES = {
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "cpu": (torch.float32, torch.bfloat16),
+    "triton": triton_launch.DTYPES if ON_GPU else (torch.float32, torch.float16),
+    "reference": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+def dtypes_of(case, backend):
+    """The dtypes of a case that a backend takes here; the natural one first."""
+    return [dtype for dtype in case.dtypes if dtype in DTYPES[backend.partition("-")[0]]]
+
+
+def has_triton(operation):
+    """Whether an operation has Triton kernels."""
+    return has("triton", operation)
+
+
+def has(name, operation):
+    return any(backend.name == name for backend in OPERATIONS[operation].backends)
+
+
+def takes(case, dtype, backend):
+    if case is None:
+        return dtype is None or dtype in DTYPES[backend.partition("-")[0]]
+    return dtype in dtypes_of(case, backend) if dtype else bool(dtypes_of(case, backend))
+
+
+@contextlib.contextmanager
+def running_on(name):
+    """The name to pass as `backend`, with the instruction set of "cpu-avx2" chosen meanwhile, or the GPU."""
+    backend, _, isa = name.partition("-")
+    if isa and isa not in cpu.instruction_sets():
+        pytest.skip(f"this processor has no {isa}")
+    if backend == "triton" and (reason := triton_launch.missing()):
+        pytest.skip(reason)
+    if backend == "cuda" and not CUDA_ON_GPU and (reason := cuda_emulation.missing()):
+        pytest.skip(f"neither a GPU nor the emulator: {reason}")
+    with contextlib.ExitStack() as stack:
+        if isa:
+            stack.enter_context(cpu.use_instruction_set(isa))
+        if (backend == "triton" and ON_GPU) or (backend == "cuda" and CUDA_ON_GPU):
+            stack.enter_context(torch.device("cuda"))
+        elif backend == "cuda":
+            stack.enter_context(cuda_emulation.emulated())
+        yield backend
+
+
+@contextlib.contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

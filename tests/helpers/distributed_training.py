@@ -1,0 +1,183 @@
+"""A process of test_distributed_training.py: checks that need two; prints results as JSON.
+
+RANK=… WORLD_SIZE=… LOCAL_RANK=… MASTER_ADDR=… MASTER_PORT=… \
+    python -m tests.helpers.distributed_training FOLDER
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from imf.distributed import agreed, initialized
+from imf.mean_flow.methods import network_of
+from imf.mean_flow.objective import objective
+from imf.objective.draws import Draws
+from imf.program import UserError
+from imf.training import checkpoint, loop, session
+from imf.training import setup as start
+from imf.training.parallel import synchronising, whole
+from tests.helpers.tiny_run import ALONE, NETWORK, config, resumed
+
+FORMS = {
+    "ddp": {},
+    "fsdp": {"sharding": "fsdp"},
+    "ddp checkpointing": {"checkpointing": True},
+    "fsdp checkpointing": {"sharding": "fsdp", "checkpointing": True},
+    "fsdp mf": {"sharding": "fsdp", "method": "mf"},
+    "ddp mf": {"method": "mf"},
+}
+
+
+def part(draws, rows):
+    """Rows of a global draw: FM rows are the first ones, so all of one process's may be."""
+    tensors = {f.name: getattr(draws, f.name)[rows] for f in dataclasses.fields(draws) if f.name != "n_fm"}
+    return Draws(**tensors, n_fm=min(max(draws.n_fm - rows.start, 0), rows.stop - rows.start))
+
+
+def gradients(who, *, same_draws=True, **changes):
+    """Largest relative error over weights of the gradient over two micro steps, against one process's.
+
+    The second process has no FM rows; the first has nothing else, and in the second micro step no row whose
+    velocity is asked for: omega is 1.
+    """
+    sizes = dataclasses.replace(NETWORK, hidden_size=36, depth=3)
+    network = network_of(changes.get("method", "imf"), sizes)
+    c = config(network=network, batch_size=16, accumulate=2, **changes)
+    loss_of = objective(c.method, c.fixed_guidance)
+    alone, state = start.initial_state(c, "fp32", ALONE), start.initial_state(c, "fp32", who)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in alone.model.parameters():  # none at zero, as some are in the beginning
+            p.add_(torch.randn_like(p) * 0.05)
+    checkpoint._copy(Path("none"), alone.model.state_dict(), state.model.state_dict())
+    mine = who.slice(8)
+    mine = slice(mine.start, mine.stop)
+    for step in range(2):
+        x, y = torch.randn(8, 1, 8, 8), torch.arange(8)
+        draws = Draws.sample(x, seed=0, step=step, **c.draws)
+        if step:
+            draws = dataclasses.replace(draws, omega=torch.where(torch.arange(8) < 4, 1.0, draws.omega))
+        own = part(draws, mine)
+        if not same_draws:
+            own = Draws.sample(x[mine], seed=0, step=step, process=who.rank, **c.draws)
+        (loss_of(alone.wrapped, x, y, draws).loss / 2).backward()
+        with synchronising(state.wrapped, last=step == 1):
+            (loss_of(state.wrapped, x[mine], y[mine], own).loss / 2).backward()
+    worst = 0.0
+    for p, q in zip(state.model.parameters(), alone.model.parameters(), strict=True):
+        worst = max(worst, float((whole(p.grad) - q.grad).norm() / q.grad.norm()))
+    return worst
+
+
+def whole_run(who, folder, **changes):
+    """A run to its end, and what it wrote."""
+    run = start.begin(config(runs=str(folder), **changes), who)
+    assert loop.fit(run) is None
+    return run
+
+
+def differences(a, b):
+    """The number of tensors of two states that are not bit for bit the same."""
+    pairs = [*zip(a.model.parameters(), b.model.parameters(), strict=True)]
+    pairs += zip(a.ema.parameters(), b.ema.parameters(), strict=True)
+    for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
+        pairs += [(a.optimizer.state[p][key], b.optimizer.state[q][key]) for key in b.optimizer.state[q]]
+    return sum(not torch.equal(whole(p), whole(q)) for p, q in pairs)
+
+
+def changing(call, change):
+    """`setup.objective` whose result number `call` in this process is changed; (undo, list of calls)."""
+    real, calls = start.objective, []
+
+    def objective_of(*settings):
+        def loss_of(*batch):
+            calls.append(None)
+            out = real(*settings)(*batch)
+            return change(out) if len(calls) == call else out
+
+        return loss_of
+
+    start.objective = objective_of
+    return lambda: setattr(start, "objective", real)
+
+
+def not_finite(who, folder, **changes):
+    """One term of one process is not finite in step 3; what each says, and whether step 2 stayed."""
+
+    def spoil(out):
+        return dataclasses.replace(out, loss_u=out.loss_u * float("nan")) if who.rank == 1 else out
+
+    undo = changing(3, spoil)
+    run = start.begin(config(runs=str(folder), name="nan", **changes), who)
+    try:
+        loop.fit(run)
+    except UserError as error:
+        return [str(error), bool(run.state.found_inf), agreed(error), len(checkpoint.list_all(run.folder))]
+    finally:
+        undo()
+
+
+def stopped(who, folder, **changes):
+    """A signal to one process in step 3."""
+
+    def stop(out):
+        if who.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return out
+
+    undo = changing(3, stop)
+    run = start.begin(config(runs=str(folder), name="stopped", checkpoint_every=0, **changes), who)
+    received = loop.fit(run)
+    undo()
+    return [received, run.state.step, [path.name for path in checkpoint.list_all(run.folder)]]
+
+
+def full_disk(who, folder):
+    """What the command says when the first process cannot write the checkpoint of step 4."""
+    real = checkpoint.save_file
+
+    def full(tensors, path, metadata):
+        if "step-00000004" in str(path):
+            raise OSError(28, "No space left on device")
+        real(tensors, path, metadata)
+
+    checkpoint.save_file = full
+    arguments = argparse.Namespace(resume=None)
+    status = session.train_in(who, config(runs=str(folder), name="full"), arguments)
+    checkpoint.save_file = real
+    return status
+
+
+def main():
+    folder, results = Path(sys.argv[1]), {}
+    with initialized("cpu") as who:
+        results["place"] = [who.rank, who.count]
+        for name, changes in FORMS.items():
+            results[name] = gradients(who, **changes)
+        results["other draws"] = gradients(who, same_draws=False)
+        ddp = whole_run(who, folder, name="ddp", accumulate=2, sample_every=4)
+        fsdp = whole_run(who, folder, name="fsdp", accumulate=2, sample_every=4, sharding="fsdp")
+        again = resumed(fsdp.folder, context=who)
+        results["fsdp resumed as it was"] = differences(fsdp.state, again.state)
+        other = resumed(ddp.folder, "--sharding", "fsdp", context=who)
+        results["ddp resumed as fsdp"] = differences(other.state, ddp.state)
+        results["different runs"] = differences(ddp.state, start.initial_state(config(seed=1), "fp32", who))
+        for sharding in ("ddp", "fsdp"):
+            results[f"not finite {sharding}"] = not_finite(who, folder / sharding, sharding=sharding)
+            results[f"stopped {sharding}"] = stopped(who, folder / sharding, sharding=sharding)
+        results["full disk"] = full_disk(who, folder)
+        try:
+            start.begin(config(runs=str(folder), batch_size=9), who)
+        except UserError as error:
+            results["batch"] = str(error)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The error rule of the CPU's attention on random shapes, each on one instruction set in turn.
+
+The sizes are log-uniform, up to 2^16 pairs of a query and a key, or up to 4,096 of each. There are enough
+heads for 64 rows: PyTorch's errors in a few draws of fewer rows do not bound those of the next draw. More
+shapes, and a fiftieth as many large ones:
+
+    IMF_RANDOM_SHAPES=5000 pytest tests/ops/test_random_attention.py -n auto
+"""
+
+import math
+import os
+import random
+
+import pytest
+
+from imf_kernels.backends import cpu
+from imf_kernels.testing import cases, errors
+from imf_kernels.testing.cases import BF16, FP32
+from tests.helpers.backends import threads
+
+OFFSETS = (0.0, 2.0, 4.0)
+COUNT = int(os.environ.get("IMF_RANDOM_SHAPES", "500"))
+BATCH = 20
+
+
+def random_case(seed, large=False):
+    draw = random.Random(seed)
+
+    def size(most):
+        return math.floor(math.exp(draw.uniform(0.0, math.log(most + 1))))
+
+    if large:
+        queries, keys = size(4096), size(4096)
+    else:
+        queries = size(2**16)
+        keys = size(2**16 // queries)
+        if draw.random() < 0.5:
+            queries, keys = keys, queries
+    heads = math.ceil(64 / queries)
+    if not large:
+        keys = min(keys, 2**16 // (heads * queries))
+    scales = {"q": 1.0, "k": 1.0, "v": 1.0}
+    scales[draw.choice("qkv")] = math.exp(draw.uniform(math.log(0.01), math.log(30.0)))
+    return cases.attention(
+        f"random {seed}",
+        1,
+        heads,
+        queries,
+        size(257),
+        keys,
+        size(257),
+        positions_first=draw.random() < 0.5,
+        q={"scale": scales["q"]},
+        k={"scale": scales["k"], "offset": draw.choice(OFFSETS)},
+        v={"scale": scales["v"], "offset": draw.choice(OFFSETS)},
+    )
+
+
+def check(seeds, dtype, large=False):
+    isas = cpu.instruction_sets()
+    with threads(1):
+        for seed in seeds:
+            case = random_case(seed, large)
+            p = errors.problem(case, dtype, seed)
+            with cpu.use_instruction_set(isas[seed % len(isas)]):
+                results = p.evaluate("cpu")
+            try:
+                p.check(results, draws=1)  # the strictest, and the fastest
+            except AssertionError:
+                p.check(results)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_some_random_shapes(dtype):
+    check(range(BATCH), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(BATCH, COUNT, BATCH))
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_random_shapes(dtype, first):
+    check(range(first, first + BATCH), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(COUNT // 50))
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_large_random_shapes(dtype, seed):
+    check([seed], dtype, large=True)

@@ -1,0 +1,25 @@
+"""CONTRIBUTING.md's page on adding an operation names the files that it takes, and no more."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+OPERATION, LATER = "gated_residual", "csrc/cuda/gated_residual.cu"
+PRINTED = "imf_kernels/_C.pyi"
+
+
+def naming(folder):
+    """Files of a folder that name the operation."""
+    for path in (ROOT / folder).rglob("*"):
+        if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh", ".txt"} and OPERATION in path.read_text():
+            yield str(path.relative_to(ROOT))
+
+
+def test_the_files_of_an_operation():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`((?:csrc|imf_kernels|tests)/[\w/.]+)`", page)) - {"csrc/tensor.h", PRINTED}
+    named |= {"imf_kernels/testing/plain.py"} if "and `plain.py`" in page else set()
+    needed = {*naming("csrc"), *naming("imf_kernels"), "tests/ops/test_bad_calls.py"} - {LATER}
+    assert needed == named - {LATER} and LATER in page
+    assert len(needed) <= 8
+    assert OPERATION not in (ROOT / "CMakeLists.txt").read_text()
