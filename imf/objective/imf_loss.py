@@ -83,10 +83,7 @@ def improved_mean_flow(
     """
     step = check_batch("improved_mean_flow", model, x, y, draws, guidance)
     draws, null = step.draws, config_of(model).num_classes
-    fm, after = (
-        slice(draws.n_fm),
-        slice(draws.n_fm, None),
-    )  # rows with r = t, which need no tangent, and others
+    fm, after = slice(draws.n_fm), slice(draws.n_fm, None)  # rows with r = t need no tangent
     t, h, one = draws.t, draws.t - draws.r, torch.ones_like(draws.t)
     conditions = draws.omega, draws.t_min, draws.t_max, y.masked_fill(draws.drop, null)
 

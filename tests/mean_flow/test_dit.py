@@ -170,7 +170,7 @@ def test_a_network_made_without_memory_or_in_inference_mode_works():
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", ["imf-interval", "imf-tokens"])
 def test_blocks_that_are_recomputed_or_compiled_change_nothing(method, compiled):
-    """As `imf.training.parallel.prepare` makes them, here without a compiler behind the graph."""
+    """As `imf.training.parallel.wrap_for_training` makes them, here without a compiler behind the graph."""
     results = []
     for prepared in (False, True):
         model, (z, t, h, *rest) = network(method), inputs()
