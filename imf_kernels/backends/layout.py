@@ -95,11 +95,11 @@ def unfit(
     """Returns why kernels for some dtypes on a type of device, for messages `devices`, cannot take tensors;
     `None` if they can."""
     for x in tensors:
+        if x.device.type != device:
+            return f"it takes {devices or device.upper()} tensors, got one on {x.device}"
         if x.dtype not in dtypes:
             *others, last = (str(dtype).removeprefix("torch.") for dtype in (*dtypes, x.dtype))
             return f"it takes {', '.join(others[:-1])} and {others[-1]}, got {last}"
-        if x.device.type != device:
-            return f"it takes {devices or device.upper()} tensors, got one on {x.device}"
         if reason := without_memory(x):
             return f"it takes tensors that lie in memory, got {reason}"
     return None
