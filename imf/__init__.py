@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from imf.objective.imf_loss import improved_mean_flow
     from imf.sampling import generate
     from imf.training.checkpoint import load
-    from imf_kernels import __version__
+    from imf_kernels import __version__ as __version__
 
-__all__ = ["Draws", "IMFConfig", "__version__", "build", "generate", "improved_mean_flow", "load"]
+__all__ = ["Draws", "IMFConfig", "build", "generate", "improved_mean_flow", "load"]
 
 # Imported when first asked for: a program that reads statistics needs no network, and no compiled module.
 _MODULES = {

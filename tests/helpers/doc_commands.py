@@ -62,6 +62,10 @@ def parse(run):
     raise AssertionError(f"{sys.argv}: the program parses no arguments")
 
 
+def source(module):
+    return Path(pkgutil.resolve_name(module).__file__).read_text()
+
+
 def check_python(words):
     if words[0] != "-m":
         script = ROOT / words[0]
@@ -76,10 +80,10 @@ def check_python(words):
         assert not arguments and pkgutil.resolve_name(module)
     elif module == "pytest":
         check_pytest(arguments)
-    elif module.startswith("imf"):
-        parse(functools.partial(runpy.run_module, module, run_name="__main__", alter_sys=True))
+    elif module.startswith(("tests.", "benchmarks.")) and "argparse" not in source(module):
+        assert not arguments[1:], f"python -m {module} takes one argument at most"
     else:
-        raise AssertionError(f"python -m {module}: not a program of this project")
+        parse(functools.partial(runpy.run_module, module, run_name="__main__", alter_sys=True))
 
 
 def check_torchrun(words):
@@ -117,7 +121,7 @@ def check_make(words):
     result = subprocess.run(["make", "-n", *words], capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     for line in result.stdout.splitlines():
-        if re.match(r"\.venv/bin/python (-m imf|tests/|benchmarks/)[^|]*$", line):
+        if re.match(r"\.venv/bin/python -m (imf|tests|benchmarks)[^|]*$", line):
             check_python(shlex.split(line)[1:])
 
 
