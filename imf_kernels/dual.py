@@ -315,7 +315,10 @@ def last_rows(x: Tensor, like: Tensor) -> Tensor:
 
 def stored(*tangents: Tensor | None) -> Tensor | None:
     """Returns the first tangent that is not a structural zero."""
-    return next((tangent for tangent in tangents if tangent is not None), None)
+    for tangent in tangents:
+        if tangent is not None:
+            return tangent
+    return None
 
 
 def no_gradient(ctx: Any, tangent: Tensor) -> None:

@@ -36,7 +36,7 @@ from imf_kernels.backends.dispatch import (
     without_autocast,
 )
 from imf_kernels.backends.layout import last_contiguous, without_memory
-from imf_kernels.dual import Dual, align, unchecked, unpack
+from imf_kernels.dual import Dual, align, unchecked
 
 _LIBRARY = torch.library.Library("imf_kernels", "DEF")
 MOST_CHOICES = 1024  # that an operation remembers
@@ -126,18 +126,20 @@ class Operation(Generic[Asked]):
 
     def __call__(self, backend: str | None, inputs: Sequence[Tensor | Dual], *others: Any) -> Any:
         """Returns the result for tensors or `Dual`s and all other arguments, a `Dual` if an input is one."""
-        if len(inputs) == 1:
-            result = self.run(backend, *unpack(inputs[0]), *others)
-        else:
-            primals, tangents = zip(*map(unpack, inputs), strict=True)
-            pairs = zip(primals, align(*tangents), strict=True)
-            result = self.run(backend, *(part for pair in pairs for part in pair), *others)
+        arguments: list[Any] = []
+        moves = False
         for x in inputs:
             if isinstance(x, Dual):
-                return unchecked(*result)
-        return result[0]
+                moves = True
+                arguments += (x._primal, x._tangent)
+            else:
+                arguments += (x, None)
+        if moves and len(inputs) > 1:
+            arguments[1::2] = align(*arguments[1::2])
+        result = self.run(backend, (*arguments, *others))
+        return unchecked(*result) if moves else result[0]
 
-    def run(self, backend: str | None, *arguments: Any) -> Result:
+    def run(self, backend: str | None, arguments: tuple[Any, ...]) -> Result:
         """Returns the result and its tangent, by the named backend or the one chosen for such calls."""
         if torch.compiler.is_compiling():
             return self._decided(traced_default() if backend is None else backend, arguments)(*arguments)
@@ -232,6 +234,8 @@ def _first_derivatives(operation: str, backward: Callable[..., Any]) -> Callable
             return (None,) * len(ctx.needs_input_grad)
         if dy.is_neg():
             dy = dy.resolve_neg()
+        if not torch._C._is_any_autocast_enabled():
+            return backward(ctx, dy)
         with without_autocast(dy.device):
             return backward(ctx, dy)
 

@@ -88,8 +88,8 @@ def _check_heads(q: Tensor, k: Tensor) -> None:
         )
 
 
-def _have_heads(*tensors: Any) -> bool:
-    return all(isinstance(x, Tensor) and x.dim() == 4 for x in tensors)
+def _have_heads(q: Any, k: Any) -> bool:
+    return isinstance(q, Tensor) and isinstance(k, Tensor) and q.dim() == k.dim() == 4
 
 
 def _check(

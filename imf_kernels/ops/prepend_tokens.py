@@ -101,4 +101,4 @@ def prepend_tokens(
     pairs = [unpack(e) for _, e in groups]
     x_dot, *embedding_dots = align(x_dot, *(e_dot for _, e_dot in pairs))
     tensors = *(t for t, _ in groups), *(e for e, _ in pairs), *embedding_dots
-    return pack(*_OPERATION.run(backend, primal, x_dot, len(groups), *tensors), x, *(e for _, e in groups))
+    return pack(*_OPERATION.run(backend, (primal, x_dot, len(groups), *tensors)), x, *(e for _, e in groups))
