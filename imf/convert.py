@@ -18,7 +18,7 @@ from imf.training.recipes import PRESETS
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `python -m imf.convert`; returns the exit status."""
+    """Runs `python -m imf.convert`; returns the exit status."""
     text = "Official checkpoints into this project's, and this project's into the official ones."
     parser = argparse.ArgumentParser(prog="python -m imf.convert", description=text)
     add = parser.add_argument
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _import(a: argparse.Namespace) -> str:
-    """Convert official weights into a file of ours; returns what was done, as text."""
+    """Converts official weights into a file of ours; returns what was done, as text."""
     sizes = {"input_size": a.input_size, "num_heads": a.num_heads}
     network, states, step = import_weights(a.source, a.weights, empty_weights, **sizes)
     preset, config = _settings(network)
@@ -56,14 +56,14 @@ def _import(a: argparse.Namespace) -> str:
 
 
 def _settings(network: IMFConfig) -> tuple[str, TrainConfig]:
-    """Find the preset of a network and its settings; "" and plain ones, without guidance, if it has none."""
+    """Finds the preset of a network and its settings; "" and plain ones, without guidance, if it has none."""
     method = "mf" if network.block == "plain" else "imf"
     plain = TrainConfig(method=method, network=network, omega=1.0, t_min=0.0, t_max=1.0)
     return next(((name, x) for name, x in PRESETS.items() if x.network == network), ("", plain))
 
 
 def _export(a: argparse.Namespace) -> str:
-    """Write our weights into a file of official names; returns what was done, as text."""
+    """Writes our weights into a file of official names; returns what was done, as text."""
     kind: Literal["ema", "model"] = a.weights or "ema"
     network, metadata = load(find(a.source), kind)
     count = export_weights(a.source, a.out, network, metadata.config.network, a.v_head)

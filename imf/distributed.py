@@ -92,9 +92,9 @@ class DistributedContext:
             own = caught
         kind = 0 if own is None else 1 + isinstance(own, UserError)
         code = kind * self.count + self.rank if kind else 0
-        code, received = self.largest(code, signals.noted if signals else 0)
+        code, number = self.largest(code, signals.pending if signals else 0)
         if signals:
-            signals.received = received
+            signals.agreed = number
         if not code:
             return
         kind, source = divmod(code, self.count)

@@ -18,7 +18,7 @@ from imf.training import checkpoint
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `python -m imf.evaluate`; returns the exit status."""
+    """Runs `python -m imf.evaluate`; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m imf.evaluate",
         description="FID and Inception score of a network's samples, or of images in a folder.",

@@ -31,7 +31,7 @@ class BrokenImage(Exception):
 
 
 def read_image(path: Path) -> Image.Image:
-    """Decode the first image of a file, in mode "L" or "RGB".
+    """Decodes the first image of a file, in mode "L" or "RGB".
 
     Grey of up to 16 bits is scaled to 8, every other mode of 8 bits converted. Transparency is dropped and
     the orientation in EXIF ignored, as by the programs whose figures are published (ADM, torch-fidelity).
@@ -70,7 +70,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def walk(root: Path, below: str = "", others: list[str] | None = None) -> Iterator[tuple[str, int]]:
-    """Yield names relative to `root`, and sizes in bytes, of the images at any depth under root/below.
+    """Yields names relative to `root`, and sizes in bytes, of the images at any depth under root/below.
 
     Links are followed; hidden files and folders are left out. Files whose name does not end as that of an
     image are appended to `others`.
@@ -96,7 +96,7 @@ def walk(root: Path, below: str = "", others: list[str] | None = None) -> Iterat
 
 
 def entries(folder: Path) -> list[os.DirEntry[str]]:
-    """List a folder's entries that are not hidden, each with its status; UserError if one has none."""
+    """Lists a folder's entries that are not hidden, each with its status; UserError if one has none."""
     path = folder
     try:
         with os.scandir(folder) as found:
@@ -112,7 +112,7 @@ def entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def is_image(name: str) -> bool:
-    """Tell whether a file's name ends as that of an image."""
+    """Tells whether a file's name ends as that of an image."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 

@@ -149,7 +149,7 @@ def sha256(path: Path) -> str:
 
 
 def read_torch(path: Path) -> dict[str, Tensor]:
-    """Read a state dict on the CPU from `.safetensors`, or from PyTorch's format with `weights_only`.
+    """Reads a state dict on the CPU from `.safetensors`, or from PyTorch's format with `weights_only`.
 
     Raises: UserError unless the file holds plain tensors by name, each with all bytes of its shape.
     """

@@ -61,12 +61,12 @@ def exit_status(stop: KeyboardInterrupt) -> int:
 class StopSignals:
     """Defers the first SIGINT (Ctrl-C) or SIGTERM; the second is handled normally.
 
-    noted: the number of the signal that came, 0 for none.  received: that of all processes, once they agreed,
+    pending: the number of the signal that came, 0 for none.  agreed: that of all processes, once they agreed,
     see `imf.distributed.DistributedContext.together`.
     """
 
     def __init__(self) -> None:
-        self.noted = self.received = 0
+        self.pending = self.agreed = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -79,5 +79,5 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.noted = number
+        self.pending = number
         self.__exit__()

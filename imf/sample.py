@@ -19,7 +19,7 @@ MOST_ROWS = 20  # of a grid whose classes were not named
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `python -m imf.sample`; returns the exit status."""
+    """Runs `python -m imf.sample`; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m imf.sample", description="Draw a grid of samples.")
     add, pair, weights = parser.add_argument, ("T_MIN", "T_MAX"), ("ema", "model")
     add(
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _draw(a: argparse.Namespace) -> None:
-    """Write the grid and say what was done."""
+    """Writes the grid and say what was done."""
     check_target(a.out)
     path = checkpoint.find(a.checkpoint)
     network, metadata = checkpoint.load(path, a.weights)

@@ -31,15 +31,18 @@ def generate(
     t_min: float = 0.0,
     t_max: float = 1.0,
 ) -> Tensor:
-    """Sample images [B, C, H, W], fp32, from `noise` [B, C, H, W] ~ N(0, I) and labels `y` [B] int64.
+    """Samples images [B, C, H, W], fp32, from `noise` [B, C, H, W] ~ N(0, I) and labels `y` [B] int64.
 
     z <- z - (t - r) u(z, h = t - r, omega, t_min, t_max, y) on linspace(1, 0, steps + 1), a call per step, on
     the model's device.  omega: guidance scale, >= 1.  t_min, t_max: guidance interval in [0, 1].
     Raises: UserError for steps < 1, labels that do not fit the noise, or guidance out of range.
     Source: Improved Mean Flows, arXiv 2512.02012.
     """
-    if steps < 1:
-        raise UserError(f"generate: steps must be at least 1, got {steps}")
+    if type(steps) is not int or steps < 1:
+        raise UserError(f"generate: steps must be an integer of at least 1, got {steps!r}")
+    for name, x in (("noise", noise), ("y", y)):
+        if not isinstance(x, Tensor):
+            raise UserError(f"generate: {name} must be a tensor, got a {type(x).__name__}")
     if noise.ndim != 4 or y.shape != noise.shape[:1]:
         raise UserError(
             f"generate: noise must be [B, C, H, W] and y [B], got {list(noise.shape)} and {list(y.shape)}"
@@ -56,7 +59,7 @@ def generate(
 
 
 def check_inputs_of(config: IMFConfig, omega: float, t_min: float, t_max: float) -> None:
-    """Raise UserError for guidance out of range, or that the network does not take as an input."""
+    """Raises UserError for guidance out of range, or that the network does not take as an input."""
     try:
         check_guidance(omega, t_min, t_max)
     except ValueError as error:
@@ -73,7 +76,7 @@ def check_inputs_of(config: IMFConfig, omega: float, t_min: float, t_max: float)
 def sample_labels(
     model: nn.Module, labels: Tensor, *, seed: int = 0, batch_size: int | None = None, **options: Any
 ) -> Tensor:
-    """Sample an image per label [N] int64: [N, C, H, W] fp32 on the model's device.
+    """Samples an image per label [N] int64: [N, C, H, W] fp32 on the model's device.
 
     The noise depends on the seed and N, not on batch_size, default N.  options: of `generate`.
     """
@@ -93,7 +96,7 @@ def class_grid(
     decode: Callable[[Tensor], Tensor] | None = None,
     **options: Any,
 ) -> Image.Image:
-    """Draw a row per class with `columns` samples in each; the noise is that of `sample_labels`.
+    """Draws a row per class with `columns` samples in each; the noise is that of `sample_labels`.
 
     classes: labels of the rows, default all.  decode: makes images of latents.  options: of `generate`.
     """
@@ -105,7 +108,7 @@ def class_grid(
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Map [-1, 1] to 0 … 255, rounded; what lies outside is clipped."""
+    """Maps [-1, 1] to 0 … 255, rounded; what lies outside is clipped."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -117,7 +120,7 @@ def draw_grid(
     scale: int | None = None,
     gap: int = 4,
 ) -> Image.Image:
-    """Draw images [N, C, H, W] in [-1, 1] (C = 1 or 3; clipped) in rows of `columns`, a divisor of N.
+    """Draws images [N, C, H, W] in [-1, 1] (C = 1 or 3; clipped) in rows of `columns`, a divisor of N.
 
     Each pixel becomes scale x scale pixels (default: an image is about 40 wide), unsmoothed, with `gap` white
     pixels around every image and `row_labels` to the left.

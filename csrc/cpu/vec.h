@@ -293,7 +293,8 @@ inline Vec exp(Vec x) {
 }
 
 // Computes the normal distribution, the integral of e^(-u^2/2) / sqrt(2 pi) up to x, and the density.
-// Contract, enforced by tests/csrc/test_vec.py: relative error of the distribution at most 3 ulp for x >= 0 and 3
+// Contract, enforced by tests/csrc/test_vec.py: relative error of the distribution at most 3 ulp for x >= 0
+// and 3
 // + x^2 / 2 ulp below, down to -13.2, from where on both are 0; the derivative of x times it, distribution +
 // x density, to 2 ulp of 1; NaN propagates. (1 + erf) / 2 would cancel below 0. At -|x| it is e^(-x^2/2) t
 // P(t), t = 1 / (1 + 0.34 |x|), P of degree 8 with the least relative error for |x| <= 13.3, 2.5e-8.

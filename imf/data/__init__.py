@@ -13,7 +13,7 @@ __all__ = ["Batches", "DataSet", "LabelledImages", "PackedData", "batch_indices"
 
 
 def load(name_or_path: str | Path) -> DataSet:
-    """Load the data set called "digits", or the one in a folder that `imf.data.prepare` wrote.
+    """Loads the data set called "digits", or the one in a folder that `imf.data.prepare` wrote.
 
     Raises: UserError if there is none of that name, or the folder is not complete.
     """

@@ -39,7 +39,7 @@ class DataSet(Protocol):
     def __len__(self) -> int: ...
 
     def fetch(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return data x [B, C, H, W] fp32, normalised, and labels y [B] int64, on the CPU, of rows [B] int64.
+        """Returns data x [B, C, H, W] fp32, normalised, and labels y [B] int64, of rows [B] int64.
 
         Randomness in x[i] (a latent is a sample of its posterior) depends on the i-th of the `row_seeds` of
         the CPU `generator`; nothing else is drawn from it, so part of a batch can be fetched alone.
@@ -48,12 +48,12 @@ class DataSet(Protocol):
 
 
 def row_seeds(generator: torch.Generator, count: int) -> Tensor:
-    """Draw the next `count` seeds of a CPU generator, [count] int64; n, then m equal n + m at once."""
+    """Draws the next `count` seeds of a CPU generator, [count] int64; n, then m equal n + m at once."""
     return torch.randint(2**63 - 1, (count,), generator=generator)
 
 
 def batch_indices(size: int, batch_size: int, *, seed: int, step: int) -> Tensor:
-    """Return the rows of step `step`'s batch, a function of the arguments alone: resuming needs no state.
+    """Returns the rows of step `step`'s batch, a function of the arguments alone: resuming needs no state.
 
     Every epoch walks through the `size` examples once, in an order of its own; a batch runs across the end of
     an epoch, so none is short and no example is left out.
@@ -75,7 +75,7 @@ def batch_indices(size: int, batch_size: int, *, seed: int, step: int) -> Tensor
 def prefetch(
     function: Callable[[T], R], items: Iterable[T], *, workers: int, ahead: int
 ) -> Generator[R, None, None]:
-    """Yield function(item) of each item, in order, computed by threads up to `ahead` items before its use.
+    """Yields function(item) of each item, in order, computed by threads up to `ahead` items before its use.
 
     ahead: 0 for no thread. Closing the generator ends the threads.
     """

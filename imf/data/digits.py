@@ -37,12 +37,12 @@ class LabelledImages:
         return c, height, width
 
     def fetch(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return images and labels of `rows`; nothing is drawn from the generator."""
+        """Returns images and labels of `rows`; nothing is drawn from the generator."""
         return self.images[rows], self.labels[rows]
 
 
 def load() -> LabelledImages:
-    """Load all digits in file order: images [1797, 1, 8, 8], 0..16 mapped to [-1, 1]; labels [1797]."""
+    """Loads all digits in file order: images [1797, 1, 8, 8], 0..16 mapped to [-1, 1]; labels [1797]."""
     from sklearn.datasets import load_digits  # only here: the import takes a second
 
     pixels, labels = load_digits(return_X_y=True)

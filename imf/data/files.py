@@ -23,7 +23,7 @@ Check = tuple[str, Callable[[Any], bool]]  # what a value must be, in words, and
 
 
 def write_file(path: Path, *parts: bytes | memoryview) -> str:
-    """Write the parts one after another to `path`; returns the SHA-256 of the file, in hexadecimal.
+    """Writes the parts one after another to `path`; returns the SHA-256 of the file, in hexadecimal.
 
     The file appears under its name when all of it is on the disk, see `imf.io.replacing`.
     Raises: UserError, naming the bytes that are free, if it cannot be written (a full disk).
@@ -43,19 +43,19 @@ def write_file(path: Path, *parts: bytes | memoryview) -> str:
 
 
 def write_array(path: Path, array: NDArray[Any]) -> str:
-    """Write a C-contiguous array as .npy of format 1.0, see `write_file`."""
+    """Writes a C-contiguous array as .npy of format 1.0, see `write_file`."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
     return write_file(path, header.getvalue(), array.data.cast("B"))
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write an indented JSON file, see `write_file`."""
+    """Writes an indented JSON file, see `write_file`."""
     write_file(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file; UserError if it cannot be read or holds another value."""
+    """Reads the object in a JSON file; UserError if it cannot be read or holds another value."""
     try:
         check_regular(path)
         values = json.loads(path.read_bytes())
@@ -67,7 +67,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Read shape and dtype of an open .npy file up to its first value; ValueError if it is damaged."""
+    """Reads shape and dtype of an open .npy file up to its first value; ValueError if it is damaged."""
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(file)
     if version not in readers:
@@ -82,7 +82,7 @@ def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 
 def check_fields(values: Any, checks: Mapping[str, Check], prefix: str = "") -> None:
-    """Check the fields of a JSON object, an absent one as None; ValueError names the first that is wrong."""
+    """Checks the fields of a JSON object, an absent one as None; ValueError names the first that is wrong."""
     for name, (wanted, fits) in checks.items():
         got = values.get(name) if isinstance(values, dict) else None
         if not fits(got):
@@ -90,17 +90,17 @@ def check_fields(values: Any, checks: Mapping[str, Check], prefix: str = "") -> 
 
 
 def count(least: int) -> Check:
-    """Check for an integer, at least `least`, that fits into 64 bits."""
+    """Checks for an integer, at least `least`, that fits into 64 bits."""
     return f"a whole number from {least} on", lambda x: type(x) is int and least <= x < 2**63  # bool is none
 
 
 def list_of(fits: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
-    """Test for a list of values that fit, `length` of them if given."""
+    """Tests for a list of values that fit, `length` of them if given."""
     return lambda x: isinstance(x, list) and length in (None, len(x)) and all(map(fits, x))
 
 
 def numbers(length: int, low: float = -3e38, high: float = 3e38, wanted: str = "a finite number") -> Check:
-    """Check for a list of numbers between `low` and `high` (by default those of fp32), one per channel."""
+    """Checks for a list of numbers between `low` and `high` (by default those of fp32), one per channel."""
     fits = list_of(lambda x: type(x) in (int, float) and low < x < high, length)
     return f"{wanted} for each of {length} channels", fits
 
@@ -112,6 +112,6 @@ SHA256: Check = (
 
 
 def short(value: Any) -> str:
-    """Format a value for a message: quoted, and cut where it is long."""
+    """Formats a value for a message: quoted, and cut where it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -91,7 +91,7 @@ class PackedData:
         return int(self.index["rows"])
 
     def fetch(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return normalised data and labels of `rows`, see `DataSet.fetch`; latents are posterior samples.
+        """Returns normalised data and labels of `rows`, see `DataSet.fetch`; latents are posterior samples.
 
         Raises: ValueError unless rows is [B] int64 with values in 0 ... len(self) - 1; UserError, naming the
         file, for a row that is not finite or larger than `LARGEST`.
@@ -126,24 +126,24 @@ class PackedData:
         return x, self.labels[rows]
 
     def images(self, rows: Tensor) -> Tensor:
-        """Return pixels [B, 3, H, W] uint8 of `rows` [B] int64; ValueError for latents."""
+        """Returns pixels [B, 3, H, W] uint8 of `rows` [B] int64; ValueError for latents."""
         if self.kind != "pixels":
             raise ValueError(f"images: {self.folder} must hold pixels, got {self.kind}")
         return torch.stack(self._gather(rows))
 
     def verify(self) -> Iterator[dict[str, Any]]:
-        """Read every shard; yields each whose checksum agrees, raises UserError at one that does not."""
+        """Reads every shard; yields each whose checksum agrees, raises UserError at one that does not."""
         for shard in self.shards:
             _check_sha256(self.folder / shard["file"], shard["sha256"])
             yield shard
 
     def _places(self, rows: Tensor) -> list[tuple[int, int]]:
-        """Shard and row in it of each of `rows`."""
+        """Shards and row in it of each of `rows`."""
         shards = torch.searchsorted(self._starts, rows, right=True) - 1
         return list(zip(shards.tolist(), (rows - self._starts[shards]).tolist(), strict=True))
 
     def _gather(self, rows: Tensor) -> list[Tensor]:
-        """Return the stored rows, views of the mapped files, after asking for all of their pages at once."""
+        """Returns the stored rows, views of the mapped files, after asking for all of their pages at once."""
         places = self._places(rows)
         for shard, row in places:
             self._arrays[shard].will_need(row)
@@ -185,7 +185,7 @@ class _MappedArray:
         self.rows = values.reshape(shape)
 
     def will_need(self, row: int) -> None:
-        """Have the pages of a row read in the background: a batch's rows then come together, not in turn."""
+        """Has the pages of a row read in the background: a batch's rows then come together, not in turn."""
         if hasattr(mmap, "MADV_WILLNEED"):
             size = self.rows.stride(0) * self.rows.element_size()
             first = (self._offset + row * size) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -193,7 +193,7 @@ class _MappedArray:
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    """Read and check the index of a folder, which may come from elsewhere; UserError if it cannot be used."""
+    """Reads and checks the index of a folder, perhaps a foreign one; UserError if it cannot be used."""
     path = folder / INDEX
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a data set is 'digits' or a folder of imf.data.prepare")

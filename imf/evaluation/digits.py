@@ -27,7 +27,7 @@ class Score:
 def evaluate(
     model: nn.Module, data: Any, *, steps: Sequence[int] = (1, 2, 4), count: int = 1800, **options: Any
 ) -> list[Score]:
-    """Score `count` samples for each number of steps, all from the same noise.
+    """Scores `count` samples for each number of steps, all from the same noise.
 
     Fréchet distance between class-balanced samples, as the network gives them (not clipped), and all the
     data, in pixel units squared; share of the samples that an SVC trained on the data gives their label.
@@ -44,7 +44,7 @@ def evaluate(
 def class_balanced_samples(
     model: nn.Module, count: int = 1800, *, batch_size: int = 256, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """Sample as many images of each class, on the CPU: images [count, C, H, W] fp32, labels [count] int64.
+    """Samples as many images of each class, on the CPU: images [count, C, H, W] fp32, labels [count] int64.
 
     Sample i has label i mod num_classes.  options: seed, and those of `imf.sampling.generate`.
     Raises: UserError if count is not a positive multiple of the number of classes.
@@ -59,7 +59,7 @@ def class_balanced_samples(
 
 
 def svc_accuracy(data: Any, samples: Tensor, labels: Tensor) -> float:
-    """Return the share of samples [N, C, H, W] that an SVC trained on the data gives their label."""
+    """Returns the share of samples [N, C, H, W] that an SVC trained on the data gives their label."""
     from sklearn.svm import SVC  # importing it takes a second
 
     # An RBF kernel of width 0.001 on pixels 0 ... 16 separates the digits; here pixels are 8 times smaller.
@@ -69,7 +69,7 @@ def svc_accuracy(data: Any, samples: Tensor, labels: Tensor) -> float:
 
 
 def table(scores: Sequence[Score]) -> str:
-    """Format the scores as aligned text."""
+    """Formats the scores as aligned text."""
     lines = [f"{'steps':>5}  {'Fréchet distance':>16}  {'SVC accuracy':>12}"]
     lines += [f"{s.steps:>5}  {s.frechet_distance:>16.3f}  {s.svc_accuracy:>12.3f}" for s in scores]
     return "\n".join(lines)

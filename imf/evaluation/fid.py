@@ -49,13 +49,13 @@ class Statistics:
             raise UserError("Statistics: covariance must be symmetric, without a negative variance")
 
     def save(self, path: Path) -> None:
-        """Write an .npz with the keys `mu` and `sigma`, whole or not at all; OSError if that fails."""
+        """Writes an .npz with the keys `mu` and `sigma`, whole or not at all; OSError if that fails."""
         with naming(path), replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, mu=self.mean, sigma=self.covariance)
 
 
 def load_statistics(path: Path) -> Statistics:
-    """Read the statistics in an .npz, `mu` and `sigma` or `ref_mu` and `ref_sigma`; nothing is unpickled.
+    """Reads the statistics in an .npz, `mu` and `sigma` or `ref_mu` and `ref_sigma`; nothing is unpickled.
 
     Raises: UserError if the file is missing, damaged or without them, or they do not fit together: shapes
         and types are known before anything of that size is allocated.
@@ -76,7 +76,7 @@ def load_statistics(path: Path) -> Statistics:
 
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> Array:
-    """Read an array of real numbers as fp64; ValueError for anything else, or for more than `WIDEST`."""
+    """Reads an array of real numbers as fp64; ValueError for anything else, or for more than `WIDEST`."""
     with archive.open(f"{name}.npy") as file:
         first = np.lib.format.read_magic(file) == (1, 0)
         read_header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
@@ -108,7 +108,7 @@ class Moments:
         self.scatter = torch.zeros(size, size, dtype=torch.float64, device=device)
 
     def update(self, features: Tensor) -> None:
-        """Count in features [B, D]; UserError if one is not finite or of another width."""
+        """Counts in features [B, D]; UserError if one is not finite or of another width."""
         d, got = len(self.mean), list(features.shape)
         if features.ndim != 2 or features.shape[1] != d:
             wanted = f"[B, {d}] like those before or of the reference"
@@ -121,7 +121,7 @@ class Moments:
             self.merge(len(rows), mean, centred.T @ centred)
 
     def merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        """Count in `count` >= 1 rows of that mean [D] and centred outer products [D, D]."""
+        """Counts in `count` >= 1 rows of that mean [D] and centred outer products [D, D]."""
         total = self.count + count
         change = mean - self.mean
         self.mean = self.mean + change * (count / total)
@@ -129,21 +129,21 @@ class Moments:
         self.count = total
 
     def statistics(self) -> Statistics:
-        """Return the statistics of all rows; UserError for fewer than 2, which have no covariance."""
+        """Returns the statistics of all rows; UserError for fewer than 2, which have no covariance."""
         if self.count < 2:
             raise UserError(f"statistics need at least 2 images, got {self.count}")
         return Statistics(self.mean.cpu().numpy().copy(), (self.scatter / (self.count - 1)).cpu().numpy())
 
 
 def of_rows(features: Tensor) -> Statistics:
-    """Return statistics of features [N, ...], flattened to [N, D], N >= 2; UserError unless finite."""
+    """Returns statistics of features [N, ...], flattened to [N, D], N >= 2; UserError unless finite."""
     return statistics([features.flatten(1)], lambda rows: (rows, None))
 
 
 def measure(
     images: Iterable[Tensor], extractor: Extractor, processes: DistributedContext, width: int | None = None
 ) -> tuple[Statistics | None, Tensor | None]:
-    """Extract features of all processes' images; returns statistics and logits [N, K] on the first process.
+    """Extracts features of all processes' images; returns statistics and logits [N, K] on the first process.
 
     images: this process's, in batches [B, C, H, W] uint8 on any device.  width: of the features, if known.
     Returns: (None, None) on the other processes; no logits where the extractor has none.
@@ -169,14 +169,14 @@ def measure(
 
 
 def statistics(images: Iterable[Tensor], extractor: Extractor) -> Statistics:
-    """Return the statistics of the features of images in batches, see `measure`, in one process."""
+    """Returns the statistics of the features of images in batches, see `measure`, in one process."""
     found, _ = measure(images, extractor, DistributedContext())
     assert found is not None
     return found
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """Return the squared Wasserstein-2 distance of two Gaussians.
+    """Returns the squared Wasserstein-2 distance of two Gaussians.
 
     |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)), computed in fp64.
 
@@ -195,7 +195,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
-    """Return mean and standard deviation over `splits` of exp(mean of KL(p(y|x) ‖ p(y))), computed in fp64.
+    """Returns mean and standard deviation over `splits` of exp(mean of KL(p(y|x) ‖ p(y))), computed in fp64.
 
     The rows of `logits` [N, K] are shuffled as by torch-fidelity, whose figures are the published ones.
     Raises: UserError for fewer than `splits` rows, or a logit that is NaN.
@@ -218,7 +218,7 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
 
 
 def _square_root(covariance: Array) -> Array:
-    """Return the symmetric square root; rounding may push a zero eigenvalue below zero."""
+    """Returns the symmetric square root; rounding may push a zero eigenvalue below zero."""
     values, vectors = np.linalg.eigh(covariance)
     root: Array = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     return root

@@ -28,7 +28,7 @@ Extractor = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
 def load(name: str, device: torch.device) -> Extractor:
-    """Load the extractor of that name, one of `FORMS`, onto `device`.
+    """Loads the extractor of that name, one of `FORMS`, onto `device`.
 
     Raises: UserError if there is none, its file cannot be read, or torch-fidelity is not installed; the
         extractor, if it fails on images or returns tensors of other shapes.
@@ -47,7 +47,7 @@ def load(name: str, device: torch.device) -> Extractor:
 
 
 def pixels(images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the pixels themselves, in [-1, 1], as features [B, C H W]; for tests and the digits."""
+    """Returns the pixels themselves, in [-1, 1], as features [B, C H W]; for tests and the digits."""
     return images.flatten(1).float() / 127.5 - 1, None
 
 
@@ -76,7 +76,7 @@ def _extract(
 
 
 def _torchscript(path: Path, device: torch.device) -> Any:
-    """Load a TorchScript module: images [B, 3, H, W] uint8 → features, or (features, logits).
+    """Loads a TorchScript module: images [B, 3, H, W] uint8 → features, or (features, logits).
 
     NVIDIA's Inception of StyleGAN2 and later (`inception-2015-12-05.pt`), known by its arguments, is called
     once for features and once for probabilities.
@@ -92,7 +92,7 @@ def _torchscript(path: Path, device: torch.device) -> Any:
 
 
 def _inception(path: Path, device: torch.device) -> Any:
-    """Build torch-fidelity's Inception-v3: 2,048 features and the logits without bias, as published."""
+    """Builds torch-fidelity's Inception-v3: 2,048 features and the logits without bias, as published."""
     try:
         network = torch_fidelitys_inception()
     except ImportError as error:
@@ -111,7 +111,7 @@ def _inception(path: Path, device: torch.device) -> Any:
 
 
 def torch_fidelitys_inception() -> Any:
-    """Import the class of torch-fidelity's Inception-v3 without torchvision; ImportError if it is missing.
+    """Imports the class of torch-fidelity's Inception-v3 without torchvision; ImportError if it is missing.
 
     The package's `__init__` imports torchvision, which its Inception does not use and CPU builds of PyTorch
     cannot import from PyPI.

@@ -46,7 +46,7 @@ class Row:
 
 
 def read_results(path: Path, settings: dict[str, Any]) -> list[Row]:
-    """Read the rows that an earlier evaluation of the same settings left in a file; none if there is no file.
+    """Reads the rows that an earlier evaluation of these settings left in a file; none without one.
 
     Raises: UserError if the file is damaged or of other settings.
     """
@@ -66,7 +66,7 @@ def read_results(path: Path, settings: dict[str, Any]) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Format the rows as aligned text."""
+    """Formats the rows as aligned text."""
     lines = [f"{'steps':>5}  {'ω':>6}  {'interval':>12}  {'images':>7}  {'FID':>9}  {'IS':>16}"]
     for row in rows:
         steps, omega, interval, score = "", "", "", "—"
@@ -80,7 +80,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:
-    """Draw FID, and the Inception score where there is one, over ω: a line per interval and step count.
+    """Draws FID, and the Inception score where there is one, over ω: a line per interval and step count.
 
     Raises: UserError if matplotlib is not installed, or there is nothing to draw.
     """

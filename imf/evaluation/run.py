@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from imf import random
 from imf.distributed import DistributedContext
 from imf.evaluation import samples
 from imf.evaluation import vae as autoencoder
@@ -37,7 +38,7 @@ Setting = tuple[Any, Any, Any, Any]  # steps, omega, t_min, t_max; None for imag
 
 
 def check_arguments(a: argparse.Namespace, error: Callable[[str], Any]) -> None:
-    """Check the arguments of `imf.evaluate` before hours of work, and set --count where it is not given.
+    """Checks the arguments of `imf.evaluate` before hours of work, and sets --count where it is not given.
 
     error: `ArgumentParser.error`.
     Raises: UserError or OSError if a file could not be written, or the images cannot be listed.
@@ -83,7 +84,7 @@ class Evaluation:
     metadata: Any = None
 
     def make_statistics(self) -> None:
-        """Write the statistics of --make-statistics SOURCE to OUT; UserError or OSError if that fails."""
+        """Writes the statistics of --make-statistics SOURCE to OUT; UserError or OSError if that fails."""
         source, out = self.arguments.make_statistics
         found = self._statistics(source)
         if found is not None:
@@ -91,7 +92,7 @@ class Evaluation:
             print(f"{out}: mean and covariance of {found.mean.size} features of the images in {source}")
 
     def run(self, environment: dict[str, str]) -> None:
-        """Measure every setting in turn; results are written after each, and those of an earlier run kept.
+        """Measures every setting in turn; results are written after each, and those of an earlier run kept.
 
         environment: noted in the results.
         Raises: UserError or OSError, naming the argument or the file.
@@ -117,6 +118,7 @@ class Evaluation:
         reference = self._statistics(a.reference) if a.reference else None
         judged = {
             **shared,
+            "random_scheme": random.SCHEME,
             "samples": "" if a.checkpoint else str(a.samples_dir),
             "extractor": _named(a.extractor),
             "reference": _named(a.reference or ""),
@@ -151,13 +153,13 @@ class Evaluation:
             print(f"{table(shown)}\n\nResults: {path}")
 
     def _statistics(self, source: str) -> Statistics | None:
-        """Read statistics (.npz), or make those of images, on the first process; None on the others."""
+        """Reads statistics (.npz), or make those of images, on the first process; None on the others."""
         if Path(source).suffix == ".npz":
             return load_statistics(Path(source)) if self.processes.rank == 0 else None
         return measure(self._images_of(source), self.extractor, self.processes)[0]
 
     def _images_of(self, source: str) -> Iterable[Tensor]:
-        """Read this process's slice of the images in a folder, of "digits" or of prepared images."""
+        """Reads this process's slice of the images in a folder, of "digits" or of prepared images."""
         path, size, slice_of = Path(source), self.arguments.batch_size, self.processes.slice
         if source != "digits" and not path.is_dir():
             wanted = "wanted statistics (.npz), a folder of images or a data set"
@@ -178,7 +180,7 @@ class Evaluation:
         return self._with_bar(batches, len(rows), source)
 
     def _images(self, setting: Setting, shared: dict[str, Any], decode: Any) -> Iterable[Tensor]:
-        """Make this process's slice of the samples of a setting, or read that of the images to judge."""
+        """Makes this process's slice of the samples of a setting, or read that of the images to judge."""
         a, rows = self.arguments, self.processes.slice(self.arguments.count)
         if self.network is None:
             if (count := len(samples.image_files(a.samples_dir))) != a.count:
@@ -203,6 +205,6 @@ class Evaluation:
 
 
 def _named(name: str) -> str:
-    """Return an extractor or reference as it was given; a file by its name and the start of its digest."""
+    """Returns an extractor or reference as it was given; a file by its name and the start of its digest."""
     path = Path(name)
     return f"{path.name} {sha256(path)[:16]}" if path.is_file() else name

@@ -47,21 +47,22 @@ class Settings:
     omega: float
     t_min: float
     t_max: float
+    random_scheme: int = random.SCHEME
 
     @property
     def name(self) -> str:
-        """Name of a folder of these samples, unique within a grid."""
+        """Names of a folder of these samples, unique within a grid."""
         return f"steps-{self.steps}_omega-{self.omega:g}_interval-{self.t_min:g}-{self.t_max:g}"
 
 
 def noise(seed: int, indices: Iterable[int], shape: tuple[int, ...]) -> Tensor:
-    """Draw standard normal noise [n, *shape], fp32, of the samples of these numbers."""
+    """Draws standard normal noise [n, *shape], fp32, of the samples of these numbers."""
     rows = [torch.randn(shape, generator=random.generator(seed, "sample", i)) for i in indices]
     return torch.stack(rows) if rows else torch.empty(0, *shape)
 
 
 def classes(indices: Iterable[int], count: int, num_classes: int) -> Tensor:
-    """Return labels [n] int64 of these numbers out of `count` samples: as many of each class, in class order.
+    """Returns labels [n] int64 of these of `count` samples: as many of each class, in class order.
 
     Raises: UserError if count is not a positive multiple of the number of classes.
     """
@@ -72,7 +73,7 @@ def classes(indices: Iterable[int], count: int, num_classes: int) -> Tensor:
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Convert images in [-1, 1], clipped, to uint8 as a PNG stores them; UserError unless finite."""
+    """Converts images in [-1, 1], clipped, to uint8 as a PNG stores them; UserError unless finite."""
     if not images.isfinite().all():
         raise UserError("samples must be finite, got inf or NaN: a wrong checkpoint, or one that diverged?")
     return to_uint8(images)
@@ -87,7 +88,7 @@ def sample_images(
     decode: Callable[[Tensor], Tensor] | None = None,
     folder: Path | None = None,
 ) -> Iterator[Tensor]:
-    """Make the samples of the numbers `rows`, in batches [B, C, H, W] uint8 on the CPU.
+    """Makes the samples of the numbers `rows`, in batches [B, C, H, W] uint8 on the CPU.
 
     With a folder, samples that lie in it are read, the others are written to it as PNGs, each whole or not
     at all: after an interruption the same call resumes.  decode: makes images of latents.
@@ -125,7 +126,7 @@ def sample_images(
 
 
 def claim(folder: Path, settings: Settings) -> None:
-    """Make the folder one for samples of these settings; UserError if it holds others."""
+    """Makes the folder one for samples of these settings; UserError if it holds others."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS
     try:
@@ -144,18 +145,18 @@ def claim(folder: Path, settings: Settings) -> None:
 
 
 def different(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Describe what differs between two sets of settings; "" if nothing does."""
+    """Describes what differs between two sets of settings; "" if nothing does."""
     values = {name: (held.get(name), wanted.get(name)) for name in {**wanted, **held}}
     return ", ".join(f"{name} {a!r} (not {b!r})" for name, (a, b) in values.items() if a != b)
 
 
 def image_files(folder: Path) -> list[Path]:
-    """List the images in a folder and the folders in it, sorted, as `imf.images.walk` finds them."""
+    """Lists the images in a folder and the folders in it, sorted, as `imf.images.walk` finds them."""
     return sorted(folder / name for name, _ in walk(folder))
 
 
 def read_images(paths: list[Path], batch_size: int = 64) -> Iterator[Tensor]:
-    """Read images in batches [B, C, H, W] uint8, C = 1 if the first is grey, else 3.
+    """Reads images in batches [B, C, H, W] uint8, C = 1 if the first is grey, else 3.
 
     Raises: UserError for images of several sizes, or broken ones, all of which it lists.
     """
@@ -187,7 +188,7 @@ def read_images(paths: list[Path], batch_size: int = 64) -> Iterator[Tensor]:
 
 
 def write_png(path: Path, image: Tensor) -> None:
-    """Write an image [C, H, W] uint8, C = 1 or 3, whole or not at all."""
+    """Writes an image [C, H, W] uint8, C = 1 or 3, whole or not at all."""
     if (c := len(image)) not in (1, 3):
         raise UserError(f"an image must have 1 or 3 channels, got {c}: latents are decoded by an autoencoder")
     array = image.permute(1, 2, 0).numpy()
@@ -196,7 +197,7 @@ def write_png(path: Path, image: Tensor) -> None:
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """Return sixteen digits that tell one set of weights from another, whatever file they came in."""
+    """Returns sixteen digits that tell one set of weights from another, whatever file they came in."""
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode())
@@ -205,7 +206,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
 
 def _read(path: Path) -> Tensor | Exception:
-    """Read an image [C, H, W] uint8, C = 1 if it is grey; returns why where there is none."""
+    """Reads an image [C, H, W] uint8, C = 1 if it is grey; returns why where there is none."""
     try:
         array = np.asarray(read_image(path))
     except (BrokenImage, OSError) as error:

@@ -24,7 +24,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def load(path: Path, device: torch.device) -> Any:
-    """Load diffusers' `AutoencoderKL` from a folder (config.json and *.safetensors), fp32, without gradients.
+    """Loads diffusers' `AutoencoderKL` from a folder (config.json and *.safetensors), in fp32, frozen.
 
     Raises: UserError if diffusers is not installed or the folder holds no complete autoencoder of Stable
         Diffusion 1 (4 latent channels, scaling factor 0.18215).
@@ -62,7 +62,7 @@ def load(path: Path, device: torch.device) -> Any:
 
 
 def digest(path: Path) -> str:
-    """Return the SHA-256 over those of config.json and the weights in a folder; UserError if unreadable."""
+    """Returns the SHA-256 over those of config.json and the weights in a folder; UserError if unreadable."""
     try:
         parts = [sha256(path / name) for name in ("config.json", WEIGHTS)]
     except OSError as error:
@@ -71,7 +71,7 @@ def digest(path: Path) -> str:
 
 
 def of_network(path: Path | None, channels: int, device: torch.device, prepared_by: str = "") -> Any:
-    """Load the autoencoder that decodes a network's samples of so many channels; None for images.
+    """Loads the autoencoder that decodes a network's samples of so many channels; None for images.
 
     prepared_by: `digest` of the autoencoder that made the latents of its training; "" if that is not known.
     Raises: UserError for latents without autoencoder or with another one, images with one, and as `load`.
@@ -94,7 +94,7 @@ def of_network(path: Path | None, channels: int, device: torch.device, prepared_
 
 @torch.no_grad()
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Decode images [B, 3, 8 H, 8 W] fp32, about within [-1, 1], of normalised latents [B, 4, H, W] fp32.
+    """Decodes images [B, 3, 8 H, 8 W] fp32, about within [-1, 1], of normalised latents [B, 4, H, W] fp32.
 
     Raises: UserError for another number of channels.
     """

@@ -90,7 +90,8 @@ class Draws:
         """The draws of one step, a function of (seed, step, process) alone, and for the noise of the device.
 
         Args:
-            x: [B, C, H, W], the batch: its shape is used, and its device for the noise alone.
+            x: [B, C, H, W], the batch: its shape is used, and its device for the noise alone; all draws are
+                float32.
             fm_fraction: share of FM rows, rounded down.
             drop_probability: of a label; the rows dropped are the first ones, as in the official program.
             omega_max, omega_exponent: ω has density ∝ ω^(−omega_exponent) on [1, omega_max].

@@ -111,6 +111,14 @@ def check_batch(
     if not isinstance(given, Draws):
         raise TypeError(f"{caller}: draws must be a Draws, got a {type(draws).__name__}")
     noise, batch = given.noise, given.noise.shape[0]
+    if not batch:
+        raise ValueError(f"{caller}: x must have a row, got {form(x)}")
+    if not isinstance(guidance, (Guidance, type(None))):
+        raise TypeError(f"{caller}: guidance must be a Guidance or None, got a {type(guidance).__name__}")
+    if draws is given and guidance is None and not getattr(config_of(model), "omega_input", True):
+        raise ValueError(
+            f"{caller}: guidance must be a Guidance for a network without ω as an input, got None"
+        )
     if form(x) != form(noise):
         raise ValueError(f"{caller}: x must be {form(noise)} like draws.noise, got {form(x)}")
     wanted = [f"[{batch}] of {dtype} on {noise.device}" for dtype in (torch.int64, torch.int32)]

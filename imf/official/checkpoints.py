@@ -42,7 +42,7 @@ def import_weights(
     input_size: int,
     num_heads: int | None,
 ) -> tuple[IMFConfig, dict[str, dict[str, Tensor]], int]:
-    """Read an official checkpoint: configuration of the network, fp32 state dicts by kind, training step.
+    """Reads an official checkpoint: configuration of the network, fp32 state dicts by kind, training step.
 
     kind: "ema" or "model", default both.  empty_weights: `imf.training.checkpoint.empty_weights`.
     input_size, num_heads: as `imf.official.names.shape_of` takes them.
@@ -85,7 +85,7 @@ def _check_complete(
 
 
 def export_weights(source: Path, out: Path, network: nn.Module, config: IMFConfig, v_head: bool) -> int:
-    """Write a network's weights by their official names into a .pth or .safetensors; returns their number.
+    """Writes a network's weights by their official names into a .pth or .safetensors; returns their number.
 
     v_head: keep its blocks.
     Raises: UserError for another network than iMF's, or one without v-head; OSError if it cannot be written.
@@ -103,12 +103,12 @@ def export_weights(source: Path, out: Path, network: nn.Module, config: IMFConfi
 
 
 def has_v_blocks(state: Mapping[str, Tensor]) -> bool:
-    """Return whether weights include the v-head's blocks, which those for sampling lack."""
+    """Returns whether weights include the v-head's blocks, which those for sampling lack."""
     return any(name.startswith("v_blocks.") for name in state)
 
 
 def _read(source: Path) -> tuple[dict[str, Mapping[str, Any]], int]:
-    """Read a `.pth`, `.pt`, `.safetensors`, or a JAX checkpoint: a folder, a file, or a .zip.
+    """Reads a `.pth`, `.pt`, `.safetensors`, or a JAX checkpoint: a folder, a file, or a .zip.
 
     Returns: tensors or trees of arrays under "ema", the average, and "model", or one of them; training step,
         0 if it is not known.
@@ -151,7 +151,7 @@ def _read_jax(source: Path) -> tuple[dict[str, Mapping[str, Any]], int]:
 
 
 def _newest(source: Path) -> Path:
-    """Find the checkpoint in a folder: itself, the newest `checkpoint_<step>`, or the one deeper down."""
+    """Finds the checkpoint in a folder: itself, the newest `checkpoint_<step>`, or the one deeper down."""
     if source.is_file() or any((source / name).exists() for name in _ORBAX_FILES):
         return source
     inside = [path for path in source.iterdir() if not path.name.startswith(".")]
@@ -167,7 +167,7 @@ def _newest(source: Path) -> Path:
 
 @contextlib.contextmanager
 def _reading(path: Path, program: str) -> Iterator[None]:
-    """Turn errors of a JAX package, which have no common class, into UserErrors that name the file."""
+    """Turns errors of a JAX package, which have no common class, into UserErrors that name the file."""
     try:
         yield
     except ImportError as error:

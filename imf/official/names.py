@@ -16,14 +16,14 @@ from imf.program import UserError
 
 
 def _parts(layers: dict[str, str]) -> dict[str, str]:
-    """Name the weight and the bias of each layer."""
+    """Names the weight and the bias of each layer."""
     return {
         f"{name}.{part}": f"{ours}.{part}" for name, ours in layers.items() for part in ("weight", "bias")
     }
 
 
 def _embedders(names: dict[str, str]) -> dict[str, str]:
-    """Name the two layers of each embedder."""
+    """Names the two layers of each embedder."""
     ends = (("mlp.0", "first"), ("mlp.2", "last"))
     return {f"{name}.{layer}": f"{ours}.{end}" for name, ours in names.items() for layer, end in ends}
 
@@ -83,7 +83,7 @@ _MF_OUTSIDE = {
 
 
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename official PyTorch weights, and join q, k, v and w1, w3 into one weight each.
+    """Renames official PyTorch weights, and join q, k, v and w1, w3 into one weight each.
 
     state: by official names ("shared_blocks.0.attn.q_proj._flax_linear.weight" …), with or without a leading
         "net"; those of the v-head's blocks may be missing.
@@ -98,7 +98,7 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_flax(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Rename official JAX weights or gradients, keeping their dtype; the rest as `from_official`.
+    """Renames official JAX weights or gradients, keeping their dtype; the rest as `from_official`.
 
     arrays: as Flax gives them, nested, or flat with the parts of a path joined by "/", with or without a
         leading "params" and "net" ("net/shared_blocks_0/attn/q_proj/_flax_linear/kernel" …).
@@ -107,7 +107,7 @@ def from_flax(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def plain_name(name: str) -> str:
-    """Return the official torch name, without root and Flax layers, of an official name or path of Flax."""
+    """Returns the official torch name, without root and Flax layers, of an official name or path of Flax."""
     for pattern, replacement in (
         (r"/", "."),
         (r"^(params\.)?(net\.)?", ""),
@@ -152,7 +152,7 @@ def _convert(weights: Mapping[str, Tensor], caller: str) -> dict[str, Tensor]:
 
 
 def to_official(state: Mapping[str, Tensor], config: IMFConfig) -> dict[str, Tensor]:
-    """Rename weights of `imf.model.imf.IMF` to the official PyTorch program's names: undoes `from_official`.
+    """Renames weights of `imf.model.imf.IMF` to the official PyTorch program's names: undoes `from_official`.
 
     state: with the v-head's blocks or, as for sampling, without.  config: of that network.
     Returns: copies, by the names that the official program's own files have, which begin with "net".
@@ -177,7 +177,7 @@ def to_official(state: Mapping[str, Tensor], config: IMFConfig) -> dict[str, Ten
 
 
 def to_tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Convert arrays, see `from_flax`, to tensors by path, those of layers as PyTorch's have them."""
+    """Converts arrays, see `from_flax`, to tensors by path, those of layers as PyTorch's have them."""
     weights = {}
     for path, array in _flat(arrays):
         x = _tensor(path, array)
@@ -190,7 +190,7 @@ def to_tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
 def shape_of(
     weights: Mapping[str, Tensor], *, input_size: int = 32, num_heads: int | None = None
 ) -> IMFConfig:
-    """Find the configuration of the network that official weights of iMF or MF are of.
+    """Finds the configuration of the network that official weights of iMF or MF are of.
 
     weights: tensors by official names.  input_size: of the latents: weights do not tell.  num_heads: of an MF
         network whose width is no preset's: its weights do not tell.
@@ -236,7 +236,7 @@ def _flat(tree: Mapping[str, Any], root: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _tensor(path: str, array: Any) -> Tensor:
-    """Copy an array into a tensor, also from JAX's bfloat16, which PyTorch does not take from NumPy."""
+    """Copies an array into a tensor, also from JAX's bfloat16, which PyTorch does not take from NumPy."""
     if isinstance(array, Tensor):
         return array
     values = np.array(array)

@@ -42,7 +42,7 @@ from imf.training.parallel import placed_like, whole
 
 METADATA_KEY, CHECKSUM_KEY = "imf", "crc32"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by the name of a run's precision
-FORMAT = 2  # raise it when a file of the old form can no longer be read
+FORMAT = 3  # raise it when a file of the old form cannot be read, or a run would resume with other numbers
 MOST_SECONDS = 2**40
 MOST_WEIGHTS = 2**34  # of a network, 64 GiB
 
@@ -365,16 +365,16 @@ def _read(path: Path, prefix: str | tuple[str, ...] = "") -> tuple[Metadata, dic
     for group, got in _checksums(wanted).items():
         if got != (wants := checksums.get(group)):
             damage = f"damaged: checksum of {group!r} must be {wants}, got {got}"
-            raise UserError(f"{path}: {damage}{_way_out(path)}")
+            raise UserError(f"{path}: {damage}.{_way_out(path)}")
     if name := _not_finite(wanted):
-        raise UserError(f"{path}: {name} must be finite, got NaN or infinity{_way_out(path)}")
+        raise UserError(f"{path}: {name} must be finite, got NaN or infinity.{_way_out(path)}")
     return metadata, wanted
 
 
 def _read_header(path: Path, texts: Mapping[str, str]) -> tuple[Metadata, dict[str, str]]:
     """Reads the metadata, and the tensors' checksums by group, from the texts in a file's header."""
     text, foreign = texts[METADATA_KEY], f"{path}: written by another version of imf.train"
-    damaged = f"{path}: damaged: its metadata do not have their checksum{_way_out(path)}"
+    damaged = f"{path}: damaged: its metadata do not have their checksum.{_way_out(path)}"
     try:
         values = json.loads(text)
         found = values["format"]
@@ -451,8 +451,8 @@ def _way_out(path: Path) -> str:
     """Says what to do about a damaged file: a run has an earlier one."""
     earlier = [other for other in list_all(path.parent.parent) if other.name < path.name]
     if path.parent.name == "checkpoints" and earlier:
-        return f". Delete it to go on from {earlier[-1].name}, the checkpoint before"
-    return "; copy it again, or take another"
+        return f" Delete it to go on from {earlier[-1].name}, the checkpoint before"
+    return " Copy it again, or take another."
 
 
 def _aim(path: Path) -> str:

@@ -159,7 +159,9 @@ class TrainConfig:
         try:
             _ = self.fixed_guidance
         except ValueError as error:
-            raise ValueError(str(error).replace("Guidance: ", "fixed_")) from error
+            name, _, rest = str(error).removeprefix("Guidance: ").partition(" ")
+            flag = f"--fixed-{name.replace('_', '-')}"
+            raise ValueError(f"fixed_{name} ({flag}) {rest}") from error
         method, depth = METHODS[self.method], self.network.aux_head_depth
         for name, form in method.form.items():
             got = getattr(self.network, name)

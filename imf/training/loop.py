@@ -50,13 +50,13 @@ def fit(run: Run) -> int | None:
             with opened_log(run.folder, config, state.step, run.elapsed, context) as log:
                 report()
                 artifacts.draw_due(run, again=False)
-                while state.step < config.steps and not signals.received:
+                while state.step < config.steps and not signals.agreed:
                     began = time.perf_counter()
                     terms = training_step(state, batches, config, context)
                     run.elapsed += time.perf_counter() - began
                     readback.push(state.step, terms)
                     report()
-                    if signals.received or config.is_due(config.checkpoint_every, state.step):
+                    if signals.agreed or config.is_due(config.checkpoint_every, state.step):
                         save_checked()
                     artifacts.draw_due(run)
                 save_checked()  # also when a signal came while a checkpoint or a picture was written
@@ -69,7 +69,7 @@ def fit(run: Run) -> int | None:
             except UserError as second:
                 raise UserError(f"{error}\n{second}") from error
             raise
-    return signals.received or None
+    return signals.agreed or None
 
 
 def training_step(

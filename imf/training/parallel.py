@@ -97,11 +97,11 @@ def _as_duals(x: Any) -> Any:
 
 
 @contextlib.contextmanager
-def synchronising(engine: nn.Module, last: bool) -> Iterator[None]:
+def synchronising(wrapped: nn.Module, last: bool) -> Iterator[None]:
     """Surrounds a micro step's forward and backward: the `last` one of a step synchronises the gradients."""
-    if sharded(engine):
-        engine.set_requires_gradient_sync(last)
-    with engine.no_sync() if isinstance(engine, DDP) and not last else contextlib.nullcontext():
+    if sharded(wrapped):
+        wrapped.set_requires_gradient_sync(last)
+    with wrapped.no_sync() if isinstance(wrapped, DDP) and not last else contextlib.nullcontext():
         yield
 
 

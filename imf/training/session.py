@@ -64,11 +64,11 @@ def train_in(
                     raise UserError(f"--resume: another process has written to {folder}: again")
             run = resume(*resumed, arguments, context)
         with ik.use_backend(None if run.config.backend == "auto" else run.config.backend):
-            received = fit(run)
-            if received is None:
+            stopped_by = fit(run)
+            if stopped_by is None:
                 artifacts.finish(run)
                 return 0
-        status = 128 + received
+        status = 128 + stopped_by
     except KeyboardInterrupt as stop:
         status = exit_status(stop)
         if context.grouped:
@@ -85,7 +85,9 @@ def train_in(
         raise
     finally:
         locks.close()
-    if run is not None and context.first:
+    if run is None:
+        report("imf.train: stopped before the first step")
+    elif context.first:
         report(f"Stopped after step {run.state.step} of {run.config.steps}.")
     return status
 

@@ -29,7 +29,7 @@ from imf.training.config import RESUMABLE, ROUNDING, TrainConfig, differences, t
 from imf.training.graphs import StepGraphs
 from imf.training.log import truncate_metrics, wandb_module
 from imf.training.parallel import local, wrap_for_training
-from imf_kernels.backends import cpu
+from imf_kernels.backends import cpu, triton_launch
 
 
 @dataclass
@@ -167,7 +167,8 @@ def find_resumed(arguments: argparse.Namespace) -> tuple[Path, Metadata]:
                 f"--resume: no checkpoint in {runs}/*/checkpoints; pass a run's folder or a checkpoint"
             )
         path = max(found, key=lambda other: other.stat().st_mtime).parent.parent
-    path = checkpoint.find(path)
+    with _named("--resume"):
+        path = checkpoint.find(path)
     last = checkpoint.list_all(checkpoint.run_of(path))[-1]
     if not path.samefile(last):
         raise UserError(
@@ -244,7 +245,8 @@ def create_folder(config: TrainConfig) -> Path:
         (folder / "samples").mkdir()
         return folder
     folder = runs / config.name
-    raise UserError(f"{folder} exists already; continue it with --resume {folder}, or choose another --name")
+    way_out = f"continue it with --resume {folder}" if checkpoint.list_all(folder) else "delete it"
+    raise UserError(f"{folder} exists already; {way_out}, or choose another --name")
 
 
 def _resumed_config(path: Path, metadata: Metadata, arguments: argparse.Namespace) -> TrainConfig:
@@ -301,6 +303,12 @@ def _check_processes(config: TrainConfig, context: DistributedContext) -> None:
         raise UserError(f"--cuda-graphs must be one process on a GPU, without torchrun; got {got}")
     if config.sharding == "fsdp" and not context.grouped:
         raise UserError("--sharding fsdp needs processes: start with torchrun, also a single one")
+    gpu = context.device.type == "cuda"
+    interpreted = config.backend == "triton" and triton_launch.interpreted()
+    if (config.backend in ("triton", "cuda") and not (gpu or interpreted)) or (
+        config.backend == "cpu" and gpu
+    ):
+        raise UserError(f"--backend {config.backend} cannot run on --device {context.device.type}")
     if config.wandb and context.first:
         wandb_module()
 

@@ -54,7 +54,7 @@ def test_the_noise_is_left_alone():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
         ({"omega": 0.5}, "omega .* must be at least 1, got 0.5"),
         ({"omega": float("nan")}, "omega .* must be finite in fp32, got nan"),
         ({"t_min": 0.7, "t_max": 0.6}, r"t_max .* must be in \[t_min, 1\] = \[0.7, 1\], got 0.6"),

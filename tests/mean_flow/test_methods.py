@@ -96,7 +96,7 @@ def test_a_run_of_mean_flows_from_the_command_line(tmp_path, capsys):
          r"aux_head_depth \(--aux-head-depth\) must be at least 1 for the method imf-vhead, got 0"),
         ({"method": "mf", "network": with_heads("mf", 1)},
          "aux_head_depth .* must be 0 for the method mf, got 1"),
-        ({"fixed_kappa": 1.0}, r"fixed_kappa must be in \[0, 1\), got 1.0"),
+        ({"fixed_kappa": 1.0}, r"fixed_kappa \(--fixed-kappa\) must be in \[0, 1\), got 1.0"),
         ({"method": "imf-everything"}, "must be one of mf, imf-boundary"),
     ],
 )  # fmt: skip

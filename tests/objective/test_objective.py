@@ -8,6 +8,7 @@ import torch
 
 import imf_kernels as ik
 from benchmarks.baselines import plain_imf
+from imf.mean_flow.methods import network_of
 from imf.model.config import IMFConfig
 from imf.networks import build
 from imf.objective.draws import Draws
@@ -243,6 +244,7 @@ def test_draws_from_arguments_out_of_range_are_refused(change, message):
         ({"y": torch.full((4,), 5)}, "labels must be within 0 and 4 .* got 5 to 5"),
         ({"y": torch.full((4,), -1)}, "labels must be within 0 and 4 .* got -1 to -1"),
         ({"draws": None}, "draws must be a Draws, got a NoneType"),
+        ({"guidance": 3}, "guidance must be a Guidance or None, got a int"),
     ],
 )
 def test_batches_that_do_not_fit_are_refused(change, message):
@@ -250,3 +252,13 @@ def test_batches_that_do_not_fit_are_refused(change, message):
     batch = {"x": x, "y": torch.zeros(4, dtype=torch.int64), "draws": Draws.sample(x, seed=0, step=0)}
     with pytest.raises((ValueError, TypeError), match=f"improved_mean_flow: {message}"):
         improved_mean_flow(build(CONFIG), **(batch | change))
+
+
+def test_a_batch_without_rows_and_guidance_that_the_network_cannot_see_are_refused():
+    x, y = torch.zeros(0, 3, 4, 4), torch.zeros(0, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"x must have a row, got \[0, 3, 4, 4\]"):
+        improved_mean_flow(build(CONFIG), x, y, Draws.sample(x, seed=0, step=0))
+    x, y = torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64)
+    blind = build(network_of("imf-vhead", CONFIG))
+    with pytest.raises(ValueError, match="guidance must be a Guidance for a network without ω as an input"):
+        improved_mean_flow(blind, x, y, Draws.sample(x, seed=0, step=0))

@@ -139,7 +139,7 @@ def test_foreign_files(trained, tmp_path):
     with pytest.raises(UserError, match="without 'imf' metadata"):
         read(foreign, trained)
     save_file({"model": torch.zeros(3)}, foreign, {"imf": json.dumps({"format": 0})})
-    with pytest.raises(UserError, match=r"another version of imf\.train: this version reads format 2, got 0"):
+    with pytest.raises(UserError, match=r"another version of imf\.train: this version reads format 3, got 0"):
         read(foreign, trained)
     with pytest.raises(UserError, match=r"none\.safetensors: no such file"):
         read(tmp_path / "none.safetensors", trained)

@@ -9,7 +9,7 @@ import pytest
 
 from imf import data, train
 from imf.program import UserError
-from imf.training import artifacts
+from imf.training import artifacts, checkpoint
 from imf.training import config as configuration
 from imf.training import setup as start
 from imf.training.config import TrainConfig
@@ -130,6 +130,9 @@ def test_runs_get_folders_of_their_own(tmp_path):
     assert create_folder(config(runs=str(tmp_path), data="/data/latents/")) == tmp_path / "latents"
     mine = create_folder(config(runs=str(tmp_path / "runs"), name="mine"))
     (mine / "metrics.jsonl").write_text("kept")
+    with pytest.raises(UserError, match="mine exists already; delete it, or choose another --name"):
+        create_folder(config(runs=str(tmp_path / "runs"), name="mine"))
+    checkpoint.path_of(mine, 1).touch()
     with pytest.raises(UserError, match=f"--resume {mine}, or choose another --name"):
         create_folder(config(runs=str(tmp_path / "runs"), name="mine"))
     assert (mine / "metrics.jsonl").read_text() == "kept"

@@ -112,7 +112,7 @@ def test_a_second_signal_acts_as_ever():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # processes beside a terminal may ignore it
     with pytest.raises(KeyboardInterrupt), StopSignals() as stop:
         signal.raise_signal(signal.SIGINT)
-        assert stop.noted == signal.SIGINT
+        assert stop.pending == signal.SIGINT
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

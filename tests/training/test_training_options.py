@@ -191,3 +191,12 @@ def test_weights_and_biases_is_asked_for_before_a_folder_is_made(tmp_path, monke
     with pytest.raises(UserError, match=r"--wandb needs the package wandb .*pip install -e '.\[wandb\]'"):
         start.begin(config(runs=str(tmp_path), wandb="project"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("backend", "device"), [("cuda", "cpu")])
+def test_a_backend_that_cannot_run_on_the_device_is_refused_before_a_folder_is_made(
+    backend, device, tmp_path, capsys
+):
+    assert train.main(arguments(runs=tmp_path, backend=backend, device=device)) == 1
+    assert f"--backend {backend} cannot run on --device {device}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -104,7 +104,7 @@ class Latents(Encoder):
 
 @contextmanager
 def _tf32(allowed: bool) -> Iterator[None]:
-    """Set whether products and convolutions in fp32 may round their operands to TF32."""
+    """Sets whether products and convolutions in fp32 may round their operands to TF32."""
     matmul = torch.backends.cuda.matmul
     before, matmul.allow_tf32 = matmul.allow_tf32, allowed
     try:

@@ -42,7 +42,7 @@ SHOWN = 5  # of the skipped images, with their reasons, at the end
 def pack(
     source: Source, out: Path, encoder: Encoder, *, size: int, batch_size: int, shard_size: int, workers: int
 ) -> PackedData:
-    """Encode all images of `source` into the folder `out`, or resume one that was begun alike.
+    """Encodes all images of `source` into the folder `out`, or resume one that was begun alike.
 
     size: pixels of a side after the crop.  batch_size: images encoded together.  shard_size: images per
     shard, which are lost at most when the process is killed.  workers: threads that decode images.
@@ -93,7 +93,7 @@ def pack(
 def _make_shards(
     out: Path, source: Source, encoder: Encoder, plan: Record, rows: NDArray[Any], workers: int
 ) -> list[Record]:
-    """Make the shards that are missing, each in the buffer `rows`; returns the records of all."""
+    """Makes the shards that are missing, each in the buffer `rows`; returns the records of all."""
     count, batch_size, shard_size = len(source.files), plan["batch_size"], plan["shard_size"]
     shards = [range(first, min(first + shard_size, count)) for first in range(0, count, shard_size)]
     records = [read_record(out, shard, places, plan) for shard, places in enumerate(shards)]
@@ -119,7 +119,7 @@ def _make_shards(
 
 
 def _write_shard(out: Path, shard: int, rows: NDArray[Any], skipped: list[list[Any]]) -> Record:
-    """Write the shard, then its record: without the record it does not count."""
+    """Writes the shard, then its record: without the record it does not count."""
     record: Record = {"rows": len(rows), "skipped": skipped}
     if len(rows):
         path = shard_path(out, shard)
@@ -134,7 +134,7 @@ def _write_shard(out: Path, shard: int, rows: NDArray[Any], skipped: list[list[A
 
 
 def _finish(out: Path, source: Source, plan: Record, records: list[Record]) -> None:
-    """Write labels, names and what was skipped, then the index, whose presence marks the folder complete."""
+    """Writes labels, names and what was skipped, then the index, whose presence marks the folder complete."""
     skipped = dict(pair for record in records for pair in record["skipped"])
     kept = [place for place in range(len(source.files)) if place not in skipped]
     if not kept:
@@ -175,7 +175,7 @@ def _sample_statistics(plan: Record, records: list[Record], rows: int) -> dict[s
 def source_statistics(
     source: Source, size: int, extractor: inception.Extractor, workers: int
 ) -> fid.Statistics:
-    """Compute FID statistics of the source's images, cropped as for the network; broken ones are left out.
+    """Computes FID statistics of the source's images, cropped as for the network; broken ones are left out.
 
     Raises: UserError for fewer than 2 images, one that cannot be read, or features that are not finite.
     """
@@ -191,7 +191,7 @@ def source_statistics(
 
 
 def pack_command(arguments: argparse.Namespace) -> None:
-    """Pack as the command line says, and print what was made."""
+    """Packs as the command line says, and prints what was made."""
     size, out = arguments.size, arguments.out
     if arguments.statistics is not None:
         try:
@@ -231,7 +231,7 @@ def pack_command(arguments: argparse.Namespace) -> None:
 
 
 def verify_command(out: Path) -> None:
-    """Check every byte of a finished folder, and print that all is well."""
+    """Checks every byte of a finished folder, and prints that all is well."""
     data = PackedData(out)
     for _ in tqdm(data.verify(), total=len(data.shards), desc=out.name, unit="shard", dynamic_ncols=True):
         pass
@@ -239,6 +239,6 @@ def verify_command(out: Path) -> None:
 
 
 def _say(text: str) -> None:
-    """Print a line, in which a file name may hold bytes that are not text."""
+    """Prints a line, in which a file name may hold bytes that are not text."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, errors="backslashreplace").decode(encoding))

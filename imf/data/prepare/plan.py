@@ -18,7 +18,7 @@ RECORDS = "records"  # a file per shard that is completely on the disk, written 
 
 
 def begin(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
-    """Write the plan, all that decides the bytes of the folder, or compare it with that of a begun folder.
+    """Writes the plan, all that decides the bytes of the folder, or compare it with that of a begun folder.
 
     Returns: the plan, with the software versions that the folder was begun with.
     Raises: UserError, naming the differences, for a folder that was begun otherwise or holds other files.
@@ -55,7 +55,7 @@ def _differences(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Keep other processes from preparing this folder; UserError if one does."""
+    """Keeps other processes from preparing this folder; UserError if one does."""
     descriptor = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,7 +71,7 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def read_record(out: Path, shard: int, places: range, plan: dict[str, Any]) -> dict[str, Any] | None:
-    """Read and check the record of the shard of these images; None if the shard has to be made (again)."""
+    """Reads and checks the record of the shard of these images; None if the shard has to be made (again)."""
     path = record_path(out, shard)
     if not path.exists():
         return None
@@ -96,15 +96,15 @@ def read_record(out: Path, shard: int, places: range, plan: dict[str, Any]) -> d
 
 
 def shard_path(out: Path, shard: int) -> Path:
-    """Return the path of a shard."""
+    """Returns the path of a shard."""
     return out / f"shard-{shard:05d}.npy"
 
 
 def record_path(out: Path, shard: int) -> Path:
-    """Return the path of a shard's record, which is written after the shard."""
+    """Returns the path of a shard's record, which is written after the shard."""
     return out / RECORDS / f"{shard:05d}.json"
 
 
 def warn(text: str) -> None:
-    """Print a line on standard error."""
+    """Prints a line on standard error."""
     print(f"imf.data.prepare: warning: {text}", file=sys.stderr)

@@ -48,7 +48,7 @@ class Source:
     def decoded(
         self, places: Sequence[int], size: int, workers: int, *, ahead: int
     ) -> Generator[NDArray[np.uint8] | BrokenImage, None, None]:
-        """Yield the images at `places` of `files`, [3, size, size], in that order; for broken ones why.
+        """Yields the images at `places` of `files`, [3, size, size], in that order; for broken ones why.
 
         Decoded by `workers` threads, up to `ahead` images before their use. UserError if one cannot be read.
         """
@@ -68,7 +68,7 @@ class Source:
 
 
 def find(root: Path, label_file: Path | None = None) -> Source:
-    """List the images below `root`.
+    """Lists the images below `root`.
 
     Without a label file a class is a folder in `root`, or in `root/train` of an ImageNet tree (nothing but
     splits in `root`, folders in `train`); classes, and the files of each at any depth, are in the order of
@@ -106,12 +106,12 @@ def find(root: Path, label_file: Path | None = None) -> Source:
 
 
 def decode(path: Path, size: int) -> NDArray[np.uint8]:
-    """Read an image file as the network sees it, [3, size, size]; raises as `read_image`."""
+    """Reads an image file as the network sees it, [3, size, size]; raises as `read_image`."""
     return center_crop(read_image(path).convert("RGB"), size)
 
 
 def center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """Crop the centre of an RGB image, its shorter side scaled to `size`: [3, size, size] uint8.
+    """Crops the centre of an RGB image, its shorter side scaled to `size`: [3, size, size] uint8.
 
     The crop of ADM (Dhariwal and Nichol, arXiv 2105.05233), by which ImageNet figures are published: halved
     by averaging while the shorter side is at least 2 size, then bicubic, then cut, the odd pixel at the end.
