@@ -17,6 +17,8 @@ from pathlib import Path
 import pdoc
 import torch
 
+import imf
+
 ROOT = Path(__file__).resolve().parent.parent
 # The packages show the public names, the modules what is documented beyond them.
 MODULES = (
@@ -71,6 +73,8 @@ def faults(of: pdoc.doc.Doc) -> Iterator[str]:
 def main(folder: Path) -> int:
     """Writes the reference into a folder; returns the exit status."""
     warnings.simplefilter("error")
+    for name in imf.__all__:  # pdoc looks for names that have been imported
+        getattr(imf, name)
     pdoc.render.configure(docformat="google", footer_text="imf-kernels")
     pdoc.pdoc(*MODULES, output_directory=folder)
     found = {
