@@ -24,10 +24,8 @@ sys.exit(train.main(sys.argv[2:]))
 @pytest.mark.parametrize("algorithms", ["any", "deterministic"])
 def test_two_processes_train_alike(algorithms, tmp_path):
     """Side by side, so that neither has the processor for itself: no measured time may decide anything."""
-    running, waiting = (
-        [],
-        os.environ | {"OMP_WAIT_POLICY": "passive"},
-    )  # waiting threads leave the cores alone
+    running = []
+    waiting = os.environ | {"OMP_WAIT_POLICY": "passive"}  # waiting threads leave the cores alone
     for name in ("one", "other"):
         options = arguments(runs=tmp_path, name=name, threads=2, steps=3, precision="auto", **NETWORK)
         command = [sys.executable, "-c", PROGRAM, algorithms, *options]
