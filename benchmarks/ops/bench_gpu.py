@@ -5,8 +5,9 @@
 
 A case is checked by the error rule before it is timed; one that breaks it is left out, with the reason.
 `seconds` is a call as Python makes it, launches included, median of rounds in which all forms take turns;
-`device seconds` is the replay of the call as a CUDA graph. Bounds are from bytes at the measured
-rate of a copy and from FLOPs at that of PyTorch's matrix product. It needs no more than PyTorch.
+`device seconds` is a share of the replay of a CUDA graph of 20 calls, on copies of the inputs in turn, as
+many as exceed the cache twice. Bounds are from bytes at the measured rate of a copy and from FLOPs at that
+of PyTorch's matrix product. It needs no more than PyTorch.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import itertools
 import json
+import math
 import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +32,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.ops import peers
 from imf_kernels import Dual
 from imf_kernels.backends import triton_launch
+from imf_kernels.backends.operators import OPERATIONS
 from imf_kernels.testing import cases, errors, plain, timer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Call = Callable[[], Any]
+CALLS = 20  # in a graph
+TURNS: dict[str, Any] = {"rounds": 5, "seconds": 0.02, "synchronize": torch.cuda.synchronize}
 
 # Beside the cases of the CPU, whose batches are small for a GPU.
 CASES = [
@@ -52,12 +58,16 @@ class Machine:
     bandwidth: float
     flops: dict[torch.dtype, float]
 
-    def bound(self, case: cases.Case, dtype: torch.dtype, dual: bool) -> float:
-        """Seconds that a case takes at least: its bytes or, of products, its FLOPs, whichever is more."""
-        by_bytes = case.count_bytes(dtype, dual) / self.bandwidth
-        if case.operation not in peers.PRODUCTS:
-            return by_bytes
-        return max(by_bytes, case.count_flops(dual) / self.flops[dtype])
+    def work(self, case: cases.Case, dtype: torch.dtype, form: str) -> dict[str, float]:
+        """FLOPs and bytes of a form, and the seconds that its bytes or, of products, FLOPs take at least."""
+        dual = not form.startswith(("primal", "forward"))
+        passes = [(case.count_flops(dual), case.count_bytes(dtype, dual))]
+        if "backward" in form:
+            passes.append((case.backward_flops, case.count_backward_bytes(dtype)))
+        rate = self.flops[dtype] if case.operation in peers.PRODUCTS else math.inf
+        bound = sum(max(size / self.bandwidth, flops / rate) for flops, size in passes)
+        flops, size = map(sum, zip(*passes, strict=True))
+        return {"flops": flops, "bytes": size, "bound": bound}
 
 
 def measure_machine() -> Machine:
@@ -67,13 +77,13 @@ def measure_machine() -> Machine:
     bandwidth = 2 * source.nbytes / best(lambda: target.copy_(source))
     flops = {}
     for dtype in DTYPES.values():
-        x, w = torch.ones(8192, 4096, dtype=dtype), torch.ones(4096, 4096, dtype=dtype)
+        x, w = torch.randn(8192, 4096, dtype=dtype), torch.randn(4096, 4096, dtype=dtype)
         flops[dtype] = 2 * 8192 * 4096 * 4096 / best(functools.partial(F.linear, x, w))
     return Machine(bandwidth, flops)
 
 
 def best(call: Call) -> float:
-    return timer.side_by_side({"call": call}, synchronize=torch.cuda.synchronize)["call"].best
+    return timer.side_by_side({"call": call}, **TURNS)["call"].best
 
 
 def calls(problem: errors.Problem, compiled: bool) -> dict[str, Call]:
@@ -85,13 +95,24 @@ def calls(problem: errors.Problem, compiled: bool) -> dict[str, Call]:
         arguments = {n: Dual(t, tangents[n]) if n in tangents else t for n, t in x.items()}
         return lambda: case.run(arguments, backend, **case.output_options)
 
+    def with_backward(run: Callable[[dict[str, torch.Tensor]], tuple[Any, ...]]) -> Call:
+        leaves = {n: t.detach().requires_grad_(n in case.differentiable) for n, t in x.items()}
+        wanted = [leaves[n] for n in case.differentiable]
+        return lambda: torch.autograd.grad(run(leaves), wanted, problem.cotangents)
+
+    def backward_of(backend: str | None) -> Call:
+        return with_backward(lambda leaves: case.run(leaves, backend, **case.output_options))
+
     forms = {"dual": ours(None, True), "primal": ours(None, False), "dual reference": ours("reference", True)}
+    forms["primal and backward"] = backward_of(None)
     if has_cuda(problem):
         forms |= {"dual, cuda": ours("cuda", True), "primal, cuda": ours("cuda", False)}
+        forms["primal and backward, cuda"] = backward_of("cuda")
     if case.operation == "scaled_dot_product_attention" and (case.options or "attn_mask" in x):
         return forms
     formula = plain.formula(case)
     forms["primal, plain"] = lambda: formula(x)
+    forms["primal and backward, plain"] = with_backward(formula)
     # Differences of bf16 numbers are noise.
     differences = ["finite differences"] if problem.dtype == torch.float32 else []
     for means in ("torch.func.jvp", *differences, *(["compiled"] if compiled else [])):
@@ -103,6 +124,8 @@ def calls(problem: errors.Problem, compiled: bool) -> dict[str, Call]:
 
 def has_cuda(problem: errors.Problem) -> bool:
     """Whether the compiled CUDA kernels, which may not be the default, can run a case."""
+    if all(backend.name != "cuda" for backend in OPERATIONS[problem.case.operation].backends):
+        return False
     try:
         problem.case.run(problem.primals, "cuda")
     except (RuntimeError, ValueError) as error:
@@ -148,16 +171,33 @@ def installed(name: str) -> Any:
         return None
 
 
-def replay_of(call: Call) -> Call:
-    """The call as a CUDA graph."""
+def copies(problem: errors.Problem) -> list[errors.Problem]:
+    """The problem with inputs in other memory, so often that reading them in turn misses the cache."""
+    cache = torch.cuda.get_device_properties().L2_cache_size
+    count = min(CALLS, -(-2 * cache // problem.case.count_bytes(problem.dtype, True)))
+
+    def copy(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: x.clone(memory_format=torch.preserve_format) for name, x in tensors.items()}
+
+    others = [
+        replace(problem, primals=copy(problem.primals), tangents=copy(problem.tangents))
+        for _ in range(count - 1)
+    ]
+    return [problem, *others]
+
+
+def replay_of(calls: Sequence[Call]) -> Call:
+    """CALLS calls, in turn, as a CUDA graph: one launch would take longer than a short kernel."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        call()
+        for call in calls:
+            call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
+        for call in itertools.islice(itertools.cycle(calls), CALLS):
+            call()
     return graph.replay
 
 
@@ -169,25 +209,23 @@ def measure(case: cases.Case, name: str, machine: Machine, compiled: bool) -> li
         problem.check(problem.evaluate(backend), draws=1)
     figures: dict[str, dict[str, Any]] = {}
     running, replays = {}, {}
+    turns = [calls(copy, False) for copy in copies(problem)[1:]]
     for form, call in calls(problem, compiled).items():
-        dual = not form.startswith(("primal", "forward"))
-        figures[form] = {
-            **{"operation": case.operation, "case": case.name, "dtype": name, "form": form},
-            **{"flops": case.count_flops(dual), "bytes": case.count_bytes(DTYPES[name], dual)},
-            "bound": machine.bound(case, DTYPES[name], dual),
-        }
+        about = {"operation": case.operation, "case": case.name, "dtype": name, "form": form}
+        figures[form] = about | machine.work(case, DTYPES[name], form)
         try:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             call()
             figures[form]["peak bytes"] = torch.cuda.max_memory_allocated() - before
             running[form] = call
-            replays[form] = replay_of(call)
+            replays[form] = replay_of([call, *(others[form] for others in turns if form in others)])
         except Exception as error:
             figures[form]["cannot run" if form not in running else "no graph"] = reason(error)
-    for key, functions in (("", running), ("device ", replays)):
-        for form, times in timer.side_by_side(functions, synchronize=torch.cuda.synchronize).items():
-            figures[form] |= {f"{key}seconds": times.median, f"{key}rounds": times.rounds}
+    for key, functions, share in (("", running, 1), ("device ", replays, CALLS)):
+        for form, times in timer.side_by_side(functions, **TURNS).items():
+            figures[form][f"{key}seconds"] = times.median / share
+            figures[form][f"{key}rounds"] = [seconds / share for seconds in times.rounds]
     return list(figures.values())
 
 
@@ -197,7 +235,7 @@ def reason(error: Exception) -> str:
 
 def line(figures: list[dict[str, Any]]) -> str:
     """Ours in microseconds of the GPU, its share of the bound, and the others' times to it."""
-    times = {f["form"]: f.get("device seconds", f.get("seconds")) for f in figures}
+    times: dict[str, Any] = {f["form"]: f.get("device seconds", f.get("seconds")) for f in figures}
     ours = times.pop("dual")
     bound = next(f["bound"] for f in figures if f["form"] == "dual")
     ratios = ", ".join(f"{form} {t / ours:.2f}×" for form, t in times.items() if t)

@@ -324,7 +324,7 @@ SUMMED = [
 @pytest.mark.parametrize("case", SUMMED, ids=str)
 def test_infinite_sums_over_rows(case, cotangents, backend):
     """Gradients of weights are inf or NaN where PyTorch's are, however many rows are summed."""
-    primals, _ = case.draw(torch.Generator().manual_seed(0), FP32)
+    primals = errors.problem(case, FP32).primals
     shared = {n: x[:1] if x.dim() == 2 else x[:, :1] for n, x in primals.items() if n in ("x", "branch")}
     primals |= {n: x.expand_as(primals[n]).contiguous() for n, x in shared.items()}
     dy = torch.full(case.outputs[0], 1e38)

@@ -423,9 +423,9 @@ RELAID = [
 def test_other_strides_than_traced(case, backend, monkeypatch):
     if backend in case.refused_by or (backend == "triton" and not has_triton(case.operation)):
         pytest.skip(f"{backend} does not run it")
-    p = errors.problem(case, FP32)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    with Relaid():
-        results = p.evaluate(backend)
-    monkeypatch.undo()
-    p.check(results)
+    with running_on(backend):
+        p = errors.problem(case, FP32)
+        with monkeypatch.context() as patch, Relaid():
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            results = p.evaluate(backend)
+        p.check(results)

@@ -479,7 +479,10 @@ def launcher_of(
     """Returns the launcher of a kernel for tensors of these strides, and the number of programs per head."""
     walked = queries if kernel == "backward kv" else keys
     masked = mask_strides is not None
-    tiles = tiles_for(kernel, architecture, dtype, max(width, value_width), walked, masked)
+    primal = kernel == "forward" and strides[-1] is None  # no out_dot
+    tiles = tiles_for(
+        "primal" if primal else kernel, architecture, dtype, max(width, value_width), walked, masked
+    )
     wide = 16 // dtype.itemsize
     align = wide if all(step % wide == 0 for s in strides if s for step in s[:3]) else 1
     in_units = tuple(None if s is None else tuple(step // align for step in s[:3]) for s in strides)

@@ -1,7 +1,7 @@
-"""Tiles of the attention kernels: data that benchmarks/ops/tune_attention.py writes.
+"""Tiles of the attention kernels, which benchmarks/ops/tune_attention.py times.
 
 By architecture, kernel and shape class: BLOCK_M, BLOCK_N, EDGE_N (0 where the kernel has none), num_warps,
-num_stages. Not timed yet but derived from registers and shared memory: the sums take twice
+num_stages; of "primal", BLOCK_M, num_warps, num_stages alone. Not timed yet but derived from registers and shared memory: the sums take twice
 BLOCK_M times the head dim, logits and their tangent twice BLOCK_M times BLOCK_N, in fp32, spread over 32
 num_warps threads of at most 255 registers, and addresses of what is loaded 2 per 16 bytes.
 Matrix instructions of sm_90 and sm_100 want 64 rows; those of float32 keep both halves of their operands in
@@ -11,7 +11,7 @@ registers. The interpreter's tiles are small, to meet many edges.
 _FP32 = {"fp32": (16, 16, 16, 8, 1), "64 fp32": (16, 16, 16, 4, 1)}
 _FP32_KV = {"fp32": (16, 16, 0, 8, 1), "64 fp32": (16, 16, 0, 4, 1)}
 
-TABLE: dict[str, dict[str, dict[str, tuple[int, int, int, int, int]]]] = {
+TABLE: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
     "sm_80": {
         "forward": {
             "128 masked": (32, 16, 16, 8, 1),
@@ -23,6 +23,7 @@ TABLE: dict[str, dict[str, dict[str, tuple[int, int, int, int, int]]]] = {
             "256": (16, 32, 32, 8, 1),
             **_FP32,
         },
+        "primal": {},
         "backward q": {
             "64": (64, 32, 32, 4, 2),
             "64 masked": (64, 16, 16, 4, 1),
@@ -52,6 +53,7 @@ TABLE: dict[str, dict[str, dict[str, tuple[int, int, int, int, int]]]] = {
             "256": (16, 32, 32, 8, 1),
             **_FP32,
         },
+        "primal": {},
         "backward q": {
             "64": (64, 64, 32, 4, 2),
             "64 masked": (64, 32, 16, 4, 2),
@@ -81,6 +83,7 @@ TABLE: dict[str, dict[str, dict[str, tuple[int, int, int, int, int]]]] = {
             "256": (16, 32, 32, 8, 1),
             **_FP32,
         },
+        "primal": {},
         "backward q": {
             "64 masked": (64, 16, 16, 4, 1),
             "80 masked": (64, 16, 16, 4, 1),
@@ -106,6 +109,7 @@ TABLE: dict[str, dict[str, dict[str, tuple[int, int, int, int, int]]]] = {
             "256": (16, 32, 32, 8, 1),
             "fp32": (16, 16, 16, 8, 1),
         },
+        "primal": {},
         "backward q": {
             "64": (64, 64, 32, 4, 1),
             "80": (64, 32, 32, 4, 1),
@@ -122,7 +126,10 @@ TABLE: dict[str, dict[str, dict[str, tuple[int, int, int, int, int]]]] = {
         },
     },
     "interpreter": {
-        kernel: dict.fromkeys(("64", "80", "128", "256", "fp32"), (64, 32, edge, 4, 1))
-        for kernel, edge in (("forward", 32), ("backward q", 32), ("backward kv", 0))
+        "primal": {"64": (32, 4, 1)},
+        **{
+            kernel: dict.fromkeys(("64", "80", "128", "256", "fp32"), (64, 32, edge, 4, 1))
+            for kernel, edge in (("forward", 32), ("backward q", 32), ("backward kv", 0))
+        },
     },
 }

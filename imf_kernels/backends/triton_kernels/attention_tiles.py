@@ -34,9 +34,22 @@ def architecture_class(name: str) -> str:
 def tiles_for(
     kernel: str, architecture: str, dtype: torch.dtype, width: int, length: int, masked: bool
 ) -> dict[str, int]:
-    """Returns constants and options for a launch of "forward", "backward q" or "backward kv"."""
-    rows = TABLE[architecture_class(architecture)][kernel]
+    """Returns constants and options for a launch of "forward", "primal" (a forward without a tangent),
+    "backward q" or "backward kv".
+
+    "primal" has the forward's tiles of keys, on which the last bits of a result depend.
+    """
+    rows = TABLE[architecture_class(architecture)]
     names = shape_classes(dtype, width, length, masked)
-    m, n, edge, warps, stages = next(rows[name] for name in names if name in rows)
+
+    def row(kernel: str) -> tuple[int, ...] | None:
+        return next((rows[kernel][name] for name in names if name in rows[kernel]), None)
+
+    own = row(kernel)
+    if kernel == "primal":
+        m, n, edge, warps, stages = row("forward") or ()
+        m, warps, stages = own or (m, warps, stages)
+    else:
+        m, n, edge, warps, stages = own or ()
     tiles = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
     return tiles if kernel == "backward kv" else tiles | {"EDGE_N": edge}
