@@ -4,9 +4,9 @@
 
 Every candidate is compiled and held to the error rule in one of `jobs` processes, then those that passed are
 timed one by one: 20 launches in a CUDA graph. OUT.json has a figure a candidate, or the reason that it has
-none; the fastest ones are printed. They are put into attention_table.py by hand, as one choice serves several.
-"primal" is a forward without a tangent; it works in the keys of the forward's row, so that its results are
-the same, and `forward` prints both.
+none; the fastest ones are printed. They are put into attention_table.py by hand: one choice serves several.
+"primal" is a forward without a tangent; in the table it has the forward's tiles of keys, so that its results
+are the same to the bit, and here tries all.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def candidates(kernel: str, row: str) -> Iterator[Tiles]:
         sizes, columns, warps, stages = (32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3)
     for m, n, w, s in itertools.product(sizes, columns, warps, stages):
         kept = n if kernel == "backward kv" else m  # rows whose sums stay in registers
-        if kernel == "backward kv" and (n < 32 or dtype == BF16 and m > 64):
+        if kernel == "backward kv" and (n < 32 or (dtype == BF16 and m > 64)):
             continue
         numbers = (sums * kept * width + logits * m * n) / (32 * w)
         if not 16 <= numbers <= 240:

@@ -37,12 +37,12 @@ from imf_kernels.testing.timer import side_by_side
 # What a profile calls the work of a kind: on a CPU operators, on a GPU kernels. The first that fits counts.
 NAMES = {
     "attention": (*profiled_names("attention"), "flash", "fmha"),
-    "rows": profiled_names("rows"),
     "products": (
         *("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::", "mkl::"),
-        *("gemm", "nvjet", "cutlass", "xmma"),
+        *("gemm", "nvjet", "cutlass", "xmma", "cublas"),
     ),
-    "copies and additions": ("aten::copy_", "aten::add", "aten::sum", "Memcpy", "elementwise", "reduce"),
+    "copies and additions": ("aten::copy_", "aten::add", "aten::sum", "Memcpy", "Memset", "at::native"),
+    "rows": profiled_names("rows"),
 }
 
 

@@ -31,7 +31,7 @@ def test_triton_is_not_imported_before_it_is_needed():
 @needs_triton
 def test_what_it_cannot_take_is_refused_with_the_reason():
     with pytest.raises(RuntimeError, match=r"'triton' cannot run: it takes float32, .* got float64"):
-        silu(torch.ones(3, dtype=torch.float64))
+        silu(torch.ones(3, dtype=torch.float64, device="cuda" if ON_GPU else "cpu"))
     with pytest.raises(RuntimeError, match=r"'triton' cannot run: it takes CUDA and ROCm tensors, .* meta"):
         silu(torch.ones(3, device="meta"))
 

@@ -39,18 +39,18 @@ from imf_kernels.backends.triton_launch import Launcher
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LARGEST = tl.constexpr(3.4028234e38)
 
-# `strides` holds, for each of a kernel's tensors, those of batch, head and position, or None, in units of
-# ALIGN elements, 16 bytes where all of them allow it, so that the compiler knows where rows begin. In the
+# `strides` holds those of batch, head and position of each of a kernel's tensors, zeros for a missing one, in
+# units of ALIGN elements, 16 bytes where all of them allow it: the compiler then knows where rows begin. In the
 # kernels a head is (pointer, stride of position), or () if missing; a tile is a tuple of its pieces along the
 # width; a mask is (pointer, strides), or ().
 
 
 @triton.jit
-def _head(x, strides, b, h, ALIGN: tl.constexpr):
+def _head(x, strides, NUMBER: tl.constexpr, b, h, ALIGN: tl.constexpr):
     if x is None:
         return ()
     else:
-        return x + (b * strides[0] + h * strides[1]) * ALIGN, strides[2]
+        return x + (b * strides[3 * NUMBER] + h * strides[3 * NUMBER + 1]) * ALIGN, strides[3 * NUMBER + 2]
 
 
 @triton.jit
@@ -128,13 +128,22 @@ def _plus(tile, rows, other):
 
 @triton.constexpr_function
 def _precision():
-    """Returns how fp32 is multiplied: on NVIDIA's GPUs as three TF32 products, which simulated keep the error
-    rule.
+    """Returns how fp32 is multiplied: on NVIDIA's GPUs as six products of three bf16 terms, 24 bits.
 
-    They have no matrix instructions for plain fp32, whose unrolled products make the compiler of Triton 3.9
-    abort for sm_90.
+    They have no matrix instructions for plain fp32, and three products of TF32 terms, 22 bits, miss the error
+    rule by up to a third.
     """
-    return "tf32x3" if is_cuda() else "ieee"
+    return "bf16x6" if is_cuda() else "ieee"
+
+
+@triton.jit
+def _for_product(x, dtype: tl.constexpr):
+    """Rounds x, however large or small, to `dtype`, or instead of float16 to TF32, which has as many bits."""
+    if dtype == tl.float16:
+        bits = x.to(tl.int32, bitcast=True) + 0x1000
+        return tl.where(tl.abs(x) < float("inf"), (bits & -0x2000).to(tl.float32, bitcast=True), x)
+    else:
+        return x.to(dtype)
 
 
 @triton.jit
@@ -156,10 +165,13 @@ def _dot_columns(a, b, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr):
 
 @triton.jit
 def _add_dot(total, weights, rows):
-    """Returns total + weights rows."""
+    """Returns total + weights rows, also of weights of `_for_product`."""
     result = ()
     for i in tl.static_range(len(total)):
-        result = result + (tl.dot(weights, rows[i], total[i], input_precision=_precision()),)
+        if weights.dtype == rows[i].dtype:
+            result = result + (tl.dot(weights, rows[i], total[i], input_precision=_precision()),)
+        else:
+            result = result + (tl.dot(weights, rows[i].to(tl.float32), total[i], input_precision="tf32"),)
     return result
 
 
@@ -215,7 +227,7 @@ def _centred(p, s_dot, before, dot, shift, dtype: tl.constexpr):
     # Without any weight there is no mean.
     mean = tl.where(weight > 0, total / tl.where(weight > 0, weight, 1.0), shift)
     moved = shift - mean
-    centred = (p * (s_dot - mean[:, None])).to(dtype)
+    centred = _for_product(p * (s_dot - mean[:, None]), dtype)
     dot = dot + before * moved + tl.sum(centred.to(tl.float32), 1)
     return centred, weight, dot, mean, moved
 
@@ -283,7 +295,7 @@ def _forward_tile(
 
 
 @triton.jit(do_not_specialize=["first_sample"])
-def forward_kernel(
+def attention_forward(
     q, k, v, q_dot, k_dot, v_dot, out, out_dot, mask, lse,
     strides, mask_strides, heads, group, queries, keys, scale, first_sample,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, PIECES: tl.constexpr, VALUE_PIECES: tl.constexpr,
@@ -298,11 +310,11 @@ def forward_kernel(
     b, kv_h = first_sample + b_dot, h // group
     first = tile * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)
-    q_head, q_dot_head = _head(q, strides[0], b, h, ALIGN), _head(q_dot, strides[3], b_dot, h, ALIGN)
+    q_head, q_dot_head = _head(q, strides, 0, b, h, ALIGN), _head(q_dot, strides, 3, b_dot, h, ALIGN)
     q_tile = _load(q_head, first, queries, BLOCK_M, WIDTH, PIECES, ALIGN)
     q_dot_tile = _load(q_dot_head, first, queries, BLOCK_M, WIDTH, PIECES, ALIGN)
-    k_head, k_dot_head = _head(k, strides[1], b, kv_h, ALIGN), _head(k_dot, strides[4], b_dot, kv_h, ALIGN)
-    v_head, v_dot_head = _head(v, strides[2], b, kv_h, ALIGN), _head(v_dot, strides[5], b_dot, kv_h, ALIGN)
+    k_head, k_dot_head = _head(k, strides, 1, b, kv_h, ALIGN), _head(k_dot, strides, 4, b_dot, kv_h, ALIGN)
+    v_head, v_dot_head = _head(v, strides, 2, b, kv_h, ALIGN), _head(v_dot, strides, 5, b_dot, kv_h, ALIGN)
     masking = _masking(mask, mask_strides)
 
     nothing = tl.zeros([BLOCK_M], tl.float32)
@@ -331,10 +343,10 @@ def forward_kernel(
 
     inverse = _inverse(weight)
     o = _scaled(sums, inverse)
-    _store(_head(out, strides[6], b, h, ALIGN), o, first, queries, BLOCK_M, VALUE_WIDTH, ALIGN)
+    _store(_head(out, strides, 6, b, h, ALIGN), o, first, queries, BLOCK_M, VALUE_WIDTH, ALIGN)
     if out_dot is not None:
         o_dot = _plus(_scaled(sums_dot, inverse), -dot * inverse, o)
-        out_dot_head = _head(out_dot, strides[7], b_dot, h, ALIGN)
+        out_dot_head = _head(out_dot, strides, 7, b_dot, h, ALIGN)
         _store(out_dot_head, o_dot, first, queries, BLOCK_M, VALUE_WIDTH, ALIGN)
     tl.store(lse + (b * heads + h) * queries + rows, highest + tl.log2(total), mask=rows < queries)
 
@@ -371,7 +383,7 @@ def _backward_q_tile(
 
 
 @triton.jit
-def backward_q_kernel(
+def attention_backward_q(
     q, k, v, dout, dq, mask, lse, sums, strides, mask_strides, heads, group, queries, keys, scale,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, PIECES: tl.constexpr, VALUE_PIECES: tl.constexpr,
     ALIGN: tl.constexpr, CAUSAL: tl.constexpr,
@@ -385,10 +397,10 @@ def backward_q_kernel(
     tile, b, h = _program(tl.cdiv(queries, BLOCK_M), heads, CAUSAL)
     first = tile * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)
-    q_head, dout_head = _head(q, strides[0], b, h, ALIGN), _head(dout, strides[3], b, h, ALIGN)
+    q_head, dout_head = _head(q, strides, 0, b, h, ALIGN), _head(dout, strides, 3, b, h, ALIGN)
     q_tile = _load(q_head, first, queries, BLOCK_M, WIDTH, PIECES, ALIGN)
     dout_tile = _load(dout_head, first, queries, BLOCK_M, VALUE_WIDTH, VALUE_PIECES, ALIGN)
-    k_head, v_head = _head(k, strides[1], b, h // group, ALIGN), _head(v, strides[2], b, h // group, ALIGN)
+    k_head, v_head = _head(k, strides, 1, b, h // group, ALIGN), _head(v, strides, 2, b, h // group, ALIGN)
     masking = _masking(mask, mask_strides)
     of_head = (b * heads + h) * queries
     row_lse = _load_lse(lse + of_head, rows, queries)
@@ -415,11 +427,11 @@ def backward_q_kernel(
     tl.store(sums + 2 * of_head + queries + rows, shift + mean, mask=rows < queries)
     if dq is not None:
         dq_sums = _scaled(_plus(dq_sums, -mean, mean_k), inverse * scale)
-        _store(_head(dq, strides[4], b, h, ALIGN), dq_sums, first, queries, BLOCK_M, WIDTH, ALIGN)
+        _store(_head(dq, strides, 4, b, h, ALIGN), dq_sums, first, queries, BLOCK_M, WIDTH, ALIGN)
 
 
 @triton.jit
-def backward_kv_kernel(
+def attention_backward_kv(
     q, k, v, dout, dk, dv, mask, lse, sums,
     strides, mask_strides, kv_heads, group, queries, keys, scale,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, PIECES: tl.constexpr, VALUE_PIECES: tl.constexpr,
@@ -429,7 +441,7 @@ def backward_kv_kernel(
     tile, b, kv_h = _program(tl.cdiv(keys, BLOCK_N), kv_heads, False)
     first = tile * BLOCK_N
     columns = first + tl.arange(0, BLOCK_N)
-    k_head, v_head = _head(k, strides[1], b, kv_h, ALIGN), _head(v, strides[2], b, kv_h, ALIGN)
+    k_head, v_head = _head(k, strides, 1, b, kv_h, ALIGN), _head(v, strides, 2, b, kv_h, ALIGN)
     k_tile = _load(k_head, first, keys, BLOCK_N, WIDTH, PIECES, ALIGN)
     v_tile = _load(v_head, first, keys, BLOCK_N, VALUE_WIDTH, VALUE_PIECES, ALIGN)
     masking = _masking(mask, mask_strides)
@@ -439,7 +451,7 @@ def backward_kv_kernel(
     begin = first // BLOCK_M * BLOCK_M if CAUSAL else 0
     for i in range(group):
         h = kv_h * group + i
-        q_head, dout_head = _head(q, strides[0], b, h, ALIGN), _head(dout, strides[3], b, h, ALIGN)
+        q_head, dout_head = _head(q, strides, 0, b, h, ALIGN), _head(dout, strides, 3, b, h, ALIGN)
         of_head = (b * kv_heads * group + h) * queries
         for start in range(begin, queries, BLOCK_M):
             rows = start + tl.arange(0, BLOCK_M)
@@ -453,12 +465,15 @@ def backward_kv_kernel(
             if dk is not None:
                 delta = tl.load(sums + 2 * of_head + queries + rows, mask=rows < queries, other=0.0)
                 ds = p * (_dot_columns(dout_tile, v_tile, BLOCK_M, BLOCK_N) - delta[None, :])
-                dk_sums = _add_dot(dk_sums, ds.to(dtype), q_tile)
+                rounded = _for_product(ds, dtype)
+                dk_sums = _add_dot(dk_sums, rounded, q_tile)
+                if WIDTH < 16:  # gradients of few numbers, each of which shows the rounding
+                    dk_sums = _add_dot(dk_sums, _for_product(ds - rounded.to(tl.float32), dtype), q_tile)
     if dk is not None:
-        dk_head, scales = _head(dk, strides[4], b, kv_h, ALIGN), tl.zeros([BLOCK_N], tl.float32) + scale
+        dk_head, scales = _head(dk, strides, 4, b, kv_h, ALIGN), tl.zeros([BLOCK_N], tl.float32) + scale
         _store(dk_head, _scaled(dk_sums, scales), first, keys, BLOCK_N, WIDTH, ALIGN)
     if dv is not None:
-        dv_head = _head(dv, strides[5], b, kv_h, ALIGN)
+        dv_head = _head(dv, strides, 5, b, kv_h, ALIGN)
         _store(dv_head, dv_sums, first, keys, BLOCK_N, VALUE_WIDTH, ALIGN)
 
 
@@ -485,7 +500,7 @@ def launcher_of(
     )
     wide = 16 // dtype.itemsize
     align = wide if all(step % wide == 0 for s in strides if s for step in s[:3]) else 1
-    in_units = tuple(None if s is None else tuple(step // align for step in s[:3]) for s in strides)
+    in_units = tuple(step // align for s in strides for step in (s or (0, 0, 0))[:3])
     launcher = Launcher(
         *(_KERNELS[kernel], in_units, mask_strides, heads, group, queries, keys),
         WIDTH=width,
@@ -501,7 +516,11 @@ def launcher_of(
     return launcher, -(-queries // tiles["BLOCK_M"])
 
 
-_KERNELS = {"forward": forward_kernel, "backward q": backward_q_kernel, "backward kv": backward_kv_kernel}
+_KERNELS = {
+    "forward": attention_forward,
+    "backward q": attention_backward_q,
+    "backward kv": attention_backward_kv,
+}
 
 
 def _stride(x: Tensor | None) -> tuple[int, ...] | None:

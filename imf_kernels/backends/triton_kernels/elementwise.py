@@ -49,7 +49,7 @@ def _gate(x, FUNCTION: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["first_tangent", "elements"])
-def _forward(
+def elementwise_forward(
     x, x_dot, y, y_dot, first_tangent, elements,
     FUNCTION: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +66,9 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=["elements"])
-def _backward(x, dy, dx, elements, FUNCTION: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+def elementwise_backward(
+    x, dy, dx, elements, FUNCTION: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr
+):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < elements.to(tl.int64) * UNIT
     xi = tl.load(x + i, mask=inside, other=0.0).to(tl.float32)
@@ -85,7 +87,7 @@ class Elementwise:
     def __init__(self, function: str) -> None:
         self._forward, self._backward = (
             {unit: Launcher(kernel, FUNCTION=function, UNIT=unit, BLOCK=_BLOCK) for unit in (1, 2, 4, 8, 16)}
-            for kernel in (_forward, _backward)
+            for kernel in (elementwise_forward, elementwise_backward)
         )
 
     def forward(self, x: Tensor, x_dot: Tensor | None, y: Tensor, y_dot: Tensor | None) -> None:

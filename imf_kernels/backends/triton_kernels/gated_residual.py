@@ -13,7 +13,7 @@ _WIDEST = 1024
 
 
 @triton.jit(do_not_specialize=["length", "first_tangent"])
-def _forward(
+def gated_residual_forward(
     x, x_dot, branch, branch_dot, gate, gate_dot, y, y_dot,
     x_stride, x_dot_stride, branch_stride, branch_dot_stride, first_tangent, length,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -45,7 +45,7 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=["length", "share"])
-def _backward(
+def gated_residual_backward(
     dy, branch, gate, dbranch, partial, dy_stride, branch_stride, length, share,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,10 @@ def _backward(
     tl.store(partial + tl.program_id(0).to(tl.int64) * WIDTH + column, dg, mask=column < WIDTH)
 
 
-_FORWARD, _BACKWARD = RowKernel(_forward, widest=_WIDEST), RowKernel(_backward, widest=_WIDEST)
+_FORWARD, _BACKWARD = (
+    RowKernel(gated_residual_forward, widest=_WIDEST),
+    RowKernel(gated_residual_backward, widest=_WIDEST),
+)
 
 
 def shares(groups: int, length: int, width: int, count: int) -> int:

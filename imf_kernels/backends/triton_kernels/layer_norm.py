@@ -7,21 +7,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from imf_kernels.backends.triton_kernels.rows import RowKernel, count_rows, group_and_position, row_of_group
+from imf_kernels.backends.triton_kernels.rows import (
+    RowKernel,
+    count_rows,
+    group_and_position,
+    row_of_group,
+    sum_of_row,
+)
 from imf_kernels.backends.triton_kernels.rows import shares as shares
 
 
 @triton.jit
 def _center(x, inside, width: tl.constexpr):
     """Returns the mean of each row of x [ROWS, BLOCK], its correction, and x less both; 0 outside."""
-    mean = tl.div_rn(tl.sum(x, axis=1, keep_dims=True), 1.0 * width)
+    mean = tl.div_rn(sum_of_row(x), 1.0 * width)
     x = tl.where(inside, x - mean, 0.0)
-    correction = tl.div_rn(tl.sum(x, axis=1, keep_dims=True), 1.0 * width)
+    correction = tl.div_rn(sum_of_row(x), 1.0 * width)
     return mean, correction, tl.where(inside, x - correction, 0.0)
 
 
 @triton.jit(do_not_specialize=["length", "first_tangent"])
-def _forward(
+def layer_norm_forward(
     x, x_dot, scale, scale_dot, shift, shift_dot, y, y_dot, statistics,
     x_stride, x_dot_stride, first_tangent, one, eps, length,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -34,7 +40,7 @@ def _forward(
     gain = one + row_of_group(scale, group, column, WIDTH)
     xi = tl.load(x + row * (x_stride * UNIT) + column, mask=inside, other=0.0).to(tl.float32)
     mean, correction, c = _center(xi, inside, WIDTH)
-    r = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(c * c, axis=1, keep_dims=True) * (1.0 / WIDTH) + eps))
+    r = tl.div_rn(1.0, tl.sqrt_rn(sum_of_row(c * c) * (1.0 / WIDTH) + eps))
     tl.store(statistics + row * 3, mean, mask=position < length)
     tl.store(statistics + row * 3 + 1, correction, mask=position < length)
     tl.store(statistics + row * 3 + 2, r, mask=position < length)
@@ -53,13 +59,13 @@ def _forward(
         if x_dot is not None:
             at = x_dot + t_row * (x_dot_stride * UNIT) + column
             _, _, c_dot = _center(tl.load(at, mask=inside, other=0.0).to(tl.float32), inside, WIDTH)
-            r_dot = -r * r * r * (tl.sum(c * c_dot, axis=1, keep_dims=True) * (1.0 / WIDTH))
+            r_dot = -r * r * r * (sum_of_row(c * c_dot) * (1.0 / WIDTH))
             out_dot = tl.fma(c_dot * r + c * r_dot, gain, out_dot)
         tl.store(y_dot + t_row * WIDTH + column, out_dot, mask=inside)
 
 
 @triton.jit(do_not_specialize=["length", "share"])
-def _backward(
+def layer_norm_backward(
     x, dy, scale, statistics, dx, partial, x_stride, dy_stride, one, length, share,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -81,15 +87,15 @@ def _backward(
         dscale += d * n
         dshift += d
         g = d * gain
-        mean_g = tl.sum(g, axis=1, keep_dims=True) * (1.0 / WIDTH)
-        mean_gn = tl.sum(g * n, axis=1, keep_dims=True) * (1.0 / WIDTH)
+        mean_g = sum_of_row(g) * (1.0 / WIDTH)
+        mean_gn = sum_of_row(g * n) * (1.0 / WIDTH)
         tl.store(dx + row * WIDTH + column, r * (g - mean_g - n * mean_gn), mask=inside)
     at = partial + tl.program_id(0).to(tl.int64) * (2 * WIDTH) + column
     tl.store(at, tl.sum(dscale, axis=0, keep_dims=True), mask=column < WIDTH)
     tl.store(at + WIDTH, tl.sum(dshift, axis=0, keep_dims=True), mask=column < WIDTH)
 
 
-_FORWARD, _BACKWARD = RowKernel(_forward), RowKernel(_backward)
+_FORWARD, _BACKWARD = RowKernel(layer_norm_forward), RowKernel(layer_norm_backward)
 
 
 def forward(

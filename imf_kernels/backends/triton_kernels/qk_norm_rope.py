@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from imf_kernels.backends.triton_kernels.rms_norm import backward_kernel, forward_kernel
+from imf_kernels.backends.triton_kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from imf_kernels.backends.triton_kernels.rows import RowKernel
 from imf_kernels.backends.triton_kernels.rows import shares as shares
 
@@ -16,7 +16,7 @@ def _strides(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else x.stride()[:3]
 
 
-_FORWARD, _BACKWARD = (RowKernel(kernel, stride=_strides) for kernel in (forward_kernel, backward_kernel))
+_FORWARD, _BACKWARD = (RowKernel(kernel, stride=_strides) for kernel in (rms_norm_forward, rms_norm_backward))
 
 
 def forward(

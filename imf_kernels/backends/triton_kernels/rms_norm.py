@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from imf_kernels.backends.triton_kernels.rows import RowKernel, count_rows
+from imf_kernels.backends.triton_kernels.rows import RowKernel, count_rows, sum_of_row
 from imf_kernels.backends.triton_kernels.rows import shares as shares
 
 
@@ -60,7 +60,7 @@ def _rotate(n, angles, SIGN: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["first_tangent", "heads", "length", "rows"])
-def forward_kernel(
+def rms_norm_forward(
     x, x_dot, weight, cos, sin, y, y_dot, rstd,
     x_strides, x_dot_strides, first_tangent, heads, length, eps, rows,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -72,7 +72,7 @@ def forward_kernel(
     place = _place(row, rows, heads, length)
     angles = _angles(cos, sin, place, row < rows, WIDTH, BLOCK)
     xi = _load(x, row, place, 0, column, inside, x_strides, UNIT)
-    mean = tl.sum(xi * xi, axis=1, keep_dims=True) * (1.0 / WIDTH)
+    mean = sum_of_row(xi * xi) * (1.0 / WIDTH)
     r = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
     tl.store(rstd + row, r, mask=row < rows)
     tl.store(y + row * WIDTH + column, _rotate(xi * r * w, angles, 1), mask=inside)
@@ -82,13 +82,13 @@ def forward_kernel(
             t_row = row - first_tangent.to(tl.int64) * heads * length
         inside &= t_row >= 0
         ti = _load(x_dot, row, place, first_tangent, column, inside, x_dot_strides, UNIT)
-        r_dot = -r * r * r * (tl.sum(xi * ti, axis=1, keep_dims=True) * (1.0 / WIDTH))
+        r_dot = -r * r * r * (sum_of_row(xi * ti) * (1.0 / WIDTH))
         out_dot = _rotate((ti * r + xi * r_dot) * w, angles, 1)
         tl.store(y_dot + t_row * WIDTH + column, out_dot, mask=inside)
 
 
 @triton.jit(do_not_specialize=["heads", "length", "rows", "share"])
-def backward_kernel(
+def rms_norm_backward(
     x, dy, weight, cos, sin, rstd, dx, partial, x_strides, dy_strides, heads, length, rows, share,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -107,13 +107,13 @@ def backward_kernel(
         dn = _rotate(_load(dy, row, place, 0, column, inside, dy_strides, UNIT), angles, -1)
         dw += dn * n
         g = dn * w
-        dxi = r * (g - n * (tl.sum(g * n, axis=1, keep_dims=True) * (1.0 / WIDTH)))
+        dxi = r * (g - n * (sum_of_row(g * n) * (1.0 / WIDTH)))
         tl.store(dx + row * WIDTH + column, dxi, mask=inside)
     dw = tl.sum(dw, axis=0, keep_dims=True)
     tl.store(partial + program * WIDTH + column, dw, mask=column < WIDTH)
 
 
-_FORWARD, _BACKWARD = RowKernel(forward_kernel), RowKernel(backward_kernel)
+_FORWARD, _BACKWARD = RowKernel(rms_norm_forward), RowKernel(rms_norm_backward)
 
 
 def forward(

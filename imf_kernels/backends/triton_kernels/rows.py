@@ -81,6 +81,14 @@ def row_of_group(parameter, group, column, WIDTH: tl.constexpr):
     return row
 
 
+@triton.jit
+def sum_of_row(x):
+    """Returns the sums of rows, [ROWS, 1]; wide ones by eights, as a thread adds its numbers one by one."""
+    if x.shape[1] > 8192:
+        x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 8)), axis=2)
+    return tl.sum(x, axis=1, keep_dims=True)
+
+
 class RowKernel:
     """A kernel over rows, with one program per tile of ROWS by BLOCK elements, powers of two.
 

@@ -19,7 +19,7 @@ def _load(x, row, column, inside, stride, WIDTH: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows", "first_tangent"])
-def _forward(
+def swiglu_forward(
     x, x_dot, y, y_dot, x_stride, x_dot_stride, first_tangent, rows,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -38,7 +38,7 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _backward(
+def swiglu_backward(
     x, dy, dx, x_stride, dy_stride, rows,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -53,7 +53,7 @@ def _backward(
     tl.store(at_dx + WIDTH, d * (gate * s), mask=inside)
 
 
-_FORWARD, _BACKWARD = RowKernel(_forward, widest=1024), RowKernel(_backward, widest=1024)
+_FORWARD, _BACKWARD = RowKernel(swiglu_forward, widest=1024), RowKernel(swiglu_backward, widest=1024)
 
 
 def forward(x: Tensor, x_dot: Tensor | None, y: Tensor, y_dot: Tensor | None) -> None:
