@@ -12,10 +12,10 @@ are the same to the bit, and here tries all.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
-import statistics
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -53,22 +53,22 @@ Candidate = tuple[str, str, Tiles]  # kernel, row of the table, tiles
 def candidates(kernel: str, row: str) -> Iterator[Tiles]:
     """Those whose sums, logits and tangents come close to fitting the registers of their threads."""
     _, _, _, width, dtype = ROWS[row]
-    sums = {"forward": 2, "primal": 1, "backward q": 2, "backward kv": 2}[kernel]
     logits = 1 if kernel == "primal" else 2
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    edges: tuple[int, ...]
+    stages: tuple[int, ...]
     if dtype == FP32:
-        sizes, columns, warps, stages = (16, 32, 64), (16, 32), (4, 8), (1, 2)
+        rows, columns, edges, warps, stages = (16, 32, 64), (16, 32), (16,), (4, 8), (1, 2)
+    elif kernel == "backward kv":
+        rows, columns, edges, warps, stages = (16, 32, 64), (32, 64, 128), (0,), (4, 8), (1, 2, 3)
     else:
-        sizes, columns, warps, stages = (32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3)
-    for m, n, w, s in itertools.product(sizes, columns, warps, stages):
+        rows, columns, edges, warps, stages = (64, 128), (32, 64, 128), (32, 64), (4, 8), (1, 2, 3)
+    for m, n, edge, w, s in itertools.product(rows, columns, edges, warps, stages):
         kept = n if kernel == "backward kv" else m  # rows whose sums stay in registers
-        if kernel == "backward kv" and (n < 32 or (dtype == BF16 and m > 64)):
-            continue
-        numbers = (sums * kept * width + logits * m * n) / (32 * w)
-        if not 16 <= numbers <= 240:
-            continue
-        for edge in (0,) if kernel == "backward kv" else (16, 32, 64):
-            if edge <= n:
-                yield m, n, edge, w, s
+        numbers = (logits * kept * width + logits * m * n) / (32 * w)
+        if edge <= n and 16 <= numbers <= 240:
+            yield m, n, edge if kernel != "backward kv" else 0, w, s
 
 
 def use(kernel: str, row: str, tiles: Tiles) -> None:
@@ -107,38 +107,38 @@ def check(candidate: Candidate) -> str | None:
 
 def work(kernel: str, row: str) -> Callable[[], Any]:
     """The launches that are timed; those of backward kv have the same backward q before them."""
-    batch, _, _, _, dtype = ROWS[row]
-    p = errors.Problem.draw(case_of(row, 1), dtype, 0, torch.device("cuda"))
-    q, k, v, *dots = (
-        x.expand(batch, -1, -1, -1).clone(memory_format=torch.preserve_format)
-        for x in (*p.primals.values(), *p.tangents.values())
-    )
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=FP32)
-    scale = q.shape[3] ** -0.5
+    batch, heads, length, width, dtype = ROWS[row]
+
+    def draw() -> torch.Tensor:  # in the memory order of projections
+        return torch.randn(batch, length, heads, width, dtype=dtype).transpose(1, 2)
+
+    q, k, v, *dots = (draw() for _ in range(6))
+    out, out_dot, lse = draw(), draw(), q.new_empty(q.shape[:3], dtype=FP32)
+    scale = width**-0.5
+
+    none = (None,) * 3
+    forward = functools.partial(kernels.forward, q, k, v)
     if kernel == "primal":
-        return lambda: kernels.forward(q, k, v, None, None, None, None, out, None, lse, scale, False)
-    out_dot = torch.empty_like(q)
-    forward = lambda: kernels.forward(q, k, v, *dots, None, out, out_dot, lse, scale, False)  # noqa: E731
+        return lambda: forward(*none, None, out, None, lse, scale, False)
     if kernel == "forward":
-        return forward
-    forward()
-    dout, dq, dk, dv = (torch.randn_like(q) for _ in range(4))
-    dk, dv = (dk, dv) if kernel == "backward kv" else (None, None)  # type: ignore[assignment]
-    return lambda: kernels.backward(q, k, v, None, lse, dout, dq, dk, dv, scale, False)
+        return lambda: forward(*dots, None, out, out_dot, lse, scale, False)
+    forward(*none, None, out, None, lse, scale, False)
+    gradients = (draw(), draw(), draw()) if kernel == "backward kv" else (draw(), None, None)
+    backward = functools.partial(kernels.backward, q, k, v, None, lse, out_dot)
+    return lambda: backward(*gradients, scale, False)
 
 
 def measure(kernel: str, row: str, tried: Mapping[Tiles, str | None]) -> list[dict[str, Any]]:
     """A figure a candidate."""
     figures = []
+    call = work(kernel, row)
     for tiles, reason in tried.items():
         figure: dict[str, Any] = {"kernel": kernel, "row": row, "tiles": tiles}
         if reason is None:
             use(kernel, row, tiles)
-            replay = replay_of([work(kernel, row)])
-            times = timer.side_by_side(
-                {"": replay}, rounds=3, seconds=0.01, synchronize=torch.cuda.synchronize
-            )[""]
-            figure["seconds"] = statistics.median(times.rounds) / CALLS
+            turns: dict[str, Any] = {"rounds": 3, "seconds": 0.01, "synchronize": torch.cuda.synchronize}
+            times = timer.side_by_side({"": replay_of([call])}, **turns)[""]
+            figure["seconds"] = times.median / CALLS
         else:
             figure["left out"] = reason
         figures.append(figure)
@@ -179,11 +179,9 @@ def main() -> None:
             figures += measure(kernel, row, results)
             arguments.out.write_text(json.dumps(figures) + "\n")
             timed = [f for f in figures if (f["kernel"], f["row"]) == (kernel, row) and "seconds" in f]
-            use_before = ", ".join(
-                f"{f['tiles']} {f['seconds'] * 1e6:.1f}"
-                for f in sorted(timed, key=lambda f: f["seconds"])[:6]
-            )
-            print(f"{kernel}, {row}: µs of {len(timed)} of {len(results)}: {use_before}", flush=True)
+            timed.sort(key=lambda f: float(f["seconds"]))
+            best = ", ".join(f"{f['tiles']} {f['seconds'] * 1e6:.1f}" for f in timed[:6])
+            print(f"{kernel}, {row}: µs of {len(timed)} of {len(results)}: {best}", flush=True)
 
 
 if __name__ == "__main__":

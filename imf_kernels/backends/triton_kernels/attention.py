@@ -40,7 +40,7 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _LARGEST = tl.constexpr(3.4028234e38)
 
 # `strides` holds those of batch, head and position of each of a kernel's tensors, zeros for a missing one, in
-# units of ALIGN elements, 16 bytes where all of them allow it: the compiler then knows where rows begin. In the
+# units of ALIGN elements, 16 bytes where all of them allow it: so the compiler knows where rows begin. In the
 # kernels a head is (pointer, stride of position), or () if missing; a tile is a tuple of its pieces along the
 # width; a mask is (pointer, strides), or ().
 
