@@ -14,8 +14,7 @@ import torch
 from imf_kernels import _C
 from imf_kernels.backends import cpu, cuda, matmul, triton_launch
 from imf_kernels.backends.dispatch import Backend
-from imf_kernels.backends.operators import OPERATIONS, Operation
-from imf_kernels.ops.attention import NAME as ATTENTION
+from imf_kernels.backends.operators import OPERATIONS
 
 
 def report() -> str:
@@ -32,14 +31,13 @@ def report() -> str:
         "operation                     backends, the default first",
     ]
     for name, operation in sorted(OPERATIONS.items()):
-        backends = (_described(operation, backend) for backend in operation.backends)
+        backends = (_described(backend) for backend in operation.backends)
         lines.append(f"{name:<29} {', '.join(backends)}")
     return "\n".join(lines)
 
 
-def _described(operation: Operation[Any], backend: Backend[Any]) -> str:
-    on_request = backend.name == "cuda" and (operation.name == ATTENTION or not cuda.VERIFIED)
-    return f"{backend.name} (on request)" if on_request else backend.name
+def _described(backend: Backend[Any]) -> str:
+    return "cuda (on request)" if backend.name == "cuda" else backend.name
 
 
 def triton_status() -> str:
@@ -60,15 +58,15 @@ def triton_status() -> str:
 
 
 def cuda_status() -> str:
-    """Returns the CUDA architectures that were built, and why there are none or why they cannot run."""
+    """Returns whether the CUDA kernels were built, and why not or why they cannot run."""
     if torch.version.hip:
         return f"cannot run: {cuda.missing()}"
-    if not _C.cuda_architectures:
+    if not _C.cuda:
         toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
         if nvcc := shutil.which("nvcc") or shutil.which("nvcc", path=f"{toolkit}/bin"):
             return f"not built, though nvcc is at {nvcc}: set IMF_CUDA=ON and install again"
         return "not built: that needs nvcc, on PATH or in CUDA_HOME"
-    built = f"built for {_C.cuda_architectures}"
+    built = "attention, built for compute capability 9.0"
     reason = cuda.missing()
     return f"{built}; cannot run: {reason}" if reason else built
 
