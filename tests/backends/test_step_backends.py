@@ -51,9 +51,7 @@ def test_on_triton(method):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    "name", ["triton", "cuda"]
-)  # "cuda": attention's alone
+@pytest.mark.parametrize("name", ["triton", "cuda"])  # "cuda": attention's alone
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU: bfloat16 is wrong in Triton's interpreter")
 def test_in_bfloat16(method, name):
     with running_on(name):
