@@ -16,8 +16,8 @@ pytest.importorskip("triton", reason="Triton cannot be imported", exc_type=Impor
 # Bytes of shared memory that a program may have.
 SHARED = {"cuda:80": 163 << 10, "cuda:90": 227 << 10, "cuda:100": 227 << 10, "hip:gfx942": 64 << 10}
 # Bytes of stack that are no cost: ptxas keeps an address there now and then, in other kernels with each
-# release of Triton; sines of large angles are brought near zero in local memory; the tiles of attention that were
-# fastest on an H100 spill a few registers.
+# release of Triton; sines of large angles are brought near zero in local memory; the tiles of attention that
+# were fastest on an H100 spill a few registers.
 ADDRESS = 8
 STACK = {"sinusoidal_embedding": 64, "scaled_dot_product_attention": 40}
 # Attention in fp32 keeps its operands in registers on NVIDIA GPUs, and from a head dim of 72 on it spills.
