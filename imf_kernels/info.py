@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from imf_kernels import _C
-from imf_kernels.backends import cpu, cuda, matmul, triton_launch
+from imf_kernels.backends import cpu, cuda, matmul, triton_launch, verified
 from imf_kernels.backends.dispatch import Backend
 from imf_kernels.backends.operators import OPERATIONS, Operation
-from imf_kernels.ops.attention import NAME as ATTENTION
 
 
 def report() -> str:
@@ -28,6 +27,7 @@ def report() -> str:
         f"large fp32 products {matmul.library()}",
         f"Triton kernels      {triton_status()}",
         f"CUDA kernels        {cuda_status()}",
+        *(f"{'verified, ' + device:<20}{verified.status(device)}" for device in devices()),
         "",
         "operation                     backends, the default first",
     ]
@@ -37,26 +37,37 @@ def report() -> str:
     return "\n".join(lines)
 
 
+def devices() -> list[str]:
+    """Returns the processor and the GPUs, by the names that records have."""
+    return [
+        "cpu",
+        *(f"cuda:{i}" for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)),
+    ]
+
+
 def _described(operation: Operation[Any], backend: Backend[Any]) -> str:
-    on_request = backend.name == "cuda" and (operation.name == ATTENTION or not cuda.VERIFIED)
-    return f"{backend.name} (on request)" if on_request else backend.name
+    device = devices()[:2][-1 if backend.name in verified.ON_GPU else 0]  # the first GPU where there is one
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in triton_launch.DTYPES]
+    off = [dtype for dtype in dtypes if verified.reason(operation.public, backend.name, device, dtype)]
+    if not off or backend.name == "reference":
+        return backend.name
+    return f"{backend.name} (on request{'' if off == dtypes else ' in ' + ' and '.join(off)})"
 
 
 def triton_status() -> str:
-    """Returns Triton's version, where its kernels run, and on which GPUs they are verified."""
+    """Returns Triton's version and where its kernels run."""
     if reason := triton_launch.missing():
         return f"cannot run: {reason}"
     version = f"Triton {importlib.import_module('triton').__version__}"
-    verified = ", ".join(sorted(triton_launch.VERIFIED)) or "no GPU yet"
     if triton_launch.interpreted():
-        return f"{version}, in its interpreter on the CPU; verified on {verified}"
+        return f"{version}, in its interpreter on the CPU"
     if not torch.cuda.is_available():
-        return f"{version}; cannot run: PyTorch finds no GPU; verified on {verified}"
+        return f"{version}; cannot run: PyTorch finds no GPU"
     x = torch.empty(0, device="cuda")
     if reason := triton_launch.unavailable([x]):
         return f"{version}; cannot run: {reason}"
     architecture = triton_launch.architecture(x)
-    return f"{version} on {torch.cuda.get_device_name()} ({architecture}); verified on {verified}"
+    return f"{version} on {torch.cuda.get_device_name()} ({architecture})"
 
 
 def cuda_status() -> str:

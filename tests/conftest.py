@@ -22,6 +22,7 @@ if "IMF_REMOTE_KERNELS" in os.environ:
 
     remote_kernels.install(os.environ["IMF_REMOTE_KERNELS"])
 
+from imf_kernels import verify
 from imf_kernels.testing.cases import Case
 from tests.helpers.backends import (
     BACKENDS,
@@ -106,13 +107,6 @@ def poisoned_memory():
 
     That needs PyTorch's deterministic algorithms, which training does not use: tests of runs are without.
     """
-    filled, deterministic = (
-        torch.utils.deterministic.fill_uninitialized_memory,
-        torch.are_deterministic_algorithms_enabled(),
-    )
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = filled
+    with verify.poisoned_memory():
+        assert torch.empty(3).isnan().all()
+        yield

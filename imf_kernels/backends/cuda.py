@@ -1,4 +1,4 @@
-"""The compiled CUDA kernels: when they can run, and where they are the default."""
+"""The compiled CUDA kernels: when they can run. They are the default where verified.py says so."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from imf_kernels import _C
 from imf_kernels.backends.cpu import kernels as compiled
 from imf_kernels.backends.dispatch import Backend, cached_constant
 from imf_kernels.backends.layout import too_wide, unfit
-from imf_kernels.backends.verified import CUDA as VERIFIED
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 8192  # elements of a row in a block's registers: csrc/cuda/rows.h
@@ -22,7 +21,7 @@ def backend(operation: str, widest: int | None = None) -> Backend[Sequence[Tenso
     """Returns the `cuda` backend of an operation, for rows of the first tensor up to `widest`."""
     functions = compiled(operation)
     functions.shares = shares
-    return Backend("cuda", functions, partial(unavailable, widest=widest), opt_in)
+    return Backend("cuda", functions, partial(unavailable, widest=widest))
 
 
 @cached_constant
@@ -61,22 +60,6 @@ def runs_on(built: str, major: int, minor: int) -> bool:
     if kind == "real":  # machine code
         return number // 10 == major and number <= wanted
     return number <= wanted
-
-
-def opt_in(tensors: Sequence[Tensor]) -> str | None:
-    """Returns why the `cuda` backends are not the default for these tensors; `None` if they are."""
-    if not VERIFIED:
-        return "it runs on request, being verified on no GPU yet"
-    device = tensors[0].get_device()
-    if device < 0 or (name := _architecture(device)) in VERIFIED:  # unavailable without a GPU
-        return None
-    return f"it runs on request, not being verified on {name}"
-
-
-@cached_constant
-def _architecture(device: int) -> str:
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
 
 
 def shares(groups: int, length: int, width: int, count: int) -> int:
