@@ -29,7 +29,7 @@ from imf_kernels.testing.processes import Faults
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ON_GPU = 4  # processes: most of their time is Triton's compiler
 
-# Besides the small cases: tangents of the last sample only, no elements, and on GPUs sizes of training.
+# Beyond the small cases: tangents of the last sample only, no elements, and on GPUs sizes of training.
 FEWER_ROWS = (
     *("square", "width 33", "fewer heads of k", "other value width", "mask of bool", "width 37", "matrix"),
     *("a gate a sample", "fp32 stream", "dim 256", "four groups", "positions in two dimensions"),

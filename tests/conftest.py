@@ -23,6 +23,7 @@ if "IMF_REMOTE_KERNELS" in os.environ:
     remote_kernels.install(os.environ["IMF_REMOTE_KERNELS"])
 
 from imf_kernels import verify
+from imf_kernels.backends import verified
 from imf_kernels.testing.cases import Case
 from tests.helpers.backends import (
     BACKENDS,
@@ -99,6 +100,14 @@ def kernels(request, poisoned_memory):
     """The `cpu` backend with each instruction set in turn, and `triton`."""
     with running_on(request.param) as name:
         yield name
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_records():
+    """Tests choose as on a machine without a record of imf_kernels.verify."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verified, "record_of", lambda device: None)
+        yield
 
 
 @pytest.fixture

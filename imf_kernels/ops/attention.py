@@ -317,8 +317,8 @@ def scaled_dot_product_attention(
         scale: 1 / √D by default.
         enable_gqa: allows fewer heads of key and value, each shared by as many neighbouring heads of the
             query. Not for `cpu`.
-        backend: "cpu", "cuda" (on compute capability 9.0; the default where a record shows it faster), "triton",
-            "reference", or the best one that can run.
+        backend: "cpu", "cuda" (on compute capability 9.0; the default where a record shows it faster),
+            "triton", "reference", or the best one that can run.
 
     Returns:
         [B, H, L_q, D_v] of the query's dtype; a `Dual` if any of the three is one. Kernels return it in the
