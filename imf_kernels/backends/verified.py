@@ -95,15 +95,12 @@ class Record:
 @functools.cache
 def key_of(device: str) -> dict[str, str]:
     """Returns what a record of a device, "cpu" or "cuda:0", holds for: hardware, driver, versions."""
+    versions = {"torch": torch.__version__, "imf_kernels": imf_kernels.__version__}
     if device == "cpu":
-        key = {"device": f"{_processor()}, {_C.get_isa()}"}
-    else:
-        name = torch.cuda.get_device_name(device)
-        key = {"device": f"{name}, {architecture(device)}", "driver": _driver()}
-    key |= {"torch": torch.__version__, "imf_kernels": imf_kernels.__version__}
-    if device != "cpu" or triton_launch.interpreted():
-        key["triton"] = triton_launch.missing() or importlib.import_module("triton").__version__
-    return key
+        return {"device": f"{_processor()}, {_C.get_isa()}", **versions}
+    versions["triton"] = triton_launch.missing() or importlib.import_module("triton").__version__
+    name = f"{torch.cuda.get_device_name(device)}, {architecture(device)}"
+    return {"device": name, "driver": _driver(), **versions}
 
 
 def _processor() -> str:

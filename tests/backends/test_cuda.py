@@ -1,14 +1,12 @@
-"""The CUDA kernels: what they are refused for, where they are the default, what the compiler says of them.
+"""The CUDA kernels: what they are refused for, what the compiler says of them.
 
 That they are right is tested with the other backends, under the name `cuda`.
 """
 
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +15,7 @@ import torch
 
 import imf_kernels as ik
 from imf_kernels import _C, info
-from imf_kernels.backends import cuda, operators
-from imf_kernels.backends.dispatch import choose
+from imf_kernels.backends import cuda
 from tests.helpers.backends import CUDA_ON_GPU
 
 ROOT = Path(__file__).parents[2]
@@ -91,50 +88,6 @@ def test_rows_wider_than_a_block_holds_are_refused(monkeypatch):
     monkeypatch.undo()
     x.dtype = torch.float64
     assert "got float64" in cuda.unavailable([x], widest=8192)
-
-
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_default_where_verified(monkeypatch, operation):
-    """Elsewhere Triton is; on request the kernels run everywhere."""
-    x = SimpleNamespace(get_device=lambda: 0)  # on a GPU
-    monkeypatch.setattr(cuda, "_architecture", lambda device: "sm_90")
-    table = [
-        replace(b, unavailable=lambda tensors: None)
-        for b in operators.OPERATIONS[operation].backends
-        if b.name != "cpu"
-    ]
-    for verified, expected in (((), "triton"), (("sm_80",), "triton"), (("sm_80", "sm_90"), "cuda")):
-        monkeypatch.setattr(cuda, "VERIFIED", frozenset(verified))
-        assert choose(operation, table, None, [x]).name == expected
-        assert choose(operation, table, "cuda", [x]).name == "cuda"
-
-
-def _script():
-    specification = importlib.util.spec_from_file_location(
-        "verified", ROOT / "benchmarks" / "tools" / "verified.py"
-    )
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-def test_the_list_of_verified_gpus_is_what_the_records_say(tmp_path):
-    script = _script()
-    assert script.text(script.RESULTS) == script.TARGET.read_text()
-    record = tmp_path / "results" / "a-gpu"
-    record.mkdir(parents=True)
-    (record / "machine.txt").write_text(
-        "name, driver_version\nNVIDIA H200, 580.1, 143771 MiB, 9.0, 1980 MHz\n"
-    )
-    (record / "stages.tsv").write_text("stage\texit code\tseconds\nbuild\t0\t9\ntests\t0\t9\n")
-    xml = '<testsuite><testcase name="test_error_rule[cuda-silu vector]">{}</testcase></testsuite>'
-    (record / "tests.xml").write_text(xml.format(""))
-    assert 'frozenset({"sm_90"})' in script.text(record.parent)
-    (record / "tests.xml").write_text(xml.format("<skipped/>"))
-    assert "frozenset()" in script.text(record.parent)
-    (record / "tests.xml").write_text(xml.format(""))
-    (record / "stages.tsv").write_text("stage\texit code\tseconds\nbuild\t0\t9\ntests\t1\t9\n")
-    assert "frozenset()" in script.text(record.parent)
 
 
 @pytest.mark.slow

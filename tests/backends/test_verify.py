@@ -1,4 +1,4 @@
-"""`python -m imf_kernels.verify` names what is wrong, in every operation, result and dtype, and survives crashes."""
+"""`python -m imf_kernels.verify` names what is wrong: every operation, result and dtype, crashes too."""
 
 import json
 import os
@@ -20,6 +20,7 @@ from imf_kernels.testing.cases import SMALL
 NAMES = "square, width 33, width 37, digits, other value width, a gate a sample, matrix, dim 256, one group"
 CASES = {case.operation: case for case in SMALL if case.name in NAMES.split(", ")}
 GELU_TANH = next(case for case in SMALL if str(case) == "gelu tanh")
+RECORD_OF = verified.record_of  # before tests turn it off
 OUTPUTS = {"qk_norm_rope": 2}
 RESULTS = [
     pytest.param(operation, result, id=f"{operation}, {result}")
@@ -126,7 +127,8 @@ def test_all_operations_are_broken_above():
 WRITTEN = [
     (kernel, function, i)
     for name, schema in ik._C.schemas.items()
-    if (kernel := name.rpartition("_")[0]) and (function := name.rpartition("_")[2]) in ("forward", "backward")
+    if (kernel := name.rpartition("_")[0])
+    and (function := name.rpartition("_")[2]) in ("forward", "backward")
     for i, argument in enumerate(schema.partition("(")[2].split(", "))
     if "!" in argument and not argument.endswith(" partial")  # the kernel's own room
 ]
@@ -134,7 +136,7 @@ WRITTEN = [
 
 @pytest.mark.parametrize(("kernel", "function", "i"), WRITTEN)
 def test_what_a_kernel_leaves_unwritten_is_seen(kernel, function, i, monkeypatch, capsys, without_triton):
-    """One value of each tensor that a kernel writes: outputs, tangents, statistics for backward, gradients."""
+    """One value of each tensor that a kernel writes: outputs, tangents, statistics, gradients."""
     served = [operation for operation in OPERATIONS.values() if operation.kernels == kernel]
     only(monkeypatch, *(GELU_TANH if o.name == "gelu_tanh" else CASES[o.public] for o in served))
     kernels = served[0].backends[0].kernels
@@ -153,3 +155,108 @@ def test_what_a_kernel_leaves_unwritten_is_seen(kernel, function, i, monkeypatch
     assert {line.split(", ")[1].split(": ")[0] for line in failures} == {"float32", "bfloat16"}
     assert {line.split(": ")[2].split()[0] for line in failures} == {o.public for o in served}
     assert all(" values are not finite" in line for line in failures), failures
+
+
+@pytest.mark.skipif(triton_launch.missing() is not None, reason=str(triton_launch.missing()))
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU nothing is interpreted")
+def test_triton_kernels_are_checked_where_they_run(monkeypatch, capsys, cache):
+    case = CASES["silu"]
+    only(monkeypatch, case)
+    break_result(monkeypatch, case, "tangent 0", torch.float16, "triton")
+    assert verify.main(["--device", "cpu"], 0) == 1
+    assert f"FAILED: triton, float16: {case}, tangent 0: " in capsys.readouterr().out
+    results = record(cache)["silu"]
+    assert set(results["triton"]) == {"float32", "float16"}, "bfloat16 is refused in the interpreter"
+    assert results["triton"]["float32"] is None and set(results["reference"]) == {"float16"}
+
+
+def test_an_error_of_a_kernel_is_a_fault(monkeypatch, capsys, without_triton):
+    def fail(*arguments):
+        raise RuntimeError("no kernel image is available\nfor this device")
+
+    only(monkeypatch, CASES["silu"])
+    monkeypatch.setattr(OPERATIONS["silu"].backends[0].kernels, "backward", fail)
+    assert verify.main(["--device", "cpu"], 0) == 1
+    wanted = "FAILED: cpu, bfloat16: silu matrix: RuntimeError: no kernel image is available\n"
+    assert wanted in capsys.readouterr().out
+
+
+def test_a_run_of_one_operation_keeps_the_results_of_the_others(monkeypatch, cache, without_triton):
+    monkeypatch.setattr(verified, "record_of", RECORD_OF.__wrapped__)
+    only(monkeypatch, CASES["silu"], CASES["gelu"])
+    for operation in ("silu", "gelu"):
+        assert verify.main(["--device", "cpu", "--operation", operation], 0) == 0
+    assert set(record(cache)) == {"silu", "gelu"}
+
+
+def test_a_cache_that_cannot_be_written_is_said(monkeypatch, tmp_path, capsys, without_triton):
+    (tmp_path / "imf_kernels").touch()  # a file instead of the folder
+    only(monkeypatch, CASES["silu"])
+    assert verify.main(["--device", "cpu"], 0) == 0
+    printed = capsys.readouterr()
+    assert "silu                          cpu        passed    passed    -" in printed.out
+    assert "The record could not be written, so this run changes nothing: [Errno " in printed.err
+    break_result(monkeypatch, CASES["silu"], "output 0", torch.float32, "cpu")
+    assert verify.main(["--device", "cpu"], 0) == 1
+
+
+@pytest.mark.parametrize("words", ["--device cuda:x", "--device mps", "--operation relu"])
+def test_wrong_options(words, capsys):
+    with pytest.raises(SystemExit):
+        verify.main(words.split())
+    assert words.split()[0] in capsys.readouterr().err
+
+
+class Ends:
+    """A check that passes, fails, crashes or hangs."""
+
+    def __init__(self, how):
+        self.how = how
+
+    def run(self):
+        if self.how == "crashes":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if self.how == "hangs":
+            time.sleep(600)
+        return [f"CUDA error in {os.getpid()}"] if self.how == "breaks its process" else [str(os.getpid())]
+
+
+def test_a_check_that_crashes_or_breaks_its_process_fails_alone():
+    checks = [Ends(how) for how in ("passes", "crashes", "breaks its process", "passes", "passes")]
+    found = {check: faults for check, faults in processes.run(checks, 1)}
+    assert list(found) == checks
+    first, crash, broken, *last = (faults[0] for faults in found.values())
+    assert crash == f"the process ended with exit code {-signal.SIGSEGV}"
+    assert len({first, broken.rpartition(" ")[2], *last}) == 3 and last[0] == last[1]
+
+
+def test_a_check_that_hangs_is_ended(monkeypatch):
+    monkeypatch.setattr(processes, "SECONDS", 1.0)
+    ((_, faults),) = processes.run([Ends("hangs")], 1)
+    assert faults == ["no result after 1 s"]
+
+
+def test_as_a_command(cache):
+    """In processes of its own: a line of progress, the table, the path of the record."""
+    command = [sys.executable, "-m", "imf_kernels.verify", "--device", "cpu"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [*command, "--operation", "silu", "--operation", "prepend_tokens"],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
+    (file,) = cache.iterdir()
+    assert run.stdout.startswith("device ") and run.stdout.endswith(f"record: {file}\n")
+    assert "\nprepend_tokens                reference  passed    passed    passed\n" in run.stdout
+
+
+@pytest.mark.slow
+def test_all_of_it_takes_less_than_two_minutes():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["OMP_NUM_THREADS"] = "2"
+    began = time.monotonic()
+    subprocess.run(
+        [sys.executable, "-m", "imf_kernels.verify", "--device", "cpu"], env=environment, check=True
+    )
+    assert time.monotonic() - began < 120
