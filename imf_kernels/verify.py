@@ -11,8 +11,10 @@ import argparse
 import contextlib
 import functools
 import os
+import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +84,7 @@ class Check:
         return f"{self.backend}, {_name(self.dtype)}, {self.case}"
 
     def run(self) -> Faults:
-        """Returns what is wrong, a line each; `None` where the backend refuses the case."""
+        """Returns what is wrong, a line each; `None` where the backend refuses or memory is short."""
         definition = errors.PLAIN if self.backend == "reference" else "reference"
         try:
             with torch.device(self.device), poisoned_memory():
@@ -93,7 +95,8 @@ class Check:
                     torch.cuda.synchronize()
                 return faults + [f"{line} (without tangents)" for line in without]
         except Exception as error:
-            if f"backend {self.backend!r} cannot run" in str(error):
+            refused = f"backend {self.backend!r} cannot run" in str(error)
+            if refused or isinstance(error, torch.OutOfMemoryError):  # as fp64 may need more than a GPU has
                 return None
             return [f"{self.case}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"]
 
@@ -169,7 +172,8 @@ def summary(done: Mapping[Check, Faults]) -> dict[str, dict[str, dict[str, list[
         if faults is not None:
             found = first.setdefault((check.case.operation, check.backend, _name(check.dtype)), {})
             for line in faults:
-                found.setdefault(line.partition(": RMS")[0].rpartition(", ")[2], line)
+                result = re.search(r", (output|tangent|gradient of) \w+:", line)
+                found.setdefault(result[0] if result else "an error", line)
     results: dict[str, dict[str, dict[str, list[str]]]] = {}
     for (operation, backend, dtype), lines in sorted(first.items()):
         results.setdefault(operation, {}).setdefault(backend, {})[dtype] = list(lines.values())
@@ -201,7 +205,10 @@ def time_cuda(operation: str, device: str) -> float:
         case.run(primals, backend)
 
     calls = {name: functools.partial(forward, name) for name in verified.ON_GPU}
-    return timer.ratios(timer.side_by_side(calls, synchronize=torch.cuda.synchronize), "triton")["cuda"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the kernels are not verified yet
+        times = timer.side_by_side(calls, synchronize=torch.cuda.synchronize)
+    return timer.ratios(times, "triton")["cuda"]
 
 
 def main(arguments: Sequence[str] | None = None, count: int | None = None) -> int:

@@ -239,9 +239,8 @@ def status(device: str) -> str:
     """Returns which record verifies a device, and what failed."""
     record = record_of(device)
     if record is not None:
-        tried = sum(len(dtypes) for backends in record.results.values() for dtypes in backends.values())
-        failed = record.failed()
-        return f"{tried - len(failed)} passed, {', '.join(failed) or 'none'} failed, by {path_of(record.key)}"
+        failed = ", ".join(record.failed()) or "none"
+        return f"{len(record.results)} operations checked, {failed} failed, by {path_of(record.key)}"
     if architecture(device) in committed():
         return f"by this repository's record of {architecture(device)}"
     return "no record; `python -m imf_kernels.verify` makes one"

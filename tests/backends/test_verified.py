@@ -214,7 +214,7 @@ def test_info_shows_the_records(cache, monkeypatch, gpu):
     verified.record_of.cache_clear()
     path = Record(cpu_key(), FAILED).write()
     text = info.report()
-    assert f"verified, cpu       1 passed, silu (cpu, bfloat16) failed, by {path}" in text
+    assert f"verified, cpu       1 operations checked, silu (cpu, bfloat16) failed, by {path}" in text
     assert "\nsilu                          cpu (on request in bfloat16), " in text
     assert f"\n{SDPA}  cpu, cuda (on request), triton, reference" in text
     monkeypatch.setattr(info, "devices", lambda: ["cpu", "cuda:0"])

@@ -21,6 +21,7 @@ NAMES = "square, width 33, width 37, digits, other value width, a gate a sample,
 CASES = {case.operation: case for case in SMALL if case.name in NAMES.split(", ")}
 GELU_TANH = next(case for case in SMALL if str(case) == "gelu tanh")
 RECORD_OF = verified.record_of  # before tests turn it off
+FP16 = torch.float16
 OUTPUTS = {"qk_norm_rope": 2}
 RESULTS = [
     pytest.param(operation, result, id=f"{operation}, {result}")
@@ -179,6 +180,42 @@ def test_an_error_of_a_kernel_is_a_fault(monkeypatch, capsys, without_triton):
     assert verify.main(["--device", "cpu"], 0) == 1
     wanted = "FAILED: cpu, bfloat16: silu matrix: RuntimeError: no kernel image is available\n"
     assert wanted in capsys.readouterr().out
+
+
+def test_memory_that_is_short_says_nothing_of_a_kernel(monkeypatch, without_triton):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(verify.errors, "problem", fail)
+    assert verify.Check(0, torch.float32, "cpu", "cpu").run() is None
+
+
+class Timed:
+    """A case whose forward takes 2 ms by `cuda` and 4 ms by `triton`."""
+
+    def draw(self, generator, dtype):
+        return {"x": torch.ones(2, dtype=dtype)}, {"x": torch.ones(2, dtype=dtype)}
+
+    def run(self, arguments, backend):
+        time.sleep({"cuda": 0.002, "triton": 0.004}[backend])
+
+
+@pytest.mark.parametrize("faults", [[], ["attention, output 0: wrong"]], ids=["right", "wrong"])
+def test_cuda_is_timed_against_triton_where_both_passed(faults, monkeypatch, capsys, cache):
+    operation = "scaled_dot_product_attention"
+    only(monkeypatch, CASES[operation])
+    done = {
+        verify.Check(0, torch.bfloat16, "cuda", "cpu"): [],
+        verify.Check(0, FP16, "triton", "cpu"): faults,
+    }
+    monkeypatch.setattr(verify, "run", lambda device, operations, count: done)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setitem(verify.TIMED, operation, Timed())
+    assert verify.main(["--device", "cpu"]) == bool(faults)
+    assert (f"{operation}: cuda takes 0." in capsys.readouterr().out) == (not faults)
+    (file,) = cache.iterdir()
+    ratios = json.loads(file.read_text())["ratios"]
+    assert 0.3 < ratios[operation] < 0.9 if not faults else ratios == {}
 
 
 def test_a_run_of_one_operation_keeps_the_results_of_the_others(monkeypatch, cache, without_triton):
