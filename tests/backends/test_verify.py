@@ -183,7 +183,7 @@ def test_an_error_of_a_kernel_is_a_fault(monkeypatch, capsys, without_triton):
 
 
 def test_memory_that_is_short_says_nothing_of_a_kernel(monkeypatch, without_triton):
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(verify.errors, "problem", fail)
