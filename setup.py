@@ -44,8 +44,6 @@ class CMakeBuild(build_ext):
             f"-DIMF_CUDA={os.environ.get('IMF_CUDA', 'auto')}",
             f"-DIMF_WERROR={os.environ.get('IMF_WERROR', 'OFF')}",
         ]
-        if architectures := os.environ.get("IMF_CUDA_ARCHITECTURES"):
-            configure.append(f"-DIMF_CUDA_ARCHITECTURES={architectures}")
         subprocess.run(configure, check=True)
         subprocess.run([program("cmake"), "--build", str(build), "--target", "imf_kernels"], check=True)
 

@@ -4,16 +4,11 @@
 
 #include "cpu/isa.h"
 #include "key.h"
-#if defined(IMF_CUDA_ARCHITECTURES)
+#if defined(IMF_CUDA)
 #include "cuda/runtime.h"
 #define IMF_CUDA_KERNEL(function) cuda::function
 #else
 #define IMF_CUDA_KERNEL(function) nullptr
-#endif
-#if defined(IMF_CUDA_SM90)
-#define IMF_HOPPER_KERNEL(function) cuda::function
-#else
-#define IMF_HOPPER_KERNEL(function) nullptr
 #endif
 #define IMF_CPU_KERNEL(function) nullptr
 
@@ -47,15 +42,10 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("openmp") = false;
 #endif
-#if defined(IMF_CUDA_SM90)
-  m.attr("cuda_sm90") = true;
-#else
-  m.attr("cuda_sm90") = false;
-#endif
-#if defined(IMF_CUDA_ARCHITECTURES)
-  m.attr("cuda_architectures") = IMF_CUDA_ARCHITECTURES;
+#if defined(IMF_CUDA)
+  m.attr("cuda") = true;
   m.def("cuda_unavailable", &cuda::unavailable);
 #else
-  m.attr("cuda_architectures") = "";
+  m.attr("cuda") = false;
 #endif
 }

@@ -1,7 +1,7 @@
 // Tensor views for kernels; Python keeps the memory during a call. Sizes and strides count elements.
 #pragma once
 
-#include "common/types.h"
+#include "types.h"
 
 namespace imf {
 

@@ -71,15 +71,15 @@ def triton_status() -> str:
 
 
 def cuda_status() -> str:
-    """Returns the CUDA architectures that were built, and why there are none or why they cannot run."""
+    """Returns whether the CUDA kernels were built, and why not or why they cannot run."""
     if torch.version.hip:
         return f"cannot run: {cuda.missing()}"
-    if not _C.cuda_architectures:
+    if not _C.cuda:
         toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
         if nvcc := shutil.which("nvcc") or shutil.which("nvcc", path=f"{toolkit}/bin"):
             return f"not built, though nvcc is at {nvcc}: set IMF_CUDA=ON and install again"
         return "not built: that needs nvcc, on PATH or in CUDA_HOME"
-    built = f"built for {_C.cuda_architectures}"
+    built = "attention, built for compute capability 9.0"
     reason = cuda.missing()
     return f"{built}; cannot run: {reason}" if reason else built
 

@@ -1,7 +1,7 @@
 """What the tests of the operations share: backends, poisoned memory, the number of threads.
 
 On a machine with a GPU the `triton` backend runs on it, elsewhere in Triton's interpreter, on the CPU; the
-`cuda` backend likewise, elsewhere compiled for the CPU (tests/cuda_host), which is slow to build.
+`cuda` backend runs on a GPU of compute capability 9.0 alone.
 """
 
 import os
@@ -27,7 +27,7 @@ from imf_kernels.backends import verified
 from imf_kernels.testing.cases import Case
 from tests.helpers.backends import (
     BACKENDS,
-    CUDA_ON_GPU,
+    HOPPER,
     KERNELS,
     ON_GPU,
     has,
@@ -45,9 +45,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         backend = parameters.get("backend", parameters.get("kernels"))
-        if backend == "cuda" and not CUDA_ON_GPU:
-            item.add_marker(pytest.mark.slow)
-        if (backend == "triton" and ON_GPU) or (backend == "cuda" and CUDA_ON_GPU):
+        if backend == "cuda" or (backend == "triton" and ON_GPU):
             item.add_marker(pytest.mark.gpu)
         interpreted = backend == "triton" and not ON_GPU
         attention = "scaled_dot_product_attention" in str(parameters.get("case"))
@@ -72,16 +70,13 @@ def _exists(item):
     if backend == "triton":
         return has_triton(operation) and not (large and not ON_GPU) and takes(case, dtype, backend)
     if backend == "cuda":
-        if operation == "scaled_dot_product_attention":
-            return _hoppertakes(case, dtype)
-        emulated = not large
-        return has("cuda", operation) and (CUDA_ON_GPU or emulated) and takes(case, dtype, backend)
+        return has("cuda", operation) and _hopper_takes(case, dtype)
     return (backend == "reference" or has("cpu", operation)) and takes(case, dtype, backend)
 
 
-def _hoppertakes(case, dtype):
-    """Of attention's cases those of its kernel for Hopper, which is emulated by tests of its own."""
-    if not CUDA_ON_GPU or torch.cuda.get_device_capability() != (9, 0) or case is None:
+def _hopper_takes(case, dtype):
+    """Whether attention's kernel for Hopper takes a case."""
+    if not HOPPER or case is None:
         return False
     widths = {x.shape[3] for name, x in case.inputs.items() if name != "attn_mask"}
     plain = "attn_mask" not in case.inputs and "is_causal" not in case.options

@@ -3,7 +3,7 @@
 
 #include <stdexcept>
 
-#include "common/types.h"
+#include "types.h"
 
 namespace imf::IMF_ISA {
 namespace {

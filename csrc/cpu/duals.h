@@ -4,12 +4,24 @@
 
 #include <type_traits>
 
-#include "common/rows.h"
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
+#include "tensor.h"
 
 namespace imf::IMF_ISA {
 namespace {
+
+inline index_t stride_of(const Rows& x) { return x.stride; }
+inline index_t stride_of(const Floats& x) { return x.width; }
+
+// Returns the address of column j of row i; null without a view.
+template <typename T = const float, typename View>
+inline T* row_of(const View& x, index_t i, index_t j = 0) {
+  return x.data ? static_cast<T*>(x.data) + i * stride_of(x) + j : nullptr;
+}
+
+// Returns the number of rows per group.
+inline index_t length_of(index_t rows, index_t groups) { return groups > 1 ? rows / groups : rows; }
 
 template <typename Number>
 constexpr bool is_dual = !std::is_same_v<Number, Vec>;

@@ -1,6 +1,6 @@
 // SiLU and GELU with their tangents, and their primal backward. Formulas: imf_kernels/ops/elementwise.py.
-#include "common/gelu.h"
 #include "cpu/elements.h"
+#include "cpu/gelu.h"
 
 namespace imf::IMF_ISA {
 

@@ -4,7 +4,7 @@
 
 #include <exception>
 
-#include "common/types.h"
+#include "types.h"
 
 #if defined(_OPENMP)
 #include <omp.h>

@@ -33,6 +33,16 @@ struct Rotation {
   }
 };
 
+// Row (b, l, h), counted in this order, the memory order of projections.
+struct RowPosition {
+  index_t b, l, h;
+};
+
+inline RowPosition position_of(index_t row, const Heads& x) {
+  const index_t position = row / x.heads, b = position / x.length;
+  return {b, position - b * x.length, row - position * x.heads};
+}
+
 // Moves to the next row of x.
 inline void advance(RowPosition& at, const Heads& x) {
   if (++at.h < x.heads) return;
@@ -40,6 +50,19 @@ inline void advance(RowPosition& at, const Heads& x) {
   if (++at.l < x.length) return;
   at.l = 0;
   ++at.b;
+}
+
+// Returns the address of a row in x, which begins with sample `first`.
+template <typename T>
+inline T* row_of(const Heads& x, RowPosition at, index_t first = 0) {
+  return static_cast<T*>(x.data) + (at.b - first) * x.stride[0] + at.h * x.stride[1] + at.l * x.stride[2];
+}
+
+// Returns whether x lies in memory as [batch, length, heads, width].
+inline bool positions_first(const Heads& x) {
+  return x.batch * x.heads * x.length * x.width == 0 ||
+         ((x.heads == 1 || x.stride[1] == x.width) && (x.length == 1 || x.stride[2] == x.heads * x.width) &&
+          (x.batch == 1 || x.stride[0] == x.length * x.heads * x.width));
 }
 
 template <typename T>

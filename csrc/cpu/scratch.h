@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "common/types.h"
+#include "types.h"
 
 namespace imf::IMF_ISA {
 namespace {

@@ -8,8 +8,8 @@
 
 #include <cmath>
 
-#include "common/dual.h"
-#include "common/types.h"
+#include "cpu/dual.h"
+#include "types.h"
 
 #if IMF_ISA_LEVEL >= 2 && defined(IMF_X86)
 #include <immintrin.h>

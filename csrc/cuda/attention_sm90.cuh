@@ -22,7 +22,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "common/types.h"
 #include "cuda/attention_items.h"
 #include "cuda/ptx/descriptor.h"
 #include "cuda/ptx/mbarrier.h"
@@ -30,6 +29,7 @@
 #include "cuda/ptx/sync.h"
 #include "cuda/ptx/tma.h"
 #include "cuda/ptx/wgmma.h"
+#include "types.h"
 
 namespace imf::cuda::sm90 {
 

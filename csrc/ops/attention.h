@@ -26,7 +26,7 @@ struct AttentionBackward {
                 Optional<Out<Heads>> dk; Optional<Out<Heads>> dv; float scale; bool is_causal;)
 };
 
-IMF_DECLARE(attention_forward, AttentionForward, HOPPER)
+IMF_DECLARE(attention_forward, AttentionForward, CUDA)
 IMF_DECLARE(attention_backward, AttentionBackward, CPU)
 
 }  // namespace imf

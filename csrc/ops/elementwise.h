@@ -17,11 +17,11 @@ struct ElementwiseBackward {
   IMF_ARGUMENTS(Elements x; Elements dy; Out<Elements> dx;)
 };
 
-IMF_DECLARE(silu_forward, ElementwiseForward, CUDA)
-IMF_DECLARE(silu_backward, ElementwiseBackward, CUDA)
-IMF_DECLARE(gelu_forward, ElementwiseForward, CUDA)
-IMF_DECLARE(gelu_backward, ElementwiseBackward, CUDA)
-IMF_DECLARE(gelu_tanh_forward, ElementwiseForward, CUDA)
-IMF_DECLARE(gelu_tanh_backward, ElementwiseBackward, CUDA)
+IMF_DECLARE(silu_forward, ElementwiseForward, CPU)
+IMF_DECLARE(silu_backward, ElementwiseBackward, CPU)
+IMF_DECLARE(gelu_forward, ElementwiseForward, CPU)
+IMF_DECLARE(gelu_backward, ElementwiseBackward, CPU)
+IMF_DECLARE(gelu_tanh_forward, ElementwiseForward, CPU)
+IMF_DECLARE(gelu_tanh_backward, ElementwiseBackward, CPU)
 
 }  // namespace imf

@@ -22,7 +22,7 @@ struct GatedResidualBackward {
                 Out<Floats> dgate;)                      // [groups, 1, width]
 };
 
-IMF_DECLARE(gated_residual_forward, GatedResidualForward, CUDA)
-IMF_DECLARE(gated_residual_backward, GatedResidualBackward, CUDA)
+IMF_DECLARE(gated_residual_forward, GatedResidualForward, CPU)
+IMF_DECLARE(gated_residual_backward, GatedResidualBackward, CPU)
 
 }  // namespace imf

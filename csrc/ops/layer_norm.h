@@ -26,7 +26,7 @@ struct LayerNormBackward {
                 float one;)
 };
 
-IMF_DECLARE(layer_norm_forward, LayerNormForward, CUDA)
-IMF_DECLARE(layer_norm_backward, LayerNormBackward, CUDA)
+IMF_DECLARE(layer_norm_forward, LayerNormForward, CPU)
+IMF_DECLARE(layer_norm_backward, LayerNormBackward, CPU)
 
 }  // namespace imf

@@ -1,5 +1,5 @@
-// Kernel arguments, listed once: CPU and CUDA functions take the struct; the Python binding, its stub and the
-// operator's schema are derived from it (csrc/bindings.h).
+// Kernel arguments, listed once: kernels take the struct; the Python binding, its stub and the operator's
+// schema are derived from it (csrc/bindings.h).
 #pragma once
 
 #include "cpu/isa.h"
@@ -12,7 +12,7 @@
   static constexpr char fields[] = #__VA_ARGS__;
 
 // Declares `function` for each CPU instruction set and for CUDA, and registers it (csrc/bindings.cpp). `on`:
-// CPU alone, CUDA for both, or HOPPER for the CPU and sm_90a.
+// CPU alone, or CUDA for both.
 #define IMF_DECLARE(function, Arguments, on)            \
   IMF_DECLARE_PER_ISA(void function(const Arguments&);) \
   namespace cuda {                                      \

@@ -22,7 +22,7 @@ struct RmsNormBackward {
   )
 };
 
-IMF_DECLARE(rms_norm_forward, RmsNormForward, CUDA)
-IMF_DECLARE(rms_norm_backward, RmsNormBackward, CUDA)
+IMF_DECLARE(rms_norm_forward, RmsNormForward, CPU)
+IMF_DECLARE(rms_norm_backward, RmsNormBackward, CPU)
 
 }  // namespace imf

@@ -16,7 +16,7 @@ struct SwigluBackward {
   IMF_ARGUMENTS(Rows x; Rows dy; Out<Rows> dx;)
 };
 
-IMF_DECLARE(swiglu_forward, SwigluForward, CUDA)
-IMF_DECLARE(swiglu_backward, SwigluBackward, CUDA)
+IMF_DECLARE(swiglu_forward, SwigluForward, CPU)
+IMF_DECLARE(swiglu_backward, SwigluBackward, CPU)
 
 }  // namespace imf

@@ -108,7 +108,8 @@ def use_backend(name: str | None) -> Iterator[None]:
     recomputes there too; `torch.utils.checkpoint` recomputes on the backend that its backward finds set.
 
     Args:
-        name: "reference", "cpu", "triton" or "cuda"; `None` for the first that can run.
+        name: "reference", "cpu", "triton" or "cuda", which means "triton" in all operations but attention;
+            `None` for the first that can run.
 
     Raises:
         ValueError: for another name.

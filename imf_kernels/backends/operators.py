@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionMeta
 
 from imf_kernels import _C
-from imf_kernels.backends import cpu, cuda, triton_launch, verified
+from imf_kernels.backends import cpu, triton_launch, verified
 from imf_kernels.backends.dispatch import (
     Asked,
     Backend,
@@ -209,7 +209,7 @@ _FUNCTIONS = ("forward", "backward", "grad_input", "grad_weight")
 def compiled(
     kernels: str, *, reduces: bool = False, triton: tuple[str, str | None] | None = None
 ) -> tuple[Backend[Sequence[Tensor]], ...]:
-    """Returns the `cpu`, `cuda` and `triton` backends of kernels of one name.
+    """Returns the `cpu` and `triton` backends of kernels of one name.
 
     Args:
         reduces: whether they hold complete rows of the first tensor in registers, whose number is limited.
@@ -217,7 +217,6 @@ def compiled(
     """
     return (
         cpu.backend(kernels),
-        cuda.backend(kernels, cuda.WIDEST if reduces else None),
         triton_launch.backend(*(triton or (kernels, None)), triton_launch.WIDEST if reduces else None),
     )
 

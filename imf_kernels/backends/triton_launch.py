@@ -88,8 +88,12 @@ def _too_old(device: int) -> str | None:
 
 
 def backend(module: str, name: str | None = None, widest: int | None = None) -> Backend[Sequence[Tensor]]:
-    """Returns an operation's `triton` backend, see `Kernels`, for rows of the first tensor up to `widest`."""
-    return Backend("triton", Kernels(module, name), functools.partial(unavailable, widest=widest))
+    """Returns an operation's `triton` backend, see `Kernels`, for rows of the first tensor up to `widest`.
+
+    The name "cuda" means it too: only attention has CUDA kernels, and one name serves a network.
+    """
+    fits = functools.partial(unavailable, widest=widest)
+    return Backend("triton", Kernels(module, name), fits, aliases=("cuda",))
 
 
 class Kernels:

@@ -248,8 +248,6 @@ def _cuda_unavailable(asked: _Asked) -> str | None:
         return "it needs at least one key"
     if reason := cuda.missing():
         return reason
-    if not _C.cuda_sm90:
-        return f"it was not built for sm_90a, but for {_C.cuda_architectures}"
     capability = torch.cuda.get_device_capability(asked.q.device)
     if capability != (9, 0):
         return f"it runs on compute capability 9.0, got {capability[0]}.{capability[1]}"

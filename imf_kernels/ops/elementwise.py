@@ -6,8 +6,7 @@ Backward: dx = f′(x) dy.
 - GELU: f(x) = x s(x), f′(x) = s(x) + x s′(x), with s the normal distribution Φ(x) = (1 + erf(x / √2)) / 2 or
   its approximation (1 + tanh(√(2 / π) (x + 0.044715 x³))) / 2.
 Source: Hendrycks and Gimpel, "Gaussian Error Linear Units" (2016); as `torch.nn.functional.silu` and `gelu`.
-Kernels: csrc/ops/elementwise.h, csrc/cpu/elementwise.cpp, csrc/cuda/elementwise.cu,
-backends/triton_kernels/elementwise.py.
+Kernels: csrc/ops/elementwise.h, csrc/cpu/elementwise.cpp, backends/triton_kernels/elementwise.py.
 """
 
 from __future__ import annotations
@@ -128,7 +127,7 @@ def silu(x: TensorOrDual, *, backend: str | None = None) -> TensorOrDual:
     Args:
         x: any shape and strides, float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu`:
             not float16).
-        backend: "cpu", "cuda", "triton", "reference", or the best one that can run.
+        backend: "cpu", "triton", "reference", or the best one that can run. "cuda" means "triton".
 
     Returns:
         Like x in shape and dtype; a `Dual` if `x` is one. Computed in fp32, rounded once.
@@ -148,7 +147,7 @@ def gelu(x: TensorOrDual, *, approximate: str = "none", backend: str | None = No
         x: any shape and strides, float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu`:
             not float16).
         approximate: "none", or "tanh" for x · (1 + tanh(√(2 / π) (x + 0.044715 x³))) / 2.
-        backend: "cpu", "cuda", "triton", "reference", or the best one that can run.
+        backend: "cpu", "triton", "reference", or the best one that can run. "cuda" means "triton".
 
     Returns:
         Like x in shape and dtype; a `Dual` if `x` is one. Computed in fp32, rounded once.

@@ -4,8 +4,7 @@ Tangent:  ẏ = ẋ + ḃ · g + b · ġ (a gate shared by all rows is a weight 
 Backward: dx = dy,  db = dy · g,  dg = Σ dy · b over the rows that share the gate.
 Source: the residual scales of iMF (Geng et al., "Improved Mean Flows", 2025, arXiv 2512.02012); for gates per
 sample DiT (Peebles and Xie, "Scalable Diffusion Models with Transformers", 2022, arXiv 2212.09748).
-Kernels: csrc/ops/gated_residual.h, csrc/cpu/gated_residual.cpp, csrc/cuda/gated_residual.cu,
-backends/triton_kernels/gated_residual.py.
+Kernels: csrc/ops/gated_residual.h, csrc/cpu/gated_residual.cpp, backends/triton_kernels/gated_residual.py.
 """
 
 from __future__ import annotations
@@ -118,7 +117,7 @@ def gated_residual(
         branch: like x; bfloat16 and float16 may be added to a stream of float32.
         gate: [d], one gate per channel, of any floating-point type and without a tangent; or [B, d], one row
             per sample of x [B, ..., d], of any of x's types.
-        backend: "cpu", "cuda", "triton", "reference", or the best one that can run.
+        backend: "cpu", "triton", "reference", or the best one that can run. "cuda" means "triton".
 
     Returns:
         Like x; a `Dual` if any argument is one. Computed in fp32, rounded once.

@@ -3,8 +3,8 @@
 Tangent:  ẏ = ṅ · w with ṅ = r · (ẋ − mean(ẋ) − n · mean(n ẋ)).
 Backward: with g = dy · w:  dx = r · (g − mean(g) − n · mean(g n)),  dw = Σ_rows dy · n,  db = Σ_rows dy.
 Source: Ba, Kiros and Hinton, "Layer Normalization" (2016); as `torch.nn.functional.layer_norm`.
-Kernels: csrc/ops/layer_norm.h, csrc/cpu/layer_norm.cpp, csrc/cuda/layer_norm.cu,
-backends/triton_kernels/layer_norm.py. They serve layer_norm_modulate too, as w and b are a scale and a shift.
+Kernels: csrc/ops/layer_norm.h, csrc/cpu/layer_norm.cpp, backends/triton_kernels/layer_norm.py. They
+serve layer_norm_modulate too, as w and b are a scale and a shift.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def layer_norm(
         weight, bias: [d], of any floating-point type; 1 and 0 where they are not given.
         eps: added to the variance.
         dtype: of the result; x's by default. An fp32 stream may be normalised into bf16 or fp16 operands.
-        backend: "cpu", "cuda", "triton", "reference", or the best one that can run.
+        backend: "cpu", "triton", "reference", or the best one that can run. "cuda" means "triton".
 
     Returns:
         [..., d]; a `Dual` if `x` is one. Statistics are computed in fp32, with full accuracy for values with

@@ -96,7 +96,7 @@ def layer_norm_modulate(
         shift, scale: [B, d], one row per sample, each of any of these types.
         eps: added to the variance.
         dtype: of the result; x's by default. An fp32 stream may be normalised into bf16 or fp16 operands.
-        backend: "cpu", "cuda", "triton", "reference", or the best one that can run.
+        backend: "cpu", "triton", "reference", or the best one that can run. "cuda" means "triton".
 
     Returns:
         [B, ..., d]; a `Dual` if any argument is one. Statistics are computed in fp32, with full accuracy for

@@ -6,8 +6,7 @@ Tangent:  ẏ = R_l ṅ, ṅ as in rms_norm.
 Backward: dn = R_lᵀ dy, then as in rms_norm.
 Source: Su et al., "RoFormer" (2021), interleaved pairs; Dehghani et al., "Scaling Vision Transformers to 22
 Billion Parameters" (2023), for the normalisation.
-Kernels: csrc/ops/qk_norm_rope.h, csrc/cpu/qk_norm_rope.cpp, csrc/cuda/qk_norm_rope.cu,
-backends/triton_kernels/qk_norm_rope.py.
+Kernels: csrc/ops/qk_norm_rope.h, csrc/cpu/qk_norm_rope.cpp, backends/triton_kernels/qk_norm_rope.py.
 """
 
 from __future__ import annotations
@@ -133,7 +132,7 @@ def qk_norm_rope(
         q_weight, k_weight: [D], weights of the norms.
         cos, sin: [L, D / 2] in float32, from `rope_tables`; pair (2i, 2i + 1) is rotated by angle i.
         eps: added to the mean square.
-        backend: "cpu", "cuda", "triton", "reference", or the best one that can run.
+        backend: "cpu", "triton", "reference", or the best one that can run. "cuda" means "triton".
 
     Returns:
         The new q and k, each a `Dual` if it came as one; from kernels in the memory order [B, L, H, D].

@@ -3,8 +3,7 @@
 Tangent:  ẏ = (ẋ · r + x · ṙ) · w with ṙ = −r³ · mean(x ẋ).
 Backward: with g = dy · w and n = x · r:  dx = r · (g − n · mean(g n)),  dw = Σ_rows dy · n.
 Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
-Kernels: csrc/ops/rms_norm.h, csrc/cpu/rms_norm.cpp, csrc/cuda/rms_norm.cu,
-backends/triton_kernels/rms_norm.py.
+Kernels: csrc/ops/rms_norm.h, csrc/cpu/rms_norm.cpp, backends/triton_kernels/rms_norm.py.
 
 This file is the exemplar: every operation's file has these parts in this order.
 """
@@ -100,7 +99,7 @@ def rms_norm(
         weight: [d], of any floating-point type.
         eps: added to the mean square.
         dtype: of the result; x's by default. An fp32 stream may be normalised into bf16 or fp16 operands.
-        backend: "cpu", "cuda", "triton", "reference", or the best one that can run.
+        backend: "cpu", "triton", "reference", or the best one that can run. "cuda" means "triton".
 
     Returns:
         [..., d]; a `Dual` if `x` is one. Statistics are computed in fp32, the result rounded once.

@@ -3,7 +3,7 @@
 Tangent:  ẏ = silu'(g) ġ · u + silu(g) · u̇ with silu'(g) = s (1 + g (1 − s)), s = 1 / (1 + e^(−g)).
 Backward: dg = dy · u · silu'(g),  du = dy · silu(g).
 Source: Shazeer, "GLU Variants Improve Transformer" (2020).
-Kernels: csrc/ops/swiglu.h, csrc/cpu/swiglu.cpp, csrc/cuda/swiglu.cu, backends/triton_kernels/swiglu.py.
+Kernels: csrc/ops/swiglu.h, csrc/cpu/swiglu.cpp, backends/triton_kernels/swiglu.py.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def swiglu(x: TensorOrDual, *, backend: str | None = None) -> TensorOrDual:
     Args:
         x: [..., 2d], gate in the first half of the last dimension, up in the second; float32, bfloat16 or
             float16 (`reference`: any floating-point type; `cpu`: not float16), the last dimension contiguous.
-        backend: "cpu", "cuda", "triton", "reference", or the best one that can run.
+        backend: "cpu", "triton", "reference", or the best one that can run. "cuda" means "triton".
 
     Returns:
         [..., d] of x's dtype; a `Dual` if `x` is one. Computed in fp32, rounded once.

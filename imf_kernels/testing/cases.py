@@ -506,7 +506,7 @@ LONG = [
     ),
     *(
         make(f"width {width:,}{name}", 4, width=width, x=x, large=True, refused_by=refused_by)
-        for width, refused_by in ((4096, ()), (16384, ("cuda",)), (65536, ("cuda", "triton")))
+        for width, refused_by in ((4096, ()), (16384, ()), (65536, ("triton",)))
         for make, name, x in (
             (rms_norm, "", {}),
             (rms_norm, ", one value", {"offset": 0.7, "scale": 0.0}),
@@ -515,7 +515,7 @@ LONG = [
             (layer_norm, ", offset 4", {"offset": 4.0}),
         )
     ),
-    layer_norm_modulate("width 65,536", 2, 2, width=65536, large=True, refused_by=("cuda", "triton")),
+    layer_norm_modulate("width 65,536", 2, 2, width=65536, large=True, refused_by=("triton",)),
     swiglu("width 65,536", 4, width=65536, large=True),
     qk_norm_rope("width 4,096", 1, 2, 3, 4096, large=True),
     linear("65,536 rows", 65536, width=16, out=8, large=True),

@@ -7,7 +7,7 @@ import imf_kernels as ik
 from imf.mean_flow.methods import METHODS
 from imf.mean_flow.objective import objective
 from imf.objective.draws import Draws, Guidance
-from tests.helpers.backends import CUDA_ON_GPU, ON_GPU, running_on
+from tests.helpers.backends import ON_GPU, running_on
 from tests.helpers.tiny_run import perturbed
 
 
@@ -49,15 +49,14 @@ def test_on_triton(method):
     check(results, plain, exact, torch.finfo(torch.float32).eps)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("name", ["triton", "cuda"])  # "cuda": attention's alone
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU: bfloat16 is wrong in Triton's interpreter")
-def test_in_bfloat16(method, backend):
-    if backend == "cuda" and not (CUDA_ON_GPU and torch.cuda.get_device_capability() == (9, 0)):
-        pytest.skip("attention's CUDA kernel is for compute capability 9.0")
-    with running_on(backend):
+def test_in_bfloat16(method, name):
+    with running_on(name):
         model = perturbed(method)
         exact = step_of(model.double(), method, "reference")
         model.float().compute_dtype = torch.bfloat16
-        results, plain = (step_of(model, method, b) for b in (backend, "reference"))
+        results, plain = (step_of(model, method, b) for b in (name, "reference"))
     check(results, plain, exact, torch.finfo(torch.bfloat16).eps)

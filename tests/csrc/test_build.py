@@ -206,7 +206,7 @@ def test_a_driver_is_found_where_the_loader_finds_it(configure, tmp_path, where)
 
 
 def test_info_says_what_a_build_without_cuda_lacks(monkeypatch, tmp_path):
-    monkeypatch.setattr(_C, "cuda_architectures", "")
+    monkeypatch.setattr(_C, "cuda", False)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", "")
     assert "not built: that needs nvcc, on PATH or in CUDA_HOME" in report()

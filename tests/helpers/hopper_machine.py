@@ -14,7 +14,7 @@ from imf_kernels.testing import errors
 
 ROOT = Path(__file__).parents[2]
 HOST = ROOT / "tests" / "cuda_host" / "hopper"
-DTYPES = {torch.bfloat16: 1, torch.float16: 2}  # of csrc/common/types.h
+DTYPES = {torch.bfloat16: 1, torch.float16: 2}  # of csrc/types.h
 
 
 def missing():

@@ -24,7 +24,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-# Of csrc/common/types.h; 4 is any other one.
+# Of csrc/types.h; 4 is any other one.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3}
 
 

@@ -21,8 +21,7 @@ from torch import Tensor
 
 openmp: bool
 intel: bool
-cuda_architectures: str
-cuda_sm90: bool
+cuda: bool
 schemas: dict[str, str]
 
 def key(arguments: tuple[object, ...], /) -> bytes | None: ...  # None where a choice must not be remembered

@@ -193,10 +193,7 @@ def test_weights_and_biases_is_asked_for_before_a_folder_is_made(tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("backend", "device"), [("cuda", "cpu")])
-def test_a_backend_that_cannot_run_on_the_device_is_refused_before_a_folder_is_made(
-    backend, device, tmp_path, capsys
-):
-    assert train.main(arguments(runs=tmp_path, backend=backend, device=device)) == 1
-    assert f"--backend {backend} cannot run on --device {device}" in capsys.readouterr().err
+def test_a_backend_that_cannot_run_on_the_device_is_refused_before_a_folder_is_made(tmp_path, capsys):
+    assert train.main(arguments(runs=tmp_path, backend="cuda", device="cpu")) == 1
+    assert "--backend cuda cannot run on --device cpu" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

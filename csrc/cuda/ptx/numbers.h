@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "common/types.h"
+#include "types.h"
 
 namespace imf::cuda::ptx {
 

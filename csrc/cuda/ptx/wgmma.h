@@ -12,8 +12,8 @@
 
 #include <cstdint>
 
-#include "common/types.h"
 #include "cuda/ptx/descriptor.h"
+#include "types.h"
 
 namespace imf::cuda::ptx {
 

@@ -3,8 +3,8 @@
 
 #include <type_traits>
 
-#include "common/types.h"
 #include "device.h"
+#include "types.h"
 
 namespace imf::cuda::ptx {
 

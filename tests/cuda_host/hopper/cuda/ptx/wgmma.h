@@ -3,9 +3,9 @@
 
 #include <type_traits>
 
-#include "common/types.h"
 #include "cuda/ptx/descriptor.h"
 #include "device.h"
+#include "types.h"
 
 namespace imf::cuda::ptx {
 

@@ -1,7 +1,7 @@
 // GELU, y = x s(x) with y' = s + x s', by its gates s. Formulas: imf_kernels/ops/elementwise.py.
 #pragma once
 
-#include "common/dual.h"
+#include "cpu/dual.h"
 
 namespace imf {
 
@@ -13,18 +13,18 @@ struct Gate {
 // Functions of the elementwise kernels: y = forward(x), of a number or of a dual, and its derivative.
 struct Silu {
   template <typename T>
-  IMF_HOST_DEVICE T forward(T x) {
+  static inline T forward(T x) {
     return silu(x);
   }
   template <typename T>
-  IMF_HOST_DEVICE T derivative(T x) {
+  static inline T derivative(T x) {
     return silu_derivative(x, sigmoid(x));
   }
 };
 
 struct Normal {
   template <typename T>
-  IMF_HOST_DEVICE Gate<T> gate(T x) {
+  static inline Gate<T> gate(T x) {
     Gate<T> s;
     normal(x, s.value, s.slope);
     return s;
@@ -35,7 +35,7 @@ struct Normal {
 // without overflow or cancellation; their product is s' on either side.
 struct Tanh {
   template <typename T>
-  IMF_HOST_DEVICE Gate<T> gate(T x) {
+  static inline Gate<T> gate(T x) {
     const T twice(1.59576912160573071f), cubic(0.044715f);  // 2 sqrt(2 / pi)
     const T square = x * x;
     const T v = twice * x * fma(cubic, square, T(1.0f));
@@ -49,16 +49,16 @@ struct Tanh {
 template <typename Gating>
 struct Gelu {
   template <typename T>
-  IMF_HOST_DEVICE T forward(T x) {
+  static inline T forward(T x) {
     return x * Gating::gate(x).value;
   }
   template <typename T>
-  IMF_HOST_DEVICE Dual<T> forward(Dual<T> x) {
+  static inline Dual<T> forward(Dual<T> x) {
     const Gate<T> s = Gating::gate(x.primal);
     return {x.primal * s.value, fma(x.primal, s.slope, s.value) * x.tangent};
   }
   template <typename T>
-  IMF_HOST_DEVICE T derivative(T x) {
+  static inline T derivative(T x) {
     const Gate<T> s = Gating::gate(x);
     return fma(x, s.slope, s.value);
   }
