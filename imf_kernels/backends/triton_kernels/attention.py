@@ -137,9 +137,12 @@ def _precision():
 
 
 @triton.jit
-def _for_product(x, dtype: tl.constexpr):
-    """Rounds x, however large or small, to `dtype`, or instead of float16 to TF32, which has as many bits."""
-    if dtype == tl.float16:
+def _for_product(x, dtype: tl.constexpr, WIDTH: tl.constexpr):
+    """Rounds x, however large or small, to `dtype`; instead of to float16 to TF32, which has as many bits.
+
+    So for heads too narrow for errors to average out in a row.
+    """
+    if (dtype == tl.float16) | ((dtype == tl.bfloat16) & (WIDTH < 16)):
         bits = x.to(tl.int32, bitcast=True) + 0x1000
         return tl.where(tl.abs(x) < float("inf"), (bits & -0x2000).to(tl.float32, bitcast=True), x)
     else:
@@ -165,13 +168,16 @@ def _dot_columns(a, b, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr):
 
 @triton.jit
 def _add_dot(total, weights, rows):
-    """Returns total + weights rows, also of weights of `_for_product`."""
+    """Returns total + weights rows, also of weights of `_for_product`. In fp32 a tile is summed by itself."""
     result = ()
     for i in tl.static_range(len(total)):
-        if weights.dtype == rows[i].dtype:
-            result = result + (tl.dot(weights, rows[i], total[i], input_precision=_precision()),)
-        else:
+        if rows[i].dtype == tl.float32:
+            product = tl.dot(weights, rows[i], input_precision=_precision())
+            result = result + (tl.fma(total[i], 1.0, product),)  # which the compiler leaves apart, unlike +
+        elif weights.dtype == tl.float32:
             result = result + (tl.dot(weights, rows[i].to(tl.float32), total[i], input_precision="tf32"),)
+        else:
+            result = result + (tl.dot(weights, rows[i], total[i]),)
     return result
 
 
@@ -216,7 +222,7 @@ def _logits(s, scale, bias):
 
 
 @triton.jit
-def _centred(p, s_dot, before, dot, shift, dtype: tl.constexpr):
+def _centred(p, s_dot, before, dot, shift, dtype: tl.constexpr, WIDTH: tl.constexpr):
     """Returns P (S_dot - shift) of a tile as multiplied, and W, M and shift including the tile.
 
     The new shift is the mean of S_dot so far. It has decreased by `moved`: that times O must be added to A.
@@ -227,7 +233,7 @@ def _centred(p, s_dot, before, dot, shift, dtype: tl.constexpr):
     # Without any weight there is no mean.
     mean = tl.where(weight > 0, total / tl.where(weight > 0, weight, 1.0), shift)
     moved = shift - mean
-    centred = _for_product(p * (s_dot - mean[:, None]), dtype)
+    centred = _for_product(p * (s_dot - mean[:, None]), dtype, WIDTH)
     dot = dot + before * moved + tl.sum(centred.to(tl.float32), 1)
     return centred, weight, dot, mean, moved
 
@@ -281,7 +287,7 @@ def _forward_tile(
         if len(k_dot) > 0:
             s_dot = _dot_rows(q, _load(k_dot, start, length, TILE, WIDTH, PIECES, ALIGN), s_dot)
         weights_dot, weight, dot, shift, moved = _centred(
-            weights.to(tl.float32), s_dot * scale, before, dot, shift, dtype
+            weights.to(tl.float32), s_dot * scale, before, dot, shift, dtype, WIDTH
         )
         out_dot = _add_dot(_plus(_scaled(out_dot, decay), decay * moved, out), weights_dot, v_tile)
     else:
@@ -375,8 +381,8 @@ def _backward_q_tile(
 
     dp = _dot_rows(dout, _load(v, start, length, TILE, VALUE_WIDTH, VALUE_PIECES, ALIGN), zeros)
     dtype: tl.constexpr = k_tile[0].dtype
-    weights = p.to(dtype)
-    ds, weight, dot, shift, moved = _centred(weights.to(tl.float32), dp, before, dot, shift, dtype)
+    weights = _for_product(p, dtype, WIDTH)
+    ds, weight, dot, shift, moved = _centred(weights.to(tl.float32), dp, before, dot, shift, dtype, WIDTH)
     dq = _add_dot(_plus(dq, moved, mean_k), ds, k_tile)
     mean_k = _add_dot(mean_k, weights, k_tile)
     return total + tl.sum(p, 1), weight, dot, shift, mean_k, dq
@@ -461,14 +467,11 @@ def attention_backward_kv(
             bias = _bias(masking, b, h, rows[None, :], columns[:, None], queries, keys, CAUSAL, CAUSAL)
             p = tl.exp2(_logits(s, scale, bias) - _load_lse(lse + of_head, rows, queries)[None, :])
             p *= tl.load(sums + 2 * of_head + rows, mask=rows < queries, other=0.0)[None, :]
-            dv_sums = _add_dot(dv_sums, p.to(dtype), dout_tile)
+            dv_sums = _add_dot(dv_sums, _for_product(p, dtype, WIDTH), dout_tile)
             if dk is not None:
                 delta = tl.load(sums + 2 * of_head + queries + rows, mask=rows < queries, other=0.0)
                 ds = p * (_dot_columns(dout_tile, v_tile, BLOCK_M, BLOCK_N) - delta[None, :])
-                rounded = _for_product(ds, dtype)
-                dk_sums = _add_dot(dk_sums, rounded, q_tile)
-                if WIDTH < 16:  # gradients of few numbers, each of which shows the rounding
-                    dk_sums = _add_dot(dk_sums, _for_product(ds - rounded.to(tl.float32), dtype), q_tile)
+                dk_sums = _add_dot(dk_sums, _for_product(ds, dtype, WIDTH), q_tile)
     if dk is not None:
         dk_head, scales = _head(dk, strides, 4, b, kv_h, ALIGN), tl.zeros([BLOCK_N], tl.float32) + scale
         _store(dk_head, _scaled(dk_sums, scales), first, keys, BLOCK_N, WIDTH, ALIGN)

@@ -8,8 +8,8 @@ per 16 bytes. Matrix instructions of sm_90 and sm_100 want 64 rows; those of flo
 operands in registers. The interpreter's tiles are small, to meet many edges.
 """
 
-_FP32 = {"fp32": (16, 16, 16, 8, 1), "64 fp32": (16, 16, 16, 4, 1)}
-_FP32_KV = {"fp32": (16, 16, 0, 8, 1), "64 fp32": (16, 16, 0, 4, 1)}
+_FP32 = {"fp32": (16, 16, 16, 8, 1), "64 fp32": (16, 64, 16, 4, 1)}
+_FP32_KV = {"fp32": (16, 16, 0, 8, 1), "64 fp32": (64, 16, 0, 4, 1)}
 
 TABLE: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
     "sm_80": {
