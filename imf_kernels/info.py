@@ -27,7 +27,7 @@ def report() -> str:
         f"large fp32 products {matmul.library()}",
         f"Triton kernels      {triton_status()}",
         f"CUDA kernels        {cuda_status()}",
-        *(f"{'verified, ' + device:<20}{verified.status(device)}" for device in devices()),
+        *(f"{'verified, ' + device:<20}{verified.status(device)}" for device in verified.devices()),
         "",
         "operation                     backends, the default first",
     ]
@@ -37,16 +37,10 @@ def report() -> str:
     return "\n".join(lines)
 
 
-def devices() -> list[str]:
-    """Returns the processor and the GPUs, by the names that records have."""
-    return [
-        "cpu",
-        *(f"cuda:{i}" for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)),
-    ]
-
-
 def _described(operation: Operation[Any], backend: Backend[Any]) -> str:
-    device = devices()[:2][-1 if backend.name in verified.ON_GPU else 0]  # the first GPU where there is one
+    device = verified.devices()[:2][
+        -1 if backend.name in verified.ON_GPU else 0
+    ]  # the first GPU where there is one
     dtypes = [str(dtype).removeprefix("torch.") for dtype in triton_launch.DTYPES]
     off = [dtype for dtype in dtypes if verified.reason(operation.public, backend.name, device, dtype)]
     if not off or backend.name == "reference":

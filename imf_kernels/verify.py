@@ -36,21 +36,6 @@ FEWER_ROWS = (
     *("square", "width 33", "fewer heads of k", "other value width", "mask of bool", "width 37", "matrix"),
     *("a gate a sample", "fp32 stream", "dim 256", "four groups", "positions in two dimensions"),
 )
-EMPTY = (
-    cases.linear("no rows", 0, width=8, out=4),
-    cases.rms_norm("no rows", 0, width=8),
-    cases.layer_norm("no rows", 0, width=8),
-    cases.layer_norm_modulate("no positions", 2, 0, width=8),
-    cases.qk_norm_rope("no samples", 0, 2, 3, 8),
-    cases.attention("no samples", 0, 2, 3, 8),
-    cases.attention("no queries", 2, 2, 0, 8, keys=3),
-    cases.swiglu("no rows", 0, width=8),
-    cases.gated_residual("no rows", 0, width=8),
-    cases.gelu("no rows", 0, 8),
-    cases.silu("no rows", 0, 8),
-    cases.sinusoidal_embedding("no samples", 0, 8),
-    cases.prepend_tokens("no samples", 0, 3, 8, (2,)),
-)
 LARGE = (
     *("B/2", "B/2 qkv", "B/2 tangents of q", "B/2 fp32 stream", "B/2 with a mask", "head dim 72", "DiT-XL/2"),
     *("length 1024", "length 1024, causal", "length 1024, 3 heads of keys", "width 16,384"),
@@ -64,7 +49,7 @@ def corners(on_gpu: bool) -> tuple[Case, ...]:
     """Returns the cases to check."""
     fewer = [case.with_rows(1) for case in cases.SMALL if case.name in FEWER_ROWS]
     large = [case for case in (*cases.LARGE, *cases.LONG) if on_gpu and case.name in LARGE]
-    return (*cases.SMALL, *fewer, *EMPTY, *large)
+    return (*cases.SMALL, *fewer, *cases.EMPTY, *large)
 
 
 @dataclass(frozen=True)
@@ -92,7 +77,7 @@ class Check:
                 faults = problem.faults(problem.evaluate(self.backend))
                 without = problem.faults(problem.evaluate(self.backend, tangents=False), tangents=False)
                 if self.device != "cpu":
-                    torch.cuda.synchronize()
+                    torch.cuda.synchronize(self.device)
                 return faults + [f"{line} (without tangents)" for line in without]
         except Exception as error:
             refused = f"backend {self.backend!r} cannot run" in str(error)
@@ -207,7 +192,7 @@ def time_cuda(operation: str, device: str) -> float:
     calls = {name: functools.partial(forward, name) for name in verified.ON_GPU}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the kernels are not verified yet
-        times = timer.side_by_side(calls, synchronize=torch.cuda.synchronize)
+        times = timer.side_by_side(calls, synchronize=lambda: torch.cuda.synchronize(device))
     return timer.ratios(times, "triton")["cuda"]
 
 
@@ -222,9 +207,9 @@ def main(arguments: Sequence[str] | None = None, count: int | None = None) -> in
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic products ask for
     gpu = torch.cuda.is_available()
     kind, _, index = (options.device or ("cuda" if gpu else "cpu")).partition(":")
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not (gpu and (index or "0").isdecimal())):
-        parser.error(f"--device must be cpu, or cuda where PyTorch finds a GPU, got {options.device}")
-    device = kind if kind == "cpu" else f"cuda:{index or 0}"
+    device = "cpu" if kind == "cpu" else f"{kind}:{index or 0}"
+    if device not in verified.devices():
+        parser.error(f"--device must be one of {', '.join(verified.devices())}; got {device}")
     operations = options.operation or OPERATIONS
     key = verified.key_of(device)
     print(", ".join(f"{name} {value}" for name, value in key.items()), flush=True)
@@ -243,9 +228,11 @@ def main(arguments: Sequence[str] | None = None, count: int | None = None) -> in
         operation: {b: {d: "; ".join(f) or None for d, f in ds.items()} for b, ds in backends.items()}
         for operation, backends in results.items()
     }
+    record = verified.Record(key, {**old.results, **texts}, {**old.ratios, **ratios})
     try:
-        record = verified.Record(key, {**old.results, **texts}, {**old.ratios, **ratios}).write()
-        print(f"\nrecord: {record}")
+        print(f"\nrecord: {record.write()}")
+        if record.failed():
+            print("As long as it exists, what failed runs only if named: backend=..., use_backend(...).")
     except OSError as error:
         print(f"\nThe record could not be written, so this run changes nothing: {error}", file=sys.stderr)
     return int(any(faults for bs in results.values() for ds in bs.values() for faults in ds.values()))

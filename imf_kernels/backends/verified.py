@@ -92,6 +92,11 @@ class Record:
         ]
 
 
+def devices() -> list[str]:
+    """Returns the names of the processor and the GPUs: "cpu", "cuda:0", …"""
+    return ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()) if torch.cuda.is_available())]
+
+
 @functools.cache
 def key_of(device: str) -> dict[str, str]:
     """Returns what a record of a device, "cpu" or "cuda:0", holds for: hardware, driver, versions."""

@@ -209,7 +209,7 @@ def test_cuda_is_timed_against_triton_where_both_passed(faults, monkeypatch, cap
         verify.Check(0, FP16, "triton", "cpu"): faults,
     }
     monkeypatch.setattr(verify, "run", lambda device, operations, count: done)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setitem(verify.TIMED, operation, Timed())
     assert verify.main(["--device", "cpu"]) == bool(faults)
     assert (f"{operation}: cuda takes 0." in capsys.readouterr().out) == (not faults)
