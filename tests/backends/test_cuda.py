@@ -53,3 +53,31 @@ def test_one_name_serves_all_operations_of_a_network():
         expected = next(name for name in ("cuda", "triton", "reference") if name in names)
         assert choose(operation.public, table, "cuda", ()).name == expected
         assert (expected == "cuda") == (operation.name == attention.NAME)
+
+
+def test_what_the_kernel_cannot_read_is_copied(monkeypatch):
+    """In graphs any layout may arrive, and tangents are no part of the choice."""
+    got = []
+    monkeypatch.setattr(_C, "attention_forward", lambda *arguments: got.extend(arguments))
+    q, k, v, v_dot = torch.randn(4, 1, 2, 3, 8, dtype=torch.bfloat16)
+    unaligned = torch.zeros(q.numel() + 1, dtype=q.dtype)[1:].view_as(q).copy_(q)
+    odd = torch.zeros(1, 2, 3, 9, dtype=q.dtype)[..., :8].copy_(k)
+    attention._CUDA.forward(unaligned, odd, v, None, k[:, :1].expand_as(k), v_dot, "the rest")
+    inputs = [x for x in got[:6] if x is not None]
+    assert [attention._cuda_layout(x) for x in inputs] == [None] * 5
+    for x, wanted in zip(inputs, (q, k, v, k[:, :1].expand_as(k), v_dot), strict=True):
+        assert torch.equal(x, wanted)
+    assert inputs[2] is v and got[3] is None and got[6] == "the rest"
+
+
+@pytest.mark.parametrize("width", [4, 12, 136])
+def test_head_dims_are_refused_in_graphs_too(width, monkeypatch):
+    monkeypatch.setattr(attention, "unfit", lambda *asked: None)
+    q = torch.zeros(1, 1, 2, width, dtype=torch.bfloat16)
+
+    def call(q):
+        return ik.scaled_dot_product_attention(q, q, q, backend="cuda")
+
+    with pytest.raises(Exception, match=f"multiples of 8 up to 128, got {width}"):
+        torch.compile(call, backend="eager", fullgraph=True)(q)
+    torch._dynamo.reset()

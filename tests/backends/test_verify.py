@@ -121,6 +121,21 @@ def test_a_wrong_result_is_named(operation, result, dtype, monkeypatch, capsys, 
             assert failure is None or f"{result}: " in failure
 
 
+def test_a_forward_without_tangents_is_checked_too(monkeypatch, capsys, without_triton):
+    """It is another kernel."""
+    silu = ik.silu
+    only(monkeypatch, CASES["silu"])
+
+    def broken(x, backend):
+        y = silu(x, backend=backend)
+        return wrong(y) if backend == "cpu" and not isinstance(y, Dual) else y
+
+    monkeypatch.setattr(ik, "silu", broken)
+    assert verify.main(["--device", "cpu"], 0) == 1
+    failures = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED: ")]
+    assert [line.endswith(" (without tangents)") for line in failures] == [True, True]
+
+
 def test_all_operations_are_broken_above():
     assert set(CASES) == set(verify.OPERATIONS)
 
