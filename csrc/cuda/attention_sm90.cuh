@@ -104,18 +104,20 @@ __device__ __forceinline__ void produce(const Parameters& p, std::uint32_t base)
   std::uint32_t parity = 0;
   for (int i = blockIdx.x; i < p.items; i += gridDim.x, parity ^= 1) {
     const Item item = item_of(i, p.all_heads, p.units);
+    const auto copy_queries = [&] {
 #pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      const std::uint32_t full = base + S::query_full + side * 8, target = base + side * S::query_slot;
-      const int sample = item.head[side] / p.heads, head = item.head[side] % p.heads;
-      const int row = item.unit[side] * unit_rows;
-      ptx::mbarrier_wait(base + S::query_empty + side * 8, parity ^ 1);
-      ptx::mbarrier_arrive_expect(full, S::query_slot);
-      copy_tile<S, S::query_box>(target, p.q, full, row, head, sample);
-      if (tangents != Tangents::none) {
-        copy_tile<S, S::query_box>(target + S::query_tile, p.q_dot, full, row + p.q_dot_row, head, sample);
+      for (int side = 0; side < 2; ++side) {
+        const std::uint32_t full = base + S::query_full + side * 8, target = base + side * S::query_slot;
+        const int sample = item.head[side] / p.heads, head = item.head[side] % p.heads;
+        const int row = item.unit[side] * unit_rows;
+        ptx::mbarrier_wait(base + S::query_empty + side * 8, parity ^ 1);
+        ptx::mbarrier_arrive_expect(full, S::query_slot);
+        copy_tile<S, S::query_box>(target, p.q, full, row, head, sample);
+        if (tangents != Tangents::none) {
+          copy_tile<S, S::query_box>(target + S::query_tile, p.q_dot, full, row + p.q_dot_row, head, sample);
+        }
       }
-    }
+    };
     // Copies a tile of keys or values: rows from `row` on.
     const auto copy_keys = [&](int tile, int full, int empty, const ptx::TensorMap& map,
                                const ptx::TensorMap& map_dot, int dot_row, int row, int side, int first) {
@@ -131,7 +133,10 @@ __device__ __forceinline__ void produce(const Parameters& p, std::uint32_t base)
       }
     };
     const int sides = item.together ? 1 : 2;
+    // Tiles in the place of earlier items' do not wait for the queries' place, which is free after those.
+    const int ahead = n == 0 ? 0 : min(tiles, S::stages / sides);
     for (int j = 0; j < tiles; ++j, n += sides) {
+      if (j == ahead) copy_queries();
       const int row = j * S::keys;
 #pragma unroll 1
       for (int side = 0; side < sides; ++side) {
@@ -142,6 +147,7 @@ __device__ __forceinline__ void produce(const Parameters& p, std::uint32_t base)
         copy_keys(n + side, S::v_full, S::v_empty, p.v, p.v_dot, p.v_dot_row, row, side, S::v);
       }
     }
+    if (ahead == tiles) copy_queries();
   }
 }
 
@@ -153,6 +159,34 @@ __device__ __forceinline__ float row_sum(float x) {
 __device__ __forceinline__ float row_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+// Stores a row of a tile of results, of which the four neighbouring lanes hold pairs of columns, 16 bytes a
+// lane. `pair_of(c)`: this lane's pair of columns 8 c to 8 c + 7.
+template <int width, typename PairOf>
+__device__ __forceinline__ void store_row(std::uint16_t* to, int columns, bool inside, PairOf pair_of) {
+  const int lane = threadIdx.x % 4;
+#pragma unroll
+  for (int first = 0; first < width / 8; first += 4) {
+    std::uint32_t pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = first + i < width / 8 ? pair_of(first + i) : 0;
+    // Transposed: pairs[i] becomes lane i's pair of columns 8 (first + lane).
+#pragma unroll
+    for (int bit = 1; bit < 4; bit *= 2) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (i & bit) continue;
+        const bool upper = lane & bit;
+        const std::uint32_t other = __shfl_xor_sync(0xffffffffu, upper ? pairs[i] : pairs[i + bit], bit);
+        (upper ? pairs[i] : pairs[i + bit]) = other;
+      }
+    }
+    const int column = 8 * (first + lane);
+    if (inside && column < columns) {
+      *reinterpret_cast<uint4*>(to + column) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    }
+  }
 }
 
 // State of a thread's rows r and r + 8. `total` and `dot` are its parts of the sum of unrounded P and of M;
@@ -428,25 +462,24 @@ __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base,
       const int row = unit * unit_rows + warp * 16 + lane / 4 + 8 * r;
       const float total = row_sum(rows.total[r]), dot = dual ? row_sum(rows.dot[r]) : 0.0f;
       const float inverse = rows.weight[r] == 0.0f ? 0.0f : ptx::reciprocal(rows.weight[r]);
-      if (row >= p.queries) continue;
+      const bool inside = row < p.queries;
       const auto row_of = [&](void* data, const index_t(&stride)[3]) {
         return static_cast<std::uint16_t*>(data) + sample * stride[0] + h * stride[1] + row * stride[2];
       };
-      std::uint16_t* const to = row_of(p.out, p.out_stride);
-      std::uint16_t* const to_dot = dual ? row_of(p.out_dot, p.out_dot_stride) : nullptr;
-#pragma unroll
-      for (int c = 0; c < width / 8; ++c) {
-        const int column = 8 * c + lane % 4 * 2, o = 4 * c + 2 * r;
-        if (8 * c >= p.value_width) break;
-        const float low = out[o] * inverse, high = out[o + 1] * inverse;
-        *reinterpret_cast<std::uint32_t*>(to + column) = ptx::pack<T>(low, high);
-        if (dual) {
-          const float mean = dot * inverse;
-          *reinterpret_cast<std::uint32_t*>(to_dot + column) = ptx::pack<T>(
-              fmaf(-mean, low, out_dot[o] * inverse), fmaf(-mean, high, out_dot[o + 1] * inverse));
-        }
+      const auto pair = [&](int c) {
+        return ptx::pack<T>(out[4 * c + 2 * r] * inverse, out[4 * c + 2 * r + 1] * inverse);
+      };
+      store_row<width>(row_of(p.out, p.out_stride), p.value_width, inside, pair);
+      if constexpr (dual) {
+        const float mean = dot * inverse;
+        const auto pair_dot = [&](int c) {
+          const int low = 4 * c + 2 * r, high = low + 1;
+          return ptx::pack<T>(fmaf(-mean, out[low] * inverse, out_dot[low] * inverse),
+                              fmaf(-mean, out[high] * inverse, out_dot[high] * inverse));
+        };
+        store_row<width>(row_of(p.out_dot, p.out_dot_stride), p.value_width, inside, pair_dot);
       }
-      if (lane % 4 == 0) {
+      if (inside && lane % 4 == 0) {
         p.lse[static_cast<index_t>(head) * p.queries + row] = rows.highest[r] + log2f(total);
       }
     }
