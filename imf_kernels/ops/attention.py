@@ -213,10 +213,10 @@ class _CUDA:
         *rest: Any,
     ) -> None:  # fmt: skip
         # Tangents, and in graphs primals, may come in any layout.
-        inputs = [
+        inputs: Any = (
             x if x is None or _cuda_layout(x) is None else x.clone(memory_format=torch.contiguous_format)
             for x in (q, k, v, q_dot, k_dot, v_dot)
-        ]
+        )
         _C.attention_forward(*inputs, *rest)
 
     @staticmethod
