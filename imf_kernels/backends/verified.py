@@ -234,7 +234,7 @@ def _warn_unverified(operation: str, backend: str, device: str, dtype: str) -> N
 def _warn_of_gpu(device: str) -> None:
     warnings.warn(
         f"imf_kernels: the kernels have not been verified on {torch.cuda.get_device_name(device)} "
-        f"({architecture(device)}); `python -m imf_kernels.verify` does it in about two minutes. "
+        f"({architecture(device)}); `python -m imf_kernels.verify` does it. "
         "backend='reference' is the plain PyTorch to compare with",
         stacklevel=2,
     )
