@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from imf_kernels import _C
-from imf_kernels.backends import cpu, cuda, matmul, triton_launch
+from imf_kernels.backends import cpu, cuda, matmul, triton_launch, verified
 from imf_kernels.backends.dispatch import Backend
-from imf_kernels.backends.operators import OPERATIONS
+from imf_kernels.backends.operators import OPERATIONS, Operation
 
 
 def report() -> str:
@@ -27,34 +27,41 @@ def report() -> str:
         f"large fp32 products {matmul.library()}",
         f"Triton kernels      {triton_status()}",
         f"CUDA kernels        {cuda_status()}",
+        *(f"{'verified, ' + device:<20}{verified.status(device)}" for device in verified.devices()),
         "",
         "operation                     backends, the default first",
     ]
     for name, operation in sorted(OPERATIONS.items()):
-        backends = (_described(backend) for backend in operation.backends)
+        backends = (_described(operation, backend) for backend in operation.backends)
         lines.append(f"{name:<29} {', '.join(backends)}")
     return "\n".join(lines)
 
 
-def _described(backend: Backend[Any]) -> str:
-    return "cuda (on request)" if backend.name == "cuda" else backend.name
+def _described(operation: Operation[Any], backend: Backend[Any]) -> str:
+    device = verified.devices()[:2][
+        -1 if backend.name in verified.ON_GPU else 0
+    ]  # the first GPU where there is one
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in triton_launch.DTYPES]
+    off = [dtype for dtype in dtypes if verified.reason(operation.public, backend.name, device, dtype)]
+    if not off or backend.name == "reference":
+        return backend.name
+    return f"{backend.name} (on request{'' if off == dtypes else ' in ' + ' and '.join(off)})"
 
 
 def triton_status() -> str:
-    """Returns Triton's version, where its kernels run, and on which GPUs they are verified."""
+    """Returns Triton's version and where its kernels run."""
     if reason := triton_launch.missing():
         return f"cannot run: {reason}"
     version = f"Triton {importlib.import_module('triton').__version__}"
-    verified = ", ".join(sorted(triton_launch.VERIFIED)) or "no GPU yet"
     if triton_launch.interpreted():
-        return f"{version}, in its interpreter on the CPU; verified on {verified}"
+        return f"{version}, in its interpreter on the CPU"
     if not torch.cuda.is_available():
-        return f"{version}; cannot run: PyTorch finds no GPU; verified on {verified}"
+        return f"{version}; cannot run: PyTorch finds no GPU"
     x = torch.empty(0, device="cuda")
     if reason := triton_launch.unavailable([x]):
         return f"{version}; cannot run: {reason}"
     architecture = triton_launch.architecture(x)
-    return f"{version} on {torch.cuda.get_device_name()} ({architecture}); verified on {verified}"
+    return f"{version} on {torch.cuda.get_device_name()} ({architecture})"
 
 
 def cuda_status() -> str:

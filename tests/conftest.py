@@ -22,6 +22,8 @@ if "IMF_REMOTE_KERNELS" in os.environ:
 
     remote_kernels.install(os.environ["IMF_REMOTE_KERNELS"])
 
+from imf_kernels import verify
+from imf_kernels.backends import verified
 from imf_kernels.testing.cases import Case
 from tests.helpers.backends import (
     BACKENDS,
@@ -95,19 +97,20 @@ def kernels(request, poisoned_memory):
         yield name
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_records():
+    """Tests choose as on a machine without a record of imf_kernels.verify."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verified, "record_of", lambda device: None)
+        yield
+
+
 @pytest.fixture
 def poisoned_memory():
     """New tensors are full of NaN, so that whatever a kernel leaves unwritten is seen.
 
     That needs PyTorch's deterministic algorithms, which training does not use: tests of runs are without.
     """
-    filled, deterministic = (
-        torch.utils.deterministic.fill_uninitialized_memory,
-        torch.are_deterministic_algorithms_enabled(),
-    )
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = filled
+    with verify.poisoned_memory():
+        assert torch.empty(3).isnan().all()
+        yield

@@ -1,50 +1,68 @@
-"""Writes imf_kernels/backends/verified.py from the records of GPUs: `python -m benchmarks.tools.verified`.
+"""Writes imf_kernels/backends/records.json from the records of GPUs: `python -m benchmarks.tools.verified`.
 
-A record is a folder of benchmarks/results, unpacked from the archive of benchmarks/gpu_record.sh. Its GPU is
-verified where the build and the GPU's tests ended well and tests of the `cuda` backend were among them.
+A record is a folder of benchmarks/results, unpacked from the archive of benchmarks/gpu_record.sh. Its
+architecture is verified where the GPU's tests ended well and tests of the `triton` backend were among them.
+`cuda` is the default of attention there if its tests passed too and, in the benchmarks, it is no slower than
+the default of that time.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS, TARGET = ROOT / "benchmarks" / "results", ROOT / "imf_kernels" / "backends" / "verified.py"
-
-TEXT = '''"""GPUs on which a committed record shows passing tests; benchmarks/tools/verified.py writes it."""
-
-# Architectures on which the compiled CUDA kernels are the default.
-CUDA: frozenset[str] = frozenset({names})
-'''
+RESULTS, TARGET = ROOT / "benchmarks" / "results", ROOT / "imf_kernels" / "backends" / "records.json"
+ATTENTION = "scaled_dot_product_attention"
+NOISE = 1.02  # of a ratio of times, 1 where `cuda` was the default
 
 
 def architecture(record: Path) -> str | None:
-    """ "sm_90", …, of a record that verifies it; `None` of another."""
+    """Returns "sm_90", …, of a record that verifies it; `None` for another."""
     stages, tests, machine = record / "stages.tsv", record / "tests.xml", record / "machine.txt"
     if not (stages.exists() and tests.exists() and machine.exists()):
         return None
     with stages.open(newline="") as file:
         codes = {row["stage"]: row["exit code"] for row in csv.DictReader(file, delimiter="\t")}
-    if codes.get("build") != "0" or codes.get("tests") != "0":
-        return None
-    cases = [case for case in ElementTree.parse(tests).iter("testcase") if "[cuda-" in case.get("name", "")]
-    if not any(len(case) == 0 for case in cases):  # one that was skipped or failed says so inside
+    if codes.get("tests") != "0" or not passed(record, "triton"):
         return None
     # name, driver_version, memory.total, compute_cap, clocks: the order in which the record asks for them
     found = re.search(r"^[^,\n]+, [^,\n]+, [^,\n]+, (\d+)\.(\d+), ", machine.read_text(), re.MULTILINE)
     return f"sm_{found[1]}{found[2]}" if found else None
 
 
+def passed(record: Path, backend: str, operation: str = "") -> bool:
+    """Returns whether tests of a backend passed; one that was skipped or failed has a child that says so."""
+    cases = ElementTree.parse(record / "tests.xml").iter("testcase")
+    names = [case.get("name", "") for case in cases if len(case) == 0]
+    return any(re.search(rf"[\[-]{backend}[\]-]", name) and operation in name for name in names)
+
+
+def is_faster(record: Path) -> bool:
+    """Returns whether attention by `cuda` takes no longer than by default, with tangents and without."""
+    file = record / "benchmarks.json"
+    if not file.exists():
+        return False
+    figures = [f for f in json.loads(file.read_text())["figures"] if f["operation"] == ATTENTION]
+    seconds = {(f["case"], f["dtype"], f["form"]): f.get("device seconds", f["seconds"]) for f in figures}
+    pairs = [
+        (seconds[case, dtype, form.removesuffix(", cuda")], time)
+        for (case, dtype, form), time in seconds.items()
+        if form in ("dual, cuda", "primal, cuda")
+    ]
+    return bool(pairs) and sum(time for _, time in pairs) <= NOISE * sum(time for time, _ in pairs)
+
+
 def text(results: Path) -> str:
-    """What the records say, as the module."""
-    names = sorted(
-        {name for record in results.iterdir() if record.is_dir() if (name := architecture(record))}
-    )
-    listed = ", ".join(f'"{name}"' for name in names)
-    return TEXT.format(names=f"{{{listed}}}" if names else "")
+    """Returns what the records say: the operations whose default is `cuda`, by verified architecture."""
+    found: dict[str, list[str]] = {}
+    for record in sorted(path for path in results.iterdir() if path.is_dir()):
+        if name := architecture(record):
+            found[name] = [ATTENTION] if passed(record, "cuda", ATTENTION) and is_faster(record) else []
+    return json.dumps(found, indent=1, sort_keys=True) + "\n"
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar, Generic
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionMeta
 
 from imf_kernels import _C
-from imf_kernels.backends import cpu, triton_launch
+from imf_kernels.backends import cpu, triton_launch, verified
 from imf_kernels.backends.dispatch import (
     Asked,
     Backend,
@@ -96,7 +97,10 @@ class Operation(Generic[Asked]):
         self.name, self.kind, self.public = name, kind, public or name
         self.reference, self._check = reference, check
         plain = {} if reference_unavailable is None else {"unavailable": reference_unavailable}
-        self.backends = (*backends, Backend[Asked]("reference", aliases=reference_aliases, **plain))
+        self.backends = (
+            *(replace(b, opt_in=partial(verified.on_request, self.public, b.name)) for b in backends),
+            Backend[Asked]("reference", aliases=reference_aliases, **plain),
+        )
         self.choices: dict[bytes | None, Callable[..., Result]] = {}
         self.kernels = kernels or name
         self.function: type[torch.autograd.Function] | None = None
@@ -156,7 +160,10 @@ class Operation(Generic[Asked]):
 
     def backend_for(self, backend: str | None, *arguments: Any) -> Backend[Asked]:
         """Returns the backend that would run a call, after checking its arguments."""
-        return choose(self.public, self.backends, backend, self._check(*arguments))
+        asked = self._check(*arguments)
+        chosen = choose(self.public, self.backends, backend, asked)
+        verified.warn_unverified(self.public, chosen.name, asked)
+        return chosen
 
     def _decided(self, wanted: str | None, arguments: tuple[Any, ...]) -> Callable[..., Result]:
         backend = self.backend_for(wanted, *arguments)

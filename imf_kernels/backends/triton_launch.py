@@ -9,7 +9,6 @@ import contextlib
 import functools
 import importlib
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,9 +21,6 @@ from imf_kernels.backends.layout import too_wide, unfit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 16384  # elements of a row in a program's registers
-
-# Architectures on which the tests have passed, each by a committed record; others get a warning.
-VERIFIED: frozenset[str] = frozenset()
 
 # Compiled kernels by kind of launch; at this many all are dropped.
 _kept: dict[tuple[object, ...], Callable[..., None]] = {}
@@ -155,7 +151,6 @@ class Launcher:
             if launch is not None:
                 launch(grid, device, arguments)
                 return
-            _warn_unverified(device)
             compiled = self.kernel[grid](*tensors, *self.fixed, *numbers, **self.constants)
         if launch := _direct(compiled, len(self.kernel.arg_names) - len(arguments)):
             if len(_kept) >= _MOST_KEPT:
@@ -189,23 +184,13 @@ def _direct(compiled: Any, constants: int) -> Callable[..., None] | None:
 def architecture(x: Tensor) -> str:
     """Returns the architecture of the device of `x`: "sm_90", "gfx942", …; "interpreter" on the CPU."""
     device = x.get_device()
-    return "interpreter" if device < 0 else _architecture(device)
+    return "interpreter" if device < 0 else architecture_of(device)
 
 
 @functools.cache
-def _architecture(device: int) -> str:
+def architecture_of(device: int) -> str:
+    """Returns the architecture of a GPU by its index."""
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
-
-
-@functools.cache
-def _warn_unverified(device: int) -> None:
-    if _architecture(device) not in VERIFIED:
-        warnings.warn(
-            f"imf_kernels: the Triton kernels have not been verified on {torch.cuda.get_device_name(device)} "
-            f"({_architecture(device)}): they passed their tests in Triton's interpreter and compile for it. "
-            "backend='reference' is the plain PyTorch to compare with",
-            stacklevel=2,
-        )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from imf_kernels import _C
 from imf_kernels.backends import cpu, cuda, triton_launch
-from imf_kernels.backends.dispatch import Backend
+from imf_kernels.backends.dispatch import Backend, in_graph
 from imf_kernels.backends.layout import in_order_of, last_contiguous, unfit
 from imf_kernels.backends.operators import Operation
 from imf_kernels.dual import Dual, NoTangent, last_rows, no_gradient, primal, stored
@@ -212,11 +212,12 @@ class _CUDA:
         q: Tensor, k: Tensor, v: Tensor, q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None,
         *rest: Any,
     ) -> None:  # fmt: skip
-        names = ("query", "key", "value", "query_dot", "key_dot", "value_dot")
-        for name, x in zip(names, (q, k, v, q_dot, k_dot, v_dot), strict=True):
-            if x is not None and (reason := _cuda_layout(x)):
-                raise RuntimeError(f"{NAME}: backend 'cuda' cannot run: of {name}, {reason}")
-        _C.attention_forward(q, k, v, q_dot, k_dot, v_dot, *rest)
+        # Tangents, and in graphs primals, may come in any layout.
+        inputs: Any = (
+            x if x is None or _cuda_layout(x) is None else x.clone(memory_format=torch.contiguous_format)
+            for x in (q, k, v, q_dot, k_dot, v_dot)
+        )
+        _C.attention_forward(*inputs, *rest)
 
     @staticmethod
     def backward(*arguments: Any) -> None:
@@ -230,7 +231,7 @@ def _cuda_layout(x: Tensor) -> str | None:
     for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True):
         if size > 1 and (stride <= 0 or stride % 8):
             return f"it takes strides that are multiples of 8 elements and not 0, got {x.stride()}"
-    if x.data_ptr() % 16:
+    if not in_graph() and x.data_ptr() % 16:  # a traced tensor has no address yet
         return f"it takes addresses that are multiples of 16 bytes, got {x.data_ptr():#x}"
     return None
 
@@ -241,8 +242,7 @@ def _cuda_unavailable(asked: _Asked) -> str | None:
     if reason := unfit(asked[:3], "cuda", check.HALVES):
         return reason
     for x in asked[:3]:
-        # A traced tensor has no address yet: forward checks again.
-        if not torch.compiler.is_compiling() and (reason := _cuda_layout(x)):
+        if reason := _cuda_layout(x):
             return reason
     if asked.k.shape[2] == 0:
         return "it needs at least one key"
@@ -261,7 +261,7 @@ _OPERATION = Operation(
     _check,
     (
         Backend("cpu", cpu.kernels("attention"), _cpu_unavailable),
-        Backend("cuda", _CUDA(), _cuda_unavailable, lambda _: "it runs on request, having run on no GPU yet"),
+        Backend("cuda", _CUDA(), _cuda_unavailable),
         Backend("triton", _TRITON, _triton_unavailable),
     ),
     _forward,
@@ -315,7 +315,7 @@ def scaled_dot_product_attention(
         scale: 1 / √D by default.
         enable_gqa: allows fewer heads of key and value, each shared by as many neighbouring heads of the
             query. Not for `cpu`.
-        backend: "cpu", "cuda" (on request only, on compute capability 9.0; has not run on hardware yet),
+        backend: "cpu", "cuda" (on compute capability 9.0; the default where a record shows it faster),
             "triton", "reference", or the best one that can run.
 
     Returns:

@@ -530,6 +530,22 @@ LONG = [
     prepend_tokens("65,536 samples", 65536, 1, 8, (2,), large=True),
     sinusoidal_embedding("65,536 frequencies", 4, 131072, large=True),
 ]
+# Sums over nothing are zeros, not what was in memory.
+EMPTY = [
+    linear("no rows", 0, width=8, out=4),
+    rms_norm("no rows", 0, width=8),
+    layer_norm("no rows", 0, width=8),
+    layer_norm_modulate("no positions", 2, 0, width=8),
+    qk_norm_rope("no samples", 0, 2, 3, 8),
+    attention("no samples", 0, 2, 3, 8),
+    attention("no queries", 2, 2, 0, 8, keys=3),
+    swiglu("no rows", 0, width=8),
+    gated_residual("no rows", 0, width=8),
+    gelu("no rows", 0, 8),
+    silu("no rows", 0, 8),
+    sinusoidal_embedding("no samples", 0, 8),
+    prepend_tokens("no samples", 0, 3, 8, (2,)),
+]
 OPERATIONS = tuple(dict.fromkeys(case.operation for case in SMALL))
 
 

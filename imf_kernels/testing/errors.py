@@ -10,6 +10,9 @@ the former, so that a tensor of few values has no lucky ε, and a correctly roun
 Likewise e and e' are the largest of several draws of the same case. The rule is checked for primal, tangent
 and each primal gradient separately. A zero has no ε: where PyTorch computes exact zeros too, nothing else
 passes.
+
+The `reference` itself is checked by the same rule against the formulas of testing/plain.py, through
+`torch.func.jvp` and autograd.
 """
 
 from __future__ import annotations
@@ -18,15 +21,18 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from imf_kernels.dual import Dual
+from imf_kernels.testing import plain
 from imf_kernels.testing.cases import Case
 
 Results = dict[str, Tensor]
 CPU = torch.device("cpu")
+PLAIN = "plain"  # the formula of `plain`, where a backend is named
 
 
 def rms(x: Tensor, dim: int | None = None) -> Tensor:
@@ -116,12 +122,20 @@ def evaluate(
     """Returns all results of a case: outputs, their stored tangents, and the gradients for the cotangents
     given.
 
-    Everything is first cast to `dtype`: float64 for the exact results, float32 for PyTorch's.
+    Everything is first cast to `dtype`: float64 for the exact results, float32 for PyTorch's. `PLAIN` as the
+    backend takes a dtype.
     """
 
     def convert(x: Tensor) -> Tensor:
         return x.detach().to(dtype or x.dtype) if x.is_floating_point() else x
 
+    if backend == PLAIN:
+        return _evaluate_plain(
+            case,
+            {name: convert(x) for name, x in primals.items()},
+            {name: convert(x) for name, x in tangents.items()},
+            tuple(map(convert, cotangents or ())),
+        )
     leaves = {name: convert(x) for name, x in primals.items()}
     if cotangents is not None:
         for name in case.differentiable:
@@ -145,9 +159,34 @@ def evaluate(
     return results
 
 
+def _evaluate_plain(
+    case: Case, primals: Mapping[str, Tensor], tangents: Mapping[str, Tensor], cotangents: tuple[Tensor, ...]
+) -> Results:
+    """Returns what `torch.func.jvp` and autograd derive from a case's plain formula."""
+    moving = {name: x for name, x in primals.items() if x.is_floating_point()}
+
+    def formula(*values: Tensor) -> tuple[Tensor, ...]:
+        return plain.formula(case, rounded=False)({**primals, **dict(zip(moving, values, strict=True))})
+
+    directions = {name: torch.zeros_like(x) for name, x in moving.items()}
+    for name, x in tangents.items():
+        directions[name][primals[name].shape[0] - x.shape[0] :] = x
+    both: Any = torch.func.jvp(formula, tuple(moving.values()), tuple(directions.values()))
+    outputs, derivatives = both
+    results = {f"output {i}": y for i, y in enumerate(outputs)}
+    for i, y_dot in enumerate(derivatives if tangents else ()):
+        results[f"tangent {i}"] = y_dot[y_dot.shape[0] - next(iter(tangents.values())).shape[0] :]
+    if cotangents:
+        leaves = [x.requires_grad_(name in case.differentiable) for name, x in moving.items()]
+        wanted = [moving[name] for name in case.differentiable]
+        gradients = torch.autograd.grad(formula(*leaves), wanted, cotangents, materialize_grads=True)
+        results |= {f"gradient of {name}": g for name, g in zip(case.differentiable, gradients, strict=True)}
+    return results
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A case with its data and its exact results."""
+    """A case with its data and its exact results, by its definition: the `reference` backend or `PLAIN`."""
 
     case: Case
     dtype: torch.dtype
@@ -156,9 +195,13 @@ class Problem:
     tangents: dict[str, Tensor]
     cotangents: tuple[Tensor, ...]
     exact: Results
+    definition: str = "reference"
 
     @classmethod
-    def draw(cls, case: Case, dtype: torch.dtype, seed: int, device: torch.device = CPU) -> Problem:
+    def draw(
+        cls, case: Case, dtype: torch.dtype, seed: int, device: torch.device = CPU,
+        definition: str = "reference",
+    ) -> Problem:  # fmt: skip
         """Draws data on the CPU, the same everywhere by seed; computes exact results on the device."""
         generator = torch.Generator("cpu").manual_seed(seed)
         primals, tangents = case.draw(generator, dtype)
@@ -167,12 +210,12 @@ class Problem:
             torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(out_dtype)
             for shape in case.outputs
         )
-        p = cls(case, dtype, seed, primals, tangents, cotangents, {})
+        p = cls(case, dtype, seed, primals, tangents, cotangents, {}, definition)
         try:
             there = p.to(device)
-            return replace(there, exact=there.evaluate("reference", dtype=torch.float64))
+            return replace(there, exact=there.evaluate(definition, dtype=torch.float64))
         except torch.OutOfMemoryError:  # fp64 may not fit a small GPU
-            return replace(p, exact=p.evaluate("reference", dtype=torch.float64)).to(device)
+            return replace(p, exact=p.evaluate(definition, dtype=torch.float64)).to(device)
 
     def to(self, device: torch.device) -> Problem:
         def move(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -196,25 +239,38 @@ class Problem:
 
     def check(self, results: Results, *, tangents: bool = True, draws: int = 8) -> None:
         """Checks every result against the error rule. `draws`: of the yardsticks; one is the strictest."""
+        faults = self.faults(results, tangents=tangents, draws=draws)
+        assert not faults, "\n".join(faults)
+
+    def faults(self, results: Results, *, tangents: bool = True, draws: int = 8) -> list[str]:
+        """Returns what is wrong with the results, a line for each that breaks the error rule."""
         expected = {name for name in self.exact if tangents or not name.startswith("tangent")}
+        if self.definition == PLAIN:  # torch.func.jvp returns structural zeros too
+            expected = {name for name in expected if name in results or self.exact[name].any()}
         missing = expected ^ set(results)
-        assert not missing, f"{self.case}: results that only one side has: {sorted(missing)}"
+        if missing:
+            return [f"{self.case}: results that only one side has: {sorted(missing)}"]
         device = next(iter(self.exact.values())).device
-        pytorch = yardsticks(self.case, self.dtype, self.seed, draws, device)
+        pytorch = yardsticks(self.case, self.dtype, self.seed, draws, device, self.definition)
+        found = []
         for name, got in results.items():
             argument = self.case.inputs.get(name.removeprefix("gradient of "))
             rounded = self.dtype if argument and argument.rounded else None
-            check(f"{self.case}, {name}", got, self.exact[name], pytorch[name], rounded)
+            try:
+                check(f"{self.case}, {name}", got, self.exact[name], pytorch[name], rounded)
+            except AssertionError as error:
+                found.append(str(error))
+        return found
 
 
-def problem(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
+def problem(case: Case, dtype: torch.dtype, seed: int = 0, definition: str = "reference") -> Problem:
     """Returns the case with data of `dtype` and its exact results, on PyTorch's default device."""
-    return _problem(case, dtype, seed, torch.get_default_device())
+    return _problem(case, dtype, seed, torch.get_default_device(), definition)
 
 
 @functools.lru_cache(maxsize=4)
-def _problem(case: Case, dtype: torch.dtype, seed: int, device: torch.device) -> Problem:
-    return Problem.draw(case, dtype, seed, device)
+def _problem(case: Case, dtype: torch.dtype, seed: int, device: torch.device, definition: str) -> Problem:
+    return Problem.draw(case, dtype, seed, device, definition)
 
 
 @functools.cache
@@ -224,13 +280,15 @@ def yardsticks(
     seed: int = 0,
     draws: int = 8,
     device: torch.device = CPU,
+    definition: str = "reference",
 ) -> dict[str, Yardstick]:
     """Returns PyTorch's largest errors in float32 over draws from `seed` on, for all results of the case."""
     drawn: list[dict[str, Yardstick]] = []
     for i in range(seed, seed + draws):
         # The first is the one being checked, and drawn already.
-        p = _problem(case, dtype, i, device) if i == seed else Problem.draw(case, dtype, i, device)
-        fp32 = p.evaluate("reference", dtype=torch.float32)
+        draw = _problem if i == seed else Problem.draw
+        p = draw(case, dtype, i, device, definition)
+        fp32 = p.evaluate(definition, dtype=torch.float32)
         drawn.append({name: Yardstick.of(x, p.exact[name]) for name, x in fp32.items()})
     return {name: Yardstick.largest([d[name] for d in drawn]) for name in drawn[0]}
 

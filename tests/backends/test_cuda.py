@@ -4,10 +4,8 @@ On compute capability 9.0 they are tested with the other backends, under the nam
 them.
 """
 
-import importlib.util
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +17,6 @@ from imf_kernels.backends.dispatch import choose
 from imf_kernels.backends.operators import OPERATIONS
 from imf_kernels.ops import attention
 from tests.helpers.backends import ON_GPU
-
-ROOT = Path(__file__).parents[2]
 
 
 def refused(dtype=torch.bfloat16):
@@ -59,29 +55,29 @@ def test_one_name_serves_all_operations_of_a_network():
         assert (expected == "cuda") == (operation.name == attention.NAME)
 
 
-def _script():
-    specification = importlib.util.spec_from_file_location(
-        "verified", ROOT / "benchmarks" / "tools" / "verified.py"
-    )
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+def test_what_the_kernel_cannot_read_is_copied(monkeypatch):
+    """In graphs any layout may arrive, and tangents are no part of the choice."""
+    got = []
+    monkeypatch.setattr(_C, "attention_forward", lambda *arguments: got.extend(arguments))
+    q, k, v, v_dot = torch.randn(4, 1, 2, 3, 8, dtype=torch.bfloat16)
+    unaligned = torch.zeros(q.numel() + 1, dtype=q.dtype)[1:].view_as(q).copy_(q)
+    odd = torch.zeros(1, 2, 3, 9, dtype=q.dtype)[..., :8].copy_(k)
+    attention._CUDA.forward(unaligned, odd, v, None, k[:, :1].expand_as(k), v_dot, "the rest")
+    inputs = [x for x in got[:6] if x is not None]
+    assert [attention._cuda_layout(x) for x in inputs] == [None] * 5
+    for x, wanted in zip(inputs, (q, k, v, k[:, :1].expand_as(k), v_dot), strict=True):
+        assert torch.equal(x, wanted)
+    assert inputs[2] is v and got[3] is None and got[6] == "the rest"
 
 
-def test_the_list_of_verified_gpus_is_what_the_records_say(tmp_path):
-    script = _script()
-    assert script.text(script.RESULTS) == script.TARGET.read_text()
-    record = tmp_path / "results" / "a-gpu"
-    record.mkdir(parents=True)
-    (record / "machine.txt").write_text(
-        "name, driver_version\nNVIDIA H200, 580.1, 143771 MiB, 9.0, 1980 MHz\n"
-    )
-    (record / "stages.tsv").write_text("stage\texit code\tseconds\nbuild\t0\t9\ntests\t0\t9\n")
-    xml = '<testsuite><testcase name="test_error_rule[cuda-silu vector]">{}</testcase></testsuite>'
-    (record / "tests.xml").write_text(xml.format(""))
-    assert 'frozenset({"sm_90"})' in script.text(record.parent)
-    (record / "tests.xml").write_text(xml.format("<skipped/>"))
-    assert "frozenset()" in script.text(record.parent)
-    (record / "tests.xml").write_text(xml.format(""))
-    (record / "stages.tsv").write_text("stage\texit code\tseconds\nbuild\t0\t9\ntests\t1\t9\n")
-    assert "frozenset()" in script.text(record.parent)
+@pytest.mark.parametrize("width", [4, 12, 136])
+def test_head_dims_are_refused_in_graphs_too(width, monkeypatch):
+    monkeypatch.setattr(attention, "unfit", lambda *asked: None)
+    q = torch.zeros(1, 1, 2, width, dtype=torch.bfloat16)
+
+    def call(q):
+        return ik.scaled_dot_product_attention(q, q, q, backend="cuda")
+
+    with pytest.raises(Exception, match=f"multiples of 8 up to 128, got {width}"):
+        torch.compile(call, backend="eager", fullgraph=True)(q)
+    torch._dynamo.reset()

@@ -1,9 +1,8 @@
-"""The triton backend: when it can run and why not, what it warns of, sums over many rows."""
+"""The triton backend: when it can run and why not, sums over many rows."""
 
 import importlib
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -77,18 +76,6 @@ def test_rows_too_long_for_a_program_are_refused():
     with pytest.raises(RuntimeError, match=r"takes rows of at most 16384, got 16385|takes CUDA"):
         ik.rms_norm(x, w, backend="triton")
     assert ik.rms_norm(x, w).shape == x.shape
-
-
-def test_unverified_hardware_is_warned_of_once(monkeypatch):
-    monkeypatch.setattr(triton_launch, "_architecture", lambda device: "sm_00")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    triton_launch._warn_unverified.cache_clear()
-    with pytest.warns(UserWarning, match=r"not been verified on a GPU \(sm_00\)"):
-        triton_launch._warn_unverified(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        triton_launch._warn_unverified(0)
-    triton_launch._warn_unverified.cache_clear()
 
 
 def test_gpus_without_the_instructions_are_refused(monkeypatch):

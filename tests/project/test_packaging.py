@@ -18,7 +18,8 @@ import imf_kernels
 
 ROOT = Path(__file__).parents[2]
 # python -m <module>
-COMMANDS = ("imf.train", "imf.sample", "imf.evaluate", "imf.convert", "imf.data.prepare", "imf_kernels.info")
+COMMANDS = ("imf.train", "imf.sample", "imf.evaluate", "imf.convert", "imf.data.prepare")
+COMMANDS += ("imf_kernels.info", "imf_kernels.verify")
 # Each takes up to a second to import, so nothing imports them before it needs them.
 SLOW = (
     "sklearn",
