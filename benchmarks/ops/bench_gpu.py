@@ -105,9 +105,8 @@ def calls(problem: errors.Problem, compiled: bool) -> dict[str, Call]:
 
     forms = {"dual": ours(None, True), "primal": ours(None, False), "dual reference": ours("reference", True)}
     forms["primal and backward"] = backward_of(None)
-    if has_cuda(problem):
-        forms |= {"dual, cuda": ours("cuda", True), "primal, cuda": ours("cuda", False)}
-        forms["primal and backward, cuda"] = backward_of("cuda")
+    for backend in ("cuda", "triton") if has_cuda(problem) else ():
+        forms |= {f"dual, {backend}": ours(backend, True), f"primal, {backend}": ours(backend, False)}
     if case.operation == "scaled_dot_product_attention" and (case.options or "attn_mask" in x):
         return forms
     formula = plain.formula(case)
@@ -146,8 +145,15 @@ def attention_peers(problem: errors.Problem) -> dict[str, Call]:
     forms: dict[str, Call] = {
         "forward, cuDNN": lambda: fused(SDPBackend.CUDNN_ATTENTION),
         "forward, flash": lambda: fused(SDPBackend.FLASH_ATTENTION),
-        "forward, efficient": lambda: fused(SDPBackend.EFFICIENT_ATTENTION),
     }
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+
+    def with_backward() -> Any:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            out = F.scaled_dot_product_attention(*leaves)
+        return torch.autograd.grad(out, leaves, problem.cotangents)
+
+    forms["forward and backward, cuDNN"] = with_backward
     tangents = [problem.tangents.get(n) for n in ("query", "key", "value")]
     if (package := installed("flash_attn")) is not None:
         rows = [t.transpose(1, 2) for t in (q, k, v)]
