@@ -18,7 +18,7 @@ from torch import Tensor
 
 from imf.objective.draws import Draws, Guidance, StepDraws, repeated, sizes_of_v_u
 
-# The captured call: (x, y, the draws on the device, learning rate, decay of the average) → terms.
+# The captured call: (x, y, draws on the device, learning rate, share of the weights in the average) → terms.
 Update = Callable[[Tensor, Tensor, StepDraws, Any, Any], Tensor]
 
 
@@ -74,10 +74,10 @@ class StepGraphs:
         # A single one: PyTorch's allocator reuses memory freed on a stream on that stream only.
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __call__(self, x: Tensor, y: Tensor, draws: Draws | StepDraws, rate: float, decay: float) -> Tensor:
+    def __call__(self, x: Tensor, y: Tensor, draws: Draws | StepDraws, rate: float, share: float) -> Tensor:
         step = draws if isinstance(draws, StepDraws) else StepDraws.of(draws, self.guidance, self.device)
         needed = len(step.u_rows)
-        for scalar, value in zip(self.rates, (rate, decay), strict=True):
+        for scalar, value in zip(self.rates, (rate, share), strict=True):
             scalar.fill_(value)
         if self.waiting:
             size = self.waiting.pop(0)

@@ -79,7 +79,7 @@ def training_step(
 
     batches: this process's, of one size in all, so that the mean over processes is that over rows.
     """
-    rates = learning_rate(config, state.step), ema_decay(config, state.step)
+    rates = learning_rate(config, state.step), 1 - ema_decay(config, state.step)
 
     def inputs(micro_step: int) -> tuple[Tensor, Tensor, Draws]:
         x, y = next(batches)
@@ -89,8 +89,8 @@ def training_step(
     if config.cuda_graphs:  # without accumulation
         if state.graphs is None:
 
-            def whole_step(x: Tensor, y: Tensor, draws: StepDraws, rate: Tensor, decay: Tensor) -> Tensor:
-                return update(state, backward(state, x, y, draws), rate, decay, context)
+            def whole_step(x: Tensor, y: Tensor, draws: StepDraws, rate: Tensor, share: Tensor) -> Tensor:
+                return update(state, backward(state, x, y, draws), rate, share, context)
 
             state.graphs = StepGraphs(whole_step, config.batch_size, context.device, state.guidance)
         terms = state.graphs(*inputs(state.step), *rates)
@@ -113,9 +113,12 @@ def backward(state: State, x: Tensor, y: Tensor, draws: Draws | StepDraws, accum
 
 
 def update(
-    state: State, terms: Tensor, rate: float | Tensor, decay: float | Tensor, context: DistributedContext
+    state: State, terms: Tensor, rate: float | Tensor, share: float | Tensor, context: DistributedContext
 ) -> Tensor:
-    """AdamW and the moving average, unless a number is not finite; returns [*terms, norm of the gradient]."""
+    """AdamW and the moving average, unless a number is not finite; returns [*terms, norm of the gradient].
+
+    share: of the weights in their average.
+    """
     norm = whole(nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None]))
     terms = torch.cat([context.mean(terms), norm[None]])  # the same in all processes
     state.found_inf.logical_or_(~terms.isfinite().all())  # once 1, the two updates below change nothing
@@ -123,8 +126,5 @@ def update(
         group["lr"] = rate
     state.optimizer.step()
     state.optimizer.zero_grad()
-    # ema ← ema + (1 − decay) (model − ema), in one pass over all weights
-    share = (1 - decay) * (1 - state.found_inf)
-    with torch.no_grad():
-        torch._foreach_lerp_(state.averages, state.weights, [share] * len(state.weights))
+    state.average((1 - state.found_inf) * share)
     return terms

@@ -30,6 +30,7 @@ from imf.training.graphs import StepGraphs
 from imf.training.log import truncate_metrics, wandb_module
 from imf.training.parallel import local, wrap_for_training
 from imf_kernels.backends import cpu, triton_launch
+from imf_kernels.backends.moving_average import MovingAverage
 
 
 @dataclass
@@ -55,9 +56,8 @@ class State:
 
     def __post_init__(self) -> None:
         self.parameters = list(self.model.parameters())
-        # This process's shards, as the moving average takes them.
-        self.weights: list[Tensor] = [local(p) for p in self.parameters]
-        self.averages: list[Tensor] = [local(p) for p in self.ema.parameters()]
+        # Of this process's shards.
+        self.average = MovingAverage(*([local(p) for p in m.parameters()] for m in (self.ema, self.model)))
 
 
 @dataclass
