@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from imf.distributed import DistributedContext, agreed
-from imf.objective.draws import Draws, StepDraws
+from imf.objective.draws import Draws, StepDraws, count_of_v_u
 from imf.program import UserError
 from imf.training import artifacts
 from imf.training.config import TrainConfig, ema_decay, learning_rate
-from imf.training.graphs import StepGraphs
+from imf.training.graphs import WARMUP_OF_DDP, StepGraphs
 from imf.training.log import Readback, check_finite, opened_log
 from imf.training.parallel import synchronising, whole
 from imf.training.setup import Run, State
@@ -69,6 +69,8 @@ def fit(run: Run) -> int | None:
             except UserError as second:
                 raise UserError(f"{error}\n{second}") from error
             raise
+        finally:
+            state.graphs = None  # NCCL waits for the graphs that hold its collectives, before it lets go
     return signals.agreed or None
 
 
@@ -92,8 +94,15 @@ def training_step(
             def whole_step(x: Tensor, y: Tensor, draws: StepDraws, rate: Tensor, share: Tensor) -> Tensor:
                 return update(state, backward(state, x, y, draws), rate, share, context)
 
-            state.graphs = StepGraphs(whole_step, config.batch_size, context.device, state.guidance)
-        terms = state.graphs(*inputs(state.step), *rates)
+            state.graphs = StepGraphs(
+                whole_step,
+                config.batch_size // context.count,
+                context.device,
+                state.guidance,
+                warmup=WARMUP_OF_DDP if context.grouped else 0,
+                stream=state.stream,
+            )
+        terms = state.graphs(*inputs(state.step), *rates, at_least=rows_of_others(state, config, context))
     else:
         terms = torch.zeros(3, device=context.device)
         for i in range(config.accumulate):
@@ -103,6 +112,20 @@ def training_step(
         terms = update(state, terms, *rates, context)
     state.step += 1
     return terms
+
+
+def rows_of_others(state: State, config: TrainConfig, context: DistributedContext) -> int:
+    """Returns the most rows on which another process needs v_u in the next step.
+
+    Their draws are functions of the seed, the step and the process, so nothing is communicated.
+    """
+    batch, settings = config.batch_size // context.count, {"seed": config.seed, "step": state.step}
+    counts = (
+        count_of_v_u(batch, state.guidance, process=process, **settings, **config.draws)
+        for process in range(context.count)
+        if process != context.rank
+    )
+    return max(counts, default=0)
 
 
 def backward(state: State, x: Tensor, y: Tensor, draws: Draws | StepDraws, accumulate: int = 1) -> Tensor:
