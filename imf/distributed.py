@@ -116,11 +116,14 @@ def sharded(network: nn.Module) -> TypeGuard[FSDPModule]:
 
 
 @contextlib.contextmanager
-def initialized(device: str, timeout: timedelta = timedelta(days=7)) -> Iterator[DistributedContext]:
+def initialized(
+    device: str, timeout: timedelta = timedelta(days=7), cuda_graphs: bool = False
+) -> Iterator[DistributedContext]:
     """Joins the processes that `torchrun` started; without it yields the context of a process alone.
 
     device: as `choose_device` takes it; "cuda" and "auto" mean one GPU per process.
     timeout: how long a process waits for another that lives; that one has died is seen at once.
+    cuda_graphs: whether CUDA graphs are to hold collectives; they must be gone where this ends.
     Raises: UserError if only some of torchrun's variables are set, or GPUs are too few.
     """
     ranks, chosen = _ranks(), choose_device(device)
@@ -130,6 +133,8 @@ def initialized(device: str, timeout: timedelta = timedelta(days=7)) -> Iterator
     rank, count, local_rank = ranks
     if chosen.type == "cuda":
         chosen = _own_gpu(chosen, local_rank, count)
+    if cuda_graphs:  # as PyTorch's notes on CUDA semantics ask; torchrun sets it to 1
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
     yield (context := DistributedContext(rank, count, chosen, grouped=True))
     # Not after an exception, which waiting for processes that have left would hide.

@@ -116,34 +116,13 @@ class Draws:
             f"such that omega_max ** (1 - omega_exponent) is at most e ** {MAX_LOG_POWER}",
             omega_exponent,
         )
-        generator = random.generator(seed, "draws", step, process)
-        batch = x.shape[0]
-        n_fm = int(batch * fm_fraction)
-        fm = torch.arange(batch) < n_fm
-        times = torch.sigmoid(torch.randn(2, batch, generator=generator) * std + mean)
-        t, r = times.amax(0), times.amin(0)
-        uniform = torch.rand(4, batch, generator=generator)
-        log_max = math.log(omega_max)
-        if omega_exponent == 1.0:
-            omega = torch.exp(uniform[0] * log_max)
-        else:
-            slope = 1.0 - omega_exponent
-            omega = torch.exp(torch.log1p(uniform[0] * math.expm1(slope * log_max)) / slope)
-        whole = fm if interval else torch.ones_like(fm)
-        n_drop = int((uniform[3] < drop_probability).sum())
+        on_host = _drawn_on_host(
+            x.shape[0], seed, step, process, fm_fraction=fm_fraction, drop_probability=drop_probability,
+            omega_max=omega_max, omega_exponent=omega_exponent, interval=interval, mean=mean, std=std,
+        )  # fmt: skip
         # Made where it is used: a copy would wait until a GPU has done all that it was asked for.
         of_noise = random.generator(seed, "noise", step, process, x.device)
-        noise = torch.randn(x.shape, generator=of_noise, device=x.device)
-        return Draws(
-            t=t,
-            r=torch.where(fm, t, r),
-            noise=noise,
-            omega=omega.clamp(min=1.0),
-            t_min=torch.where(whole, 0.0, uniform[1] * 0.5),
-            t_max=torch.where(whole, 1.0, 0.5 + uniform[2] * 0.5),
-            drop=torch.arange(batch) < n_drop,
-            n_fm=n_fm,
-        )
+        return Draws(noise=torch.randn(x.shape, generator=of_noise, device=x.device), **on_host)
 
     def to(self, device: torch.device | str) -> Draws:
         """The same with every tensor on `device`; does not wait for it."""
@@ -198,15 +177,9 @@ class StepDraws:
     @staticmethod
     def of(draws: Draws, guidance: Guidance | None, device: torch.device) -> StepDraws:
         """Moves draws to `device`; with draws on the CPU nothing here waits for it."""
-        inside = (draws.t_min <= draws.t) & (draws.t <= draws.t_max)
-        # Not torch.where, which copies its number to a GPU and waits for that.
-        omega = draws.omega.masked_fill(~inside, 1.0)
-        if guidance is None:
-            alpha, kappa = torch.zeros_like(omega), 1 - 1 / omega
-        else:
-            inside = (guidance.t_min <= draws.t) & (draws.t <= guidance.t_max)
-            alpha, kappa = (inside.to(omega.dtype) * w for w in (guidance.omega - 1, guidance.kappa))
-        alpha, kappa = (w.masked_fill(draws.drop, 0.0) for w in (alpha, kappa))
+        alpha, kappa, omega = _weights_of_target(
+            draws.t, draws.t_min, draws.t_max, draws.omega, draws.drop, guidance
+        )
         c_rows = torch.arange(draws.n_fm, len(draws.t), device=draws.t.device)
         small = alpha, kappa, omega, c_rows, _rows_of_v_u(alpha + kappa)
         return StepDraws(draws.to(device), *(x.to(device, non_blocking=True) for x in small))
@@ -217,15 +190,77 @@ class StepDraws:
         return own + [value for value in vars(self.draws).values() if isinstance(value, Tensor)]
 
 
+def _drawn_on_host(
+    batch: int, seed: int, step: int, process: int, *, fm_fraction: float, drop_probability: float,
+    omega_max: float, omega_exponent: float, interval: bool, mean: float, std: float,
+) -> dict[str, Any]:  # fmt: skip
+    """All of `Draws.sample` but the noise."""
+    generator = random.generator(seed, "draws", step, process)
+    n_fm = int(batch * fm_fraction)
+    fm = torch.arange(batch) < n_fm
+    times = torch.sigmoid(torch.randn(2, batch, generator=generator) * std + mean)
+    t, r = times.amax(0), times.amin(0)
+    uniform = torch.rand(4, batch, generator=generator)
+    log_max = math.log(omega_max)
+    if omega_exponent == 1.0:
+        omega = torch.exp(uniform[0] * log_max)
+    else:
+        slope = 1.0 - omega_exponent
+        omega = torch.exp(torch.log1p(uniform[0] * math.expm1(slope * log_max)) / slope)
+    whole = fm if interval else torch.ones_like(fm)
+    n_drop = int((uniform[3] < drop_probability).sum())
+    return {
+        "t": t,
+        "r": torch.where(fm, t, r),
+        "omega": omega.clamp(min=1.0),
+        "t_min": torch.where(whole, 0.0, uniform[1] * 0.5),
+        "t_max": torch.where(whole, 1.0, 0.5 + uniform[2] * 0.5),
+        "drop": torch.arange(batch) < n_drop,
+        "n_fm": n_fm,
+    }
+
+
+def _weights_of_target(
+    t: Tensor, t_min: Tensor, t_max: Tensor, omega: Tensor, drop: Tensor, guidance: Guidance | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns alpha, kappa and omega of `StepDraws`."""
+    # Not torch.where, which copies its number to a GPU and waits for that.
+    omega = omega.masked_fill(~((t_min <= t) & (t <= t_max)), 1.0)
+    if guidance is None:
+        alpha, kappa = torch.zeros_like(omega), 1 - 1 / omega
+    else:
+        inside = (guidance.t_min <= t) & (t <= guidance.t_max)
+        alpha, kappa = (inside.to(omega.dtype) * w for w in (guidance.omega - 1, guidance.kappa))
+    return alpha.masked_fill(drop, 0.0), kappa.masked_fill(drop, 0.0), omega
+
+
 def _rows_of_v_u(coefficient: Tensor) -> Tensor:
-    """Rows where it is not 0, the last one repeated up to a multiple of an eighth of the batch.
+    """Rows where it is not 0, the last one repeated up to the number of rows that v_u is computed on."""
+    rows = coefficient.nonzero().squeeze(1)
+    return repeated(rows, _rounded_up(len(rows), len(coefficient)))
+
+
+def _rounded_up(rows: int, batch: int) -> int:
+    """Rounds a number of rows up to a multiple of an eighth of the batch.
 
     Computing a row twice changes nothing; a new number of rows at every step would cost matrix products that
     tune themselves for each shape more than the rows do.
     """
-    rows, batch = coefficient.nonzero().squeeze(1), len(coefficient)
     eighth = max(1, batch // 8)
-    return repeated(rows, min(batch, -(-len(rows) // eighth) * eighth))
+    return min(batch, -(-rows // eighth) * eighth)
+
+
+def count_of_v_u(
+    batch: int, guidance: Guidance | None, *, seed: int, step: int, process: int, **settings: Any
+) -> int:
+    """Computes `len(StepDraws.u_rows)` of any process without its batch.
+
+    settings: the others of `Draws.sample`, all of them.
+    """
+    drawn = _drawn_on_host(batch, seed, step, process, **settings)
+    t, t_min, t_max, omega, drop = (drawn[name] for name in ("t", "t_min", "t_max", "omega", "drop"))
+    alpha, kappa, _ = _weights_of_target(t, t_min, t_max, omega, drop, guidance)
+    return _rounded_up(int((alpha + kappa).count_nonzero()), batch)
 
 
 def sizes_of_v_u(batch: int) -> list[int]:

@@ -119,7 +119,7 @@ class TrainConfig:
     )
     compile: bool = _option(False, "compile the blocks of the network by torch.compile")
     checkpointing: bool = _option(False, "keep no activations inside blocks: backward recomputes them")
-    cuda_graphs: bool = _option(False, "replay steps as CUDA graphs: one process on a GPU, one micro-batch")
+    cuda_graphs: bool = _option(False, "replay steps as CUDA graphs: on GPUs, without fsdp and accumulate")
     threads: int = _option(0, "CPU threads; 0: as PyTorch chooses", AT_LEAST_0, _at_most(MOST_THREADS))
 
     omega: float = _option(1.3, "guidance scale of samples while and after training, where an input")

@@ -1,15 +1,17 @@
 """Training steps as CUDA graphs, so that the host replays a step instead of launching each kernel.
 
 A graph has fixed shapes, addresses and numbers. So inputs are copied into tensors that stay, and there is one
-graph for each size of the evaluation of v_u, see `sizes_of_v_u`.
+graph for each size of the evaluation of v_u, see `sizes_of_v_u`. With DDP it holds the collectives too. All
+processes capture the same size at the same step, as NCCL may exchange addresses of buffers meanwhile.
 
 Source: "Accelerating PyTorch with CUDA Graphs" and the notes on CUDA semantics in PyTorch's documentation.
-Not yet run on a GPU: tests replay the same steps from a recording of PyTorch's operators on the CPU.
+Tests without a GPU replay the same steps from a recording of PyTorch's operators.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +20,24 @@ from torch import Tensor
 
 from imf.objective.draws import Draws, Guidance, StepDraws, repeated, sizes_of_v_u
 
-# The captured call: (x, y, the draws on the device, learning rate, decay of the average) → terms.
+# The captured call: (x, y, draws on the device, learning rate, share of the weights in the average) → terms.
 Update = Callable[[Tensor, Tensor, StepDraws, Any, Any], Tensor]
+
+# Eager steps that DDP needs before a capture: it times the first ten.
+WARMUP_OF_DDP = 11
+
+
+@contextlib.contextmanager
+def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Runs what is inside on a stream, ordered as on the current one; `None` means the current one."""
+    if stream is None:
+        yield
+        return
+    main = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(main)
+    with torch.cuda.stream(stream):
+        yield
+    main.wait_stream(stream)
 
 
 class CudaGraph:
@@ -60,32 +78,46 @@ class StepGraphs:
 
     update: changes weights, optimizer and average in place, never synchronises, reads nothing else that
         changes.
+    warmup: eager steps, at least.
+    stream: to capture on; its own unless given.
     """
 
     def __init__(
-        self, update: Update, batch: int, device: torch.device, guidance: Guidance | None = None
+        self,
+        update: Update,
+        batch: int,
+        device: torch.device,
+        guidance: Guidance | None = None,
+        warmup: int = 0,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         self.update, self.device, self.guidance = update, device, guidance
         self.waiting = sizes_of_v_u(batch)[::-1]  # sizes not yet met, the largest first
         self.warm: list[int] = []
+        self.eager_steps = max(warmup, len(self.waiting))  # that are left
         self.inputs: dict[int, tuple[Tensor, Tensor, StepDraws]] = {}
         self.recorded: dict[int, CudaGraph] = {}
         self.rates = torch.zeros((), device=device), torch.zeros((), device=device)
         # A single one: PyTorch's allocator reuses memory freed on a stream on that stream only.
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = stream or (torch.cuda.Stream(device) if device.type == "cuda" else None)
 
-    def __call__(self, x: Tensor, y: Tensor, draws: Draws | StepDraws, rate: float, decay: float) -> Tensor:
+    def __call__(
+        self, x: Tensor, y: Tensor, draws: Draws | StepDraws, rate: float, share: float, at_least: int = 0
+    ) -> Tensor:
+        """Returns the terms of a step.  at_least: rows on which other processes need v_u."""
         step = draws if isinstance(draws, StepDraws) else StepDraws.of(draws, self.guidance, self.device)
-        needed = len(step.u_rows)
-        for scalar, value in zip(self.rates, (rate, decay), strict=True):
+        needed = max(len(step.u_rows), at_least)
+        for scalar, value in zip(self.rates, (rate, share), strict=True):
             scalar.fill_(value)
-        if self.waiting:
-            size = self.waiting.pop(0)
-            size = size if size >= needed else min(n for n in self.warm if n >= needed)
+        if self.waiting and (size := self.waiting.pop(0)) >= needed:
             self.warm.append(size)
-            return self._eager(x, y, replace(step, u_rows=repeated(step.u_rows, size)))
-        size = min(n for n in self.warm if n >= needed)
+        else:
+            size = min(n for n in self.warm if n >= needed)
         step = replace(step, u_rows=repeated(step.u_rows, size))
+        if self.eager_steps:
+            self.eager_steps -= 1
+            with on_stream(self.stream):
+                return self.update(x, y, step, *self.rates)
         if size not in self.recorded:
             own = x.clone(), y.clone(), _copy(step)
             self.inputs[size] = own
@@ -97,17 +129,6 @@ class StepGraphs:
         for mine, new in zip((own_x, own_y, *own_step.tensors()), (x, y, *step.tensors()), strict=True):
             mine.copy_(new, non_blocking=True)
         return self.recorded[size].replay().clone()
-
-    def _eager(self, x: Tensor, y: Tensor, step: StepDraws) -> Tensor:
-        """Runs the step eagerly, on the stream that later captures it."""
-        if self.stream is None:
-            return self.update(x, y, step, *self.rates)
-        main = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(main)
-        with torch.cuda.stream(self.stream):
-            result = self.update(x, y, step, *self.rates)
-        main.wait_stream(self.stream)
-        return result
 
 
 def _copy(step: StepDraws) -> StepDraws:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from imf.distributed import DistributedContext, agreed
-from imf.objective.draws import Draws, StepDraws
+from imf.objective.draws import Draws, StepDraws, count_of_v_u
 from imf.program import UserError
 from imf.training import artifacts
 from imf.training.config import TrainConfig, ema_decay, learning_rate
-from imf.training.graphs import StepGraphs
+from imf.training.graphs import WARMUP_OF_DDP, StepGraphs
 from imf.training.log import Readback, check_finite, opened_log
 from imf.training.parallel import synchronising, whole
 from imf.training.setup import Run, State
@@ -69,6 +69,8 @@ def fit(run: Run) -> int | None:
             except UserError as second:
                 raise UserError(f"{error}\n{second}") from error
             raise
+        finally:
+            state.graphs = None  # NCCL waits for the graphs that hold its collectives, before it lets go
     return signals.agreed or None
 
 
@@ -79,7 +81,7 @@ def training_step(
 
     batches: this process's, of one size in all, so that the mean over processes is that over rows.
     """
-    rates = learning_rate(config, state.step), ema_decay(config, state.step)
+    rates = learning_rate(config, state.step), 1 - ema_decay(config, state.step)
 
     def inputs(micro_step: int) -> tuple[Tensor, Tensor, Draws]:
         x, y = next(batches)
@@ -89,11 +91,18 @@ def training_step(
     if config.cuda_graphs:  # without accumulation
         if state.graphs is None:
 
-            def whole_step(x: Tensor, y: Tensor, draws: StepDraws, rate: Tensor, decay: Tensor) -> Tensor:
-                return update(state, backward(state, x, y, draws), rate, decay, context)
+            def whole_step(x: Tensor, y: Tensor, draws: StepDraws, rate: Tensor, share: Tensor) -> Tensor:
+                return update(state, backward(state, x, y, draws), rate, share, context)
 
-            state.graphs = StepGraphs(whole_step, config.batch_size, context.device, state.guidance)
-        terms = state.graphs(*inputs(state.step), *rates)
+            state.graphs = StepGraphs(
+                whole_step,
+                config.batch_size // context.count,
+                context.device,
+                state.guidance,
+                warmup=WARMUP_OF_DDP if context.grouped else 0,
+                stream=state.stream,
+            )
+        terms = state.graphs(*inputs(state.step), *rates, at_least=rows_of_others(state, config, context))
     else:
         terms = torch.zeros(3, device=context.device)
         for i in range(config.accumulate):
@@ -105,6 +114,20 @@ def training_step(
     return terms
 
 
+def rows_of_others(state: State, config: TrainConfig, context: DistributedContext) -> int:
+    """Returns the most rows on which another process needs v_u in the next step.
+
+    Their draws are functions of the seed, the step and the process, so nothing is communicated.
+    """
+    batch, settings = config.batch_size // context.count, {"seed": config.seed, "step": state.step}
+    counts = (
+        count_of_v_u(batch, state.guidance, process=process, **settings, **config.draws)
+        for process in range(context.count)
+        if process != context.rank
+    )
+    return max(counts, default=0)
+
+
 def backward(state: State, x: Tensor, y: Tensor, draws: Draws | StepDraws, accumulate: int = 1) -> Tensor:
     """Adds a micro-batch's share to the gradients; returns its share of loss, loss_u and loss_v, [3]."""
     out = state.objective(state.wrapped, x, y, draws)
@@ -113,9 +136,12 @@ def backward(state: State, x: Tensor, y: Tensor, draws: Draws | StepDraws, accum
 
 
 def update(
-    state: State, terms: Tensor, rate: float | Tensor, decay: float | Tensor, context: DistributedContext
+    state: State, terms: Tensor, rate: float | Tensor, share: float | Tensor, context: DistributedContext
 ) -> Tensor:
-    """AdamW and the moving average, unless a number is not finite; returns [*terms, norm of the gradient]."""
+    """AdamW and the moving average, unless a number is not finite; returns [*terms, norm of the gradient].
+
+    share: of the weights in their average.
+    """
     norm = whole(nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None]))
     terms = torch.cat([context.mean(terms), norm[None]])  # the same in all processes
     state.found_inf.logical_or_(~terms.isfinite().all())  # once 1, the two updates below change nothing
@@ -123,8 +149,5 @@ def update(
         group["lr"] = rate
     state.optimizer.step()
     state.optimizer.zero_grad()
-    # ema ← ema + (1 − decay) (model − ema), in one pass over all weights
-    share = (1 - decay) * (1 - state.found_inf)
-    with torch.no_grad():
-        torch._foreach_lerp_(state.averages, state.weights, [share] * len(state.weights))
+    state.average((1 - state.found_inf) * share)
     return terms

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import imf_kernels as ik
 from imf.distributed import sharded
+from imf.training.graphs import on_stream
 
 # FSDP2 and DTensor take a second to import, so only the functions that shard import them.
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def wrap_for_training(
     device: torch.device,
     compile: bool,
     checkpointing: bool,
+    stream: torch.cuda.Stream | None = None,
 ) -> nn.Module:
     """Compiles, checkpoints and wraps a network and its average; returns the module that the objective calls.
 
@@ -43,6 +45,7 @@ def wrap_for_training(
     communication overlaps). DDP wraps the model, or FSDP2 shards both networks block by block, in place.
 
     sharding: "ddp" or "fsdp"; None for a process alone.  device: of the weights of "fsdp".
+    stream: on which steps with DDP are captured; gradients accumulate on the stream of DDP's construction.
     """
     for block in blocks(model):
         if compile:
@@ -52,7 +55,8 @@ def wrap_for_training(
     if sharding is None:
         return model
     if sharding == "ddp":
-        return DDP(model, gradient_as_bucket_view=True)
+        with on_stream(stream):
+            return DDP(model, gradient_as_bucket_view=True)
     from torch.distributed.device_mesh import init_device_mesh
 
     # `ik.checkpoint` returns views; nothing here writes into one.

@@ -26,8 +26,9 @@ def train(config: TrainConfig, arguments: argparse.Namespace) -> int:
     Raises: UserError or OSError before the processes know of each other; later ones are printed.
     """
     resumed = None if arguments.resume is None else find_resumed(arguments)
-    device = config.device if resumed is None else getattr(arguments, "device", resumed[1].config.device)
-    with initialized(device, timeout=timedelta(minutes=30)) as context:
+    before = config if resumed is None else resumed[1].config
+    device, cuda_graphs = (getattr(arguments, n, getattr(before, n)) for n in ("device", "cuda_graphs"))
+    with initialized(device, timedelta(minutes=30), cuda_graphs) as context:
         return train_in(context, config, arguments, resumed)
 
 

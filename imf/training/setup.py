@@ -30,6 +30,7 @@ from imf.training.graphs import StepGraphs
 from imf.training.log import truncate_metrics, wandb_module
 from imf.training.parallel import local, wrap_for_training
 from imf_kernels.backends import cpu, triton_launch
+from imf_kernels.backends.moving_average import MovingAverage
 
 
 @dataclass
@@ -40,7 +41,7 @@ class State:
     objective: called as objective(wrapped, x, y, draws).  guidance: of a method without ω as an input.
     found_inf: [] fp32 on the device, 0 until a loss or gradient is not finite, then 1 for good: from then on
         weights, moments and average stay as they are, so the host may learn of it some steps later.
-    step: optimizer steps done.  graphs: the step as CUDA graphs, if asked for.
+    step: optimizer steps done.  graphs: the step as CUDA graphs, if asked for.  stream: captures them.
     """
 
     model: IMF
@@ -52,12 +53,12 @@ class State:
     found_inf: Tensor
     step: int = 0
     graphs: StepGraphs | None = None
+    stream: torch.cuda.Stream | None = None
 
     def __post_init__(self) -> None:
         self.parameters = list(self.model.parameters())
-        # This process's shards, as the moving average takes them.
-        self.weights: list[Tensor] = [local(p) for p in self.parameters]
-        self.averages: list[Tensor] = [local(p) for p in self.ema.parameters()]
+        # Of this process's shards.
+        self.average = MovingAverage(*([local(p) for p in m.parameters()] for m in (self.ema, self.model)))
 
 
 @dataclass
@@ -95,6 +96,8 @@ def initial_state(config: TrainConfig, precision: str, context: DistributedConte
     if not (context.grouped and config.sharding == "fsdp"):  # which moves block by block, and only its part
         model.to(context.device)
     ema = copy.deepcopy(model).requires_grad_(False)
+    graphs = config.cuda_graphs and context.device.type == "cuda"
+    stream = torch.cuda.Stream(context.device) if graphs else None
     wrapped = wrap_for_training(
         model,
         ema,
@@ -102,6 +105,7 @@ def initial_state(config: TrainConfig, precision: str, context: DistributedConte
         device=context.device,
         compile=config.compile,
         checkpointing=config.checkpointing,
+        stream=stream,
     )
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -110,13 +114,13 @@ def initial_state(config: TrainConfig, precision: str, context: DistributedConte
         eps=config.eps,
         weight_decay=config.weight_decay,
         fused=True,
-        capturable=config.cuda_graphs,
+        capturable=graphs,
     )
     found_inf = torch.zeros((), device=context.device)
     optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # where fused AdamW looks for its gate
     loss = objective(config.method, config.fixed_guidance)
     guidance = guidance_of(config.method, config.fixed_guidance)
-    return State(model, ema, wrapped, loss, guidance, optimizer, found_inf)
+    return State(model, ema, wrapped, loss, guidance, optimizer, found_inf, stream=stream)
 
 
 def begin(config: TrainConfig, context: DistributedContext | None = None) -> Run:
@@ -298,9 +302,13 @@ def _check_processes(config: TrainConfig, context: DistributedContext) -> None:
             f"--batch-size / --accumulate must be a multiple of the {context.count} processes, "
             f"got {config.batch_size} / {config.accumulate} = {config.micro_batch_size}"
         )
-    if config.cuda_graphs and (context.grouped or context.device.type != "cuda"):
-        got = f"{context.count} processes" if context.grouped else f"one on {context.device}"
-        raise UserError(f"--cuda-graphs must be one process on a GPU, without torchrun; got {got}")
+    if config.cuda_graphs and context.device.type != "cuda":
+        raise UserError(f"--cuda-graphs must be on a GPU, got {context.device}")
+    if config.cuda_graphs and context.grouped and config.sharding == "fsdp":
+        raise UserError(
+            "--cuda-graphs must be with --sharding ddp under torchrun, got fsdp: PyTorch says how to capture "
+            "DDP, not FSDP2"
+        )
     if config.sharding == "fsdp" and not context.grouped:
         raise UserError("--sharding fsdp needs processes: start with torchrun, also a single one")
     gpu = context.device.type == "cuda"
