@@ -319,8 +319,10 @@ def _parameters(forward: Any) -> str:
 def _define(name: str, schema: str) -> Any:
     """Defines the operator imf_kernels::name, with the name of a backend as a further argument."""
     arguments, _, results = schema.partition(") -> ")
-    # The compiler must not change the layout of a tensor: kernels get the strides of the trace.
-    _LIBRARY.define(f"{name}{arguments}, *, str backend) -> {results}", tags=torch.Tag.needs_exact_strides)
+    # Kernels get dimensions in the trace's memory order. Not its exact strides: before PyTorch 2.14 Inductor
+    # fails where it cannot prove those of a filled tensor equal (pytorch/pytorch#189271).
+    tags = torch.Tag.needs_fixed_stride_order
+    _LIBRARY.define(f"{name}{arguments}, *, str backend) -> {results}", tags=tags)
     return getattr(torch.ops.imf_kernels, name).default
 
 

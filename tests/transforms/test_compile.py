@@ -217,6 +217,29 @@ def test_changing_lengths_compile_at_most_twice(mark):
     assert counter.frame_count <= (1 if mark else 2)
 
 
+def one_row_of_any_size(x, w):
+    return ik.silu(x[2:].unsqueeze(0) * w)
+
+
+def sums_of_any_number(x, w):
+    return ik.rms_norm(x, w, backend="triton")
+
+
+@pytest.mark.parametrize("call", [one_row_of_any_size, sums_of_any_number], ids=lambda f: f.__name__)
+def test_sizes_that_inductor_cannot_bound(call, monkeypatch):
+    """A kernel fills a tensor of symbolic size; before PyTorch 2.14 its strides must not be compared."""
+    with running_on("triton"):
+        from imf_kernels.backends.triton_kernels import rows
+
+        monkeypatch.setattr(rows, "_SHARES", 2)  # the limit, reached by small sums too
+        compiled, w = torch.compile(call, fullgraph=True), torch.rand(12, requires_grad=True)
+        for length in (300, 400):
+            x = torch.randn(length, 12, requires_grad=True)
+            got, wanted = (torch.autograd.grad(f(x, w).square().sum(), (x, w)) for f in (compiled, call))
+            for a, b in zip(got, wanted, strict=True):
+                torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=slow)])
 def test_the_whole_network(compiler):
     """u with its tangent, v, and the gradient of every weight."""
