@@ -108,8 +108,8 @@ def test_a_graph_holds_it_and_it_is_one_launch():
     torch._foreach_lerp_(expected, weights, [share] * len(weights))
     graph.replay()
     torch.testing.assert_close(averages, expected, rtol=0, atol=1e-6)
-    assert sum("moving_average" in event.name for event in profile.events()) == 1
-    assert len([event for event in profile.events() if event.device_type.name == "CUDA"]) == 1
+    names = [event.name for event in profile.events()]
+    assert sum("moving_average" in name for name in names) == 1 and not any("lerp" in name for name in names)
 
 
 @pytest.mark.skipif(triton_launch.missing() is not None, reason=str(triton_launch.missing()))

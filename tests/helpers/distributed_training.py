@@ -14,15 +14,17 @@ from pathlib import Path
 
 import torch
 
+from imf import data
 from imf.distributed import agreed, initialized
 from imf.mean_flow.methods import network_of
 from imf.mean_flow.objective import objective
 from imf.objective.draws import Draws
 from imf.program import UserError
-from imf.training import checkpoint, loop, session
+from imf.training import checkpoint, graphs, loop, session
 from imf.training import setup as start
 from imf.training.parallel import synchronising, whole
-from tests.helpers.tiny_run import ALONE, NETWORK, config, resumed
+from tests.helpers.graph_machine import RecordedGraph
+from tests.helpers.tiny_run import ALONE, NETWORK, config, resumed, tensors
 
 FORMS = {
     "ddp": {},
@@ -107,6 +109,22 @@ def changing(call, change):
     return lambda: setattr(start, "objective", real)
 
 
+def replayed(who):
+    """How steps under DDP replayed from recordings differ from eager ones; the replays of each size."""
+    graphs.CudaGraph, terms, states = RecordedGraph, [], []
+    # So many dropped labels that the processes would choose sizes of their own.
+    c = config(batch_size=32, steps=24, lr=1e-2, eps=1e-3, drop_probability=0.3, backend="reference")
+    for cuda_graphs in (False, True):
+        c = dataclasses.replace(c, cuda_graphs=cuda_graphs)
+        state = start.initial_state(c, "fp32", who)
+        with start.Run(None, c, "fp32", data.load("digits"), state, who).batches() as batches:
+            terms.append(torch.stack([loop.training_step(state, batches, c, who) for _ in range(c.steps)]))
+        states.append(tensors(state))
+    worst = max(float((x - states[1][name]).abs().max()) for name, x in states[0].items())
+    sizes = {size: graph.replays for size, graph in state.graphs.recorded.items()}
+    return {"terms": float((terms[0] - terms[1]).abs().max()), "state": worst, "replays": sizes}
+
+
 def not_finite(who, folder, **changes):
     """One term of one process is not finite in step 3; what each says, and whether step 2 stayed."""
 
@@ -172,6 +190,7 @@ def main():
             results[f"not finite {sharding}"] = not_finite(who, folder / sharding, sharding=sharding)
             results[f"stopped {sharding}"] = stopped(who, folder / sharding, sharding=sharding)
         results["full disk"] = full_disk(who, folder)
+        results["replayed"] = replayed(who)
         try:
             start.begin(config(runs=str(folder), batch_size=9), who)
         except UserError as error:

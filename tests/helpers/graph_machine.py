@@ -8,6 +8,7 @@ import sys
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -46,7 +47,10 @@ class RecordedGraph(TorchDispatchMode):
         if self.replays > 1:
             with torch.no_grad():
                 for function, args, kwargs, fresh in self.calls:
-                    outputs = _tensors(function(*args, **kwargs))
+                    outputs = function(*args, **kwargs)
+                    if function.namespace == "c10d":  # on a GPU the stream waits
+                        dist.Work.unbox(outputs[1]).wait()
+                    outputs = _tensors(outputs)
                     for i, y in fresh:
                         y.copy_(outputs[i])
         return self.result

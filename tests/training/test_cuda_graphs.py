@@ -1,12 +1,17 @@
 """Steps as CUDA graphs: on a GPU by graphs, on the CPU by a machine that records and replays operators."""
 
+import dataclasses
+import socket
+from unittest import mock
+
 import pytest
 import torch
 
 from imf import data, train
-from imf.distributed import DistributedContext
+from imf.distributed import DistributedContext, initialized
 from imf.mean_flow.methods import network_of
 from imf.objective.draws import Draws, StepDraws, sizes_of_v_u
+from imf.program import UserError
 from imf.training import graphs, loop
 from imf.training import setup as start
 from tests.helpers.backends import ON_GPU
@@ -59,6 +64,46 @@ def test_steps_of_more_rows_than_were_met_first_have_a_size(recorded):
     assert [graph.replays for graph in recorded] == [2, 3]
 
 
+def test_a_size_is_enough_for_all_processes_and_more_eager_steps_come_first(recorded):
+    calls = []
+    step_of = graphs.StepGraphs(
+        lambda x, y, step, *rates: calls.append(len(step.u_rows)) or x.sum(), BATCH, ALONE.device, warmup=6
+    )
+    x, y = torch.zeros(BATCH, 1, 4, 4), torch.zeros(BATCH, dtype=torch.int64)
+    for needed, elsewhere in ((1, 1), (1, 1), (1, 1), (1, 1), (1, 13), (12, 1), (1, 13), (9, 12), (0, 0)):
+        step_of(x, y, prepared(x, needed), 0.1, 0.9, elsewhere)
+    assert calls == [16, 14, 12, 10, 14, 12, 14, 12, 10]  # the last three while recording
+    assert len(recorded) == 3
+
+
+@pytest.mark.parametrize("method", ["imf", "mf"])
+def test_every_process_computes_the_same_largest_need(method):
+    c = config(method=method, network=network_of(method, NETWORK), batch_size=3 * BATCH, drop_probability=0.4)
+    c = dataclasses.replace(c, fixed_t_min=0.3)
+    state = start.initial_state(c, "fp32", ALONE)
+    largest = set()
+    for state.step in range(20):
+        needs = []
+        for process in range(3):
+            x = torch.zeros(BATCH, 1, 8, 8)
+            draws = Draws.sample(x, seed=c.seed, step=state.step, process=process, **c.draws)
+            needs.append(len(StepDraws.of(draws, state.guidance, x.device).u_rows))
+        for process in range(3):
+            others = loop.rows_of_others(state, c, DistributedContext(rank=process, count=3))
+            assert others == max(needs[:process] + needs[process + 1 :])
+        largest.add(max(needs))
+    assert len(largest) > 2
+    assert loop.rows_of_others(state, c, ALONE) == 0
+
+
+def test_a_run_that_ends_lets_its_graphs_go(recorded, tmp_path):
+    """NCCL waits without end for graphs that hold its collectives."""
+    run = start.begin(config(runs=str(tmp_path), backend="reference"))
+    run.config = dataclasses.replace(run.config, cuda_graphs=True)
+    assert loop.fit(run) is None
+    assert recorded and run.state.graphs is None
+
+
 def prepared(x, needed):
     rows, weight = torch.arange(len(x), device=x.device), torch.zeros(len(x), device=x.device)
     return StepDraws(Draws.sample(x, seed=0, step=0), weight, weight, weight, rows, rows[:needed])
@@ -95,7 +140,11 @@ def test_what_graphs_cannot_hold_is_refused(changes, message):
         config(cuda_graphs=True, **changes)
 
 
-def test_graphs_are_for_gpus(tmp_path, capsys):
+def test_graphs_are_for_gpus_and_not_for_fsdp2(tmp_path, capsys):
+    gpu = DistributedContext(device=torch.device("cuda"), grouped=True)
+    with pytest.raises(UserError, match="--cuda-graphs must be with --sharding ddp under torchrun, got fsdp"):
+        start._check_processes(config(cuda_graphs=True, sharding="fsdp"), gpu)
+    start._check_processes(config(cuda_graphs=True), gpu)
     assert train.main(arguments(runs=tmp_path, cuda_graphs=True)) == 1
     assert "--cuda-graphs must be on a GPU, got cpu" in capsys.readouterr().err
 
@@ -153,18 +202,41 @@ def test_a_capture_that_failed_does_not_hinder_the_next():
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_graphs_train_alike_on_a_gpu(precision):
-    who = DistributedContext(device=torch.device("cuda"))
-    results = []
+    compare_on_a_gpu(DistributedContext(device=torch.device("cuda")), precision, steps=12)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_graphs_under_ddp_train_alike_on_a_gpu(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    # The last is changed on the way.
+    for name, value in (environment | {"MASTER_PORT": port, "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}).items():
+        monkeypatch.setenv(name, value)
+    with initialized("cuda", cuda_graphs=True) as who:
+        replays = compare_on_a_gpu(who, "fp32", steps=graphs.WARMUP_OF_DDP + 3)
+    assert replays == 3
+
+
+def compare_on_a_gpu(who, precision, steps):
+    """Trains eagerly and by graphs; returns the number of replays."""
+    results, replays = [], []
+    real = graphs.CudaGraph.replay
     for cuda_graphs in (False, True):
         c = config(batch_size=BATCH, eps=1e-3, cuda_graphs=cuda_graphs, precision=precision, device="cuda")
         state = start.initial_state(c, precision, who)
-        images = data.load("digits")
-        with data.Batches(images, batch_size=BATCH, seed=0, first=0, device=who.device) as batches:
-            terms = [loop.training_step(state, batches, c, who) for _ in range(12)]
+        batches = data.Batches(data.load("digits"), batch_size=BATCH, seed=0, first=0, device=who.device)
+        counted = mock.patch.object(graphs.CudaGraph, "replay", lambda g: replays.append(1) or real(g))
+        with batches as each, counted:
+            terms = [loop.training_step(state, each, c, who) for _ in range(steps)]
         results.append((torch.stack(terms), tensors(state)))
+        state.graphs = None
     (terms, state), (again, other) = results
     tolerance = 1e-4 if precision == "fp32" else 2e-2
     torch.testing.assert_close(terms, again, rtol=tolerance, atol=tolerance)
     for name, x in state.items():
         if name.startswith("model"):
             torch.testing.assert_close(other[name], x, rtol=tolerance, atol=tolerance)
+    return len(replays)

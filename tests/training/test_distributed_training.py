@@ -16,6 +16,7 @@ from imf import train
 from imf.distributed import DistributedContext, choose_device
 from imf.program import UserError
 from imf.training import checkpoint
+from imf.training.graphs import WARMUP_OF_DDP
 from tests.helpers.distributed_training import FORMS
 from tests.helpers.tiny_run import arguments
 
@@ -102,6 +103,14 @@ def test_errors_of_one_process_end_all(results, folder):
         assert found["full disk"] == 1
         assert "must be a multiple of the 2 processes, got 9 / 1 = 9" in found["batch"]
     assert checkpoint.list_all(folder / "full")[-1] == checkpoint.path_of(folder / "full", 2)
+
+
+def test_replayed_steps_train_as_eager_ones(results):
+    first, second = (found["replayed"] for found in results)
+    replays = first["replays"]
+    assert replays == second["replays"] and len(replays) > 1 and sum(replays.values()) == 24 - WARMUP_OF_DDP
+    for found in first, second:
+        assert found["terms"] < 1e-5 and found["state"] < 1e-5
 
 
 WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
