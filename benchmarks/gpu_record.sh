@@ -68,7 +68,7 @@ printf 'stage\texit code\tseconds\n' >"$out/stages.tsv"
 {
   date -u +%Y-%m-%dT%H:%M:%SZ
   echo "commit ${COMMIT:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}"
-  git status --short 2>/dev/null
+  [[ -n ${COMMIT:-} ]] || git status --short 2>/dev/null
   nvidia-smi --query-gpu=name,driver_version,memory.total,compute_cap,clocks.max.sm --format=csv 2>&1 || echo "no nvidia-smi"
   nvcc --version 2>&1 | tail -n 2
   "$python" --version

@@ -55,6 +55,7 @@ class CudaGraph:
         beside: CudaGraph | None = None,
     ) -> None:
         self.graph = torch.cuda.CUDAGraph()
+        self.call = call  # what it refers to is read at its address: it must live as long as the graph
         # A pool ends with the last of its graphs, so a graph is asked for it: a handle would outlive it.
         pool = None if beside is None else beside.graph.pool()
         # The thread of the batches allocates meanwhile: only this thread's calls are checked.

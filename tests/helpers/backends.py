@@ -49,6 +49,19 @@ def takes(case, dtype, backend):
     return dtype in dtypes_of(case, backend) if dtype else bool(dtypes_of(case, backend))
 
 
+class CPUGenerators(torch.overrides.TorchFunctionMode):
+    """Numbers of a generator on the CPU are drawn there and moved to the GPU that is the default device."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        generator = kwargs.get("generator")
+        drawing = function in (torch.rand, torch.randn, torch.randint, torch.randperm)
+        if not drawing or generator is None or generator.device.type != "cpu" or "device" in kwargs:
+            return function(*args, **kwargs)
+        requires_grad = kwargs.pop("requires_grad", False)
+        return function(*args, **kwargs, device="cpu").to("cuda").requires_grad_(requires_grad)
+
+
 @contextlib.contextmanager
 def running_on(name):
     """The name to pass as `backend`, with the instruction set of "cpu-avx2" chosen meanwhile, or the GPU."""
@@ -64,6 +77,7 @@ def running_on(name):
             stack.enter_context(cpu.use_instruction_set(isa))
         if backend == "cuda" or (backend == "triton" and ON_GPU):
             stack.enter_context(torch.device("cuda"))
+            stack.enter_context(CPUGenerators())
         yield backend
 
 

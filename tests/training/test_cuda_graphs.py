@@ -1,7 +1,10 @@
 """Steps as CUDA graphs: on a GPU by graphs, on the CPU by a machine that records and replays operators."""
 
+import contextlib
 import dataclasses
+import gc
 import socket
+import weakref
 from unittest import mock
 
 import pytest
@@ -128,6 +131,22 @@ def test_a_replay_reads_what_was_copied_and_what_waits_is_refused():
         RecordedGraph(lambda: x * float(x.sum()), None)
 
 
+def of_a_weight():
+    """A graph of a call whose weight nobody else holds, and a reference to that weight."""
+    weight = torch.full((2**20,), 3.0, device="cuda" if ON_GPU else "cpu")
+    return graphs.CudaGraph(lambda: weight * 2, weight.device), weakref.ref(weight)
+
+
+def test_a_graph_holds_what_its_call_reads(monkeypatch):
+    if not ON_GPU:
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+        for name in ("device", "graph"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
+    graph, weight = of_a_weight()
+    gc.collect()
+    assert weight() is not None and graph.result.shape == weight().shape
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -150,6 +169,16 @@ def test_graphs_are_for_gpus_and_not_for_fsdp2(tmp_path, capsys):
 
 
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_a_replay_reads_memory_that_nobody_else_holds():
+    graph, _ = of_a_weight()
+    gc.collect()
+    torch.cuda.empty_cache()
+    others = [torch.zeros(2**20, device="cuda") for _ in range(8)]
+    assert (graph.replay() == 6).all() and not any(x.any() for x in others)
 
 
 @needs_gpu
