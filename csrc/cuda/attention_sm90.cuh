@@ -15,7 +15,7 @@
 // shift) are rounded for their products, so M and W are sums of the rounded values; lse is taken from the
 // unrounded ones.
 //
-// Has not run on hardware: tests/cuda_host runs this file on an emulated machine.
+// tests/cuda_host runs this file on an emulated machine.
 #pragma once
 
 #include <cmath>
