@@ -13,11 +13,6 @@ struct bfloat16 {
   std::uint16_t bits;
 };
 
-// An IEEE fp16, like torch.float16.
-struct float16 {
-  std::uint16_t bits;
-};
-
 enum class DType : int { float32, bfloat16, float16, boolean, other };
 
 }  // namespace imf

@@ -1,4 +1,4 @@
-// Launcher of attention for compute capability 9.0: kernel, tensor maps, blocks. bfloat16 or float16; widths
+// Launcher of attention for compute capability 9.0: kernel, tensor maps, blocks. bfloat16; widths
 // up to 128 and, like strides, multiples of 8; addresses multiples of 16 bytes; at least one key.
 #include <stdexcept>
 
@@ -28,7 +28,7 @@ ptx::TensorMap map_of(const Heads& x, index_t first, index_t samples, int rows, 
 }
 
 // Runs samples `first` to `first + samples`; tangents, if any, begin with `first`.
-template <typename T, int width, Tangents tangents>
+template <int width, Tangents tangents>
 void run(const AttentionForward& a, index_t first, index_t samples) {
   using S = Tiles<width, tangents>;
   const index_t heads = a.q.heads, queries = a.q.length;
@@ -65,40 +65,38 @@ void run(const AttentionForward& a, index_t first, index_t samples) {
   }
   p.lse = a.lse.data + first * heads * queries;
   const int processors = ptx::processors(a.place.device);
-  ptx::launch(attention_kernel<T, width, tangents>, p.items < processors ? p.items : processors, threads,
+  ptx::launch(attention_kernel<width, tangents>, p.items < processors ? p.items : processors, threads,
               S::shared, a.place.stream, p, "attention_forward");
 }
 
-template <typename T, int width>
+template <int width>
 void forward(const AttentionForward& a) {
   const index_t tangents = a.out_dot.batch, first = a.out.batch - tangents;
-  if (first > 0) run<T, width, Tangents::none>(a, 0, first);
+  if (first > 0) run<width, Tangents::none>(a, 0, first);
   if (tangents == 0) return;
   if (a.k_dot.data || a.v_dot.data) {
-    run<T, width, Tangents::all>(a, first, tangents);
+    run<width, Tangents::all>(a, first, tangents);
   } else {
-    run<T, width, Tangents::of_query>(a, first, tangents);
+    run<width, Tangents::of_query>(a, first, tangents);
   }
 }
 
-template <typename T>
 void forward(const AttentionForward& a) {
   const index_t width = a.q.width > a.v.width ? a.q.width : a.v.width;
-  if (width <= 64) return forward<T, 64>(a);
-  if (width <= 80) return forward<T, 80>(a);
-  if (width <= 96) return forward<T, 96>(a);
-  return forward<T, 128>(a);
+  if (width <= 64) return forward<64>(a);
+  if (width <= 80) return forward<80>(a);
+  if (width <= 96) return forward<96>(a);
+  return forward<128>(a);
 }
 
 }  // namespace
 
 void attention_forward(const AttentionForward& a) {
+  if (a.q.dtype != DType::bfloat16) throw std::invalid_argument("it takes bfloat16");
   if (a.mask.data || a.is_causal) throw std::invalid_argument("it takes no mask and no is_causal");
   if (a.out.batch * a.out.heads * a.out.length * a.out.width == 0) return;
   const DeviceGuard guard(a.place.device);
-  if (a.q.dtype == DType::bfloat16) return forward<bfloat16>(a);
-  if (a.q.dtype == DType::float16) return forward<float16>(a);
-  throw std::invalid_argument("it takes bfloat16 and float16");
+  forward(a);
 }
 
 }  // namespace imf::cuda

@@ -196,32 +196,32 @@ struct Rows {
 };
 
 // sum (+)= a b^T, over `width` columns.
-template <typename T, typename S, int n>
+template <typename S, int n>
 __device__ __forceinline__ void add_rows(float (&sum)[n / 2], std::uint32_t a, std::uint32_t b, bool add) {
   const std::uint64_t a_first = ptx::descriptor(a, 16, S::eight_rows, S::swizzle);
   const std::uint64_t b_first = ptx::descriptor(b, 16, S::eight_rows, S::swizzle);
 #pragma unroll
   for (int column = 0; column < S::box * S::boxes; column += 16) {
     const int in_box = column % S::box * 2, box = column / S::box;
-    ptx::multiply_rows<T, n>(sum, ptx::advance(a_first, box * S::query_box + in_box),
-                             ptx::advance(b_first, box * S::key_box + in_box), add || column > 0);
+    ptx::multiply_rows<n>(sum, ptx::advance(a_first, box * S::query_box + in_box),
+                          ptx::advance(b_first, box * S::key_box + in_box), add || column > 0);
   }
 }
 
 // sum += a b, over the rows of a tile of values; `a` as the pairs of its columns.
-template <typename T, typename S, int n>
+template <typename S, int n>
 __device__ __forceinline__ void add_columns(float (&sum)[n / 2], const std::uint32_t (&a)[S::keys / 16][4],
                                             std::uint32_t b) {
   const std::uint64_t first = ptx::descriptor(b, S::key_box, S::eight_rows, S::swizzle);
 #pragma unroll
   for (int i = 0; i < S::keys / 16; ++i) {
-    ptx::multiply_columns<T, n>(sum, a[i], ptx::advance(first, i * 2 * S::eight_rows));
+    ptx::multiply_columns<n>(sum, a[i], ptx::advance(first, i * 2 * S::eight_rows));
   }
 }
 
-// Computes P of a tile from S, rounded to T for its products. The tile is empty from key `there` on. `decay`:
-// the factor of the sums so far; `before`: W so far times it.
-template <typename T, int count>
+// Computes P of a tile from S, rounded to bfloat16 for its products. The tile is empty from key `there` on.
+// `decay`: the factor of the sums so far; `before`: W so far times it.
+template <int count>
 __device__ __forceinline__ void softmax(const float (&s)[count], std::uint32_t (&pairs)[count / 8][4],
                                         float scale, int there, Rows& rows, float (&decay)[2],
                                         float (&before)[2]) {
@@ -252,9 +252,9 @@ __device__ __forceinline__ void softmax(const float (&s)[count], std::uint32_t (
     const int r = i / 2 % 2;
     const float low = ptx::exp2(p[i] - offset[r]), high = ptx::exp2(p[i + 1] - offset[r]);
     rows.total[r] += low + high;
-    pairs[i / 8][i / 2 % 4] = ptx::pack<T>(low, high);
+    pairs[i / 8][i / 2 % 4] = ptx::pack(low, high);
     float rounded_low, rounded_high;
-    ptx::unpack<T>(pairs[i / 8][i / 2 % 4], rounded_low, rounded_high);
+    ptx::unpack(pairs[i / 8][i / 2 % 4], rounded_low, rounded_high);
     weight[r] += rounded_low + rounded_high;
   }
 #pragma unroll
@@ -265,7 +265,7 @@ __device__ __forceinline__ void softmax(const float (&s)[count], std::uint32_t (
 }
 
 // Computes the new shift, the running softmax mean of scale S_dot. `moved`: its decrease.
-template <typename T, int count>
+template <int count>
 __device__ __forceinline__ void find_shift(const std::uint32_t (&pairs)[count / 8][4],
                                            const float (&s_dot)[count], float scale, Rows& rows,
                                            const float (&before)[2], float (&moved)[2]) {
@@ -274,7 +274,7 @@ __device__ __forceinline__ void find_shift(const std::uint32_t (&pairs)[count / 
   for (int i = 0; i < count; i += 2) {
     const int r = i / 2 % 2;
     float low, high;
-    ptx::unpack<T>(pairs[i / 8][i / 2 % 4], low, high);
+    ptx::unpack(pairs[i / 8][i / 2 % 4], low, high);
     sum[r] = fmaf(high, s_dot[i + 1], fmaf(low, s_dot[i], sum[r]));
   }
 #pragma unroll
@@ -288,7 +288,7 @@ __device__ __forceinline__ void find_shift(const std::uint32_t (&pairs)[count / 
 }
 
 // Computes P (scale S_dot - shift), rounded for its products, and adds the tile to M.
-template <typename T, int count>
+template <int count>
 __device__ __forceinline__ void centre(const std::uint32_t (&pairs)[count / 8][4],
                                        const float (&s_dot)[count], std::uint32_t (&pairs_dot)[count / 8][4],
                                        float scale, Rows& rows, const float (&decay)[2],
@@ -302,17 +302,17 @@ __device__ __forceinline__ void centre(const std::uint32_t (&pairs)[count / 8][4
   for (int i = 0; i < count; i += 2) {
     const int r = i / 2 % 2;
     float low, high;
-    ptx::unpack<T>(pairs[i / 8][i / 2 % 4], low, high);
-    const std::uint32_t pair = ptx::pack<T>(low * fmaf(s_dot[i], scale, -rows.shift[r]),
-                                            high * fmaf(s_dot[i + 1], scale, -rows.shift[r]));
+    ptx::unpack(pairs[i / 8][i / 2 % 4], low, high);
+    const std::uint32_t pair = ptx::pack(low * fmaf(s_dot[i], scale, -rows.shift[r]),
+                                         high * fmaf(s_dot[i + 1], scale, -rows.shift[r]));
     pairs_dot[i / 8][i / 2 % 4] = pair;
-    ptx::unpack<T>(pair, low, high);
+    ptx::unpack(pair, low, high);
     rows.dot[r] += low + high;
   }
 }
 
 // Runs consumer warpgroup `side`.
-template <typename T, int width, Tangents tangents>
+template <int width, Tangents tangents>
 __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base, int side) {
   using S = Tiles<width, tangents>;
   constexpr bool dual = tangents != Tangents::none;
@@ -363,7 +363,7 @@ __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base,
     const auto issue_s = [&](int j) {
       ptx::forget(s);
       ptx::wgmma_fence();
-      add_rows<T, S, S::keys>(s, query, base + S::k + slot_of(j), false);
+      add_rows<S, S::keys>(s, query, base + S::k + slot_of(j), false);
       ptx::wgmma_commit();
     };
     const auto issue_s_dot = [&](int j) {
@@ -371,9 +371,9 @@ __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base,
         const std::uint32_t keys = base + S::k + slot_of(j);
         ptx::forget(s_dot);
         ptx::wgmma_fence();
-        add_rows<T, S, S::keys>(s_dot, query_dot, keys, false);
+        add_rows<S, S::keys>(s_dot, query_dot, keys, false);
         if constexpr (tangents == Tangents::all) {
-          add_rows<T, S, S::keys>(s_dot, query, keys + S::key_tile, true);
+          add_rows<S, S::keys>(s_dot, query, keys + S::key_tile, true);
         }
         ptx::wgmma_commit();
       }
@@ -395,7 +395,7 @@ __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base,
     const auto find_weights = [&](int j, auto is_first) {
       constexpr bool first = decltype(is_first)::value;  // O and A are zero
       ptx::wgmma_wait<dual ? 1 : 0>(s);
-      softmax<T>(s, pairs, p.scale * log2_e, p.keys - j * S::keys, rows, decay, before);
+      softmax(s, pairs, p.scale * log2_e, p.keys - j * S::keys, rows, decay, before);
       if constexpr (!first) {
 #pragma unroll
         for (int c = 0; c < width / 2; ++c) {
@@ -408,22 +408,22 @@ __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base,
         ptx::wgmma_wait<0>(s_dot);
         // Where registers suffice (width <= 80), P stays in fp32 next to its pairs.
         if constexpr (width > 80) ptx::renew(pairs);
-        find_shift<T>(pairs, s_dot, p.scale, rows, before, moved);
+        find_shift(pairs, s_dot, p.scale, rows, before, moved);
         if constexpr (!first) {
 #pragma unroll
           for (int c = 0; c < width / 2; ++c) out_dot[c] = fmaf(moved[c / 2 % 2], out[c], out_dot[c]);
         }
         if constexpr (width > 80) ptx::renew(pairs);
-        centre<T>(pairs, s_dot, pairs_dot, p.scale, rows, decay, before, moved);
+        centre(pairs, s_dot, pairs_dot, p.scale, rows, decay, before, moved);
       }
       release(S::k_empty + barrier_of(j));
     };
     const auto issue_sums = [&](int j) {
       const std::uint32_t values = base + S::v + slot_of(j);
       ptx::wgmma_fence();
-      add_columns<T, S, width>(out, pairs, values);
-      if constexpr (tangents == Tangents::all) add_columns<T, S, width>(out_dot, pairs, values + S::key_tile);
-      if constexpr (dual) add_columns<T, S, width>(out_dot, pairs_dot, values);
+      add_columns<S, width>(out, pairs, values);
+      if constexpr (tangents == Tangents::all) add_columns<S, width>(out_dot, pairs, values + S::key_tile);
+      if constexpr (dual) add_columns<S, width>(out_dot, pairs_dot, values);
       ptx::wgmma_commit();
     };
 
@@ -467,15 +467,15 @@ __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base,
         return static_cast<std::uint16_t*>(data) + sample * stride[0] + h * stride[1] + row * stride[2];
       };
       const auto pair = [&](int c) {
-        return ptx::pack<T>(out[4 * c + 2 * r] * inverse, out[4 * c + 2 * r + 1] * inverse);
+        return ptx::pack(out[4 * c + 2 * r] * inverse, out[4 * c + 2 * r + 1] * inverse);
       };
       store_row<width>(row_of(p.out, p.out_stride), p.value_width, inside, pair);
       if constexpr (dual) {
         const float mean = dot * inverse;
         const auto pair_dot = [&](int c) {
           const int low = 4 * c + 2 * r, high = low + 1;
-          return ptx::pack<T>(fmaf(-mean, out[low] * inverse, out_dot[low] * inverse),
-                              fmaf(-mean, out[high] * inverse, out_dot[high] * inverse));
+          return ptx::pack(fmaf(-mean, out[low] * inverse, out_dot[low] * inverse),
+                           fmaf(-mean, out[high] * inverse, out_dot[high] * inverse));
         };
         store_row<width>(row_of(p.out_dot, p.out_dot_stride), p.value_width, inside, pair_dot);
       }
@@ -486,7 +486,7 @@ __device__ __forceinline__ void consume(const Parameters& p, std::uint32_t base,
   }
 }
 
-template <typename T, int width, Tangents tangents>
+template <int width, Tangents tangents>
 __global__ void __launch_bounds__(threads, 1) attention_kernel(const __grid_constant__ Parameters p) {
   using S = Tiles<width, tangents>;
   const std::uint32_t base = (ptx::shared_memory() + 1023) / 1024 * 1024;
@@ -511,7 +511,7 @@ __global__ void __launch_bounds__(threads, 1) attention_kernel(const __grid_cons
     if (threadIdx.x == 0) produce<width, tangents>(p, base);
   } else {
     ptx::more_registers<consumer_registers>();
-    consume<T, width, tangents>(p, base, group - 1);
+    consume<width, tangents>(p, base, group - 1);
   }
 }
 

@@ -239,7 +239,7 @@ def _cuda_layout(x: Tensor) -> str | None:
 def _cuda_unavailable(asked: _Asked) -> str | None:
     if asked.masked:
         return "it has no masks and no is_causal"
-    if reason := unfit(asked[:3], "cuda", check.HALVES):
+    if reason := unfit(asked[:3], "cuda", (torch.bfloat16,)):
         return reason
     for x in asked[:3]:
         if reason := _cuda_layout(x):
@@ -302,8 +302,8 @@ def scaled_dot_product_attention(
 
     Args:
         query: [B, H, L_q, D], any strides with the last dimension contiguous; float32 or bfloat16, for
-            `triton` float16 too (`reference`: any floating-point type; `cuda`: bfloat16 or float16, D and
-            strides multiples of 8, D up to 128).
+            `triton` float16 too (`reference`: any floating-point type; `cuda`: bfloat16, D and strides
+            multiples of 8, D up to 128).
         key: [B, H, L_k, D], or fewer heads with `enable_gqa`.
         value: [B, H, L_k, D_v], as many heads as the key.
         attn_mask: broadcasts to [B, H, L_q, L_k] and is never made that large in memory; of bool (True: the

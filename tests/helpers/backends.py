@@ -22,7 +22,7 @@ NO_OPERATIONS = {
 HOPPER = ON_GPU and not cuda.missing() and torch.cuda.get_device_capability() == (9, 0)
 
 DTYPES = {
-    "cuda": (torch.bfloat16, torch.float16),
+    "cuda": (torch.bfloat16,),
     "cpu": (torch.float32, torch.bfloat16),
     "triton": triton_launch.DTYPES if ON_GPU else (torch.float32, torch.float16),
     "reference": (torch.float32, torch.bfloat16, torch.float16),

@@ -53,11 +53,11 @@ __device__ __forceinline__ void wgmma_wait(Sums&... sums) {
 }
 
 // Multiplies operands in shared memory, both summed over columns: sum (+)= a b^T.
-template <typename T, int n>
+template <int n>
 __device__ void multiply_rows(float (&sum)[n / 2], std::uint64_t a, std::uint64_t b, bool add);
 
 // Multiplies a left operand in registers by one in shared memory, summed over its rows: sum += a b.
-template <typename T, int n>
+template <int n>
 __device__ void multiply_columns(float (&sum)[n / 2], const std::uint32_t (&a)[4], std::uint64_t b);
 
 #define IMF_LIST_24                                                                                      \
@@ -78,34 +78,33 @@ __device__ void multiply_columns(float (&sum)[n / 2], const std::uint32_t (&a)[4
 #define IMF_REGISTERS_64 IMF_REGISTERS_48, IMF_8(48), IMF_8(56)
 
 // A, B, ...: the numbers of the operands after the sums.
-#define IMF_MULTIPLY_ROWS(T, TYPE, N, COUNT, A, B, ADD)                                                      \
-  template <>                                                                                                \
-  __device__ __forceinline__ void multiply_rows<T, N>(float (&d)[COUNT], std::uint64_t a, std::uint64_t b,   \
-                                                      bool add) {                                            \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N  \
-                 "k16.f32." TYPE "." TYPE " {" IMF_LIST_##COUNT "}, %" #A ", %" #B ", add, 1, 1, 0, 0;\n}\n" \
-                 : IMF_REGISTERS_##COUNT                                                                     \
-                 : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                              \
+#define IMF_MULTIPLY_ROWS(N, COUNT, A, B, ADD)                                                              \
+  template <>                                                                                               \
+  __device__ __forceinline__ void multiply_rows<N>(float (&d)[COUNT], std::uint64_t a, std::uint64_t b,     \
+                                                   bool add) {                                              \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N \
+                 "k16.f32.bf16.bf16 {" IMF_LIST_##COUNT "}, %" #A ", %" #B ", add, 1, 1, 0, 0;\n}\n"        \
+                 : IMF_REGISTERS_##COUNT                                                                    \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                             \
   }
-#define IMF_MULTIPLY_COLUMNS(T, TYPE, N, COUNT, A0, A1, A2, A3, B)                                       \
-  template <>                                                                                            \
-  __device__ __forceinline__ void multiply_columns<T, N>(float (&d)[COUNT], const std::uint32_t (&a)[4], \
-                                                         std::uint64_t b) {                              \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" IMF_LIST_##COUNT   \
-                 "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", 1, 1, 1, 1;\n"                   \
-                 : IMF_REGISTERS_##COUNT                                                                 \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                  \
+#define IMF_MULTIPLY_COLUMNS(N, COUNT, A0, A1, A2, A3, B)                                             \
+  template <>                                                                                         \
+  __device__ __forceinline__ void multiply_columns<N>(float (&d)[COUNT], const std::uint32_t (&a)[4], \
+                                                      std::uint64_t b) {                              \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" IMF_LIST_##COUNT        \
+                 "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", 1, 1, 1, 1;\n"                \
+                 : IMF_REGISTERS_##COUNT                                                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                               \
   }
-#define IMF_PRODUCTS(T, TYPE)                               \
-  IMF_MULTIPLY_ROWS(T, TYPE, 48, 24, 24, 25, 26)            \
-  IMF_MULTIPLY_ROWS(T, TYPE, 80, 40, 40, 41, 42)            \
-  IMF_MULTIPLY_ROWS(T, TYPE, 96, 48, 48, 49, 50)            \
-  IMF_MULTIPLY_COLUMNS(T, TYPE, 64, 32, 32, 33, 34, 35, 36) \
-  IMF_MULTIPLY_COLUMNS(T, TYPE, 80, 40, 40, 41, 42, 43, 44) \
-  IMF_MULTIPLY_COLUMNS(T, TYPE, 96, 48, 48, 49, 50, 51, 52) \
-  IMF_MULTIPLY_COLUMNS(T, TYPE, 128, 64, 64, 65, 66, 67, 68)
-IMF_PRODUCTS(bfloat16, "bf16")
-IMF_PRODUCTS(float16, "f16")
+#define IMF_PRODUCTS                               \
+  IMF_MULTIPLY_ROWS(48, 24, 24, 25, 26)            \
+  IMF_MULTIPLY_ROWS(80, 40, 40, 41, 42)            \
+  IMF_MULTIPLY_ROWS(96, 48, 48, 49, 50)            \
+  IMF_MULTIPLY_COLUMNS(64, 32, 32, 33, 34, 35, 36) \
+  IMF_MULTIPLY_COLUMNS(80, 40, 40, 41, 42, 43, 44) \
+  IMF_MULTIPLY_COLUMNS(96, 48, 48, 49, 50, 51, 52) \
+  IMF_MULTIPLY_COLUMNS(128, 64, 64, 65, 66, 67, 68)
+IMF_PRODUCTS
 #undef IMF_PRODUCTS
 #undef IMF_MULTIPLY_COLUMNS
 #undef IMF_MULTIPLY_ROWS

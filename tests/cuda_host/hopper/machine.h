@@ -56,15 +56,15 @@ struct Barrier {
 // A product of a warpgroup's: sum (+)= a b. The operands' layouts are those of the instruction.
 struct Product {
   int n;
-  bool half, a_in_registers, add;
+  bool a_in_registers, add;
   std::uint64_t a, b;
   int issued = 0;
   bool done = false;
   std::array<float*, warpgroup> sums{};
   std::array<std::array<std::uint32_t, 4>, warpgroup> a_registers{};
   bool same(const Product& x) const {
-    return n == x.n && half == x.half && a_in_registers == x.a_in_registers && add == x.add &&
-           (a_in_registers || a == x.a) && b == x.b;
+    return n == x.n && a_in_registers == x.a_in_registers && add == x.add && (a_in_registers || a == x.a) &&
+           b == x.b;
   }
 };
 
@@ -233,12 +233,7 @@ inline void finish(std::size_t i) {
 
 // ---- products ----
 
-inline float number(std::uint16_t bits, bool half) {
-  if (half) {
-    _Float16 x;
-    std::memcpy(&x, &bits, 2);
-    return static_cast<float>(x);
-  }
+inline float number(std::uint16_t bits) {
   const std::uint32_t wide = static_cast<std::uint32_t>(bits) << 16;
   float x;
   std::memcpy(&x, &wide, 4);
@@ -281,21 +276,19 @@ inline void compute(std::size_t group, Product& p) {
       for (int i = 0; i < 8; ++i) {
         const std::uint32_t pair =
             p.a_registers[static_cast<std::size_t>(t)][static_cast<std::size_t>(i / 2)];
-        a[row_of(t, i)][column_of(t, i)] =
-            number(static_cast<std::uint16_t>(i % 2 ? pair >> 16 : pair), p.half);
+        a[row_of(t, i)][column_of(t, i)] = number(static_cast<std::uint16_t>(i % 2 ? pair >> 16 : pair));
       }
     }
   } else {
     const Operand operand(p.a);
     for (int i = 0; i < 64; ++i) {
-      for (int k = 0; k < 16; ++k) a[i][k] = number(element(operand.row_major(i, k)), p.half);
+      for (int k = 0; k < 16; ++k) a[i][k] = number(element(operand.row_major(i, k)));
     }
   }
   const Operand operand(p.b);
   for (int k = 0; k < 16; ++k) {
     for (int i = 0; i < p.n; ++i) {
-      b[k][i] =
-          number(element(p.a_in_registers ? operand.column_major(i, k) : operand.row_major(i, k)), p.half);
+      b[k][i] = number(element(p.a_in_registers ? operand.column_major(i, k) : operand.row_major(i, k)));
     }
   }
   for (int i = 0; i < 64; ++i) {

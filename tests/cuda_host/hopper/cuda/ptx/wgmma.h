@@ -1,11 +1,8 @@
 // In the place of csrc/cuda/ptx/wgmma.h.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/ptx/descriptor.h"
 #include "device.h"
-#include "types.h"
 
 namespace imf::cuda::ptx {
 
@@ -30,13 +27,13 @@ void wgmma_wait(Sums&... sums) {
   (settle(sums), ...);
 }
 
-template <typename T, int n>
+template <int n>
 void multiply_rows(float (&sum)[n / 2], std::uint64_t a, std::uint64_t b, bool add) {
-  machine::issue(machine::Product{n, std::is_same_v<T, float16>, false, add, a, b}, sum, nullptr);
+  machine::issue(machine::Product{n, false, add, a, b}, sum, nullptr);
 }
-template <typename T, int n>
+template <int n>
 void multiply_columns(float (&sum)[n / 2], const std::uint32_t (&a)[4], std::uint64_t b) {
-  machine::issue(machine::Product{n, std::is_same_v<T, float16>, true, true, 0, b}, sum, a);
+  machine::issue(machine::Product{n, true, true, 0, b}, sum, a);
 }
 
 }  // namespace imf::cuda::ptx
