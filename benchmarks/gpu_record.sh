@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Verifies a GPU: builds, runs the GPU's tests, then the benchmarks, and writes a record of all of it.
 #
-#     benchmarks/gpu_record.sh RECORD.tgz [STAGE...]     all stages but `compiled`, or the build and those named
+#     benchmarks/gpu_record.sh RECORD.tgz [STAGE...]     the first four stages, or those named; the build always
 #
 # Stages, what is learned first in front: tests (those that run on the GPU), steps (whole training steps beside their
-# peers), profile (a training step by kind), benchmarks (each operation); compiled (peers of torch.compile, minutes each).
-# On an H100 with 16 cores they take about 40 s for the build, then 100, 100, 40 and 100 s.
+# peers), profile (a training step by kind), benchmarks (each operation): less than ten minutes on an H100 with 16 cores,
+# the build 35 s, then 130, 100, 40 and 180. Named alone, minutes each: verify (python -m imf_kernels.verify), tiles (of
+# attention, timed), sanitizer (memory and races of the CUDA kernel), compiled (peers of torch.compile).
 # RECORD.tgz is replaced after every stage, so it is complete up to there when the machine is taken away; unpack it in
 # benchmarks/results. TIME_LIMIT (seconds) bounds the whole: a stage that it cuts short still writes what it has.
 # Nothing is downloaded: it takes PYTHON (python3) with its PyTorch, and nvcc, CMake, ninja and pybind11. With
@@ -110,5 +111,11 @@ for size in "iMF-B/2 128" "iMF-XL/2 32"; do
     --json "$out/profile-${preset%/*}.json"
 done
 stage benchmarks 3600 "$python" -m benchmarks.ops.bench_gpu "$out/benchmarks.json"
+stage verify 600 "$python" -m imf_kernels.verify
+stage tiles 3600 "$python" -m benchmarks.ops.tune_attention "$out/tiles.json"
+for tool in memcheck racecheck; do
+  stage "sanitizer-$tool" 900 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest -q -m gpu \
+    tests/ops/test_operations.py -k "cuda and scaled_dot and digits" -p no:cacheprovider
+done
 stage compiled 3600 "$python" -m benchmarks.training.bench_gpu_step "$out/compiled.json" --compiled
 exit $failed

@@ -7,8 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import torch
-
+from imf.distributed import choose_device
 from imf.evaluation import vae as autoencoder
 from imf.io import check_target, naming, replacing
 from imf.program import UserError, run
@@ -38,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--vae", type=Path, help="folder of the AutoencoderKL (sd-vae-ft-mse) that decodes latents")
     add("--columns", type=int, default=10, help="samples per class (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:<index> (default: %(default)s)")
     add("--weights", choices=weights, default="ema", help="averaged or latest (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if arguments.columns < 1:
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 def _draw(a: argparse.Namespace) -> None:
     """Writes the grid and say what was done."""
     check_target(a.out)
-    path = checkpoint.find(a.checkpoint)
+    device, path = choose_device(a.device), checkpoint.find(a.checkpoint)
     network, metadata = checkpoint.load(path, a.weights)
     omega, *interval = metadata.config.sampling
     omega = omega if a.omega is None else a.omega
@@ -61,11 +61,11 @@ def _draw(a: argparse.Namespace) -> None:
     classes = a.classes or range(config.num_classes)
     if min(classes) < 0 or max(classes) >= config.num_classes:
         raise UserError(f"--classes must be within 0 and {config.num_classes - 1}, got {list(classes)}")
-    vae = autoencoder.of_network(a.vae, config.in_channels, torch.device("cpu"), metadata.autoencoder)
+    vae = autoencoder.of_network(a.vae, config.in_channels, device, metadata.autoencoder)
     decode = partial(autoencoder.decode, vae) if vae else None
     guidance = {"omega": omega, "t_min": t_min, "t_max": t_max}
     options = {"columns": a.columns, "steps": a.steps, "seed": a.seed, **guidance}
-    picture = class_grid(network, classes=classes, decode=decode, **options)
+    picture = class_grid(network.to(device), classes=classes, decode=decode, **options)
     with naming(a.out), replacing(a.out) as temporary:
         picture.save(temporary, format="PNG")
     print(

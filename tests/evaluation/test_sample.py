@@ -109,6 +109,11 @@ def test_command_refuses_seeds_out_of_range(seed, capsys):
     assert f"--seed must be at least 0 and below 2 ** 63, got {seed}" in capsys.readouterr().err
 
 
+def test_command_refuses_devices_that_are_not_there(capsys):
+    assert sample.main(["--checkpoint", "none", "--device", "tpu"]) == 1
+    assert "--device must be auto, cpu, cuda or cuda:<index>, got 'tpu'" in capsys.readouterr().err
+
+
 def test_command_reports_a_missing_checkpoint(tmp_path, capsys):
     assert sample.main(["--checkpoint", str(tmp_path / "none"), "--out", str(tmp_path / "grid.png")]) == 1
     assert "no such file or folder" in capsys.readouterr().err

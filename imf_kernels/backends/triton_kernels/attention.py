@@ -196,7 +196,8 @@ def _bias(mask, b, h, rows, columns, queries, keys, CAUSAL: tl.constexpr, EDGE: 
         bias = (tl.where(seen, 0.0, -float("inf")),)
     if len(mask) > 0:
         of_rows = mask[0] + (b * mask[1] + h * mask[2] + tl.cast(rows, tl.int64) * mask[3])
-        values = tl.load(of_rows + columns * mask[4], mask=(rows < queries) & (columns < keys), other=0)
+        of_columns = tl.cast(columns, tl.int64) * mask[4]
+        values = tl.load(of_rows + of_columns, mask=(rows < queries) & (columns < keys), other=0)
         if mask[0].dtype.element_ty == tl.int1:
             values = tl.where(values, 0.0, -float("inf"))
         else:
