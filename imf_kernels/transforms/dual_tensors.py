@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -193,6 +193,29 @@ def _on_dual_tensors(operation: Callable[..., Any], arguments: Any, options: Any
     return results
 
 
+def _refuse_linearize(name: str, primals: Sequence[Any]) -> None:
+    """Raises where a traced primal is a constant of the graph, as in `torch.func.linearize`.
+
+    It computes once what depends on constants alone, without the kernels that fill given tensors.
+    """
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+
+    if (mode := get_proxy_mode()) is None:
+        return
+    for primal in primals:
+        if not isinstance(primal, Tensor) or (slot := get_proxy_slot(primal, mode.tracer, None)) is None:
+            continue
+        nodes, kinds = [slot.proxy.node], set()
+        for node in nodes:  # grows: all that the primal is computed from
+            kinds.add(node.op)
+            nodes += [n for n in node.all_input_nodes if n not in nodes]
+        if "get_attr" in kinds and "placeholder" not in kinds:
+            raise RuntimeError(
+                f"{name}: torch.func.linearize cannot keep a kernel's results; call torch.func.jvp for each "
+                "tangent, or linearize inside imf_kernels.use_backend('reference')"
+            )
+
+
 def _results(operation: Callable[..., Any], arguments: Any, options: Any, jvp: Any) -> tuple[Any, bool]:
     """Returns the operation's result, and whether an argument carries a tangent."""
 
@@ -207,6 +230,9 @@ def _results(operation: Callable[..., Any], arguments: Any, options: Any, jvp: A
     parts = [forward_ad.unpack_dual(x) if isinstance(x, Tensor) else (x, None) for x in leaves]
     primals, tangents = ([unwrapped(part) for part in both] for both in zip(*parts, strict=True))
     sources = [t for t in tangents if t is not None]
+    if sources and torch._C._len_torch_dispatch_stack() > 0:
+        moving = [x for x, x_dot in zip(primals, tangents, strict=True) if x_dot is not None]
+        _refuse_linearize(operation.__name__, moving)
     if any(map(is_dual, leaves)):
         if sources:
             raise TypeError(

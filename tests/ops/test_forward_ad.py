@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import imf_kernels as ik
 from imf.model.config import IMFConfig
@@ -237,3 +238,29 @@ def test_the_whole_network(mode):
         *(torch.autograd.grad(x.square().sum(), weights) for x in (got, wanted.primal)), strict=True
     ):
         assert torch.equal(a, b)
+
+
+def two_operations(x):
+    return ik.silu(ik.rms_norm(x, torch.linspace(0.5, 1.5, 8)))
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")
+def test_linearize_is_refused_and_its_reference_is_right():
+    """It computes once what tangents do not reach; kernels that fill a tensor would be among it."""
+    x, x_dot = torch.randn(2, 3, 8)
+    _, wanted = torch.func.jvp(two_operations, (x,), (x_dot,))
+    with pytest.raises(RuntimeError, match=r"rms_norm: torch.func.linearize cannot keep a kernel's results"):
+        torch.func.linearize(two_operations, x)
+    with ik.use_backend("reference"):
+        _, linear = torch.func.linearize(two_operations, x)
+        torch.testing.assert_close(linear(x_dot), wanted)
+
+
+def test_a_traced_jvp_takes_other_primals():
+    def with_tangent(x, x_dot):
+        return torch.func.jvp(two_operations, (x,), (x_dot,))
+
+    x, x_dot = torch.randn(2, 3, 8)
+    traced = make_fx(with_tangent)(x, x_dot)
+    for got, wanted in zip(traced(x + 1, -x_dot), with_tangent(x + 1, -x_dot), strict=True):
+        assert torch.equal(got, wanted)
