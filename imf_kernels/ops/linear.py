@@ -118,7 +118,9 @@ def linear(
             products on GPUs are PyTorch's.
 
     Returns:
-        [..., out] of x's dtype; a `Dual` if `x` is one. Accumulated in fp32, rounded once.
+        [..., out] of x's dtype; a `Dual` if `x` is one. Accumulated in fp32 and rounded once, except
+        that on GPUs PyTorch may add partial sums of long products in the operands' dtype, unless
+        `torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction` (or fp16) is False.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit.

@@ -14,7 +14,10 @@ from tests.helpers.backends import has_triton
 pytest.importorskip("triton", reason="Triton cannot be imported", exc_type=ImportError)
 
 # Bytes of shared memory that a program may have.
-SHARED = {"cuda:80": 163 << 10, "cuda:90": 227 << 10, "cuda:100": 227 << 10, "hip:gfx942": 64 << 10}
+SHARED = {
+    **{"cuda:80": 163 << 10, "cuda:86": 99 << 10, "cuda:89": 99 << 10, "cuda:90": 227 << 10},
+    **{"cuda:100": 227 << 10, "cuda:120": 99 << 10, "hip:gfx942": 64 << 10},
+}
 # Bytes of stack that are no cost: ptxas keeps an address there now and then, in other kernels with each
 # release of Triton; sines of large angles are brought near zero in local memory; the tiles of attention that
 # were fastest on an H100 spill a few registers.
