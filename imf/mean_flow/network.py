@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import imf_kernels as ik
-from imf.model.cast_weights import cast_weight
+from imf.model.cast_weights import cast_weights
 from imf.model.config import (
     CLASS_TOKENS,
     OMEGA_TOKENS,
@@ -92,28 +92,30 @@ class Block(nn.Module):
         self.down = xavier_linear(hidden, width)
 
     def forward(self, x: Tensor | Dual, c: Tensor | Dual | None, dtype: torch.dtype | None) -> Any:
+        layers = self.qkv, self.out, self.up, self.down
+        qkv, out, up, down = cast_weights(dtype, *(layer.weight for layer in layers))
         if c is not None:
             shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
             y = ik.layer_norm_modulate(x, shift1, scale1, NORM_EPS, dtype=dtype)
-            x = ik.gated_residual(x, self._attention(y, dtype), gate1)
+            x = ik.gated_residual(x, self._attention(y, qkv, out), gate1)
             y = ik.layer_norm_modulate(x, shift2, scale2, NORM_EPS, dtype=dtype)
-            return ik.gated_residual(x, self._mlp(y, dtype), gate2)
+            return ik.gated_residual(x, self._mlp(y, up, down), gate2)
         y = layer_norm(x, self.norm1, dtype=dtype)
-        x = ik.gated_residual(x, self._attention(y, dtype), self.attn_scale)
+        x = ik.gated_residual(x, self._attention(y, qkv, out), self.attn_scale)
         y = layer_norm(x, self.norm2, dtype=dtype)
-        return ik.gated_residual(x, self._mlp(y, dtype), self.mlp_scale)
+        return ik.gated_residual(x, self._mlp(y, up, down), self.mlp_scale)
 
-    def _attention(self, y: Tensor | Dual, dtype: torch.dtype | None) -> Any:
-        y = ik.linear(y, cast_weight(self.qkv.weight, dtype), self.qkv.bias)
+    def _attention(self, y: Tensor | Dual, qkv: Tensor, out: Tensor) -> Any:
+        y = ik.linear(y, qkv, self.qkv.bias)
         q, k, v = ik.linear_map(lambda a: heads_of_qkv(a, self.heads), y)
         y = ik.scaled_dot_product_attention(q, k, v)
         y = ik.linear_map(lambda a: a.transpose(1, 2).flatten(2), y)
-        return ik.linear(y, cast_weight(self.out.weight, dtype), self.out.bias)
+        return ik.linear(y, out, self.out.bias)
 
-    def _mlp(self, y: Tensor | Dual, dtype: torch.dtype | None) -> Any:
-        y = ik.linear(y, cast_weight(self.up.weight, dtype), self.up.bias)
+    def _mlp(self, y: Tensor | Dual, up: Tensor, down: Tensor) -> Any:
+        y = ik.linear(y, up, self.up.bias)
         y = ik.gelu(y, approximate="tanh")
-        return ik.linear(y, cast_weight(self.down.weight, dtype), self.down.bias)
+        return ik.linear(y, down, self.down.bias)
 
 
 class FinalLayer(nn.Module):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,36 @@ from torch import Tensor
 # GPUs multiply 16-bit operands at full rate where a row is a multiple of 16 bytes, 8-bit ones of 16 channels.
 ALIGNMENT = 16
 
-_made: ContextVar[dict[tuple[int, torch.dtype], Tensor] | None] = ContextVar("_made", default=None)
+Made = dict[tuple[int, torch.dtype], tuple[Tensor, ...]]
+_made: ContextVar[Made | None] = ContextVar("_made", default=None)
+
+
+class Padding(NamedTuple):
+    """Zeros behind each of `groups` equal parts of dimension `dim`, to a multiple of `ALIGNMENT`."""
+
+    dim: int
+    groups: int
+
+    def missing(self, weight: Tensor) -> int:
+        """Returns how many rows or columns a part of the weight lacks."""
+        return -(weight.shape[self.dim] // self.groups) % ALIGNMENT
+
+    def pad(self, weight: Tensor) -> Tensor:
+        """Returns the weight with zeros, or itself if nothing is missing."""
+        if not (missing := self.missing(weight)):
+            return weight
+        behind = (0, 0) * (weight.dim() - 1 - self.dim)
+        parts = F.pad(weight.unflatten(self.dim, (self.groups, -1)), (*behind, 0, missing))
+        return parts.flatten(self.dim, self.dim + 1)
+
+    def parts(self, x: Tensor, size: int) -> tuple[Tensor, ...]:
+        """Returns views of the first `size` rows or columns of each part of x."""
+        return x.unflatten(self.dim, (self.groups, -1)).narrow(self.dim + 1, 0, size).unbind(self.dim)
+
+
+WHOLE = Padding(0, 1)
+# SwiGLU's gate over up, [2 hidden, d], and the product that takes its result, [d, hidden]: SwiGLU of 0 is 0.
+GATE_UP, DOWN = Padding(0, 2), Padding(1, 1)
 
 
 @contextlib.contextmanager
@@ -30,42 +60,65 @@ def cast_once() -> Iterator[None]:
         _made.reset(token)
 
 
-def cast_weight(
-    weight: Tensor, dtype: torch.dtype | None, padded: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
-    """A weight for a product with operands of `dtype`; gradients flow through, and come out in its own.
+def cast_weights(
+    dtype: torch.dtype | None, *weights: Tensor, padding: Sequence[Padding | None] | None = None
+) -> tuple[Tensor, ...]:
+    """Returns a block's weights for products with operands of `dtype`; gradients come out in their own.
 
-    Within `cast_once` rounded to it; elsewhere not yet: `imf_kernels.linear` rounds at each use.
+    Within `cast_once` rounded to it, by one kernel for all; elsewhere not yet: `imf_kernels.linear` rounds at
+    each use.
 
-    dtype: None for the weight's own, which is then taken as it is.
-    padded: applied to the weight.
+    dtype: None for the weights' own, which are then taken as they are.
+    padding: of each weight, None for none.
     """
-    if dtype is None or dtype == weight.dtype:
-        return weight
+    paddings = padding or (None,) * len(weights)
+    if dtype is None or dtype == weights[0].dtype:
+        return weights
     if torch.compiler.is_compiling() or (made := _made.get()) is None:
-        return weight if padded is None else padded(weight)
-    key = id(weight), dtype
+        return tuple(w if p is None else p.pad(w) for w, p in zip(weights, paddings, strict=True))
+    key = id(weights[0]), dtype
     if key not in made:
         with torch.enable_grad():  # although the first pass needs no graph: the one that does takes the same
-            rounded = weight.to(dtype)
-            made[key] = rounded if padded is None else padded(rounded)
+            made[key] = _Rounded.apply(dtype, paddings, *weights)
     return made[key]
 
 
-def missing(width: int) -> int:
-    """Channels that a width lacks to be a multiple of `ALIGNMENT`."""
-    return -width % ALIGNMENT
+class _Rounded(torch.autograd.Function):
+    """Weights in another dtype, padded with zeros."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, dtype: torch.dtype, paddings: Sequence[Padding | None], *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.paddings, ctx.like = paddings, [w.detach() for w in weights]
+        rounded = []
+        for weight, padding in zip(weights, paddings, strict=True):
+            shape = list(weight.shape)
+            missing = 0 if padding is None else padding.missing(weight)
+            if padding is not None:
+                shape[padding.dim] += padding.groups * missing
+            new = torch.zeros if missing else torch.empty
+            rounded.append(new(shape, dtype=dtype, device=weight.device))
+        _copy(rounded, ctx.like, ctx)
+        return tuple(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        wide = [torch.empty_like(weight) for weight in ctx.like]
+        _copy(wide, gradients, ctx)
+        return None, None, *wide
 
 
-def padded_gate_up(weight: Tensor) -> Tensor:
-    """[2 hidden, d], gate over up → the same with rows of zeros after each: SwiGLU gives 0 there."""
-    hidden = weight.shape[0] // 2
-    if not missing(hidden):
-        return weight
-    return F.pad(weight.unflatten(0, (2, hidden)), (0, 0, 0, missing(hidden))).flatten(0, 1)
-
-
-def padded_down(weight: Tensor) -> Tensor:
-    """[d, hidden] → the same with columns of zeros, for the channels that `padded_gate_up` adds."""
-    pad = missing(weight.shape[1])
-    return F.pad(weight, (0, pad)) if pad else weight
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor], ctx: Any) -> None:
+    """Copies what is not padding, all that lies alike in one kernel."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for target, source, like, padding in zip(targets, sources, ctx.like, ctx.paddings, strict=True):
+        parts = padding or WHOLE
+        size = like.shape[parts.dim] // parts.groups
+        pairs += zip(parts.parts(target, size), parts.parts(source, size), strict=True)
+    alike = [(a, b) for a, b in pairs if a.stride() == b.stride()]
+    if alike:
+        torch._foreach_copy_([a for a, _ in alike], [b for _, b in alike])
+    for a, b in pairs:
+        if a.stride() != b.stride():
+            a.copy_(b)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import imf_kernels as ik
-from imf.model.cast_weights import cast_weight, padded_down, padded_gate_up
+from imf.model.cast_weights import DOWN, GATE_UP, cast_weights
 from imf.model.config import (
     CLASS_TOKENS,
     OMEGA_TOKENS,
@@ -55,18 +55,20 @@ class Block(nn.Module):
         self.down = _block_weight(width, hidden)
 
     def forward(self, x: Tensor | Dual, cos: Tensor, sin: Tensor, dtype: torch.dtype | None) -> Any:
+        weights = self.qkv, self.out, self.gate_up, self.down
+        qkv, out, gate_up, down = cast_weights(dtype, *weights, padding=(None, None, GATE_UP, DOWN))
         y = ik.rms_norm(x, self.norm1, dtype=dtype)
-        y = ik.linear(y, cast_weight(self.qkv, dtype))
+        y = ik.linear(y, qkv)
         q, k, v = ik.linear_map(lambda a: heads_of_qkv(a, self.heads), y)
         q, k = ik.qk_norm_rope(q, k, self.q_norm, self.k_norm, cos, sin)
         y = ik.scaled_dot_product_attention(q, k, v)
         y = ik.linear_map(lambda a: a.transpose(1, 2).flatten(2), y)
-        y = ik.linear(y, cast_weight(self.out, dtype))
+        y = ik.linear(y, out)
         x = ik.gated_residual(x, y, self.attn_scale)
 
         y = ik.rms_norm(x, self.norm2, dtype=dtype)
-        y = ik.linear(y, cast_weight(self.gate_up, dtype, padded_gate_up))
-        y = ik.linear(ik.swiglu(y), cast_weight(self.down, dtype, padded_down))
+        y = ik.linear(y, gate_up)
+        y = ik.linear(ik.swiglu(y), down)
         return ik.gated_residual(x, y, self.mlp_scale)
 
 

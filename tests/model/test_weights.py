@@ -1,5 +1,6 @@
 """Weights as products take them: rounded once in a step, the MLP's padded, with the same result."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -9,7 +10,7 @@ import torch._dynamo.testing
 import imf_kernels as ik
 from imf.mean_flow.methods import METHODS
 from imf.mean_flow.objective import objective
-from imf.model.cast_weights import ALIGNMENT, cast_once, cast_weight
+from imf.model.cast_weights import ALIGNMENT, DOWN, GATE_UP, cast_once, cast_weights
 from imf.model.imf import Block
 from imf.objective.draws import Draws, Guidance
 from tests.helpers.tiny_run import NETWORK, perturbed
@@ -29,20 +30,25 @@ def step_of(method, dtype=torch.bfloat16):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_rounds_each_weight_once_with_the_same_gradients(method, monkeypatch):
-    rounded, real = [], torch.Tensor.to
+    rounded, at_use, copy, to = [], [], torch._foreach_copy_, torch.Tensor.to
 
-    def to(self, *args, **kwargs):
+    def counted_copy(targets, sources):
+        rounded.extend(x.data_ptr() for x in sources if x.dtype == torch.float32)
+        copy(targets, sources)
+
+    def counted_to(self, *args, **kwargs):
         if isinstance(self, torch.nn.Parameter) and self.dim() == 2 and args == (torch.bfloat16,):
-            rounded.append(id(self))
-        return real(self, *args, **kwargs)
+            at_use.append(id(self))
+        return to(self, *args, **kwargs)
 
-    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(torch, "_foreach_copy_", counted_copy)
+    monkeypatch.setattr(torch.Tensor, "to", counted_to)
     with cast_once():  # as an objective does on a GPU
         loss, gradients = step_of(method)
-    assert 0 < len(rounded) == len(set(rounded))
-    rounded.clear()
+    assert 0 < len(rounded) == len(set(rounded)) and len(at_use) == len(set(at_use))
+    rounded.clear(), at_use.clear()
     again, others = step_of(method)
-    assert len(rounded) > len(set(rounded))
+    assert not rounded and len(at_use) > len(set(at_use))
     assert torch.equal(loss, again)
     assert all(torch.equal(gradients[name], others[name]) for name in gradients)
 
@@ -76,19 +82,36 @@ def test_padding_the_mlp_changes_nothing_but_its_width(dtype, monkeypatch):
     assert [p.shape for p in (block.gate_up, block.down)] == [(86, 32), (32, 43)]
 
 
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_rounded_at_once_and_at_each_use_pad_alike(requires_grad):
+    weights = [torch.randn(*shape, requires_grad=requires_grad) for shape in ((86, 32), (32, 43), (8, 8))]
+    gradients = [torch.randn(*shape).bfloat16() for shape in ((96, 32), (32, 48), (8, 8))]
+    results = []
+    for context in (cast_once(), contextlib.nullcontext()):
+        with context:
+            made = cast_weights(torch.bfloat16, *weights, padding=(GATE_UP, DOWN, None))
+        made = [x.bfloat16() for x in made]
+        if requires_grad:
+            results.append([*made, *torch.autograd.grad(made, weights, gradients)])
+        else:
+            results.append(made)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_weight_is_made_anew_outside_and_in_the_next_block():
     weight = torch.nn.Parameter(torch.ones(2, 3))
     with cast_once():
         with torch.no_grad():
-            first = cast_weight(weight, torch.bfloat16)
-        assert cast_weight(weight, torch.bfloat16) is first and first.requires_grad
-        assert cast_weight(weight, torch.float16) is not first
+            (first,) = cast_weights(torch.bfloat16, weight)
+        assert cast_weights(torch.bfloat16, weight)[0] is first and first.requires_grad
+        assert cast_weights(torch.float16, weight)[0] is not first
     with torch.no_grad():
         weight.add_(1)
     with cast_once():
-        assert cast_weight(weight, torch.bfloat16).tolist() == [[2.0] * 3] * 2
-        assert cast_weight(weight, None) is weight is cast_weight(weight, torch.float32)
-    assert cast_weight(weight, torch.bfloat16) is weight  # the product rounds it
+        assert cast_weights(torch.bfloat16, weight)[0].tolist() == [[2.0] * 3] * 2
+        assert cast_weights(None, weight)[0] is weight is cast_weights(torch.float32, weight)[0]
+    assert cast_weights(torch.bfloat16, weight)[0] is weight  # the product rounds it
     first.sum().backward()
     assert weight.grad.dtype == torch.float32 and weight.grad.tolist() == [[1.0] * 3] * 2
 
