@@ -41,7 +41,6 @@ class Padding(NamedTuple):
         return x.unflatten(self.dim, (self.groups, -1)).narrow(self.dim + 1, 0, size).unbind(self.dim)
 
 
-WHOLE = Padding(0, 1)
 # SwiGLU's gate over up, [2 hidden, d], and the product that takes its result, [d, hidden]: SwiGLU of 0 is 0.
 GATE_UP, DOWN = Padding(0, 2), Padding(1, 1)
 
@@ -113,9 +112,11 @@ def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor], ctx: Any) -> Non
     """Copies what is not padding, all that lies alike in one kernel."""
     pairs: list[tuple[Tensor, Tensor]] = []
     for target, source, like, padding in zip(targets, sources, ctx.like, ctx.paddings, strict=True):
-        parts = padding or WHOLE
-        size = like.shape[parts.dim] // parts.groups
-        pairs += zip(parts.parts(target, size), parts.parts(source, size), strict=True)
+        if padding is None or target.shape == source.shape:
+            pairs.append((target, source))
+        else:
+            size = like.shape[padding.dim] // padding.groups
+            pairs += zip(padding.parts(target, size), padding.parts(source, size), strict=True)
     alike = [(a, b) for a, b in pairs if a.stride() == b.stride()]
     if alike:
         torch._foreach_copy_([a for a, _ in alike], [b for _, b in alike])
