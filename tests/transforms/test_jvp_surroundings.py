@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import imf_kernels as ik
+from tests.helpers.groups import group_of_one
 from tests.transforms.test_jvp import Twice
 
 X, X_DOT = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
@@ -294,8 +295,7 @@ class _Several(nn.Module):
 
 @pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"find_unused_parameters": True}])
 def test_ddp(options, tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with group_of_one(tmp_path):
         network, plain = DistributedDataParallel(_network(), **options), _network()
         for _ in range(2):
             y, y_dot = ik.jvp(network, (X,), (X_DOT,))
@@ -318,8 +318,6 @@ def test_ddp(options, tmp_path):
         assert torch.equal(y_dot, 2 * X_DOT)
         y, y_dot = ik.jvp(lambda x: torch.cat(differentiable.all_gather(2 * x)), (X,), (X_DOT,))
         assert torch.equal(y_dot, 2 * X_DOT)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"find_unused_parameters": True}])
@@ -333,8 +331,7 @@ def test_checkpoints_inside_ddp(options, tmp_path):
             c = self.outside(x).sin()
             return ik.checkpoint(lambda q: self.network(q) * c, x) + c
 
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with group_of_one(tmp_path):
         network, plain = DistributedDataParallel(Checkpointed(), **options), Checkpointed()
         plain.load_state_dict(network.module.state_dict())
         if "find_unused_parameters" in options:
@@ -347,8 +344,6 @@ def test_checkpoints_inside_ddp(options, tmp_path):
         plain(X).sum().backward()
         for got, want in zip(network.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(got.grad, want.grad)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def _all_reduced(x):

@@ -14,6 +14,7 @@ from torch._higher_order_ops import scan, while_loop
 
 import imf_kernels as ik
 from imf_kernels.transforms import jvp as jvp_module
+from tests.helpers.groups import group_of_one
 
 X, X_DOT = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
 HOW = ("eager", "compiled", "fullgraph")
@@ -220,8 +221,7 @@ COLLECTIVES = {
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch is built without distributed")
 @pytest.mark.filterwarnings("ignore")
 def test_collectives(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with group_of_one(tmp_path):
         for collective in COLLECTIVES.values():
 
             def func(x, collective=collective):
@@ -236,8 +236,6 @@ def test_collectives(tmp_path):
                 ):
                     tangent(func, how)
             func(X)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_a_tangent_that_is_written_to():
