@@ -1,12 +1,12 @@
 """Tiles of the attention kernels, which benchmarks/ops/tune_attention.py times.
 
 By architecture, kernel and shape class: BLOCK_M, BLOCK_N, EDGE_N (0 where the kernel has none), num_warps,
-num_stages; of "primal", BLOCK_M, num_warps, num_stages alone. Those of head dims up to 64 in half precision
-on sm_90 were the fastest of 15 to 60 on an H100. The others are not timed but derived from registers and
-shared memory: the sums take twice BLOCK_M times the head dim, logits and their tangent twice BLOCK_M times
-BLOCK_N, in fp32, spread over 32 num_warps threads of at most 255 registers, and addresses of what is loaded 2
-per 16 bytes. Matrix instructions of sm_90 and sm_100 want 64 rows; those of float32 keep the terms of their
-operands in registers. The interpreter's tiles are small, to meet many edges.
+num_stages; of "primal", BLOCK_M, num_warps, num_stages alone. Those of head dims up to 64 on sm_90,
+without a mask, were the fastest of 3 to 60 on an H100, in bf16. The others are not timed but derived from
+registers and shared memory: the sums take twice BLOCK_M times the head dim, logits and their tangent twice
+BLOCK_M times BLOCK_N, in fp32, spread over 32 num_warps threads of at most 255 registers, and addresses of
+what is loaded 2 per 16 bytes. Matrix instructions of sm_90 and sm_100 want 64 rows; those of float32 keep the
+terms of their operands in registers. The interpreter's tiles are small, to meet many edges.
 """
 
 _FP32 = {"fp32": (16, 16, 16, 8, 1), "64 fp32": (16, 64, 16, 4, 1)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from imf_kernels.backends.triton_kernels.attention_table import TABLE
@@ -42,14 +44,11 @@ def tiles_for(
     rows = TABLE[architecture_class(architecture)]
     names = shape_classes(dtype, width, length, masked)
 
-    def row(kernel: str) -> tuple[int, ...] | None:
-        return next((rows[kernel][name] for name in names if name in rows[kernel]), None)
+    def fitting(kernel: str) -> Iterator[tuple[int, ...]]:
+        return (rows[kernel][name] for name in names if name in rows[kernel])
 
-    own = row(kernel)
+    m, n, edge, warps, stages = next(fitting("forward" if kernel == "primal" else kernel))
     if kernel == "primal":
-        m, n, edge, warps, stages = row("forward") or ()
-        m, warps, stages = own or (m, warps, stages)
-    else:
-        m, n, edge, warps, stages = own or ()
+        m, warps, stages = next(fitting("primal"), (m, warps, stages))
     tiles = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
     return tiles if kernel == "backward kv" else tiles | {"EDGE_N": edge}
