@@ -107,7 +107,7 @@ class Block(nn.Module):
 
     def _attention(self, y: Tensor | Dual, qkv: Tensor, out: Tensor) -> Any:
         y = ik.linear(y, qkv, self.qkv.bias)
-        q, k, v = ik.linear_map(lambda a: heads_of_qkv(a, self.heads), y)
+        q, k, v = ik.linear_map(lambda a: heads_of_qkv(a, a.shape[1], self.heads), y)
         y = ik.scaled_dot_product_attention(q, k, v)
         y = ik.linear_map(lambda a: a.transpose(1, 2).flatten(2), y)
         return ik.linear(y, out, self.out.bias)

@@ -35,7 +35,11 @@ from imf_kernels import Dual
 
 
 class Block(nn.Module):
-    """x ← x + attention(norm(x)) · attn_scale;  x ← x + mlp(norm(x)) · mlp_scale."""
+    """x ← x + attention(norm(x)) · attn_scale;  x ← x + mlp(norm(x)) · mlp_scale.
+
+    x is [B · L, d], the positions of each sample behind one another: products take and give matrices, and every
+    other shape costs a view forward and one backward. L is the length of cos and sin.
+    """
 
     def __init__(self, config: IMFConfig) -> None:
         super().__init__()
@@ -59,10 +63,10 @@ class Block(nn.Module):
         qkv, out, gate_up, down = cast_weights(dtype, *weights, padding=(None, None, GATE_UP, DOWN))
         y = ik.rms_norm(x, self.norm1, dtype=dtype)
         y = ik.linear(y, qkv)
-        q, k, v = ik.linear_map(lambda a: heads_of_qkv(a, self.heads), y)
+        q, k, v = ik.linear_map(lambda a: heads_of_qkv(a, len(cos), self.heads), y)
         q, k = ik.qk_norm_rope(q, k, self.q_norm, self.k_norm, cos, sin)
         y = ik.scaled_dot_product_attention(q, k, v)
-        y = ik.linear_map(lambda a: a.transpose(1, 2).flatten(2), y)
+        y = ik.linear_map(lambda a: a.transpose(1, 2).reshape(-1, x.shape[-1]), y)
         y = ik.linear(y, out)
         x = ik.gated_residual(x, y, self.attn_scale)
 
@@ -132,7 +136,8 @@ class IMF(VelocityNetwork):
             (self.t_max_tokens, self.t_max_embedder(t_max)),
             (self.time_tokens, self.h_embedder(h)),
         ]
-        return ik.prepend_tokens(x, groups), self._rope
+        x = ik.prepend_tokens(x, groups)
+        return ik.linear_map(lambda a: a.flatten(0, 1), x), self._rope
 
 
 def _rope_tables(config: IMFConfig, device: torch.device) -> tuple[Tensor, Tensor]:

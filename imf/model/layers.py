@@ -57,16 +57,19 @@ def patchify(z: Tensor, c: IMFConfig) -> Tensor:
 
 
 def unpatchify(x: Tensor, c: IMFConfig) -> Tensor:
-    """[B, patches, p p C], values in the order (row, column, channel) → [B, C, H, W]."""
+    """[B, L, p p C] or [B · L, p p C], whose last positions are the patches, values in the order (row, column,
+    channel) → [B, C, H, W]."""
     p, side = c.patch_size, c.input_size // c.patch_size
+    x = x.view(-1, c.tokens, c.patch_values)[:, -c.patches :]
     x = x.reshape(-1, side, side, p, p, c.in_channels)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, c.in_channels, c.input_size, c.input_size)
 
 
-def heads_of_qkv(qkv: Tensor, heads: int) -> list[Tensor]:
-    """[B, L, 3 H D] → q, k, v, each [B, H, L, D]; backward, one copy that lays them side by side."""
-    batch, length, width = qkv.shape
-    return [x.transpose(1, 2) for x in qkv.view(batch, length, 3, heads, width // (3 * heads)).unbind(2)]
+def heads_of_qkv(qkv: Tensor, length: int, heads: int) -> list[Tensor]:
+    """[B, L, 3 H D] or [B · L, 3 H D] → q, k, v, each [B, H, L, D]; backward, one copy that lays them side by
+    side."""
+    qkv = qkv.view(-1, length, 3, heads, qkv.shape[-1] // (3 * heads))
+    return [x.transpose(1, 2) for x in qkv.unbind(2)]
 
 
 class VelocityNetwork(nn.Module):
@@ -94,7 +97,7 @@ class VelocityNetwork(nn.Module):
         self.compute_dtype: torch.dtype | None = None
 
     def embed(self, z: Any, t: Any, h: Any, omega: Tensor, t_min: Tensor, t_max: Tensor, y: Tensor) -> Any:
-        """Returns the sequence x, [B, L, d], and the tuple of what every block takes besides x."""
+        """Returns the sequence x, [B, L, d] or [B · L, d], and the tuple of what every block takes besides x."""
         raise NotImplementedError
 
     def forward(
@@ -156,7 +159,7 @@ class VelocityNetwork(nn.Module):
     def _head(self, head: str, x: Tensor | Dual, context: tuple[Any, ...]) -> Any:
         blocks, final = getattr(self, f"{head}_blocks"), getattr(self, f"{head}_final")
         x = final(self._blocks(blocks, x, context), *context)
-        return ik.linear_map(lambda a: unpatchify(a[:, -self.config.patches :], self.config), x)
+        return ik.linear_map(lambda a: unpatchify(a, self.config), x)
 
 
 def check_inputs(
