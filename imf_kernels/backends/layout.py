@@ -31,6 +31,11 @@ def last_contiguous(x: Tensor) -> Tensor:
     return x if x.dim() == 0 or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns `x` in a dtype; `Tensor.to` takes 1 µs to find that nothing is to be done."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def as_floats(x: Tensor) -> Tensor:
     """Returns a parameter as kernels take it: contiguous, in float32."""
     return x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
@@ -58,15 +63,18 @@ def in_order_of(x: Tensor, batch: int, length: int, width: int) -> Tensor:
     return positions_first(x, batch, length, width)
 
 
-def sums(kernels: Any, x: Tensor, groups: int, length: int, count: int, width: int) -> tuple[Tensor, Tensor]:
+def sums(
+    kernels: Any, x: Tensor, groups: int, length: int, width: int, shape: tuple[int, ...], count: int = 1
+) -> tuple[Tensor, Tensor]:
     """Allocates `count` sums over the rows of each group, and those of its shares.
 
     Returns:
-        partial, [groups, shares, count, width], and the sums, [groups, count, width]; float32.
+        partial, [groups, shares, count, width], and the sums in `shape`: [groups, count, width], without
+        dimensions of size 1 where those are left out; float32.
     """
     shares = kernels.shares(groups, length, width, count)
     partial = x.new_empty((groups, shares, count, width), dtype=torch.float32)
-    return partial, x.new_empty((groups, count, width), dtype=torch.float32)
+    return partial, x.new_empty(shape, dtype=torch.float32)
 
 
 def without_memory(x: Tensor) -> str | None:

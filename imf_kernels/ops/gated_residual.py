@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from imf_kernels import _C
-from imf_kernels.backends.layout import as_floats, contiguous_like, groups_of, in_rows, per_position, sums
+from imf_kernels.backends.layout import (
+    as_floats,
+    contiguous_like,
+    groups_of,
+    in_dtype,
+    in_rows,
+    per_position,
+    sums,
+)
 from imf_kernels.backends.operators import Operation, compiled
 from imf_kernels.dual import Dual, NoTangent, last_rows, no_gradient, stored
 from imf_kernels.ops import check
@@ -88,9 +96,9 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     branch, gate = ctx.saved_tensors
     kernels: _C.gated_residual = ctx.kernels
     dbranch = contiguous_like(branch)
-    partial, dgate = sums(kernels, branch, *groups_of(gate, branch), 1, branch.shape[-1])
+    partial, dgate = sums(kernels, branch, *groups_of(gate, branch), branch.shape[-1], gate.shape)
     kernels.backward(in_rows(dy), branch, as_floats(gate), dbranch, partial, dgate)
-    return None, dy, None, dbranch, None, dgate.view(gate.shape).to(gate.dtype), None
+    return None, dy, None, dbranch, None, in_dtype(dgate, gate.dtype), None
 
 
 _BACKENDS = compiled("gated_residual")

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from imf_kernels import _C
-from imf_kernels.backends.layout import as_floats, contiguous_like, count_rows, groups_of, in_rows, sums
+from imf_kernels.backends.layout import (
+    as_floats,
+    contiguous_like,
+    count_rows,
+    groups_of,
+    in_dtype,
+    in_rows,
+    sums,
+)
 from imf_kernels.backends.operators import Operation, compiled
 from imf_kernels.dual import TensorOrDual, last_rows, no_gradient, primal, stored
 from imf_kernels.ops import check
@@ -100,11 +108,12 @@ def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, shift, scale, statistics = ctx.saved_tensors
     kernels: _C.layer_norm = ctx.kernels
     dx = contiguous_like(x)
-    partial, total = sums(kernels, x, *groups_of(scale, x), 2, x.shape[-1])
+    (groups, length), width = groups_of(scale, x), x.shape[-1]
+    partial, total = sums(kernels, x, groups, length, width, (groups, 2, width), 2)
     s = None if scale is None else as_floats(scale)
     kernels.backward(x, in_rows(dy), s, statistics, dx, partial, total, ctx.one)
     dscale, dshift = (
-        None if p is None else total[:, i].view(p.shape).to(p.dtype) for i, p in enumerate((scale, shift))
+        None if p is None else in_dtype(total[:, i].view(p.shape), p.dtype) for i, p in enumerate((scale, shift))
     )
     return None, dx, None, dshift, None, dscale, None, None, None, None
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from imf_kernels.backends import cpu, matmul
 from imf_kernels.backends.dispatch import Backend
+from imf_kernels.backends.layout import in_dtype
 from imf_kernels.backends.operators import Operation
 from imf_kernels.dual import TensorOrDual, no_gradient
 from imf_kernels.ops import check
@@ -25,8 +26,8 @@ from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 def _reference(
     x: Tensor, x_dot: Tensor | None, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    w = weight.to(x.dtype)
-    y = F.linear(x, w, None if bias is None else bias.to(x.dtype))
+    w = in_dtype(weight, x.dtype)
+    y = F.linear(x, w, None if bias is None else in_dtype(bias, x.dtype))
     if x_dot is None:
         return y, None
     with torch.no_grad():
@@ -57,8 +58,8 @@ def _check(x: Tensor, x_dot: Tensor | None, weight: Tensor, bias: Tensor | None)
 def _forward(
     ctx: Any, products: Any, x: Tensor, x_dot: Tensor | None, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    w = weight.to(x.dtype)
-    b = None if bias is None else bias.to(x.dtype)
+    w = in_dtype(weight, x.dtype)
+    b = None if bias is None else in_dtype(bias, x.dtype)
     y, y_dot = products.forward(x, w, b), None
     if x_dot is not None:
         y_dot = products.forward(x_dot, w, None)
@@ -73,11 +74,11 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = dweight = dbias = None
     rows = matmul.matrix(dy)
     if ctx.needs_input_grad[1]:
-        dx = ctx.products.grad_input(rows, weight.to(x.dtype)).view(x.shape)
+        dx = ctx.products.grad_input(rows, in_dtype(weight, x.dtype)).view(x.shape)
     if ctx.needs_input_grad[3]:
-        dweight = ctx.products.grad_weight(rows, matmul.matrix(x)).to(weight.dtype)
+        dweight = in_dtype(ctx.products.grad_weight(rows, matmul.matrix(x)), weight.dtype)
     if ctx.needs_input_grad[4]:
-        dbias = rows.sum(0, dtype=torch.float32).to(bias.dtype)
+        dbias = in_dtype(rows.sum(0, dtype=torch.float32), bias.dtype)
     return None, dx, None, dweight, dbias
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from imf_kernels import _C
-from imf_kernels.backends.layout import as_floats, last_contiguous, positions_first, sums
+from imf_kernels.backends.layout import as_floats, in_dtype, last_contiguous, positions_first, sums
 from imf_kernels.backends.operators import Operation, compiled
 from imf_kernels.dual import Dual, TensorOrDual, last_rows, no_gradient
 from imf_kernels.ops import check
@@ -102,9 +102,9 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, cos, sin, rstd = ctx.saved_tensors
     kernels: _C.qk_norm_rope = ctx.kernels
     dx = positions_first(x, x.shape[0], x.shape[2], x.shape[3])
-    partial, dweight = sums(kernels, x, 1, rstd.numel(), 1, x.shape[3])
+    partial, dweight = sums(kernels, x, 1, rstd.numel(), x.shape[3], weight.shape)
     kernels.backward(x, last_contiguous(dy), as_floats(weight), cos, sin, rstd, dx, partial, dweight)
-    return None, dx, None, dweight.view(-1).to(weight.dtype), None, None, None, None
+    return None, dx, None, in_dtype(dweight, weight.dtype), None, None, None, None
 
 
 _BACKENDS = compiled("qk_norm_rope", reduces=True)

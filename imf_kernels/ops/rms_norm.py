@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from imf_kernels import _C
-from imf_kernels.backends.layout import as_floats, contiguous_like, count_rows, in_rows, sums
+from imf_kernels.backends.layout import as_floats, contiguous_like, count_rows, in_dtype, in_rows, sums
 from imf_kernels.backends.operators import Operation, compiled
 from imf_kernels.dual import TensorOrDual, last_rows, no_gradient
 from imf_kernels.ops import check
@@ -73,9 +73,9 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, rstd = ctx.saved_tensors
     kernels: _C.rms_norm = ctx.kernels
     dx = contiguous_like(x)
-    partial, dweight = sums(kernels, x, 1, count_rows(x), 1, x.shape[-1])
+    partial, dweight = sums(kernels, x, 1, count_rows(x), x.shape[-1], weight.shape)
     kernels.backward(x, in_rows(dy), as_floats(weight), rstd, dx, partial, dweight)
-    return None, dx, None, dweight.view(-1).to(weight.dtype), None, None
+    return None, dx, None, in_dtype(dweight, weight.dtype), None, None
 
 
 _BACKENDS = compiled("rms_norm", reduces=True)

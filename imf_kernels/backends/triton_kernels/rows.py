@@ -22,6 +22,9 @@ _ELEMENTS, _ELEMENTS_OF_A_WARP = 2048, 256
 # Maximum number of shares of a sum over rows, the same on all GPUs.
 _SHARES = 512
 
+# Dimensions of partial sums [groups, shares, sums, width] that totals of so many dimensions do not have.
+_SUMMED = {1: (0, 1, 2), 2: (1, 2), 3: (1,)}
+
 
 def row_stride(x: Tensor | None) -> int:
     """Returns the stride between rows of x [..., width], whose leading dimensions collapse; 0 for `None`."""
@@ -132,14 +135,14 @@ class RowKernel:
 
         Args:
             partial: [groups, shares, sums, width], the kernel's last tensor.
-            total: [groups, sums, width].
+            total: [groups, sums, width], without dimensions of size 1 where those are left out.
         """
         groups, width = partial.shape[0], partial.shape[-1]
         length = rows // max(groups, 1)
         launcher, _, columns = self._launcher(width, *map(self._stride, strided))
         share = _rows_of_share(groups, length, min(width, self._widest))
         launcher((groups * -(-length // share), columns), (*tensors, partial), *numbers, length, share)
-        torch.sum(partial, 1, out=total)
+        torch.sum(partial, _SUMMED[total.dim()], out=total)
 
     def _new_launcher(self, width: int, *strides: int | tuple[int, ...]) -> tuple[Launcher, int, int]:
         """Returns a launcher, the rows per tile, and the tiles per row."""
