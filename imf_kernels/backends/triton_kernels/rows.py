@@ -47,13 +47,14 @@ def _block(width: int) -> int:
     return 1 << max(int(width) - 1, 0).bit_length()
 
 
+@functools.cache
 def _rows_of_tile(width: int) -> int:
     return max(1, min(_ELEMENTS // _block(width), 32))
 
 
 def _rows_of_share(groups: int, length: int, width: int) -> int:
     """Returns the number of rows that a program sums: full tiles, of at most one group of `length` rows."""
-    rows = _rows_of_tile(width)
+    rows = _rows_of_tile(int(width))
     return max(1, min(-(-groups * length // (_SHARES * rows)), -(-length // rows))) * rows
 
 
