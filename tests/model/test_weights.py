@@ -56,7 +56,7 @@ def test_a_step_rounds_each_weight_once_with_the_same_gradients(method, monkeypa
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_padding_the_mlp_changes_nothing_but_its_width(dtype, monkeypatch):
     torch.manual_seed(0)
-    block, x = Block(ODD), torch.randn(2, 5, 32)
+    block, x = Block(ODD), torch.randn(2 * 5, 32)
     with torch.no_grad():
         block.attn_scale.fill_(1.0)
         block.mlp_scale.fill_(1.0)
@@ -119,7 +119,7 @@ def test_a_weight_is_made_anew_outside_and_in_the_next_block():
 def test_blocks_of_a_network_share_a_graph_when_compiled():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
-    x, angles = torch.randn(2, 5, 32), torch.zeros(5, 16)
+    x, angles = torch.randn(2 * 5, 32), torch.zeros(5, 16)
     with cast_once(), torch.no_grad():
         for _ in range(10):  # more than PyTorch compiles a function for
             block = Block(ODD)
