@@ -37,8 +37,8 @@ from imf_kernels import Dual
 class Block(nn.Module):
     """x ← x + attention(norm(x)) · attn_scale;  x ← x + mlp(norm(x)) · mlp_scale.
 
-    x is [B · L, d], the positions of each sample behind one another: products take and give matrices, and every
-    other shape costs a view forward and one backward. L is the length of cos and sin.
+    x is [B · L, d], L the length of cos and sin: products take and give matrices, and every other shape costs
+    a view forward and one backward.
     """
 
     def __init__(self, config: IMFConfig) -> None:

@@ -57,8 +57,8 @@ def patchify(z: Tensor, c: IMFConfig) -> Tensor:
 
 
 def unpatchify(x: Tensor, c: IMFConfig) -> Tensor:
-    """[B, L, p p C] or [B · L, p p C], whose last positions are the patches, values in the order (row, column,
-    channel) → [B, C, H, W]."""
+    """[B, L, p p C] or [B · L, p p C], patches last, values in the order (row, column, channel) →
+    [B, C, H, W]."""
     p, side = c.patch_size, c.input_size // c.patch_size
     x = x.view(-1, c.tokens, c.patch_values)[:, -c.patches :]
     x = x.reshape(-1, side, side, p, p, c.in_channels)
@@ -97,7 +97,7 @@ class VelocityNetwork(nn.Module):
         self.compute_dtype: torch.dtype | None = None
 
     def embed(self, z: Any, t: Any, h: Any, omega: Tensor, t_min: Tensor, t_max: Tensor, y: Tensor) -> Any:
-        """Returns the sequence x, [B, L, d] or [B · L, d], and the tuple of what every block takes besides x."""
+        """Returns the sequence x, [B, L, d] or [B · L, d], and the tuple of a block's other arguments."""
         raise NotImplementedError
 
     def forward(

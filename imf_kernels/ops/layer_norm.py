@@ -113,7 +113,8 @@ def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     s = None if scale is None else as_floats(scale)
     kernels.backward(x, in_rows(dy), s, statistics, dx, partial, total, ctx.one)
     dscale, dshift = (
-        None if p is None else in_dtype(total[:, i].view(p.shape), p.dtype) for i, p in enumerate((scale, shift))
+        None if p is None else in_dtype(dp.view(p.shape), p.dtype)
+        for p, dp in zip((scale, shift), total.unbind(1), strict=True)
     )
     return None, dx, None, dshift, None, dscale, None, None, None, None
 
