@@ -85,7 +85,9 @@ class Block(nn.Module):
             self.modulation = Modulated(width, 6)
         else:
             self.norm1, self.norm2 = (nn.LayerNorm(width, eps=NORM_EPS) for _ in range(2))
-            self.attn_scale, self.mlp_scale = (nn.Parameter(torch.zeros(width)) for _ in range(2))
+            self.attn_scale, self.mlp_scale = (
+                nn.Parameter(torch.full((width,), float(config.residual_scale))) for _ in range(2)
+            )
         self.qkv = xavier_linear(width, 3 * width)
         self.out = xavier_linear(width, width)
         self.up = xavier_linear(width, hidden)

@@ -94,8 +94,11 @@ def mean_flow(
 Objective = Callable[[nn.Module, Tensor, Tensor, Draws | StepDraws], Loss]
 
 
-def objective(method: str, guidance: Guidance) -> Objective:
-    """The objective of a method; `guidance` is what networks without ω as an input are trained for."""
+def objective(method: str, guidance: Guidance, **norm: float) -> Objective:
+    """The objective of a method; `guidance` is what networks without ω as an input are trained for.
+
+    norm: norm_eps and norm_p of the adaptive weights.
+    """
     if METHODS[method].v_head:
-        return partial(improved_mean_flow, guidance=guidance_of(method, guidance))
-    return partial(mean_flow, guidance=guidance, tangent=METHODS[method].tangent)
+        return partial(improved_mean_flow, guidance=guidance_of(method, guidance), **norm)
+    return partial(mean_flow, guidance=guidance, tangent=METHODS[method].tangent, **norm)

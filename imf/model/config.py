@@ -41,6 +41,7 @@ class IMFConfig:
         block: "modern" (RMSNorm, SwiGLU, rotary positions, QK-norm) or "plain" (LayerNorm, GELU, fixed
             positions).
         omega_input, interval_input: whether ω and the guidance interval are inputs.
+        residual_scale: initial value of the learned scales of modern blocks' branches; the paper's are 0.
 
     "tokens" and "modern" are `imf.model.imf.IMF`, all else is `imf.mean_flow.network.DiT`;
     `imf.mean_flow.methods` names those that the paper's table of ablations walks through.
@@ -59,6 +60,7 @@ class IMFConfig:
     block: str = "modern"
     omega_input: bool = True
     interval_input: bool = True
+    residual_scale: float = 0.0
 
     def __post_init__(self) -> None:
         sizes = (
@@ -81,6 +83,9 @@ class IMFConfig:
         fits = isinstance(ratio, (int, float)) and 0 < ratio < math.inf and width * ratio >= 1
         self._require("mlp_ratio", fits, "a number of at least 1 / hidden_size")
         self._require("mlp_ratio", width * ratio <= MOST_MLP_WIDTH, f"at most {MOST_MLP_WIDTH} / hidden_size")
+        scale = self.residual_scale
+        fits = isinstance(scale, (int, float)) and not isinstance(scale, bool) and math.isfinite(scale)
+        self._require("residual_scale", fits, "a finite number")
         multiple = self.input_size % self.patch_size == 0
         self._require("input_size", multiple, f"a multiple of patch_size {self.patch_size}")
         if (positions := self.patches * width) > MOST_POSITIONS:

@@ -80,6 +80,7 @@ class Draws:
         step: int,
         process: int = 0,
         fm_fraction: float = 0.5,
+        r0_fraction: float = 0.0,
         drop_probability: float = 0.1,
         omega_max: float = 8.0,
         omega_exponent: float = 1.0,
@@ -92,7 +93,8 @@ class Draws:
         Args:
             x: [B, C, H, W], the batch: its shape is used, and its device for the noise alone; all draws are
                 float32.
-            fm_fraction: share of FM rows, rounded down.
+            fm_fraction: share of FM rows, the first ones, rounded down.
+            r0_fraction: share of rows with r = 0, the last ones, rounded down; 0 in the paper.
             drop_probability: of a label; the rows dropped are the first ones, as in the official program.
             omega_max, omega_exponent: ω has density ∝ ω^(−omega_exponent) on [1, omega_max].
             interval: whether the guidance interval is drawn; otherwise it is (0, 1) on all rows.
@@ -105,8 +107,12 @@ class Draws:
             raise ValueError(f"Draws.sample: x must be [B, C, H, W], got {form(x)}")
         for name, value in (("seed", seed), ("step", step), ("process", process)):
             _require(type(value) is int and value >= 0, name, "an integer of at least 0", value)
-        for name, share in (("fm_fraction", fm_fraction), ("drop_probability", drop_probability)):
+        shares = {"fm_fraction": fm_fraction, "drop_probability": drop_probability}
+        for name, share in shares.items():
             _require(0 <= share <= 1, name, "in [0, 1]", share)
+        fits = r0_fraction >= 0 and fm_fraction + r0_fraction <= 1
+        wanted = f"at least 0, and at most 1 with fm_fraction {fm_fraction:g}"
+        _require(fits, "r0_fraction", wanted, r0_fraction)
         _require(math.isfinite(mean), "mean", "finite", mean)
         _require(0 <= std < math.inf, "std", "at least 0", std)
         _require(1 <= omega_max < math.inf, "omega_max", "finite and at least 1", omega_max)
@@ -117,8 +123,9 @@ class Draws:
             omega_exponent,
         )
         on_host = _drawn_on_host(
-            x.shape[0], seed, step, process, fm_fraction=fm_fraction, drop_probability=drop_probability,
-            omega_max=omega_max, omega_exponent=omega_exponent, interval=interval, mean=mean, std=std,
+            x.shape[0], seed, step, process, fm_fraction=fm_fraction, r0_fraction=r0_fraction,
+            drop_probability=drop_probability, omega_max=omega_max, omega_exponent=omega_exponent,
+            interval=interval, mean=mean, std=std,
         )  # fmt: skip
         # Made where it is used: a copy would wait until a GPU has done all that it was asked for.
         of_noise = random.generator(seed, "noise", step, process, x.device)
@@ -191,13 +198,14 @@ class StepDraws:
 
 
 def _drawn_on_host(
-    batch: int, seed: int, step: int, process: int, *, fm_fraction: float, drop_probability: float,
-    omega_max: float, omega_exponent: float, interval: bool, mean: float, std: float,
+    batch: int, seed: int, step: int, process: int, *, fm_fraction: float, r0_fraction: float,
+    drop_probability: float, omega_max: float, omega_exponent: float, interval: bool, mean: float, std: float,
 ) -> dict[str, Any]:  # fmt: skip
     """All of `Draws.sample` but the noise."""
     generator = random.generator(seed, "draws", step, process)
-    n_fm = int(batch * fm_fraction)
-    fm = torch.arange(batch) < n_fm
+    n_fm, n_r0 = int(batch * fm_fraction), int(batch * r0_fraction)
+    row = torch.arange(batch)
+    fm = row < n_fm
     times = torch.sigmoid(torch.randn(2, batch, generator=generator) * std + mean)
     t, r = times.amax(0), times.amin(0)
     uniform = torch.rand(4, batch, generator=generator)
@@ -211,11 +219,11 @@ def _drawn_on_host(
     n_drop = int((uniform[3] < drop_probability).sum())
     return {
         "t": t,
-        "r": torch.where(fm, t, r),
+        "r": torch.where(fm, t, r.masked_fill(row >= batch - n_r0, 0.0)),
         "omega": omega.clamp(min=1.0),
         "t_min": torch.where(whole, 0.0, uniform[1] * 0.5),
         "t_max": torch.where(whole, 1.0, 0.5 + uniform[2] * 0.5),
-        "drop": torch.arange(batch) < n_drop,
+        "drop": row < n_drop,
         "n_fm": n_fm,
     }
 

@@ -34,7 +34,15 @@ RESUMABLE = {
     "sharding", "compile", "checkpointing", "cuda_graphs",
 }  # fmt: skip
 ROUNDING = ("sharding", "compile", "checkpointing", "cuda_graphs")  # those that only change the last bits
-NETWORK_OPTIONS = ("patch_size", "hidden_size", "depth", "num_heads", "aux_head_depth", "mlp_ratio")
+NETWORK_OPTIONS = (
+    "patch_size",
+    "hidden_size",
+    "depth",
+    "num_heads",
+    "aux_head_depth",
+    "mlp_ratio",
+    "residual_scale",
+)
 
 MOST_THREADS = 4096  # a larger number is a mistake: OpenMP ends the process where it cannot start as many
 MOST_FP32 = torch.finfo(torch.float32).max
@@ -94,6 +102,9 @@ class TrainConfig:
     ema_warmup: float = _option(10.0, "decay at step t is at most (1 + t) / (ema_warmup + t)", AT_LEAST_1)
 
     fm_fraction: float = _option(0.5, "share of rows with r = t, plain flow matching", SHARE)
+    r0_fraction: float = _option(0.0, "share of rows with r = 0, all the way to data as one step goes", SHARE)
+    norm_p: float = _option(1.0, "power of the adaptive weight; 0: none, every row counts alike", AT_LEAST_0)
+    norm_eps: float = _option(0.01, "what is added to a row's error in that weight", ABOVE_0)
     drop_probability: float = _option(0.1, "probability that a row's label is dropped", SHARE)
     time_mean: float = _option(-0.4, "t and r are sigmoid of a normal variable of this mean")
     time_std: float = _option(1.6, "and this standard deviation", AT_LEAST_0)
@@ -152,6 +163,7 @@ class TrainConfig:
             ("accumulate", self.batch_size % self.accumulate == 0, divisor),
             ("accumulate", not graphs or self.accumulate == 1, "1 with cuda_graphs"),
             ("checkpointing", not graphs or not self.checkpointing, "off with cuda_graphs"),
+            ("r0_fraction", self.r0_fraction + self.fm_fraction <= 1, "at most 1 with fm_fraction"),
             ("omega_exponent", log_power <= MAX_LOG_POWER, small),
         ):
             _require(fits, name, wanted, getattr(self, name))
@@ -198,6 +210,7 @@ class TrainConfig:
         inputs = METHODS[self.method]
         return {
             "fm_fraction": self.fm_fraction,
+            "r0_fraction": self.r0_fraction,
             "drop_probability": self.drop_probability,
             "interval": inputs.interval_input,
             "mean": self.time_mean,

@@ -125,10 +125,10 @@ def objective_that(monkeypatch, change):
     """Within it a run that begins gets change(call number, result) for each result of the objective."""
     real, calls = start.objective, []
 
-    def changed(*settings):
+    def changed(*settings, **norm):
         def loss_of(*batch):
             calls.append(None)
-            return change(len(calls), real(*settings)(*batch))
+            return change(len(calls), real(*settings, **norm)(*batch))
 
         return loss_of
 

@@ -169,6 +169,16 @@ def test_draws_have_the_published_distribution():
     )
 
 
+def test_the_last_rows_go_all_the_way_to_data_and_nothing_else_changes():
+    x = torch.zeros(10, 1, 2, 2)
+    plain, draws = (Draws.sample(x, seed=0, step=0, r0_fraction=share) for share in (0.0, 0.25))
+    assert torch.equal(draws.r, torch.cat([plain.r[:8], torch.zeros(2)])) and bool((plain.r[8:] > 0).all())
+    for name in ("t", "noise", "omega", "t_min", "t_max", "drop"):
+        assert torch.equal(getattr(draws, name), getattr(plain, name))
+    everything = Draws.sample(x, seed=0, step=0, fm_fraction=0.7, r0_fraction=0.3)  # 1 up to rounding
+    assert int((everything.r == 0).sum()) == 3 and everything.n_fm == 7
+
+
 @pytest.mark.parametrize("exponent", [0.5, 2.0])
 def test_omega_has_the_density_it_is_given(exponent):
     draws = Draws.sample(torch.zeros(200_000, 1, 1, 1), seed=0, step=0, omega_exponent=exponent)
@@ -220,6 +230,9 @@ def test_draws_that_contradict_themselves_are_refused(change, message):
         ({"drop_probability": 2}, r"drop_probability must be in \[0, 1\], got 2"),
         ({"fm_fraction": 1.5}, r"fm_fraction must be in \[0, 1\], got 1.5"),
         ({"fm_fraction": math.nan}, r"fm_fraction must be in \[0, 1\], got nan"),
+        ({"r0_fraction": 0.6}, "r0_fraction must be at least 0, and at most 1 with fm_fraction 0.5, got 0.6"),
+        ({"r0_fraction": -0.1}, "r0_fraction must be at least 0, .* got -0.1"),
+        ({"r0_fraction": math.nan}, "r0_fraction must be at least 0, .* got nan"),
         ({"std": -1}, "std must be at least 0, got -1"),
         ({"mean": math.nan}, "mean must be finite, got nan"),
         ({"step": -1}, "step must be an integer of at least 0, got -1"),

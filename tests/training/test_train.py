@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from imf import sample, train
+from imf.mean_flow.methods import network_of
 from imf.objective.draws import Draws
 from imf.objective.imf_loss import improved_mean_flow
 from imf.program import UserError
@@ -68,6 +69,24 @@ def test_two_micro_batches_give_the_average_of_their_gradients():
         torch.testing.assert_close(moment, 0.1 * mean, rtol=1e-4, atol=1e-7)  # 1 - beta1 = 0.1
 
 
+@pytest.mark.parametrize("method", ["imf", "mf"])
+def test_a_recipe_reaches_the_network_and_the_objective(method):
+    network = dataclasses.replace(network_of(method, tiny_run.NETWORK), residual_scale=0.5)
+    changes = {"method": method, "network": network, "norm_p": 0.25, "norm_eps": 2.0, "r0_fraction": 0.5}
+    state, batches, c = state_and_data(**changes)
+    scales = [p for name, p in state.model.named_parameters() if name.endswith(("attn_scale", "mlp_scale"))]
+    assert all(bool((p == 0.5).all()) for p in scales) and bool(scales) == (method == "imf")
+    seen = []
+    state.objective = lambda *batch, of=state.objective: seen.append((batch, of(*batch))) or seen[-1][1]
+    loop.training_step(state, batches, c, ALONE)
+    (_, _, _, draws), out = seen[0]
+    assert draws.r[4:].tolist() == [0.0] * 4
+    errors = [out.u + (draws.t - draws.r)[:, None, None, None] * out.du_dt - out.v_g]
+    errors += [] if out.v is None else [out.v - out.v_g]
+    terms = [e.square().flatten(1).sum(1) for e in errors]
+    assert out.loss.item() == pytest.approx(sum((e / (e + 2) ** 0.25).mean().item() for e in terms), rel=1e-5)
+
+
 def test_each_micro_batch_has_its_own_draws(monkeypatch):
     seen = []
 
@@ -75,7 +94,7 @@ def test_each_micro_batch_has_its_own_draws(monkeypatch):
         seen.append(draws.t)
         return improved_mean_flow(model, x, y, draws)
 
-    monkeypatch.setattr(start, "objective", lambda *settings: loss_of)
+    monkeypatch.setattr(start, "objective", lambda *settings, **norm: loss_of)
     state, batches, c = state_and_data(accumulate=2)
     for _ in range(2):
         loop.training_step(state, batches, c, ALONE)
