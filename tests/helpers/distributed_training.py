@@ -97,10 +97,10 @@ def changing(call, change):
     """`setup.objective` whose result number `call` in this process is changed; (undo, list of calls)."""
     real, calls = start.objective, []
 
-    def objective_of(*settings):
+    def objective_of(*settings, **norm):
         def loss_of(*batch):
             calls.append(None)
-            out = real(*settings)(*batch)
+            out = real(*settings, **norm)(*batch)
             return change(out) if len(calls) == call else out
 
         return loss_of
