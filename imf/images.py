@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ MAX_PIXELS = (1 << 30) // 12  # a quarter of a GiB in RGB, from where on Pillow 
 MAX_BYTES = 1 << 30  # of a file: more than MAX_PIXELS take in any of the formats
 # By content, whatever the name says. Not EPS, for which Pillow would start Ghostscript.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
-_TO_RGB = ("RGB", "P", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+_GREY = ("1", "L", "LA", "La")
+_COLOUR = ("RGB", "P", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 _SAMPLE_FORMAT, _SIGNED = 339, 2
 
@@ -33,32 +35,74 @@ class BrokenImage(Exception):
 def read_image(path: Path) -> Image.Image:
     """Decodes the first image of a file, in mode "L" or "RGB".
 
-    Grey of up to 16 bits is scaled to 8, every other mode of 8 bits converted. Transparency is dropped and
-    the orientation in EXIF ignored, as by the programs whose figures are published (ADM, torch-fidelity).
+    Transparency is dropped, so that the colours below it show, and the orientation in EXIF ignored, as by the
+    programs whose figures are published (ADM, torch-fidelity).
 
-    Raises: BrokenImage if it is not a regular file or not a whole image, larger than `MAX_PIXELS` or
-    `MAX_BYTES`, or of values without a known range; OSError if the bytes cannot be read: then a disk or a
-    network fails, or the folder has changed.
+    Raises: as `read_bytes` and `decode`.
+    """
+    image = decode(read_bytes(path))
+    return image.convert("L" if image.mode == "LA" else "RGB") if image.mode.endswith("A") else image
+
+
+def read_bytes(path: Path) -> bytes:
+    """Reads a file that is to hold an image.
+
+    Raises: BrokenImage if it is not a regular file, empty, or larger than `MAX_BYTES`; OSError if the bytes
+    cannot be read: then a disk or a network fails, or the folder has changed.
     """
     try:
         size = check_regular(path).st_size
     except IrregularFile as error:
         raise BrokenImage(error.reason) from error
-    if size == 0:
-        raise BrokenImage("an empty file")
     if size > MAX_BYTES:
         raise BrokenImage(f"{size:,} bytes: at most {MAX_BYTES:,} are read")
-    content = path.read_bytes()
-    try:
-        Image.init()
-        image = Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN])
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise Image.DecompressionBombError
-        if min(width, height) < 1:
-            raise BrokenImage(f"{width} x {height} pixels")
+    return path.read_bytes()
+
+
+def decode(content: bytes) -> Image.Image:
+    """Decodes the first image in the bytes of a file: in mode "L" or "RGB", with "A" where it is transparent.
+
+    Grey of up to 16 bits is scaled to 8, every other mode of 8 bits converted.
+
+    Raises: BrokenImage if it is not a whole image, larger than `MAX_PIXELS`, or of values without a known
+    range.
+    """
+    if not content:
+        raise BrokenImage("an empty file")
+    with _decoding():
+        image = _open(content)
         image.load()
-        return _with_eight_bits(image)
+        return with_eight_bits(image)
+
+
+def probe(content: bytes) -> tuple[int, tuple[int, int]]:
+    """Reads channels, 1 or 3, and (width, height) of an image from its header, without decoding it.
+
+    Raises: BrokenImage as `decode`, as far as a header tells.
+    """
+    if not content:
+        raise BrokenImage("an empty file")
+    with _decoding():
+        image = _open(content)
+        return 1 if image.mode in _GREY or image.mode.startswith("I") else 3, image.size
+
+
+def _open(content: bytes) -> Image.Image:
+    Image.init()
+    image = Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN])
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise Image.DecompressionBombError
+    if min(width, height) < 1:
+        raise BrokenImage(f"{width} x {height} pixels")
+    return image
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Turns what decoders raise into `BrokenImage`."""
+    try:
+        yield
     except (BrokenImage, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -116,21 +160,26 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
-def _with_eight_bits(image: Image.Image) -> Image.Image:
+def with_eight_bits(image: Image.Image) -> Image.Image:
+    """Converts an image to mode "L" or "RGB", or to "LA" or "RGBA" if a pixel of it is transparent.
+
+    Raises: BrokenImage for values without a known range.
+    """
     mode = image.mode
     if _SIGNED in getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT, ()):  # Pillow reads 8 bits as unsigned
         mode = "I"
-    if mode in ("1", "L", "LA"):
-        return image.convert("L")
     # Old versions of Pillow read a PNG of 16 bits, and all read a PGM of 16 bits, as 32-bit integers.
     if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
         return _scaled(image)
-    if mode in ("P", "PA"):  # by way of RGBA: Pillow warns of transparency in a palette
-        image = image.convert("RGBA")
-    if mode in _TO_RGB:
-        return image.convert("RGB")
-    kind = {"I": "signed or 32-bit integers", "F": "floating-point numbers"}.get(mode, f"mode {mode}")
-    raise BrokenImage(f"{kind}, which have no known range: store it with 8 or 16 bits a channel")
+    if mode not in _GREY and mode not in _COLOUR:
+        kind = {"I": "signed or 32-bit integers", "F": "floating-point numbers"}.get(mode, f"mode {mode}")
+        raise BrokenImage(f"{kind}, which have no known range: store it with 8 or 16 bits a channel")
+    opaque = "L" if mode in _GREY else "RGB"
+    if mode.lower().endswith("a") or "transparency" in image.info:
+        image = image.convert("LA" if mode in _GREY else "RGBA")
+        if image.getchannel("A").getextrema() != (255, 255):
+            return image
+    return image.convert(opaque)
 
 
 def _scaled(image: Image.Image) -> Image.Image:

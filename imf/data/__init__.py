@@ -6,10 +6,19 @@ from pathlib import Path
 
 from imf.data import digits
 from imf.data.batches import Batches, DataSet, batch_indices, row_seeds
-from imf.data.digits import LabelledImages
+from imf.data.memory import LabelledImages, from_dataset
 from imf.data.packed import PackedData
 
-__all__ = ["Batches", "DataSet", "LabelledImages", "PackedData", "batch_indices", "load", "row_seeds"]
+__all__ = [
+    "Batches",
+    "DataSet",
+    "LabelledImages",
+    "PackedData",
+    "batch_indices",
+    "from_dataset",
+    "load",
+    "row_seeds",
+]
 
 
 def load(name_or_path: str | Path) -> DataSet:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
@@ -23,7 +23,7 @@ class DataSet(Protocol):
     """Labelled images or latents, in any order by row number.
 
     shape: (C, H, W) of a row as the network sees it.
-    num_classes: labels are 0 ... num_classes - 1.
+    num_classes: labels are 0 ... num_classes - 1.  class_names: a name per label.
     autoencoder: `imf.evaluation.vae.digest` of the one that made the latents; "" where there are none.
     """
 
@@ -35,6 +35,9 @@ class DataSet(Protocol):
 
     @property
     def num_classes(self) -> int: ...
+
+    @property
+    def class_names(self) -> Sequence[str]: ...
 
     def __len__(self) -> int: ...
 

@@ -6,45 +6,20 @@ Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UC
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
-from torch import Tensor
+
+from imf.data.memory import LabelledImages
 
 
-@dataclass(frozen=True)
-class LabelledImages:
-    """A data set in memory, see `imf.data.DataSet`.
-
-    images: [N, C, H, W] fp32, pixels in [-1, 1].
-    labels: [N] int64 in 0 ... num_classes - 1.
-    """
-
-    images: Tensor
-    labels: Tensor
-    num_classes: int
-
-    autoencoder = ""
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image."""
-        _, c, height, width = self.images.shape
-        return c, height, width
-
-    def fetch(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Returns images and labels of `rows`; nothing is drawn from the generator."""
-        return self.images[rows], self.labels[rows]
+class Digits(LabelledImages):
+    """The digits; a class of their own, since only these are scored at the end of a run."""
 
 
-def load() -> LabelledImages:
+def load() -> Digits:
     """Loads all digits in file order: images [1797, 1, 8, 8], 0..16 mapped to [-1, 1]; labels [1797]."""
     from sklearn.datasets import load_digits  # only here: the import takes a second
 
     pixels, labels = load_digits(return_X_y=True)
     images = torch.from_numpy(pixels.astype(np.float32)).reshape(-1, 1, 8, 8) / 8 - 1
-    return LabelledImages(images, torch.from_numpy(labels.astype(np.int64)), num_classes=10)
+    return Digits(images, torch.from_numpy(labels.astype(np.int64)), [str(digit) for digit in range(10)])

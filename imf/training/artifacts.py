@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imf.data import LabelledImages
+from imf.data.digits import Digits
 from imf.evaluation.digits import evaluate, table
 from imf.io import naming, replacing, write_json
 from imf.sampling import class_grid
@@ -65,10 +65,10 @@ def draw_due(run: Run, again: bool = True) -> None:
 def finish(run: Run) -> None:
     """Scores the averaged network in 1, 2 and 4 steps, draws samples, writes results.json, prints the table.
 
-    Only for images in memory; `python -m imf.evaluate` scores others.
+    Only for the digits; `python -m imf.evaluate` scores others.
     """
     config, context = run.config, run.context
-    if not isinstance(run.dataset, LabelledImages):
+    if not isinstance(run.dataset, Digits):
         if context.first:
             print(f"\nThe run is in {run.folder}; python -m imf.evaluate scores it")
         return

@@ -122,7 +122,7 @@ def test_a_run_is_resumed_with_data_of_its_shape_alone(tmp_path, monkeypatch):
     assert run.config.network == config().network  # the data decide
     artifacts.save(run)
     digits = data.load("digits")
-    few = data.LabelledImages(digits.images, digits.labels.clamp(max=4), 5)
+    few = data.LabelledImages(digits.images, digits.labels.clamp(max=4), list("abcde"))
     monkeypatch.setattr(data, "load", lambda name: few)
     with pytest.raises(UserError, match=r"the data in digits must be \[1, 8, 8\] of 10 classes .* of 5"):
         resumed(run.folder)
