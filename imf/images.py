@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -45,10 +46,16 @@ def read_image(path: Path) -> Image.Image:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Reads a file that is to hold an image.
+    """Reads a file that is to hold an image; raises as `check_image_file`."""
+    check_image_file(path)
+    return path.read_bytes()
 
-    Raises: BrokenImage if it is not a regular file, empty, or larger than `MAX_BYTES`; OSError if the bytes
-    cannot be read: then a disk or a network fails, or the folder has changed.
+
+def check_image_file(path: Path) -> None:
+    """Checks that a file may hold an image, before it is opened.
+
+    Raises: BrokenImage if it is not a regular file, or larger than `MAX_BYTES`; OSError if it cannot be
+    reached: then a disk or a network fails, or the folder has changed.
     """
     try:
         size = check_regular(path).st_size
@@ -56,7 +63,6 @@ def read_bytes(path: Path) -> bytes:
         raise BrokenImage(error.reason) from error
     if size > MAX_BYTES:
         raise BrokenImage(f"{size:,} bytes: at most {MAX_BYTES:,} are read")
-    return path.read_bytes()
 
 
 def decode(content: bytes) -> Image.Image:
@@ -70,26 +76,24 @@ def decode(content: bytes) -> Image.Image:
     if not content:
         raise BrokenImage("an empty file")
     with _decoding():
-        image = _open(content)
+        image = _open(io.BytesIO(content))
         image.load()
         return with_eight_bits(image)
 
 
-def probe(content: bytes) -> tuple[int, tuple[int, int]]:
+def probe(file: IO[bytes]) -> tuple[int, tuple[int, int]]:
     """Reads channels, 1 or 3, and (width, height) of an image from its header, without decoding it.
 
     Raises: BrokenImage as `decode`, as far as a header tells.
     """
-    if not content:
-        raise BrokenImage("an empty file")
     with _decoding():
-        image = _open(content)
+        image = _open(file)
         return 1 if image.mode in _GREY or image.mode.startswith("I") else 3, image.size
 
 
-def _open(content: bytes) -> Image.Image:
+def _open(file: IO[bytes]) -> Image.Image:
     Image.init()
-    image = Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN])
+    image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise Image.DecompressionBombError

@@ -58,6 +58,11 @@ def exit_status(stop: KeyboardInterrupt) -> int:
     return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
 
 
+def bar_options() -> dict[str, float | bool]:
+    """Returns how a progress bar is drawn: less often into a file."""
+    return {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 10}
+
+
 class StopSignals:
     """Defers the first SIGINT (Ctrl-C) or SIGTERM; the second is handled normally.
 

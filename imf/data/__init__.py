@@ -6,8 +6,9 @@ from pathlib import Path
 
 from imf.data import digits
 from imf.data.batches import Batches, DataSet, batch_indices, row_seeds
-from imf.data.memory import LabelledImages, from_dataset
+from imf.data.memory import LabelledImages
 from imf.data.packed import PackedData
+from imf.data.torch_dataset import from_dataset
 
 __all__ = [
     "Batches",

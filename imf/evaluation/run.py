@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from imf.evaluation.fid import Statistics, frechet_distance, inception_score, lo
 from imf.evaluation.inception import Extractor
 from imf.evaluation.results import Row, plot, read_results, table
 from imf.io import check_target, locked, sha256, write_json
-from imf.program import UserError
+from imf.program import UserError, bar_options
 from imf.sampling import check_inputs_of
 
 COUNT = 50_000  # images of the published figures
@@ -197,8 +196,8 @@ class Evaluation:
         return self._with_bar(batches, len(rows), settings.name)
 
     def _with_bar(self, batches: Iterable[Tensor], total: int, title: str) -> Iterable[Tensor]:
-        quiet, interval = self.processes.rank > 0, 0.5 if sys.stderr.isatty() else 10
-        with tqdm(total=total, desc=title, unit="image", disable=quiet, mininterval=interval) as bar:
+        quiet = self.processes.rank > 0
+        with tqdm(total=total, desc=title, unit="image", disable=quiet, **bar_options()) as bar:
             for batch in batches:
                 yield batch
                 bar.update(len(batch))

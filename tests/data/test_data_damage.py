@@ -13,8 +13,10 @@ import torch
 from imf import data, evaluate, train
 from imf.data.prepare import __main__ as prepare
 from imf.data.prepare.encoder import Encoder
+from imf.data.prepare.form import Form
+from imf.data.prepare.formats import find as find_in
 from imf.data.prepare.pack import pack
-from imf.data.prepare.source import find
+from imf.data.prepare.source import Options
 from imf.evaluation import fid
 from imf.program import UserError
 from tests.helpers import children, tiny_data, tiny_run
@@ -31,11 +33,15 @@ class Latents(Encoder):
         return np.full((len(images), *self.row_shape), [[[[[0.25]]], [[[0.5]]]]], np.float32)
 
 
+def find(root, label_file=None):
+    return find_in([root], Options(label_file))
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     source = find(tiny_data.images(tmp_path_factory.mktemp("source"), broken=False))
     out = tmp_path_factory.mktemp("out")
-    pack(source, out, Latents(), size=8, batch_size=4, shard_size=4, workers=1)
+    pack(source, out, Latents(), form=Form(8), batch_size=4, shard_size=4, workers=1)
     return out
 
 
@@ -254,7 +260,7 @@ def test_a_damaged_record_costs_its_shard_alone(tmp_path, capsys, record):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([0] * 9 + [10**12], r"0 \.\.\. 1000000000000 with none left out, got no image of label 1$"),
+        ([0] * 9 + [10**12], r"0 \.\.\. 1000000000000 with none left out, got no image of label 1;"),
         ([0] * 9 + ["9" * 5000], r"labels must be 0, 1, 2 \.\.\. or names, got '9{76}\.\.\."),
         ([0] * 9 + [-1], r"or names, got '-1'"),
         ([0] * 9 + [1.0], r"or names, got '1.0'"),

@@ -10,8 +10,9 @@ import torch
 from imf import data
 from imf.data.prepare import __main__ as prepare
 from imf.data.prepare.encoder import Encoder
+from imf.data.prepare.form import Form
+from imf.data.prepare.formats import find
 from imf.data.prepare.pack import pack
-from imf.data.prepare.source import find
 from imf.program import UserError
 from tests.helpers import tiny_data
 
@@ -32,10 +33,12 @@ class Moments(Encoder):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder of 8 latents in shards of 4, 4 and 0 images, less the broken; what it was made of."""
-    source = find(tiny_data.images(tmp_path_factory.mktemp("source")))
+    source = find([tiny_data.images(tmp_path_factory.mktemp("source"))])
     out = tmp_path_factory.mktemp("out")
-    pack(source, out, Moments(), size=8, batch_size=3, shard_size=3, workers=1)
-    kept = [image for image in source.decoded(range(10), 8, 1, ahead=1) if isinstance(image, np.ndarray)]
+    pack(source, out, Moments(), form=Form(8), batch_size=3, shard_size=3, workers=1)
+    kept = [
+        image for image in source.decoded(range(10), Form(8), 1, ahead=1) if isinstance(image, np.ndarray)
+    ]
     return out, torch.tensor(np.stack(kept)[:, 0, 0, 0].astype(np.float32))
 
 
@@ -185,8 +188,10 @@ def test_pixels(tmp_path):
     packed = data.load(tmp_path / "out")
     rows = torch.tensor([9, 0, 4])
     x, y = packed.fetch(rows, generator())
-    found = find(source)
-    images = torch.stack([torch.from_numpy(image) for image in found.decoded(rows.tolist(), 8, 1, ahead=1)])
+    found = find([source])
+    images = torch.stack(
+        [torch.from_numpy(image) for image in found.decoded(rows.tolist(), Form(8), 1, ahead=1)]
+    )
     assert torch.equal(packed.images(rows), images) and y.tolist() == [1, 0, 0]
     assert packed.shape == (3, 8, 8) and torch.allclose(x, images / 127.5 - 1, atol=1e-6)
     assert x.min() >= -1 and x.max() <= 1

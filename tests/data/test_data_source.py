@@ -4,10 +4,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imf.data.prepare.source import center_crop, decode, find
-from imf.images import BrokenImage
+from imf.data.prepare.form import Form, center_crop
+from imf.data.prepare.formats import find as find_in
+from imf.data.prepare.source import Options
+from imf.images import BrokenImage, decode
 from imf.program import UserError
 from tests.helpers import tiny_data
+
+
+def find(root, label_file=None):
+    return find_in([root], Options(label_file))
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +44,9 @@ def test_grey_and_transparent_images_become_rgb(tmp_path):
     for mode in ("L", "LA", "P", "RGBA", "CMYK", "1"):
         path = tmp_path / f"a.{'tif' if mode == 'CMYK' else 'png'}"
         Image.new(mode, (9, 9)).save(path)
-        assert decode(path, 8).shape == (3, 8, 8)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n")
+        assert Form(8, background=(0, 0, 0))(decode(path.read_bytes())).shape == (3, 8, 8)
     with pytest.raises(BrokenImage):
-        decode(path, 8)
+        decode(b"\x89PNG\r\n\x1a\n")
 
 
 def test_class_folders_and_imagenet_trees(images, tmp_path):
@@ -90,9 +95,8 @@ def test_label_files_that_disagree(images, tmp_path, change, message):
 
 def test_sources_that_are_none(images, tmp_path):
     for path, message in (
-        (tmp_path / "nowhere", "no such folder"),
-        (tmp_path, "got no folder"),
-        (images / "ant", r"got 5 images beside them, .* need --labels FILE"),
+        (tmp_path / "nowhere", "no such file or folder; SOURCE must be"),
+        (tmp_path, "a folder of images per class, got none; files .* are named themselves"),
     ):
         with pytest.raises(UserError, match=message):
             find(path)
@@ -110,6 +114,6 @@ def test_an_image_that_cannot_be_read_is_no_broken_image(images, tmp_path, capsy
     (images / "ant" / "00.png").rename(images / "ant" / "gone")
     try:
         with pytest.raises(UserError, match=r"ant/00\.png: could not be read: .* there when this began"):
-            list(source.decoded(range(3), 8, 1, ahead=1))
+            list(source.decoded(range(3), Form(8), 1, ahead=1))
     finally:
         (images / "ant" / "gone").rename(images / "ant" / "00.png")

@@ -16,10 +16,10 @@ from PIL import Image
 
 from imf import evaluate
 from imf.data.prepare import __main__ as prepare
-from imf.data.prepare.source import center_crop, decode
+from imf.data.prepare.form import Form, center_crop
 from imf.evaluation import fid
 from imf.evaluation import samples as generate
-from imf.images import BrokenImage
+from imf.images import BrokenImage, read_image
 from imf.program import UserError
 from tests.helpers.tiny_evaluation import Means, script
 
@@ -137,7 +137,7 @@ def test_pixels_of_every_mode(tmp_path, name, write, expected, off):
         Image.open(tmp_path / name).load()
     except OSError as error:
         pytest.skip(f"Pillow {PIL.__version__} cannot read what it wrote: {error}")
-    pixels = decode(tmp_path / name, 8).transpose(1, 2, 0).astype(int)
+    pixels = Form(8)(read_image(tmp_path / name)).transpose(1, 2, 0).astype(int)
     wanted = expected if expected.ndim == 3 else expected[..., None].repeat(3, 2)
     assert np.abs(pixels - wanted).max() <= off
     (batch,) = generate.read_images([tmp_path / name])
@@ -166,7 +166,7 @@ def test_pixels_of_every_mode(tmp_path, name, write, expected, off):
 def test_what_holds_no_usable_image(tmp_path, name, write, reason):
     write(tmp_path / name)
     with pytest.raises(BrokenImage, match=reason):
-        decode(tmp_path / name, 8)
+        read_image(tmp_path / name)
     with pytest.raises(UserError, match=f"1 of 1 images cannot be read: .*{name}; of the first: "):
         list(generate.read_images([tmp_path / name]))
 
@@ -175,7 +175,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path):
     with (tmp_path / "a.png").open("wb") as file:
         file.truncate(3 << 40)  # without a block on the disk
     with pytest.raises(BrokenImage, match=r"^3,298,534,883,328 bytes: at most 1,073,741,824 are read"):
-        decode(tmp_path / "a.png", 8)
+        read_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("shape", [(2003, 1), (1, 2004), (3, 1999), (199, 5)])
@@ -241,7 +241,7 @@ def test_prepare_skips_them_and_says_why(strange, tmp_path):
     assert skipped["ant/socket.png"] == "must be a regular file, got a socket"
     assert skipped["ant/device.png"] == "must be a regular file, got a character device"
     assert skipped["ant/bomb.png"].startswith("too many pixels") and len(skipped) == 6
-    assert "1 other files are left out, " in done.stdout and "such as ant/notes.txt" in done.stdout
+    assert "1 others are left out " in done.stdout and "such as ant/notes.txt" in done.stdout
     assert f"6 images skipped, all listed in {out / 'skipped.tsv'}:" in done.stdout
     assert "  ant/device.png: must be a regular file" in done.stdout and done.stdout.count("\n  ant/") == 5
 

@@ -7,7 +7,8 @@ import torch
 from imf import data
 from imf.data.prepare import __main__ as prepare
 from imf.data.prepare.encoder import Latents
-from imf.data.prepare.source import decode
+from imf.data.prepare.form import Form
+from imf.images import read_image
 from imf.program import UserError
 from tests.helpers import tiny_data
 
@@ -38,7 +39,7 @@ def test_latents_are_the_posterior_of_the_autoencoder(images, vae, tmp_path, cap
         [torch.from_numpy(np.load(path)) for path in sorted((tmp_path / "out").glob("shard*"))]
     )
     for name, row in zip(names, stored, strict=True):
-        image = torch.from_numpy(decode(images / name, 32))
+        image = torch.from_numpy(Form(32)(read_image(images / name)))
         with torch.no_grad():
             posterior = autoencoder.encode(image[None] / 127.5 - 1).latent_dist
         assert torch.allclose(row, torch.stack([posterior.mean[0], posterior.std[0]]), atol=1e-5)

@@ -21,7 +21,7 @@ CONSTANTS = "sd-vae-ft-mse"  # whose ImageNet latents gave MEAN and STD
 
 
 class Encoder(ABC):
-    """Images [B, 3, S, S] uint8 -> the rows that are stored, see `imf.data.packed.ROWS`.
+    """Images [B, C, S, S] uint8 -> the rows that are stored, see `imf.data.packed.ROWS`.
 
     kind: "latents" or "pixels".  shape: (C, H, W) of a row as the network sees it.
     about: what tells this encoder from others, JSON-compatible.
@@ -40,9 +40,9 @@ class Pixels(Encoder):
 
     kind = "pixels"
 
-    def __init__(self, size: int) -> None:
-        self.shape = (3, size, size)
-        self.about = {"mean": [127.5] * 3, "std": [127.5] * 3}
+    def __init__(self, channels: int, size: int) -> None:
+        self.shape = (channels, size, size)
+        self.about = {"mean": [127.5] * channels, "std": [127.5] * channels}
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[Any]:
         return images

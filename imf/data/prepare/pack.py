@@ -1,4 +1,4 @@
-"""From an image folder to packed data for training.
+"""From images to packed data for training.
 
 Shard k is made of the images k · shard_size ... of the source's listing and of nothing else, and is recorded
 when it is completely on the disk. So a process may be killed at any moment: the next one resumes with the
@@ -22,34 +22,36 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from imf.data.files import write_array, write_file, write_json
+from imf.data.files import short, write_array, write_file, write_json
 from imf.data.packed import FORMAT, INDEX, LABELS, PLAN, ROWS, PackedData
-from imf.data.prepare import source as sources
 from imf.data.prepare.encoder import Encoder, Latents, Pixels
+from imf.data.prepare.form import Form
+from imf.data.prepare.formats import find
 from imf.data.prepare.plan import RECORDS, begin, locked, read_record, record_path, shard_path, warn
-from imf.data.prepare.source import Source
+from imf.data.prepare.source import Options, Source
 from imf.distributed import choose_device
 from imf.evaluation import fid, inception
 from imf.images import EXTENSIONS, BrokenImage
-from imf.io import check_target
-from imf.program import UserError
+from imf.io import check_regular, check_target
+from imf.program import UserError, bar_options
 
 FILES, SKIPPED = "files.txt", "skipped.tsv"
 Record = dict[str, Any]  # the content of a JSON file
+LATENTS_SIZE = 256  # pixels of a side, by default
 SHOWN = 5  # of the skipped images, with their reasons, at the end
 
 
 def pack(
-    source: Source, out: Path, encoder: Encoder, *, size: int, batch_size: int, shard_size: int, workers: int
+    source: Source, out: Path, encoder: Encoder, *, form: Form, batch_size: int, shard_size: int, workers: int
 ) -> PackedData:
-    """Encodes all images of `source` into the folder `out`, or resume one that was begun alike.
+    """Encodes all images of `source` into the folder `out`, or resumes one that was begun alike.
 
-    size: pixels of a side after the crop.  batch_size: images encoded together.  shard_size: images per
+    form: of the images that the encoder gets.  batch_size: images encoded together.  shard_size: images per
     shard, which are lost at most when the process is killed.  workers: threads that decode images.
     Raises: UserError if `out` holds something else, was begun from another source, autoencoder or settings,
     or cannot be written, or if an image cannot be read from the disk.
     """
-    settings = {"size": size, "batch_size": batch_size, "shard_size": shard_size}
+    settings = {"size": form.size, "batch_size": batch_size, "shard_size": shard_size}
     for name, value in settings.items():
         if value < 1:
             raise UserError(f"prepare: {name} must be at least 1, got {value}")
@@ -69,6 +71,8 @@ def pack(
         "kind": encoder.kind,
         "shape": list(encoder.shape),
         **settings,
+        "fit": form.fit,
+        "background": form.background and list(form.background),
         "class_names": source.class_names,
         "encoder": encoder.about,
         "source": {"images": count, "sha256": source.fingerprint()},
@@ -83,7 +87,7 @@ def pack(
             needed = rows[0].nbytes * count - sum(path.stat().st_size for path in out.glob("shard-*.npy"))
             if needed > (free := shutil.disk_usage(out).free):
                 warn(f"{out} needs {needed:,} bytes more, {free:,} are free there")
-            _finish(out, source, plan, _make_shards(out, source, encoder, plan, rows, workers))
+            _finish(out, source, plan, _make_shards(out, source, encoder, plan, rows, form, workers))
         # The plan last: records without it belong to nobody.
         shutil.rmtree(out / RECORDS, ignore_errors=True)
         (out / PLAN).unlink(missing_ok=True)
@@ -91,7 +95,7 @@ def pack(
 
 
 def _make_shards(
-    out: Path, source: Source, encoder: Encoder, plan: Record, rows: NDArray[Any], workers: int
+    out: Path, source: Source, encoder: Encoder, plan: Record, rows: NDArray[Any], form: Form, workers: int
 ) -> list[Record]:
     """Makes the shards that are missing, each in the buffer `rows`; returns the records of all."""
     count, batch_size, shard_size = len(source.files), plan["batch_size"], plan["shard_size"]
@@ -99,11 +103,8 @@ def _make_shards(
     records = [read_record(out, shard, places, plan) for shard, places in enumerate(shards)]
     missing = [shard for shard, record in enumerate(records) if record is None]
     todo = [place for shard in missing for place in shards[shard]]
-    decoded = source.decoded(todo, plan["size"], workers, ahead=2 * batch_size + workers)
-    bar = tqdm(
-        total=count, initial=count - len(todo), desc=out.name, unit="image", dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 10,
-    )  # fmt: skip
+    decoded = source.decoded(todo, form, workers, ahead=2 * batch_size + workers)
+    bar = tqdm(total=count, initial=count - len(todo), desc=out.name, unit="image", **bar_options())
     with closing(decoded), bar:
         for shard in missing:
             filled, skipped = 0, []
@@ -173,15 +174,15 @@ def _sample_statistics(plan: Record, records: list[Record], rows: int) -> dict[s
 
 
 def source_statistics(
-    source: Source, size: int, extractor: inception.Extractor, workers: int
+    source: Source, form: Form, extractor: inception.Extractor, workers: int
 ) -> fid.Statistics:
-    """Computes FID statistics of the source's images, cropped as for the network; broken ones are left out.
+    """Computes FID statistics of the source's images, in the network's form; broken ones are left out.
 
     Raises: UserError for fewer than 2 images, one that cannot be read, or features that are not finite.
     """
     places = range(len(source.files))
-    with closing(source.decoded(places, size, workers, ahead=128)) as decoded:
-        bar = tqdm(decoded, total=len(places), desc="statistics", unit="image", dynamic_ncols=True)
+    with closing(source.decoded(places, form, workers, ahead=128)) as decoded:
+        bar = tqdm(decoded, total=len(places), desc="statistics", unit="image", **bar_options())
         good = (torch.from_numpy(image) for image in bar if not isinstance(image, BrokenImage))
         batches = iter(lambda: list(islice(good, 64)), [])
         try:
@@ -192,7 +193,7 @@ def source_statistics(
 
 def pack_command(arguments: argparse.Namespace) -> None:
     """Packs as the command line says, and prints what was made."""
-    size, out = arguments.size, arguments.out
+    out, sources = arguments.out, arguments.sources
     if arguments.statistics is not None:
         try:
             check_target(arguments.statistics)  # before hours of work
@@ -200,17 +201,32 @@ def pack_command(arguments: argparse.Namespace) -> None:
             raise UserError(f"--statistics {error}") from error
     device = choose_device(arguments.device)
     extractor = inception.load(arguments.extractor, device) if arguments.extractor else None
-    encoder = Pixels(size) if arguments.pixels else Latents(arguments.vae, size, device, arguments.precision)
-    source = sources.find(arguments.source, arguments.labels)
-    if out.resolve().is_relative_to(arguments.source.resolve()):
-        raise UserError(f"{out}: OUT must lie outside of SOURCE, {arguments.source}")
-    _say(f"{source.root}: {len(source.files):,} images in {len(source.class_names):,} classes")
+    for path in sources:
+        if out.resolve().is_relative_to(path.resolve()):
+            raise UserError(f"{out}: OUT must lie outside of SOURCE, {path}")
+    options = Options(
+        arguments.labels,
+        arguments.image_key,
+        arguments.label_key,
+        arguments.unconditional,
+        _class_names(arguments.class_names),
+    )
+    source = find(sources, options)
+    one = source.num_classes == 1
+    classes = f"one class, {source.class_names[0]}" if one else f"{source.num_classes:,} classes"
+    _say(f"{source.root}: {len(source.files):,} images in {classes}")
     if source.others:
         shown = ", ".join(source.others[:3])
         ends = ", ".join(sorted(EXTENSIONS))
-        _say(f"{len(source.others):,} other files are left out, which do not end in {ends}: such as {shown}")
-    sizes = {name: getattr(arguments, name) for name in ("size", "batch_size", "shard_size", "workers")}
-    data = pack(source, out, encoder, **sizes)
+        _say(f"{len(source.others):,} others are left out (images end in {ends}): such as {shown}")
+    form = _form(source, arguments)
+    encoder: Encoder = (
+        Pixels(form.channels, form.size)
+        if arguments.pixels
+        else Latents(arguments.vae, form.size, device, arguments.precision)
+    )
+    sizes = {name: getattr(arguments, name) for name in ("batch_size", "shard_size", "workers")}
+    data = pack(source, out, encoder, form=form, **sizes)
     kind = f"{data.kind} {list(data.shape)}"
     _say(f"{out}: {len(data):,} {kind} of {data.num_classes:,} classes, {len(data.shards):,} shards")
     if skipped := data.index["skipped"]:
@@ -226,14 +242,44 @@ def pack_command(arguments: argparse.Namespace) -> None:
         if max(map(abs, samples["mean"])) > 0.5 or not all(0.5 < value < 2 for value in samples["std"]):
             warn("far from 0 and 1: images unlike ImageNet, or not the autoencoder of the constants")
     if extractor is not None:
-        source_statistics(source, size, extractor, arguments.workers).save(arguments.statistics)
+        source_statistics(source, form, extractor, arguments.workers).save(arguments.statistics)
         _say(f"{arguments.statistics}: statistics of the images by {arguments.extractor}")
+
+
+def _form(source: Source, arguments: argparse.Namespace) -> Form:
+    """Returns the form that the command line asks for; where it does not say, that of the images."""
+    size, channels = arguments.size, arguments.channels
+    if not arguments.pixels:
+        size, channels = size or LATENTS_SIZE, 3
+    if size is None or channels is None:
+        look = source.survey(sized=size is None, workers=arguments.workers)
+        if look is not None:  # else all are broken, and `pack` says why
+            channels, size = channels or look[0], size or look[1][0]
+    return Form(size or 1, channels or 3, arguments.fit, arguments.background)
+
+
+def _class_names(text: str | None) -> list[str] | None:
+    """Reads --class-names: names between commas, or the lines of a file; None without."""
+    if text is None:
+        return None
+    names = text.split(",")
+    if len(names) == 1:
+        try:
+            check_regular(Path(text))
+            names = Path(text).read_text("utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            wanted = "names between commas, or a file with a name per line"
+            raise UserError(f"--class-names must be {wanted}, got {text}: {error}") from error
+    names = [name.strip() for name in names]
+    if not names or not all(names) or len(set(names)) != len(names):
+        raise UserError(f"--class-names must be different names, none of them empty, got {short(names)}")
+    return names
 
 
 def verify_command(out: Path) -> None:
     """Checks every byte of a finished folder, and prints that all is well."""
     data = PackedData(out)
-    for _ in tqdm(data.verify(), total=len(data.shards), desc=out.name, unit="shard", dynamic_ncols=True):
+    for _ in tqdm(data.verify(), total=len(data.shards), desc=out.name, unit="shard", **bar_options()):
         pass
     _say(f"{out}: {len(data):,} rows of {data.kind} in {len(data.shards):,} shards, every checksum agrees")
 

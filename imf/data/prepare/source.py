@@ -1,35 +1,53 @@
-"""Image folders as a source of data: files, labels, and the crop that a network sees."""
+"""What every source of images provides, whatever form its files have."""
 
 from __future__ import annotations
 
 import hashlib
-import re
+import io
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from tqdm import tqdm
 
 from imf.data.batches import prefetch
-from imf.data.files import short
-from imf.images import BrokenImage, entries, is_image, read_image, walk
+from imf.data.prepare.form import Form
+from imf.images import BrokenImage, decode, probe
 from imf.io import check_regular
-from imf.program import UserError
+from imf.program import UserError, bar_options
 
-SPLITS = {"train", "val", "validation", "test"}  # folders of an ImageNet tree
-LONGEST = 32  # of the longer side, in shorter sides, that is scaled; what is beyond is cut off first
-_NUMBER = re.compile(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", re.ASCII | re.IGNORECASE)
+Look = tuple[int, tuple[int, int]]  # of an image: channels, 1 or 3, and (width, height)
 
 
 @dataclass(frozen=True)
-class Source:
-    """The images of a folder, class after class.
+class Options:
+    """What the command line says about the labels and names of a source.
 
-    files: paths relative to `root` with / between the parts, each with its size in bytes.
-    labels: [number of files] int64 in 0 ... len(class_names) - 1.
-    others: files in the same folders whose names do not end as that of an image; they are left out.
+    label_file: gives the labels.  image_key, label_key: the column, array or extension that holds them.
+    unconditional: no labels are read, all images are of one class.  class_names: instead of the source's.
+    """
+
+    label_file: Path | None = None
+    image_key: str | None = None
+    label_key: str | None = None
+    unconditional: bool = False
+    class_names: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Source(ABC):
+    """Labelled images in files, by number.
+
+    root: what messages call it, a folder or a file.
+    files: a name per image, relative to `root` with / between the parts, and its size in bytes.
+    labels: [number of images] int64 in 0 ... len(class_names) - 1.
+    others: names of what lies beside the images and is left out.
+    containers: names and sizes in bytes of files that hold many images.
     """
 
     root: Path
@@ -37,142 +55,134 @@ class Source:
     labels: NDArray[np.int64]
     class_names: list[str]
     others: list[str] = field(default_factory=list)
+    containers: list[tuple[str, int]] = field(default_factory=list)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @abstractmethod
+    def read(self, place: int) -> Image.Image:
+        """Decodes the image of this number: mode "L" or "RGB", with "A" where it is transparent.
+
+        Called by several threads at once.
+        Raises: BrokenImage if there is none that can be used; OSError if the bytes cannot be read.
+        """
+
+    @abstractmethod
+    def look(self, place: int) -> Look:
+        """Returns channels and size of the image of this number, if possible without decoding it.
+
+        Raises: as `read`.
+        """
+
+    def unlike(self) -> range:
+        """Returns the numbers of images that may differ in size or channels."""
+        return range(len(self.files))
 
     def fingerprint(self) -> str:
         """SHA-256 over names, sizes and labels: another listing has another one; contents are not read."""
         digest = hashlib.sha256("\n".join(self.class_names).encode(errors="surrogateescape"))
+        for name, size in self.containers:
+            digest.update(f"\n{size}\t{name}".encode(errors="surrogateescape"))
         for (name, size), label in zip(self.files, self.labels, strict=True):
             digest.update(f"\n{label}\t{size}\t{name}".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
+    def survey(self, *, sized: bool, workers: int) -> Look | None:
+        """Looks at the images: returns 1 channel if all are grey, or else 3, and the size of all.
+
+        sized: whether the size matters; if not, the first colour image decides. None if no image can be used.
+        Raises: UserError if it matters and they are of several sizes or not square.
+        """
+        first: tuple[str, tuple[int, int]] | None = None
+        channels = 1
+        places = self.unlike()
+        looks = prefetch(self._look, places, workers=workers, ahead=16 * workers)
+        bar = tqdm(looks, total=len(places), desc="sizes", unit="image", delay=2, **bar_options())
+        with closing(looks), bar:
+            for place, look in zip(places, bar, strict=True):
+                name = self.files[place][0]
+                if isinstance(look, BrokenImage):  # listed when it is to be decoded
+                    continue
+                channels, size = max(channels, look[0]), look[1]
+                first = first or (name, size)
+                if sized and (size != first[1] or size[0] != size[1]):
+                    other = "" if size == first[1] else f" and {name} of {size[0]} x {size[1]}"
+                    raise UserError(
+                        f"--size is needed where images are not squares of one size, got {first[0]} of "
+                        f"{first[1][0]} x {first[1][1]}{other} pixels; --size 64 --fit crop (or pad) makes "
+                        f"them 64 x 64"
+                    )
+                if channels == 3 and not sized:
+                    break
+        return (channels, first[1]) if first else None
+
     def decoded(
-        self, places: Sequence[int], size: int, workers: int, *, ahead: int
+        self, places: Sequence[int], form: Form, workers: int, *, ahead: int
     ) -> Generator[NDArray[np.uint8] | BrokenImage, None, None]:
-        """Yields the images at `places` of `files`, [3, size, size], in that order; for broken ones why.
+        """Yields the images at `places`, [C, size, size] as `form` makes them, in order; for broken ones why.
 
         Decoded by `workers` threads, up to `ahead` images before their use. UserError if one cannot be read.
         """
-        return prefetch(lambda place: self._decode(place, size), places, workers=workers, ahead=ahead)
+        return prefetch(lambda place: self._decode(place, form), places, workers=workers, ahead=ahead)
 
-    def _decode(self, place: int, size: int) -> NDArray[np.uint8] | BrokenImage:
-        path = self.root / self.files[place][0]
+    def _decode(self, place: int, form: Form) -> NDArray[np.uint8] | BrokenImage:
         try:
-            return decode(path, size)
+            return form(self.read(place))
         except BrokenImage as error:
             return error
         except OSError as error:
-            raise UserError(f"{path}: could not be read: {error}; it was there when this began") from error
+            raise self._unreadable(place, error) from error
         except MemoryError as error:
-            reason = f"too little memory to decode it at --size {size}; are fewer --workers enough?"
-            raise UserError(f"{path}: {reason}") from error
+            reason = f"too little memory to decode it at --size {form.size}; are fewer --workers enough?"
+            raise UserError(f"{self._path(place)}: {reason}") from error
+
+    def _look(self, place: int) -> Look | BrokenImage:
+        try:
+            return self.look(place)
+        except BrokenImage as error:
+            return error
+        except OSError as error:
+            raise self._unreadable(place, error) from error
+
+    def _unreadable(self, place: int, error: OSError) -> UserError:
+        return UserError(f"{self._path(place)}: could not be read: {error}; it was there when this began")
+
+    def _path(self, place: int) -> Path:
+        return self.root / self.files[place][0]
 
 
-def find(root: Path, label_file: Path | None = None) -> Source:
-    """Lists the images below `root`.
+class EncodedSource(Source):
+    """A source of images in formats such as JPEG and PNG."""
 
-    Without a label file a class is a folder in `root`, or in `root/train` of an ImageNet tree (nothing but
-    splits in `root`, folders in `train`); classes, and the files of each at any depth, are in the order of
-    their names. With one, its lines `file label` (tab, comma or space before the label) give every image
-    below `root` a label: numbers 0, 1, ..., or names, numbered in sorted order. Hidden files, and files whose
-    name does not end as that of an image, are left out.
+    @abstractmethod
+    def content(self, place: int) -> bytes:
+        """Reads the bytes of the image of this number; raises as `read`."""
 
-    Raises: UserError if there is no image, a class is empty, or labels and files disagree.
-    """
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder; SOURCE must be a folder of images")
-    if label_file is not None:
-        return _with_label_file(root, label_file)
-    found = entries(root)
-    folders = sorted(entry.name for entry in found if entry.is_dir())
-    if "train" in folders and SPLITS.issuperset(folders):
-        inside = entries(root / "train")  # a class named train, which holds images, is not taken for a split
-        if any(x.is_dir() for x in inside) and not any(is_image(x.name) for x in inside):
-            return find(root / "train")
-    if stray := [entry.name for entry in found if is_image(entry.name) and not entry.is_dir()]:
-        raise UserError(
-            f"{root}: must hold a folder per class, got {len(stray):,} images beside them, "
-            f"such as {stray[0]}; images without class folders need --labels FILE"
-        )
-    files, labels, others = [], [], list[str]()
-    for label, folder in enumerate(folders):
-        images = sorted(walk(root, folder, others))
-        if not images:
-            raise UserError(f"{root / folder}: must hold images, one class per folder, got none; remove it?")
-        files += images
-        labels += [label] * len(images)
-    if not files:
-        raise UserError(f"{root}: must hold a folder of images per class, got no folder")
-    return Source(root, files, np.array(labels, np.int64), folders, others)
+    def read(self, place: int) -> Image.Image:
+        """Decodes the image of this number, see `Source.read`."""
+        return decode(self.content(place))
+
+    def look(self, place: int) -> Look:
+        """Reads channels and size from the header, see `Source.look`."""
+        return probe(io.BytesIO(self.content(place)))
 
 
-def decode(path: Path, size: int) -> NDArray[np.uint8]:
-    """Reads an image file as the network sees it, [3, size, size]; raises as `read_image`."""
-    return center_crop(read_image(path).convert("RGB"), size)
-
-
-def center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """Crops the centre of an RGB image, its shorter side scaled to `size`: [3, size, size] uint8.
-
-    The crop of ADM (Dhariwal and Nichol, arXiv 2105.05233), by which ImageNet figures are published: halved
-    by averaging while the shorter side is at least 2 size, then bicubic, then cut, the odd pixel at the end.
-    """
-    width, height = image.size
-    most = LONGEST * min(width, height)
-    x, y = (max(0, length - most + 1) // 2 for length in (width, height))  # as much at both ends
-    if x or y:  # scaled in full, a line of 20,000 pixels would become 256 lines of 5 million
-        image = image.crop((x, y, width - x, height - y))
-        width, height = image.size
-    while min(width, height) >= 2 * size:
-        width, height = width // 2, height // 2
-        image = image.resize((width, height), Image.Resampling.BOX)
-    scale = size / min(width, height)
-    width, height = round(width * scale), round(height * scale)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    pixels = np.asarray(image)[top : top + size, left : left + size]
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def _with_label_file(root: Path, label_file: Path) -> Source:
-    prefix = f"--labels {label_file}:"
+def check_file(path: Path) -> int:
+    """Returns the size in bytes of a file of images; UserError unless it is there and a regular file."""
     try:
-        check_regular(label_file)
-        lines = label_file.read_text("utf-8-sig", errors="surrogateescape").splitlines()
+        return check_regular(path).st_size
     except OSError as error:
-        raise UserError(f"{prefix} could not be read: {error}") from error
-    label_of: dict[str, str] = {}
-    for number, line in enumerate(map(str.strip, lines), 1):
-        if not line:
-            continue
-        separator = next((mark for mark in "\t," if mark in line), None)  # None: any white space
-        name, label = map(str.strip, [*line.rsplit(separator, 1), ""][:2])
-        if not label:
-            raise UserError(f"{prefix} line {number} must be `file label`, got {short(line)}")
-        if (before := label_of.setdefault(name, label)) != label:
-            raise UserError(
-                f"{prefix} line {number} gives {name} the label {label}, a line before it {before}"
-            )
-    others: list[str] = []
-    files = sorted(walk(root, "", others))
-    if not files:
-        raise UserError(f"{root}: must hold images, got none")
-    without = [name for name, _ in files if name not in label_of]
-    unknown = sorted(label_of.keys() - {name for name, _ in files})
-    for names, what in ((without, "images have no label"), (unknown, "labels have no image")):
-        if names:
-            raise UserError(f"{prefix} {len(names):,} {what} in {root}, such as {', '.join(names[:3])}")
-    class_names = sorted({label_of[name] for name, _ in files})
-    number_of = {text: number for number, text in enumerate(class_names)}
-    if all(map(_NUMBER.fullmatch, class_names)):
-        if wrong := [text for text in class_names if not (text.isdecimal() and len(text) <= 18)]:
-            raise UserError(f"{prefix} labels must be 0, 1, 2 ... or names, got {short(wrong[0])}")
-        number_of = {text: int(text) for text in class_names}
-        numbers = sorted(set(number_of.values()))
-        if missing := [expected for expected, number in enumerate(numbers) if number != expected]:
-            raise UserError(
-                f"{prefix} labels must be 0 ... {numbers[-1]} with none left out, "
-                f"got no image of label {missing[0]}"
-            )
-        class_names = [str(number) for number in numbers]
-    labels = np.array([number_of[label_of[name]] for name, _ in files], np.int64)
-    return Source(root, files, labels, class_names, others)
+        raise UserError(f"{path}: could not be read: {error}") from error
+
+
+def left_out(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Splits files of a folder into those to read and the names of the others.
+
+    Of several splits the training one is read: files with "train" in their name, where there are any.
+    """
+    training = [path for path in paths if "train" in path.name.lower()]
+    kept = training or list(paths)
+    return kept, [path.name for path in paths if path not in kept]

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from imf import data
-from imf.data import memory
+from imf.data import torch_dataset
 from imf.program import UserError
 
 RNG = np.random.default_rng(0)
@@ -154,6 +154,6 @@ def test_wrong_data_sets_are_named(dataset, options, message):
 
 
 def test_more_than_the_memory_is_refused(monkeypatch):
-    monkeypatch.setattr(memory.os, "sysconf", lambda name: 9)
+    monkeypatch.setattr(torch_dataset.os, "sysconf", lambda name: 9)
     with pytest.raises(UserError, match=r"6 images \[1, 4, 4\] torch.uint8 need 96 bytes .* has 81; store"):
         data.from_dataset(Pairs(GREY))
