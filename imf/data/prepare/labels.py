@@ -76,7 +76,7 @@ def of_array(values: NDArray[Any], where: str, class_names: Sequence[str] | None
             raise UserError(f"{where} labels must be below the {len(class_names)} class names, got {most}")
         return values.astype(np.int64), list(class_names)
     present = np.unique(values)
-    if len(present) != most + 1:
+    if len(values) and len(present) != most + 1:
         missing = next(number for number, label in enumerate(present.tolist()) if label != number)
         raise UserError(
             f"{where} labels must be 0 ... {most} with none left out, got no image of label {missing}{_GAP}"

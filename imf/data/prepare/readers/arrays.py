@@ -228,8 +228,9 @@ def _member(path: Path, arrays: Any, name: str) -> NDArray[Any]:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    hint = "; objects are not unpickled: store arrays of numbers" if "pickle" in str(error).lower() else ""
-    reason = "a pickle" if hint else " ".join(str(error).split())
+    reason, hint = " ".join(str(error).split()), ""
+    if "pickle" in reason or "object" in reason:
+        reason, hint = "a pickle", "; objects are not unpickled: store arrays of numbers"
     return UserError(f"{path}: no whole NumPy file of plain arrays: {reason}{hint}")
 
 
