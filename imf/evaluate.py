@@ -7,13 +7,14 @@ import sys
 import warnings
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from imf import data
 from imf.distributed import initialized
 from imf.evaluation import inception as features
 from imf.evaluation.run import COUNT, Evaluation, check_arguments
-from imf.program import run
+from imf.program import run, thread_count
 from imf.training import checkpoint
 
 
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     text = "write the statistics of a folder of images or of a data set, and nothing else"
     add("--make-statistics", nargs=2, metavar=("SOURCE", "OUT"), help=text)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:<index> (default: %(default)s)")
+    add("--threads", type=thread_count, default=0, help="CPU threads (default: as PyTorch chooses)")
     add("--out", type=Path, default=Path("evaluation"), help="folder of results.json (default: %(default)s)")
     add("--plot", type=Path, help="draw the figures over ω into this PNG")
     a = parser.parse_args(argv)
@@ -55,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(a: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     check_arguments(a, parser.error)
+    if a.threads:
+        torch.set_num_threads(a.threads)
     with initialized(a.device) as processes:
         extractor = features.load(a.extractor, processes.device)
         if a.make_statistics:

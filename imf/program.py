@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
 import threading
@@ -9,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+MOST_THREADS = 4096  # a larger number is a mistake: OpenMP ends the process where it cannot start as many
 
 
 class UserError(ValueError):
@@ -61,6 +64,13 @@ def exit_status(stop: KeyboardInterrupt) -> int:
 def bar_options() -> dict[str, float | bool]:
     """Returns how a progress bar is drawn: less often into a file."""
     return {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 10}
+
+
+def thread_count(text: str) -> int:
+    """Reads the value of --threads; argparse.ArgumentTypeError if it is out of range."""
+    if not text.isdecimal() or len(text) > 9 or int(text) > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"must be from 0 to {MOST_THREADS}, got {text}")
+    return int(text)
 
 
 class StopSignals:

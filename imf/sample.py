@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from imf.distributed import choose_device
 from imf.evaluation import vae as autoencoder
 from imf.io import check_target, naming, replacing
-from imf.program import UserError, run
+from imf.program import UserError, run, thread_count
 from imf.sampling import class_grid
 from imf.training import checkpoint
 
+BATCH_SIZE = 64  # samples at a time
 MOST_ROWS = 20  # of a grid whose classes were not named
 
 
@@ -28,16 +33,15 @@ def main(argv: list[str] | None = None) -> int:
     add("--steps", type=int, default=1, help="network calls per sample (default: %(default)s)")
     add("--omega", type=float, help="guidance scale (default: the run's)")
     add("--interval", type=float, nargs=2, metavar=pair, help="guidance interval (default: the run's)")
-    add(
-        "--classes",
-        type=int,
-        nargs="+",
-        help=f"labels of the rows (default: all of up to {MOST_ROWS} classes)",
+    text = (
+        f"labels or names of the rows, between spaces or commas (default: all of up to {MOST_ROWS} classes)"
     )
+    add("--classes", nargs="+", metavar="CLASS", help=text)
     add("--vae", type=Path, help="folder of the AutoencoderKL (sd-vae-ft-mse) that decodes latents")
     add("--columns", type=int, default=10, help="samples per class (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:<index> (default: %(default)s)")
+    add("--threads", type=thread_count, default=0, help="CPU threads (default: as PyTorch chooses)")
     add("--weights", choices=weights, default="ema", help="averaged or latest (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if arguments.columns < 1:
@@ -50,7 +54,10 @@ def main(argv: list[str] | None = None) -> int:
 def _draw(a: argparse.Namespace) -> None:
     """Writes the grid and say what was done."""
     check_target(a.out)
+    if a.threads:
+        torch.set_num_threads(a.threads)
     device, path = choose_device(a.device), checkpoint.find(a.checkpoint)
+    print(f"Reading {path}, {path.stat().st_size / 2**20:,.1f} MiB", file=sys.stderr)
     network, metadata = checkpoint.load(path, a.weights)
     omega, *interval = metadata.config.sampling
     omega = omega if a.omega is None else a.omega
@@ -58,20 +65,45 @@ def _draw(a: argparse.Namespace) -> None:
     config = network.config
     if a.classes is None and config.num_classes > MOST_ROWS:
         raise UserError(f"--classes: the network knows {config.num_classes}, name those that should be drawn")
-    classes = a.classes or range(config.num_classes)
-    if min(classes) < 0 or max(classes) >= config.num_classes:
-        raise UserError(f"--classes must be within 0 and {config.num_classes - 1}, got {list(classes)}")
+    names, every = metadata.class_names, range(config.num_classes)
+    classes = every if a.classes is None else find_classes(a.classes, names, config.num_classes)
     vae = autoencoder.of_network(a.vae, config.in_channels, device, metadata.autoencoder)
     decode = partial(autoencoder.decode, vae) if vae else None
     guidance = {"omega": omega, "t_min": t_min, "t_max": t_max}
-    options = {"columns": a.columns, "steps": a.steps, "seed": a.seed, **guidance}
-    picture = class_grid(network.to(device), classes=classes, decode=decode, **options)
+    options = {"columns": a.columns, "steps": a.steps, "seed": a.seed, "batch_size": BATCH_SIZE, **guidance}
+    network.to(device)
+    picture = class_grid(network, classes=classes, class_names=names, decode=decode, bar=True, **options)
     with naming(a.out), replacing(a.out) as temporary:
         picture.save(temporary, format="PNG")
     print(
         f"{a.out}: {a.columns} samples per class in {a.steps} step(s), omega {omega:g}, "
         f"interval [{t_min:g}, {t_max:g}], from {path} (step {metadata.step})"
     )
+
+
+def find_classes(given: Sequence[str], names: Sequence[str], count: int) -> list[int]:
+    """Returns the labels that --classes asks for, each by its number or its name, whose case does not matter.
+
+    given: an argument is a name, or several numbers or names between commas.
+    names: a name per label, empty if unknown.  count: of classes.
+    Raises: UserError, with the names that are closest, for a class that is not there.
+    """
+    label_of = {name.lower(): label for label, name in reversed(list(enumerate(names)))}
+    texts = [[text] if text.lower() in label_of else text.split(",") for text in given]
+    labels = []
+    for text in (text.strip().lower() for part in texts for text in part):
+        if text.isdecimal():  # also where classes have numbers as names
+            label = int(text)
+        elif text in label_of:
+            label = label_of[text]
+        else:
+            close = difflib.get_close_matches(text, label_of, 3) or list(label_of)[:MOST_ROWS]
+            known = f"; names are {', '.join(close)}" if names else "; this checkpoint knows no names"
+            raise UserError(f"--classes must be labels from 0 to {count - 1}, or names, got {text!r}{known}")
+        if label >= count:
+            raise UserError(f"--classes must be within 0 and {count - 1}, got {text}")
+        labels.append(label)
+    return labels
 
 
 if __name__ == "__main__":

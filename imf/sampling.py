@@ -6,18 +6,20 @@ error is the network's. One call serves guided sampling too: omega and the inter
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from tqdm import tqdm
 
 from imf import random
 from imf.model.config import IMFConfig, check_guidance, config_of
-from imf.program import UserError
+from imf.program import UserError, bar_options
 
 
 @torch.no_grad()
@@ -74,17 +76,25 @@ def check_inputs_of(config: IMFConfig, omega: float, t_min: float, t_max: float)
 
 
 def sample_labels(
-    model: nn.Module, labels: Tensor, *, seed: int = 0, batch_size: int | None = None, **options: Any
+    model: nn.Module,
+    labels: Tensor,
+    *,
+    seed: int = 0,
+    batch_size: int | None = None,
+    bar: bool = False,
+    **options: Any,
 ) -> Tensor:
     """Samples an image per label [N] int64: [N, C, H, W] fp32 on the model's device.
 
-    The noise depends on the seed and N, not on batch_size, default N.  options: of `generate`.
+    The noise depends on the seed and N, not on batch_size, default N.  bar: show a progress bar where
+    it takes more than 2 s.  options: of `generate`.
     """
     config, size = config_of(model), batch_size or len(labels)
     shape = len(labels), config.in_channels, config.input_size, config.input_size
     noise = torch.randn(shape, generator=random.generator(seed, "samples"))
     parts = zip(noise.split(size), labels.split(size), strict=True)
-    return torch.cat([generate(model, z, y, **options) for z, y in parts])
+    shown = tqdm(list(parts), desc="samples", unit="batch", delay=2, disable=not bar, **bar_options())
+    return torch.cat([generate(model, z, y, **options) for z, y in shown])
 
 
 def class_grid(
@@ -93,18 +103,25 @@ def class_grid(
     columns: int = 10,
     seed: int = 0,
     classes: Sequence[int] | None = None,
+    class_names: Sequence[str] = (),
     decode: Callable[[Tensor], Tensor] | None = None,
+    bar: bool = False,
     **options: Any,
 ) -> Image.Image:
     """Draws a row per class with `columns` samples in each; the noise is that of `sample_labels`.
 
-    classes: labels of the rows, default all.  decode: makes images of latents.  options: of `generate`.
+    classes: labels of the rows, default all.  class_names: a name per label, written beside the rows instead.
+    decode: makes images of latents.  bar, options: of `sample_labels`.
     """
     classes = range(config_of(model).num_classes) if classes is None else classes
-    images = sample_labels(model, torch.tensor(classes).repeat_interleave(columns), seed=seed, **options)
+    labels = torch.tensor(classes).repeat_interleave(columns)
+    images = sample_labels(model, labels, seed=seed, bar=bar, **options)
     if decode is not None:
-        images = torch.cat([decode(latents) for latents in images.split(columns)])
-    return draw_grid(images, columns, row_labels=[str(label) for label in classes])
+        rows = images.split(columns)
+        shown = tqdm(rows, desc="decoding", unit="row", delay=2, disable=not bar, **bar_options())
+        images = torch.cat([decode(latents) for latents in shown])
+    names = [class_names[label] if class_names else str(label) for label in classes]
+    return draw_grid(images, columns, row_labels=names)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -132,14 +149,16 @@ def draw_grid(
     if columns < 1 or n % columns:
         raise ValueError(f"draw_grid: columns must divide the {n} images, got {columns}")
     scale = scale or max(1, 40 // width)
-    margin = 20 if row_labels else 0
+    texts = [label.encode("latin-1", "replace").decode("latin-1") for label in row_labels or []]
+    font = ImageFont.load_default()  # of which an old version of Pillow has no other characters
+    margin = max(20, *(math.ceil(font.getlength(text)) + 8 for text in texts)) if texts else 0
     height, width = height * scale + gap, width * scale + gap
     tiles = to_uint8(images).expand(-1, 3, -1, -1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     tiles = pad(tiles, (0, gap, 0, gap), value=255).unflatten(0, (-1, columns))
     pixels = tiles.permute(0, 3, 1, 4, 2).reshape(-1, columns * width, 3)
     canvas = Image.fromarray(pad(pixels, (0, 0, margin + gap, 0, gap, 0), value=255).cpu().numpy())
     pen = ImageDraw.Draw(canvas)
-    for row, label in enumerate(row_labels or []):
+    for row, text in enumerate(texts):
         middle = (margin // 2 + gap // 2, gap // 2 + row * height + height // 2)
-        pen.text(middle, label, fill="black", anchor="mm")
+        pen.text(middle, text, fill="black", font=font, anchor="mm")
     return canvas

@@ -1,11 +1,12 @@
 """Packed data: a folder of memory-mapped shards that `imf.data.prepare` wrote, read in any order.
 
 A row of latents holds mean and standard deviation of an image's posterior, fp32 [2, C, H, W]; a row of pixels
-the image, uint8 [3, H, W]. docs/data.md describes the folder to the byte.
+the image, uint8 [C, H, W]. docs/data.md describes the folder to the byte.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import re
@@ -21,6 +22,7 @@ from torch import Tensor
 from imf.data import files
 from imf.data.batches import row_seeds
 from imf.data.files import SHA256, Check, check_fields
+from imf.images import is_image
 from imf.io import check_regular, sha256
 from imf.program import UserError
 
@@ -49,6 +51,8 @@ SHARD_FIELDS: dict[str, Check] = {
 # Norm of a row in standard deviations of the channels: no image is that far off, and the square of the loss
 # still fits into fp32.
 LARGEST = 1e6
+# Names of files of images, see `imf.data.prepare.formats`. Not .npy: shards end so.
+_RAW = re.compile(r"\.(npz|tar|parquet|arrow)$|ubyte|\bidx\d", re.IGNORECASE)
 
 
 class PackedData:
@@ -126,7 +130,7 @@ class PackedData:
         return x, self.labels[rows]
 
     def images(self, rows: Tensor) -> Tensor:
-        """Returns pixels [B, 3, H, W] uint8 of `rows` [B] int64; ValueError for latents."""
+        """Returns pixels [B, C, H, W] uint8 of `rows` [B] int64; ValueError for latents."""
         if self.kind != "pixels":
             raise ValueError(f"images: {self.folder} must hold pixels, got {self.kind}")
         return torch.stack(self._gather(rows))
@@ -195,6 +199,12 @@ class _MappedArray:
 def _read_index(folder: Path) -> dict[str, Any]:
     """Reads and checks the index of a folder, perhaps a foreign one; UserError if it cannot be used."""
     path = folder / INDEX
+    if _is_raw(folder):
+        out = f"{folder.name.partition('.')[0]}-packed"
+        raise UserError(
+            f"{folder}: holds raw images; pack them once by python -m imf.data.prepare {folder} {out} "
+            f"--pixels (with --size where they differ in size), then pass {out}"
+        )
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a data set is 'digits' or a folder of imf.data.prepare")
     if not path.is_file():
@@ -210,6 +220,18 @@ def _read_index(folder: Path) -> dict[str, Any]:
         reason = f"disagrees with itself or is damaged: {error}; prepare the folder again"
         raise UserError(f"{path}: {reason}") from error
     return index
+
+
+def _is_raw(path: Path) -> bool:
+    """Tells whether a path, which is to be a packed folder, is one of raw images, or a file of them."""
+    if path.is_file():
+        return is_image(path.name) or _RAW.search(path.name) is not None
+    if not path.is_dir() or (path / INDEX).exists() or (path / PLAN).exists():
+        return False
+    near = itertools.chain(
+        path.glob("*"), path.glob("*/*"), path.glob("*/*/*")
+    )  # a class tree ends the walk soon
+    return any(is_image(x.name) or _RAW.search(x.name) for x in itertools.islice(near, 10_000))
 
 
 def _check_index(index: dict[str, Any]) -> None:

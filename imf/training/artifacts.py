@@ -28,6 +28,7 @@ def save(run: Run) -> None:
         precision=run.precision,
         environment=checkpoint.environment(context.device, context.count),
         autoencoder=run.dataset.autoencoder,
+        class_names=run.dataset.class_names,
     )
     path = checkpoint.path_of(run.folder, state.step)
     networks = {"model": state.model, "ema": state.ema}
@@ -43,7 +44,8 @@ def draw(run: Run, path: Path, steps: int = 1) -> None:
     Every process draws, since a sharded network needs all of them; the first one writes.
     """
     config = run.config
-    picture = class_grid(run.state.ema, steps=steps, seed=config.seed, **_guidance(config))
+    names = run.dataset.class_names
+    picture = class_grid(run.state.ema, class_names=names, steps=steps, seed=config.seed, **_guidance(config))
     with run.context.together(run.signals), naming(path):
         if run.context.first:
             with replacing(path) as temporary:

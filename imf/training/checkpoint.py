@@ -19,7 +19,7 @@ import platform
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -36,13 +36,13 @@ from imf.io import replacing
 from imf.model.config import IMFConfig
 from imf.model.imf import IMF
 from imf.networks import build
-from imf.program import UserError
-from imf.training.config import MOST_THREADS, TrainConfig, from_dict, to_dict
+from imf.program import MOST_THREADS, UserError
+from imf.training.config import TrainConfig, from_dict, to_dict
 from imf.training.parallel import placed_like, whole
 
 METADATA_KEY, CHECKSUM_KEY = "imf", "crc32"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by the name of a run's precision
-FORMAT = 3  # raise it when a file of the old form cannot be read, or a run would resume with other numbers
+FORMAT = 4  # raise it when a file of the old form cannot be read, or a run would resume with other numbers
 MOST_SECONDS = 2**40
 MOST_WEIGHTS = 2**34  # of a network, 64 GiB
 
@@ -59,6 +59,7 @@ class Metadata:
     precision: "fp32" or "bf16", as decided when the run began.
     environment: versions, processor, device and thread count, see `environment`.
     autoencoder: digest of the one that made the latents, `imf.evaluation.vae.digest`; "" if unknown or none.
+    class_names: a name per label; empty if unknown.
 
     Raises: ValueError, naming it, for a value of another type or out of range.
     """
@@ -69,8 +70,11 @@ class Metadata:
     precision: str
     environment: dict[str, str]
     autoencoder: str = ""
+    class_names: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        names, classes = self.class_names, self.config.network.num_classes
+        named = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
         elapsed, environment = self.elapsed, self.environment
         texts = isinstance(environment, dict) and all(isinstance(text, str) for text in environment.values())
         threads = environment.get("threads", "") if texts else ""
@@ -81,9 +85,11 @@ class Metadata:
             ("precision", self.precision in tuple(DTYPES), f"one of {', '.join(DTYPES)}"),
             ("environment", fits_threads, f"texts by name, threads from 1 to {MOST_THREADS}"),
             ("autoencoder", isinstance(self.autoencoder, str), "a text"),
+            ("class_names", named and len(names) in (0, classes), f"{classes} texts, or none"),
         ):
             if not fits:
                 raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
+        object.__setattr__(self, "class_names", tuple(names))  # JSON has lists
 
 
 def environment(device: torch.device, processes: int = 1) -> dict[str, str]:

@@ -13,6 +13,7 @@ import torch
 from imf.mean_flow.methods import METHODS, network_of
 from imf.model.config import IMFConfig, check_guidance
 from imf.objective.draws import MAX_LOG_POWER, Guidance
+from imf.program import MOST_THREADS
 
 # 8 x 8 images in patches of 2 x 2: 16 patch tokens and 20 condition tokens.
 DIGITS_NETWORK = IMFConfig(
@@ -44,7 +45,6 @@ NETWORK_OPTIONS = (
     "residual_scale",
 )
 
-MOST_THREADS = 4096  # a larger number is a mistake: OpenMP ends the process where it cannot start as many
 MOST_FP32 = torch.finfo(torch.float32).max
 
 Bound = tuple[str, Callable[[Any], bool]]  # text for messages, and whether a value is within
@@ -83,6 +83,7 @@ class TrainConfig:
 
     method: str = _option("imf", "objective and form of the network; sizes stay", choices=tuple(METHODS))
     data: str = _option("digits", "digits, or a folder that imf.data.prepare wrote")
+    flip: bool = _option(False, "flip images left to right at random whenever one is read; not latents")
     name: str = _option("", "name of the run; empty: the data set's, numbered when taken", PLAIN_NAME)
     runs: str = _option("runs", "folder that holds the runs")
     init_from: str = _option("", "initial weights: a run's folder or a checkpoint; empty: random ones")

@@ -84,6 +84,7 @@ class Run:
             process=self.context.rank,
             processes=self.context.count,
             device=self.context.device,
+            flip=self.config.flip,
         )
 
 
@@ -285,6 +286,11 @@ def _open_data(config: TrainConfig) -> tuple[TrainConfig, data.DataSet]:
     with _named("--data"):
         found = data.load(config.data)
     channels, size, _ = found.shape
+    if config.flip and isinstance(found, data.PackedData) and found.kind != "pixels":
+        raise UserError(
+            "--flip must be off for latents, got on: a flipped image's latent is not the flipped latent; "
+            "put flipped copies beside the images before python -m imf.data.prepare"
+        )
     if config.sample_every and channels not in (1, 3):
         raise UserError(
             f"--sample-every must be 0 for latents, which python -m imf.sample decodes, "

@@ -99,3 +99,30 @@ def test_digits():
 def test_out_of_range_is_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         take(1, **wrong)
+
+
+class Wide(Noisy):
+    """Rows that tell left from right."""
+
+    def fetch(self, rows, generator):
+        x, y = super().fetch(rows, generator)
+        x[:, 0, 0, 1] = -x[:, 0, 0, 0] - 1
+        return x, y
+
+
+def test_flips_are_a_function_of_seed_step_and_place():
+    plain, flipped, again = take(30, Wide()), take(30, Wide(), flip=True), take(30, Wide(), flip=True)
+    assert same(flipped, again) and not same(flipped, plain) and not same(flipped, take(30, Wide(), seed=4))
+    turned = []
+    for (x, y), (z, w) in zip(plain, flipped, strict=True):
+        assert torch.equal(y, w)
+        turned += [torch.equal(b, a.flip(2)) for a, b in zip(x, z, strict=True)]
+        assert all(torch.equal(b, a.flip(2)) or torch.equal(b, a) for a, b in zip(x, z, strict=True))
+    assert 80 < sum(turned) < 160  # of 240: seven deviations of a fair coin
+    parts = [take(30, Wide(), flip=True, process=p, processes=4) for p in range(4)]
+    whole = [
+        (torch.cat([x for x, _ in step]), torch.cat([y for _, y in step]))
+        for step in zip(*parts, strict=True)
+    ]
+    assert same(whole, flipped)
+    assert same(take(5, Wide(), flip=True, first=25), flipped[25:])  # a run that resumes

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from imf import data
+from imf import data, train
 from imf.data.prepare import __main__ as prepare
 from imf.data.prepare.encoder import Encoder
 from imf.data.prepare.form import Form
@@ -195,3 +195,9 @@ def test_pixels(tmp_path):
     assert torch.equal(packed.images(rows), images) and y.tolist() == [1, 0, 0]
     assert packed.shape == (3, 8, 8) and torch.allclose(x, images / 127.5 - 1, atol=1e-6)
     assert x.min() >= -1 and x.max() <= 1
+
+
+def test_latents_are_not_flipped(folder, tmp_path, capsys):
+    options = ["--data", str(folder), "--flip", "--runs", str(tmp_path / "runs"), "--sample-every", "0"]
+    assert train.main([*options, "--device", "cpu"]) == 1
+    assert "--flip must be off for latents, got on: " in capsys.readouterr().err

@@ -17,6 +17,7 @@ from imf.data.prepare import __main__ as prepare
 from imf.data.prepare.form import Form
 from imf.data.prepare.formats import find
 from imf.data.prepare.source import Options
+from imf.program import UserError
 from tests.helpers import image_files
 from tests.helpers.image_files import COLOUR, GREY, LABELS, NAMES, png
 
@@ -434,3 +435,17 @@ def test_both_forms_of_a_gzipped_file_are_one(tmp_path):
         shutil.move(path, tmp_path)
     (tmp_path / "packed").rmdir()
     assert len(find([tmp_path]).files) == 12
+
+
+@pytest.mark.parametrize(
+    "form",
+    [x for x in image_files.FORMS if x not in image_files.TABLES and x is not image_files.npy],
+    ids=lambda form: form.__name__,
+)
+def test_training_on_raw_images_says_how_to_pack_them(form, tmp_path):
+    sources, _ = split(form(tmp_path, GREY))
+    for path in sources:
+        with pytest.raises(
+            UserError, match=rf"holds raw images; .* imf\.data\.prepare {path} .*-packed --pixels"
+        ):
+            data.load(path)

@@ -1,11 +1,15 @@
 """Sampling: the update against a loop written by hand, grids pixel by pixel, the command."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from imf import sample, sampling
+from imf import evaluate, sample, sampling
+from imf.program import UserError
 from imf.training.config import DIGITS_NETWORK
+from tests.helpers import tiny_evaluation
 
 
 class Velocity(nn.Module):
@@ -118,3 +122,71 @@ def test_command_reports_a_missing_checkpoint(tmp_path, capsys):
     assert sample.main(["--checkpoint", str(tmp_path / "none"), "--out", str(tmp_path / "grid.png")]) == 1
     assert "no such file or folder" in capsys.readouterr().err
     assert not (tmp_path / "grid.png").exists()
+
+
+NAMES = ("tench, Tinca tinca", "T-shirt", "bag", "7", "Bag")
+
+
+@pytest.mark.parametrize(
+    ("given", "labels"),
+    [
+        (["1", "0"], [1, 0]),
+        (["1,0", "4"], [1, 0, 4]),
+        (["bag"], [2]),
+        (["t-SHIRT,bag", "Tench, tinca tinca"], [1, 2, 0]),
+        (["4,bag", "T-shirt"], [4, 2, 1]),
+        (["3"], [3]),  # a number is a label, also where a class has it as its name
+    ],
+)
+def test_classes_are_named_or_numbered(given, labels):
+    assert sample.find_classes(given, NAMES, 5) == labels
+
+
+@pytest.mark.parametrize(
+    ("given", "names", "message"),
+    [
+        (["7"], NAMES, "--classes must be within 0 and 4, got 7"),
+        (["-1"], NAMES, "must be labels from 0 to 4, or names, got '-1'"),
+        (["tshirt"], NAMES, "or names, got 'tshirt'; names are t-shirt"),
+        (["1,"], NAMES, "or names, got ''"),
+        (["bag"], (), "got 'bag'; this checkpoint knows no names"),
+    ],
+)
+def test_classes_that_are_not_there(given, names, message):
+    with pytest.raises(UserError, match=message):
+        sample.find_classes(given, names, 5)
+
+
+def test_command_draws_classes_by_name(tmp_path, capsys, monkeypatch):
+    config = replace(DIGITS_NETWORK, depth=2, hidden_size=16, num_heads=1, aux_head_depth=1, num_classes=3)
+    path = tiny_evaluation.network_file(tmp_path / "a.safetensors", config, class_names=("ant", "bee", "cow"))
+    threads: list[int] = []
+    monkeypatch.setattr(sample.torch, "set_num_threads", threads.append)
+    options = ["--checkpoint", str(path), "--device", "cpu", "--columns", "2", "--threads", "1"]
+    pictures = {}
+    for classes in ("cow,ant", "2,0", "bee,ant"):
+        out = tmp_path / f"{classes}.png"
+        assert sample.main([*options, "--out", str(out), "--classes", classes]) == 0
+        pictures[classes] = out.read_bytes()
+    assert pictures["cow,ant"] == pictures["2,0"] != pictures["bee,ant"] and threads == [1] * 3
+    assert sample.main([*options, "--classes", "cat"]) == 1
+    assert "got 'cat'; names are ant" in capsys.readouterr().err
+
+
+def test_names_get_the_margin_that_they_need():
+    images = torch.zeros(2, 1, 8, 8)
+    narrow, wide = (sampling.draw_grid(images, 1, row_labels=[x, "b"]) for x in ("a", "a longer name, 名"))
+    assert narrow.width == 20 + 44 + 4 and wide.width > narrow.width + 30
+    assert min(wide.crop((0, 0, 8, 44)).convert("L").tobytes()) < 255  # it begins at the left edge
+
+
+@pytest.mark.parametrize("command", [sample, evaluate])
+@pytest.mark.parametrize("threads", ["-1", "4097", "two", "9" * 30])
+def test_threads_out_of_range(command, threads, capsys):
+    with pytest.raises(SystemExit):
+        command.main(
+            ["--extractor", "pixels", f"--threads={threads}"]
+            if command is evaluate
+            else ["--checkpoint", "none", f"--threads={threads}"]
+        )
+    assert f"--threads: must be from 0 to 4096, got {threads}" in capsys.readouterr().err

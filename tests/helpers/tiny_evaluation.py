@@ -56,11 +56,11 @@ def autoencoder(folder, **changes):
     return folder
 
 
-def network_file(path, config=LATENTS, seed=0, method="imf"):
+def network_file(path, config=LATENTS, seed=0, method="imf", class_names=()):
     """Write a network with random weights in every layer, the last too, as weights without a run."""
     torch.manual_seed(seed)
     state = {name: torch.randn_like(x) * 0.2 for name, x in build(config).state_dict().items()}
     settings = TrainConfig(method=method, network=config, omega=2.0, t_min=0.1, t_max=0.9)
-    metadata = Metadata(3, 0.0, settings, "fp32", environment(torch.device("cpu")))
+    metadata = Metadata(3, 0.0, settings, "fp32", environment(torch.device("cpu")), class_names=class_names)
     save_network(path, {"ema": state, "model": {name: x / 2 for name, x in state.items()}}, metadata)
     return path

@@ -54,6 +54,16 @@ def test_all_of_a_state_comes_back(trained, path):
     assert names == {"model", "ema", "optimizer"}
 
 
+def test_class_names_come_back(trained, path):
+    about = dataclasses.replace(metadata(), class_names=[*"abcdefghij"])
+    path.parent.mkdir()
+    checkpoint.save(path, model=trained.model, ema=trained.ema, optimizer=trained.optimizer, metadata=about)
+    assert checkpoint.read_metadata(path) == about and about.class_names == tuple("abcdefghij")
+    for wrong in (["a"], [1] * 10, "abcdefghij", None):
+        with pytest.raises(ValueError, match="class_names must be 10 texts, or none"):
+            dataclasses.replace(about, class_names=wrong)
+
+
 def test_a_state_before_its_first_step(path):
     state, *_ = state_and_data()
     write(path, state, step=0)
@@ -139,7 +149,7 @@ def test_foreign_files(trained, tmp_path):
     with pytest.raises(UserError, match="without 'imf' metadata"):
         read(foreign, trained)
     save_file({"model": torch.zeros(3)}, foreign, {"imf": json.dumps({"format": 0})})
-    with pytest.raises(UserError, match=r"another version of imf\.train: this version reads format 3, got 0"):
+    with pytest.raises(UserError, match=r"another version of imf\.train: this version reads format 4, got 0"):
         read(foreign, trained)
     with pytest.raises(UserError, match=r"none\.safetensors: no such file"):
         read(tmp_path / "none.safetensors", trained)

@@ -171,8 +171,8 @@ def test_headers_of_absurd_sizes(content, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.update(format=4), "reads format 3, got 4: read it with the version that wrote it"),
-        (lambda v: v.update(format=3.0), "reads format 3, got 3.0: "),
+        (lambda v: v.update(format=5), "reads format 4, got 5: read it with the version that wrote it"),
+        (lambda v: v.update(format=4.0), "reads format 4, got 4.0: "),
         (lambda v: v.update(more=1), "missing or unknown: more"),
         (lambda v: v.pop("autoencoder"), "missing or unknown: autoencoder"),
         (lambda v: v.update(checksums=["x"]), "checksums must be texts by name"),

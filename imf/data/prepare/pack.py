@@ -216,9 +216,9 @@ def pack_command(arguments: argparse.Namespace) -> None:
     classes = f"one class, {source.class_names[0]}" if one else f"{source.num_classes:,} classes"
     _say(f"{source.root}: {len(source.files):,} images in {classes}")
     if source.others:
-        shown = ", ".join(source.others[:3])
-        ends = ", ".join(sorted(EXTENSIONS))
-        _say(f"{len(source.others):,} others are left out (images end in {ends}): such as {shown}")
+        shown, ends = ", ".join(source.others[:3]), ", ".join(sorted(EXTENSIONS))
+        why = "" if source.containers else f" (images end in {ends})"
+        _say(f"{len(source.others):,} others are left out{why}: such as {shown}")
     form = _form(source, arguments)
     encoder: Encoder = (
         Pixels(form.channels, form.size)
