@@ -66,7 +66,10 @@ def _evaluate(a: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             return
         network = metadata = None
         if a.checkpoint:
-            network, metadata = checkpoint.load(checkpoint.find(a.checkpoint), a.weights)
+            path = checkpoint.find(a.checkpoint)
+            if processes.rank == 0:
+                print(f"Reading {path}, {path.stat().st_size / 2**20:,.1f} MiB", file=sys.stderr)
+            network, metadata = checkpoint.load(path, a.weights)
             a.precision = a.precision or metadata.precision
             network.compute_dtype = checkpoint.DTYPES[a.precision]
             network.to(processes.device).eval()

@@ -77,7 +77,10 @@ def _parts(item: Any, index: int) -> tuple[Any, int | None]:
     """Splits an item into image and label, None where there is none."""
     if not isinstance(item, (tuple, list)):
         if isinstance(item, dict):
-            raise _wrong(f"dataset[{index}] must be (image, label) or an image, got a dict of {list(item)}")
+            raise _wrong(
+                f"dataset[{index}] must be (image, label) or an image, got a dict of {list(item)}; "
+                "a list of (item['image'], item['label']) does as well"
+            )
         return item, None
     if len(item) not in (1, 2):
         raise _wrong(f"dataset[{index}] must be (image, label) or an image, got {len(item)} parts")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -138,6 +139,8 @@ class Evaluation:
                 found, logits = measure(images, self.extractor, processes, width)
                 if found is None:
                     continue
+                if reference:
+                    print(f"Fréchet distance of {reference.mean.size:,} features", file=sys.stderr)
                 fid = frechet_distance(found, reference) if reference else None
                 enough = logits if logits is not None and len(logits) >= SPLITS else None
                 score, deviation = (None, None) if enough is None else inception_score(enough, SPLITS)

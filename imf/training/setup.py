@@ -208,6 +208,13 @@ def resume(path: Path, metadata: Metadata, arguments: argparse.Namespace, contex
                 f"--resume: the latents in {config.data} are of another autoencoder than those that {folder} "
                 f"was trained on: start a new run, or prepare them again as they were"
             )
+        if metadata.class_names and tuple(dataset.class_names) != metadata.class_names:
+            changed = zip(metadata.class_names, dataset.class_names, strict=True)
+            label, (old, new) = next((i, pair) for i, pair in enumerate(changed) if pair[0] != pair[1])
+            raise UserError(
+                f"--resume: class {label} in {config.data} must be {old!r} as {folder} was trained on, got "
+                f"{new!r}: start a new run, or prepare the data with the classes in their old order"
+            )
     torch.set_num_threads(getattr(arguments, "threads", 0) or int(metadata.environment["threads"]))
     if context.first:
         _warn_of_other_bits(metadata, config, context)

@@ -155,7 +155,8 @@ def test_another_autoencoder_than_that_of_the_latents_is_refused(files, tmp_path
 
     assert asked(vae) == (0, 0)
     assert asked(other) == (1, 1)
-    for line in [line for line in capsys.readouterr().err.splitlines() if line][-2:]:
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("imf.")]
+    for line in errors[-2:]:
         assert f"--vae {other}: must be the autoencoder whose latents the network was trained on" in line
 
     again = tmp_path / "again"

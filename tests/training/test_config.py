@@ -126,6 +126,12 @@ def test_a_run_is_resumed_with_data_of_its_shape_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "load", lambda name: few)
     with pytest.raises(UserError, match=r"the data in digits must be \[1, 8, 8\] of 10 classes .* of 5"):
         resumed(run.folder)
+    other = data.LabelledImages(digits.images, digits.labels, list("0213456789"))
+    monkeypatch.setattr(data, "load", lambda name: other)
+    with pytest.raises(
+        UserError, match=r"class 1 in digits must be '1' as .* was trained on, got '2': start"
+    ):
+        resumed(run.folder)
 
 
 def test_runs_get_folders_of_their_own(tmp_path):
