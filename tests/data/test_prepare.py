@@ -67,7 +67,8 @@ def test_nothing_but_broken_images(tmp_path, capsys):
     (tmp_path / "source" / "ant").mkdir(parents=True)
     (tmp_path / "source" / "ant" / "a.jpg").write_bytes(b"")
     assert tiny_data.pack(tmp_path / "source", tmp_path / "out") == 1
-    assert "none of the 1 images could be decoded" in capsys.readouterr().err
+    assert "none of the 1 images could be decoded: an empty file" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())  # so that another command can begin there
 
 
 def test_statistics(images, tmp_path):

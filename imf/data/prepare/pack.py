@@ -138,7 +138,9 @@ def _finish(out: Path, source: Source, plan: Record, records: list[Record]) -> N
     """Writes labels, names and what was skipped, then the index, whose presence marks the folder complete."""
     skipped = dict(pair for record in records for pair in record["skipped"])
     kept = [place for place in range(len(source.files)) if place not in skipped]
-    if not kept:
+    if not kept:  # nothing to keep for the next command, which may be another one
+        shutil.rmtree(out / RECORDS)
+        (out / PLAN).unlink()
         raise UserError(f"{source.root}: none of the {len(skipped):,} images could be decoded: {skipped[0]}")
     labels = source.labels[kept]
     for label in sorted(set(range(len(source.class_names))) - set(labels.tolist())):
