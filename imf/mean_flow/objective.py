@@ -94,11 +94,10 @@ def mean_flow(
 Objective = Callable[[nn.Module, Tensor, Tensor, Draws | StepDraws], Loss]
 
 
-def objective(method: str, guidance: Guidance, **norm: float) -> Objective:
-    """The objective of a method; `guidance` is what networks without ω as an input are trained for.
-
-    norm: norm_eps and norm_p of the adaptive weights.
-    """
+def objective(method: str, guidance: Guidance, *, norm_eps: float = 0.01, norm_p: float = 1.0) -> Objective:
+    """The objective of a method; `guidance` is what networks without ω as an input are trained for."""
     if METHODS[method].v_head:
-        return partial(improved_mean_flow, guidance=guidance_of(method, guidance), **norm)
-    return partial(mean_flow, guidance=guidance, tangent=METHODS[method].tangent, **norm)
+        own = guidance_of(method, guidance)
+        return partial(improved_mean_flow, guidance=own, norm_eps=norm_eps, norm_p=norm_p)
+    tangent = METHODS[method].tangent
+    return partial(mean_flow, guidance=guidance, tangent=tangent, norm_eps=norm_eps, norm_p=norm_p)

@@ -119,8 +119,8 @@ def initial_state(config: TrainConfig, precision: str, context: DistributedConte
     )
     found_inf = torch.zeros((), device=context.device)
     optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # where fused AdamW looks for its gate
-    norm = {"norm_eps": config.norm_eps, "norm_p": config.norm_p}
-    loss = objective(config.method, config.fixed_guidance, **norm)
+    eps, p = config.norm_eps, config.norm_p
+    loss = objective(config.method, config.fixed_guidance, norm_eps=eps, norm_p=p)
     guidance = guidance_of(config.method, config.fixed_guidance)
     return State(model, ema, wrapped, loss, guidance, optimizer, found_inf, stream=stream)
 
