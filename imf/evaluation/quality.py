@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from imf.evaluation.bars import bar
 from imf.evaluation.fid import frechet_distance, of_rows
 from imf.program import UserError
 
@@ -141,18 +141,18 @@ def precision_recall(
     blocks = torch.arange(n, device=device).split(max(1, _BLOCK // n))
     radii: dict[str, Tensor] = {}
     inside: dict[str, Tensor] = {}
-    with tqdm(total=4 * n, desc="precision, recall", unit="row", leave=False, disable=quiet) as bar:
+    with bar(4 * n, "precision and recall", "row", quiet) as shown:
         for name, x in (("samples", a), ("data", b)):
             parts = []
             for rows in blocks:  # the nearest point is the row itself
                 parts.append(_squared_distances(x[rows], x).kthvalue(neighbours + 1, 1).values)
-                bar.update(len(rows))
+                shown.update(len(rows))
             radii[name] = torch.cat(parts)
         for name, x, others, radius in (("samples", a, b, radii["data"]), ("data", b, a, radii["samples"])):
             parts = []
             for rows in blocks:
                 parts.append((_squared_distances(x[rows], others) <= radius).any(1))
-                bar.update(len(rows))
+                shown.update(len(rows))
             inside[name] = torch.cat(parts)
     return inside["samples"].double().mean().item(), inside["data"].double().mean().item()
 

@@ -28,7 +28,7 @@ from imf.evaluation import vae as autoencoder
 from imf.evaluation.fid import Statistics, frechet_distance, inception_score, load_statistics, measure
 from imf.evaluation.inception import Extractor
 from imf.evaluation.results import Row, plot, read_results, table
-from imf.io import check_target, locked, sha256, write_json
+from imf.io import check_target, fingerprint, locked, sha256, write_json
 from imf.program import UserError
 from imf.sampling import check_inputs_of
 
@@ -106,9 +106,7 @@ class Evaluation:
             channels, made_by = config.in_channels, self.metadata.autoencoder
             vae = autoencoder.of_network(a.vae, channels, processes.device, made_by)
             decode = partial(autoencoder.decode, vae) if vae else None
-            weights, vae_weights = (
-                samples.fingerprint(x.state_dict()) if x else "" for x in (self.network, vae)
-            )
+            weights, vae_weights = (fingerprint(x.state_dict()) if x else "" for x in (self.network, vae))
             shared |= {"weights": weights, "vae": vae_weights, "precision": a.precision, "seed": a.seed}
             omega, *interval = self.metadata.config.sampling
             grid = product(a.steps, a.interval or [interval], a.omega or [omega])

@@ -42,10 +42,8 @@ def test_precision_and_recall_where_they_are_known():
     grid = torch.arange(40.0)[:, None]
     assert quality.precision_recall(grid, grid) == (1, 1)
     assert quality.precision_recall(grid + 1000, grid) == (0, 0)
-    assert quality.precision_recall(grid[:20].repeat(2, 1), grid) == (
-        1,
-        20 / 40,
-    )  # balls reach 2, a pair each
+    pairs = grid[:20].repeat(2, 1)  # balls of radius 1, up to 20
+    assert quality.precision_recall(pairs, grid) == (1, 21 / 40)
     repeated = grid[:5].repeat_interleave(8, 0)  # radius 0
     assert quality.precision_recall(repeated * 1e3 + 0.1, repeated * 1e3 + 0.1) == (1, 1)
 
