@@ -30,7 +30,8 @@ KEY = "imf_extractor"  # of the metadata
 WIDTHS = 16, 32, 64, 128  # channels; the last are the features
 SIDE = 32  # pixels that it sees at most
 IMAGES = 10_000  # that it is trained on and checked with, at most
-STEPS, BATCH, RATE = 300, 128, 3e-3
+BATCH, RATE = 128, 3e-3
+STEPS, EPOCHS = 300, 30  # whatever is reached first, and at least 30 steps
 TASKS = "labels", "rotations"
 
 
@@ -75,17 +76,25 @@ class ConvNet(nn.Module):
         features = x.mean((2, 3))
         return features, self.head(features)
 
+
+@dataclass(frozen=True)
+class RunExtractor:
+    """Extractor, see `imf.evaluation.inception`, by a run's own network; logits where it knows labels."""
+
+    network: ConvNet
+
     @torch.no_grad()
-    def extract(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns features of images [B, C, H, W] uint8, and the logits of labels; see `Extractor`.
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns features of images [B, C, H, W] uint8, and logits.
 
         Raises: UserError for images of another number of channels.
         """
-        if images.ndim != 4 or images.shape[1] != self.about.channels:
-            wanted = f"[B, {self.about.channels}, H, W] like the data that it was trained on"
+        about, device = self.network.about, self.network.head.weight.device
+        if images.ndim != 4 or images.shape[1] != about.channels:
+            wanted = f"[B, {about.channels}, H, W] like the data that it was trained on"
             raise UserError(f"the run's own extractor: images must be {wanted}, got {list(images.shape)}")
-        features, logits = self(images.to(self.head.weight.device).float() / 127.5 - 1)
-        return features, logits if self.about.task == "labels" else None
+        features, logits = self.network(images.to(device).float() / 127.5 - 1)
+        return features, logits if about.task == "labels" else None
 
 
 def shrink(images: Tensor) -> Tensor:
@@ -115,9 +124,10 @@ def train(batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, *, quiet: 
         torch.manual_seed(random.key(0, "extractor weights"))
         network = ConvNet(About(images.shape[1], classes, task, 0.0))
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE)
-    with bar(STEPS, f"training an extractor on the data's {task}", "step", quiet) as shown:
-        for step in range(STEPS):
-            rate = min(1, (step + 1) / 20) * (1 - step / STEPS)
+    steps = min(STEPS, max(30, EPOCHS * len(trained) // BATCH))
+    with bar(steps, f"training an extractor on the data's {task}", "step", quiet) as shown:
+        for step in range(steps):
+            rate = min(1, (step + 1) / 20) * (1 - step / steps)
             optimizer.param_groups[0]["lr"] = RATE * rate
             rows = trained[torch.randint(len(trained), (BATCH,), generator=chance)]
             x, y = _turned(images[rows]) if task == "rotations" else (images[rows], labels[rows])

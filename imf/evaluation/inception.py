@@ -41,7 +41,7 @@ def load(name: str, device: torch.device) -> Extractor:
     if path is None:
         return pixels
     if convnet.is_convnet(path):
-        return convnet.load(path).to(device).extract
+        return convnet.RunExtractor(convnet.load(path).to(device))
     readers = {".pt": _torchscript, ".ts": _torchscript, ".pth": _inception, ".safetensors": _inception}
     return partial(_extract, path, readers[path.suffix](path, device), device)
 

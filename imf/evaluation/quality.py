@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from imf.evaluation.bars import bar
 from imf.evaluation.fid import frechet_distance, of_rows
@@ -22,6 +23,7 @@ Features = Callable[[Tensor], Tensor]
 Classifier = Callable[[Tensor], Tensor]
 NEIGHBOURS = 3  # of the published precision and recall
 MOST = 10_000  # images of each side in precision and recall, whose time grows with the square
+SIDE = 64  # pixels of the variance within classes, at most
 _BLOCK = 2**24  # distances at a time: 128 MiB
 
 
@@ -39,7 +41,7 @@ def figures(
 
     features: default the pixels themselves.  classifier: for the accuracy.
     Returns: `frechet_distance` of the features (lower is better), `variance_ratio` of samples to data within
-        classes (1 is right), `precision` and `recall` in the features (higher is better), and `accuracy`
+        classes, of pixels clipped to [-1, 1] (1 is right), `precision` and `recall` in the features (higher is better), and `accuracy`
         (higher is better) where there is a classifier; None for a figure that these images do not have.
     Raises: UserError for shapes that do not fit, or values that are not finite.
     """
@@ -65,7 +67,8 @@ def flat(images: Tensor) -> Tensor:
 class WithinClasses:
     """Count, sum and sum of squares of the images of each class, fp64: their variance within classes.
 
-    It holds 8 bytes per class and pixel.
+    Images of more than `SIDE` pixels are averaged over areas to that size. It takes 8 bytes per class and
+    pixel.
     """
 
     def __init__(self) -> None:
@@ -73,6 +76,9 @@ class WithinClasses:
 
     def add(self, images: Tensor, labels: Tensor) -> None:
         """Counts in images [B, C, H, W] of labels [B]."""
+        height, width = images.shape[2:]
+        if max(height, width) > SIDE:
+            images = adaptive_avg_pool2d(images, (min(height, SIDE), min(width, SIDE)))
         rows = images.flatten(1).cpu().double()
         for label in labels.unique().tolist():
             own = rows[(labels == label).cpu()]
@@ -201,7 +207,7 @@ def observe(
         if not images.isfinite().all():
             raise UserError("images must be finite, got inf or NaN: samples of a network that diverged?")
         found.features.append(features(images).float().cpu())
-        found.within.add(images, labels)
+        found.within.add(images.clamp(-1, 1), labels)  # as they are shown
         if classifier is not None:
             found.right = (found.right or 0) + int((classifier(images).cpu() == labels.cpu()).sum())
     return found

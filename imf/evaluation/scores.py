@@ -119,34 +119,35 @@ def judge_of(
 
     if extractor == "auto":
         extractor = "pixels" if digits else "network"
-    labelled = dataset.num_classes > 1
-    network: convnet.ConvNet | None = None
-    if extractor == "network" or (labelled and not digits):
+    own: convnet.RunExtractor | None = None
+    if extractor == "network" or (dataset.num_classes > 1 and not digits):
         if path is not None and path.exists():
             network = convnet.load(path)
         else:
             network = convnet.train(batches("reading"), dataset.num_classes, quiet=quiet)
             if path is not None:
                 convnet.save(network, path)
-        network = network.to(device)
+        own = convnet.RunExtractor(network.to(device))
+
     features: Features = quality.flat
     of = "pixels in [-1, 1]"
     if extractor == "network":
-        assert network is not None
-        features = _of_bytes(network.extract)
-        of = f"features of the run's own small network, trained on the data's {network.about.task}"
+        assert own is not None
+        features = _of_bytes(own)
+        of = f"features of the run's own small network, trained on the data's {own.network.about.task}"
     elif extractor != "pixels":
         features, of = _of_bytes(inception.load(extractor, device)), f"features of {extractor}"
+
     classifier: Classifier | None = None
     classified_by, held_out = "", None
     if digits:
         images, labels = dataset.fetch(rows, random.generator(0, "reference"))
         classifier, held_out = svc(images, labels)
         classified_by = "an SVC"
-    elif labelled:
-        assert network is not None
-        classifier, held_out = _classes_of(network), network.about.held_out
+    elif own is not None and own.network.about.task == "labels":
+        classifier, held_out = _classes_of(own), own.network.about.held_out
         classified_by = "the run's own small network"
+
     seen: list[Tensor] = []
 
     def noting() -> Iterator[tuple[Tensor, Tensor]]:
@@ -163,9 +164,9 @@ def _of_bytes(extractor: inception.Extractor) -> Features:
     return lambda images: extractor(to_uint8(images))[0]
 
 
-def _classes_of(network: convnet.ConvNet) -> Classifier:
+def _classes_of(extractor: convnet.RunExtractor) -> Classifier:
     def classify(images: Tensor) -> Tensor:
-        logits = network.extract(to_uint8(images))[1]
+        logits = extractor(to_uint8(images))[1]
         assert logits is not None
         return logits.argmax(1)
 
