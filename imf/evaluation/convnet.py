@@ -31,7 +31,7 @@ WIDTHS = 16, 32, 64, 128  # channels; the last are the features
 SIDE = 32  # pixels that it sees at most
 IMAGES = 10_000  # that it is trained on and checked with, at most
 BATCH, RATE = 128, 3e-3
-STEPS, EPOCHS = 300, 30  # whatever is reached first, and at least 30 steps
+LEAST, STEPS, EPOCHS = 30, 300, 30  # steps, and epochs that end before them
 TASKS = "labels", "rotations"
 
 
@@ -124,7 +124,7 @@ def train(batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, *, quiet: 
         torch.manual_seed(random.key(0, "extractor weights"))
         network = ConvNet(About(images.shape[1], classes, task, 0.0))
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE)
-    steps = min(STEPS, max(30, EPOCHS * len(trained) // BATCH))
+    steps = min(STEPS, max(LEAST, EPOCHS * len(trained) // BATCH))
     with bar(steps, f"training an extractor on the data's {task}", "step", quiet) as shown:
         for step in range(steps):
             rate = min(1, (step + 1) / 20) * (1 - step / steps)

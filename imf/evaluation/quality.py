@@ -40,9 +40,10 @@ def figures(
     """Compares samples [N, C, H, W] of labels [N] with data [M, C, H, W] of labels [M].
 
     features: default the pixels themselves.  classifier: for the accuracy.
-    Returns: `frechet_distance` of the features (lower is better), `variance_ratio` of samples to data within
-        classes, of pixels clipped to [-1, 1] (1 is right), `precision` and `recall` in the features (higher is better), and `accuracy`
-        (higher is better) where there is a classifier; None for a figure that these images do not have.
+    Returns: `frechet_distance` of the features (lower is better); `variance_ratio`, of samples over data, of
+        pixels within classes, clipped to [-1, 1] (1 is right); `precision` and `recall` in the features
+        (higher is better); `accuracy` where there is a classifier (higher is better). None for a figure that
+        these images do not have.
     Raises: UserError for shapes that do not fit, or values that are not finite.
     """
     sides = []
