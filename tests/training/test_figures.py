@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +42,16 @@ def figures(folder):
     return [json.loads(line) for line in (folder / "figures.jsonl").read_text().splitlines()]
 
 
+def figures_of(path, count):
+    """The figures of a checkpoint of the digits, by one process."""
+    network, metadata = checkpoint.load(path)
+    judge = scores.judge_of(data.load("digits"), digits=True)
+    labels = judge.labels_like(count)
+    omega, t_min, t_max = metadata.config.sampling
+    samples = scores.sample(network, labels, batch_size=8, omega=omega, t_min=t_min, t_max=t_max)
+    return judge.score(samples, labels, 1).figures
+
+
 def test_figures_at_each_checkpoint(tmp_path, capsys):
     options = {"sample_every": 2, "checkpoint_every": 4, "tensorboard": True}
     assert train.main(arguments(runs=tmp_path, figures=50, **options)) == 0
@@ -47,12 +59,7 @@ def test_figures_at_each_checkpoint(tmp_path, capsys):
     found = figures(folder)
     assert [line["step"] for line in found] == [4, 6]  # the last checkpoint too
     assert all(line.keys() == {"step", "samples", *NAMES} and line["samples"] == 50 for line in found)
-    network, metadata = checkpoint.load(checkpoint.path_of(folder, 4))
-    judge = scores.judge_of(data.load("digits"), digits=True)
-    labels = judge.labels_like(50)
-    omega, t_min, t_max = metadata.config.sampling
-    samples = scores.sample(network, labels, batch_size=8, omega=omega, t_min=t_min, t_max=t_max)
-    wanted = judge.score(samples, labels, 1).figures
+    wanted = figures_of(checkpoint.path_of(folder, 4), 50)
     assert {name: found[0][name] for name in NAMES} == pytest.approx(wanted, rel=1e-6)
     assert f"step 4: Fréchet distance {wanted['frechet_distance']:.3f}, " in capsys.readouterr().err
 
@@ -194,3 +201,19 @@ def test_weights_and_biases_gets_figures_and_pictures(tmp_path, monkeypatch):
     names = {name: step for step, values in logged for name in values}
     assert {f"figures/{name}" for name in NAMES} <= names.keys()
     assert names["samples/1-step"] == names["samples/4-step"] == names["final/4-step/recall"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch is built without distributed")
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_two_processes_find_the_figures_of_one(sharding, tmp_path):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "imf.train"]
+    options = arguments(runs=tmp_path, figures=51, checkpoint_every=3, sharding=sharding)
+    command = [sys.executable, *launch, *options]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], timeout=300)
+    found = figures(tmp_path / "digits")
+    assert [line["step"] for line in found] == [3, 6]
+    for line in found:
+        wanted = figures_of(checkpoint.path_of(tmp_path / "digits", line["step"]), 51)
+        assert {name: line[name] for name in NAMES} == pytest.approx(wanted, rel=1e-4)
+    assert len(json.loads((tmp_path / "digits" / "results.json").read_text())["scores"]) == 3
