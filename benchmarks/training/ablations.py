@@ -105,8 +105,8 @@ def table(record: dict[str, Any]) -> str:
 Every method (`--method`) after {record["steps"]} steps of {RECIPE["batch_size"]} images, in the order of the
 paper's table, each with one thing more than the one before it. Mean ± standard deviation over
 {len(seeds)} seeds of [the figures](evaluation.md#while-training) of {SAMPLES:,} samples, by pixels and an
-SVC. All else is as in the default run and the same for all: batches and draws of times, noise and dropped labels
-of a seed, learning rate and schedule, {RECIPE["precision"]}; width {network["hidden_size"]},
+SVC. All else is as in the default run and the same for all: batches and draws of times, noise and dropped
+labels of a seed, learning rate and schedule, {RECIPE["precision"]}; width {network["hidden_size"]},
 depth {network["depth"]}, of which {network["aux_head_depth"]} in a head.
 
 | `--method` | setting | parameters |
