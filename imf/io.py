@@ -148,6 +148,15 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """Returns sixteen digits that tell one set of weights from another, whatever file they came in."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
 def read_torch(path: Path) -> dict[str, Tensor]:
     """Reads a state dict on the CPU from `.safetensors`, or from PyTorch's format with `weights_only`.
 

@@ -12,7 +12,8 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from imf import data
 from imf.distributed import DistributedContext
-from imf.evaluation.digits import evaluate
+from imf.evaluation.scores import SAMPLES, Judge, judge_of, sample
 from imf.mean_flow.methods import METHODS, network_of
 from imf.training import checkpoint
 from imf.training.config import TrainConfig
@@ -49,6 +50,15 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ("the same with its own 75 % of FM rows", "mf", {"fm_fraction": 0.75}),
     *((method.text, name, {}) for name, method in METHODS.items() if name != "mf"),
 ]
+STEPS = 1, 2, 4  # of sampling
+# Columns: title, digits, and how far a value is from what the data have.
+FIGURES: dict[str, tuple[str, int, Callable[[float], float]]] = {
+    "frechet_distance": ("Fréchet distance (lower is better)", 2, lambda x: x),
+    "variance_ratio": ("variance within classes (1 is right)", 2, lambda x: abs(x - 1)),
+    "precision": ("precision (higher is better)", 3, lambda x: -x),
+    "recall": ("recall (higher is better)", 3, lambda x: -x),
+    "accuracy": ("SVC accuracy (higher is better)", 3, lambda x: -x),
+}
 
 
 def configuration(method: str, changes: dict[str, Any], steps: int, seed: int) -> TrainConfig:
@@ -56,8 +66,8 @@ def configuration(method: str, changes: dict[str, Any], steps: int, seed: int) -
     return replace(base, method=method, network=network_of(method, NETWORK), **changes)
 
 
-def measure(config: TrainConfig, progress: str) -> dict[str, Any]:
-    """Trains, and scores one-step samples, with guidance and, where that is an input, without."""
+def measure(config: TrainConfig, judge: Judge, progress: str) -> dict[str, Any]:
+    """Trains, and scores samples in 1, 2 and 4 steps, with guidance and, where that is an input, without."""
     images = data.load("digits")
     alone = DistributedContext()
     state = initial_state(config, config.precision, alone)
@@ -65,55 +75,49 @@ def measure(config: TrainConfig, progress: str) -> dict[str, Any]:
     with data.Batches(images, batch_size=config.batch_size, seed=config.seed, first=0) as batches:
         for _ in tqdm(range(config.steps), progress, leave=False, mininterval=10):
             terms = training_step(state, batches, config, alone)
+    seconds, labels = time.perf_counter() - began, judge.labels_like(SAMPLES)
     omega, t_min, t_max = config.sampling
-    without = METHODS[config.method].omega_input
-    scores = [
-        evaluate(state.ema, images, steps=(1,), omega=scale, t_min=t_min, t_max=t_max, seed=config.seed)[0]
-        for scale in ((omega, 1.0) if without else (omega,))
-    ]
+    scales = {"guided": omega} | ({"unguided": 1.0} if METHODS[config.method].omega_input else {})
+    scores: dict[str, list[dict[str, Any]]] = {}
+    for name, scale in scales.items():
+        options = {"omega": scale, "t_min": t_min, "t_max": t_max, "seed": config.seed}
+        scores[name] = [
+            asdict(judge.score(sample(state.ema, labels, steps=n, **options), labels, n)) for n in STEPS
+        ]
     return {
-        "seconds": round(time.perf_counter() - began, 1),
+        "seconds": round(seconds, 1),
         "parameters": sum(p.numel() for p in state.model.parameters()),
         "loss_u": float(terms[1]),
-        "guided": scores[0].frechet_distance,
-        "guided_accuracy": scores[0].svc_accuracy,
-        "unguided": scores[1].frechet_distance if without else None,
+        "scores": scores,
     }
 
 
 def table(record: dict[str, Any]) -> str:
     """The record as a page of Markdown."""
-    lines = []
-    for name, method, changes in ROWS:
-        runs = [r for r in record["runs"] if r["method"] == method and r["changes"] == changes]
-        if not runs:
-            continue
-        cells = [_spread([r[key] for r in runs], digits) for key, digits in
-                 (("guided", 2), ("unguided", 2), ("guided_accuracy", 3))]  # fmt: skip
-        lines.append(f"| `{method}` | {name} | {runs[0]['parameters']:,} | {' | '.join(cells)} |")
     seeds = sorted({r["seed"] for r in record["runs"]})
     network = record["network"]
+    sizes = [
+        f"| `{method}` | {name} | {_runs(record, method, changes)[0]['parameters']:,} |"
+        for name, method, changes in _present(record)
+    ]
     return f"""# Ablations on the digits
 
 Every method (`--method`) after {record["steps"]} steps of {RECIPE["batch_size"]} images, in the order of the
 paper's table, each with one thing more than the one before it. Mean ± standard deviation over
-{len(seeds)} seeds of the Fréchet distance in pixel space of 1,800 samples in **one step**: lower is better.
-All else is as in the default run and the same for all: batches and draws of times, noise and dropped labels
-of a seed, learning rate and schedule, {RECIPE["precision"]}; width {network["hidden_size"]},
+{len(seeds)} seeds of [the figures](evaluation.md#while-training) of {SAMPLES:,} samples, by pixels and an
+SVC. All else is as in the default run and the same for all: batches and draws of times, noise and dropped
+labels of a seed, learning rate and schedule, {RECIPE["precision"]}; width {network["hidden_size"]},
 depth {network["depth"]}, of which {network["aux_head_depth"]} in a head.
 
-| `--method` | setting | parameters | with guidance | without | SVC accuracy, with guidance |
-| --- | --- | --- | --- | --- | --- |
-{chr(10).join(lines)}
+| `--method` | setting | parameters |
+| --- | --- | --- |
+{chr(10).join(sizes)}
 
+{chr(10).join(_steps_table(record, n) for n in STEPS)}
 {_verdict(record)}
 
-Read it with care: {record["steps"]} steps of a network of a million weights, and a distance between means and
-covariances of 64 pixels. The objective alone (the first four rows, whose networks are the same but for the
-head) moves the distance by less than seeds do, and raises the accuracy. What raises the distance is what the
-network has to learn besides: a range of guidance scales and intervals in the place of one, and to read its
-condition from tokens in the sequence, where adaLN-zero reaches every layer at once. The paper measures the
-opposite order, after hundreds of epochs of ImageNet: nothing here confirms or contradicts it.
+Read it with care: {record["steps"]} steps of a network of a million weights. An accuracy near 1 beside a
+variance far below 1 is no success: a network that draws the average of each class gets it.
 
 Guidance of scale {SCALE}: fixed in training in the first rows, in the interval [0, 1]; where the interval is
 an input, in [{INTERVAL[0]}, {INTERVAL[1]}]. Without guidance: ω = 1, where ω is an input.
@@ -122,29 +126,58 @@ an input, in [{INTERVAL[0]}, {INTERVAL[1]}]. Without guidance: ω = 1, where ω 
 """
 
 
+def _runs(record: dict[str, Any], method: str, changes: dict[str, Any]) -> list[dict[str, Any]]:
+    return [r for r in record["runs"] if r["method"] == method and r["changes"] == changes]
+
+
+def _present(record: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """The rows of the table that have been run."""
+    return [(name, m, changes) for name, m, changes in ROWS if _runs(record, m, changes)]
+
+
+def _figures(runs: list[dict[str, Any]], guidance: str, steps: int, figure: str) -> list[float]:
+    """The values of a figure in these runs; none where the guidance is no input."""
+    scores = (score for run in runs for score in run["scores"].get(guidance, []))
+    return [score[figure] for score in scores if score["steps"] == steps]
+
+
+def _steps_table(record: dict[str, Any], steps: int) -> str:
+    """A table of the figures of samples in so many steps."""
+    calls = f"{steps} step{'s' if steps > 1 else ''}"
+    titles = [title for title, _, _ in FIGURES.values()]
+    titles.insert(1, "without guidance")
+    lines = [f"## In {calls}\n", f"| setting | {' | '.join(titles)} |", "| --- " * (len(titles) + 1) + "|"]
+    for name, method, changes in _present(record):
+        runs = _runs(record, method, changes)
+        cells = [_spread(_figures(runs, "guided", steps, key), n) for key, (_, n, _) in FIGURES.items()]
+        cells.insert(1, _spread(_figures(runs, "unguided", steps, "frechet_distance"), 2))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
 def _verdict(record: dict[str, Any]) -> str:
-    """Whether iMF has the smaller distance here, and the higher accuracy."""
-    runs = {
-        method: [r for r in record["runs"] if r["method"] == method and not r["changes"]]
-        for method in ("mf", "imf")
-    }
-    parts = []
-    for key, what, digits, sign in (
-        ("guided", "the Fréchet distance", 2, -1),
-        ("guided_accuracy", "accuracy", 3, 1),
-    ):
-        mf, imf = (statistics.mean(r[key] for r in runs[method]) for method in ("mf", "imf"))
-        verb = "beats" if sign * (imf - mf) > 0 else "does **not** beat"
-        parts.append(f"{verb} MF in {what} ({imf:.{digits}f} against {mf:.{digits}f})")
-    return f"Here iMF {parts[0]} and {parts[1]}."
-
-
-def _spread(values: list[float | None], digits: int) -> str:
-    present = [v for v in values if v is not None]
-    if not present:
+    """Which of iMF and MF is nearer to the data in one step, figure by figure."""
+    imf, mf = (_runs(record, method, {}) for method in ("imf", "mf"))
+    if not imf or not mf:
         return ""
-    spread = statistics.stdev(present) if len(present) > 1 else 0.0
-    return f"{statistics.mean(present):.{digits}f} ± {spread:.{digits}f}"
+    better, worse = [], []
+    for key, (title, digits, miss) in FIGURES.items():
+        a, b = (statistics.mean(_figures(runs, "guided", 1, key)) for runs in (imf, mf))
+        if f"{a:.{digits}f}" == f"{b:.{digits}f}":
+            continue
+        text = f"{title.partition(' (')[0]} ({a:.{digits}f} against {b:.{digits}f})"
+        (better if miss(a) < miss(b) else worse).append(text)
+    parts = [
+        f"{verb} in {', '.join(found)}" for verb, found in (("better", better), ("worse", worse)) if found
+    ]
+    return f"In one step iMF is here, compared with MF, {'; '.join(parts)}."
+
+
+def _spread(values: list[float], digits: int) -> str:
+    if not values:
+        return ""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
 
 
 def main() -> None:
@@ -168,14 +201,17 @@ def main() -> None:
         old = json.loads(arguments.record.read_text())
         if any(old[key] != record[key] for key in ("steps", "recipe", "network")):
             parser.error(f"{arguments.record} is of other settings: move it away, or choose another --record")
+        if any("scores" not in run for run in old["runs"]):
+            parser.error(f"{arguments.record} has no variance, precision and recall: choose another --record")
         record["runs"] = old["runs"]
     done = [(run["method"], run["changes"], run["seed"]) for run in record["runs"]]
+    judge = judge_of(data.load("digits"), digits=True)
     for seed in arguments.seeds:
         for name, method, changes in ROWS:
             if (method, changes, seed) not in done:
                 config = configuration(method, changes, arguments.steps, seed)
                 run = {"method": method, "changes": changes, "seed": seed}
-                record["runs"].append(run | measure(config, f"seed {seed}: {name}"))
+                record["runs"].append(run | measure(config, judge, f"seed {seed}: {name}"))
                 arguments.record.write_text(json.dumps(record, indent=1) + "\n")
     arguments.table.write_text(table(record))
     print(table(record))

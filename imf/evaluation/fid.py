@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,9 +18,11 @@ from torch import Tensor
 from torch.special import entr
 
 from imf.distributed import DistributedContext
-from imf.evaluation.inception import Extractor
 from imf.io import check_regular, naming, replacing
 from imf.program import UserError
+
+if TYPE_CHECKING:  # for the annotations
+    from imf.evaluation.inception import Extractor
 
 Array = NDArray[np.float64]
 # Keys of mean and covariance in a statistics file, of the official PyTorch and of the official JAX programs.

@@ -1,4 +1,4 @@
-"""Feature extractors: from images to the numbers that FID and IS are computed from.
+"""Feature extractors: from images to the numbers that FID, IS, precision and recall are computed from.
 
 No file is unpickled by Python. PyTorch's interpreter runs the program in a TorchScript file (`.pt`, `.ts`):
 take one from a source that you trust. `.safetensors` and `.pth` (read with `weights_only`) are weights of
@@ -19,10 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imf.evaluation import convnet
 from imf.io import read_torch
 from imf.program import UserError
 
-FORMS = "pixels, a TorchScript file (.pt, .ts), or weights of torch-fidelity's Inception (.pth, .safetensors)"
+FORMS = (
+    "pixels, a run's folder (the small network in it), a TorchScript file (.pt, .ts), or weights of "
+    "torch-fidelity's Inception (.pth, .safetensors)"
+)
 # Images [B, C, H, W] uint8 → features [B, D] fp32, and logits [B, K] fp32 where there are any.
 Extractor = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
@@ -33,17 +37,29 @@ def load(name: str, device: torch.device) -> Extractor:
     Raises: UserError if there is none, its file cannot be read, or torch-fidelity is not installed; the
         extractor, if it fails on images or returns tensors of other shapes.
     """
-    if name == "pixels":
+    path = check(name)
+    if path is None:
         return pixels
+    if convnet.is_convnet(path):
+        return convnet.RunExtractor(convnet.load(path).to(device))
+    readers = {".pt": _torchscript, ".ts": _torchscript, ".pth": _inception, ".safetensors": _inception}
+    return partial(_extract, path, readers[path.suffix](path, device), device)
+
+
+def check(name: str) -> Path | None:
+    """Returns the file of the extractor of that name, None for `pixels`; UserError if there is none."""
+    if name == "pixels":
+        return None
     path = Path(name)
+    if path.is_dir():
+        path = path / convnet.FILE
     if path.suffix == ".pt2":
         raise UserError(f"{path}: torch.export's files are unpickled when read; save it as TorchScript")
-    readers = {".pt": _torchscript, ".ts": _torchscript, ".pth": _inception, ".safetensors": _inception}
-    if path.suffix not in readers:
+    if path.suffix not in (".pt", ".ts", ".pth", ".safetensors"):
         raise UserError(f"extractor must be {FORMS}, got {name!r}")
     if not path.is_file():
         raise UserError(f"{path}: no such file; the extractor must be {FORMS}")
-    return partial(_extract, path, readers[path.suffix](path, device), device)
+    return path
 
 
 def pixels(images: Tensor) -> tuple[Tensor, Tensor | None]:

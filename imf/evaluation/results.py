@@ -20,6 +20,7 @@ class Row:
 
     steps, omega, t_min, t_max: of the sampling, None for images that were found.  count: images.
     fid: of the reference.  inception_score, inception_score_std: mean and deviation over the splits.
+    precision, recall, variance_ratio, accuracy: see `imf.evaluation.quality`.
     Raises: UserError for a value that is not a finite number, or None where that may not be.
     """
 
@@ -31,6 +32,10 @@ class Row:
     fid: float | None
     inception_score: float | None
     inception_score_std: float | None
+    precision: float | None
+    recall: float | None
+    variance_ratio: float | None
+    accuracy: float | None
     seconds: float
 
     def __post_init__(self) -> None:
@@ -66,8 +71,12 @@ def read_results(path: Path, settings: dict[str, Any]) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Formats the rows as aligned text."""
-    lines = [f"{'steps':>5}  {'ω':>6}  {'interval':>12}  {'images':>7}  {'FID':>9}  {'IS':>16}"]
+    """Formats the rows as aligned text; — where there is no figure."""
+    more = ("precision", 9), ("recall", 6), ("variance_ratio", 8), ("accuracy", 8)
+    lines = [
+        f"{'steps':>5}  {'ω':>6}  {'interval':>12}  {'images':>7}  {'FID':>9}  {'IS':>16}  "
+        f"{'precision':>9}  {'recall':>6}  {'variance':>8}  {'accuracy':>8}"
+    ]
     for row in rows:
         steps, omega, interval, score = "", "", "", "—"
         if row.steps is not None:
@@ -75,7 +84,11 @@ def table(rows: Sequence[Row]) -> str:
         if row.inception_score is not None:
             score = f"{row.inception_score:.2f} ± {row.inception_score_std:.2f}"
         distance = "—" if row.fid is None else f"{row.fid:.3f}"
-        lines.append(f"{steps:>5}  {omega:>6}  {interval:>12}  {row.count:>7}  {distance:>9}  {score:>16}")
+        values = ((getattr(row, name), width) for name, width in more)
+        others = "  ".join(f"{'—' if x is None else f'{x:.3f}':>{width}}" for x, width in values)
+        lines.append(
+            f"{steps:>5}  {omega:>6}  {interval:>12}  {row.count:>7}  {distance:>9}  {score:>16}  {others}"
+        )
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """An evaluation by its command line arguments: samples of every setting, their figures, results after each.
 
-With several processes each makes a slice of the samples; sums of features, and the logits, are combined on
-the first.
+With several processes each makes a slice of the samples; sums of features, the logits, and what precision,
+recall and variance are made of are combined on the first.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from tqdm import tqdm
 
 from imf import random
 from imf.distributed import DistributedContext
-from imf.evaluation import samples
+from imf.evaluation import convnet, quality, samples
 from imf.evaluation import vae as autoencoder
+from imf.evaluation.convnet import RunExtractor
 from imf.evaluation.fid import Statistics, frechet_distance, inception_score, load_statistics, measure
 from imf.evaluation.inception import Extractor
+from imf.evaluation.quality import WithinClasses, precision_recall, variance_ratio
 from imf.evaluation.results import Row, plot, read_results, table
-from imf.io import check_target, locked, sha256, write_json
+from imf.io import check_target, fingerprint, locked, sha256, write_json
 from imf.program import UserError, bar_options
 from imf.sampling import check_inputs_of
 
@@ -70,6 +72,33 @@ def check_arguments(a: argparse.Namespace, error: Callable[[str], Any]) -> None:
 
 
 @dataclass(frozen=True)
+class Images:
+    """One process's part of `total` images: the numbers `rows`, in batches.
+
+    batches: [B, C, H, W] uint8 on any device, and labels [B] int64, None where the images have none.
+    """
+
+    batches: Iterable[tuple[Tensor, Tensor | None]]
+    rows: range
+    total: int
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the first process knows of images: moments of features, and what the other figures are made of.
+
+    features: of at most `quality.MOST` images, evenly spaced, None of statistics that were read.
+    labels: [N] int64, None for images without.
+    """
+
+    statistics: Statistics
+    logits: Tensor | None = None
+    features: Tensor | None = None
+    within: WithinClasses | None = None
+    labels: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """One process's part in an evaluation with these arguments of `imf.evaluate`.
 
@@ -86,10 +115,11 @@ class Evaluation:
     def make_statistics(self) -> None:
         """Writes the statistics of --make-statistics SOURCE to OUT; UserError or OSError if that fails."""
         source, out = self.arguments.make_statistics
-        found = self._statistics(source)
+        found = self._reference(source)
         if found is not None:
-            found.save(Path(out))
-            print(f"{out}: mean and covariance of {found.mean.size} features of the images in {source}")
+            found.statistics.save(Path(out))
+            size = found.statistics.mean.size
+            print(f"{out}: mean and covariance of {size} features of the images in {source}")
 
     def run(self, environment: dict[str, str]) -> None:
         """Measures every setting in turn; results are written after each, and those of an earlier run kept.
@@ -106,16 +136,14 @@ class Evaluation:
             channels, made_by = config.in_channels, self.metadata.autoencoder
             vae = autoencoder.of_network(a.vae, channels, processes.device, made_by)
             decode = partial(autoencoder.decode, vae) if vae else None
-            weights, vae_weights = (
-                samples.fingerprint(x.state_dict()) if x else "" for x in (self.network, vae)
-            )
+            weights, vae_weights = (fingerprint(x.state_dict()) if x else "" for x in (self.network, vae))
             shared |= {"weights": weights, "vae": vae_weights, "precision": a.precision, "seed": a.seed}
             omega, *interval = self.metadata.config.sampling
             grid = product(a.steps, a.interval or [interval], a.omega or [omega])
             settings = list(dict.fromkeys((n, w, low, high) for n, (low, high), w in grid))
             for _, *guidance in settings:
                 check_inputs_of(config, *guidance)
-        reference = self._statistics(a.reference) if a.reference else None
+        reference = self._reference(a.reference) if a.reference else None
         judged = {
             **shared,
             "random_scheme": random.SCHEME,
@@ -134,18 +162,13 @@ class Evaluation:
                 if any(row.setting == setting for row in rows):
                     continue
                 began = time.perf_counter()
-                images = self._images(setting, shared, decode)
-                width = reference.mean.size if reference else None
-                found, logits = measure(images, self.extractor, processes, width)
+                width = reference.statistics.mean.size if reference else None
+                found = self._observe(self._images(setting, shared, decode), width)
                 if found is None:
                     continue
-                if reference:
-                    print(f"Fréchet distance of {reference.mean.size:,} features", file=sys.stderr)
-                fid = frechet_distance(found, reference) if reference else None
-                enough = logits if logits is not None and len(logits) >= SPLITS else None
-                score, deviation = (None, None) if enough is None else inception_score(enough, SPLITS)
+                figures = self._figures(found, reference)
                 seconds = round(time.perf_counter() - began, 3)
-                rows.append(Row(*setting, a.count, fid, score, deviation, seconds))
+                rows.append(Row(*setting, a.count, seconds=seconds, **figures))
                 values = {"settings": judged, "environment": environment, "rows": [vars(row) for row in rows]}
                 write_json(path, values)
         if processes.rank == 0:
@@ -154,13 +177,74 @@ class Evaluation:
                 plot(a.plot, shown)
             print(f"{table(shown)}\n\nResults: {path}")
 
-    def _statistics(self, source: str) -> Statistics | None:
-        """Reads statistics (.npz), or make those of images, on the first process; None on the others."""
+    def _reference(self, source: str) -> Observation | None:
+        """Reads statistics (.npz), or observes images, on the first process; None on the others."""
         if Path(source).suffix == ".npz":
-            return load_statistics(Path(source)) if self.processes.rank == 0 else None
-        return measure(self._images_of(source), self.extractor, self.processes)[0]
+            return None if self.processes.rank else Observation(load_statistics(Path(source)))
+        return self._observe(self._images_of(source))
 
-    def _images_of(self, source: str) -> Iterable[Tensor]:
+    def _observe(self, images: Images, width: int | None = None) -> Observation | None:
+        """Measures images and keeps a part of their features; None on all processes but the first."""
+        kept: list[Tensor] = []
+        labels: list[Tensor] = []
+        within = WithinClasses()
+        wanted = quality.spaced(torch.arange(images.total), quality.MOST)
+        place = images.rows.start
+
+        def shown() -> Iterable[Tensor]:
+            for batch, own in images.batches:
+                if own is not None:
+                    labels.append(own)
+                    within.add(batch.float() / 127.5 - 1, own)
+                yield batch
+
+        def extract(batch: Tensor) -> tuple[Tensor, Tensor | None]:
+            nonlocal place
+            features, logits = self.extractor(batch)
+            own = wanted[(wanted >= place) & (wanted < place + len(batch))] - place
+            kept.append(features[own.to(features.device)].cpu())
+            place += len(batch)
+            return features, logits
+
+        found, logits = measure(shown(), extract, self.processes, width)
+        parts = self.processes.gather((kept, labels, within))
+        if found is None:
+            return None
+        for _, _, other in parts[1:]:
+            within.merge(other)
+        features = torch.cat([x for part, _, _ in parts for x in part])
+        known = [x for _, part, _ in parts for x in part]
+        return Observation(found, logits, features, within, torch.cat(known) if known else None)
+
+    def _figures(self, found: Observation, reference: Observation | None) -> dict[str, Any]:
+        """Returns the figures of a row, None for those that these images and this reference do not have."""
+        score, deviation = None, None
+        if found.logits is not None and len(found.logits) >= SPLITS:
+            score, deviation = inception_score(found.logits, SPLITS)
+        fid = precision = recall = ratio = accuracy = None
+        if reference is not None:
+            print(f"Fréchet distance of {reference.statistics.mean.size:,} features", file=sys.stderr)
+            fid = frechet_distance(found.statistics, reference.statistics)
+            a, b = found.features, reference.features
+            if a is not None and b is not None and min(len(a), len(b)) > quality.NEIGHBOURS:
+                precision, recall = precision_recall(a, b, device=self.processes.device, quiet=False)
+            if found.within is not None and reference.within is not None:
+                ratio = variance_ratio(found.within, reference.within)
+        if isinstance(self.extractor, RunExtractor) and found.logits is not None and found.labels is not None:
+            classes, known = self.network.config.num_classes, self.extractor.network.about.classes
+            if known == classes:  # else it is of other data
+                accuracy = float((found.logits.argmax(1) == found.labels).double().mean())
+        return {
+            "fid": fid,
+            "inception_score": score,
+            "inception_score_std": deviation,
+            "precision": precision,
+            "recall": recall,
+            "variance_ratio": ratio,
+            "accuracy": accuracy,
+        }
+
+    def _images_of(self, source: str) -> Images:
         """Reads this process's slice of the images in a folder, of "digits" or of prepared images."""
         path, size, slice_of = Path(source), self.arguments.batch_size, self.processes.slice
         if source != "digits" and not path.is_dir():
@@ -169,7 +253,7 @@ class Evaluation:
         if path.is_dir() and (files := samples.image_files(path)):
             rows = slice_of(len(files))
             batches = samples.read_images([files[i] for i in rows], size)
-            return self._with_bar(batches, len(rows), source)
+            return Images(self._with_bar(((x, None) for x in batches), len(rows), source), rows, len(files))
         dataset = self.load_data(source)
         if dataset.shape[0] not in (1, 3):
             raise UserError(
@@ -178,10 +262,11 @@ class Evaluation:
             )
         rows = slice_of(len(dataset))
         generator, parts = torch.Generator(), torch.arange(rows.start, rows.stop).split(size)
-        batches = (samples.to_bytes(dataset.fetch(part, generator)[0]) for part in parts)
-        return self._with_bar(batches, len(rows), source)
+        pairs = (dataset.fetch(part, generator) for part in parts)
+        prepared = ((samples.to_bytes(x), y) for x, y in pairs)
+        return Images(self._with_bar(prepared, len(rows), source), rows, len(dataset))
 
-    def _images(self, setting: Setting, shared: dict[str, Any], decode: Any) -> Iterable[Tensor]:
+    def _images(self, setting: Setting, shared: dict[str, Any], decode: Any) -> Images:
         """Makes this process's slice of the samples of a setting, or read that of the images to judge."""
         a, rows = self.arguments, self.processes.slice(self.arguments.count)
         if self.network is None:
@@ -196,17 +281,22 @@ class Evaluation:
         self.processes.broadcast(None)
         options = {"batch_size": a.batch_size, "decode": decode, "folder": folder}
         batches = samples.sample_images(self.network, settings, rows, **options)
-        return self._with_bar(batches, len(rows), settings.name)
+        labels = samples.classes(rows, a.count, self.network.config.num_classes).split(a.batch_size)
+        pairs = self._with_bar(zip(batches, labels, strict=True), len(rows), settings.name)
+        return Images(pairs, rows, a.count)
 
-    def _with_bar(self, batches: Iterable[Tensor], total: int, title: str) -> Iterable[Tensor]:
+    def _with_bar(
+        self, batches: Iterable[tuple[Tensor, Tensor | None]], total: int, title: str
+    ) -> Iterable[tuple[Tensor, Tensor | None]]:
         quiet = self.processes.rank > 0
         with tqdm(total=total, desc=title, unit="image", disable=quiet, **bar_options()) as bar:
-            for batch in batches:
-                yield batch
-                bar.update(len(batch))
+            for images, labels in batches:
+                yield images, labels
+                bar.update(len(images))
 
 
 def _named(name: str) -> str:
     """Returns an extractor or reference as it was given; a file by its name and the start of its digest."""
     path = Path(name)
-    return f"{path.name} {sha256(path)[:16]}" if path.is_file() else name
+    file = path / convnet.FILE if (path / convnet.FILE).is_file() else path
+    return f"{path.name} {sha256(file)[:16]}" if file.is_file() else name

@@ -6,7 +6,6 @@ order, by any number of processes, and again; another batch size may change the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,8 +33,9 @@ _THREADS = 4  # that compress and read PNGs while the network computes
 class Settings:
     """All that decides a set of samples, together with the software.
 
-    weights, vae: `fingerprint` of the network's and the autoencoder's, "" for none.  precision: "fp32" or
-    "bf16".  count: number of samples.  seed: of the noise.  Others: as `imf.sampling.generate` takes them.
+    weights, vae: `imf.io.fingerprint` of the network's and the autoencoder's, "" for none.
+    precision: "fp32" or "bf16".  count: number of samples.  seed: of the noise.
+    Others: as `imf.sampling.generate` takes them.
     """
 
     weights: str
@@ -194,15 +194,6 @@ def write_png(path: Path, image: Tensor) -> None:
     array = image.permute(1, 2, 0).numpy()
     with naming(path), replacing(path) as temporary:
         Image.fromarray(array[..., 0] if c == 1 else array).save(temporary, "PNG", compress_level=1)
-
-
-def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """Returns sixteen digits that tell one set of weights from another, whatever file they came in."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(name.encode())
-        digest.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def _read(path: Path) -> Tensor | Exception:

@@ -31,7 +31,8 @@ DIGITS_NETWORK = IMFConfig(
 # Options that may change when a run is resumed: they leave the weights alone, say when to stop, or only warn.
 RESUMABLE = {
     "runs", "steps", "omega", "t_min", "t_max", "threads", "device",
-    "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "wandb",
+    "log_every", "sample_every", "checkpoint_every", "keep_checkpoints", "figures", "extractor",
+    "tensorboard", "wandb",
     "sharding", "compile", "checkpointing", "cuda_graphs",
 }  # fmt: skip
 ROUNDING = ("sharding", "compile", "checkpointing", "cuda_graphs")  # those that only change the last bits
@@ -142,6 +143,10 @@ class TrainConfig:
     sample_every: int = _option(100, "steps between sample grids; 0: none while training", AT_LEAST_0, STEPS)
     checkpoint_every: int = _option(100, "steps between checkpoints; 0: only the last", AT_LEAST_0, STEPS)
     keep_checkpoints: int = _option(2, "checkpoints kept, the newest first", AT_LEAST_1)
+    figures: int = _option(
+        1000, "samples that are scored at each checkpoint; 0: none", AT_LEAST_0, _at_most(2**20)
+    )
+    extractor: str = _option("auto", "what scores them: pixels, network, or a file as of imf.evaluate")
     tensorboard: bool = _option(True, "write TensorBoard events in addition to metrics.jsonl")
     wandb: str = _option("", "project of Weights & Biases to log to as well; empty: none")
 

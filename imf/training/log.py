@@ -1,6 +1,7 @@
 """Log of a run: metrics.jsonl, TensorBoard, Weights & Biases, the progress bar; numbers leaving the device.
 
-A run's folder: config.json, metrics.jsonl, results.json, checkpoints/, samples/, tensorboard/, .lock.
+A run's folder: config.json, metrics.jsonl, figures.jsonl, results.json, extractor.safetensors, checkpoints/,
+samples/, tensorboard/, .lock.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import math
 import re
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -136,36 +138,76 @@ def _wandb_id(path: Path, wandb: Any) -> str:
     return found
 
 
+class Boards:
+    """TensorBoard and Weights & Biases, as far as a configuration asks for them; call `close` in the end.
+
+    purge: the step from which on a resumed run writes TensorBoard's events again; None to add to them.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, purge: int | None = None) -> None:
+        self._events, self._board, self._wandb = folder / "tensorboard", None, None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # importing it takes a second
+
+            with naming(self._events):
+                self._board = SummaryWriter(str(self._events), purge_step=purge)
+        if config.wandb:  # online or offline as its own variable WANDB_MODE says
+            self._module = wandb_module()
+            self._wandb = self._module.init(
+                project=config.wandb,
+                name=folder.name,
+                dir=str(folder),
+                config=to_dict(config),
+                id=_wandb_id(folder / "wandb-id", self._module),
+                resume="allow",
+            )
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Writes numbers by name."""
+        if self._board is not None:
+            with naming(self._events):
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """Writes the picture in a PNG of the run."""
+        if self._board is None and self._wandb is None:
+            return
+        with Image.open(path) as file:
+            picture = file.convert("RGB")
+        if self._board is not None:
+            with naming(self._events):
+                self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        if self._wandb is not None:
+            self._wandb.log({name: self._module.Image(picture)}, step=step)
+
+    def close(self) -> None:
+        """Writes what is left; OSError, naming the folder, if that cannot be written."""
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._board is not None:
+            with naming(self._events):
+                self._board.close()
+
+
 class Log:
-    """Progress bar, metrics.jsonl, TensorBoard and Weights & Biases; call `close` in the end.
+    """Progress bar, metrics.jsonl, figures.jsonl and `boards`; call `close` in the end.
 
     A line of metrics.jsonl holds `step` (steps done), `loss`, `loss_u`, `loss_v` and `gradient_norm`, means
     over the steps since the line before, `lr` and `ema_decay` of that step, `images_per_second` and
-    `elapsed`, seconds of training, without sampling and checkpoints.
+    `elapsed`, seconds of training, without sampling and checkpoints. One of figures.jsonl holds `step`,
+    `samples` and the figures of these samples, see `imf.evaluation.quality`.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, step: int, elapsed: float) -> None:
         self.config = config
         self._sums, self._steps, self._since = np.zeros(len(TERMS)), 0, elapsed
-        self._metrics, self._events = folder / "metrics.jsonl", folder / "tensorboard"
+        self._metrics, self._figures = folder / "metrics.jsonl", folder / "figures.jsonl"
+        truncate_metrics(self._figures, step)
         self._file = self._metrics.open("a", buffering=1)  # by line: a killed run loses none
-        self._board = None
-        if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # importing it takes a second
-
-            with naming(self._events):
-                self._board = SummaryWriter(str(self._events), purge_step=step + 1)
-        self._wandb = None
-        if config.wandb:  # online or offline as its own variable WANDB_MODE says
-            wandb = wandb_module()
-            self._wandb = wandb.init(
-                project=config.wandb,
-                name=folder.name,
-                dir=str(folder),
-                config=to_dict(config),
-                id=_wandb_id(folder / "wandb-id", wandb),
-                resume="allow",
-            )
+        self.boards = Boards(folder, config, purge=step + 1)
         self._bar = tqdm(
             total=config.steps,
             initial=step,
@@ -179,15 +221,24 @@ class Log:
     def close(self) -> None:
         """Writes what is left; OSError, naming the file, if that cannot be written."""
         self._bar.close()
-        if self._wandb is not None:
-            self._wandb.finish()
         try:
             with naming(self._metrics):
                 self._file.close()
         finally:
-            if self._board is not None:
-                with naming(self._events):
-                    self._board.close()
+            self.boards.close()
+
+    def has_figures(self, step: int) -> bool:
+        """Tells whether figures.jsonl has those of step number `step`."""
+        if not self._figures.exists():
+            return False
+        return any(json.loads(line)["step"] == step for line in self._figures.read_text().splitlines())
+
+    def add_figures(self, step: int, samples: int, figures: Mapping[str, float], text: str) -> None:
+        """Writes the figures of the network after step number `step`, and shows them as `text`."""
+        with naming(self._figures), self._figures.open("a") as file:
+            file.write(json.dumps({"step": step, "samples": samples, **figures}) + "\n")
+        self.boards.scalars({f"figures/{name}": value for name, value in figures.items()}, step)
+        self._bar.write(text, file=sys.stderr)
 
     def add(self, step: int, terms: list[float], elapsed: float) -> None:
         """Adds the terms of step number `step`, after `elapsed` seconds; writes a line if it is due."""
@@ -209,12 +260,7 @@ class Log:
         }
         with naming(self._metrics):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._board is not None:
-            with naming(self._events):
-                for name, value in values.items():
-                    self._board.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(values, step=step)
+        self.boards.scalars(values, step)
         shown = (
             f"{images_per_second:.0f} images/s, loss_u {values['loss_u']:.4f}, loss_v {values['loss_v']:.4f}"
         )

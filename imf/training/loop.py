@@ -1,4 +1,4 @@
-"""The training loop: draws → objective → backward → AdamW → moving average → log, checkpoint, picture."""
+"""The training loop: draws → objective → backward → AdamW → average → log, checkpoint, picture, figures."""
 
 from __future__ import annotations
 
@@ -49,16 +49,18 @@ def fit(run: Run) -> int | None:
         try:
             with opened_log(run.folder, config, state.step, run.elapsed, context) as log:
                 report()
-                artifacts.draw_due(run, again=False)
+                artifacts.draw_due(run, log, again=False)
+                artifacts.score_due(run, log, again=False)
                 while state.step < config.steps and not signals.agreed:
                     began = time.perf_counter()
                     terms = training_step(state, batches, config, context)
                     run.elapsed += time.perf_counter() - began
                     readback.push(state.step, terms)
                     report()
-                    if signals.agreed or config.is_due(config.checkpoint_every, state.step):
+                    if signals.agreed or artifacts.checkpoint_due(config, state.step):
                         save_checked()
-                    artifacts.draw_due(run)
+                    artifacts.draw_due(run, log)
+                    artifacts.score_due(run, log)
                 save_checked()  # also when a signal came while a checkpoint or a picture was written
         except OSError as error:  # a full disk met by the metrics or a picture: the steps are worth keeping
             if context.grouped and not agreed(error):  # the other processes are elsewhere

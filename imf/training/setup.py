@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from imf import data, random
 from imf.distributed import DistributedContext, choose_device
+from imf.evaluation import inception
+from imf.evaluation.scores import EXTRACTORS, Judge
 from imf.io import write_json
 from imf.mean_flow.methods import guidance_of
 from imf.mean_flow.objective import Objective, objective
@@ -63,7 +65,10 @@ class State:
 
 @dataclass
 class Run:
-    """A run's state and settings. precision: "fp32" or "bf16"; elapsed: seconds of training so far."""
+    """A run's state and settings.
+
+    precision: "fp32" or "bf16".  elapsed: seconds of training so far.  judge: of its samples, once there are.
+    """
 
     folder: Path
     config: TrainConfig
@@ -73,6 +78,7 @@ class Run:
     context: DistributedContext = field(default_factory=DistributedContext)
     elapsed: float = 0.0
     signals: StopSignals = field(default_factory=StopSignals)
+    judge: Judge | None = None
 
     def batches(self) -> data.Batches:
         """Returns this process's batches, from the next step on."""
@@ -333,6 +339,9 @@ def _check_processes(config: TrainConfig, context: DistributedContext) -> None:
         raise UserError(f"--backend {config.backend} cannot run on --device {context.device.type}")
     if config.wandb and context.first:
         wandb_module()
+    if config.extractor not in EXTRACTORS:
+        with _named("--extractor"):
+            inception.check(config.extractor)
 
 
 def _write_configuration(run: Run) -> None:

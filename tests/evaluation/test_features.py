@@ -43,7 +43,7 @@ class Wrong(torch.nn.Module):
 
 def test_what_is_no_extractor_is_refused(tmp_path):
     for name, message in (
-        ("inception", "extractor must be pixels, a TorchScript file"),
+        ("inception", "extractor must be pixels, a run's folder"),
         (str(tmp_path / "none.pt"), "no such file"),
         ("model.pt2", "unpickled when read"),
     ):

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from imf.evaluation import samples as generate
+from imf.io import fingerprint
 from imf.model.config import IMFConfig
 from imf.program import UserError
 from tests.helpers import children
@@ -137,9 +138,9 @@ def test_a_full_disk_names_the_file_and_leaves_no_half_image(tmp_path, monkeypat
 
 def test_fingerprints_tell_weights_apart():
     a = {"x": torch.zeros(3), "y": torch.zeros((), dtype=torch.bfloat16)}
-    assert generate.fingerprint(a) == generate.fingerprint(dict(reversed(a.items())))
+    assert fingerprint(a) == fingerprint(dict(reversed(a.items())))
     for b in ({**a, "x": torch.tensor([0.0, 0, -0.0])}, {"x": a["x"]}, {"z": a["x"], "y": a["y"]}):
-        assert generate.fingerprint(b) != generate.fingerprint(a)
+        assert fingerprint(b) != fingerprint(a)
 
 
 def paint_slowly(folder):

@@ -35,6 +35,7 @@ FAST = {
     "sample_every": 0,
     "checkpoint_every": 2,
     "keep_checkpoints": 10,
+    "figures": 0,
     "tensorboard": False,
     "precision": "fp32",
     "device": "cpu",

@@ -225,7 +225,7 @@ ROWS = {
     "an integer of 401 digits": lambda v: v["rows"][0].update(fid=10**400),
     "steps of another type": lambda v: v["rows"][0].update(steps=1.5),
     "no count": lambda v: v["rows"][0].update(count=None),
-    "an unknown figure": lambda v: v["rows"][0].update(recall=1.0),
+    "an unknown figure": lambda v: v["rows"][0].update(realism=1.0),
     "settings of another type": lambda v: v.update(settings=3),
 }
 

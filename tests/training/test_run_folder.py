@@ -211,7 +211,7 @@ def test_signals_after_the_last_step_and_a_second_one(number, tmp_path, monkeypa
         signal.raise_signal(number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifacts, "evaluate", scores)
+        patch.setattr(artifacts.scores, "judge_of", scores)
         assert train.main(arguments(runs=tmp_path)) == 128 + number
     folder, error = tmp_path / "digits", capsys.readouterr().err
     assert f"--resume {folder}" in error and not (folder / "results.json").exists()

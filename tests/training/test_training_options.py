@@ -95,7 +95,7 @@ def test_the_data_decide_the_sizes_of_the_network(packed, tmp_path, capsys):
     network = config["network"]
     assert [network[name] for name in ("in_channels", "input_size", "num_classes")] == [3, 8, 2]
     assert (tmp_path / "data" / "samples" / "step-00000003.png").exists()
-    assert "python -m imf.evaluate scores it" in capsys.readouterr().out
+    assert "1,800 samples of the averaged network" in capsys.readouterr().out
 
 
 def test_data_that_cannot_be_had_are_named(tmp_path, capsys):
