@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from imf.data.digits import Digits
 from imf.evaluation import convnet, quality, scores
 from imf.evaluation.scores import Judge, Score
 from imf.io import naming, replacing, write_json
@@ -115,7 +116,7 @@ def score_samples(run: Run, steps: int, count: int) -> Score | None:
             run.judge = scores.judge_of(
                 run.dataset,
                 config.extractor,
-                digits=config.data == "digits",
+                digits=isinstance(run.dataset, Digits),
                 path=run.folder / convnet.FILE,
                 device=context.device,
             )

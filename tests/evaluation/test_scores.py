@@ -129,7 +129,7 @@ def test_other_data_are_judged_by_a_network_of_their_own(digits, tmp_path, monke
 def test_data_without_labels_have_no_accuracy(digits, monkeypatch):
     monkeypatch.setattr(convnet, "LEAST", 2)
     monkeypatch.setattr(convnet, "STEPS", 2)
-    images = data.LabelledImages(digits.images[:300], torch.zeros(300, dtype=torch.int64), 1)
+    images = data.LabelledImages(digits.images[:300], torch.zeros(300, dtype=torch.int64), ["all"])
     judge = scores.judge_of(images, quiet=True)
     assert judge.classifier is None and judge.held_out is None and "rotations" in judge.of
     score = judge.score(images.images, images.labels, 1)

@@ -150,7 +150,7 @@ def test_a_single_class_and_many_are_drawn(classes, rows, tmp_path, monkeypatch)
         return Image.new("L", (1, 1))
 
     monkeypatch.setattr(artifacts, "class_grid", grid)
-    run.dataset = data.LabelledImages(torch.zeros(40, 1, 8, 8), torch.arange(40) % classes, classes)
+    run.dataset = data.LabelledImages(torch.zeros(40, 1, 8, 8), torch.arange(40) % classes, [str(i) for i in range(classes)])
     artifacts.draw(run, tmp_path / "grid.png")
     assert len(seen) == rows and seen == sorted(seen) and max(seen) < classes
     assert (tmp_path / "grid.png").exists() and len(set(seen)) == min(classes, rows)
@@ -167,7 +167,7 @@ def test_samples_that_are_not_finite_do_not_end_a_run(tmp_path, monkeypatch, cap
 
 
 def test_latents_say_how_they_are_decoded(tmp_path, capsys, monkeypatch):
-    latents = data.LabelledImages(torch.randn(40, 4, 8, 8), torch.arange(40) % 10, 10)
+    latents = data.LabelledImages(torch.randn(40, 4, 8, 8), torch.arange(40) % 10, list("0123456789"))
     monkeypatch.setattr(data, "load", lambda name: latents)
     assert train.main(arguments(runs=tmp_path, figures=20)) == 0
     printed = capsys.readouterr().out
