@@ -28,14 +28,7 @@ from torch import Tensor, nn
 
 import imf_kernels as ik
 from imf.model.cast_weights import cast_weights
-from imf.model.config import (
-    CLASS_TOKENS,
-    OMEGA_TOKENS,
-    T_MAX_TOKENS,
-    T_MIN_TOKENS,
-    TIME_TOKENS,
-    IMFConfig,
-)
+from imf.model.config import IMFConfig
 from imf.model.layers import (
     ScalarEmbedder,
     VelocityNetwork,
@@ -46,14 +39,6 @@ from imf.model.layers import (
 from imf_kernels import Dual
 
 NORM_EPS = 1e-6
-# Condition tokens by what they carry, in their order.
-TOKENS = {
-    "y": CLASS_TOKENS,
-    "omega": OMEGA_TOKENS,
-    "t_min": T_MIN_TOKENS,
-    "t_max": T_MAX_TOKENS,
-    "h": TIME_TOKENS,
-}
 
 
 class Modulated(nn.Module):
@@ -159,7 +144,8 @@ class DiT(VelocityNetwork):
         scalars += ["t_min", "t_max"] if config.interval_input else []
         self.embedders = nn.ModuleDict({n: ScalarEmbedder(width, 0.02 if adaln else None) for n in scalars})
         if not adaln:
-            self.tokens = nn.ParameterDict({n: condition_tokens(k, width) for n, k in TOKENS.items()})
+            tokens = {name: condition_tokens(k, width) for name, k in config.condition_tokens.items()}
+            self.tokens = nn.ParameterDict(tokens)
 
         heads = config.aux_head_depth
         self.shared_blocks = nn.ModuleList(Block(config) for _ in range(config.depth - heads))
@@ -181,7 +167,9 @@ class DiT(VelocityNetwork):
         embedded["y"] = self.y_embedder(y)
         if self.config.conditioning == "adaln":
             return x, (ik.silu(self._sum(embedded)),)
-        return ik.prepend_tokens(x, [(self.tokens[n], embedded[n]) for n in TOKENS]), (None,)
+        return ik.prepend_tokens(x, [(tokens, embedded[name]) for name, tokens in self.tokens.items()]), (
+            None,
+        )
 
     def _sum(self, embedded: dict[str, Any]) -> Any:
         """The embeddings' sum; those of t and h may carry tangents."""

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-# Condition tokens, in their order: how many carry the class, ω, the guidance interval's ends, and h.
-CLASS_TOKENS, OMEGA_TOKENS, T_MIN_TOKENS, T_MAX_TOKENS, TIME_TOKENS = 8, 4, 2, 2, 4
 # What is larger is a mistake, which would otherwise fill the memory or never end.
 MOST = {
     "input_size": 2**16,
@@ -19,6 +17,8 @@ MOST = {
     "num_classes": 2**28,
 }
 MOST_MLP_WIDTH = 2**22
+TOKENS = ("class_tokens", "omega_tokens", "interval_tokens", "time_tokens")
+MOST_TOKENS = 2**10
 MOST_POSITIONS = 2**28  # patches times width: the tables of positions, which are in no file
 
 
@@ -41,7 +41,9 @@ class IMFConfig:
         block: "modern" (RMSNorm, SwiGLU, rotary positions, QK-norm) or "plain" (LayerNorm, GELU, fixed
             positions).
         omega_input, interval_input: whether ω and the guidance interval are inputs.
-        residual_scale: initial value of the learned scales of modern blocks' branches; the paper's are 0.
+        class_tokens, omega_tokens, interval_tokens, time_tokens: how many tokens carry the class, ω, each end
+            of the guidance interval, and h, with conditioning by tokens.
+        residual_scale: initial value of the learned scales of residual branches, with conditioning by tokens.
 
     "tokens" and "modern" are `imf.model.imf.IMF`, all else is `imf.mean_flow.network.DiT`;
     `imf.mean_flow.methods` names those that the paper's table of ablations walks through.
@@ -60,6 +62,10 @@ class IMFConfig:
     block: str = "modern"
     omega_input: bool = True
     interval_input: bool = True
+    class_tokens: int = 8
+    omega_tokens: int = 4
+    interval_tokens: int = 2
+    time_tokens: int = 4
     residual_scale: float = 0.0
 
     def __post_init__(self) -> None:
@@ -71,11 +77,13 @@ class IMFConfig:
             "depth",
             "num_heads",
             "num_classes",
+            *TOKENS,
         )
         for name in sizes:
             value = getattr(self, name)
             self._require(name, type(value) is int and value >= 1, "a positive integer")
-            self._require(name, value <= MOST.get(name, value), f"at most {MOST.get(name)}")
+            most = MOST_TOKENS if name in TOKENS else MOST.get(name, value)
+            self._require(name, value <= most, f"at most {most}")
         width, heads, depth = self.hidden_size, self.num_heads, self.depth
         fits = type(self.aux_head_depth) is int and 0 <= self.aux_head_depth <= depth
         self._require("aux_head_depth", fits, f"an integer within 0 and depth {depth}")
@@ -131,7 +139,14 @@ class IMFConfig:
         """Length of the sequence."""
         if self.conditioning == "adaln":
             return self.patches
-        return self.patches + CLASS_TOKENS + OMEGA_TOKENS + T_MIN_TOKENS + T_MAX_TOKENS + TIME_TOKENS
+        return self.patches + sum(self.condition_tokens.values())
+
+    @property
+    def condition_tokens(self) -> dict[str, int]:
+        """How many tokens carry each condition, in the order of the sequence."""
+        interval = self.interval_tokens
+        counts = self.class_tokens, self.omega_tokens, interval, interval, self.time_tokens
+        return dict(zip(("y", "omega", "t_min", "t_max", "h"), counts, strict=True))
 
     @property
     def has_v_head(self) -> bool:

@@ -16,14 +16,7 @@ from torch import Tensor, nn
 
 import imf_kernels as ik
 from imf.model.cast_weights import DOWN, GATE_UP, cast_weights
-from imf.model.config import (
-    CLASS_TOKENS,
-    OMEGA_TOKENS,
-    T_MAX_TOKENS,
-    T_MIN_TOKENS,
-    TIME_TOKENS,
-    IMFConfig,
-)
+from imf.model.config import IMFConfig
 from imf.model.layers import (
     ScalarEmbedder,
     VelocityNetwork,
@@ -110,11 +103,12 @@ class IMF(VelocityNetwork):
         self.t_min_embedder = ScalarEmbedder(width)
         self.t_max_embedder = ScalarEmbedder(width)
         self.h_embedder = ScalarEmbedder(width)
-        self.class_tokens = condition_tokens(CLASS_TOKENS, width)
-        self.omega_tokens = condition_tokens(OMEGA_TOKENS, width)
-        self.t_min_tokens = condition_tokens(T_MIN_TOKENS, width)
-        self.t_max_tokens = condition_tokens(T_MAX_TOKENS, width)
-        self.time_tokens = condition_tokens(TIME_TOKENS, width)
+        counts = config.condition_tokens
+        self.class_tokens = condition_tokens(counts["y"], width)
+        self.omega_tokens = condition_tokens(counts["omega"], width)
+        self.t_min_tokens = condition_tokens(counts["t_min"], width)
+        self.t_max_tokens = condition_tokens(counts["t_max"], width)
+        self.time_tokens = condition_tokens(counts["h"], width)
 
         shared = config.depth - config.aux_head_depth
         self.shared_blocks = nn.ModuleList(Block(config) for _ in range(shared))

@@ -23,6 +23,9 @@ _IMAGENET: dict[str, Any] = {
     "weight_decay": 0.0,
     "ema_decay": 0.9999,
     "ema_warmup": 1.0,  # constant from the first step
+    "r0_fraction": 0.0,
+    "norm_p": 1.0,
+    "norm_eps": 0.01,
     "drop_probability": 0.1,
     "time_mean": -0.4,
     "time_std": 1.0,

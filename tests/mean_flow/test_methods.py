@@ -35,7 +35,7 @@ def test_the_methods_are_the_rows_of_the_paper_in_their_order():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_samples_on_the_digits(method):
-    state, given, c = state_and_data(**settings(method), warmup_steps=0)
+    state, given, c = state_and_data(**settings(method), warmup_steps=0, norm_p=1.0)
     before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     for _ in range(5):
         terms = loop.training_step(state, given, c, ALONE)

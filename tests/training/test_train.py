@@ -57,7 +57,8 @@ def test_two_micro_batches_give_the_average_of_their_gradients():
     parameters = list(state.model.parameters())
     gradients, losses = [], []
     for i, (x, y) in enumerate(itertools.islice(batches, 2)):
-        out = improved_mean_flow(state.model, x, y, Draws.sample(x, seed=0, step=i, **c.draws))
+        draws = Draws.sample(x, seed=0, step=i, **c.draws)
+        out = improved_mean_flow(state.model, x, y, draws, norm_p=c.norm_p)
         gradients.append(torch.autograd.grad(out.loss, parameters, allow_unused=True))
         losses.append([out.loss.item(), out.loss_u.item(), out.loss_v.item()])
     terms = loop.training_step(state, tiny_run.batches(c), c, ALONE)
