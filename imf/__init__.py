@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from imf.model.config import IMFConfig
+    from imf.model.sampler import generate
     from imf.networks import build
     from imf.objective.draws import Draws
     from imf.objective.imf_loss import improved_mean_flow
-    from imf.sampling import generate
     from imf.training.checkpoint import load
     from imf_kernels import __version__ as __version__
 
@@ -29,7 +29,7 @@ _MODULES = {
     "IMFConfig": "imf.model.config",
     "__version__": "imf_kernels",
     "build": "imf.networks",
-    "generate": "imf.sampling",
+    "generate": "imf.model.sampler",
     "improved_mean_flow": "imf.objective.imf_loss",
     "load": "imf.training.checkpoint",
 }

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from imf.evaluation.fid import frechet_distance, of_rows
 from imf.model.config import config_of
+from imf.model.sampler import sample_labels
 from imf.program import UserError
-from imf.sampling import sample_labels
 
 
 @dataclass(frozen=True)

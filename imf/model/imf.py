@@ -101,6 +101,8 @@ class IMF(VelocityNetwork):
 
     def __init__(self, config: IMFConfig) -> None:
         super().__init__(config)
+        if config.block != "modern":
+            raise ValueError(f"IMF: block must be 'modern', got {config.block!r}")
         width, values = config.hidden_size, config.patch_values
 
         self.x_embedder = patch_embedder(config)
