@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from imf.export import export_sampler
     from imf.model.config import IMFConfig
     from imf.model.sampler import generate
     from imf.networks import build
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from imf.training.checkpoint import load
     from imf_kernels import __version__ as __version__
 
-__all__ = ["Draws", "IMFConfig", "build", "generate", "improved_mean_flow", "load"]
+__all__ = ["Draws", "IMFConfig", "build", "export_sampler", "generate", "improved_mean_flow", "load"]
 
 # Imported when first asked for: a program that reads statistics needs no network, and no compiled module.
 _MODULES = {
@@ -29,6 +30,7 @@ _MODULES = {
     "IMFConfig": "imf.model.config",
     "__version__": "imf_kernels",
     "build": "imf.networks",
+    "export_sampler": "imf.export",
     "generate": "imf.model.sampler",
     "improved_mean_flow": "imf.objective.imf_loss",
     "load": "imf.training.checkpoint",

@@ -17,7 +17,7 @@ from tests.helpers.doc_commands import ROOT, check_program, commands, fences
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
-PUBLIC = ["Draws", "IMFConfig", "build", "generate", "improved_mean_flow", "load"]
+PUBLIC = ["Draws", "IMFConfig", "build", "export_sampler", "generate", "improved_mean_flow", "load"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
