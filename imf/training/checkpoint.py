@@ -201,6 +201,8 @@ def load(path: str | Path, weights: Literal["ema", "model"] = "ema") -> Any:
         if weights != "ema":
             raise UserError(f"{path}: there are the averaged weights alone in it, got weights={weights!r}")
         return network_class(read_network_config(path)).from_pretrained(path)
+    if not path.exists() and not path.is_symlink():
+        raise UserError(f"{path}: no such file or folder; networks are read from local files, from no hub")
     path, prefix = find(path), f"{weights}."
     metadata, tensors = _read(path, prefix)
     if not tensors:
