@@ -31,6 +31,8 @@ MODULES = (
     "imf.mean_flow.methods",
     "imf.mean_flow.objective",
     "imf.model.config",
+    "imf.model.imf",
+    "imf.model.pretrained",
     "imf.objective.draws",
     "imf.objective.imf_loss",
     "imf.official.names",

@@ -4,7 +4,7 @@ import imf
 
 network = imf.build("iMF-B/2")
 loss = imf.improved_mean_flow(network, x, y, imf.Draws.sample(x, seed=0, step=0)).loss
-images = imf.generate(network, noise, y)
+images = imf.load("runs/digits").generate([3, 1, 4])
 """
 
 from __future__ import annotations

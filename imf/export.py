@@ -44,7 +44,7 @@ def export_sampler(
         the process defines by `import imf_kernels`.
     Raises: UserError for steps below 1 or a network of another kind; ValueError for an unknown backend.
     """
-    check_steps("export_sampler", steps)
+    check_steps("export_sampler: steps", steps)
     if not isinstance(network, Pretrained):
         raise UserError(
             f"export_sampler: network must be one of imf.load or imf.build, got a {type(network).__name__}"

@@ -140,7 +140,7 @@ class IMFPipeline(DiffusionPipeline):
         if output_type not in OUTPUTS:
             wanted = ", ".join(map(repr, OUTPUTS))
             raise UserError(f"IMFPipeline: output_type must be one of {wanted}, got {output_type!r}")
-        check_steps("IMFPipeline: num_inference_steps:", num_inference_steps)
+        check_steps("IMFPipeline: num_inference_steps", num_inference_steps)
         network, device = self.network.network, self._execution_device
         sampling, config = network.sampling, network.config
         omega = sampling.omega if guidance_scale is None else guidance_scale

@@ -31,6 +31,7 @@ from imf.model.layers import (
     heads_of_qkv,
     patch_embedder,
 )
+from imf.model.pretrained import Pretrained
 from imf_kernels import Dual
 
 
@@ -96,7 +97,7 @@ class FinalLayer(nn.Module):
         return ik.linear(y, self.linear.weight, self.linear.bias)
 
 
-class IMF(VelocityNetwork):
+class IMF(Pretrained, VelocityNetwork):
     """The network of Improved Mean Flows."""
 
     def __init__(self, config: IMFConfig) -> None:

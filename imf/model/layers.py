@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 import imf_kernels as ik
 from imf.model.config import IMFConfig
-from imf.model.pretrained import Pretrained
 from imf_kernels import Dual
 
 SINUSOIDS = 256
@@ -73,7 +72,7 @@ def heads_of_qkv(qkv: Tensor, length: int, heads: int) -> list[Tensor]:
     return [x.transpose(1, 2) for x in qkv.unbind(2)]
 
 
-class VelocityNetwork(Pretrained):
+class VelocityNetwork(nn.Module):
     """A transformer from a noisy image and what conditions it to velocities: blocks that u and v share, then
     the blocks and the final layer of each.
 

@@ -36,7 +36,7 @@ def generate(
     Raises: UserError for steps < 1, labels that do not fit the noise, or guidance out of range.
     Source: Improved Mean Flows, arXiv 2512.02012.
     """
-    check_steps("generate", steps)
+    check_steps("generate: steps", steps)
     for name, x in (("noise", noise), ("y", y)):
         if not isinstance(x, Tensor):
             raise UserError(f"generate: {name} must be a tensor, got a {type(x).__name__}")
@@ -86,10 +86,10 @@ def sample_labels(
     return torch.cat([generate(model, z, y, **options) for z, y in shown])
 
 
-def check_steps(caller: str, steps: int) -> None:
-    """Raises UserError unless there is a network call."""
+def check_steps(name: str, steps: int) -> None:
+    """Raises UserError, naming the argument, unless there is a network call."""
     if type(steps) is not int or steps < 1:
-        raise UserError(f"{caller}: steps must be an integer of at least 1, got {steps!r}")
+        raise UserError(f"{name} must be an integer of at least 1, got {steps!r}")
 
 
 def check_inputs_of(config: IMFConfig, omega: float, t_min: float, t_max: float) -> None:

@@ -59,7 +59,7 @@ def _check(
         raise ValueError("gated_residual: x must have at least one dimension, got a scalar")
     check.has_shape("gated_residual", "branch", branch, x.shape, " like x")
     wanted = [x.shape[-1:]] if x.dim() == 1 else [x.shape[-1:], (x.shape[0], x.shape[-1])]
-    # Of one dimension each: to compare tuples of two lengths would bind an exported graph to batches other than d.
+    # Of one length each: comparing tuples of two would bind an exported graph to batches other than d.
     if not any(gate.dim() == len(shape) and gate.shape == shape for shape in wanted):
         shapes = " or, a row per sample, ".join(str(list(shape)) for shape in wanted)
         raise ValueError(

@@ -1,6 +1,7 @@
 """The pipeline of diffusers: its images, its folders, and what it refuses."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -71,8 +72,9 @@ def test_a_folder_is_the_pipeline(tmp_path):
     assert torch.equal(*images)
     assert again.to(torch.float32).network.network.compute_dtype == torch.float32
     assert again.to("cpu", torch.bfloat16).network.dtype == torch.float32
-    option = {"torch_dtype": torch.float32}
-    wide = IMFPipeline.from_pretrained(tmp_path / "pipeline", **option)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # `dtype` is its name in newer versions of diffusers
+        wide = IMFPipeline.from_pretrained(tmp_path / "pipeline", torch_dtype=torch.float32)
     assert wide.network.network.compute_dtype == torch.float32
     with pytest.raises(UserError, match=r"dtype must be one of .*, got torch\.float16"):
         again.to(torch.float16)
@@ -102,7 +104,7 @@ def test_latents_are_decoded(tmp_path):
     [
         ({"class_labels": [11]}, "labels must be within 0 and 10"),
         ({"class_labels": "cat"}, "labels must be integers, no names are known, got 'cat'"),
-        ({"num_inference_steps": 0}, "num_inference_steps: steps must be an integer of at least 1, got 0"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be an integer of at least 1, got 0"),
         ({"guidance_scale": 0.0}, "omega .* must be at least 1, got 0.0"),
         ({"guidance_interval": (0.5, 0.25)}, "t_max"),
         ({"output_type": "jpg"}, "output_type must be one of 'pil', 'np', 'pt', 'latent', got 'jpg'"),
