@@ -36,6 +36,7 @@ MODULES = (
     "imf.objective.draws",
     "imf.objective.imf_loss",
     "imf.official.names",
+    "imf.model.sampler",
     "imf.program",
     "imf.sampling",
 )

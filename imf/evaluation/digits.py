@@ -46,7 +46,7 @@ def class_balanced_samples(
 ) -> tuple[Tensor, Tensor]:
     """Samples as many images of each class, on the CPU: images [count, C, H, W] fp32, labels [count] int64.
 
-    Sample i has label i mod num_classes.  options: seed, and those of `imf.sampling.generate`.
+    Sample i has label i mod num_classes.  options: seed, and those of `imf.generate`.
     Raises: UserError if count is not a positive multiple of the number of classes.
     """
     classes = config_of(model).num_classes
