@@ -36,7 +36,7 @@ class Settings:
     """All that decides a set of samples, together with the software.
 
     weights, vae: `fingerprint` of the network's and the autoencoder's, "" for none.  precision: "fp32" or
-    "bf16".  count: number of samples.  seed: of the noise.  Others: as `imf.sampling.generate` takes them.
+    "bf16".  count: number of samples.  seed: of the noise.  Others: as `imf.generate` takes them.
     """
 
     weights: str
