@@ -193,11 +193,6 @@ def test_metadata_of_other_versions(change, message, content, tmp_path, state):
         read(path, state)
 
 
-def test_metadata_of_before_there_were_names_of_classes(content, tmp_path):
-    path = rewritten(tmp_path / "old.safetensors", content, change_text=lambda v: v.pop("class_names"))
-    assert checkpoint.read_metadata(path).class_names == () == checkpoint.load(path).sampling.class_names
-
-
 def test_neither_a_file_nor_there(tmp_path):
     (tmp_path / "folder.safetensors").mkdir()
     (tmp_path / "link.safetensors").symlink_to("gone.safetensors")
