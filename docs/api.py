@@ -33,9 +33,12 @@ MODULES = (
     "imf.mean_flow.methods",
     "imf.mean_flow.objective",
     "imf.model.config",
+    "imf.model.imf",
+    "imf.model.pretrained",
     "imf.objective.draws",
     "imf.objective.imf_loss",
     "imf.official.names",
+    "imf.model.sampler",
     "imf.program",
     "imf.sampling",
 )

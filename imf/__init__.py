@@ -4,7 +4,7 @@ import imf
 
 network = imf.build("iMF-B/2")
 loss = imf.improved_mean_flow(network, x, y, imf.Draws.sample(x, seed=0, step=0)).loss
-images = imf.generate(network, noise, y)
+images = imf.load("runs/digits").generate([3, 1, 4])
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from imf.export import export_sampler
     from imf.model.config import IMFConfig
+    from imf.model.sampler import generate
     from imf.networks import build
     from imf.objective.draws import Draws
     from imf.objective.imf_loss import improved_mean_flow
-    from imf.sampling import generate
     from imf.training.checkpoint import load
     from imf_kernels import __version__ as __version__
 
-__all__ = ["Draws", "IMFConfig", "build", "generate", "improved_mean_flow", "load"]
+__all__ = ["Draws", "IMFConfig", "build", "export_sampler", "generate", "improved_mean_flow", "load"]
 
 # Imported when first asked for: a program that reads statistics needs no network, and no compiled module.
 _MODULES = {
@@ -29,7 +30,8 @@ _MODULES = {
     "IMFConfig": "imf.model.config",
     "__version__": "imf_kernels",
     "build": "imf.networks",
-    "generate": "imf.sampling",
+    "export_sampler": "imf.export",
+    "generate": "imf.model.sampler",
     "improved_mean_flow": "imf.objective.imf_loss",
     "load": "imf.training.checkpoint",
 }

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from imf.model.config import IMFConfig
+from imf.model.pretrained import empty_weights
+from imf.networks import build
 from imf.official.checkpoints import export_weights, has_v_blocks, import_weights
 from imf.program import run
-from imf.training.checkpoint import Metadata, empty_weights, environment, find, load, save_network
+from imf.training.checkpoint import Metadata, environment, load, save_network
 from imf.training.config import TrainConfig
 from imf.training.recipes import PRESETS
 
@@ -22,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     text = "Official checkpoints into this project's, and this project's into the official ones."
     parser = argparse.ArgumentParser(prog="python -m imf.convert", description=text)
     add = parser.add_argument
-    text = "official: .pth, .safetensors, JAX's folder or .zip; --to official: a run or a checkpoint"
+    text = "official: .pth, .safetensors, JAX's folder or .zip; --to official: what imf.load reads"
     add("source", type=Path, help=text)
     add("out", type=Path, help="file to write: .safetensors; --to official also .pth")
     add("--to", choices=("ours", "official"), default="ours", help="names of OUT (default: %(default)s)")
@@ -42,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 def _import(a: argparse.Namespace) -> str:
     """Converts official weights into a file of ours; returns what was done, as text."""
     sizes = {"input_size": a.input_size, "num_heads": a.num_heads}
-    network, states, step = import_weights(a.source, a.weights, empty_weights, **sizes)
+    network, states, step = import_weights(a.source, a.weights, partial(empty_weights, build), **sizes)
     preset, config = _settings(network)
     save_network(a.out, states, Metadata(step, 0.0, config, "fp32", environment(torch.device("cpu"))))
     width, heads, patch = network.hidden_size, network.num_heads, network.patch_size
@@ -65,8 +68,7 @@ def _settings(network: IMFConfig) -> tuple[str, TrainConfig]:
 def _export(a: argparse.Namespace) -> str:
     """Writes our weights into a file of official names; returns what was done, as text."""
     kind: Literal["ema", "model"] = a.weights or "ema"
-    network, metadata = load(find(a.source), kind)
-    count = export_weights(a.source, a.out, network, metadata.config.network, a.v_head)
+    count = export_weights(a.source, a.out, load(a.source, kind), a.v_head)
     return f"{a.out}: {count} tensors ({kind}), {'with' if a.v_head else 'without'} the v-head's blocks"
 
 

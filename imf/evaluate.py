@@ -14,6 +14,7 @@ from imf import data
 from imf.distributed import initialized
 from imf.evaluation import inception as features
 from imf.evaluation.run import COUNT, Evaluation, check_arguments
+from imf.model.pretrained import PRECISIONS, precision_of
 from imf.program import run, thread_count
 from imf.training import checkpoint
 
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m imf.evaluate",
         description="FID and Inception score of a network's samples, or of images in a folder.",
     )
-    add, interval, precisions = parser.add_argument, ("T_MIN", "T_MAX"), tuple(checkpoint.DTYPES)
+    add, interval, precisions = parser.add_argument, ("T_MIN", "T_MAX"), tuple(PRECISIONS)
     add("--checkpoint", type=Path, help="a checkpoint, or the folder of a run (its newest one)")
     add(
         "--weights", choices=("ema", "model"), default="ema", help="averaged or latest (default: %(default)s)"
@@ -64,17 +65,17 @@ def _evaluate(a: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         if a.make_statistics:
             Evaluation(a, processes, extractor, data.load).make_statistics()
             return
-        network = metadata = None
+        network = None
         if a.checkpoint:
-            path = checkpoint.find(a.checkpoint)
+            path = checkpoint.weights_file(a.checkpoint)
             if processes.rank == 0:
                 print(f"Reading {path}, {path.stat().st_size / 2**20:,.1f} MiB", file=sys.stderr)
-            network, metadata = checkpoint.load(path, a.weights)
-            a.precision = a.precision or metadata.precision
-            network.compute_dtype = checkpoint.DTYPES[a.precision]
+            network = checkpoint.load(a.checkpoint, a.weights)
+            a.precision = a.precision or precision_of(network)
+            network.compute_dtype = PRECISIONS[a.precision]
             network.to(processes.device).eval()
         environment = {"checkpoint": str(a.checkpoint or ""), **checkpoint.environment(processes.device)}
-        Evaluation(a, processes, extractor, data.load, network, metadata).run(environment)
+        Evaluation(a, processes, extractor, data.load, network).run(environment)
 
 
 if __name__ == "__main__":

@@ -21,4 +21,9 @@ def build(x: str | IMFConfig) -> Any:
         x = PRESETS[x]
     if not isinstance(x, IMFConfig):
         raise TypeError(f"build: wanted the name of a preset or an IMFConfig, got {type(x).__name__}")
-    return IMF(x) if x.block == "modern" else DiT(x)
+    return network_class(x)(x)
+
+
+def network_class(config: IMFConfig) -> type[IMF] | type[DiT]:
+    """Returns the class of the networks of a configuration."""
+    return IMF if config.block == "modern" else DiT

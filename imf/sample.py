@@ -18,7 +18,6 @@ from imf.program import UserError, run, thread_count
 from imf.sampling import class_grid
 from imf.training import checkpoint
 
-BATCH_SIZE = 64  # samples at a time
 MOST_ROWS = 20  # of a grid whose classes were not named
 
 
@@ -26,9 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs `python -m imf.sample`; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m imf.sample", description="Draw a grid of samples.")
     add, pair, weights = parser.add_argument, ("T_MIN", "T_MAX"), ("ema", "model")
-    add(
-        "--checkpoint", type=Path, required=True, help="a checkpoint, or the folder of a run (its newest one)"
-    )
+    text = "a run's folder, a checkpoint, or a folder of save_pretrained"
+    add("--checkpoint", type=Path, required=True, help=text)
     add("--out", type=Path, default=Path("grid.png"), help="PNG to write (default: %(default)s)")
     add("--steps", type=int, default=1, help="network calls per sample (default: %(default)s)")
     add("--omega", type=float, help="guidance scale (default: the run's)")
@@ -56,28 +54,27 @@ def _draw(a: argparse.Namespace) -> None:
     check_target(a.out)
     if a.threads:
         torch.set_num_threads(a.threads)
-    device, path = choose_device(a.device), checkpoint.find(a.checkpoint)
+    device, path = choose_device(a.device), checkpoint.weights_file(a.checkpoint)
     print(f"Reading {path}, {path.stat().st_size / 2**20:,.1f} MiB", file=sys.stderr)
-    network, metadata = checkpoint.load(path, a.weights)
-    omega, *interval = metadata.config.sampling
-    omega = omega if a.omega is None else a.omega
-    t_min, t_max = a.interval or interval
-    config = network.config
+    network = checkpoint.load(a.checkpoint, a.weights)
+    config, sampling = network.config, network.sampling
+    omega = sampling.omega if a.omega is None else a.omega
+    t_min, t_max = a.interval or (sampling.t_min, sampling.t_max)
     if a.classes is None and config.num_classes > MOST_ROWS:
         raise UserError(f"--classes: the network knows {config.num_classes}, name those that should be drawn")
-    names, every = metadata.class_names, range(config.num_classes)
+    names, every = sampling.class_names, range(config.num_classes)
     classes = every if a.classes is None else find_classes(a.classes, names, config.num_classes)
-    vae = autoencoder.of_network(a.vae, config.in_channels, device, metadata.autoencoder)
+    vae = autoencoder.of_network(a.vae, config.in_channels, device, sampling.autoencoder)
     decode = partial(autoencoder.decode, vae) if vae else None
     guidance = {"omega": omega, "t_min": t_min, "t_max": t_max}
-    options = {"columns": a.columns, "steps": a.steps, "seed": a.seed, "batch_size": BATCH_SIZE, **guidance}
+    options = {"columns": a.columns, "steps": a.steps, "seed": a.seed, **guidance}
     network.to(device)
     picture = class_grid(network, classes=classes, class_names=names, decode=decode, bar=True, **options)
     with naming(a.out), replacing(a.out) as temporary:
         picture.save(temporary, format="PNG")
     print(
         f"{a.out}: {a.columns} samples per class in {a.steps} step(s), omega {omega:g}, "
-        f"interval [{t_min:g}, {t_max:g}], from {path} (step {metadata.step})"
+        f"interval [{t_min:g}, {t_max:g}], from {path}"
     )
 
 

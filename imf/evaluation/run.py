@@ -31,8 +31,8 @@ from imf.evaluation.inception import Extractor
 from imf.evaluation.quality import WithinClasses, precision_recall, variance_ratio
 from imf.evaluation.results import Row, plot, read_results, table
 from imf.io import check_target, fingerprint, locked, sha256, write_json
+from imf.model.sampler import check_inputs_of
 from imf.program import UserError, bar_options
-from imf.sampling import check_inputs_of
 
 COUNT = 50_000  # images of the published figures
 SPLITS = 10  # of the Inception score
@@ -102,7 +102,7 @@ class Observation:
 class Evaluation:
     """One process's part in an evaluation with these arguments of `imf.evaluate`.
 
-    load_data: `imf.data.load`.  network, metadata: of --checkpoint, on the processes' device.
+    load_data: `imf.data.load`.  network: of --checkpoint, on the processes' device.
     """
 
     arguments: argparse.Namespace
@@ -110,7 +110,6 @@ class Evaluation:
     extractor: Extractor
     load_data: Callable[[str], Any]
     network: Any = None
-    metadata: Any = None
 
     def make_statistics(self) -> None:
         """Writes the statistics of --make-statistics SOURCE to OUT; UserError or OSError if that fails."""
@@ -133,13 +132,13 @@ class Evaluation:
         folders, decode = [a.out], None
         if self.network is not None:
             config, folders = self.network.config, [a.out, *filter(None, [a.samples_dir])]
-            channels, made_by = config.in_channels, self.metadata.autoencoder
-            vae = autoencoder.of_network(a.vae, channels, processes.device, made_by)
+            sampling, channels = self.network.sampling, config.in_channels
+            vae = autoencoder.of_network(a.vae, channels, processes.device, sampling.autoencoder)
             decode = partial(autoencoder.decode, vae) if vae else None
             weights, vae_weights = (fingerprint(x.state_dict()) if x else "" for x in (self.network, vae))
             shared |= {"weights": weights, "vae": vae_weights, "precision": a.precision, "seed": a.seed}
-            omega, *interval = self.metadata.config.sampling
-            grid = product(a.steps, a.interval or [interval], a.omega or [omega])
+            interval = sampling.t_min, sampling.t_max
+            grid = product(a.steps, a.interval or [interval], a.omega or [sampling.omega])
             settings = list(dict.fromkeys((n, w, low, high) for n, (low, high), w in grid))
             for _, *guidance in settings:
                 check_inputs_of(config, *guidance)

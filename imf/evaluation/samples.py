@@ -22,8 +22,9 @@ from imf import random
 from imf.images import BrokenImage, read_image, walk
 from imf.io import check_regular, naming, replacing, write_json
 from imf.model.config import config_of
+from imf.model.sampler import generate
 from imf.program import UserError
-from imf.sampling import generate, to_uint8
+from imf.sampling import to_uint8
 
 SETTINGS = "settings.json"
 _THREADS = 4  # that compress and read PNGs while the network computes
@@ -35,7 +36,7 @@ class Settings:
 
     weights, vae: `imf.io.fingerprint` of the network's and the autoencoder's, "" for none.
     precision: "fp32" or "bf16".  count: number of samples.  seed: of the noise.
-    Others: as `imf.sampling.generate` takes them.
+    Others: as `imf.generate` takes them.
     """
 
     weights: str

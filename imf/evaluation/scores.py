@@ -22,7 +22,8 @@ from imf.evaluation.bars import bar
 from imf.evaluation.quality import Classifier, Features, Population
 from imf.evaluation.samples import noise
 from imf.model.config import config_of
-from imf.sampling import generate, to_uint8
+from imf.model.sampler import generate
+from imf.sampling import to_uint8
 
 SAMPLES = 1_800  # of the scores after training
 REFERENCE = 10_000  # images of the data, at most, that samples are compared with
@@ -208,7 +209,7 @@ def sample(
 
     The noise of sample i is that of `imf.evaluate`, a function of (seed, i). Every process calls the network
     as often as the others, as FSDP2 needs it; those after the first get an empty tensor.
-    options: of `imf.sampling.generate`.
+    options: of `imf.generate`.
     """
     processes = processes or DistributedContext()
     config = config_of(model)

@@ -52,13 +52,18 @@ def load(path: Path, device: torch.device) -> Any:
     lacking = [*found["missing_keys"], *found["mismatched_keys"]]
     if lacking:
         raise UserError(f"{path}: its weights lack {', '.join(map(str, lacking[:5]))} ({len(lacking)})")
+    check(str(path), vae)
+    return vae.float().to(device).eval().requires_grad_(False)
+
+
+def check(name: str, vae: Any) -> None:
+    """Raises UserError, naming it, unless an AutoencoderKL is of the form of Stable Diffusion 1's."""
     for option, wanted in (("latent_channels", len(MEAN)), ("scaling_factor", SCALING_FACTOR)):
         if (got := vae.config[option]) != wanted:
             raise UserError(
-                f"{path}: wanted Stable Diffusion 1's autoencoder (sd-vae-ft-mse), of {option} {wanted}, "
+                f"{name}: wanted Stable Diffusion 1's autoencoder (sd-vae-ft-mse), of {option} {wanted}, "
                 f"got {got}: latents of another are not what these networks know"
             )
-    return vae.float().to(device).eval().requires_grad_(False)
 
 
 def digest(path: Path) -> str:
@@ -101,5 +106,5 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     if latents.ndim != 4 or latents.shape[1] != len(MEAN):
         raise UserError(f"decode: latents must be [B, {len(MEAN)}, H, W], got {list(latents.shape)}")
     mean, std = latents.new_tensor((MEAN, STD))[..., None, None]
-    images: Tensor = vae.decode(latents * std + mean).sample
+    images: Tensor = vae.decode((latents * std + mean).to(vae.dtype)).sample
     return images.float()

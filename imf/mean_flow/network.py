@@ -36,6 +36,7 @@ from imf.model.layers import (
     heads_of_qkv,
     patch_embedder,
 )
+from imf.model.pretrained import Pretrained
 from imf_kernels import Dual
 
 NORM_EPS = 1e-6
@@ -125,7 +126,7 @@ class FinalLayer(nn.Module):
         return ik.linear(y, self.linear.weight, self.linear.bias)
 
 
-class DiT(VelocityNetwork):
+class DiT(Pretrained, VelocityNetwork):
     """The network of original Mean Flows, or one between it and `imf.model.imf.IMF`, as its `config` says.
 
     The condition c is fp32.

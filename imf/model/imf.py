@@ -24,6 +24,7 @@ from imf.model.layers import (
     heads_of_qkv,
     patch_embedder,
 )
+from imf.model.pretrained import Pretrained
 from imf_kernels import Dual
 
 
@@ -89,11 +90,13 @@ class FinalLayer(nn.Module):
         return ik.linear(y, self.linear.weight, self.linear.bias)
 
 
-class IMF(VelocityNetwork):
+class IMF(Pretrained, VelocityNetwork):
     """The network of Improved Mean Flows."""
 
     def __init__(self, config: IMFConfig) -> None:
         super().__init__(config)
+        if config.block != "modern":
+            raise ValueError(f"IMF: block must be 'modern', got {config.block!r}")
         width, values = config.hidden_size, config.patch_values
 
         self.x_embedder = patch_embedder(config)

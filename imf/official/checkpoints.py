@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from imf.io import naming, read_torch, replacing
 from imf.model.config import IMFConfig
+from imf.model.pretrained import Pretrained
 from imf.official.names import from_official, shape_of, to_official, to_tensors
 from imf.program import UserError
 
@@ -44,7 +45,7 @@ def import_weights(
 ) -> tuple[IMFConfig, dict[str, dict[str, Tensor]], int]:
     """Reads an official checkpoint: configuration of the network, fp32 state dicts by kind, training step.
 
-    kind: "ema" or "model", default both.  empty_weights: `imf.training.checkpoint.empty_weights`.
+    kind: "ema" or "model", default both.  empty_weights: `imf.model.pretrained.empty_weights` of `imf.build`.
     input_size, num_heads: as `imf.official.names.shape_of` takes them.
     Raises: UserError, naming the source, for weights that are not there, not finite or not a network's.
     """
@@ -84,19 +85,21 @@ def _check_complete(
         raise UserError("\n  ".join([f"{source}: the {kind} weights are not whole:", *lines]))
 
 
-def export_weights(source: Path, out: Path, network: nn.Module, config: IMFConfig, v_head: bool) -> int:
+def export_weights(source: Path, out: Path, network: Pretrained, v_head: bool) -> int:
     """Writes a network's weights by their official names into a .pth or .safetensors; returns their number.
 
     v_head: keep its blocks.
     Raises: UserError for another network than iMF's, or one without v-head; OSError if it cannot be written.
     """
-    if config.block == "plain":
-        raise UserError(f"{source}: the official PyTorch program has iMF's own networks alone, got {config}")
+    if network.config.block == "plain":
+        raise UserError(
+            f"{source}: the official PyTorch program has iMF's own networks alone, got {network.config}"
+        )
     state = network.state_dict()
     if v_head and not has_v_blocks(state):
         raise UserError(f"--v-head: there is none in {source}, whose weights are for sampling")
     kept = {name: x for name, x in state.items() if v_head or not name.startswith("v_blocks.")}
-    official = to_official(kept, config)
+    official = to_official(kept, network.config)
     with naming(out), replacing(out) as temporary:
         (torch.save if out.suffix == ".pth" else save_file)(official, temporary)
     return len(official)

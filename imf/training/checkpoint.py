@@ -13,17 +13,15 @@ fsync, rename), so the checkpoint of the highest step is always the one to resum
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import re
-import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,17 +32,25 @@ from torch import Tensor, nn
 from imf import __version__
 from imf.io import replacing
 from imf.model.config import IMFConfig
-from imf.model.imf import IMF
-from imf.networks import build
+from imf.model.pretrained import (
+    CONFIG,
+    PRECISIONS,
+    WEIGHTS,
+    Sampling,
+    expected_weights,
+    is_pretrained,
+    read_network_config,
+    with_weights,
+)
+from imf.networks import build, network_class
 from imf.program import MOST_THREADS, UserError
+from imf.tensors import check_same, checksums, not_finite, writing
 from imf.training.config import TrainConfig, from_dict, to_dict
 from imf.training.parallel import placed_like, whole
 
 METADATA_KEY, CHECKSUM_KEY = "imf", "crc32"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by the name of a run's precision
 FORMAT = 4  # raise it when a file of the old form cannot be read, or a run would resume with other numbers
 MOST_SECONDS = 2**40
-MOST_WEIGHTS = 2**34  # of a network, 64 GiB
 
 _CONVERT = "python -m imf.convert SOURCE OUT.safetensors makes a checkpoint of official weights"
 _NAME = re.compile(r"step-(\d+)\.safetensors")
@@ -82,7 +88,7 @@ class Metadata:
         for name, fits, wanted in (
             ("step", type(self.step) is int and self.step >= 0, "an integer of at least 0"),
             ("elapsed", isinstance(elapsed, (int, float)) and 0 <= elapsed <= MOST_SECONDS, "seconds"),
-            ("precision", self.precision in tuple(DTYPES), f"one of {', '.join(DTYPES)}"),
+            ("precision", self.precision in tuple(PRECISIONS), f"one of {', '.join(PRECISIONS)}"),
             ("environment", fits_threads, f"texts by name, threads from 1 to {MOST_THREADS}"),
             ("autoencoder", isinstance(self.autoencoder, str), "a text"),
             ("class_names", named and len(names) in (0, classes), f"{classes} texts, or none"),
@@ -90,6 +96,11 @@ class Metadata:
             if not fits:
                 raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
         object.__setattr__(self, "class_names", tuple(names))  # JSON has lists
+
+    @property
+    def sampling(self) -> Sampling:
+        """Returns how the network is sampled: the run's guidance, names of classes, autoencoder."""
+        return Sampling(*self.config.sampling, tuple(self.class_names), self.autoencoder)
 
 
 def environment(device: torch.device, processes: int = 1) -> dict[str, str]:
@@ -157,9 +168,15 @@ def restore(path: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.op
 def load_weights(path: Path, *, model: nn.Module, ema: nn.Module) -> None:
     """Loads the averaged weights of `path`, or else its latest ones, into both networks, if all fit.
 
-    path: a run's checkpoint, or weights without a run (`imf.convert`).
+    path: as `load` takes it.
     Raises: UserError as `restore` does.
     """
+    if is_pretrained(path):
+        tensors = load(path).state_dict()
+        for network in (model, ema):
+            _copy(path, tensors, network.state_dict())
+        return
+    path = find(path)
     for kind in ("ema", "model"):
         if tensors := _read(path, prefix=f"{kind}.")[1]:
             for network in (model, ema):
@@ -168,25 +185,37 @@ def load_weights(path: Path, *, model: nn.Module, ema: nn.Module) -> None:
     raise UserError(f"{path}: there are no weights in it")
 
 
-def load(path: str | Path, weights: Literal["ema", "model"] = "ema") -> tuple[IMF, Metadata]:
-    """Builds a checkpoint's network from its own configuration, with its averaged or its latest weights.
+def load(path: str | Path, weights: Literal["ema", "model"] = "ema") -> Any:
+    """Builds a trained network, with its averaged or its latest weights; `network.generate` draws from it.
 
     Weights for sampling make a network without a v-head, which says so when the v-head is asked for.
 
-    path: a checkpoint, or the folder of a run, which stands for its newest one.
-    Raises: UserError if the file is missing, damaged, foreign or not finite.
+    path: the folder of a run, which stands for its newest checkpoint; a checkpoint; or a folder that
+        `save_pretrained` wrote, whose weights are the averaged ones.
+    Returns: an `imf.model.imf.IMF`, or an `imf.mean_flow.network.DiT` where the blocks are plain; frozen, on
+        the CPU, with guidance and names of classes in `sampling`.
+    Raises: UserError if a file is missing, damaged, foreign or not finite.
     """
-    path, prefix = find(Path(path)), f"{weights}."
+    path = Path(path)
+    if is_pretrained(path):
+        if weights != "ema":
+            raise UserError(f"{path}: there are the averaged weights alone in it, got weights={weights!r}")
+        return network_class(read_network_config(path)).from_pretrained(path)
+    if not path.exists() and not path.is_symlink():
+        raise UserError(f"{path}: no such file or folder; networks are read from local files, from no hub")
+    path, prefix = find(path), f"{weights}."
     metadata, tensors = _read(path, prefix)
     if not tensors:
         raise UserError(f"{path}: there are no {weights!r} weights in it")
-    network = build(metadata.config.network)  # its weights are those of the file: `_read` compared them
     state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    if len(getattr(network, "v_blocks", ())) and not any(name.startswith("v_blocks.") for name in state):
-        network.v_blocks = _NoVHead()
-    network.load_state_dict(state)
-    network.compute_dtype = DTYPES[metadata.precision]
-    return network.requires_grad_(False), metadata
+    network = with_weights(path, build, metadata.config.network, state)
+    network.compute_dtype, network.sampling = PRECISIONS[metadata.precision], metadata.sampling
+    return network
+
+
+def weights_file(path: Path) -> Path:
+    """Returns the file that `load` reads the weights of `path` from; UserError if there is none."""
+    return path / WEIGHTS if is_pretrained(path) else find(path)
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -196,25 +225,6 @@ def read_metadata(path: Path) -> Metadata:
         of its configuration.
     """
     return _read(path, prefix=())[0]
-
-
-def empty_weights(config: IMFConfig) -> dict[str, Tensor]:
-    """Returns a network's weights without memory, on the meta device: names, shapes and dtypes.
-
-    Raises: ValueError for sizes that no machine holds.
-    """
-    try:
-        with torch.device("meta"):
-            weights: dict[str, Tensor] = build(config).state_dict()
-    except (RuntimeError, OverflowError, TypeError) as error:  # PyTorch's, of sizes beyond 64 bits
-        raise ValueError(f"network: no tensors can be of the sizes of {config}") from error
-    if (count := sum(x.numel() for x in weights.values())) > MOST_WEIGHTS:
-        raise ValueError(
-            f"network: hidden_size {config.hidden_size}, depth {config.depth}, mlp_ratio "
-            f"{config.mlp_ratio:g}, num_classes {config.num_classes} must make at most {MOST_WEIGHTS:,} "
-            f"weights, got {count:,}"
-        )
-    return weights
 
 
 def path_of(run: Path, step: int) -> Path:
@@ -260,7 +270,7 @@ def find(path: Path) -> Path:
     if checkpoints := list_all(path):
         return checkpoints[-1]
     hint = f"; {_CONVERT}" if any(path.glob("checkpoint_*")) else ""  # a folder of the official programs
-    raise UserError(f"{path}: no checkpoints/step-*.safetensors in this folder{hint}")
+    raise UserError(f"{path}: no checkpoints/step-*.safetensors in this folder, and no {CONFIG}{hint}")
 
 
 def prune(run: Path, keep: int) -> None:
@@ -277,51 +287,18 @@ def remove_temporaries(run: Path) -> None:
                 path.unlink()
 
 
-class _NoVHead(nn.ModuleList):
-    """Stand-in for the blocks of a v-head whose weights are not there."""
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        raise UserError("the v-head was asked of a network whose weights are for sampling, without it")
-
-
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> None:
     """Writes a complete file or none; UserError if it cannot be written."""
-    if name := _not_finite(tensors):
+    if name := not_finite(tensors):
         raise UserError(f"{path}: not written: {name} must be finite, got NaN or infinity")
     values = {**vars(metadata), "config": to_dict(metadata.config), "format": FORMAT}
-    text = json.dumps({**values, "checksums": _checksums(tensors)})
+    text = json.dumps({**values, "checksums": checksums(tensors)})
     texts = {METADATA_KEY: text, CHECKSUM_KEY: f"{zlib.crc32(text.encode()):08x}"}
-    try:
-        with replacing(path, synced=True) as temporary:
-            save_file(dict(tensors), temporary, metadata=texts)
-    except (OSError, SafetensorError) as error:
-        needed, free = sum(tensor.nbytes for tensor in tensors.values()), "an unknown number"
-        with suppress(OSError):
-            free = f"{shutil.disk_usage(path.parent).free:,}"
-        raise UserError(
-            f"{path}: could not write the checkpoint of step {metadata.step}: {error}; "
-            f"it needs {needed:,} bytes, {free} are free"
-        ) from error
-
-
-def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Returns the CRC-32 of each group of tensors, by the first part of their names; read once, in order."""
-    sums: dict[str, int] = {}
-    for name in sorted(tensors):
-        tensor, group = tensors[name], name.partition(".")[0]
-        begun = zlib.crc32(f"{name} {_form(tensor)}".encode(), sums.get(group, 0))
-        sums[group] = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, begun)
-    return {group: f"{value:08x}" for group, value in sums.items()}
-
-
-def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Returns the name of the first tensor that holds NaN or infinity."""
-
-    def finite(x: Tensor) -> bool:  # the extremes are NaN where a value is; finding them takes no memory
-        return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(x.float()))
-
-    floats = {name: x for name, x in tensors.items() if x.is_floating_point() and x.numel()}
-    return next((name for name, x in floats.items() if not finite(x)), None)
+    with (
+        writing(path, f"the checkpoint of step {metadata.step}", tensors),
+        replacing(path, synced=True) as new,
+    ):
+        save_file(dict(tensors), new, metadata=texts)
 
 
 def _tensors(
@@ -341,7 +318,7 @@ def _tensors(
 @torch.no_grad()
 def _copy(path: Path, tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
     """Copies the tensors of `path` into `targets`, one after the other; UserError if one does not fit."""
-    _check_same(path, tensors, targets)
+    check_same(path, tensors, targets)
     for name, target in targets.items():
         target.copy_(placed_like(tensors[name], target))
 
@@ -365,14 +342,14 @@ def _read(path: Path, prefix: str | tuple[str, ...] = "") -> tuple[Metadata, dic
             f"{path}: a safetensors file without {METADATA_KEY!r} metadata, so no checkpoint of imf.train; "
             f"{_CONVERT}"
         )
-    metadata, checksums = _read_header(path, texts)
+    metadata, sums = _read_header(path, texts)
     _check_network(path, metadata.config.network, tensors)
     wanted = {name: x for name, x in tensors.items() if name.startswith(prefix)}
-    for group, got in _checksums(wanted).items():
-        if got != (wants := checksums.get(group)):
+    for group, got in checksums(wanted).items():
+        if got != (wants := sums.get(group)):
             damage = f"damaged: checksum of {group!r} must be {wants}, got {got}"
             raise UserError(f"{path}: {damage}.{_way_out(path)}")
-    if name := _not_finite(wanted):
+    if name := not_finite(wanted):
         raise UserError(f"{path}: {name} must be finite, got NaN or infinity.{_way_out(path)}")
     return metadata, wanted
 
@@ -406,42 +383,14 @@ def _read_header(path: Path, texts: Mapping[str, str]) -> tuple[Metadata, dict[s
 
 
 def _check_network(path: Path, config: IMFConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Raises UserError unless the weights of each kind are the network's, with the v-head or without.
-
-    It comes before anything of these sizes is made: the tensors' own are true, the file is as long.
-    """
+    """Raises UserError unless the weights of each kind are the network's, with the v-head or without."""
     found = {name: x for name, x in tensors.items() if not name.startswith("optimizer.")}
-    try:
-        if config.depth > len(found):
-            raise ValueError(f"depth must be at most the number of weights, {len(found)}, got {config.depth}")
-        empty = empty_weights(config)
-    except ValueError as error:
-        raise UserError(f"{path}: its configuration is of another network: {error}") from error
     expected: dict[str, Tensor] = {}
     for kind in ("model.", "ema."):
-        if any(name.startswith(kind) for name in found):
-            v_head = any(name.startswith(f"{kind}v_blocks.") for name in found)
-            absent = () if v_head else "v_blocks."
-            expected |= {f"{kind}{name}": x for name, x in empty.items() if not name.startswith(absent)}
-    _check_same(path, found, expected)
-
-
-def _check_same(path: Path, got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raises UserError, listing the first differences, unless names, shapes and dtypes are the expected."""
-    have, wanted = ({name: _form(tensor) for name, tensor in tensors.items()} for tensors in (got, expected))
-    names = [*wanted, *(have.keys() - wanted.keys())]
-    lines = [
-        f"  {name}: checkpoint {have.get(name, 'has none')}, network {wanted.get(name, 'has none')}"
-        for name in names
-        if wanted.get(name) != have.get(name)
-    ]
-    if lines:
-        lines[5:] = [f"  and {len(lines) - 5} more"] if len(lines) > 5 else []
-        raise UserError("\n".join([f"{path}: a checkpoint of another network, or not whole:", *lines]))
-
-
-def _form(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        if state := {name.removeprefix(kind): x for name, x in found.items() if name.startswith(kind)}:
+            weights = expected_weights(path, build, config, state)
+            expected |= {f"{kind}{name}": x for name, x in weights.items()}
+    check_same(path, found, expected)
 
 
 def _advice(path: Path) -> str:

@@ -16,8 +16,8 @@ from imf.objective.draws import MAX_LOG_POWER, Guidance
 from imf.program import MOST_THREADS
 
 # 8 x 8 images in patches of 2 x 2: 16 patch tokens, and 10 condition tokens, half as many as the paper's.
-# Residual branches need not grow from zero, and rows of large error count in full (norm_p = 0): so samples of a
-# class come to vary nearly as the data do in a thousand steps. See docs/ablations.md.
+# Residual branches need not grow from zero, and rows of large error count in full (norm_p = 0): so in a thousand
+# steps samples of a class come to vary nearly as the data do. See docs/ablations.md.
 DIGITS_NETWORK = IMFConfig(
     input_size=8,
     patch_size=2,

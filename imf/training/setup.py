@@ -22,6 +22,7 @@ from imf.io import write_json
 from imf.mean_flow.methods import guidance_of
 from imf.mean_flow.objective import Objective, objective
 from imf.model.imf import IMF
+from imf.model.pretrained import PRECISIONS, empty_weights
 from imf.networks import build
 from imf.objective.draws import Guidance
 from imf.program import StopSignals, UserError
@@ -99,7 +100,7 @@ def initial_state(config: TrainConfig, precision: str, context: DistributedConte
     same in every process."""
     torch.manual_seed(random.key(config.seed, "weights"))
     model = build(config.network)
-    model.compute_dtype = checkpoint.DTYPES[precision]
+    model.compute_dtype = PRECISIONS[precision]
     if not (context.grouped and config.sharding == "fsdp"):  # which moves block by block, and only its part
         model.to(context.device)
     ema = copy.deepcopy(model).requires_grad_(False)
@@ -150,14 +151,13 @@ def begin(config: TrainConfig, context: DistributedContext | None = None) -> Run
         config, dataset = _open_data(config)
         _check_processes(config, context)
         try:
-            checkpoint.empty_weights(config.network)
+            empty_weights(build, config.network)
         except ValueError as error:
             raise UserError(str(error)) from error
     state = initial_state(config, precision, context)
     with context.together(), _named("--init-from"):
         if config.init_from:
-            source = checkpoint.find(Path(config.init_from))
-            checkpoint.load_weights(source, model=state.model, ema=state.ema)
+            checkpoint.load_weights(Path(config.init_from), model=state.model, ema=state.ema)
     with context.together():
         folder = create_folder(config) if context.first else None
     run = Run(context.broadcast(folder), config, precision, dataset, state, context)

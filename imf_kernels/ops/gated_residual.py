@@ -59,7 +59,8 @@ def _check(
         raise ValueError("gated_residual: x must have at least one dimension, got a scalar")
     check.has_shape("gated_residual", "branch", branch, x.shape, " like x")
     wanted = [x.shape[-1:]] if x.dim() == 1 else [x.shape[-1:], (x.shape[0], x.shape[-1])]
-    if gate.shape not in wanted:
+    # Of one length each: comparing tuples of two would bind an exported graph to batches other than d.
+    if not any(gate.dim() == len(shape) and gate.shape == shape for shape in wanted):
         shapes = " or, a row per sample, ".join(str(list(shape)) for shape in wanted)
         raise ValueError(
             f"gated_residual: gate must be {shapes}, one gate per channel of x of shape {list(x.shape)}; "

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import imf
 from imf import evaluate, sample, sampling
 from imf.program import UserError
 from imf.training.config import DIGITS_NETWORK
@@ -42,7 +43,7 @@ def test_against_a_loop_by_hand(steps):
         factor = (t - r) + torch.tensor(2.5).double().log() + 0.3 * 0.4 - 0.2 * 0.6 + 0.1 * LABELS.double()
         z = z - (t - r) * 0.5 * z * factor[:, None, None, None]
         t = r
-    got = sampling.generate(model, NOISE, LABELS, steps=steps, omega=2.5, t_min=0.4, t_max=0.6)
+    got = imf.generate(model, NOISE, LABELS, steps=steps, omega=2.5, t_min=0.4, t_max=0.6)
     torch.testing.assert_close(got.double(), z, rtol=1e-5, atol=1e-5)
     assert not got.requires_grad and got.dtype == torch.float32 and len(model.calls) == steps
     for scalars in model.calls:
@@ -51,7 +52,7 @@ def test_against_a_loop_by_hand(steps):
 
 def test_the_noise_is_left_alone():
     kept = NOISE.clone()
-    sampling.generate(Velocity(), NOISE, LABELS, steps=2)
+    imf.generate(Velocity(), NOISE, LABELS, steps=2)
     assert torch.equal(NOISE, kept)
 
 
@@ -67,7 +68,7 @@ def test_the_noise_is_left_alone():
 )
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        sampling.generate(Velocity(), **{"noise": NOISE, "y": LABELS, **arguments})
+        imf.generate(Velocity(), **{"noise": NOISE, "y": LABELS, **arguments})
 
 
 def test_grid_pixel_by_pixel():

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from imf import sample, sampling, train
+import imf
+from imf import sample, train
 from imf.mean_flow.methods import METHODS, network_of
 from imf.objective.draws import Draws
 from imf.training import config as configuration
@@ -46,7 +47,7 @@ def test_every_method_trains_and_samples_on_the_digits(method):
     noise, labels = torch.randn(4, 1, 8, 8), torch.arange(4)
     omega, t_min, t_max = c.sampling
     guidance = {"omega": omega, "t_min": t_min, "t_max": t_max}
-    assert sampling.generate(state.ema, noise, labels, steps=2, **guidance).isfinite().all()
+    assert imf.generate(state.ema, noise, labels, steps=2, **guidance).isfinite().all()
 
 
 def test_methods_of_one_seed_share_times_noise_and_dropped_labels():

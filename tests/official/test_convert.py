@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from imf import convert, evaluate, sample, sampling
+import imf
+from imf import convert, evaluate, sample
 from imf.model.config import PRESETS
 from imf.official.names import from_flax, to_official
 from imf.program import UserError
-from imf.training.checkpoint import load
+from imf.training.checkpoint import load, read_metadata
 from imf.training.recipes import PRESETS as SETTINGS
 from tests.helpers import golden_imf
 from tests.helpers.tiny_evaluation import Means, autoencoder, script
@@ -57,8 +58,8 @@ def test_pytorch_checkpoints_in_and_out(tmp_path, capsys, suffix):
     torch.save(SAMPLING, source) if suffix == ".pth" else save_file(SAMPLING, source)
     assert run(source, ours, "--input-size", CONFIG.input_size) == 0
     assert "for sampling: without the v-head" in capsys.readouterr().out
-    network, metadata = load(ours)
-    assert network.config == CONFIG and metadata.step == 0
+    network = load(ours)
+    assert network.config == CONFIG and read_metadata(ours).step == 0
     assert all(torch.equal(x, OURS[name]) for name, x in network.state_dict().items())
 
     assert run(ours, back, "--to", "official") == 0
@@ -67,7 +68,7 @@ def test_pytorch_checkpoints_in_and_out(tmp_path, capsys, suffix):
     assert all(torch.equal(found[name], x) for name, x in SAMPLING.items())
 
     z, y = torch.randn(2, 4, 8, 8), torch.tensor([0, 3])
-    assert sampling.generate(network, z, y).shape == z.shape
+    assert imf.generate(network, z, y).shape == z.shape
     with pytest.raises(UserError, match="the v-head was asked of a network whose weights are for sampling"):
         network(z, *torch.ones(5, 2), y, heads="v")
     with pytest.raises(UserError, match="there are no 'model' weights in it"):
@@ -116,8 +117,8 @@ def test_jax_checkpoints(tmp_path, capsys, write):
     assert run(folder, ours, "--input-size", 8) == 0
     assert "(ema and model), step 11" in capsys.readouterr().out
     for kind, factor in (("model", 1), ("ema", 2)):
-        network, metadata = load(ours, kind)
-        assert metadata.step == 11
+        network = load(ours, kind)
+        assert read_metadata(ours).step == 11
         assert all(torch.equal(x, OURS[name] * factor) for name, x in network.state_dict().items())
 
     with zipfile.ZipFile(tmp_path / "iMF.zip", "w") as archive:
@@ -140,9 +141,9 @@ def test_mean_flow_checkpoints(tmp_path, capsys):
     assert run(source, ours, "--input-size", 8) == 1
     assert "--num-heads) of an MF network of width 64 is not known" in capsys.readouterr().err
     assert run(source, ours, "--input-size", 8, "--num-heads", 1) == 0
-    network, metadata = load(ours)
+    network, metadata = load(ours), read_metadata(ours)
     assert network.config.block == "plain" and metadata.config.method == "mf"
-    assert sampling.generate(network, torch.randn(2, 4, 8, 8), torch.tensor([0, 3])).shape == (2, 4, 8, 8)
+    assert imf.generate(network, torch.randn(2, 4, 8, 8), torch.tensor([0, 3])).shape == (2, 4, 8, 8)
     assert run(ours, tmp_path / "back.pth", "--to", "official") == 1
     assert "has iMF's own networks alone" in capsys.readouterr().err
 
@@ -234,7 +235,7 @@ def test_weights_that_share_memory(tmp_path):
     tied["net.omega_tokens"] = tied["net.class_tokens"][2:6]
     torch.save(tied, tmp_path / "in.pth")
     assert run(tmp_path / "in.pth", tmp_path / "out.safetensors", "--input-size", CONFIG.input_size) == 0
-    network, _ = load(tmp_path / "out.safetensors")
+    network = load(tmp_path / "out.safetensors")
     assert torch.equal(network.t_max_tokens, OURS["t_min_tokens"])
     assert torch.equal(network.omega_tokens, OURS["class_tokens"][2:6])
 

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from imf import io as files
+from imf.model.pretrained import Sampling
 from imf.program import UserError
 from imf.training import checkpoint, loop
 from tests.helpers.tiny_run import ALONE, NETWORK, config, differing, state_and_data, tensors
@@ -95,10 +96,11 @@ def test_restored_tensors_do_not_lie_in_the_file(trained, path):
 @pytest.mark.parametrize("weights", ["ema", "model"])
 def test_load_network(trained, path, weights):
     write(path, trained)
-    network, got = checkpoint.load(path, weights)
+    network = checkpoint.load(path, weights)
     wanted = getattr(trained, weights).state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in network.state_dict().items())
-    assert got.step == 3 and network.compute_dtype == torch.bfloat16
+    assert network.compute_dtype == torch.bfloat16
+    assert network.sampling == Sampling(*config().sampling) and checkpoint.read_metadata(path).step == 3
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 

@@ -150,7 +150,8 @@ def test_a_single_class_and_many_are_drawn(classes, rows, tmp_path, monkeypatch)
         return Image.new("L", (1, 1))
 
     monkeypatch.setattr(artifacts, "class_grid", grid)
-    run.dataset = data.LabelledImages(torch.zeros(40, 1, 8, 8), torch.arange(40) % classes, [str(i) for i in range(classes)])
+    images, names = torch.zeros(40, 1, 8, 8), [str(label) for label in range(classes)]
+    run.dataset = data.LabelledImages(images, torch.arange(40) % classes, names)
     artifacts.draw(run, tmp_path / "grid.png")
     assert len(seen) == rows and seen == sorted(seen) and max(seen) < classes
     assert (tmp_path / "grid.png").exists() and len(set(seen)) == min(classes, rows)

@@ -151,7 +151,7 @@ def test_training_stops_there_and_keeps_the_last_good_checkpoint(term, tmp_path,
     last = checkpoint.path_of(tmp_path / "digits", 4)
     assert f"stopped at step 5: {term} is" in error and f"Last good checkpoint: {last}" in error
     assert checkpoint.list_all(tmp_path / "digits")[-1] == last
-    network, _ = checkpoint.load(last)
+    network = checkpoint.load(last)
     assert all(parameter.isfinite().all() for parameter in network.parameters())
     lines = (tmp_path / "digits" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
