@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         "--preset",
         choices=tuple(PRESETS),
         default=argparse.SUPPRESS,
-        help="settings to start from; the defaults below are of the one that is given (default: digits)",
+        help="settings to start from, whose defaults are below (default: digits; small with other --data)",
     )
     add_arguments(parser, preset)
     arguments = parser.parse_args(argv)

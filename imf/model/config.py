@@ -174,6 +174,16 @@ PRESETS = {
 }
 
 
+def patch_size_for(input_size: int, max_patches: int) -> int:
+    """Returns the smallest patch size that divides the images and gives at most `max_patches`."""
+    return next(p for p in divisors(input_size) if (input_size // p) ** 2 <= max_patches)
+
+
+def divisors(size: int) -> list[int]:
+    """Returns the divisors of a size, ascending."""
+    return [p for p in range(1, size + 1) if size % p == 0]
+
+
 def config_of(model: Any) -> Any:
     """The configuration of a network, also of one that a wrapper (DDP, torch.compile) holds.
 

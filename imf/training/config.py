@@ -16,7 +16,7 @@ from imf.objective.draws import MAX_LOG_POWER, Guidance
 from imf.program import MOST_THREADS
 
 # 8 x 8 images in patches of 2 x 2: 16 patch tokens, and 10 condition tokens, half as many as the paper's.
-# Residual branches need not grow from zero, and rows of large error count in full (norm_p = 0): so in a thousand
+# Residual branches need not grow from zero, and rows of large error count in full (norm_p = 0): so in 1,000
 # steps samples of a class come to vary nearly as the data do. See docs/ablations.md.
 DIGITS_NETWORK = IMFConfig(
     input_size=8,
@@ -139,6 +139,9 @@ class TrainConfig:
     device: str = _option("auto", "auto, cpu, cuda or cuda:<index>; auto: cuda where there is one")
     sharding: str = _option(
         "ddp", "under torchrun; ddp: a copy of all in each process, fsdp: a part", choices=("ddp", "fsdp")
+    )
+    max_patches: int = _option(
+        0, "where above 0: patches are as small as cuts images into at most so many", AT_LEAST_0
     )
     compile: bool = _option(False, "compile the blocks of the network by torch.compile")
     checkpointing: bool = _option(False, "keep no activations inside blocks: backward recomputes them")
@@ -306,10 +309,15 @@ def add_arguments(parser: argparse.ArgumentParser, defaults: TrainConfig | None 
 def with_arguments(config: TrainConfig, arguments: argparse.Namespace) -> TrainConfig:
     """Returns `config` with the arguments that were given; ValueError, naming it, if one is out of range."""
     given, values = vars(arguments), to_dict(config)
+    if "patch_size" in given:
+        values["max_patches"] = 0
     values.update({name: given[name] for name in values if name in given})
     if values["method"] != config.method:
         values["network"] = asdict(network_of(values["method"], config.network))
-    values["network"].update({name: given[name] for name in values["network"] if name in given})
+    network = values["network"]
+    network.update({name: given[name] for name in network if name in given})
+    if network["patch_size"] > 0 and network["input_size"] % network["patch_size"]:
+        network["input_size"] = network["patch_size"]  # the data decide it, and whether the patches divide it
     return from_dict(values)
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from imf.evaluation.scores import EXTRACTORS, Judge
 from imf.io import write_json
 from imf.mean_flow.methods import guidance_of
 from imf.mean_flow.objective import Objective, objective
+from imf.model.config import divisors, patch_size_for
 from imf.model.imf import IMF
 from imf.model.pretrained import PRECISIONS, empty_weights
 from imf.networks import build
@@ -309,10 +311,17 @@ def _open_data(config: TrainConfig) -> tuple[TrainConfig, data.DataSet]:
             f"--sample-every must be 0 for latents, which python -m imf.sample decodes, "
             f"got {config.sample_every}"
         )
-    with _named(f"--data {config.data}", ValueError):  # patches that do not divide the input
-        network = replace(
-            config.network, in_channels=channels, input_size=size, num_classes=found.num_classes
+    patch = config.network.patch_size
+    if config.max_patches:
+        patch = patch_size_for(size, config.max_patches)
+    elif size % patch:
+        raise UserError(
+            f"--patch-size must divide the {size} pixels of an image in {config.data}: one of "
+            f"{', '.join(map(str, divisors(size)))}, got {patch}"
         )
+    sizes: dict[str, Any] = {"patch_size": patch, "in_channels": channels, "input_size": size}
+    with _named(f"--data {config.data}", ValueError):
+        network = replace(config.network, num_classes=found.num_classes, **sizes)
         return replace(config, network=network), found
 
 

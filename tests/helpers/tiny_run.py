@@ -26,6 +26,11 @@ NETWORK = IMFConfig(
     aux_head_depth=1,
     mlp_ratio=2.0,
     num_classes=10,
+    class_tokens=4,
+    omega_tokens=2,
+    interval_tokens=1,
+    time_tokens=2,
+    residual_scale=1.0,
 )
 FAST = {
     "steps": 6,

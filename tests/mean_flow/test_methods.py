@@ -107,10 +107,12 @@ def test_methods_and_networks_that_do_not_fit_are_refused(change, message):
 
 
 def test_presets_are_the_published_settings():
-    rows = {name: PRESETS[name] for name in PRESETS if name != "digits"}
+    rows = {name: PRESETS[name] for name in PRESETS if name not in ("digits", "small")}
     for name, p in rows.items():
         assert p.method == ("mf" if name.startswith("MF") else "imf")
         assert (p.lr, p.beta1, p.beta2, p.eps, p.weight_decay) == (1e-4, 0.9, 0.95, 1e-8, 0)
+        assert (p.norm_p, p.norm_eps, p.r0_fraction, p.network.residual_scale) == (1.0, 0.01, 0.0, 0.0)
+        assert [*p.network.condition_tokens.values()] == [8, 4, 2, 2, 4]
         assert (p.ema_decay, configuration.ema_decay(p, 0)) == (0.9999, 0.9999)
         assert (p.time_mean, p.time_std, p.drop_probability, p.omega_exponent) == (-0.4, 1.0, 0.1, 1.0)
         assert configuration.learning_rate(p, p.steps - 1) == p.lr
@@ -144,6 +146,8 @@ def test_presets_are_defaults_that_every_argument_overrides(capsys):
     for shown in ("--method", "(default: mf)", "(default: 1200960)", "(default: 1152)", "(default: 0.92)"):
         assert shown in text, shown
     assert preset_of(["--steps", "3"]) == preset_of(["--preset"]) == PRESETS["digits"]
+    assert preset_of(["--data", "digits"]) == PRESETS["digits"]
+    assert preset_of(["--data=somewhere"]) == preset_of(["--preset", "small"]) == PRESETS["small"]
     assert preset_of(["--depth=1", "--preset=iMF-M/2"]) == PRESETS["iMF-M/2"]
     with pytest.raises(SystemExit):
         train.main(["--preset", "iMF-S/2"])

@@ -8,7 +8,7 @@ import torch
 
 import imf_kernels as ik
 from benchmarks.baselines import plain_imf
-from imf.model.config import PRESETS, IMFConfig
+from imf.model.config import PRESETS, IMFConfig, patch_size_for
 from imf.networks import build
 from imf.official.names import from_official
 from imf_kernels import Dual
@@ -45,6 +45,13 @@ def test_official_weights_fit(preset):
     with torch.device("meta"):
         expected = build(preset).state_dict()
     assert {n: x.shape for n, x in converted.items()} == {n: x.shape for n, x in expected.items()}
+
+
+@pytest.mark.parametrize(
+    ("size", "patch"), [(8, 1), (16, 2), (28, 4), (32, 4), (48, 6), (64, 8), (37, 37), (1, 1)]
+)
+def test_patches_are_as_small_as_their_number_allows(size, patch):
+    assert patch_size_for(size, 64) == patch and size % patch == 0 and (size // patch) ** 2 <= 64
 
 
 def test_initial_weights():

@@ -98,6 +98,33 @@ def test_the_data_decide_the_sizes_of_the_network(packed, tmp_path, capsys):
     assert "1,800 samples of the averaged network" in capsys.readouterr().out
 
 
+def test_the_data_decide_the_patches_where_their_number_is_given(packed, tmp_path, capsys):
+    given = [
+        "--runs",
+        str(tmp_path),
+        "--data",
+        str(packed),
+        "--steps",
+        "1",
+        "--batch-size",
+        "2",
+        "--figures",
+        "0",
+    ]
+    small = ["--depth", "1", "--aux-head-depth", "1", "--hidden-size", "8", "--sample-every", "0"]
+    for name, more in (("four", ["--max-patches", "4"]), ("small", []), ("two", ["--patch-size", "2"])):
+        assert train.main([*given, *small, *more, "--name", name]) == 0
+    found = [
+        json.loads((tmp_path / n / "config.json").read_text())["config"] for n in ("four", "small", "two")
+    ]
+    assert [c["network"]["patch_size"] for c in found] == [4, 1, 2]
+    assert [c["max_patches"] for c in found] == [4, 64, 0]
+    capsys.readouterr()
+    assert train.main([*given, *small, "--patch-size", "3"]) == 1
+    assert "--patch-size must divide the 8 pixels of an image in" in (error := capsys.readouterr().err)
+    assert "one of 1, 2, 4, 8, got 3" in error
+
+
 def test_data_that_cannot_be_had_are_named(tmp_path, capsys):
     assert train.main(arguments(runs=tmp_path / "runs", data=tmp_path / "none")) == 1
     error = capsys.readouterr().err
