@@ -65,8 +65,8 @@ def _original(name: str, omega: float, kappa: float, t_max: float) -> TrainConfi
 _SMALL = TrainConfig(
     network=replace(DIGITS_NETWORK, hidden_size=128, depth=6, aux_head_depth=5),
     max_patches=64,
-    steps=3000,
-    lr=2e-3,
+    steps=2000,
+    lr=3e-3,
     warmup_steps=100,
     ema_decay=0.995,
     sample_every=250,
@@ -88,7 +88,7 @@ PRESETS = {
 
 
 def preset_of(argv: Sequence[str]) -> TrainConfig:
-    """Returns the preset that `--preset` names; without one "digits" for the digits, "small" for other data."""
+    """Returns the preset that `--preset` names; by default "digits" for the digits, "small" for others."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset")
     parser.add_argument("--data", default="digits")
