@@ -490,9 +490,13 @@ def attention_backward_kv(
     q, k, v, dout, dk, dv, mask, lse, sums,
     strides, mask_strides, kv_heads, group, queries, keys, scale,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, PIECES: tl.constexpr, VALUE_PIECES: tl.constexpr,
-    ALIGN: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Computes dk and dv, unless None, of a tile of keys over the queries of all heads that share them."""
+    """Computes dk and dv, unless None, of a tile of keys over the queries of all heads that share them.
+
+    SPLIT: full tiles of queries have a loop of their own, without bounds to check.
+    """
     tile, b, kv_h = _program(tl.cdiv(keys, BLOCK_N), kv_heads, False)
     first = tile * BLOCK_N
     columns = first + tl.arange(0, BLOCK_N)
@@ -503,18 +507,21 @@ def attention_backward_kv(
     dk_sums = () if dk is None else _zeros(BLOCK_N, PIECES)
     dv_sums = () if dv is None else _zeros(BLOCK_N, VALUE_PIECES)
     state = (dk_sums, dv_sums)
-    begin, whole = first // BLOCK_M * BLOCK_M if CAUSAL else 0, queries // BLOCK_M * BLOCK_M
+    begin = first // BLOCK_M * BLOCK_M if CAUSAL else 0
     for i in range(group):
         h = kv_h * group + i
         q_head, dout_head = _head(q, strides, 0, b, h, ALIGN), _head(dout, strides, 3, b, h, ALIGN)
         of_head = (b * kv_heads * group + h) * queries
-        for start in range(begin, whole, BLOCK_M):
-            state = _backward_kv_tile(
-                state, start, q_head, dout_head, k_tile, v_tile, masking, b, h, columns, lse + of_head,
-                sums + 2 * of_head, queries, keys, scale, WIDTH, VALUE_WIDTH, PIECES, VALUE_PIECES, ALIGN,
-                CAUSAL, BLOCK_M, False,
-            )  # fmt: skip
-        for start in range(tl.maximum(begin, whole), queries, BLOCK_M):
+        whole = begin
+        if SPLIT:
+            whole = queries // BLOCK_M * BLOCK_M
+            for start in range(begin, whole, BLOCK_M):
+                state = _backward_kv_tile(
+                    state, start, q_head, dout_head, k_tile, v_tile, masking, b, h, columns, lse + of_head,
+                    sums + 2 * of_head, queries, keys, scale, WIDTH, VALUE_WIDTH, PIECES, VALUE_PIECES, ALIGN,
+                    CAUSAL, BLOCK_M, False,
+                )  # fmt: skip
+        for start in range(whole, queries, BLOCK_M):
             state = _backward_kv_tile(
                 state, start, q_head, dout_head, k_tile, v_tile, masking, b, h, columns, lse + of_head,
                 sums + 2 * of_head, queries, keys, scale, WIDTH, VALUE_WIDTH, PIECES, VALUE_PIECES, ALIGN,
@@ -553,6 +560,8 @@ def launcher_of(
     wide = 16 // dtype.itemsize
     align = wide if all(step % wide == 0 for s in strides if s for step in s[:3]) else 1
     in_units = tuple(step // align for s in strides for step in (s or (0, 0, 0))[:3])
+    # Two loops inside one over heads, or from a diagonal on, spill registers.
+    split = {"SPLIT": group == 1 and not is_causal} if kernel == "backward kv" else {}
     launcher = Launcher(
         *(_KERNELS[kernel], in_units, mask_strides, heads, group, queries, keys),
         WIDTH=width,
@@ -562,6 +571,7 @@ def launcher_of(
         ALIGN=align,
         CAUSAL=is_causal,
         **tiles,
+        **split,
     )
     if kernel == "backward kv":
         return launcher, -(-keys // tiles["BLOCK_N"])
