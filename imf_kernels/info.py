@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from imf_kernels import _C
-from imf_kernels.backends import cpu, cuda, matmul, triton_launch, verified
+from imf_kernels.backends import cpu, cuda, flash, matmul, triton_launch, verified
 from imf_kernels.backends.dispatch import Backend
 from imf_kernels.backends.operators import OPERATIONS, Operation
 
@@ -27,6 +27,7 @@ def report() -> str:
         f"large fp32 products {matmul.library()}",
         f"Triton kernels      {triton_status()}",
         f"CUDA kernels        {cuda_status()}",
+        f"flash-attn          {flash_status()}",
         *(f"{'verified, ' + device:<20}{verified.status(device)}" for device in verified.devices()),
         "",
         "operation                     backends, the default first",
@@ -76,6 +77,13 @@ def cuda_status() -> str:
     built = "attention, built for compute capability 9.0"
     reason = cuda.missing()
     return f"{built}; cannot run: {reason}" if reason else built
+
+
+def flash_status() -> str:
+    """Returns flash-attn's version, or why it cannot run."""
+    if reason := flash.missing():
+        return f"cannot run: {reason}"
+    return f"{importlib.import_module('flash_attn').__version__}, on request"
 
 
 if __name__ == "__main__":

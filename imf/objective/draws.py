@@ -171,7 +171,7 @@ class StepDraws:
         alpha, kappa: [B], weights of the target v_g = v_t + α (v_t − v_u) + κ (v_c − v_u); 0 on dropped rows.
         omega: [B], ω' : ω inside the guidance interval, 1 outside.
         c_rows: [B − n_fm] in int64, the rows after the FM rows.
-        u_rows: [G] in int64, the rows whose target contains v_u, some of them repeated.
+        u_rows: [G] in int64, ascending, the rows whose target contains v_u, the last one repeated.
     """
 
     draws: Draws

@@ -154,7 +154,9 @@ def instantaneous_velocities(
         labels = torch.cat([y[c_rows], torch.full_like(y[u_rows], config_of(model).num_classes)])
         zero, one = torch.zeros_like(omega), torch.ones_like(omega)
         v = model(z[rows], step.draws.t[rows], zero, omega, zero, one, labels, heads=head)
-        v_c[c_rows], v_u[u_rows] = v[: len(c_rows)], v[len(c_rows) :]
+        # Of a row that is computed several times the first counts: products may round equal rows differently.
+        first = torch.searchsorted(u_rows, u_rows)
+        v_c[c_rows], v_u[u_rows] = v[: len(c_rows)], v[len(c_rows) :][first]
     return v_c, v_u
 
 

@@ -134,7 +134,7 @@ class TrainConfig:
     backend: str = _option(
         "auto",
         "kernels; auto: the first that can run",
-        choices=("auto", "reference", "cpu", "triton", "cuda"),
+        choices=("auto", "reference", "cpu", "triton", "cuda", "flash"),
     )
     device: str = _option("auto", "auto, cpu, cuda or cuda:<index>; auto: cuda where there is one")
     sharding: str = _option(

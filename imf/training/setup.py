@@ -342,7 +342,7 @@ def _check_processes(config: TrainConfig, context: DistributedContext) -> None:
         raise UserError("--sharding fsdp needs processes: start with torchrun, also a single one")
     gpu = context.device.type == "cuda"
     interpreted = config.backend == "triton" and triton_launch.interpreted()
-    if (config.backend in ("triton", "cuda") and not (gpu or interpreted)) or (
+    if (config.backend in ("triton", "cuda", "flash") and not (gpu or interpreted)) or (
         config.backend == "cpu" and gpu
     ):
         raise UserError(f"--backend {config.backend} cannot run on --device {context.device.type}")

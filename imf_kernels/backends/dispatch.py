@@ -18,7 +18,8 @@ Asked = TypeVar("Asked", contravariant=True)
 Parameters = ParamSpec("Parameters")
 Question = TypeVar("Question", bound=Callable[..., Any])
 
-NAMES = ("reference", "cpu", "triton", "cuda")
+FLASH = "flash"  # attention's, of calls without a tangent; for all others the name means the default
+NAMES = ("reference", "cpu", "triton", "cuda", FLASH)
 
 
 def always(asked: object) -> str | None:
@@ -26,17 +27,24 @@ def always(asked: object) -> str | None:
     return None
 
 
+def every(asked: object) -> bool:
+    """Returns `True`, for backends whose name means them in every call."""
+    return True
+
+
 @dataclass(frozen=True)
 class Backend(Generic[Asked]):
     """One implementation of an operation.
 
     Attributes:
-        name: "reference", "cpu", "triton" or "cuda".
+        name: "reference", "cpu", "triton", "cuda" or "flash".
         kernels: an object with the functions `forward`, `backward` and `shares`; `None` for plain PyTorch.
         unavailable: why it cannot run on these tensors; `None` where it can.
         opt_in: why it runs on these tensors only if named; `None` where it may be the default.
         aliases: names of backends that have no kernels for this operation and mean this one, so that one name
             serves all operations of a network.
+        function: what runs in place of the reference, with its arguments and an autograd of its own.
+        concerns: whether its name means it in such a call; if not, the name means the default.
     """
 
     name: str
@@ -44,6 +52,8 @@ class Backend(Generic[Asked]):
     unavailable: Callable[[Asked], str | None] = always
     opt_in: Callable[[Asked], str | None] = always
     aliases: tuple[str, ...] = ()
+    function: Callable[..., Any] | None = None
+    concerns: Callable[[Asked], bool] = every
 
 
 def choose(
@@ -55,6 +65,8 @@ def choose(
         ValueError: no backend of that name.
         RuntimeError: the wanted backend cannot run, with the reason.
     """
+    if wanted == FLASH and not any(b.name == FLASH and b.concerns(asked) for b in backends):
+        wanted = None
     if wanted is not None:
         for backend in backends:
             if backend.name == wanted or wanted in backend.aliases:
@@ -108,8 +120,9 @@ def use_backend(name: str | None) -> Iterator[None]:
     recomputes there too; `torch.utils.checkpoint` recomputes on the backend that its backward finds set.
 
     Args:
-        name: "reference", "cpu", "triton" or "cuda", which means "triton" in all operations but attention;
-            `None` for the first that can run.
+        name: "reference", "cpu", "triton"; "cuda", which means "triton" in all operations but attention;
+            "flash", which means flash-attn in attention without a tangent and elsewhere the default; `None`
+            for the first that can run.
 
     Raises:
         ValueError: for another name.

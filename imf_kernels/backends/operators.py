@@ -96,7 +96,7 @@ class Operation(Generic[Asked]):
     ) -> None:
         self.name, self.kind, self.public = name, kind, public or name
         self.reference, self._check = reference, check
-        plain = {} if reference_unavailable is None else {"unavailable": reference_unavailable}
+        plain: Any = {} if reference_unavailable is None else {"unavailable": reference_unavailable}
         self.backends = (
             *(replace(b, opt_in=partial(verified.on_request, self.public, b.name)) for b in backends),
             Backend[Asked]("reference", aliases=reference_aliases, **plain),
@@ -168,7 +168,7 @@ class Operation(Generic[Asked]):
     def _decided(self, wanted: str | None, arguments: tuple[Any, ...]) -> Callable[..., Result]:
         backend = self.backend_for(wanted, *arguments)
         if backend.kernels is None:
-            run = self.reference
+            run = backend.function or self.reference
         elif reason := next(
             filter(None, (without_memory(x) for x in arguments if isinstance(x, Tensor))), None
         ):

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from imf_kernels import _C
-from imf_kernels.backends import cpu, cuda, triton_launch
-from imf_kernels.backends.dispatch import Backend, in_graph
+from imf_kernels.backends import cpu, cuda, flash, triton_launch
+from imf_kernels.backends.dispatch import FLASH, Backend, in_graph
 from imf_kernels.backends.layout import in_order_of, last_contiguous, unfit
 from imf_kernels.backends.operators import Operation
 from imf_kernels.dual import Dual, NoTangent, last_rows, no_gradient, primal, stored
@@ -78,6 +78,9 @@ class _Asked(NamedTuple):
     k: Tensor
     v: Tensor
     masked: bool
+    is_causal: bool
+    moving: bool  # any of the three carries a tangent
+    scale: float
 
 
 def _check_heads(q: Tensor, k: Tensor) -> None:
@@ -120,7 +123,8 @@ def _check(
     check.number(NAME, -math.inf, scale=scale)
     if mask is not None:
         _check_mask(mask, is_causal, q)
-    return _Asked(q, k, v, is_causal or mask is not None)
+    moving = stored(q_dot, k_dot, v_dot) is not None
+    return _Asked(q, k, v, mask is not None, is_causal, moving, scale)
 
 
 def _expanded(attn_mask: Any, q: Tensor, k: Tensor) -> Any:
@@ -184,7 +188,7 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _cpu_unavailable(asked: _Asked) -> str | None:
-    if asked.masked:
+    if asked.masked or asked.is_causal:
         return "it has no masks and no is_causal"
     if reason := cpu.unavailable(asked[:3]):
         return reason
@@ -245,7 +249,7 @@ def _cuda_layout(x: Tensor) -> str | None:
 
 
 def _cuda_unavailable(asked: _Asked) -> str | None:
-    if asked.masked:
+    if asked.masked or asked.is_causal:
         return "it has no masks and no is_causal"
     if reason := unfit(asked[:3], "cuda", (torch.bfloat16,)):
         return reason
@@ -263,6 +267,23 @@ def _cuda_unavailable(asked: _Asked) -> str | None:
     return f"its backward is Triton's: {reason}" if reason else None
 
 
+def _flash(
+    q: Tensor, q_dot: None, k: Tensor, k_dot: None, v: Tensor, v_dot: None, mask: None, is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, None]:  # fmt: skip
+    return flash.attention(q, k, v, is_causal, scale), None
+
+
+def _flash_unavailable(asked: _Asked) -> str | None:
+    if asked.masked:
+        return "it has no attn_mask"
+    return flash.unavailable(asked.q, asked.k, asked.v, asked.is_causal, asked.scale)
+
+
+def _flash_concerns(asked: _Asked) -> bool:
+    return not asked.moving
+
+
 _OPERATION = Operation(
     NAME,
     _reference,
@@ -271,6 +292,7 @@ _OPERATION = Operation(
         Backend("cpu", cpu.kernels("attention"), _cpu_unavailable),
         Backend("cuda", _CUDA(), _cuda_unavailable),
         Backend("triton", _TRITON, _triton_unavailable),
+        Backend(FLASH, function=_flash, unavailable=_flash_unavailable, concerns=_flash_concerns),
     ),
     _forward,
     _backward,
@@ -324,7 +346,9 @@ def scaled_dot_product_attention(
         enable_gqa: allows fewer heads of key and value, each shared by as many neighbouring heads of the
             query. Not for `cpu`.
         backend: "cpu", "cuda" (on compute capability 9.0; the default where a record shows it faster),
-            "triton", "reference", or the best one that can run.
+            "triton", "reference", "flash" (flash-attn, for bfloat16 and float16 on NVIDIA's GPUs, without
+            a tangent and `attn_mask`; named by `use_backend`, calls with a tangent run on the default), or
+            the best one that can run.
 
     Returns:
         [B, H, L_q, D_v] of the query's dtype; a `Dual` if any of the three is one. Kernels return it in the
@@ -336,6 +360,13 @@ def scaled_dot_product_attention(
         RuntimeError: when an explicit `backend` cannot run.
     """
     q, k = primal(query), primal(key)
+    if backend == FLASH and any(
+        isinstance(x, Dual) and x.tangent_rows is not None for x in (query, key, value)
+    ):
+        raise RuntimeError(
+            f"{NAME}: backend 'flash' cannot run: it has no tangents, and the query, key or value has "
+            "one; inside imf_kernels.use_backend('flash') such calls run on the default backend"
+        )
     if dropout_p != 0.0:
         raise NotImplementedError(f"{NAME}: dropout_p is not supported yet")
     if not enable_gqa:

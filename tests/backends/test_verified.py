@@ -216,12 +216,12 @@ def test_info_shows_the_records(cache, monkeypatch, gpu):
     text = info.report()
     assert f"verified, cpu       1 operations checked, silu (cpu, bfloat16) failed, by {path}" in text
     assert "\nsilu                          cpu (on request in bfloat16), " in text
-    assert f"\n{SDPA}  cpu, cuda (on request), triton, reference" in text
+    assert f"\n{SDPA}  cpu, cuda (on request), triton, flash (on request), reference" in text
     monkeypatch.setattr(verified, "devices", lambda: ["cpu", "cuda:0"])
     monkeypatch.setattr(verified, "committed", lambda: {"sm_90": [SDPA]})
     text = info.report()
     assert "verified, cuda:0    by this repository's record of sm_90" in text
-    assert f"\n{SDPA}  cpu, cuda, triton, reference" in text
+    assert f"\n{SDPA}  cpu, cuda, triton, flash (on request), reference" in text
 
 
 FILES = """

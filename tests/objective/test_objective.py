@@ -11,8 +11,8 @@ from benchmarks.baselines import plain_imf
 from imf.mean_flow.methods import network_of
 from imf.model.config import IMFConfig
 from imf.networks import build
-from imf.objective.draws import Draws
-from imf.objective.imf_loss import improved_mean_flow
+from imf.objective.draws import Draws, StepDraws, repeated
+from imf.objective.imf_loss import improved_mean_flow, instantaneous_velocities
 from imf.official.names import from_official
 
 CONFIG = IMFConfig(
@@ -120,6 +120,27 @@ def test_less_work_means_fewer_rows():
     assert (guidance, network) == ("v", "uv")
     assert rows == 4 + int((inside & (draws.omega != 1)).sum())
     assert (batch, len(tangent)) == (8, 4)
+
+
+class Numbered(torch.nn.Module):
+    """A network whose output is the number of the row in its batch."""
+
+    config = CONFIG
+
+    def forward(self, z, *conditions, heads):
+        return torch.arange(len(z), dtype=z.dtype)[:, None, None, None].expand_as(z)
+
+
+@pytest.mark.parametrize("repeats", [0, 1, 5])
+def test_of_equal_rows_the_first_one_counts(repeats):
+    """A GPU writes the copies of a row in any order, and its products may round equal rows differently."""
+    x, y = torch.randn(16, 3, 4, 4), torch.zeros(16, dtype=torch.int64)
+    step = StepDraws.of(draws_for("no FM", x), None, x.device)
+    distinct = torch.tensor([2, 5, 9])
+    step = dataclasses.replace(step, u_rows=repeated(distinct, 3 + repeats))
+    _, v_u = instantaneous_velocities(Numbered(), x, y, step, step.c_rows, head="v")
+    assert v_u[:, 0, 0, 0][distinct].tolist() == [16, 17, 18]
+    assert v_u.count_nonzero() == 3 * x[0].numel()
 
 
 def test_gradient_flows_through_the_primal_alone():

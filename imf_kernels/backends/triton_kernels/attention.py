@@ -214,12 +214,26 @@ def _bias(mask, b, h, rows, columns, queries, keys, CAUSAL: tl.constexpr, EDGE: 
 def _logits(s, scale, bias):
     """Returns scale s + bias in units of ln 2; -inf where the bias is, whatever s is.
 
-    The maximum is subtracted afterwards, so that the difference is exactly 0 for the largest logit of a row.
+    The forward subtracts the maximum afterwards, so that the difference is exactly 0 for the largest logit of
+    a row: a single key's value is returned to the bit.
     """
     if len(bias) > 0:
         return tl.where(bias[0] == -float("inf"), bias[0], tl.fma(s, scale * _LOG2E, bias[0]))
     else:
         return s * (scale * _LOG2E)
+
+
+@triton.jit
+def _probabilities(s, scale, bias, lse, dtype: tl.constexpr):
+    """Returns 2^(logits - lse) of the backward.
+
+    In fp32 the logits are rounded like the forward's; in the other dtypes, where P is rounded for its
+    products, one instruction scales and subtracts.
+    """
+    if (len(bias) > 0) | (dtype == tl.float32):
+        return tl.exp2(_logits(s, scale, bias) - lse)
+    else:
+        return tl.exp2(tl.fma(s, scale * _LOG2E, -lse))
 
 
 @triton.jit
@@ -359,9 +373,18 @@ def attention_forward(
 
 
 @triton.jit
+def _load_row(x, rows, queries, other):
+    """Loads a number per row, `other` from `queries` on; without `queries`, of rows that all exist."""
+    if queries is None:
+        return tl.load(x + rows)
+    else:
+        return tl.load(x + rows, mask=rows < queries, other=other)
+
+
+@triton.jit
 def _load_lse(lse, rows, queries):
     """Loads lse so that missing rows, and rows that see no key, get no weight."""
-    values = tl.load(lse + rows, mask=rows < queries, other=float("inf"))
+    values = _load_row(lse, rows, queries, float("inf"))
     return tl.where(values == -float("inf"), 0.0, values)
 
 
@@ -378,10 +401,10 @@ def _backward_q_tile(
     columns = start + tl.arange(0, TILE)
     s = _dot_rows(q, k_tile, zeros)
     bias = _bias(mask, b, h, rows[:, None], columns[None, :], queries, keys, CAUSAL, EDGE)
-    p = tl.exp2(_logits(s, scale, bias) - lse[:, None])
+    dtype: tl.constexpr = k_tile[0].dtype
+    p = _probabilities(s, scale, bias, lse[:, None], dtype)
 
     dp = _dot_rows(dout, _load(v, start, length, TILE, VALUE_WIDTH, VALUE_PIECES, ALIGN), zeros)
-    dtype: tl.constexpr = k_tile[0].dtype
     weights = _for_product(p, dtype, WIDTH)
     ds, weight, dot, shift, moved = _centred(weights.to(tl.float32), dp, before, dot, shift, dtype, WIDTH)
     dq = _add_dot(_plus(dq, moved, mean_k), ds, k_tile)
@@ -438,13 +461,42 @@ def attention_backward_q(
 
 
 @triton.jit
+def _backward_kv_tile(
+    state, start, q, dout, k, v, mask, b, h, columns, lse, sums, queries, keys, scale,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, PIECES: tl.constexpr, VALUE_PIECES: tl.constexpr,
+    ALIGN: tl.constexpr, CAUSAL: tl.constexpr, TILE: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    dk, dv = state
+    length = queries if EDGE else None
+    rows = start + tl.arange(0, TILE)
+    KEYS: tl.constexpr = columns.shape[0]
+    q_tile = _load(q, start, length, TILE, WIDTH, PIECES, ALIGN)
+    dout_tile = _load(dout, start, length, TILE, VALUE_WIDTH, VALUE_PIECES, ALIGN)
+    dtype: tl.constexpr = q_tile[0].dtype
+    s = _dot_columns(q_tile, k, TILE, KEYS)
+    bias = _bias(mask, b, h, rows[None, :], columns[:, None], queries, keys, CAUSAL, CAUSAL)
+    p = _probabilities(s, scale, bias, _load_lse(lse, rows, length)[None, :], dtype)
+    p *= _load_row(sums, rows, length, 0.0)[None, :]
+    dv = _add_dot(dv, _for_product(p, dtype, WIDTH), dout_tile)
+    if len(dk) > 0:
+        delta = _load_row(sums + queries, rows, length, 0.0)
+        ds = p * (_dot_columns(dout_tile, v, TILE, KEYS) - delta[None, :])
+        dk = _add_dot(dk, _for_product(ds, dtype, WIDTH), q_tile)
+    return dk, dv
+
+
+@triton.jit
 def attention_backward_kv(
     q, k, v, dout, dk, dv, mask, lse, sums,
     strides, mask_strides, kv_heads, group, queries, keys, scale,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, PIECES: tl.constexpr, VALUE_PIECES: tl.constexpr,
-    ALIGN: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Computes dk and dv, unless None, of a tile of keys over the queries of all heads that share them."""
+    """Computes dk and dv, unless None, of a tile of keys over the queries of all heads that share them.
+
+    SPLIT: full tiles of queries have a loop of their own, without bounds to check.
+    """
     tile, b, kv_h = _program(tl.cdiv(keys, BLOCK_N), kv_heads, False)
     first = tile * BLOCK_N
     columns = first + tl.arange(0, BLOCK_N)
@@ -454,25 +506,28 @@ def attention_backward_kv(
     masking = _masking(mask, mask_strides)
     dk_sums = () if dk is None else _zeros(BLOCK_N, PIECES)
     dv_sums = () if dv is None else _zeros(BLOCK_N, VALUE_PIECES)
-    dtype: tl.constexpr = k_tile[0].dtype
+    state = (dk_sums, dv_sums)
     begin = first // BLOCK_M * BLOCK_M if CAUSAL else 0
     for i in range(group):
         h = kv_h * group + i
         q_head, dout_head = _head(q, strides, 0, b, h, ALIGN), _head(dout, strides, 3, b, h, ALIGN)
         of_head = (b * kv_heads * group + h) * queries
-        for start in range(begin, queries, BLOCK_M):
-            rows = start + tl.arange(0, BLOCK_M)
-            q_tile = _load(q_head, start, queries, BLOCK_M, WIDTH, PIECES, ALIGN)
-            dout_tile = _load(dout_head, start, queries, BLOCK_M, VALUE_WIDTH, VALUE_PIECES, ALIGN)
-            s = _dot_columns(q_tile, k_tile, BLOCK_M, BLOCK_N)
-            bias = _bias(masking, b, h, rows[None, :], columns[:, None], queries, keys, CAUSAL, CAUSAL)
-            p = tl.exp2(_logits(s, scale, bias) - _load_lse(lse + of_head, rows, queries)[None, :])
-            p *= tl.load(sums + 2 * of_head + rows, mask=rows < queries, other=0.0)[None, :]
-            dv_sums = _add_dot(dv_sums, _for_product(p, dtype, WIDTH), dout_tile)
-            if dk is not None:
-                delta = tl.load(sums + 2 * of_head + queries + rows, mask=rows < queries, other=0.0)
-                ds = p * (_dot_columns(dout_tile, v_tile, BLOCK_M, BLOCK_N) - delta[None, :])
-                dk_sums = _add_dot(dk_sums, _for_product(ds, dtype, WIDTH), q_tile)
+        whole = begin
+        if SPLIT:
+            whole = queries // BLOCK_M * BLOCK_M
+            for start in range(begin, whole, BLOCK_M):
+                state = _backward_kv_tile(
+                    state, start, q_head, dout_head, k_tile, v_tile, masking, b, h, columns, lse + of_head,
+                    sums + 2 * of_head, queries, keys, scale, WIDTH, VALUE_WIDTH, PIECES, VALUE_PIECES, ALIGN,
+                    CAUSAL, BLOCK_M, False,
+                )  # fmt: skip
+        for start in range(whole, queries, BLOCK_M):
+            state = _backward_kv_tile(
+                state, start, q_head, dout_head, k_tile, v_tile, masking, b, h, columns, lse + of_head,
+                sums + 2 * of_head, queries, keys, scale, WIDTH, VALUE_WIDTH, PIECES, VALUE_PIECES, ALIGN,
+                CAUSAL, BLOCK_M, True,
+            )  # fmt: skip
+    dk_sums, dv_sums = state
     if dk is not None:
         dk_head, scales = _head(dk, strides, 4, b, kv_h, ALIGN), tl.zeros([BLOCK_N], tl.float32) + scale
         _store(dk_head, _scaled(dk_sums, scales), first, keys, BLOCK_N, WIDTH, ALIGN)
@@ -505,6 +560,8 @@ def launcher_of(
     wide = 16 // dtype.itemsize
     align = wide if all(step % wide == 0 for s in strides if s for step in s[:3]) else 1
     in_units = tuple(step // align for s in strides for step in (s or (0, 0, 0))[:3])
+    # Two loops inside one over heads, or from a diagonal on, spill registers.
+    split = {"SPLIT": group == 1 and not is_causal} if kernel == "backward kv" else {}
     launcher = Launcher(
         *(_KERNELS[kernel], in_units, mask_strides, heads, group, queries, keys),
         WIDTH=width,
@@ -514,6 +571,7 @@ def launcher_of(
         ALIGN=align,
         CAUSAL=is_causal,
         **tiles,
+        **split,
     )
     if kernel == "backward kv":
         return launcher, -(-keys // tiles["BLOCK_N"])
