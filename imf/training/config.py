@@ -16,7 +16,7 @@ from imf.objective.draws import MAX_LOG_POWER, Guidance
 from imf.program import MOST_THREADS
 
 # 8 x 8 images in patches of 2 x 2: 16 patch tokens, and 10 condition tokens, half as many as the paper's.
-# Residual branches need not grow from zero, and rows of large error count in full (norm_p = 0): so in 1,000
+# Residual branches need not grow from zero, and rows of large error count in full (norm_p = 0): so in 700
 # steps samples of a class come to vary nearly as the data do. See docs/ablations.md.
 DIGITS_NETWORK = IMFConfig(
     input_size=8,
@@ -97,7 +97,7 @@ class TrainConfig:
     runs: str = _option("runs", "folder that holds the runs")
     init_from: str = _option("", "initial weights: a run's folder or a checkpoint; empty: random ones")
 
-    steps: int = _option(1000, "optimizer steps", AT_LEAST_1, STEPS)
+    steps: int = _option(700, "optimizer steps", AT_LEAST_1, STEPS)
     batch_size: int = _option(128, "images per optimizer step", AT_LEAST_1, _at_most(2**20))
     accumulate: int = _option(1, "micro-batches per step, whose gradients are averaged", AT_LEAST_1)
     lr: float = _option(4e-3, "peak learning rate of AdamW", ABOVE_0)
