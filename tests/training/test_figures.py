@@ -44,10 +44,10 @@ def figures(folder):
 
 def figures_of(path, count):
     """The figures of a checkpoint of the digits, by one process."""
-    network, metadata = checkpoint.load(path)
+    network = checkpoint.load(path)
     judge = scores.judge_of(data.load("digits"), digits=True)
     labels = judge.labels_like(count)
-    omega, t_min, t_max = metadata.config.sampling
+    omega, t_min, t_max = (getattr(network.sampling, name) for name in ("omega", "t_min", "t_max"))
     samples = scores.sample(network, labels, batch_size=8, omega=omega, t_min=t_min, t_max=t_max)
     return judge.score(samples, labels, 1).figures
 
@@ -73,8 +73,8 @@ def test_figures_at_each_checkpoint(tmp_path, capsys):
     assert board.Scalars("final/2-step/recall")[0].value == pytest.approx(row["recall"])
 
     assert train.main(arguments(runs=tmp_path, name="without", **options | {"tensorboard": False})) == 0
-    other = checkpoint.load(checkpoint.find(tmp_path / "without"))[0].state_dict()
-    assert differing(checkpoint.load(checkpoint.find(folder))[0].state_dict(), other) == []
+    other = checkpoint.load(tmp_path / "without").state_dict()
+    assert differing(checkpoint.load(folder).state_dict(), other) == []
     assert not (tmp_path / "without" / "figures.jsonl").exists()
 
 

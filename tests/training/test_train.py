@@ -268,7 +268,8 @@ def test_a_whole_run_and_a_grid_from_its_checkpoint(tmp_path, capsys):
     assert str(folder / "samples" / "final-1-step.png") in printed and "omega" in printed
 
     grid = tmp_path / "grid.png"
-    seed_and_guidance = ["--seed", "0", "--omega", str(results["omega"]), "--interval", "0", "1"]
+    omega, *interval = (str(results[name]) for name in ("omega", "t_min", "t_max"))
+    seed_and_guidance = ["--seed", "0", "--omega", omega, "--interval", *interval]
     command = ["--checkpoint", str(folder), "--out", str(grid), *seed_and_guidance]
     assert sample.main(command) == 0
     assert grid.read_bytes() == (folder / "samples" / "final-1-step.png").read_bytes()
