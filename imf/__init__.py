@@ -13,24 +13,43 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from imf.adapted import adapt
     from imf.export import export_sampler
     from imf.model.config import IMFConfig
     from imf.model.sampler import generate
     from imf.networks import build
-    from imf.objective.draws import Draws
+    from imf.objective.draws import Draws, Guidance
     from imf.objective.imf_loss import improved_mean_flow
     from imf.training.checkpoint import load
+    from imf.training.config import TrainConfig
+    from imf.training.session import fit
     from imf_kernels import __version__ as __version__
 
-__all__ = ["Draws", "IMFConfig", "build", "export_sampler", "generate", "improved_mean_flow", "load"]
+__all__ = [
+    "Draws",
+    "Guidance",
+    "IMFConfig",
+    "TrainConfig",
+    "adapt",
+    "build",
+    "export_sampler",
+    "fit",
+    "generate",
+    "improved_mean_flow",
+    "load",
+]
 
 # Imported when first asked for: a program that reads statistics needs no network, and no compiled module.
 _MODULES = {
     "Draws": "imf.objective.draws",
+    "Guidance": "imf.objective.draws",
     "IMFConfig": "imf.model.config",
+    "TrainConfig": "imf.training.config",
     "__version__": "imf_kernels",
+    "adapt": "imf.adapted",
     "build": "imf.networks",
     "export_sampler": "imf.export",
+    "fit": "imf.training.session",
     "generate": "imf.model.sampler",
     "improved_mean_flow": "imf.objective.imf_loss",
     "load": "imf.training.checkpoint",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -69,6 +69,11 @@ class DistributedContext:
         if self.grouped:
             dist.all_reduce(found, dist.ReduceOp.MAX)
         return [int(x) for x in found]
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Copies tensors of the first process, one after the other, over those of the others."""
+        for x in tensors if self.grouped else ():
+            dist.broadcast(x, 0)
 
     def mean(self, x: Tensor) -> Tensor:
         """Averages x, fp32 on the device, over the processes in place; no host waits for it on a GPU."""

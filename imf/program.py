@@ -22,7 +22,7 @@ def run(name: str, program: Callable[[], int | None], stopped: str = "stopped") 
     """Runs a program and returns its exit status.
 
     A `UserError` or an `OSError` is printed without its traceback and gives status 1, SIGINT (Ctrl-C) 130 and
-    SIGTERM 143, with `stopped` as message.
+    SIGTERM 143, with their own message or `stopped`.
     """
     try:
         with interruptible():
@@ -31,7 +31,7 @@ def run(name: str, program: Callable[[], int | None], stopped: str = "stopped") 
         print(f"\n{name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
-        print(f"\n{name}: {stopped}", file=sys.stderr)
+        print(f"\n{name}: {str(stop) or stopped}", file=sys.stderr)
         return exit_status(stop)
 
 

@@ -6,9 +6,10 @@ import argparse
 import sys
 
 from imf import program
-from imf.training import session
-from imf.training.config import add_arguments, with_arguments
+from imf.training.config import TrainConfig, add_arguments, with_arguments
 from imf.training.recipes import PRESETS, preset_of
+from imf.training.session import fit
+from imf.training.setup import find_resumed, resumed_config
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,7 +44,18 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--preset is for new runs; a resumed one goes on with its own settings")
     elif getattr(arguments, "init_from", ""):
         parser.error("--init-from is for new runs; a resumed one goes on with its own weights")
-    return program.run("imf.train", lambda: session.train(config, arguments))
+    return program.run(
+        "imf.train", lambda: _train(config, arguments), stopped="stopped before the first step"
+    )
+
+
+def _train(config: TrainConfig, arguments: argparse.Namespace) -> None:
+    """Trains a new run of `config`, or the one that --resume names, with the arguments that were given."""
+    path = None
+    if arguments.resume is not None:
+        path, metadata = find_resumed(arguments.resume, getattr(arguments, "runs", config.runs))
+        config = resumed_config(metadata, arguments)
+    fit(config, resume=path)
 
 
 if __name__ == "__main__":

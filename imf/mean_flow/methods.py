@@ -8,10 +8,13 @@ sizes are the configuration's own. They are in the order of the ablations in "Im
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imf.model.config import IMFConfig
 from imf.objective.draws import Guidance
+
+if TYPE_CHECKING:  # for an annotation
+    from imf.adapted import NetworkConfig
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,9 @@ METHODS = {
 }
 
 
-def guidance_of(method: str, guidance: Guidance) -> Guidance | None:
+def guidance_of(network: NetworkConfig, guidance: Guidance) -> Guidance | None:
     """Returns the guidance of an objective: `guidance`, or `None` for networks with ω as an input."""
-    return None if METHODS[method].omega_input else guidance
+    return None if network.omega_input else guidance
 
 
 def network_of(method: str, network: IMFConfig) -> IMFConfig:

@@ -1,4 +1,4 @@
-"""The training objective of original Mean Flows, and its first step towards the improved ones.
+"""The training objective of original Mean Flows, and the objective of any method.
 
 The network has u alone, and its instantaneous velocity is v(z, t; y) = u(z, t, t; y). Guidance is fixed:
 
@@ -7,8 +7,7 @@ The network has u alone, and its instantaneous velocity is v(z, t; y) = u(z, t, 
     loss = mean over the batch of L / sg(L + c)^p,   L = Σ (u − sg(v_g − (t − r) du/dt))²
 
 Along v_g, which contains v_t, du/dt depends on more than (z, t, r), and the loss is no regression of a
-network on v_g. With v_c in its place it is one, of the compound velocity u + (t − r) · sg(du/dt): the v-loss
-with the boundary condition v = u(z, t, t) in the paper of Improved Mean Flows.
+network on v_g. With v_c in its place it is one: `imf.objective.imf_loss.improved_mean_flow`.
 
 Sources: "Mean Flows" (arXiv 2505.13447) and its official program; "Improved Mean Flows" (arXiv 2512.02012).
 """
@@ -21,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from imf.mean_flow.methods import METHODS, guidance_of
+from imf.mean_flow.methods import METHODS
 from imf.model.config import config_of
 from imf.objective.draws import Draws, Guidance, StepDraws
 from imf.objective.imf_loss import (
@@ -45,7 +44,6 @@ def mean_flow(
     draws: Draws | StepDraws,
     *,
     guidance: Guidance,
-    tangent: str = "v_g",
     norm_eps: float = 0.01,
     norm_p: float = 1.0,
 ) -> Loss:
@@ -53,33 +51,36 @@ def mean_flow(
 
     What is left out has no effect on the result: tangents and v_c on FM rows (there t = r, and v_c is
     the network's own u), v_u where it is not used (dropped rows, rows outside the interval, 1 − ω − κ = 0),
-    v_c after the FM rows where κ = 0 and it is no tangent.
+    v_c after the FM rows where κ = 0.
 
     Args:
-        model: a network without guidance as an input; its `config.num_classes` is the null label.
+        model: a network without guidance as an input; u alone is trained.
         x, y, draws, norm_eps, norm_p: as of `improved_mean_flow`; of the draws ω and interval are not used.
         guidance: what the network is trained for.
-        tangent: "v_g", or "v_c" for the v-loss with the boundary condition.
 
     Returns:
         A `Loss`; gradients flow through the primal u alone.
 
     Raises:
-        ValueError, TypeError: as `imf.objective.imf_loss.improved_mean_flow`, and for another tangent.
+        ValueError, TypeError: as `imf.objective.imf_loss.improved_mean_flow`, and for a network with guidance
+            as an input.
     """
-    if tangent not in ("v_g", "v_c"):
-        raise ValueError(f"mean_flow: tangent must be 'v_g' or 'v_c', got {tangent!r}")
     step = check_batch("mean_flow", model, x, y, draws, guidance)
-    draws, null = step.draws, config_of(model).num_classes
+    config, draws = config_of(model), step.draws
+    if config.omega_input or guidance is None:
+        raise ValueError(
+            "mean_flow: guidance is fixed: model must not have it as an input, guidance must be a Guidance; "
+            "imf.improved_mean_flow trains networks with guidance as an input"
+        )
     fm, after = slice(draws.n_fm), slice(draws.n_fm, None)
     t, h, one = draws.t, draws.t - draws.r, torch.ones_like(draws.t)
-    conditions = draws.omega, draws.t_min, draws.t_max, y.masked_fill(draws.drop, null)
-    c_rows = step.c_rows[:0] if guidance.kappa == 0 and tangent == "v_g" else step.c_rows
+    conditions = draws.omega, draws.t_min, draws.t_max, y.masked_fill(draws.drop, config.num_classes)
+    c_rows = step.c_rows[:0] if guidance.kappa == 0 else step.c_rows
 
     z, v_t = interpolate(x, draws)
     with cast_once_on_gpus(model, x):
         v_c, v_u = instantaneous_velocities(model, z, y, step, c_rows, head="u")
-        direction = (v_c if tangent == "v_c" else guided_velocity(v_t, v_c, v_u, step))[after]
+        direction = guided_velocity(v_t, v_c, v_u, step)[after]
         u = model(Dual(z, direction), Dual(t, one[after]), Dual(h, one[after]), *conditions, heads="u")
     v_c[fm] = u.primal.detach()[fm]
     v_g = guided_velocity(v_t, v_c, v_u, step)
@@ -94,10 +95,14 @@ def mean_flow(
 Objective = Callable[[nn.Module, Tensor, Tensor, Draws | StepDraws], Loss]
 
 
-def objective(method: str, guidance: Guidance, *, norm_eps: float = 0.01, norm_p: float = 1.0) -> Objective:
-    """The objective of a method; `guidance` is what networks without ω as an input are trained for."""
-    if METHODS[method].v_head:
-        own = guidance_of(method, guidance)
-        return partial(improved_mean_flow, guidance=own, norm_eps=norm_eps, norm_p=norm_p)
-    tangent = METHODS[method].tangent
-    return partial(mean_flow, guidance=guidance, tangent=tangent, norm_eps=norm_eps, norm_p=norm_p)
+def objective(
+    method: str, guidance: Guidance | None, *, norm_eps: float = 0.01, norm_p: float = 1.0
+) -> Objective:
+    """The objective of a method; guidance: as `imf.mean_flow.methods.guidance_of` returns it.
+
+    norm_eps, norm_p: of the adaptive weights.
+    """
+    if METHODS[method].tangent == "v_g":
+        assert guidance is not None  # no network of this method has it as an input
+        return partial(mean_flow, guidance=guidance, norm_eps=norm_eps, norm_p=norm_p)
+    return partial(improved_mean_flow, guidance=guidance, norm_eps=norm_eps, norm_p=norm_p)

@@ -187,14 +187,18 @@ def divisors(size: int) -> list[int]:
 def config_of(model: Any) -> Any:
     """The configuration of a network, also of one that a wrapper (DDP, torch.compile) holds.
 
-    Raises: TypeError if there is none.
+    Raises: TypeError if it is no `imf.adapted.Network`.
     """
     network = model
-    while not hasattr(network, "config"):
+    while network is not None and not hasattr(network, "config"):
         network = getattr(network, "module", None) or getattr(network, "_orig_mod", None)
-        if network is None:
-            raise TypeError(f"model must have a config with num_classes, got {type(model).__name__}")
-    return network.config
+    config = getattr(network, "config", None)
+    if isinstance(getattr(config, "num_classes", None), int) and hasattr(config, "has_v_head"):
+        return config
+    raise TypeError(
+        f"model must be a network of imf.build or imf.adapt, got {type(model).__name__}; wrap one of your "
+        f"own: imf.adapt(network, num_classes=…, call=lambda network, z, t, r, labels: …)"
+    )
 
 
 def check_guidance(omega: float, t_min: float, t_max: float) -> None:

@@ -78,7 +78,7 @@ class Pretrained(nn.Module):
     sampling: guidance of samples, names of classes; `imf.load` takes them from the run.
     """
 
-    config: IMFConfig
+    config: Any
     compute_dtype: torch.dtype | None
     sampling: Sampling = Sampling()
 

@@ -78,6 +78,8 @@ def sample_labels(
     bar: show a progress bar where it takes more than 2 s.  options: of `generate`.
     """
     config, size = config_of(model), batch_size or len(labels)
+    if not config.in_channels:  # adapted, and no batch has come yet
+        raise UserError("samples: the size of images is not known yet: pass shape=(C, H, H) to imf.adapt")
     shape = len(labels), config.in_channels, config.input_size, config.input_size
     generator = random.generator(seed, "samples") if isinstance(seed, int) else seed
     noise = torch.randn(shape, generator=generator, device=generator.device if generator else "cpu")

@@ -7,6 +7,8 @@ compound velocity V = u + (t − r) · sg(du/dt) regresses on the guided velocit
     du/dt = JVP of u at (z, t, r) along (v_c, 1, 0)
     loss = mean over the batch of L_u / sg(L_u + c)^p + L_v / sg(L_v + c)^p,   L = Σ (· − v_g)²
 
+A network without a v-head has v(z, t) = u(z, t, t), the boundary condition, and the first term alone.
+
 Source: "Improved Mean Flows" (arXiv 2512.02012) and its official program.
 """
 
@@ -65,8 +67,7 @@ def improved_mean_flow(
     the network's own v), v_u where it is not used (dropped rows, rows whose ω' is 1), heads not read.
 
     Args:
-        model: called as `model(z, t, h, omega, t_min, t_max, y, heads=...)`, see `imf.model.imf.IMF`;
-            its `config.num_classes` is the null label.
+        model: a network of `imf.build` or of `imf.adapt`, also inside DDP; see `imf.adapted.Network`.
         x: [B, C, H, W] in float32, data.
         y: [B] in int64 or int32, labels.
         draws: the step's random numbers, on the CPU or where x is.
@@ -82,25 +83,32 @@ def improved_mean_flow(
             label among them.
     """
     step = check_batch("improved_mean_flow", model, x, y, draws, guidance)
-    draws, null = step.draws, config_of(model).num_classes
+    config, draws = config_of(model), step.draws
     fm, after = slice(draws.n_fm), slice(draws.n_fm, None)  # rows with r = t need no tangent
     t, h, one = draws.t, draws.t - draws.r, torch.ones_like(draws.t)
-    conditions = draws.omega, draws.t_min, draws.t_max, y.masked_fill(draws.drop, null)
+    conditions = draws.omega, draws.t_min, draws.t_max, y.masked_fill(draws.drop, config.num_classes)
+    head, heads = ("v", "uv") if config.has_v_head else ("u", "u")
 
     z, v_t = interpolate(x, draws)
     with cast_once_on_gpus(model, x):
-        v_c, v_u = instantaneous_velocities(model, z, y, step, step.c_rows, head="v")
+        v_c, v_u = instantaneous_velocities(model, z, y, step, step.c_rows, head)
         # The network at (z, t, r), with the derivative along (v_c, 1, 0).
-        u, v = model(Dual(z, v_c[after]), Dual(t, one[after]), Dual(h, one[after]), *conditions, heads="uv")
-    v_c[fm] = v.detach()[fm]  # what the network's v is where r = t
+        out = model(Dual(z, v_c[after]), Dual(t, one[after]), Dual(h, one[after]), *conditions, heads=heads)
+    u, v = out if config.has_v_head else (out, None)
+    v_c[fm] = (u.primal if v is None else v).detach()[fm]  # what the network's v is where r = t
     v_g = guided_velocity(v_t, v_c, v_u, step)
     du_dt = u.tangent.detach()
     compound = u.primal + h[:, None, None, None] * du_dt  # V
-    error_u, error_v = squared_error(compound, v_g), squared_error(v, v_g)
-    loss = (adaptive(error_u, norm_eps, norm_p) + adaptive(error_v, norm_eps, norm_p)).mean()
+    error_u = squared_error(compound, v_g)
+    loss = adaptive(error_u, norm_eps, norm_p)
+    if v is None:
+        error_v = squared_error(u.primal.detach(), v_t)
+    else:
+        error_v, v = squared_error(v, v_g), v.detach()
+        loss = loss + adaptive(error_v, norm_eps, norm_p)
 
     loss_u, loss_v = (error.detach().mean() / x[0].numel() for error in (error_u, error_v))
-    return Loss(loss, loss_u, loss_v, u.primal.detach(), v.detach(), du_dt, v_g)
+    return Loss(loss.mean(), loss_u, loss_v, u.primal.detach(), v, du_dt, v_g)
 
 
 def check_batch(
@@ -115,16 +123,18 @@ def check_batch(
         raise ValueError(f"{caller}: x must have a row, got {form(x)}")
     if not isinstance(guidance, (Guidance, type(None))):
         raise TypeError(f"{caller}: guidance must be a Guidance or None, got a {type(guidance).__name__}")
-    if draws is given and guidance is None and not getattr(config_of(model), "omega_input", True):
+    config = config_of(model)
+    if draws is given and guidance is None and not config.omega_input:
         raise ValueError(
-            f"{caller}: guidance must be a Guidance for a network without ω as an input, got None"
+            f"{caller}: guidance must be a Guidance for a network without ω as an input, got None; pass "
+            f"guidance=imf.Guidance(kappa=0.2) for a scale of 1.25, or Guidance(kappa=0) for none"
         )
     if form(x) != form(noise):
         raise ValueError(f"{caller}: x must be {form(noise)} like draws.noise, got {form(x)}")
     wanted = [f"[{batch}] of {dtype} on {noise.device}" for dtype in (torch.int64, torch.int32)]
     if form(y) not in wanted:
         raise ValueError(f"{caller}: y must be {wanted[0]} or int32, got {form(y)}")
-    null: int = config_of(model).num_classes
+    null = config.num_classes
     if y.device.type == "cpu" and y.numel() and not (int(y.min()) >= 0 and int(y.max()) < null):
         raise ValueError(
             f"{caller}: labels must be within 0 and {null - 1} (the null label is no label of "

@@ -19,7 +19,7 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from imf import __version__
+from imf.adapted import Adapted, AdaptedConfig
 from imf.io import replacing
 from imf.model.config import IMFConfig
 from imf.model.pretrained import (
@@ -154,11 +155,12 @@ def restore(path: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.op
     Raises: UserError if the file is missing, damaged, foreign, of another network or not finite.
     """
     metadata, tensors = _read(path)
-    # The loss reaches every weight, so AdamW knows all of them after a step, and none before.
+    # The loss reaches every weight that is trained: AdamW knows all of them after a step, and none before.
     moments: dict[Tensor, dict[str, Tensor]] = {
         p: {"step": torch.zeros((), device=p.device)}
         | {name: torch.zeros_like(p, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
         for p in (model.parameters() if metadata.step else ())
+        if p.requires_grad
     }
     _copy(path, tensors, _tensors(model, ema, moments))
     optimizer.state.update(moments)
@@ -185,16 +187,20 @@ def load_weights(path: Path, *, model: nn.Module, ema: nn.Module) -> None:
     raise UserError(f"{path}: there are no weights in it")
 
 
-def load(path: str | Path, weights: Literal["ema", "model"] = "ema") -> Any:
+def load(
+    path: str | Path, weights: Literal["ema", "model"] = "ema", *, network: nn.Module | None = None
+) -> Any:
     """Builds a trained network, with its averaged or its latest weights; `network.generate` draws from it.
 
     Weights for sampling make a network without a v-head, which says so when the v-head is asked for.
 
     path: the folder of a run, which stands for its newest checkpoint; a checkpoint; or a folder that
         `save_pretrained` wrote, whose weights are the averaged ones.
-    Returns: an `imf.model.imf.IMF`, or an `imf.mean_flow.network.DiT` where the blocks are plain; frozen, on
-        the CPU, with guidance and names of classes in `sampling`.
-    Raises: UserError if a file is missing, damaged, foreign or not finite.
+    network: from `imf.adapt`, where the run trained a network of your own, of which a checkpoint has the
+        weights alone; it gets them in place, and is returned.
+    Returns: an `imf.model.imf.IMF`, an `imf.mean_flow.network.DiT` where the blocks are plain, or `network`;
+        frozen, on the CPU, with guidance and names of classes in `sampling`.
+    Raises: UserError if a file is missing, damaged, foreign or not finite, or of another network.
     """
     path = Path(path)
     if is_pretrained(path):
@@ -208,9 +214,43 @@ def load(path: str | Path, weights: Literal["ema", "model"] = "ema") -> Any:
     if not tensors:
         raise UserError(f"{path}: there are no {weights!r} weights in it")
     state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    network = with_weights(path, build, metadata.config.network, state)
+    config = metadata.config.network
+    if isinstance(config, AdaptedConfig):
+        network = network_for(path, config, network)
+        check_same(path, state, network.state_dict())
+        network.load_state_dict(state)
+        network.requires_grad_(False).eval()
+    elif network is not None:
+        raise UserError(
+            f"{path}: says itself which network it has: leave network= out, got a {_kind(network)}"
+        )
+    else:
+        network = with_weights(path, build, config, state)
     network.compute_dtype, network.sampling = PRECISIONS[metadata.precision], metadata.sampling
     return network
+
+
+def network_for(path: Path, config: AdaptedConfig, network: nn.Module | None) -> Any:
+    """Returns `network` if its form is that of a checkpoint of an adapted network.
+
+    Raises: UserError for another one, or for none.
+    """
+    if not isinstance(network, Adapted):
+        got = "none" if network is None else f"a {_kind(network)}"
+        raise UserError(
+            f"{path}: has the weights alone of a network of your own, {config.custom}; pass it in Python: "
+            f"imf.load(path, network=imf.adapt(…)), or imf.fit(resume=path, network=imf.adapt(…)); got {got}"
+        )
+    if not network.config.in_channels:
+        network.check((config.in_channels, config.input_size, config.input_size))
+    got = replace(network.config, custom=config.custom)  # a class may have moved: names of weights decide
+    if got != config:
+        raise UserError(f"{path}: network must be of the form that was trained, {config}, got {got}")
+    return network
+
+
+def _kind(x: Any) -> str:
+    return type(x).__name__
 
 
 def weights_file(path: Path) -> Path:
@@ -382,8 +422,13 @@ def _read_header(path: Path, texts: Mapping[str, str]) -> tuple[Metadata, dict[s
         raise UserError(f"{foreign}: {error}") from error
 
 
-def _check_network(path: Path, config: IMFConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Raises UserError unless the weights of each kind are the network's, with the v-head or without."""
+def _check_network(path: Path, config: IMFConfig | AdaptedConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Raises UserError unless the weights of each kind are the network's, with the v-head or without.
+
+    Those of an adapted network are compared with it when it is passed.
+    """
+    if isinstance(config, AdaptedConfig):
+        return
     found = {name: x for name, x in tensors.items() if not name.startswith("optimizer.")}
     expected: dict[str, Tensor] = {}
     for kind in ("model.", "ema."):

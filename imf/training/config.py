@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from imf.adapted import AdaptedConfig
 from imf.mean_flow.methods import METHODS, network_of
 from imf.model.config import TOKENS, IMFConfig, check_guidance
 from imf.objective.draws import MAX_LOG_POWER, Guidance
@@ -163,12 +164,12 @@ class TrainConfig:
     tensorboard: bool = _option(True, "write TensorBoard events in addition to metrics.jsonl")
     wandb: str = _option("", "project of Weights & Biases to log to as well; empty: none")
 
-    network: IMFConfig = DIGITS_NETWORK
+    network: IMFConfig | AdaptedConfig = DIGITS_NETWORK
 
     def __post_init__(self) -> None:
         for option in fields(self):
             name, value, kind = option.name, getattr(self, option.name), type(option.default)
-            kinds = (int, float) if kind is float else kind
+            kinds = {float: (int, float), IMFConfig: (IMFConfig, AdaptedConfig)}.get(kind, kind)
             fits = isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
             _require(fits, name, f"of type {kind.__name__}", value)
             for wanted, within in option.metadata.get("bounds", ()):
@@ -193,7 +194,15 @@ class TrainConfig:
             name, _, rest = str(error).removeprefix("Guidance: ").partition(" ")
             flag = f"--fixed-{name.replace('_', '-')}"
             raise ValueError(f"fixed_{name} ({flag}) {rest}") from error
-        method, depth = METHODS[self.method], self.network.aux_head_depth
+        method, network = METHODS[self.method], self.network
+        if isinstance(network, AdaptedConfig):
+            wanted = (
+                "imf, or mf without a v-head and with fixed guidance: an adapted network decides the rest"
+            )
+            plain = network.form == "fixed" and not network.has_v_head
+            _require(self.method == "imf" or (self.method == "mf" and plain), "method", wanted, self.method)
+            return
+        depth = network.aux_head_depth
         for name, form in method.form.items():
             got = getattr(self.network, name)
             _require(got == form, f"network.{name}", f"{form!r} for the method {self.method}", got)
@@ -208,8 +217,8 @@ class TrainConfig:
 
     @property
     def sampling(self) -> tuple[float, float, float]:
-        """ω, t_min and t_max of samples; 1, 0 and 1 where the method does not take them as inputs."""
-        inputs = METHODS[self.method]
+        """ω, t_min and t_max of samples; 1, 0 and 1 where the network does not take them as inputs."""
+        inputs = self.network
         interval = (self.t_min, self.t_max) if inputs.interval_input else (0.0, 1.0)
         return self.omega if inputs.omega_input else 1.0, *interval
 
@@ -226,7 +235,7 @@ class TrainConfig:
     @property
     def draws(self) -> dict[str, Any]:
         """Arguments of `imf.objective.draws.Draws.sample` that stay the same from step to step."""
-        inputs = METHODS[self.method]
+        inputs = self.network
         return {
             "fm_fraction": self.fm_fraction,
             "r0_fraction": self.r0_fraction,
@@ -262,11 +271,15 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
     """Returns the configuration that `to_dict` gave; ValueError for a name that is unknown or missing."""
     if not isinstance(values, Mapping):
         raise ValueError(f"configuration: must be names and values, got {values!r}")
-    wanted, got = _flat(to_dict(TrainConfig())).keys(), _flat(values).keys()
+    network = values.get("network")
+    adapted = isinstance(network, Mapping) and "custom" in network
+    like = TrainConfig(network=AdaptedConfig("", 1)) if adapted else TrainConfig()
+    wanted, got = _flat(to_dict(like)).keys(), _flat(values).keys()
     if wanted != got:
         missing, unknown = (", ".join(sorted(names)) or "nothing" for names in (wanted - got, got - wanted))
         raise ValueError(f"configuration: missing {missing}; unknown {unknown}")
-    return TrainConfig(**{**values, "network": IMFConfig(**values["network"])})
+    kind = AdaptedConfig if adapted else IMFConfig
+    return TrainConfig(**{**values, "network": kind(**values["network"])})
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
@@ -312,7 +325,7 @@ def with_arguments(config: TrainConfig, arguments: argparse.Namespace) -> TrainC
     if "patch_size" in given:
         values["max_patches"] = 0
     values.update({name: given[name] for name in values if name in given})
-    if values["method"] != config.method:
+    if values["method"] != config.method and isinstance(config.network, IMFConfig):
         values["network"] = asdict(network_of(values["method"], config.network))
     network = values["network"]
     network.update({name: given[name] for name in network if name in given})

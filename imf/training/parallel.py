@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """Returns the blocks of a network: the members of its lists of modules."""
-    return [block for group in model.modules() if isinstance(group, nn.ModuleList) for block in group]
+    """Returns the blocks of a network: the members of its outermost lists of modules."""
+    if isinstance(model, nn.ModuleList):
+        return list(model)
+    return [block for child in model.children() for block in blocks(child)]
 
 
 def wrap_for_training(

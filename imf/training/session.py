@@ -1,50 +1,89 @@
-"""A run from the command line's arguments to its final pictures: locks, errors, signals, resuming."""
+"""A run from its configuration to its final pictures: locks, errors, signals, resuming."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import shlex
+import signal
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 import imf_kernels as ik
+from imf.adapted import AdaptedConfig
 from imf.distributed import ERRORS, DistributedContext, agreed, initialized
 from imf.io import locked
-from imf.program import UserError, exit_status
-from imf.training import artifacts, checkpoint
+from imf.model.config import config_of
+from imf.program import Terminated, UserError, exit_status
+from imf.training import artifacts, checkpoint, loop
 from imf.training.checkpoint import Metadata
 from imf.training.config import TrainConfig
-from imf.training.loop import fit
-from imf.training.setup import Run, begin, find_resumed, resume
+from imf.training.setup import OWN, Run, begin, find_resumed, resume
+
+STOPS: tuple[type[BaseException], ...] = (KeyboardInterrupt, *ERRORS)
 
 
-def train(config: TrainConfig, arguments: argparse.Namespace) -> int:
-    """Trains a new run of `config`, or the one of `arguments.resume`; returns the exit status.
+def fit(
+    config: TrainConfig | None = None,
+    *,
+    dataset: Any = None,
+    network: nn.Module | None = None,
+    resume: str | Path | None = None,
+) -> Run:
+    """Trains a new run, or resumes one, as `python -m imf.train` does: log, checkpoints, pictures, scores.
 
-    Raises: UserError or OSError before the processes know of each other; later ones are printed.
+    In processes that torchrun started, all call it. Ctrl-C or SIGTERM ends it after a step and a checkpoint.
+
+    Args:
+        config: of a new run by default that of the digits, of a resumed one its own.
+        dataset: "digits", a folder that `imf.data.prepare` wrote, an `imf.data.DataSet`, or a map-style
+            `torch.utils.data.Dataset` of (image, label) pairs as `imf.data.from_dataset` takes it; by default
+            `config.data`.
+        network: from `imf.adapt` or `imf.build`; by default one of `config.network`, with random weights. It
+            is trained in place, and moved to the run's device.
+        resume: a run's folder or its newest checkpoint, or "" for the newest run. Data and network that were
+            passed to the run are passed again.
+
+    Returns:
+        The run: its `folder`, its averaged `network`, fit for `imf.generate`, its `config`.
+
+    Raises:
+        UserError, OSError: for what cannot be done; the message names the last checkpoint. The first of
+            several processes raises, the others exit.
+        KeyboardInterrupt: once stopped; the message says how to resume.
     """
-    resumed = None if arguments.resume is None else find_resumed(arguments)
-    before = config if resumed is None else resumed[1].config
-    device, cuda_graphs = (getattr(arguments, n, getattr(before, n)) for n in ("device", "cuda_graphs"))
-    with initialized(device, timedelta(minutes=30), cuda_graphs) as context:
-        return train_in(context, config, arguments, resumed)
+    found = None if resume is None else find_resumed(resume, (config or TrainConfig()).runs)
+    if config is None:
+        config = TrainConfig() if found is None else found[1].config
+    failure: BaseException
+    with initialized(config.device, timedelta(minutes=30), config.cuda_graphs) as context:
+        try:
+            return fit_in(context, config, dataset=dataset, network=network, resumed=found)
+        except STOPS as error:
+            if context.grouped and not agreed(error):  # the others are elsewhere; torchrun ends them
+                raise
+            failure = error
+    if not context.first:
+        sys.exit(exit_status(failure) if isinstance(failure, KeyboardInterrupt) else 1)
+    raise failure
 
 
-def train_in(
+def fit_in(
     context: DistributedContext,
     config: TrainConfig,
-    arguments: argparse.Namespace,
+    *,
+    dataset: Any = None,
+    network: nn.Module | None = None,
     resumed: tuple[Path, Metadata] | None = None,
-) -> int:
-    """Does what `train` does, in processes that know of each other."""
+) -> Run:
+    """Does what `fit` does, in processes that know of each other; all raise what they agree on."""
     run: Run | None = None
     locks = contextlib.ExitStack()
-
-    def report(text: str) -> None:
-        hint = "" if run is None else f"\n{how_to_resume(run.folder, context.count)}"
-        print(f"\n{text}{hint}", file=sys.stderr)
 
     def lock(folder: Path) -> None:
         with context.together():
@@ -55,7 +94,10 @@ def train_in(
         print(f"imf.train: loading {'a checkpoint' if resumed else config.data}", file=sys.stderr)
     try:
         if resumed is None:
-            run = begin(config, context)
+            if network is not None:
+                own: Any = config_of(network)
+                config = replace(config, network=own)
+            run = begin(config, context, dataset, network)
             lock(run.folder)
         else:
             folder = checkpoint.run_of(resumed[0])
@@ -63,41 +105,49 @@ def train_in(
             with context.together():
                 if checkpoint.find(folder).name != resumed[0].name:
                     raise UserError(f"--resume: another process has written to {folder}: again")
-            run = resume(*resumed, arguments, context)
+            run = resume(*resumed, config, context, dataset, network)
         with ik.use_backend(None if run.config.backend == "auto" else run.config.backend):
-            stopped_by = fit(run)
+            stopped_by = loop.fit(run)
             if stopped_by is None:
                 artifacts.finish(run)
-                return 0
-        status = 128 + stopped_by
-    except KeyboardInterrupt as stop:
-        status = exit_status(stop)
-        if context.grouped:
-            sys.exit(status)  # alone: the others are elsewhere, torchrun ends them
-    except ERRORS as error:
-        if context.first or not agreed(error):
-            report(f"imf.train: {error}")
-        if context.grouped and not agreed(error):
-            sys.exit(1)
-        return 1
+                return run
+        stop = Terminated() if stopped_by == signal.SIGTERM else KeyboardInterrupt()
+        stop.agreed = True  # type: ignore[attr-defined]
+        raise stop
+    except STOPS as error:
+        if run is None:
+            raise
+        text = f"stopped after step {run.state.step} of {run.config.steps}"
+        if not isinstance(error, KeyboardInterrupt):
+            text = str(error)
+        told = type(error)(f"{text}\n{_how_to_resume(run)}")
+        told.agreed = agreed(error)  # type: ignore[attr-defined]
+        raise told from error
     except RuntimeError:  # of PyTorch: another process has ended, or this one cannot go on
         if run is not None and context.grouped:
-            report(f"imf.train: process {context.rank} ends by an error.")
+            text = f"imf.train: process {context.rank} ends by an error."
+            print(f"\n{text}\n{_how_to_resume(run)}", file=sys.stderr)
         raise
     finally:
         locks.close()
-    if run is None:
-        report("imf.train: stopped before the first step")
-    elif context.first:
-        report(f"Stopped after step {run.state.step} of {run.config.steps}.")
-    return status
 
 
-def how_to_resume(folder: Path, processes: int = 1) -> str:
-    """Names the last of a run's checkpoints and the command that resumes from it."""
+def _how_to_resume(run: Run) -> str:
+    given = ["dataset"] if run.config.data.startswith(OWN) else []
+    given += ["network"] if isinstance(run.config.network, AdaptedConfig) else []
+    return how_to_resume(run.folder, run.context.count, given)
+
+
+def how_to_resume(folder: Path, processes: int = 1, given: Sequence[str] = ()) -> str:
+    """Names the last of a run's checkpoints and the command that resumes from it.
+
+    given: arguments of `fit` that were objects in Python, which a command cannot pass.
+    """
     checkpoints = checkpoint.list_all(folder)
     if not checkpoints:
         return f"No checkpoint had been written to {folder}."
     start = ["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]
-    command = shlex.join([*start, "-m", "imf.train", "--resume", str(folder)])
-    return f"Last good checkpoint: {checkpoints[-1]}\nGo on with: {command}"
+    how = shlex.join([*start, "-m", "imf.train", "--resume", str(folder)])
+    if given:
+        how = f"imf.fit(resume={str(folder)!r}, {', '.join(f'{name}=…' for name in given)})"
+    return f"Last good checkpoint: {checkpoints[-1]}\nGo on with: {how}"

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from imf import data, random
+from imf.adapted import Adapted, AdaptedConfig
 from imf.distributed import DistributedContext, choose_device
 from imf.evaluation import inception
 from imf.evaluation.scores import EXTRACTORS, Judge
 from imf.io import write_json
 from imf.mean_flow.methods import guidance_of
 from imf.mean_flow.objective import Objective, objective
-from imf.model.config import divisors, patch_size_for
-from imf.model.imf import IMF
-from imf.model.pretrained import PRECISIONS, empty_weights
+from imf.model.config import IMFConfig, config_of, divisors, patch_size_for
+from imf.model.pretrained import PRECISIONS, Sampling, empty_weights
 from imf.networks import build
 from imf.objective.draws import Guidance
 from imf.program import StopSignals, UserError
@@ -33,9 +33,12 @@ from imf.training.checkpoint import Metadata
 from imf.training.config import RESUMABLE, ROUNDING, TrainConfig, differences, to_dict, with_arguments
 from imf.training.graphs import StepGraphs
 from imf.training.log import truncate_metrics, wandb_module
-from imf.training.parallel import local, wrap_for_training
+from imf.training.parallel import blocks, local, wrap_for_training
 from imf_kernels.backends import cpu, triton_launch
 from imf_kernels.backends.moving_average import MovingAverage
+
+OWN = "custom: "  # begins the name of data that are an object in Python
+MEMBERS = ("__len__", "shape", "num_classes", "class_names", "autoencoder")  # of a data set, beside fetch
 
 
 @dataclass
@@ -49,8 +52,8 @@ class State:
     step: optimizer steps done.  graphs: the step as CUDA graphs, if asked for.  stream: captures them.
     """
 
-    model: IMF
-    ema: IMF
+    model: Any
+    ema: Any
     wrapped: nn.Module
     objective: Objective
     guidance: Guidance | None
@@ -83,6 +86,13 @@ class Run:
     signals: StopSignals = field(default_factory=StopSignals)
     judge: Judge | None = None
 
+    @property
+    def network(self) -> Any:
+        """The averaged network, which draws with the run's guidance and names of classes."""
+        names = tuple(self.dataset.class_names)
+        self.state.ema.sampling = Sampling(*self.config.sampling, names, self.dataset.autoencoder)
+        return self.state.ema
+
     def batches(self) -> data.Batches:
         """Returns this process's batches, from the next step on."""
         return data.Batches(
@@ -97,15 +107,21 @@ class Run:
         )
 
 
-def initial_state(config: TrainConfig, precision: str, context: DistributedContext) -> State:
-    """Builds network, moving average and optimizer on this process's device: a function of the seed, the
-    same in every process."""
+def initial_state(
+    config: TrainConfig, precision: str, context: DistributedContext, network: nn.Module | None = None
+) -> State:
+    """Builds network, moving average and optimizer on this process's device, the same in every process.
+
+    network: what is trained, in place; by default one of `config`, a function of the seed.
+    """
     torch.manual_seed(random.key(config.seed, "weights"))
-    model = build(config.network)
+    model: Any = build(config.network) if network is None else network.train()  # type: ignore[arg-type]
+    if network is not None:
+        context.share(model.state_dict().values())
     model.compute_dtype = PRECISIONS[precision]
     if not (context.grouped and config.sharding == "fsdp"):  # which moves block by block, and only its part
         model.to(context.device)
-    ema = copy.deepcopy(model).requires_grad_(False)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
     graphs = config.cuda_graphs and context.device.type == "cuda"
     stream = torch.cuda.Stream(context.device) if graphs else None
     wrapped = wrap_for_training(
@@ -118,7 +134,7 @@ def initial_state(config: TrainConfig, precision: str, context: DistributedConte
         stream=stream,
     )
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        [p for p in model.parameters() if p.requires_grad],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -128,15 +144,20 @@ def initial_state(config: TrainConfig, precision: str, context: DistributedConte
     )
     found_inf = torch.zeros((), device=context.device)
     optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # where fused AdamW looks for its gate
-    eps, p = config.norm_eps, config.norm_p
-    loss = objective(config.method, config.fixed_guidance, norm_eps=eps, norm_p=p)
-    guidance = guidance_of(config.method, config.fixed_guidance)
+    guidance = guidance_of(config.network, config.fixed_guidance)
+    loss = objective(config.method, guidance, norm_eps=config.norm_eps, norm_p=config.norm_p)
     return State(model, ema, wrapped, loss, guidance, optimizer, found_inf, stream=stream)
 
 
-def begin(config: TrainConfig, context: DistributedContext | None = None) -> Run:
+def begin(
+    config: TrainConfig,
+    context: DistributedContext | None = None,
+    dataset: Any = None,
+    network: nn.Module | None = None,
+) -> Run:
     """Begins a run in a new folder, with a network of the input size, channels and classes of its data.
 
+    dataset, network: as of `imf.training.session.fit`.
     Raises: UserError if the name is taken, the network does not fit the data, or there are none.
     """
     context = context or DistributedContext(device=choose_device(config.device))
@@ -150,13 +171,16 @@ def begin(config: TrainConfig, context: DistributedContext | None = None) -> Run
             bf16 = "avx512_bf16" in cpu.instruction_sets()
         precision = context.broadcast("bf16" if bf16 else "fp32")
     with context.together():
-        config, dataset = _open_data(config)
+        config, dataset = _open_data(config, dataset)
+        _check_data(config, dataset)
+        config = _fitted(config, dataset, network)
         _check_processes(config, context)
         try:
-            empty_weights(build, config.network)
+            if isinstance(config.network, IMFConfig):
+                empty_weights(build, config.network)
         except ValueError as error:
             raise UserError(str(error)) from error
-    state = initial_state(config, precision, context)
+    state = initial_state(config, precision, context, network)
     with context.together(), _named("--init-from"):
         if config.init_from:
             checkpoint.load_weights(Path(config.init_from), model=state.model, ema=state.ema)
@@ -167,22 +191,20 @@ def begin(config: TrainConfig, context: DistributedContext | None = None) -> Run
     return run
 
 
-def find_resumed(arguments: argparse.Namespace) -> tuple[Path, Metadata]:
-    """Returns the newest checkpoint of the run that --resume names, or of the last run, and its metadata.
+def find_resumed(path: str | Path, runs: str = TrainConfig.runs) -> tuple[Path, Metadata]:
+    """Returns the newest checkpoint of the run that `path` names, "" the last run, and its metadata.
 
-    Raises: UserError if there is none, it lies in no run's folder, or --resume names an older one.
+    Raises: UserError if there is none, it lies in no run's folder, or `path` names an older one.
     """
-    path = Path(arguments.resume)
-    if not arguments.resume:
-        runs = Path(getattr(arguments, "runs", TrainConfig().runs))
-        found = [other for other in runs.glob("*/checkpoints/step-*.safetensors") if other.is_file()]
+    if path == "":
+        found = [other for other in Path(runs).glob("*/checkpoints/step-*.safetensors") if other.is_file()]
         if not found:
             raise UserError(
                 f"--resume: no checkpoint in {runs}/*/checkpoints; pass a run's folder or a checkpoint"
             )
         path = max(found, key=lambda other: other.stat().st_mtime).parent.parent
     with _named("--resume"):
-        path = checkpoint.find(path)
+        path = checkpoint.find(Path(path))
     last = checkpoint.list_all(checkpoint.run_of(path))[-1]
     if not path.samefile(last):
         raise UserError(
@@ -192,22 +214,33 @@ def find_resumed(arguments: argparse.Namespace) -> tuple[Path, Metadata]:
     return path, checkpoint.read_metadata(path)
 
 
-def resume(path: Path, metadata: Metadata, arguments: argparse.Namespace, context: DistributedContext) -> Run:
-    """Restores the run of a checkpoint, with the arguments that may change; warns of what changes its bits.
+def resume(
+    path: Path,
+    metadata: Metadata,
+    config: TrainConfig,
+    context: DistributedContext,
+    dataset: Any = None,
+    network: nn.Module | None = None,
+) -> Run:
+    """Restores the run of a checkpoint, with the options that may change; warns of what changes its bits.
 
-    path, metadata: as `find_resumed` returns them.
-    Raises: UserError for an argument that may not change or is wrong, or a damaged file.
+    path, metadata: as `find_resumed` returns them.  dataset, network: as of `imf.training.session.fit`.
+    Raises: UserError for an option that may not change or is wrong, or a damaged file.
     """
     folder = checkpoint.run_of(path)
     with context.together():
-        config = _resumed_config(path, metadata, arguments)
+        saved = metadata.config.network
+        if isinstance(saved, AdaptedConfig):
+            network = checkpoint.network_for(path, saved, network)
+            config = replace(config, network=saved)
+        elif network is not None:
+            config = replace(config, network=config_of(network))
+        config, dataset = _open_data(config, dataset)
+        _check_data(config, dataset)
+        _check_resumed(path, metadata, config)
         _check_processes(config, context)
-        fitted, dataset = _open_data(config)
-        if fitted != config:
-            wanted, got = (
-                f"{[n.in_channels, n.input_size, n.input_size]} of {n.num_classes} classes"
-                for n in (config.network, fitted.network)
-            )
+        wanted, got = _form_of(config.network), _form_of(dataset)
+        if got != wanted:
             raise UserError(
                 f"--resume: the data in {config.data} must be {wanted} as the network of {path}, got {got}"
             )
@@ -223,10 +256,10 @@ def resume(path: Path, metadata: Metadata, arguments: argparse.Namespace, contex
                 f"--resume: class {label} in {config.data} must be {old!r} as {folder} was trained on, got "
                 f"{new!r}: start a new run, or prepare the data with the classes in their old order"
             )
-    torch.set_num_threads(getattr(arguments, "threads", 0) or int(metadata.environment["threads"]))
+    torch.set_num_threads(config.threads or int(metadata.environment["threads"]))
     if context.first:
         _warn_of_other_bits(metadata, config, context)
-    state = initial_state(config, metadata.precision, context)
+    state = initial_state(config, metadata.precision, context, network)
     with context.together():
         checkpoint.restore(path, model=state.model, ema=state.ema, optimizer=state.optimizer)
         if context.first:
@@ -245,7 +278,9 @@ def create_folder(config: TrainConfig) -> Path:
 
     Raises: UserError if a name was given and its folder is taken, or `runs` cannot be a folder.
     """
-    runs, name = Path(config.runs), Path(config.data).resolve().name
+    runs = Path(config.runs)
+    own = config.data.startswith(OWN)
+    name = config.data.rpartition(".")[2] if own else Path(config.data).resolve().name
     try:
         runs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -270,10 +305,14 @@ def create_folder(config: TrainConfig) -> Path:
     raise UserError(f"{folder} exists already; {way_out}, or choose another --name")
 
 
-def _resumed_config(path: Path, metadata: Metadata, arguments: argparse.Namespace) -> TrainConfig:
-    """Returns a checkpoint's configuration with the arguments given; UserError if they do not fit."""
+def resumed_config(metadata: Metadata, arguments: argparse.Namespace) -> TrainConfig:
+    """Returns a checkpoint's configuration with the arguments given; UserError if one is out of range."""
     with _named("--resume", ValueError):
-        config = with_arguments(metadata.config, arguments)
+        return with_arguments(metadata.config, arguments)
+
+
+def _check_resumed(path: Path, metadata: Metadata, config: TrainConfig) -> None:
+    """Raises UserError for options that differ from a checkpoint's and may not."""
     for name, (old, new) in differences(metadata.config, config).items():
         if name not in RESUMABLE:
             raise UserError(
@@ -282,7 +321,6 @@ def _resumed_config(path: Path, metadata: Metadata, arguments: argparse.Namespac
             )
     if config.steps < metadata.step:
         raise UserError(f"--resume: {path} is at step {metadata.step} already, got --steps {config.steps}")
-    return config
 
 
 def _warn_of_other_bits(metadata: Metadata, config: TrainConfig, context: DistributedContext) -> None:
@@ -296,21 +334,67 @@ def _warn_of_other_bits(metadata: Metadata, config: TrainConfig, context: Distri
             _warn(f"{name} was {before.get(name)}, now it is {value}: it goes on, but not to the same bits")
 
 
-def _open_data(config: TrainConfig) -> tuple[TrainConfig, data.DataSet]:
-    """Opens the data; returns them, and the configuration with their input size, channels and classes."""
+def _open_data(config: TrainConfig, dataset: Any) -> tuple[TrainConfig, data.DataSet]:
+    """Opens the data, those of `config` unless given; returns them, and the configuration that names them."""
+    if isinstance(dataset, (str, Path)):
+        config, dataset = replace(config, data=str(dataset)), None
+    if dataset is not None:
+        kind = type(dataset)
+        if not hasattr(dataset, "fetch"):
+            found = data.from_dataset(dataset)
+        elif missing := [name for name in MEMBERS if not hasattr(dataset, name)]:
+            raise UserError(
+                f"dataset: must have all members of an imf.data.DataSet, got a {kind.__name__} without "
+                f"{', '.join(missing)}"
+            )
+        else:
+            found = dataset
+        return replace(config, data=f"{OWN}{kind.__module__}.{kind.__qualname__}"), found
+    if config.data.startswith(OWN):
+        raise UserError(f"--data: a data set made in Python, {config.data}; pass it: imf.fit(…, dataset=…)")
     with _named("--data"):
-        found = data.load(config.data)
-    channels, size, _ = found.shape
+        return config, data.load(config.data)
+
+
+def _check_data(config: TrainConfig, found: data.DataSet) -> None:
+    """Raises UserError for options that do not fit the data."""
     if config.flip and isinstance(found, data.PackedData) and found.kind != "pixels":
         raise UserError(
             "--flip must be off for latents, got on: a flipped image's latent is not the flipped latent; "
             "put flipped copies beside the images before python -m imf.data.prepare"
         )
-    if config.sample_every and channels not in (1, 3):
+    if config.sample_every and found.shape[0] not in (1, 3):
         raise UserError(
             f"--sample-every must be 0 for latents, which python -m imf.sample decodes, "
             f"got {config.sample_every}"
         )
+
+
+def _form_of(x: Any) -> str:
+    """Shape and classes of the images of a data set or of a network, as text."""
+    shape = list(getattr(x, "shape", ())) or [x.in_channels, x.input_size, x.input_size]
+    return f"{shape} of {x.num_classes} classes"
+
+
+def _fitted(config: TrainConfig, found: data.DataSet, network: nn.Module | None) -> TrainConfig:
+    """Returns the configuration with the input size, channels and classes of the data; UserError if that
+    cannot be."""
+    if network is None:
+        if isinstance(config.network, AdaptedConfig):
+            raise UserError(f"network: pass the network of your own, imf.fit(…, network=…): {config.network}")
+        return _sized(config, found)
+    if isinstance(network, Adapted):
+        _check_adapted(network, found.shape, config)
+    own: Any = config_of(network)
+    if (wanted := _form_of(found)) != (got := _form_of(own)):
+        raise UserError(f"network: must be for images {wanted}, as the data in {config.data}, got {got}")
+    return replace(config, network=own)
+
+
+def _sized(config: TrainConfig, found: data.DataSet) -> TrainConfig:
+    """Returns the configuration whose network, of this package, has the sizes of the data."""
+    assert isinstance(config.network, IMFConfig)
+    channels, size, _ = found.shape
     patch = config.network.patch_size
     if config.max_patches:
         patch = patch_size_for(size, config.max_patches)
@@ -322,7 +406,30 @@ def _open_data(config: TrainConfig) -> tuple[TrainConfig, data.DataSet]:
     sizes: dict[str, Any] = {"patch_size": patch, "in_channels": channels, "input_size": size}
     with _named(f"--data {config.data}", ValueError):
         network = replace(config.network, num_classes=found.num_classes, **sizes)
-        return replace(config, network=network), found
+        return replace(config, network=network)
+
+
+def _check_adapted(network: Adapted, shape: tuple[int, int, int], config: TrainConfig) -> None:
+    """Raises UserError for an adapted network that cannot be trained as the configuration asks."""
+    if not network.config.in_channels:
+        with _named("network", ValueError):
+            network.check(shape)
+    if network.unused:
+        names = ", ".join(network.unused[:3]) + (", …" if len(network.unused) > 3 else "")
+        raise UserError(
+            f"network: the loss must reach every weight that is trained, got {len(network.unused)} without "
+            f"influence on it: {names}; remove them, or freeze them by requires_grad_(False)"
+        )
+    if config.compile:
+        raise UserError(
+            "--compile must be off for a network of your own: it runs inside imf_kernels.jvp, where compiled "
+            "parts run eagerly"
+        )
+    if config.checkpointing and not blocks(network):
+        raise UserError(
+            "--checkpointing keeps no activations inside the blocks of a network, the members of its "
+            "torch.nn.ModuleLists, and this one has none; call imf_kernels.checkpoint in it instead"
+        )
 
 
 def _check_processes(config: TrainConfig, context: DistributedContext) -> None:

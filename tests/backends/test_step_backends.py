@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import imf_kernels as ik
-from imf.mean_flow.methods import METHODS
+from imf.mean_flow.methods import METHODS, guidance_of
 from imf.mean_flow.objective import objective
 from imf.objective.draws import Draws, Guidance
 from tests.helpers.backends import ON_GPU, running_on
@@ -22,7 +22,7 @@ def step_of(model, method, backend, batch=4):
     draws = Draws(**drawn | {"noise": drawn["noise"].to(weight.device)})
     y = torch.arange(batch, device=weight.device)
     with ik.use_backend(backend):
-        out = objective(method, Guidance())(model, cpu.to(weight), y, draws)
+        out = objective(method, guidance_of(model.config, Guidance()))(model, cpu.to(weight), y, draws)
     out.loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     return {

@@ -4,7 +4,6 @@ RANK=… WORLD_SIZE=… LOCAL_RANK=… MASTER_ADDR=… MASTER_PORT=… \
     python -m tests.helpers.distributed_training FOLDER
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -16,13 +15,14 @@ import torch
 
 from imf import data
 from imf.distributed import agreed, initialized
-from imf.mean_flow.methods import network_of
+from imf.mean_flow.methods import guidance_of, network_of
 from imf.mean_flow.objective import objective
 from imf.objective.draws import Draws
 from imf.program import UserError
 from imf.training import checkpoint, graphs, loop, session
 from imf.training import setup as start
 from imf.training.parallel import synchronising, whole
+from tests.helpers import own_network
 from tests.helpers.graph_machine import RecordedGraph
 from tests.helpers.tiny_run import ALONE, NETWORK, config, resumed, tensors
 
@@ -33,6 +33,9 @@ FORMS = {
     "fsdp checkpointing": {"sharding": "fsdp", "checkpointing": True},
     "fsdp mf": {"sharding": "fsdp", "method": "mf"},
     "ddp mf": {"method": "mf"},
+    "ddp own": {"own": True},
+    "fsdp own": {"own": True, "sharding": "fsdp"},
+    "fsdp own checkpointing": {"own": True, "sharding": "fsdp", "checkpointing": True},
 }
 
 
@@ -42,7 +45,7 @@ def part(draws, rows):
     return Draws(**tensors, n_fm=min(max(draws.n_fm - rows.start, 0), rows.stop - rows.start))
 
 
-def gradients(who, *, same_draws=True, **changes):
+def gradients(who, *, same_draws=True, own=False, **changes):
     """Largest relative error over weights of the gradient over two micro steps, against one process's.
 
     The second process has no FM rows; the first has nothing else, and in the second micro step no row whose
@@ -50,9 +53,12 @@ def gradients(who, *, same_draws=True, **changes):
     """
     sizes = dataclasses.replace(NETWORK, hidden_size=36, depth=3)
     network = network_of(changes.get("method", "imf"), sizes)
+    given = [own_network.adapted(seed) if own else None for seed in (0, 0 if who.first else 1)]
+    if own:
+        network = given[0].config
     c = config(network=network, batch_size=16, accumulate=2, **changes)
-    loss_of = objective(c.method, c.fixed_guidance)
-    alone, state = start.initial_state(c, "fp32", ALONE), start.initial_state(c, "fp32", who)
+    loss_of = objective(c.method, guidance_of(c.network, c.fixed_guidance))
+    alone, state = (start.initial_state(c, "fp32", x, y) for x, y in zip((ALONE, who), given, strict=True))
     torch.manual_seed(1)
     with torch.no_grad():
         for p in alone.model.parameters():  # none at zero, as some are in the beginning
@@ -157,7 +163,7 @@ def stopped(who, folder, **changes):
 
 
 def full_disk(who, folder):
-    """What the command says when the first process cannot write the checkpoint of step 4."""
+    """What each process says when the first process cannot write the checkpoint of step 4."""
     real = checkpoint.save_file
 
     def full(tensors, path, metadata):
@@ -166,10 +172,12 @@ def full_disk(who, folder):
         real(tensors, path, metadata)
 
     checkpoint.save_file = full
-    arguments = argparse.Namespace(resume=None)
-    status = session.train_in(who, config(runs=str(folder), name="full"), arguments)
-    checkpoint.save_file = real
-    return status
+    try:
+        session.fit_in(who, config(runs=str(folder), name="full"))
+    except UserError as error:
+        return [str(error), agreed(error)]
+    finally:
+        checkpoint.save_file = real
 
 
 def main():

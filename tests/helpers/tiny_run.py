@@ -92,9 +92,9 @@ def resumed(path, *options, context=ALONE):
     """The run of `path` with command-line options."""
     parser = argparse.ArgumentParser()
     add_arguments(parser, config())
-    parser.add_argument("--resume")
-    found = parser.parse_args(["--resume", str(path), *options])
-    return start.resume(*start.find_resumed(found), found, context)
+    found = parser.parse_args(options)
+    path, metadata = start.find_resumed(path)
+    return start.resume(path, metadata, start.resumed_config(metadata, found), context)
 
 
 def state_and_data(**changes):

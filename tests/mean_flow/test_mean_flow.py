@@ -9,6 +9,7 @@ from imf.mean_flow.methods import METHODS, network_of
 from imf.mean_flow.objective import mean_flow, objective
 from imf.networks import build
 from imf.objective.draws import Draws, Guidance
+from imf.objective.imf_loss import improved_mean_flow
 from tests.helpers import plain_mf
 from tests.mean_flow.test_dit import TINY, network
 from tests.objective.test_objective import draws_for
@@ -52,7 +53,7 @@ def test_equals_the_plain_program(method, case, size):
             zip(model.state_dict(), torch.autograd.grad(expected, model.parameters()), strict=True)
         )
         model.zero_grad()
-        result = objective(method, guidance or Guidance())(model, x, y, draws)
+        result = objective(method, guidance)(model, x, y, draws)
         result.loss.backward()
         torch.testing.assert_close(result.loss, expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(result.u, u, rtol=1e-4, atol=1e-5)
@@ -64,7 +65,7 @@ def test_equals_the_plain_program(method, case, size):
             assert error < 1e-4, name
 
 
-def rows_of_calls(guidance: Guidance, tangent: str, drop: int) -> list[tuple[int, int | None]]:
+def rows_of_calls(objective, guidance: Guidance, drop: int) -> list[tuple[int, int | None]]:
     """Of each call of the network in the less-work form: its rows, and those with a tangent."""
     model, calls = build(network_of("mf", TINY)), []
     forward = model.forward
@@ -78,23 +79,23 @@ def rows_of_calls(guidance: Guidance, tangent: str, drop: int) -> list[tuple[int
     draws = dataclasses.replace(
         Draws.sample(x, seed=3, step=7, fm_fraction=0.75, interval=False), drop=torch.arange(8) < drop
     )
-    mean_flow(model, x, y, draws, guidance=guidance, tangent=tangent)
+    objective(model, x, y, draws, guidance=guidance)
     return calls
 
 
 def test_less_work_means_fewer_rows():
     """v_c on the 2 rows behind the FM rows, v_u on those that are not dropped, a tangent on 2 of 8."""
-    assert rows_of_calls(Guidance(1.0, 0.5), "v_g", drop=1) == [(2 + 7, None), (8, 2)]
-    assert rows_of_calls(Guidance(0.5, 0.5), "v_g", drop=1) == [(2, None), (8, 2)]
-    assert rows_of_calls(Guidance(2.0, 0.0), "v_g", drop=1) == [(7, None), (8, 2)]
-    assert rows_of_calls(Guidance(1.0, 0.0), "v_g", drop=1) == [(8, 2)]
-    assert rows_of_calls(Guidance(1.0, 0.0), "v_c", drop=1) == [(2, None), (8, 2)]
+    assert rows_of_calls(mean_flow, Guidance(1.0, 0.5), drop=1) == [(2 + 7, None), (8, 2)]
+    assert rows_of_calls(mean_flow, Guidance(0.5, 0.5), drop=1) == [(2, None), (8, 2)]
+    assert rows_of_calls(mean_flow, Guidance(2.0, 0.0), drop=1) == [(7, None), (8, 2)]
+    assert rows_of_calls(mean_flow, Guidance(1.0, 0.0), drop=1) == [(8, 2)]
+    assert rows_of_calls(improved_mean_flow, Guidance(1.0, 0.0), drop=1) == [(2, None), (8, 2)]
 
 
 def test_what_does_not_fit_is_refused():
     model, (x, y, draws) = network("mf"), batch(4, "as drawn", "mf")
-    with pytest.raises(ValueError, match="mean_flow: tangent must be 'v_g' or 'v_c', got 'v_t'"):
-        mean_flow(model, x, y, draws, guidance=Guidance(), tangent="v_t")
+    with pytest.raises(ValueError, match="mean_flow: guidance is fixed: model must not have it as an input"):
+        mean_flow(network("imf-omega"), x, y, draws, guidance=Guidance())
     with pytest.raises(ValueError, match=r"mean_flow: x must be \[4, 3, 4, 4\] .* got \[3, 3, 4, 4\]"):
         mean_flow(model, x[:3], y, draws, guidance=Guidance())
     for change, message in (

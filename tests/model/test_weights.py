@@ -8,7 +8,7 @@ import torch
 import torch._dynamo.testing
 
 import imf_kernels as ik
-from imf.mean_flow.methods import METHODS
+from imf.mean_flow.methods import METHODS, guidance_of
 from imf.mean_flow.objective import objective
 from imf.model.cast_weights import ALIGNMENT, DOWN, GATE_UP, cast_once, cast_weights
 from imf.model.imf import Block
@@ -23,7 +23,9 @@ def step_of(method, dtype=torch.bfloat16):
     model = perturbed(method, ODD)
     model.compute_dtype = dtype
     x, y = torch.randn(8, 1, 8, 8), torch.arange(8)
-    loss = objective(method, Guidance())(model, x, y, Draws.sample(x, seed=0, step=0)).loss
+    loss = objective(method, guidance_of(model.config, Guidance()))(
+        model, x, y, Draws.sample(x, seed=0, step=0)
+    ).loss
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 

@@ -17,7 +17,8 @@ from tests.helpers.doc_commands import ROOT, check_program, commands, fences
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
-PUBLIC = ["Draws", "IMFConfig", "build", "export_sampler", "generate", "improved_mean_flow", "load"]
+PUBLIC = ["Draws", "Guidance", "IMFConfig", "TrainConfig", "adapt", "build", "fit", "generate"]
+PUBLIC += ["export_sampler", "improved_mean_flow", "load"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)

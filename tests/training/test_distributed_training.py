@@ -51,7 +51,6 @@ def results(folder):
     runs = start_two(sys.executable, "-m", "tests.helpers.distributed_training", str(folder), **pipes)
     outputs = [run.communicate(timeout=300) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs[0][1][-3000:] + outputs[1][1][-3000:]
-    assert "Last good checkpoint" in outputs[0][1] and "Last good checkpoint" not in outputs[1][1]
     found = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
     assert [one["place"] for one in found] == [[0, 2], [1, 2]]
     return found
@@ -100,7 +99,12 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(sharding, results):
 
 def test_errors_of_one_process_end_all(results, folder):
     for found in results:
-        assert found["full disk"] == 1
+        text, agreed = found["full disk"]
+        assert (
+            "could not write the checkpoint of step 4: " in text
+            and "Last good checkpoint: " in text
+            and agreed
+        )
         assert "must be a multiple of the 2 processes, got 9 / 1 = 9" in found["batch"]
     assert checkpoint.list_all(folder / "full")[-1] == checkpoint.path_of(folder / "full", 2)
 

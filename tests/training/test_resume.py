@@ -86,7 +86,7 @@ def test_stopping_saves_and_says_how_to_go_on(number, whole, tmp_path, monkeypat
         assert train.main(arguments(runs=tmp_path, accumulate=2)) == 128 + number
     folder, error = tmp_path / "digits", capsys.readouterr().err
     assert checkpoint.list_all(folder)[-1] == checkpoint.path_of(folder, 3)  # the step was finished
-    assert "Stopped after step 3 of 6" in error
+    assert "stopped after step 3 of 6" in error
     assert f"python -m imf.train --resume {folder}" in error
     assert resumed(folder).state.step == 6
     assert differing(final(folder), final(whole)) == []

@@ -196,7 +196,7 @@ def test_a_stop_at_a_step_with_a_picture(number, call, tmp_path, monkeypatch, wh
     with objective_that(monkeypatch, stop):
         assert train.main(options) == 128 + number
     folder = tmp_path / "digits"
-    assert f"Stopped after step {call} of 6" in capsys.readouterr().err
+    assert f"stopped after step {call} of 6" in capsys.readouterr().err
     assert pictures(folder) == {n: b for n, b in pictures(whole).items() if n <= f"step-{call:08d}.png"}
     assert train.main(["--resume", str(folder)]) == 0
     assert pictures(folder) == pictures(whole) and differing(final(folder), final(whole)) == []
