@@ -128,7 +128,8 @@ def replayed(who):
         states.append(tensors(state))
     worst = max(float((x - states[1][name]).abs().max()) for name, x in states[0].items())
     sizes = {size: graph.replays for size, graph in state.graphs.recorded.items()}
-    return {"terms": float(((terms[0] - terms[1]) / (1 + terms[0])).abs().max()), "state": worst, "replays": sizes}
+    difference = float(((terms[0] - terms[1]) / (1 + terms[0])).abs().max())
+    return {"terms": difference, "state": worst, "replays": sizes}
 
 
 def not_finite(who, folder, **changes):
