@@ -6,11 +6,14 @@ import argparse
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
+from tqdm import tqdm
+
+T = TypeVar("T")
 MOST_THREADS = 4096  # a larger number is a mistake: OpenMP ends the process where it cannot start as many
 
 
@@ -61,9 +64,19 @@ def exit_status(stop: KeyboardInterrupt) -> int:
     return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
 
 
-def bar_options() -> dict[str, float | bool]:
-    """Returns how a progress bar is drawn: less often into a file."""
-    return {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 10}
+def progress(
+    items: Iterable[T] | None, title: str, unit: str, *, total: int | None = None, initial: int = 0,
+    brief: bool = False, quiet: bool = False,
+) -> tqdm[T]:  # fmt: skip
+    """Makes a progress bar over items, or to be updated by hand; drawn less often into a file.
+
+    brief: of work that is mostly short: it appears after a second, in a file after ten, and leaves no line.
+    quiet: it never appears.
+    """
+    tick, delay = (0.5, 1) if sys.stderr.isatty() else (10, 10)
+    options: dict[str, Any] = {"delay": delay, "leave": False} if brief else {}
+    options |= {"total": total, "initial": initial, "mininterval": tick, "disable": quiet}
+    return tqdm(items, desc=title, unit=unit, dynamic_ncols=True, **options)
 
 
 def thread_count(text: str) -> int:

@@ -10,11 +10,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from tqdm import tqdm
 
 from imf.model.config import config_of
 from imf.model.sampler import sample_labels
-from imf.program import bar_options
+from imf.program import progress
 
 BATCH_SIZE = 64  # samples at a time: a program at work shows progress, and the memory is bounded
 
@@ -40,7 +39,7 @@ def class_grid(
     images = sample_labels(model, labels, seed=seed, batch_size=BATCH_SIZE, bar=bar, **options)
     if decode is not None:
         rows = images.split(columns)
-        shown = tqdm(rows, desc="decoding", unit="row", delay=2, disable=not bar, **bar_options())
+        shown = progress(rows, "decoding", "row", brief=True, quiet=not bar)
         images = torch.cat([decode(latents) for latents in shown])
     names = [class_names[label] if class_names else str(label) for label in classes]
     return draw_grid(images, columns, row_labels=names)

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from imf.data.files import short
 from imf.data.memory import UNCONDITIONAL, LabelledImages
 from imf.images import BrokenImage, with_eight_bits
-from imf.program import UserError, bar_options
+from imf.program import UserError, progress
 
 
 def from_dataset(
@@ -48,7 +47,7 @@ def from_dataset(
     labels: list[int | None] = []
     images = torch.empty(0)
     lowest = 0.0
-    for index in tqdm(range(count), desc="reading", unit="image", delay=2, **bar_options()):
+    for index in progress(range(count), "reading", "image", brief=True):
         item = dataset[index]  # not by iteration, which a class without __iter__ ends by an IndexError
         image, label = _parts(item, index)
         image = _pixels(image, index)

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, cross_entropy, max_pool2d
 
 from imf import random
-from imf.evaluation.bars import bar
 from imf.io import check_regular, fingerprint, naming, replacing
-from imf.program import UserError
+from imf.program import UserError, progress
 
 FILE = "extractor.safetensors"  # in a run's folder
 KEY = "imf_extractor"  # of the metadata
@@ -125,7 +124,8 @@ def train(batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, *, quiet: 
         network = ConvNet(About(images.shape[1], classes, task, 0.0))
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE)
     steps = min(STEPS, max(LEAST, EPOCHS * len(trained) // BATCH))
-    with bar(steps, f"training an extractor on the data's {task}", "step", quiet) as shown:
+    title = f"training an extractor on the data's {task}"
+    with progress(None, title, "step", total=steps, brief=True, quiet=quiet) as shown:
         for step in range(steps):
             rate = min(1, (step + 1) / 20) * (1 - step / steps)
             optimizer.param_groups[0]["lr"] = RATE * rate

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from imf.evaluation.bars import bar
 from imf.evaluation.fid import frechet_distance, of_rows
-from imf.program import UserError
+from imf.program import UserError, progress
 
 # Images [B, C, H, W] fp32 in [-1, 1], not clipped → features [B, D], or labels [B] int64.
 Features = Callable[[Tensor], Tensor]
@@ -148,7 +147,7 @@ def precision_recall(
     blocks = torch.arange(n, device=device).split(max(1, _BLOCK // n))
     radii: dict[str, Tensor] = {}
     inside: dict[str, Tensor] = {}
-    with bar(4 * n, "precision and recall", "row", quiet) as shown:
+    with progress(None, "precision and recall", "row", total=4 * n, brief=True, quiet=quiet) as shown:
         for name, x in (("samples", a), ("data", b)):
             parts = []
             for rows in blocks:  # the nearest point is the row itself

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from imf import random
 from imf.distributed import DistributedContext
@@ -32,7 +31,7 @@ from imf.evaluation.quality import WithinClasses, precision_recall, variance_rat
 from imf.evaluation.results import Row, plot, read_results, table
 from imf.io import check_target, fingerprint, locked, sha256, write_json
 from imf.model.sampler import check_inputs_of
-from imf.program import UserError, bar_options
+from imf.program import UserError, progress
 
 COUNT = 50_000  # images of the published figures
 SPLITS = 10  # of the Inception score
@@ -288,7 +287,7 @@ class Evaluation:
         self, batches: Iterable[tuple[Tensor, Tensor | None]], total: int, title: str
     ) -> Iterable[tuple[Tensor, Tensor | None]]:
         quiet = self.processes.rank > 0
-        with tqdm(total=total, desc=title, unit="image", disable=quiet, **bar_options()) as bar:
+        with progress(None, title, "image", total=total, quiet=quiet) as bar:
             for images, labels in batches:
                 yield images, labels
                 bar.update(len(images))

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from imf import random
 from imf.distributed import DistributedContext
 from imf.evaluation import convnet, inception, quality
-from imf.evaluation.bars import bar
 from imf.evaluation.quality import Classifier, Features, Population
 from imf.evaluation.samples import noise
 from imf.model.config import config_of
 from imf.model.sampler import generate
+from imf.program import progress
 from imf.sampling import to_uint8
 
 SAMPLES = 1_800  # of the scores after training
@@ -113,7 +113,7 @@ def judge_of(
     rows = torch.arange(min(len(dataset), REFERENCE)) * len(dataset) // min(len(dataset), REFERENCE)
 
     def batches(title: str) -> Iterator[tuple[Tensor, Tensor]]:
-        with bar(len(rows), title, "image", quiet) as shown:
+        with progress(None, title, "image", total=len(rows), brief=True, quiet=quiet) as shown:
             for part in rows.split(_BATCH):
                 yield dataset.fetch(part, random.generator(0, "reference", int(part[0])))
                 shown.update(len(part))
@@ -218,7 +218,8 @@ def sample(
     first = processes.rank * share
     own = torch.arange(first, first + share).clamp(max=count - 1)  # what is there twice is cut off below
     parts = []
-    with bar(share, title, "image", quiet or not processes.first) as shown:
+    quiet = quiet or not processes.first
+    with progress(None, title, "image", total=share, brief=True, quiet=quiet) as shown:
         for rows in own.split(batch_size):
             x = generate(model, noise(seed, rows.tolist(), shape), labels[rows], **options)
             parts.append(x.cpu())

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from imf import random
 from imf.model.config import IMFConfig, check_guidance, config_of
-from imf.program import UserError, bar_options
+from imf.program import UserError, progress
 
 
 @torch.no_grad()
@@ -84,7 +83,7 @@ def sample_labels(
     generator = random.generator(seed, "samples") if isinstance(seed, int) else seed
     noise = torch.randn(shape, generator=generator, device=generator.device if generator else "cpu")
     parts = zip(noise.split(size), labels.split(size), strict=True)
-    shown = tqdm(list(parts), desc="samples", unit="batch", delay=2, disable=not bar, **bar_options())
+    shown = progress(list(parts), "samples", "batch", brief=True, quiet=not bar)
     return torch.cat([generate(model, z, y, **options) for z, y in shown])
 
 

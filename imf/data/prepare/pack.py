@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from imf.data.files import short, write_array, write_file, write_json
 from imf.data.packed import FORMAT, INDEX, LABELS, PLAN, ROWS, PackedData
@@ -33,7 +32,7 @@ from imf.distributed import choose_device
 from imf.evaluation import fid, inception
 from imf.images import EXTENSIONS, BrokenImage
 from imf.io import check_regular, check_target
-from imf.program import UserError, bar_options
+from imf.program import UserError, progress
 
 FILES, SKIPPED = "files.txt", "skipped.tsv"
 Record = dict[str, Any]  # the content of a JSON file
@@ -104,7 +103,7 @@ def _make_shards(
     missing = [shard for shard, record in enumerate(records) if record is None]
     todo = [place for shard in missing for place in shards[shard]]
     decoded = source.decoded(todo, form, workers, ahead=2 * batch_size + workers)
-    bar = tqdm(total=count, initial=count - len(todo), desc=out.name, unit="image", **bar_options())
+    bar = progress(None, out.name, "image", total=count, initial=count - len(todo))
     with closing(decoded), bar:
         for shard in missing:
             filled, skipped = 0, []
@@ -184,7 +183,7 @@ def source_statistics(
     """
     places = range(len(source.files))
     with closing(source.decoded(places, form, workers, ahead=128)) as decoded:
-        bar = tqdm(decoded, total=len(places), desc="statistics", unit="image", **bar_options())
+        bar = progress(decoded, "statistics", "image", total=len(places))
         good = (torch.from_numpy(image) for image in bar if not isinstance(image, BrokenImage))
         batches = iter(lambda: list(islice(good, 64)), [])
         try:
@@ -281,7 +280,7 @@ def _class_names(text: str | None) -> list[str] | None:
 def verify_command(out: Path) -> None:
     """Checks every byte of a finished folder, and prints that all is well."""
     data = PackedData(out)
-    for _ in tqdm(data.verify(), total=len(data.shards), desc=out.name, unit="shard", **bar_options()):
+    for _ in progress(data.verify(), out.name, "shard", total=len(data.shards)):
         pass
     _say(f"{out}: {len(data):,} rows of {data.kind} in {len(data.shards):,} shards, every checksum agrees")
 

@@ -13,13 +13,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from imf.data.batches import prefetch
 from imf.data.prepare.form import Form
 from imf.images import BrokenImage, decode, probe
 from imf.io import check_regular
-from imf.program import UserError, bar_options
+from imf.program import UserError, progress
 
 Look = tuple[int, tuple[int, int]]  # of an image: channels, 1 or 3, and (width, height)
 
@@ -100,7 +99,7 @@ class Source(ABC):
         channels = 1
         places = self.unlike()
         looks = prefetch(self._look, places, workers=workers, ahead=16 * workers)
-        bar = tqdm(looks, total=len(places), desc="sizes", unit="image", delay=2, **bar_options())
+        bar = progress(looks, "sizes", "image", total=len(places), brief=True)
         with closing(looks), bar:
             for place, look in zip(places, bar, strict=True):
                 name = self.files[place][0]

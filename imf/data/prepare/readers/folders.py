@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from imf.data.files import short
 from imf.data.prepare import labels
 from imf.data.prepare.source import EncodedSource, Look, Options
 from imf.images import check_image_file, entries, is_image, probe, read_bytes, walk
 from imf.io import check_regular
-from imf.program import UserError, bar_options
+from imf.program import UserError, progress
 
 SPLITS = {"train", "val", "validation", "test"}  # folders of an ImageNet tree
 
@@ -63,7 +62,7 @@ def read_folder(root: Path, options: Options) -> FolderSource:
             f"{stray[0]}; images without class folders need --labels FILE, or --unconditional"
         )
     files, numbers = [], list[int]()
-    bar = tqdm(folders, desc="listing", unit="class", delay=2, **bar_options())
+    bar = progress(folders, "listing", "class", brief=True)
     for number, folder in enumerate(bar):
         images = sorted(walk(root, folder, others))
         if not images:

@@ -14,13 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from tqdm import tqdm
-
 from imf.data.files import short
 from imf.data.prepare import labels
 from imf.data.prepare.source import EncodedSource, Options, check_file
 from imf.images import MAX_BYTES, BrokenImage, is_image
-from imf.program import UserError, bar_options
+from imf.program import UserError, progress
 
 LABELS = ("cls", "json", "txt")  # extensions of labels; of a JSON object the field "label"
 _LONGEST = 1 << 24  # bytes of a label's file
@@ -64,7 +62,7 @@ def read_tars(paths: list[Path], options: Options) -> TarSource:
     """
     samples: dict[tuple[int, str], _Sample] = {}
     others: list[str] = []
-    for number, path in enumerate(tqdm(paths, desc="listing", unit="tar", delay=2, **bar_options())):
+    for number, path in enumerate(progress(paths, "listing", "tar", brief=True)):
         for member, file in _members(path):
             key, extension = _split(member.name)
             sample = samples.setdefault((number, key), _Sample("", number))
