@@ -91,7 +91,8 @@ def fit_in(
                 locks.enter_context(locked(folder))
 
     if context.first:  # reading the data and building the network can take seconds
-        print(f"imf.train: loading {'a checkpoint' if resumed else config.data}", file=sys.stderr)
+        given = config.data if dataset is None or isinstance(dataset, (str, Path)) else "a data set"
+        print(f"imf.train: loading {'a checkpoint' if resumed else given}", file=sys.stderr)
     try:
         if resumed is None:
             if network is not None:

@@ -11,7 +11,6 @@ from torch import nn
 
 import imf
 from imf import data, train
-from imf.evaluation import digits as scores
 from imf.program import UserError
 from imf.training import artifacts, checkpoint
 from tests.helpers.own_network import OwnNetwork, adapted
@@ -278,6 +277,7 @@ def test_a_configuration_of_an_adapted_network_needs_the_network(tmp_path):
         imf.fit(config(runs=str(tmp_path), network=adapted().config))
 
 
-def test_scores_of_a_network_of_ones_own():
-    result = scores.evaluate(adapted(), data.load("digits"), steps=(1,), count=180, seed=0)
-    assert result[0].frechet_distance > 0
+def test_scores_of_a_network_of_ones_own(tmp_path):
+    run = imf.fit(config(runs=str(tmp_path), steps=1), network=adapted())
+    score = artifacts.score_samples(run, 1, 180)
+    assert score.figures["frechet_distance"] > 0
