@@ -329,8 +329,9 @@ def with_arguments(config: TrainConfig, arguments: argparse.Namespace) -> TrainC
         values["network"] = asdict(network_of(values["method"], config.network))
     network = values["network"]
     network.update({name: given[name] for name in network if name in given})
-    if network["patch_size"] > 0 and network["input_size"] % network["patch_size"]:
-        network["input_size"] = network["patch_size"]  # the data decide it, and whether the patches divide it
+    patch = network.get("patch_size", 0)  # which a network of one's own need not have
+    if patch > 0 and network["input_size"] % patch:
+        network["input_size"] = patch  # the data decide it, and whether the patches divide it
     return from_dict(values)
 
 

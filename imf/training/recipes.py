@@ -61,7 +61,7 @@ def _original(name: str, omega: float, kappa: float, t_max: float) -> TrainConfi
     return TrainConfig(network=NETWORKS[name], fm_fraction=0.75, **_MF, **guidance, **_IMAGENET)
 
 
-# Images of 16 to 64 pixels, on two CPU cores in half an hour, or on a GPU. The digits' recipe diverges on them.
+# Images of 16 to 64 pixels, on two CPU cores in half an hour, or on a GPU; the digits' recipe diverges there.
 _SMALL = TrainConfig(
     network=replace(DIGITS_NETWORK, hidden_size=128, depth=6, aux_head_depth=3),
     max_patches=64,
