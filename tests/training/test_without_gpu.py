@@ -113,11 +113,11 @@ BATCHES = {"digits": 128, "iMF-B/2": 128, "iMF-XL/2": 32}
 # With PyTorch 2.11 and Triton 3.6: launches of a step, or of a replay, those that the graph holds, and the
 # host's time relative to a launch of `silu`; of replays 600 to 2,000 were measured.
 STEPS = {
-    ("digits", "eager"): (651, 0, 11_000),
-    ("digits", "checkpointing"): (778, 0, 16_000),
-    ("digits", "graphs"): (20, 648, 1_500),
-    ("digits", "graphs, DDP"): (20, 752, 1_500),
-    ("digits", "compiled"): (715, 0, 13_000),
+    ("digits", "eager"): (734, 0, 11_000),
+    ("digits", "checkpointing"): (893, 0, 16_000),
+    ("digits", "graphs"): (20, 731, 1_500),
+    ("digits", "graphs, DDP"): (20, 855, 1_500),
+    ("digits", "compiled"): (812, 0, 13_000),
     ("iMF-B/2", "eager"): (1_309, 0, 24_000),
     ("iMF-B/2", "checkpointing"): (1_665, 0, 32_000),
     ("iMF-B/2", "graphs"): (20, 1_306, 1_500),
