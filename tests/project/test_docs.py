@@ -17,7 +17,17 @@ from tests.helpers.doc_commands import ROOT, check_program, commands, fences
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
-PUBLIC = ["Draws", "Guidance", "IMFConfig", "TrainConfig", "adapt", "build", "fit", "generate"]
+PUBLIC = [
+    "Draws",
+    "Guidance",
+    "IMFConfig",
+    "TrainConfig",
+    "adapt",
+    "build",
+    "export_sampler",
+    "fit",
+    "generate",
+]
 PUBLIC += ["export_sampler", "improved_mean_flow", "load"]
 
 
