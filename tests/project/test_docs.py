@@ -28,7 +28,7 @@ PUBLIC = [
     "fit",
     "generate",
 ]
-PUBLIC += ["export_sampler", "improved_mean_flow", "load"]
+PUBLIC += ["improved_mean_flow", "load"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
