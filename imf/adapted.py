@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import imf_kernels as ik
 from imf.distributed import sharded
+from imf.model.layers import check_forms
 from imf.model.pretrained import Pretrained
 from imf.program import UserError
 from imf_kernels import Dual
@@ -229,7 +230,8 @@ class Adapted(Pretrained):
             raise ValueError(f"{self._name}: heads must be {wanted}, got {heads!r}")
         if not self.config.in_channels and not torch.compiler.is_compiling():
             self.check(tuple(z.shape[1:]))
-        self._check_inputs(z, {"t": t, "h": h, "omega": omega, "t_min": t_min, "t_max": t_max}, y)
+        scalars = {"t": t, "h": h, "omega": omega, "t_min": t_min, "t_max": t_max}
+        check_forms(self._name, self.config, z, y, scalars)
         rest = (y.long(), *self._guidance(omega, t_min, t_max))
         duals = [x for x in (z, t, h) if isinstance(x, Dual)]
         n = max((len(x.tangent_rows) for x in duals if x.tangent_rows is not None), default=0)
@@ -301,26 +303,6 @@ class Adapted(Pretrained):
         if self.compute_dtype in LOWER_PRECISIONS:
             return torch.autocast(device, self.compute_dtype)
         return contextlib.nullcontext()
-
-    def _check_inputs(self, z: Tensor | Dual, scalars: dict[str, Any], y: Tensor) -> None:
-        config, name, batch = self.config, self._name, z.shape[0]
-        image = [config.in_channels, config.input_size, config.input_size]
-        if len(z.shape) != 4 or (config.in_channels and list(z.shape[1:]) != image):
-            raise ValueError(f"{name}: z must be [B, {', '.join(map(str, image))}], got {list(z.shape)}")
-        for scalar, value in scalars.items():
-            if tuple(value.shape) != (batch,):
-                raise ValueError(f"{name}: {scalar} must be [{batch}], one a sample, got {list(value.shape)}")
-        if y.dtype not in (torch.int64, torch.int32) or tuple(y.shape) != (batch,):
-            raise ValueError(
-                f"{name}: y must be [{batch}] in int64 or int32, got {list(y.shape)} in {y.dtype}"
-            )
-        if y.device.type != "cpu" or not batch or torch.compiler.is_compiling():
-            return  # looking would wait for the device, and no graph has values to look at
-        if not (int(y.min()) >= 0 and int(y.max()) <= config.num_classes):
-            raise ValueError(
-                f"{name}: labels must be within 0 and {config.num_classes} (the null label), "
-                f"got {int(y.min())} to {int(y.max())}"
-            )
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Checks the network by two rows of images of this shape, and remembers it.

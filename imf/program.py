@@ -66,16 +66,17 @@ def exit_status(stop: KeyboardInterrupt) -> int:
 
 def progress(
     items: Iterable[T] | None, title: str, unit: str, *, total: int | None = None, initial: int = 0,
-    brief: bool = False, quiet: bool = False,
+    brief: bool = False, quiet: bool = False, bar_format: str | None = None,
 ) -> tqdm[T]:  # fmt: skip
     """Makes a progress bar over items, or to be updated by hand; drawn less often into a file.
 
     brief: of work that is mostly short: it appears after a second, in a file after ten, and leaves no line.
-    quiet: it never appears.
+    quiet: it never appears.  bar_format: as tqdm takes it.
     """
     tick, delay = (0.5, 1) if sys.stderr.isatty() else (10, 10)
     options: dict[str, Any] = {"delay": delay, "leave": False} if brief else {}
     options |= {"total": total, "initial": initial, "mininterval": tick, "disable": quiet}
+    options["bar_format"] = bar_format
     return tqdm(items, desc=title, unit=unit, dynamic_ncols=True, **options)
 
 

@@ -13,7 +13,7 @@ from imf.data.memory import LabelledImages
 
 
 class Digits(LabelledImages):
-    """The digits; a class of their own, since only these are scored at the end of a run."""
+    """The digits; a class of their own, since a classifier's settings are known for these alone."""
 
 
 def load() -> Digits:

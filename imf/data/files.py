@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from imf.io import check_regular, replacing
 from imf.program import UserError
 
+IDX_NAME = re.compile(r"ubyte|\bidx\d", re.IGNORECASE)  # in names of IDX files, as MNIST's are
 Check = tuple[str, Callable[[Any], bool]]  # what a value must be, in words, and whether it is
 
 

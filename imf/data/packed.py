@@ -51,8 +51,8 @@ SHARD_FIELDS: dict[str, Check] = {
 # Norm of a row in standard deviations of the channels: no image is that far off, and the square of the loss
 # still fits into fp32.
 LARGEST = 1e6
-# Names of files of images, see `imf.data.prepare.formats`. Not .npy: shards end so.
-_RAW = re.compile(r"\.(npz|tar|parquet|arrow)$|ubyte|\bidx\d", re.IGNORECASE)
+# Names of files of many images, see `imf.data.prepare.formats`. Not .npy: shards end so.
+_RAW = re.compile(rf"\.(npz|tar|parquet|arrow)$|{files.IDX_NAME.pattern}", re.IGNORECASE)
 
 
 class PackedData:

@@ -122,6 +122,10 @@ def train(batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, *, quiet: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(random.key(0, "extractor weights"))
         network = ConvNet(About(images.shape[1], classes, task, 0.0))
+
+    def examples(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return _turned(images[rows]) if task == "rotations" else (images[rows], labels[rows])
+
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE)
     steps = min(STEPS, max(LEAST, EPOCHS * len(trained) // BATCH))
     title = f"training an extractor on the data's {task}"
@@ -130,7 +134,7 @@ def train(batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, *, quiet: 
             rate = min(1, (step + 1) / 20) * (1 - step / steps)
             optimizer.param_groups[0]["lr"] = RATE * rate
             rows = trained[torch.randint(len(trained), (BATCH,), generator=chance)]
-            x, y = _turned(images[rows]) if task == "rotations" else (images[rows], labels[rows])
+            x, y = examples(rows)
             cross_entropy(network(x)[1], y, label_smoothing=0.05).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -138,7 +142,7 @@ def train(batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, *, quiet: 
     network.eval().requires_grad_(False)
     right = 0
     for rows in held_out.split(BATCH):
-        x, y = _turned(images[rows]) if task == "rotations" else (images[rows], labels[rows])
+        x, y = examples(rows)
         right += int((network(x)[1].argmax(1) == y).sum())
     digits = fingerprint(network.state_dict())
     network.about = About(images.shape[1], classes, task, right / len(held_out), digits)

@@ -110,7 +110,7 @@ def judge_of(
     Raises: UserError for an extractor that cannot be used, or a damaged file.
     """
     device = device or torch.device("cpu")
-    rows = torch.arange(min(len(dataset), REFERENCE)) * len(dataset) // min(len(dataset), REFERENCE)
+    rows = quality.spaced(torch.arange(len(dataset)), REFERENCE)
 
     def batches(title: str) -> Iterator[tuple[Tensor, Tensor]]:
         with progress(None, title, "image", total=len(rows), brief=True, quiet=quiet) as shown:

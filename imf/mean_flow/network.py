@@ -35,6 +35,7 @@ from imf.model.layers import (
     condition_tokens,
     heads_of_qkv,
     patch_embedder,
+    residual_scales,
 )
 from imf.model.pretrained import Pretrained
 from imf_kernels import Dual
@@ -71,9 +72,7 @@ class Block(nn.Module):
             self.modulation = Modulated(width, 6)
         else:
             self.norm1, self.norm2 = (nn.LayerNorm(width, eps=NORM_EPS) for _ in range(2))
-            self.attn_scale, self.mlp_scale = (
-                nn.Parameter(torch.full((width,), float(config.residual_scale))) for _ in range(2)
-            )
+            self.attn_scale, self.mlp_scale = residual_scales(config)
         self.qkv = xavier_linear(width, 3 * width)
         self.out = xavier_linear(width, width)
         self.up = xavier_linear(width, hidden)

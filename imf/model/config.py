@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+TOKENS = ("class_tokens", "omega_tokens", "interval_tokens", "time_tokens")
 # What is larger is a mistake, which would otherwise fill the memory or never end.
 MOST = {
     "input_size": 2**16,
@@ -15,10 +16,9 @@ MOST = {
     "hidden_size": 2**20,
     "depth": 2**12,
     "num_classes": 2**28,
+    **dict.fromkeys(TOKENS, 2**10),
 }
 MOST_MLP_WIDTH = 2**22
-TOKENS = ("class_tokens", "omega_tokens", "interval_tokens", "time_tokens")
-MOST_TOKENS = 2**10
 MOST_POSITIONS = 2**28  # patches times width: the tables of positions, which are in no file
 
 
@@ -82,8 +82,7 @@ class IMFConfig:
         for name in sizes:
             value = getattr(self, name)
             self._require(name, type(value) is int and value >= 1, "a positive integer")
-            most = MOST_TOKENS if name in TOKENS else MOST.get(name, value)
-            self._require(name, value <= most, f"at most {most}")
+            self._require(name, value <= MOST.get(name, value), f"at most {MOST.get(name)}")
         width, heads, depth = self.hidden_size, self.num_heads, self.depth
         fits = type(self.aux_head_depth) is int and 0 <= self.aux_head_depth <= depth
         self._require("aux_head_depth", fits, f"an integer within 0 and depth {depth}")

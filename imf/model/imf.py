@@ -23,6 +23,7 @@ from imf.model.layers import (
     condition_tokens,
     heads_of_qkv,
     patch_embedder,
+    residual_scales,
 )
 from imf.model.pretrained import Pretrained
 from imf_kernels import Dual
@@ -45,8 +46,7 @@ class Block(nn.Module):
         self.heads = config.num_heads
         self.norm1, self.norm2 = (nn.Parameter(torch.ones(width)) for _ in range(2))
         self.q_norm, self.k_norm = (nn.Parameter(torch.ones(head_width)) for _ in range(2))
-        scale = float(config.residual_scale)
-        self.attn_scale, self.mlp_scale = (nn.Parameter(torch.full((width,), scale)) for _ in range(2))
+        self.attn_scale, self.mlp_scale = residual_scales(config)
         # One product for queries, keys and values, one for gate (w1) and up (w3) of the MLP.
         self.qkv = _block_weight(3 * width, width)
         self.out = _block_weight(width, width)

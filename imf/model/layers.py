@@ -65,6 +65,11 @@ def unpatchify(x: Tensor, c: IMFConfig) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, c.in_channels, c.input_size, c.input_size)
 
 
+def residual_scales(c: IMFConfig) -> list[nn.Parameter]:
+    """Makes the learned scales [d] of a block's two residual branches, attention and MLP."""
+    return [nn.Parameter(torch.full((c.hidden_size,), float(c.residual_scale))) for _ in range(2)]
+
+
 def heads_of_qkv(qkv: Tensor, length: int, heads: int) -> list[Tensor]:
     """[B, L, 3 H D] or [B · L, 3 H D] → q, k, v, each [B, H, L, D]; backward, one copy that lays them side by
     side."""
@@ -187,22 +192,34 @@ def check_inputs(
             )
         if name != "y" and value.dtype != weight.dtype:
             raise TypeError(f"{caller}: {name} must be {weight.dtype} like the weights, got {value.dtype}")
+    check_forms(caller, config, z, y, {**duals, **plain})
+    if _can_look(y) and not bool(((omega := plain["omega"]) > 0).all()):
+        raise ValueError(f"{caller}: omega must be positive, got {float(omega.min())}")
+
+
+def check_forms(caller: str, config: Any, z: Tensor | Dual, y: Tensor, scalars: dict[str, Any]) -> None:
+    """ValueError, naming the argument, for inputs of other forms than a network's; for labels out of range.
+
+    config: an `imf.adapted.NetworkConfig`; with in_channels 0 of images of any form.
+    scalars: one per sample, [B].
+    """
     image = (config.in_channels, config.input_size, config.input_size)
-    if len(z.shape) != 4 or tuple(z.shape[1:]) != image:
+    if len(z.shape) != 4 or (config.in_channels and tuple(z.shape[1:]) != image):
         raise ValueError(f"{caller}: z must be [B, {', '.join(map(str, image))}], got {list(z.shape)}")
     batch = z.shape[0]
-    for name, value in {**duals, **plain}.items():
+    for name, value in scalars.items():
         if tuple(value.shape) != (batch,):
             raise ValueError(f"{caller}: {name} must be [{batch}], one a sample, got {list(value.shape)}")
     if y.dtype not in (torch.int64, torch.int32) or tuple(y.shape) != (batch,):
         raise ValueError(f"{caller}: y must be [{batch}] in int64 or int32, got {list(y.shape)} in {y.dtype}")
-    # On other devices looking would wait for the device, and no graph has values to look at; there the
-    # embedding's own check speaks.
-    if y.device.type == "cpu" and y.numel() and not torch.compiler.is_compiling():
-        if not (int(y.min()) >= 0 and int(y.max()) <= config.num_classes):
-            raise ValueError(
-                f"{caller}: labels must be within 0 and {config.num_classes} (the null label), "
-                f"got {int(y.min())} to {int(y.max())}"
-            )
-        if not bool(((omega := plain["omega"]) > 0).all()):
-            raise ValueError(f"{caller}: omega must be positive, got {float(omega.min())}")
+    if _can_look(y) and not (int(y.min()) >= 0 and int(y.max()) <= config.num_classes):
+        raise ValueError(
+            f"{caller}: labels must be within 0 and {config.num_classes} (the null label), "
+            f"got {int(y.min())} to {int(y.max())}"
+        )
+
+
+def _can_look(y: Tensor) -> bool:
+    """Whether values can be checked: on other devices looking would wait, and no graph has values; there the
+    embedding's own check speaks."""
+    return y.device.type == "cpu" and y.numel() > 0 and not torch.compiler.is_compiling()

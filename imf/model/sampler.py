@@ -74,7 +74,7 @@ def sample_labels(
 
     seed: of the noise; or a generator, or None for PyTorch's own one, that it is drawn from. It depends on
         the seed and N, not on batch_size, default N.
-    bar: show a progress bar where it takes more than 2 s.  options: of `generate`.
+    bar: show a progress bar where it takes long.  options: of `generate`.
     """
     config, size = config_of(model), batch_size or len(labels)
     if not config.in_channels:  # adapted, and no batch has come yet

@@ -5,7 +5,8 @@ graph for each size of the evaluation of v_u, see `sizes_of_v_u`. With DDP it ho
 processes capture the same size at the same step, as NCCL may exchange addresses of buffers meanwhile.
 
 Source: "Accelerating PyTorch with CUDA Graphs" and the notes on CUDA semantics in PyTorch's documentation.
-Not yet run on a GPU: tests replay the same steps from a recording of PyTorch's operators on the CPU.
+Graphs of one process have run on a GPU (docs/gpu.md), those with DDP not yet: tests replay the same steps
+from a recording of PyTorch's operators on the CPU.
 """
 
 from __future__ import annotations

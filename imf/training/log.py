@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from imf.distributed import DistributedContext
 from imf.io import naming, replacing
-from imf.program import UserError
+from imf.program import UserError, progress
 from imf.training.config import TrainConfig, ema_decay, learning_rate, to_dict
 
 BAR = "{desc} {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}, {elapsed}<{remaining}{postfix}"
@@ -208,14 +208,8 @@ class Log:
         truncate_metrics(self._figures, step)
         self._file = self._metrics.open("a", buffering=1)  # by line: a killed run loses none
         self.boards = Boards(folder, config, purge=step + 1)
-        self._bar = tqdm(
-            total=config.steps,
-            initial=step,
-            desc=folder.name,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 10,
-            bar_format=BAR,
+        self._bar: tqdm[Any] = progress(
+            None, folder.name, "step", total=config.steps, initial=step, bar_format=BAR
         )
 
     def close(self) -> None:

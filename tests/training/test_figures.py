@@ -17,7 +17,6 @@ from imf.evaluation import convnet, scores
 from imf.program import UserError
 from imf.training import artifacts, checkpoint
 from imf.training import setup as start
-from tests.helpers import tiny_data
 from tests.helpers.tiny_run import arguments, config, differing
 
 NAMES = {"frechet_distance", "variance_ratio", "precision", "recall", "accuracy"}
@@ -27,15 +26,6 @@ NAMES = {"frechet_distance", "variance_ratio", "precision", "recall", "accuracy"
 def short(monkeypatch):
     monkeypatch.setattr(convnet, "LEAST", 3)
     monkeypatch.setattr(scores, "SAMPLES", 120)
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory):
-    """A folder of ten images of 8 x 8, in colour, five of each of two classes."""
-    folder = tmp_path_factory.mktemp("packed")
-    tiny_data.images(folder / "images", broken=False)
-    assert tiny_data.pack(folder / "images", folder / "data") == 0
-    return folder / "data"
 
 
 def figures(folder):

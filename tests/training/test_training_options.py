@@ -18,7 +18,6 @@ from imf.model.imf import Block
 from imf.program import UserError
 from imf.training import artifacts, checkpoint, loop
 from imf.training import setup as start
-from tests.helpers import tiny_data
 from tests.helpers.tiny_run import ALONE, NETWORK, arguments, config, differing, state_and_data, tensors
 
 
@@ -78,15 +77,6 @@ def test_a_resumed_run_takes_no_other_weights(trained, capsys):
     with pytest.raises(SystemExit):
         train.main(["--resume", str(trained.folder), "--init-from", "x"])
     assert "--init-from is for new runs" in capsys.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory):
-    """A folder of ten images of 8 x 8, in color, of two classes."""
-    folder = tmp_path_factory.mktemp("packed")
-    tiny_data.images(folder / "images", broken=False)
-    assert tiny_data.pack(folder / "images", folder / "data") == 0
-    return folder / "data"
 
 
 def test_the_data_decide_the_sizes_of_the_network(packed, tmp_path, capsys):

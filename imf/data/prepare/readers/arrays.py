@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from imf.data.files import IDX_NAME
 from imf.data.prepare import labels
 from imf.data.prepare.labels import Labels
 from imf.data.prepare.source import Look, Options, Source, check_file
@@ -29,7 +30,6 @@ PAIRS = (
     ("arr_0", "arr_1"),
 )  # fmt: skip
 _IDX_TYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
-_IDX_NAME = re.compile(r"ubyte|\bidx\d", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def read_idx(paths: list[Path], options: Options) -> ArraySource:
 
 def is_idx(path: Path) -> bool:
     """Tells whether a file's name is that of an IDX file, as MNIST's are."""
-    return _IDX_NAME.search(path.name) is not None
+    return IDX_NAME.search(path.name) is not None
 
 
 def idx_files(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
