@@ -118,7 +118,10 @@ def check_make(words):
     makefile = (ROOT / "Makefile").read_text()
     for name in (word.partition("=")[0] for word in words if "=" in word):
         assert f"$({name})" in makefile, f"make {name}=: the Makefile does not read it"
-    result = subprocess.run(["make", "-n", *words], capture_output=True, text=True, check=False, cwd=ROOT)
+    # `make test ARGS=…` hands its variables to every make below it.
+    kept = {name: value for name, value in os.environ.items() if name not in ("ARGS", "MAKEFLAGS")}
+    command = ["make", "-n", *words]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=kept)
     assert result.returncode == 0, result.stderr
     for line in result.stdout.splitlines():
         if re.match(r"\.venv/bin/python -m (imf|tests|benchmarks)[^|]*$", line):
