@@ -59,6 +59,18 @@ def carries_tangent(x: Any) -> bool:
     return can_move(x) and unpack_dual_tensor(x)[1] is not None
 
 
+def refusing(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
+    """Wraps a function so that it refuses tensors with a tangent."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(map(carries_tangent, pytree.tree_leaves((args, kwargs)))):
+            raise NotImplementedError(f"imf_kernels.jvp: {reason}")
+        return function(*args, **kwargs)
+
+    return call
+
+
 def primal_of(x: Any) -> Any:
     """Returns a `Dual` or a dual tensor of PyTorch without its tangent; anything else unchanged."""
     if isinstance(x, Dual):

@@ -55,6 +55,7 @@ from imf_kernels.transforms.dual_tensors import (
     traced_jvp,
     unpack_dual_tensor,
 )
+from imf_kernels.transforms.packages import serve_packages
 from imf_kernels.transforms.rules import (
     ARITHMETIC_WHILE_COMPILING,
     CONTROL_FLOW,
@@ -368,6 +369,7 @@ def _jvp(
         if fwAD._current_level >= 0:
             raise RuntimeError(_NESTED)
         refuse_while_tracing()
+        serve_packages()
         with fwAD._set_fwd_grad_enabled(True), fwAD.dual_level():
             duals = [_dual_input(x, x_dot) for x, x_dot in pairs]
             traced_jvp.depth += 1

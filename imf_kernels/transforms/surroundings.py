@@ -19,10 +19,10 @@ import torch.autograd.forward_ad as fwAD
 import torch.utils.checkpoint
 import torch.utils.dlpack
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from imf_kernels.transforms.checkpoint import checkpoint
-from imf_kernels.transforms.dual_tensors import can_move, carries_tangent
+from imf_kernels.transforms.dual_tensors import can_move, refusing
+from imf_kernels.transforms.packages import serve_packages
 from imf_kernels.transforms.rules import REFUSED
 
 Tangents = tuple[Tensor | None, ...]
@@ -98,18 +98,6 @@ _COLLECTIVE = (
 _patched: set[Any] = set()
 
 
-def _refusing(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
-    """Wraps a function so that it refuses tensors with a tangent."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if fwAD._current_level >= 0 and any(map(carries_tangent, pytree.tree_leaves((args, kwargs)))):
-            raise NotImplementedError(f"imf_kernels.jvp: {reason}")
-        return function(*args, **kwargs)
-
-    return call
-
-
 def _without_plans(run: Callable[..., Any]) -> Callable[..., Any]:
     """Drops a script's execution plan, optimised outside of a jvp, whose tangents would be zeros."""
 
@@ -138,14 +126,14 @@ def _complete_pytorch() -> None:
             script.__call__ = _without_plans(script.__call__)  # type: ignore[method-assign]
     if torch.utils.dlpack not in _patched:
         _patched.add(torch.utils.dlpack)
-        torch.utils.dlpack.to_dlpack = _refusing(torch.utils.dlpack.to_dlpack, REFUSED[Tensor.__dlpack__])
+        torch.utils.dlpack.to_dlpack = refusing(torch.utils.dlpack.to_dlpack, REFUSED[Tensor.__dlpack__])
     if "torch.distributed.distributed_c10d" in sys.modules and torch.distributed not in _patched:
         _patched.add(torch.distributed)
         for kind in (torch.distributed.ProcessGroup, torch._C._distributed_c10d.Backend):
             for name, method in list(vars(kind).items()):
                 sends = name.startswith(("_allgather", "_reduce_scatter")) or not name.startswith("_")
                 if sends and name not in _SEND_NOTHING and type(method).__name__ == "instancemethod":
-                    setattr(kind, name, _refusing(method, _COLLECTIVE.format(name.strip("_"))))
+                    setattr(kind, name, refusing(method, _COLLECTIVE.format(name.strip("_"))))
 
 
 class Surroundings:
@@ -160,6 +148,7 @@ class Surroundings:
 
     def __enter__(self) -> None:
         _complete_pytorch()
+        serve_packages()
         # Compiled code would drop tangents.
         self.stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else None
         if self.stance is not None:
