@@ -4,7 +4,7 @@ Every operation takes tensors or `Dual`s (a primal and its tangent), computes bo
 gradients flow through the primal alone.
 """
 
-from imf_kernels import nn
+from imf_kernels import nn as nn
 from imf_kernels.backends.dispatch import use_backend
 from imf_kernels.dual import Dual, linear_map, primal
 from imf_kernels.ops.arithmetic import cat
@@ -37,7 +37,6 @@ __all__ = [
     "layer_norm_modulate",
     "linear",
     "linear_map",
-    "nn",
     "prepend_tokens",
     "primal",
     "qk_norm_rope",

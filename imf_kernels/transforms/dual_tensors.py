@@ -18,7 +18,6 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from imf_kernels.backends.dispatch import constant, default, log_once, traced_default
-from imf_kernels.backends.layout import last_contiguous
 from imf_kernels.dual import Dual, NoTangent, guarded, is_dual, not_a_view, unchecked, unpack
 
 Call = TypeVar("Call", bound=Callable[..., Any])
@@ -99,12 +98,6 @@ def as_dual(x: Any) -> Any:
     return x if tangent is None else unchecked(primal, in_dtype_of(primal, tangent.detach()))
 
 
-def _readable(primal: Tensor, tangent: Tensor) -> Tensor:
-    """Returns a tangent as operations take it: PyTorch's rules may leave another layout than the primal's."""
-    tangent = in_dtype_of(primal, tangent.detach())
-    return last_contiguous(tangent) if primal.dim() and primal.stride(-1) == 1 else tangent
-
-
 def as_dual_tensor(y: Any) -> Any:
     """Converts a `Dual` to a dual tensor of PyTorch; returns anything else unchanged."""
     if not isinstance(y, Dual):
@@ -181,9 +174,7 @@ traced_jvp = _TracedJVP()
 def _on_traced_dual_tensors(operation: Callable[..., Any], arguments: Any, options: Any) -> Any:
     """Runs the operation on dual tensors of a level that the graph itself enters, in `imf_kernels.jvp`."""
     leaves, structure = pytree.tree_flatten((arguments, options))
-    parts = [unpack_dual_tensor(x) if can_move(x) else (x, None) for x in leaves]
-    duals = [x if t is None else unchecked(x, _readable(x, t)) for x, t in parts]
-    arguments, options = pytree.tree_unflatten(duals, structure)
+    arguments, options = pytree.tree_unflatten([as_dual(x) for x in leaves], structure)
     result = operation(*arguments, **options)
     return tuple(map(as_dual_tensor, result)) if isinstance(result, tuple) else as_dual_tensor(result)
 
@@ -269,7 +260,8 @@ def _results(operation: Callable[..., Any], arguments: Any, options: Any, jvp: A
     try:
         with contextlib.nullcontext() if jvp is None else jvp.lower():
             duals = [
-                x if t is None else Dual(x, _readable(x, t)) for x, t in zip(primals, tangents, strict=True)
+                x if t is None else Dual(x, in_dtype_of(x, t.detach()))
+                for x, t in zip(primals, tangents, strict=True)
             ]
             plain_arguments, plain_options = pytree.tree_unflatten(duals, structure)
             result = operation(*plain_arguments, **plain_options)

@@ -264,3 +264,31 @@ def test_a_traced_jvp_takes_other_primals():
     traced = make_fx(with_tangent)(x, x_dot)
     for got, wanted in zip(traced(x + 1, -x_dot), with_tangent(x + 1, -x_dot), strict=True):
         assert torch.equal(got, wanted)
+
+
+class _Transposing(torch.autograd.Function):
+    """An identity whose rule leaves the tangent in another memory order than the primal."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def jvp(ctx, x_dot):
+        return x_dot.mT.contiguous().mT
+
+
+@pytest.mark.parametrize("way", ["jvp", "dual level"])
+def test_tangents_in_another_layout(way):
+    x, x_dot, weight = torch.randn(4, 8), torch.randn(4, 8), torch.ones(8)
+
+    def function(x):
+        return ik.rms_norm(_Transposing.apply(x), weight)
+
+    if way == "jvp":
+        _, y_dot = ik.jvp(function, (x,), (x_dot,))
+    else:
+        with torch.autograd.forward_ad.dual_level():
+            y = function(torch.autograd.forward_ad.make_dual(x, x_dot))
+            y_dot = torch.autograd.forward_ad.unpack_dual(y).tangent
+    assert torch.equal(y_dot, ik.rms_norm(Dual(x, x_dot), weight).tangent)

@@ -1,0 +1,236 @@
+"""`imf_kernels.nn.replace`: what it swaps, what it leaves alone and why, and what it keeps."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+import imf_kernels as ik
+from imf_kernels.testing import errors
+from tests.helpers import handwritten as HW
+from tests.helpers.networks import made
+
+SWAPPED = {
+    "sit": {"AdaLNBlock": 2, "Attention": 2, "LayerNorm": 5},
+    "mf_dit": {"AdaLNBlock": 2, "Attention": 2, "LayerNorm": 9},
+    "u_vit": {"Attention": 3, "LayerNorm": 7},
+    "pmf": {"RMSNorm": 9, "SwiGLU": 2},
+    "unet": {},
+    "edm2": {},
+}
+
+
+def counts(swaps):
+    now = [swap.now for swap in swaps if swap.now]
+    return {name: now.count(name) for name in now}
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_networks_keep_outputs_tangents_and_gradients(name):
+    def results(case, jvp, dtype):
+        moving = tuple(x.to(dtype) for x in case.moving)
+        generator = torch.Generator().manual_seed(1)
+        tangents = tuple(torch.randn(x.shape, generator=generator).to(dtype) for x in moving)
+        torch.manual_seed(2)  # of dropout
+        y, y_dot = jvp(case.function(case.module, dtype), moving, tangents)
+        y.square().mean().backward()
+        gradient = torch.cat([p.grad.flatten() for p in case.module.parameters() if p.grad is not None])
+        return y.detach(), y_dot.detach(), gradient
+
+    case, plain, double = made(name), made(name), made(name)
+    state = {key: value.clone() for key, value in case.module.state_dict().items()}
+    assert counts(ik.nn.replace(case.module)) == SWAPPED[name]
+    assert state.keys() == case.module.state_dict().keys()
+    assert all(torch.equal(value, state[key]) for key, value in case.module.state_dict().items())
+    double.module.double()
+    exact = results(double, ik.jvp, torch.float64)
+    near, got = (results(c, ik.jvp, torch.float32) for c in (plain, case))
+    for what, y, z, true in zip(("primal", "tangent", "gradient"), got, near, exact, strict=True):
+        errors.check(f"{name}: {what}", y, true, errors.Yardstick.of(z, true))
+
+
+class WeightPlusOne(HW.RMSNorm):
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], 1 + self.weight, self.eps)
+
+
+class OtherEpsRMSNorm(HW.RMSNorm):
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight, 1e-5)
+
+
+class GateLastSwiGLU(HW.SwiGLUFFN):
+    def forward(self, x):
+        up, gate = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * up)
+
+
+class DropoutSwiGLU(HW.SwiGLU):
+    def forward(self, x):
+        return F.dropout(super().forward(x), 0.5, self.training)
+
+
+class LayerNorm32(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x.float()).type_as(x)
+
+
+class ScaleFirstBlock(HW.DiTBlock):
+    """Of another order of the condition's parts, which layers of zeros hide."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        nn.init.zeros_(self.adaLN_modulation[-1].weight)
+        nn.init.zeros_(self.adaLN_modulation[-1].bias)
+
+    def forward(self, x, c):
+        b, a, gate1, e, d, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate1.unsqueeze(1) * self.attn(HW.Modulate()(x, a, b))
+        return x + gate2.unsqueeze(1) * self.mlp(HW.Modulate()(x, d, e))
+
+
+class TwoResultsAttention(HW.Attention):
+    def forward(self, x):
+        return super().forward(x), None
+
+
+class SinkAttention(HW.Attention):
+    def forward(self, x, rope=None):
+        return super().forward(x, rope) + x.mean()
+
+
+class OnlyHerself(HW.RMSNorm):
+    def forward(self, x):
+        raise ValueError("call me with a mask")
+
+
+def parametrized():
+    norm = HW.RMSNorm(8)
+    parametrize.register_parametrization(norm, "weight", nn.Identity())
+    return norm
+
+
+def set_forward():
+    norm = nn.LayerNorm(8)
+    norm.forward = lambda x: x
+    return norm
+
+
+ALONE = {
+    "weight plus one": (
+        lambda: type("GemmaRMSNorm", (WeightPlusOne,), {})(8),
+        "the results differ: the output",
+    ),
+    "another eps": (lambda: OtherEpsRMSNorm(8), "the results differ"),
+    "gate last": (lambda: GateLastSwiGLU(8, 16), "the results differ"),
+    "dropout in training": (lambda: DropoutSwiGLU(8, 16), "the results differ"),
+    "a subclass": (lambda: LayerNorm32(8), "a subclass of torch.nn.LayerNorm"),
+    "order of the condition": (lambda: ScaleFirstBlock(16, 2), "the results differ"),
+    "two results": (lambda: TwoResultsAttention(16, 2), "it returns tuple, not a tensor"),
+    "another formula": (lambda: SinkAttention(16, 2), "the results differ"),
+    "an error": (lambda: type("RMSNorm", (OnlyHerself,), {})(8), "it cannot be called by itself: ValueError"),
+    "parametrizations": (parametrized, "it has parametrizations"),
+    "a forward of the object": (set_forward, "its forward was set on the object"),
+    "no values": (lambda: HW.RMSNorm(8).to("meta"), "it has no values yet, on the meta device"),
+}
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_what_is_left_alone(case, capsys):
+    make, why = ALONE[case]
+    network = nn.ModuleList([make()])
+    before = [(type(module), {**vars(module)}.keys()) for module in network.modules()]
+    swaps = ik.nn.replace(network)
+    (swap,) = [swap for swap in swaps if swap.name == "0"]
+    assert swap.now == "" and why in swap.why
+    assert f"left alone: {why}" in capsys.readouterr().out
+    after = [(type(module), {**vars(module)}.keys()) for module in network.modules()]
+    assert before[0] == after[0] and before[1] == after[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("make", "now"),
+    [
+        (lambda: nn.RMSNorm(8), "RMSNorm"),
+        (lambda: HW.RMSNorm(8), "RMSNorm"),
+        (lambda: HW.SwiGLU(8, 16), "SwiGLU"),
+        (lambda: HW.SwiGLUFFN(8, 16), "SwiGLU"),
+        (lambda: HW.InterleavedRope(HW.angles(6, 8)), "RotaryEmbedding"),
+        (lambda: HW.HalfRope(HW.angles(6, 8)), "RotaryEmbedding"),
+        (lambda: HW.ComplexRotary(HW.angles(6, 8)), "RotaryEmbedding"),
+        (lambda: HW.Attention(16, 2, drop=0.1), "RopeAttention"),
+        (lambda: HW.Attention(16, 2, HW.RMSNorm), "RopeAttention"),
+        (lambda: HW.DiTBlock(16, 2), "AdaLNBlock"),
+    ],
+    ids=[
+        *("nn.RMSNorm", "RMSNorm", "SwiGLU", "packed", "interleaved", "half", "complex", "dropout", "norms"),
+        "block",
+    ],
+)
+def test_what_is_swapped(make, now, dtype):
+    module = make()
+    module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+    kept = {**module.state_dict(keep_vars=True)}
+    swaps = ik.nn.replace(module)
+    assert swaps[0].name == "" and swaps[0].now == now, swaps
+    assert type(module).__name__ == now and type(module).__module__.startswith("imf_kernels.nn")
+    assert all(kept[name] is value for name, value in module.state_dict(keep_vars=True).items())
+    assert ik.nn.replace(module) == []  # nothing is left to do
+    pickle.loads(pickle.dumps(module))
+    copy.deepcopy(module)
+
+
+def test_a_block_after_the_parts(capsys):
+    network = nn.ModuleList([HW.DiTBlock(16, 2, HW.RMSNorm) for _ in range(3)])
+    rope = HW.InterleavedRope(HW.angles(6, 8))
+    network.append(rope)
+    plain = copy.deepcopy(network)
+    x, c = torch.randn(2, 6, 16), torch.randn(2, 16)
+
+    def run(network):
+        def function(x, c):
+            for block in network[:3]:
+                x = block(x, c, network[3])
+            return x
+
+        return ik.jvp(function, (x, c), (x.flip(1), c.flip(1)))
+
+    assert counts(ik.nn.replace(network)) == {
+        **{"AdaLNBlock": 3, "RopeAttention": 3, "LayerNorm": 6, "RMSNorm": 6, "RotaryEmbedding": 1}
+    }
+    assert "3 × tests.helpers.handwritten.DiTBlock → imf_kernels.nn.AdaLNBlock" in capsys.readouterr().out
+    for got, want in zip(run(network), run(plain), strict=True):
+        torch.testing.assert_close(got.detach(), want.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_ties_and_flags_are_kept():
+    network = nn.ModuleDict({name: HW.SwiGLU(8, 16) for name in "ab"})
+    network["b"].w1.weight = network["a"].w1.weight
+    network["b"].eval().w2.weight.requires_grad_(False)
+    seen = []
+    network["a"].register_forward_hook(lambda *args: seen.append("whole"))
+    network["a"].w1.register_forward_pre_hook(lambda *args: seen.append("gate"))
+    random = torch.random.get_rng_state()
+    swaps = ik.nn.replace(network)
+    assert counts(swaps) == {"SwiGLU": 2} and not seen
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert network["b"].w1.weight is network["a"].w1.weight
+    assert network["a"].training and not network["b"].training
+    assert not network["b"].w2.weight.requires_grad
+    ik.jvp(network["a"], (torch.randn(2, 8),), (torch.randn(2, 8),))
+    assert seen == ["gate", "whole"]
+
+
+def test_compiled():
+    block = HW.DiTBlock(16, 2, HW.RMSNorm)
+    x, c = torch.randn(2, 6, 16), torch.randn(2, 16)
+    want = ik.jvp(block, (x, c), (x, c))
+    ik.nn.replace(block)
+    step = torch.compile(lambda x, c: ik.jvp(block, (x, c), (x, c)), fullgraph=True, backend="aot_eager")
+    for y, z in zip(step(x, c), want, strict=True):
+        torch.testing.assert_close(y.detach(), z.detach(), rtol=1e-4, atol=1e-5)
