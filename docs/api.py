@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The packages show the public names, the modules what is documented beyond them.
 MODULES = (
     "imf_kernels",
+    "imf_kernels.nn",
     "imf",
     "imf.data",
     "imf.evaluation.convnet",

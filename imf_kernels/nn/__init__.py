@@ -6,6 +6,7 @@ Each takes tensors, `Dual`s, and dual tensors inside `imf_kernels.jvp`.
 from imf_kernels.nn.modules import (
     AdaLNBlock,
     Attention,
+    CrossAttention,
     LayerNorm,
     Modulate,
     RMSNorm,
@@ -18,6 +19,7 @@ from imf_kernels.nn.swap import Swap, replace
 __all__ = [
     "AdaLNBlock",
     "Attention",
+    "CrossAttention",
     "LayerNorm",
     "Modulate",
     "RMSNorm",

@@ -392,6 +392,51 @@ class RopeAttention(Attention):
         return super().forward(x, None, rope)
 
 
+class CrossAttention(nn.Module):
+    """Attention of x to a context in Stable Diffusion's form: layers `to_q`, `to_k`, `to_v` and `to_out`.
+
+    Args:
+        query_dim: width d of x and of the result.
+        context_dim: width of the context; d by default.
+        heads: number of heads.
+        dim_head: width of a head.
+        dropout: of the result.
+    """
+
+    def __init__(
+        self,
+        query_dim: int,
+        context_dim: int | None = None,
+        heads: int = 8,
+        dim_head: int = 64,
+        dropout: float = 0.0,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads, inner = heads, heads * dim_head
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.to_q = nn.Linear(query_dim, inner, bias=False, **made)
+        self.to_k, self.to_v = (
+            nn.Linear(context_dim or query_dim, inner, bias=False, **made) for _ in range(2)
+        )
+        self.to_out = nn.Sequential(nn.Linear(inner, query_dim, **made), nn.Dropout(dropout))
+
+    def forward(self, x: Any, context: Any = None, mask: Tensor | None = None) -> Any:
+        """Computes attention of x [B, L_q, d] to the context [B, L_k, context_dim], tensors or `Dual`s.
+
+        Args:
+            context: x itself by default.
+            mask: bool, [B, L_k] once flattened, True where a key takes part.
+        """
+        context = x if context is None else context
+        q, k, v = apply(self.to_q, x), apply(self.to_k, context), apply(self.to_v, context)
+        q, k, v = (t.reshape(*t.shape[:2], self.heads, t.shape[2] // self.heads) for t in (q, k, v))
+        mask = mask if mask is None else mask.flatten(1)[:, None, None]
+        return apply(self.to_out, packages.attend(q, k, v, mask, packages.FULL, None).flatten(2))
+
+
 class AdaLNBlock(nn.Module):
     """DiT's block: attention and an MLP, each after a norm that is modulated, and added with a gate.
 

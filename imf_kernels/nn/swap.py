@@ -53,11 +53,11 @@ def replace(network: nn.Module) -> list[Swap]:
 
     A module is a candidate by its class: `torch.nn.RMSNorm` and `torch.nn.LayerNorm`; by its name and
     children: RMSNorm with a `weight`, SwiGLU, rotary embeddings with tables as buffers, attention in timm's
-    form, DiT's blocks. It is swapped if on a small random input, with noise on its parameters, its outputs
-    equal the new ones under the error rule of docs/accuracy.md, in float32 and its own dtype, in evaluation
-    and training; otherwise it is left alone. Only the class of the object changes: parameters, tied ones too,
-    buffers, hooks, dtype, device and training flag are what they were. Call it before `torch.compile`, DDP
-    and FSDP.
+    and Stable Diffusion's form, DiT's blocks. It is swapped if on a small random input, with noise on its
+    parameters, its outputs equal the new ones under the error rule of docs/accuracy.md, in float32 and its
+    own dtype, in evaluation and training; otherwise it is left alone. Only the class of the object changes:
+    parameters, tied ones too, buffers, hooks, dtype, device and training flag are what they were. Call it
+    before `torch.compile`, DDP and FSDP.
 
     Args:
         network: any module; if it is a candidate itself it is swapped too.
@@ -192,6 +192,25 @@ def _rotary(module: nn.Module) -> Iterator[_Candidate]:
         )
 
 
+def _cross_attentions(module: nn.Module) -> Iterator[_Candidate]:
+    heads, layers = getattr(module, "heads", None), dict(module.named_children())
+    arguments = list(inspect.signature(module.forward).parameters)
+    to_out = layers.get("to_out")
+    if not isinstance(heads, int) or set(layers) != {"to_q", "to_k", "to_v", "to_out"}:
+        return
+    if not isinstance(to_out, nn.Sequential) or arguments != ["x", "context", "mask"][: len(arguments)]:
+        return
+    d, width = (getattr(layers[name], "in_features", 0) for name in ("to_q", "to_k"))
+
+    def inputs(draw: Any) -> list[tuple[Any, ...]]:
+        x, context = draw(2, 6, d), draw(2, 5, width)
+        mask = torch.arange(5, device=draw.device).expand(2, 5) != 2
+        alone = [(x,)] if d == width else []
+        return [*alone, *((x, context, mask)[:n] for n in range(2, len(arguments) + 1))]
+
+    yield _Candidate(modules.CrossAttention, inputs, {})
+
+
 def _attentions(module: nn.Module) -> Iterator[_Candidate]:
     qkv, proj = getattr(module, "qkv", None), getattr(module, "proj", None)
     heads = getattr(module, "num_heads", None) or getattr(module, "heads", None)
@@ -257,6 +276,7 @@ _BY_NAME: tuple[tuple[str, Callable[[nn.Module], Iterator[_Candidate]]], ...] = 
     (r"(?i)swiglu|feed_?forward|ffn|mlp", _swiglus),
     (r"(?i)rotary|rope", _rotary),
     (r"(?i)attention|attn", _attentions),
+    (r"(?i)attention|attn", _cross_attentions),
     (r"(?i)block|layer", _blocks),
 )
 
@@ -278,7 +298,8 @@ class _Draw:
         """Returns samples that are values of the dtype `rounded`."""
 
         def placed(x: Any) -> Any:
-            return x.to(rounded).to(self.device, self.dtype) if isinstance(x, Tensor) else x
+            moves = isinstance(x, Tensor) and x.is_floating_point()
+            return x.to(rounded).to(self.device, self.dtype) if moves else x
 
         return [tuple(map(placed, arguments)) for arguments in candidate.inputs(self)]
 

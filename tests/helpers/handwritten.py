@@ -121,6 +121,28 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, N, C)))
 
 
+class CrossAttention(nn.Module):
+    """Stable Diffusion's, with weights made one by one."""
+
+    def __init__(self, query_dim, context_dim=None, heads=2, dim_head=8):
+        super().__init__()
+        inner, self.heads, self.scale = heads * dim_head, heads, dim_head**-0.5
+        self.to_q = nn.Linear(query_dim, inner, bias=False)
+        self.to_k = nn.Linear(context_dim or query_dim, inner, bias=False)
+        self.to_v = nn.Linear(context_dim or query_dim, inner, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Dropout(0.0))
+
+    def forward(self, x, context=None, mask=None):
+        context = x if context is None else context
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        sim = torch.einsum("bhid,bhjd->bhij", q, k) * self.scale
+        if mask is not None:
+            sim = sim.masked_fill(~mask.flatten(1)[:, None, None], -torch.finfo(sim.dtype).max)
+        out = torch.einsum("bhij,bhjd->bhid", sim.softmax(dim=-1), v)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
 class DiTBlock(nn.Module):
     """DiT's; its rope as LightningDiT hands it on."""
 

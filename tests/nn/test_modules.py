@@ -72,6 +72,12 @@ CASES = {
         lambda: ik.nn.Attention(16, 2, qkv_bias=True, qk_norm=True),
         [X],
     ),
+    "CrossAttention": (lambda: HW.CrossAttention(16), lambda: ik.nn.CrossAttention(16, None, 2, 8), [X]),
+    "CrossAttention to a context": (
+        lambda: HW.CrossAttention(16, 12),
+        lambda: ik.nn.CrossAttention(16, 12, 2, 8),
+        [X, (2, 5, 12)],
+    ),
     "AdaLNBlock": (
         lambda: HW.DiTBlock(16, 2, rope_norm),
         lambda: ik.nn.AdaLNBlock(

@@ -165,11 +165,13 @@ def test_what_is_left_alone(case, capsys):
         (lambda: HW.ComplexRotary(HW.angles(6, 8)), "RotaryEmbedding"),
         (lambda: HW.Attention(16, 2, drop=0.1), "RopeAttention"),
         (lambda: HW.Attention(16, 2, HW.RMSNorm), "RopeAttention"),
+        (lambda: HW.CrossAttention(16), "CrossAttention"),
+        (lambda: HW.CrossAttention(16, 12), "CrossAttention"),
         (lambda: HW.DiTBlock(16, 2), "AdaLNBlock"),
     ],
     ids=[
         *("nn.RMSNorm", "RMSNorm", "SwiGLU", "packed", "interleaved", "half", "complex", "dropout", "norms"),
-        "block",
+        *("cross", "context", "block"),
     ],
 )
 def test_what_is_swapped(make, now, dtype):
