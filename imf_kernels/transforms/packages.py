@@ -20,7 +20,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from imf_kernels.backends.dispatch import constant, without_autocast
 from imf_kernels.dual import Dual, map_both
 from imf_kernels.ops.arithmetic import cat
 from imf_kernels.ops.attention import scaled_dot_product_attention
+from imf_kernels.transforms.checkpoint import threads
 from imf_kernels.transforms.dual_tensors import carries_tangent, refusing, traced_jvp
 
 # Masks of causal attention: which key the first query sees last.
@@ -191,7 +191,7 @@ def _xformers(inputs: Any) -> Any:
 
 def _moves(arguments: Any) -> bool:
     """Returns whether this is a call inside `jvp` one of whose tensors has a tangent."""
-    inside = traced_jvp.depth > 0 if torch.compiler.is_compiling() else fwAD._current_level >= 0
+    inside = traced_jvp.depth > 0 if torch.compiler.is_compiling() else threads.is_inside()
     return inside and any(carries_tangent(x) for x in arguments)
 
 
@@ -245,8 +245,10 @@ def serve_packages() -> None:
         if (int(version[0]), int(version[1])) >= (2, 1):  # before, causal masks were aligned otherwise
             for name, public in _FLASH.items():
                 setattr(module, name, _Served(getattr(module, name), public))
-        kernels = module.flash_attn_gpu if hasattr(module, "flash_attn_gpu") else module.flash_attn_cuda
-        kernels.fwd_kvcache = refusing(kernels.fwd_kvcache, _KVCACHE)
+        for name in ("flash_attn_gpu", "flash_attn_cuda"):  # before 2.7 the latter
+            kernels = getattr(module, name, None)
+            if hasattr(kernels, "fwd_kvcache"):
+                kernels.fwd_kvcache = refusing(kernels.fwd_kvcache, _KVCACHE)  # type: ignore[union-attr]
     for name in ("xformers.ops.fmha", "mslk.attention.fmha"):
         module = sys.modules.get(name)
         if module is not None and module not in _served and hasattr(module, "_memory_efficient_attention"):

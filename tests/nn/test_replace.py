@@ -228,6 +228,7 @@ def test_hooks_ties_and_flags_are_kept():
     assert seen == ["gate", "whole"]
 
 
+@pytest.mark.slow
 def test_compiled():
     block = HW.DiTBlock(16, 2, HW.RMSNorm)
     x, c = torch.randn(2, 6, 16), torch.randn(2, 16)

@@ -102,7 +102,12 @@ def test_packed(flash, packed, varlen):
 
 @pytest.mark.parametrize(
     ("lengths", "causal", "compiled"),
-    [(LENGTHS, False, False), (LENGTHS, True, False), (([4, 4], [3, 3]), True, False), (LENGTHS, True, True)],
+    [
+        (LENGTHS, False, False),
+        (LENGTHS, True, False),
+        (([4, 4], [3, 3]), True, False),
+        pytest.param(LENGTHS, True, True, marks=pytest.mark.slow),
+    ],
     ids=["full", "causal", "equal lengths", "compiled"],
 )
 def test_flash_attn_varlen_func(flash, lengths, causal, compiled):
@@ -278,3 +283,11 @@ def test_calls_without_a_tangent_stay_the_packages(name, request):
     weight = other.clone().requires_grad_()
     call(weight, weight, weight).sum().backward()
     assert weight.grad.isfinite().all()
+
+
+def test_forward_mode_of_pytorch_stays_pytorchs(flash):
+    x = drawn(SHAPE)
+    ik.jvp(torch.sin, x, x)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError):
+        x = torch.autograd.forward_ad.make_dual(*x, *x).requires_grad_()
+        flash.flash_attn_func(x, x, x)
