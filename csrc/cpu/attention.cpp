@@ -17,7 +17,6 @@
 #include "ops/attention.h"
 
 #include <algorithm>
-#include <stdexcept>
 
 #include "cpu/attention_parts.h"
 #include "cpu/parallel.h"
@@ -36,10 +35,9 @@ struct QueryBlock : QuerySums {
 // Computes P = e^(S - max) and P (S_dot - shift) of a block of keys, and rescales the sums so far to the new
 // maximum and shift. `dual` false: S_dot is zero.
 template <typename Unit>
-inline void softmax_block(QueryBlock<Unit>& b, index_t rows, index_t keys, float scale, index_t value_stride,
-                          bool first, bool dual, bool has_out_dot) {
+inline void softmax_block(QueryBlock<Unit>& b, index_t rows, index_t keys, Logits logits, float scale,
+                          index_t value_stride, bool first, bool dual, bool has_out_dot) {
   constexpr index_t p_stride = key_block / elements_per_unit<Unit>;
-  const Logits logits(scale);
   for (index_t i = 0; i < rows; ++i) {
     const float* s = b.s + i * key_block;
     const float* s_dot = b.s_dot + i * key_block;
@@ -100,9 +98,11 @@ inline void softmax_block(QueryBlock<Unit>& b, index_t rows, index_t keys, float
 
 template <typename T, typename Unit>
 void forward(const AttentionForward& a) {
-  const index_t width = units<Unit>(a.q.width), all_keys = units<Unit>(a.k.length);
   constexpr index_t p_stride = key_block / elements_per_unit<Unit>;
-  const index_t value_stride = round_up(a.v.width, Vec::width);
+  const Masking masking(a);
+  const index_t seen_keys = masking.keys_of(a.q.length, a.k.length);
+  const index_t width = units<Unit>(a.q.width), all_keys = units<Unit>(seen_keys);
+  const index_t value_stride = round_up(a.v.width, Vec::width), group = group_of(a);
   const index_t heads = a.q.batch * a.q.heads;
   const index_t query_blocks = (a.q.length + query_block - 1) / query_block;
   // Full heads if there are enough; otherwise their queries are divided and the packing repeated.
@@ -116,7 +116,7 @@ void forward(const AttentionForward& a) {
   TaskQueue queue(tasks);
 
   on_each_thread(team, [&](int) {
-    const index_t k_size = packed_size(width, a.k.length), v_size = packed_size(all_keys, a.v.width);
+    const index_t k_size = packed_size(width, seen_keys), v_size = packed_size(all_keys, a.v.width);
     Scratch scratch(2 * k_size + 2 * v_size +
                     2 * query_block * (width + key_block + p_stride + (several_sums ? 3 : 1) * value_stride));
     Unit* k = scratch.take<Unit>(k_size);
@@ -142,25 +142,28 @@ void forward(const AttentionForward& a) {
       sums->out_dot = scratch.take<float>(query_block * value_stride);
     }
 
+    index_t packed_head = -1;
     for (index_t task; queue.next(task);) {
-      const index_t head = task / stretches, b = head / a.q.heads, h = head % a.q.heads;
+      const index_t head = task / stretches, b = head / a.q.heads, h = head % a.q.heads, kv = h / group;
       const index_t t = b - (a.q.batch - a.out_dot.batch);
-      const Range share =
-          share_of(query_blocks, static_cast<int>(task % stretches), static_cast<int>(stretches));
+      // The last queries first: where the diagonal masks, they see the most keys.
+      const auto stretch = static_cast<int>(stretches - 1 - task % stretches);
+      const Range share = share_of(query_blocks, stretch, static_cast<int>(stretches));
       const T* q_head = head_of<T>(a.q, b, h);
-      const T* k_head = head_of<T>(a.k, b, h);
-      const T* v_head = head_of<T>(a.v, b, h);
       T* out_head = head_of<T>(a.out, b, h);
       const T* q_dot_head = t >= 0 ? head_of<T>(a.q_dot, t, h) : nullptr;
-      const T* k_dot_head = t >= 0 ? head_of<T>(a.k_dot, t, h) : nullptr;
-      const T* v_dot_head = t >= 0 ? head_of<T>(a.v_dot, t, h) : nullptr;
+      const T* k_dot_head = t >= 0 ? head_of<T>(a.k_dot, t, kv) : nullptr;
+      const T* v_dot_head = t >= 0 ? head_of<T>(a.v_dot, t, kv) : nullptr;
       T* out_dot_head = t >= 0 ? head_of<T>(a.out_dot, t, h) : nullptr;
       const bool dual = q_dot_head || k_dot_head;
 
-      pack_transposed(k_head, a.k.stride[2], a.k.length, a.q.width, k);
-      pack(v_head, a.v.stride[2], a.k.length, a.v.width, v);
-      if (k_dot_head) pack_transposed(k_dot_head, a.k_dot.stride[2], a.k.length, a.q.width, k_dot);
-      if (v_dot_head) pack(v_dot_head, a.v_dot.stride[2], a.k.length, a.v.width, v_dot);
+      if (packed_head != b * a.k.heads + kv) {
+        packed_head = b * a.k.heads + kv;
+        pack_transposed(head_of<T>(a.k, b, kv), a.k.stride[2], seen_keys, a.q.width, k);
+        pack(head_of<T>(a.v, b, kv), a.v.stride[2], seen_keys, a.v.width, v);
+        if (k_dot_head) pack_transposed(k_dot_head, a.k_dot.stride[2], seen_keys, a.q.width, k_dot);
+        if (v_dot_head) pack(v_dot_head, a.v_dot.stride[2], seen_keys, a.v.width, v_dot);
+      }
 
       for (index_t q0 = share.begin * query_block; q0 < smaller(share.end * query_block, a.q.length);
            q0 += query_block) {
@@ -173,21 +176,24 @@ void forward(const AttentionForward& a) {
         if (out_dot_head && !dual && !v_dot_head) std::fill_n(block.out_dot, rows * value_stride, 0.0f);
         const Strided<Unit> q{block.q, width, 1}, q_dot{block.q_dot, width, 1};
         const Strided<Unit> p{block.p, p_stride, 1}, p_s_dot{block.p_s_dot, p_stride, 1};
-        for (index_t k0 = 0; k0 < a.k.length; k0 += key_block) {
-          const index_t keys = smaller(key_block, a.k.length - k0);
+        const index_t end = masking.keys_of(q0 + rows, a.k.length);
+        if (end == 0) begin_sums(block, value_stride);
+        for (index_t k0 = 0; k0 < end; k0 += key_block) {
+          const index_t keys = smaller(key_block, end - k0);
           const bool first = k0 % keys_per_sum == 0;
           // key_block is a multiple of panel_width, so a block of keys begins with a panel.
           const index_t first_unit = k0 / elements_per_unit<Unit>, key_units = units<Unit>(keys);
           const Unit* k_panel = k + k0 * width;
           const Unit* k_dot_panel = k_dot + k0 * width;
-          product(rows, keys, width, q, k_panel, 0, width, block.s, key_block, false, terms);
-          if (q_dot_head)
-            product(rows, keys, width, q_dot, k_panel, 0, width, block.s_dot, key_block, false, terms);
-          if (k_dot_head) {
-            product(rows, keys, width, q, k_dot_panel, 0, width, block.s_dot, key_block,
-                    q_dot_head != nullptr, terms);
-          }
-          softmax_block(block, rows, keys, a.scale, value_stride, first, dual, out_dot_head != nullptr);
+          const auto logits = [&](Strided<Unit> queries, const Unit* panel, float* s, bool add) {
+            product(rows, keys, width, queries, panel, 0, width, s, key_block, add, terms, seen_keys - k0);
+          };
+          logits(q, k_panel, block.s, false);
+          if (q_dot_head) logits(q_dot, k_panel, block.s_dot, false);
+          if (k_dot_head) logits(q, k_dot_panel, block.s_dot, q_dot_head != nullptr);
+          masking.apply(block.s, key_block, b, h, q0, rows, k0, keys);
+          softmax_block(block, rows, keys, masking.logits, a.scale, value_stride, first, dual,
+                        out_dot_head != nullptr);
           const auto add_product = [&](Strided<Unit> weights, const Unit* values, float* sum, bool add) {
             product(rows, a.v.width, key_units, weights, values, first_unit, all_keys, sum, value_stride,
                     add);
@@ -196,15 +202,18 @@ void forward(const AttentionForward& a) {
           if (v_dot_head) add_product(p, v_dot, block.out_dot, !first);
           if (dual) add_product(p_s_dot, v, block.out_dot, !first || v_dot_head);
           const index_t next = k0 + key_block;
-          if (several_sums && (next % keys_per_sum == 0 || next >= a.k.length)) {
-            if (next == keys_per_sum) begin_sums(total, error, value_stride);
-            add_sums(total, error, block, rows, value_stride, Logits(a.scale), dual, out_dot_head != nullptr);
+          if (several_sums && (next % keys_per_sum == 0 || next >= end)) {
+            if (k0 < keys_per_sum) {
+              begin_sums(total, value_stride);
+              begin_sums(error, value_stride);
+            }
+            add_sums(total, error, block, rows, value_stride, masking.logits, dual, out_dot_head != nullptr);
           }
         }
         if (several_sums) correct_sums(total, error, value_stride);
         const QuerySums& sums = several_sums ? total : block;
         for (index_t i = 0; i < rows; ++i) {
-          const float inverse = 1.0f / sums.weight[i];
+          const float inverse = inverse_or_zero(sums.weight[i]);
           const float mean = dual ? sums.dot[i] * inverse : 0.0f;
           T* out = out_head + (q0 + i) * a.out.stride[2];
           T* out_dot = out_dot_head ? out_dot_head + (q0 + i) * a.out_dot.stride[2] : nullptr;
@@ -224,6 +233,12 @@ void forward(const AttentionForward& a) {
   });
 }
 
+// Zeroes the gradients of keys `first` to `end`, which no query sees.
+template <typename T>
+inline void fill_rows(T* x, index_t stride, index_t first, index_t end, index_t width) {
+  for (index_t i = first; i < end; ++i) std::fill_n(x + i * stride, width, T{});
+}
+
 // With P = e^(S - max) / sum_j e^(S - max), dP = dO V^T and delta_i = sum_j P dP: dV = P^T dO, dS = P (dP -
 // delta), dQ = scale dS K, dK = scale dS^T Q. A task is a head; dK and dV are summed over its blocks of
 // queries. Forward saves the maximum, not the log-sum, from which the distances of the logits are rounded
@@ -236,31 +251,33 @@ void forward(const AttentionForward& a) {
 template <typename T, typename Unit>
 void backward(const AttentionBackward& a) {
   constexpr bool rounds = elements_per_unit<Unit> > 1;
+  const Masking masking(a);
+  const index_t seen_keys = masking.keys_of(a.q.length, a.k.length);
   const index_t width = units<Unit>(a.q.width), value_units = units<Unit>(a.v.width);
-  const index_t all_keys = units<Unit>(a.k.length);
-  const index_t heads = a.q.batch * a.q.heads;
+  const index_t all_keys = units<Unit>(seen_keys);
+  const index_t kv_heads = a.k.batch * a.k.heads, group = group_of(a);
   const index_t stride = round_up(a.q.width, Vec::width), value_stride = round_up(a.v.width, Vec::width);
-  const index_t key_stride = round_up(a.k.length, Vec::width);
-  const Logits logits(a.scale);
+  const index_t key_stride = round_up(seen_keys, Vec::width);
   const index_t terms = logit_terms(a.q.length, a.k.length);
-  const bool several_dq = a.k.length > keys_per_sum, several_dkv = a.q.length > queries_per_sum;
-  const int team = team_size(a.place.threads, heads * a.q.length * a.k.length, heads);
-  TaskQueue queue(heads);
+  const bool several_dq = seen_keys > keys_per_sum, several_dkv = group > 1 || a.q.length > queries_per_sum;
+  const int team = team_size(a.place.threads, kv_heads * group * a.q.length * a.k.length, kv_heads);
+  TaskQueue queue(kv_heads);
 
   on_each_thread(team, [&](int) {
     const index_t query_units = units<Unit>(query_block);
-    Scratch scratch(packed_size(width, a.k.length) + packed_size(value_units, a.k.length) +
+    const index_t query_blocks = (a.q.length + query_block - 1) / query_block;
+    Scratch scratch(packed_size(width, seen_keys) + packed_size(value_units, seen_keys) +
                     packed_size(all_keys, a.q.width) + LongSum::floats(query_block * stride, several_dq) +
-                    LongSum::floats(a.k.length * (stride + value_stride), several_dkv) +
+                    LongSum::floats(seen_keys * (stride + value_stride), several_dkv) +
                     query_block * (width + value_units + stride + value_stride + 4 * key_stride) + stride +
                     key_stride);
-    Unit* k_transposed = scratch.take<Unit>(packed_size(width, a.k.length));
-    Unit* v_transposed = scratch.take<Unit>(packed_size(value_units, a.k.length));
+    Unit* k_transposed = scratch.take<Unit>(packed_size(width, seen_keys));
+    Unit* v_transposed = scratch.take<Unit>(packed_size(value_units, seen_keys));
     Unit* k = scratch.take<Unit>(packed_size(all_keys, a.q.width));
     float* k_mean = scratch.take<float>(stride);
     float* k_weights = scratch.take<float>(key_stride);
-    LongSum dk(scratch, a.k.length * stride, several_dkv && a.dk.data);
-    LongSum dv(scratch, a.k.length * value_stride, several_dkv && a.dv.data);
+    LongSum dk(scratch, seen_keys * stride, several_dkv && a.dk.data);
+    LongSum dv(scratch, seen_keys * value_stride, several_dkv && a.dv.data);
     Unit* q = scratch.take<Unit>(query_block * width);
     Unit* q_panels = scratch.take<Unit>(query_units * stride);
     Unit* dout = scratch.take<Unit>(query_block * value_units);
@@ -282,49 +299,50 @@ void backward(const AttentionBackward& a) {
       ds_columns = ds_rows = ds;
     }
 
-    for (index_t head; queue.next(head);) {
-      const index_t b = head / a.q.heads, h = head % a.q.heads;
-      const T* q_head = head_of<T>(a.q, b, h);
-      const T* k_head = head_of<T>(a.k, b, h);
-      const T* dout_head = head_of<T>(a.dout, b, h);
-      T* dq_head = head_of<T>(a.dq, b, h);
-      T* dk_head = head_of<T>(a.dk, b, h);
-      T* dv_head = head_of<T>(a.dv, b, h);
-      pack_transposed(k_head, a.k.stride[2], a.k.length, a.q.width, k_transposed);
-      pack_transposed(head_of<T>(a.v, b, h), a.v.stride[2], a.k.length, a.v.width, v_transposed);
-      pack(k_head, a.k.stride[2], a.k.length, a.q.width, k);
+    for (index_t task; queue.next(task);) {
+      const index_t b = task / a.k.heads, kv = task % a.k.heads;
+      const T* k_head = head_of<T>(a.k, b, kv);
+      T* dk_head = head_of<T>(a.dk, b, kv);
+      T* dv_head = head_of<T>(a.dv, b, kv);
+      pack_transposed(k_head, a.k.stride[2], seen_keys, a.q.width, k_transposed);
+      pack_transposed(head_of<T>(a.v, b, kv), a.v.stride[2], seen_keys, a.v.width, v_transposed);
+      pack(k_head, a.k.stride[2], seen_keys, a.q.width, k);
       if (a.q.length == 0) {
-        std::fill_n(dk.part, a.k.length * stride, 0.0f);
-        std::fill_n(dv.part, a.k.length * value_stride, 0.0f);
+        std::fill_n(dk.part, seen_keys * stride, 0.0f);
+        std::fill_n(dv.part, seen_keys * value_stride, 0.0f);
       }
       dk.begin();
       dv.begin();
 
-      for (index_t q0 = 0; q0 < a.q.length; q0 += query_block) {
+      // The blocks of queries of all heads that share the keys.
+      for (index_t block = 0; block < group * query_blocks; ++block) {
+        const index_t h = kv * group + block / query_blocks, q0 = block % query_blocks * query_block;
         const index_t rows = smaller(query_block, a.q.length - q0), row_units = units<Unit>(rows);
-        const T* q_rows = q_head + q0 * a.q.stride[2];
-        const T* dout_rows = dout_head + q0 * a.dout.stride[2];
+        const index_t keys = masking.keys_of(q0 + rows, a.k.length), columns = round_up(keys, Vec::width);
+        const T* q_rows = head_of<T>(a.q, b, h) + q0 * a.q.stride[2];
+        const T* dout_rows = head_of<T>(a.dout, b, h) + q0 * a.dout.stride[2];
         copy_to_units(q_rows, a.q.stride[2], rows, a.q.width, q);
         copy_to_units(dout_rows, a.dout.stride[2], rows, a.v.width, dout);
         pack(q_rows, a.q.stride[2], rows, a.q.width, q_panels);
         pack(dout_rows, a.dout.stride[2], rows, a.v.width, dout_panels);
-        product(rows, a.k.length, width, Strided<Unit>{q, width, 1}, k_transposed, 0, width, p, key_stride,
-                false, terms);
-        product(rows, a.k.length, value_units, Strided<Unit>{dout, value_units, 1}, v_transposed, 0,
-                value_units, ds, key_stride, false, terms);
+        product(rows, keys, width, Strided<Unit>{q, width, 1}, k_transposed, 0, width, p, key_stride, false,
+                terms, seen_keys);
+        product(rows, keys, value_units, Strided<Unit>{dout, value_units, 1}, v_transposed, 0, value_units,
+                ds, key_stride, false, terms, seen_keys);
+        masking.apply(p, key_stride, b, h, q0, rows, 0, keys);
         float row_sums[query_block];  // of dS as rounded
         float limits[query_block];    // 3/16 of the sum of |dS|; infinite if no |dS| is larger
-        if (rounds) std::fill_n(k_weights, key_stride, 0.0f);
+        if (rounds) std::fill_n(k_weights, columns, 0.0f);
         for (index_t i = 0; i < rows; ++i) {
           float* pi = p + i * key_stride;
           float* dsi = ds + i * key_stride;
-          const float row_max = a.lse.data[head * a.q.length + q0 + i];
+          const float row_max = a.lse.data[(b * a.q.heads + h) * a.q.length + q0 + i];
           RowSum sum, dot;
-          for_few(a.k.length, [&](index_t first_key, index_t n) {
+          for_few(keys, [&](index_t first_key, index_t n) {
             Vec few(0.0f), few_dot(0.0f);
             for_each_vec(n, [&](index_t offset, int lanes) {
               const index_t j = first_key + offset;
-              const Vec pj = keep_lanes(logits.exp(load(pi + j), row_max), lanes, 0.0f);
+              const Vec pj = keep_lanes(masking.logits.exp(load(pi + j), row_max), lanes, 0.0f);
               store(pi + j, pj);
               few += pj;
               few_dot = fma(pj, load(dsi + j), few_dot);
@@ -332,11 +350,11 @@ void backward(const AttentionBackward& a) {
             sum.add(few);
             dot.add(few_dot);
           });
-          const float inverse = 1.0f / sum.value();
+          const float inverse = inverse_or_zero(sum.value());
           const Vec delta(dot.value() * inverse), normalize(inverse);
           if constexpr (rounds) {
             Vec left_over(0.0f), size(0.0f), largest(0.0f);
-            for (index_t j = 0; j < key_stride; j += Vec::width) {
+            for (index_t j = 0; j < columns; j += Vec::width) {
               const Vec pj = load(pi + j) * normalize, dsj = pj * (load(dsi + j) - delta);
               const Vec multiplied = rounded(dsj, ds_rows), weight = abs(multiplied);
               store(pi + j, pj);
@@ -353,7 +371,7 @@ void backward(const AttentionBackward& a) {
             limits[i] = lanes_larger(largest, limit) ? limit : INFINITY;
           } else {
             RowSum rest;
-            for_few(key_stride, [&](index_t first_key, index_t n) {
+            for_few(columns, [&](index_t first_key, index_t n) {
               Vec few(0.0f);
               for (index_t j = first_key; j < first_key + n; j += Vec::width) {
                 const Vec pj = load(pi + j) * normalize, dsj = pj * (load(dsi + j) - delta);
@@ -364,40 +382,46 @@ void backward(const AttentionBackward& a) {
               rest.add(few);
             });
             const Vec correction(0.0f - rest.value());
-            for (index_t j = 0; j < key_stride; j += Vec::width) {
+            for (index_t j = 0; j < columns; j += Vec::width) {
               store(dsi + j, fma(load(pi + j), correction, load(dsi + j)));
             }
           }
         }
-        pair_rows(p, key_stride, rows, p_columns);
-        pair_rows(ds, key_stride, rows, ds_columns);
+        pair_rows(p, key_stride, rows, columns, p_columns);
+        pair_rows(ds, key_stride, rows, columns, ds_columns);
         const bool first = q0 % queries_per_sum == 0;
+        if (first) {  // later blocks may see more keys
+          std::fill_n(dk.part + keys * stride, (seen_keys - keys) * stride, 0.0f);
+          std::fill_n(dv.part + keys * value_stride, (seen_keys - keys) * value_stride, 0.0f);
+        }
         if (dv_head) {
-          product(a.k.length, a.v.width, row_units, Strided<Unit>{p_columns, 1, key_stride}, dout_panels, 0,
+          product(keys, a.v.width, row_units, Strided<Unit>{p_columns, 1, key_stride}, dout_panels, 0,
                   row_units, dv.part, value_stride, !first);
         }
         if (dk_head) {
-          product(a.k.length, a.q.width, row_units, Strided<Unit>{ds_columns, 1, key_stride}, q_panels, 0,
+          product(keys, a.q.width, row_units, Strided<Unit>{ds_columns, 1, key_stride}, q_panels, 0,
                   row_units, dk.part, stride, !first);
         }
         if (q0 + rows == a.q.length || (q0 + rows) % queries_per_sum == 0) {
           dv.add_part();
           dk.add_part();
         }
-        if (dq_head) {
+        if (T* dq_head = head_of<T>(a.dq, b, h)) {
+          if (keys == 0) std::fill_n(dq.part, rows * stride, 0.0f);
           dq.begin();
           constexpr index_t units_per_sum = keys_per_sum / elements_per_unit<Unit>;
-          for (index_t k0 = 0; k0 < all_keys; k0 += units_per_sum) {
-            product(rows, a.q.width, smaller(units_per_sum, all_keys - k0),
+          const index_t key_units = units<Unit>(keys);
+          for (index_t k0 = 0; k0 < key_units; k0 += units_per_sum) {
+            product(rows, a.q.width, smaller(units_per_sum, key_units - k0),
                     Strided<Unit>{ds_rows + k0, ds_row_stride, 1}, k, k0, all_keys, dq.part, stride, false);
             dq.add_part();
           }
           dq.finish();
-          if (rounds) weighted_mean(k_head, a.k.stride[2], a.k.length, a.q.width, k_weights, k_mean);
+          if (rounds) weighted_mean(k_head, a.k.stride[2], keys, a.q.width, k_weights, k_mean);
           for (index_t i = 0; rounds && i < rows; ++i) {
             float* x = dq.part + i * stride;
             if (limits[i] < INFINITY) {
-              for_larger(ds + i * key_stride, ds_rows + i * ds_row_stride, a.k.length, limits[i],
+              for_larger(ds + i * key_stride, ds_rows + i * ds_row_stride, keys, limits[i],
                          [&](index_t key, float difference) {
                            row_sums[i] += difference;
                            for_each_vec(a.q.width, [&](index_t j, int lanes) {
@@ -415,26 +439,25 @@ void backward(const AttentionBackward& a) {
       }
       dk.finish();
       dv.finish();
-      if (dk_head) copy_rows(dk.part, stride, a.k.length, a.q.width, a.scale, dk_head, a.dk.stride[2]);
-      if (dv_head) copy_rows(dv.part, value_stride, a.k.length, a.v.width, 1.0f, dv_head, a.dv.stride[2]);
+      if (dk_head) {
+        copy_rows(dk.part, stride, seen_keys, a.q.width, a.scale, dk_head, a.dk.stride[2]);
+        fill_rows(dk_head, a.dk.stride[2], seen_keys, a.k.length, a.q.width);
+      }
+      if (dv_head) {
+        copy_rows(dv.part, value_stride, seen_keys, a.v.width, 1.0f, dv_head, a.dv.stride[2]);
+        fill_rows(dv_head, a.dv.stride[2], seen_keys, a.k.length, a.v.width);
+      }
     }
   });
-}
-
-template <typename Shape>
-void refuse_masks(const Shape& a) {
-  if (a.mask.data || a.is_causal) throw std::invalid_argument("the CPU's kernels have no masks");
 }
 
 }  // namespace
 
 void attention_forward(const AttentionForward& a) {
-  refuse_masks(a);
   with_units(a, [&](auto t, auto unit) { forward<decltype(t), decltype(unit)>(a); });
 }
 
 void attention_backward(const AttentionBackward& a) {
-  refuse_masks(a);
   with_units(a, [&](auto t, auto unit) { backward<decltype(t), decltype(unit)>(a); });
 }
 

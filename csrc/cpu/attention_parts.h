@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cfloat>
 
 #include "cpu/dtypes.h"
 #include "cpu/scratch.h"
@@ -29,6 +30,12 @@ inline index_t logit_terms(index_t queries, index_t keys) {
 }
 
 inline index_t smaller(index_t a, index_t b) { return a < b ? a : b; }
+
+// Returns the number of query heads that share a head of keys and values.
+template <typename Shape>
+inline index_t group_of(const Shape& a) {
+  return a.k.heads ? a.q.heads / a.k.heads : 1;
+}
 
 // Returns total + x and adds the rounding error to `error` (Knuth's two-sum).
 template <typename Number>
@@ -132,6 +139,82 @@ struct Logits {
   }
 };
 
+// Elements of a mask of bool, as 0 and 1.
+inline float to_float(std::uint8_t x) { return x ? 1.0f : 0.0f; }
+inline Vec load(const std::uint8_t* p) {
+  float x[Vec::width];
+  for (int lane = 0; lane < Vec::width; ++lane) x[lane] = to_float(p[lane]);
+  return load(x);
+}
+
+// Keys hidden from queries: by a mask of bool, one that is added to the logits, or the diagonal.
+class Masking {
+ public:
+  const Logits logits;  // of what `apply` leaves: unscaled, or scaled and with the mask added
+
+  template <typename Shape>
+  explicit Masking(const Shape& a)
+      : logits(adds(a) ? 1.0f : exponent_scale(a)), mask_(a.mask), is_causal_(a.is_causal), scale_(a.scale) {}
+
+  // Returns how many of the keys any of the first `queries` queries may see.
+  index_t keys_of(index_t queries, index_t keys) const { return is_causal_ ? smaller(queries, keys) : keys; }
+
+  // Changes q k [rows, stride] of queries from q0 and `keys` keys from k0 on; keys that are hidden get the
+  // least logit, whatever it was.
+  void apply(float* s, index_t stride, index_t b, index_t h, index_t q0, index_t rows, index_t k0,
+             index_t keys) const {
+    const float hidden = logits.sign > 0.0f ? -INFINITY : INFINITY;
+    for (index_t i = 0; is_causal_ && i < rows; ++i) {
+      const index_t after = q0 + i + 1 - k0, seen = after < 0 ? 0 : smaller(after, keys);
+      std::fill_n(s + i * stride + seen, keys - seen, hidden);
+    }
+    if (!mask_.data) return;
+    const index_t first = b * mask_.stride[0] + h * mask_.stride[1] + q0 * mask_.stride[2];
+    const auto rows_of = [&](auto element, auto masked) {
+      const auto* row = static_cast<const decltype(element)*>(mask_.data) + first + k0 * mask_.stride[3];
+      for (index_t i = 0; i < rows; ++i, row += mask_.stride[2], s += stride) {
+        for_each_vec(keys, [&](index_t j, int lanes) {
+          store(s + j, masked(load(s + j), load_strided(row + j * mask_.stride[3], lanes)));
+        });
+      }
+    };
+    if (mask_.dtype == DType::boolean) {
+      rows_of(std::uint8_t{}, [=](Vec x, Vec seen) { return select_less(Vec(0.0f), seen, x, Vec(hidden)); });
+    } else {
+      with_type(mask_.dtype, [&](auto element) {
+        rows_of(element, [this](Vec x, Vec bias) {
+          return select_less(Vec(-INFINITY), bias, fma(x, Vec(scale_), bias), bias);
+        });
+      });
+    }
+  }
+
+ private:
+  template <typename Shape>
+  static bool adds(const Shape& a) {
+    return a.mask.data && a.mask.dtype != DType::boolean;
+  }
+  // Hidden keys must get no weight even where the scale is 0 and all others get the same.
+  template <typename Shape>
+  static float exponent_scale(const Shape& a) {
+    return a.scale == 0.0f && (a.mask.data || a.is_causal) ? FLT_MIN : a.scale;
+  }
+  template <typename Element>
+  Vec load_strided(const Element* x, int lanes) const {
+    if (mask_.stride[3] == 1 && lanes == Vec::width) return load(x);
+    float elements[Vec::width] = {};
+    for (int lane = 0; lane < lanes; ++lane) elements[lane] = to_float(x[lane * mask_.stride[3]]);
+    return load(elements);
+  }
+
+  Mask mask_;
+  bool is_causal_;
+  float scale_;
+};
+
+// 1 / x; 0 for queries that see no key, whose weights add up to 0.
+inline float inverse_or_zero(float x) { return x == 0.0f ? 0.0f : 1.0f / x; }
+
 // Sums over keys for a block of queries.
 struct QuerySums {
   float *out, *out_dot;  // [query_block, value_width rounded up to vectors]: O and A
@@ -180,14 +263,10 @@ inline void add_sums(QuerySums& total, QuerySums& error, const QuerySums& part, 
   }
 }
 
-inline void begin_sums(QuerySums& total, QuerySums& error, index_t value_stride) {
-  std::fill_n(total.max, query_block, -INFINITY);
-  for (float* x : {total.weight, total.dot, total.shift, error.weight, error.dot}) {
-    std::fill_n(x, query_block, 0.0f);
-  }
-  for (float* x : {total.out, total.out_dot, error.out, error.out_dot}) {
-    std::fill_n(x, query_block * value_stride, 0.0f);
-  }
+inline void begin_sums(QuerySums& sums, index_t value_stride) {
+  std::fill_n(sums.max, query_block, -INFINITY);
+  for (float* x : {sums.weight, sums.dot, sums.shift}) std::fill_n(x, query_block, 0.0f);
+  for (float* x : {sums.out, sums.out_dot}) std::fill_n(x, query_block * value_stride, 0.0f);
 }
 
 inline void correct_sums(QuerySums& total, const QuerySums& error, index_t value_stride) {
@@ -234,12 +313,12 @@ inline unsigned lanes_larger(Vec, float) { return 0; }
 template <typename Body>
 inline void for_larger(const float*, const float*, index_t, float, Body) {}  // nothing was rounded
 
-// Packs rows [n, stride] into units along n; fp32 rows are units already.
-inline void pair_rows(const float*, index_t, index_t, float*) {}
+// Packs the first columns, full vectors, of rows [n, stride] into units along n; fp32 rows are units already.
+inline void pair_rows(const float*, index_t, index_t, index_t, float*) {}
 #if IMF_ISA_LEVEL >= 4
-inline void pair_rows(const float* x, index_t stride, index_t n, Bf16Pair* pairs) {
+inline void pair_rows(const float* x, index_t stride, index_t n, index_t columns, Bf16Pair* pairs) {
   for (index_t i = 0; i < n; i += 2, x += 2 * stride, pairs += stride) {
-    for (index_t j = 0; j < stride; j += Vec::width) {
+    for (index_t j = 0; j < columns; j += Vec::width) {
       store_units(pairs + j, pair(load(x + j), i + 1 < n ? load(x + stride + j) : Vec(0.0f)));
     }
   }

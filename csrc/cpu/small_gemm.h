@@ -165,15 +165,20 @@ inline void product_rows(index_t m, Strided<Unit> a, const Unit* b, index_t b_ro
 }
 
 // Skips `b_first` of `b_total` packed rows of B: a product over a part of the inner dimension. Counts units.
+// `packed`: columns of B, if more than n.
 template <typename Unit>
 inline void product(index_t m, index_t n, index_t k, Strided<Unit> a, const Unit* b, index_t b_first,
-                    index_t b_total, float* c, index_t c_row, bool add, index_t terms = usual_terms) {
+                    index_t b_total, float* c, index_t c_row, bool add, index_t terms = usual_terms,
+                    index_t packed = 0) {
+  const auto panel_of = [](index_t columns) {
+    return columns < panel_width ? round_up(columns, Vec::width) : panel_width;
+  };
   for (index_t j = 0; j < n; j += panel_width) {
-    const index_t width = n - j < panel_width ? round_up(n - j, Vec::width) : panel_width;
-    const Unit* panel = b + j * b_total + b_first * width;
+    const index_t width = panel_of(n - j), b_width = packed > n ? panel_of(packed - j) : width;
+    const Unit* panel = b + j * b_total + b_first * b_width;
     constexpr decltype(&product_rows<1, Unit>) of_vecs[] = {product_rows<1, Unit>, product_rows<2, Unit>,
                                                             product_rows<3, Unit>, product_rows<4, Unit>};
-    of_vecs[width / Vec::width - 1](m, a, panel, width, c + j, c_row, k, add, terms);
+    of_vecs[width / Vec::width - 1](m, a, panel, b_width, c + j, c_row, k, add, terms);
   }
 }
 

@@ -188,14 +188,7 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _cpu_unavailable(asked: _Asked) -> str | None:
-    if asked.masked or asked.is_causal:
-        return "it has no masks and no is_causal"
-    if reason := cpu.unavailable(asked[:3]):
-        return reason
-    query_heads, key_heads = asked.q.shape[1], asked.k.shape[1]
-    if query_heads != key_heads:
-        return f"it has no grouped heads, got {query_heads} of the query and {key_heads} of the key"
-    return "it needs at least one key" if asked.k.shape[2] == 0 else None
+    return cpu.unavailable(asked[:3])
 
 
 def _triton_unavailable(asked: _Asked) -> str | None:

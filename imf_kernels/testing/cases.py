@@ -261,8 +261,6 @@ def attention(
     options = {"is_causal": True} if is_causal else {}
     if kv_heads != heads:
         options["enable_gqa"] = True
-    if mask is not None or options:
-        more["refused_by"] = ("cpu",)
     more["options"] = options | more.get("options", {})
     seen = sum(min(i + 1, keys) for i in range(queries)) if is_causal else queries * keys
     pairs = 2 * batch * heads * seen
@@ -390,7 +388,9 @@ def _small() -> list[Case]:
         attention("causal, more queries", 1, 1, 100, 24, keys=70, is_causal=True),
         attention("causal, more keys", 1, 1, 40, 24, keys=100, is_causal=True, tangents=("query",)),
         attention("causal, offset 4", 1, 1, 100, 64, is_causal=True, k=offset[1], v=offset[1]),
+        attention("causal, two blocks", 1, 2, 300, 16, is_causal=True, kv_heads=1),
         attention("mask of bool", 2, 3, 21, 24, keys=37, mask=Input((2, 3, 21, 37), true=0.7)),
+        attention("mask of bool, two blocks", 1, 2, 60, 16, keys=300, mask=Input((60, 300), true=0.1)),
         attention("mask of bool for keys", 2, 1, 21, 24, keys=70, mask=Input((2, 1, 1, 70), true=0.7)),
         attention("mask added", 1, 3, 21, 24, keys=37, mask=Input((3, 21, 37), scale=2.0)),
         attention("mask added, in fp32", 1, 2, 70, 24, keys=40, mask=Input((70, 1), FP32, scale=2.0)),
@@ -504,6 +504,14 @@ LONG = [
         for n in (2048, 4096, 16384, 65536)
         for queries, keys in ((16, n), (n, 16))
     ),
+    attention("1,100 queries and keys, causal", 1, 1, 1100, 8, is_causal=True, large=True),
+    attention(
+        *("16 queries, 4,096 keys, two heads of queries", 1, 2, 16, 64),
+        keys=4096,
+        kv_heads=1,
+        mask=Input((1, 4096), true=0.5),
+        large=True,
+    ),
     *(
         make(f"width {width:,}{name}", 4, width=width, x=x, large=True, refused_by=refused_by)
         for width, refused_by in ((4096, ()), (16384, ()), (65536, ("triton",)))
@@ -539,6 +547,8 @@ EMPTY = [
     qk_norm_rope("no samples", 0, 2, 3, 8),
     attention("no samples", 0, 2, 3, 8),
     attention("no queries", 2, 2, 0, 8, keys=3),
+    attention("no queries, causal", 2, 2, 0, 8, keys=3, is_causal=True),
+    attention("no keys", 2, 2, 3, 8, keys=0),
     swiglu("no rows", 0, width=8),
     gated_residual("no rows", 0, width=8),
     gelu("no rows", 0, 8),

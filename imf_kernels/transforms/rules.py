@@ -110,20 +110,48 @@ def _scaled_dot_product_attention(
         return NotServed("dropout of the weights")
     if is_causal and attn_mask is not None:
         return _ALSO
-    dims = len(q.shape)
     if q.dtype not in _DTYPES or any(x.dtype != q.dtype for x in (k, v)):
         return _DTYPE
-    if dims not in (3, 4) or any(len(x.shape) != dims for x in (k, v)):
-        return NotServed("neither three nor four dimensions")
-    if any(x.shape[:-3] != q.shape[:-3] for x in (k, v)) or k.shape[-3] != v.shape[-3]:
-        return NotServed("sizes of batch or heads that broadcast")
-    if k.shape[-3] != q.shape[-3] and not (enable_gqa and dims == 4):
-        return NotServed("numbers of heads that broadcast")
+    sizes = [tuple(x.shape[:-2]) for x in (q, k, v)]  # (..., H); none of two dimensions
+    if enable_gqa:
+        if () in sizes or not sizes[1][-1] or sizes[0][-1] % sizes[1][-1]:
+            return _SHAPE
+        if sizes[1][-1] != sizes[2][-1]:
+            return NotServed("key and value of different numbers of heads")
+        batch, (heads, kv_heads, _) = _broadcast(*(s[:-1] for s in sizes)), (s[-1] for s in sizes)
+        lead = None if batch is None else (*batch, heads)
+    else:
+        lead = _broadcast(*sizes)
+        batch, heads = (lead[:-1], lead[-1]) if lead else (lead, 1)
+        kv_heads = 1 if all(s[-1:] in ((), (1,)) for s in sizes[1:]) else heads
+    if lead is None or batch is None:
+        return _SHAPE
+    if attn_mask is not None and len(batch) > 1 and attn_mask.dim() > 3:
+        if _broadcast(attn_mask.shape[:-3], batch) != batch:
+            return _SHAPE
+        attn_mask = attn_mask.expand(*batch, *attn_mask.shape[-3:]).flatten(0, -4)
     q, k, v = (map_both(last_contiguous, x) for x in (q, k, v))
-    if dims == 3:  # [H, L, D]: one sample
-        q, k, v = (map_both(lambda t: t.unsqueeze(0), x) for x in (q, k, v))
-    out = _attention_of_duals(q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
-    return map_both(lambda t: t.squeeze(0), out) if dims == 3 else out
+    q, k, v = (_of_four_dims(x, batch, n) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
+    out = _attention_of_duals(q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=True)
+    return out if len(lead) == 2 else map_both(lambda t: t.reshape(*lead, *t.shape[-2:]), out)
+
+
+def _broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Returns what shapes broadcast to, `None` where they do not."""
+    if all(shape == shapes[0] for shape in shapes):
+        return shapes[0]
+    try:
+        return tuple(torch.broadcast_shapes(*shapes))
+    except RuntimeError:
+        return None
+
+
+def _of_four_dims(x: Any, batch: tuple[int, ...], heads: int) -> Any:
+    """Returns x [..., L, D] as [B, H, L, D], broadcast to sizes of the batch and heads."""
+    shape = (*batch, heads, *x.shape[-2:])
+    if len(batch) == 1 and tuple(x.shape) == shape:
+        return x
+    return map_both(lambda t: t.expand(shape).reshape(math.prod(batch), *shape[-3:]), x)
 
 
 @serves(F.silu)

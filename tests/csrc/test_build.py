@@ -80,9 +80,11 @@ def test_what_the_module_refuses():
             _C.rms_norm_forward(*arguments)
     with pytest.raises(TypeError, match="the kernels take tensors, got NoneType"):
         _C.rms_norm_forward(None, None, w, y, None, rstd, 1e-6)
-    with pytest.raises(ValueError, match="the CPU's kernels have no masks"):
+    with pytest.raises(ValueError, match=r"mask must be \[batch, heads, queries, keys\], got \[2, 2\]"):
         heads = torch.ones(1, 1, 2, 8)
-        _C.attention_forward(heads, heads, heads, None, None, None, None, heads, None, rstd, 1.0, True)
+        _C.attention_forward(
+            heads, heads, heads, None, None, None, torch.ones(2, 2), heads, None, rstd, 1.0, True
+        )
 
 
 def test_a_pytorch_without_the_exchange_api_is_refused():

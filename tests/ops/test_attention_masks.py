@@ -1,6 +1,9 @@
 """Attention with masks, causal, with grouped heads: as PyTorch does it; and what a mask must not do."""
 
 import math
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -10,11 +13,11 @@ import imf_kernels as ik
 from imf_kernels import Dual
 from imf_kernels.backends import triton_launch
 from imf_kernels.testing import errors
-from imf_kernels.testing.cases import FP32, SMALL, attention
-from tests.helpers.backends import same_numbers
+from imf_kernels.testing.cases import BF16, FP32, SMALL, attention
+from tests.helpers.backends import BACKENDS, same_numbers
 
 SDPA = ik.scaled_dot_product_attention
-masking = pytest.mark.parametrize("backend", ["reference", "triton"], indirect=True)
+masking = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 
 
 def draw(*shape):
@@ -107,19 +110,55 @@ def test_the_primal_does_not_feel_the_tangent_behind_a_mask(backend):
     assert all(torch.equal(alone[name], whole[name]) for name in alone)
 
 
-def test_the_cpu_kernels_refuse_and_the_default_goes_on():
-    x = torch.randn(2, 4, 5, 8)
-    for options, reason in (
-        ({"is_causal": True}, "it has no masks and no is_causal"),
-        ({"attn_mask": torch.ones(5, 5)}, "it has no masks and no is_causal"),
-        ({"enable_gqa": True}, "it has no grouped heads, got 4 of the query and 2 of the key"),
-    ):
-        k = x[:, :2] if "enable_gqa" in options else x
-        with pytest.raises(RuntimeError, match=f"'cpu' cannot run: {reason}"):
-            SDPA(x, k, k, **options, backend="cpu")
-        torch.testing.assert_close(
-            SDPA(x, k, k, **options), F.scaled_dot_product_attention(x, k, k, **options)
-        )
+@masking
+def test_a_scale_of_zero_averages_the_keys_that_are_seen(backend):
+    q, k, v = (torch.randn(1, 2, 20, 8, requires_grad=True) for _ in range(3))
+    mask = torch.rand(20, 20).fill_diagonal_(1.0) > 0.5
+    weights = mask / mask.sum(1, keepdim=True)
+    for hidden in (mask, torch.zeros(20, 20).masked_fill(~mask, -math.inf)):
+        y = SDPA(Dual(q, q.detach()), k, v, hidden, scale=0.0, backend=backend)
+        torch.testing.assert_close(y.primal, weights @ v)
+        assert not y.tangent.any() and not torch.autograd.grad(y.primal.sum(), q)[0].any()
+
+
+CPU = pytest.mark.parametrize("backend", [b for b in BACKENDS if b.startswith("cpu")], indirect=True)
+
+
+@CPU
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_causal_is_the_mask_of_its_triangle(dtype, backend):
+    """Fewer keys are multiplied, in blocks that end elsewhere: equal to rounding."""
+    torch.manual_seed(0)
+    for queries, keys in ((300, 300), (130, 270), (270, 130)):
+        q, k, v = (torch.randn(1, 1, n, 24).to(dtype).requires_grad_() for n in (queries, keys, keys))
+        triangle = torch.ones(queries, keys, dtype=torch.bool).tril()
+        results = []
+        for options in ({"is_causal": True}, {"attn_mask": triangle}):
+            y = SDPA(Dual(q, q.detach()), Dual(k, q.detach()[:, :, :1] + k.detach()), v, **options)
+            results.append((y.primal, y.tangent, *torch.autograd.grad(y.primal.square().sum(), (q, k, v))))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_no_matrix_of_logits_is_made():
+    """Peak memory at 8,192 positions, whose 2^26 weights in fp32 would take 256 MiB."""
+    code = """
+        import resource, torch, imf_kernels as ik
+        torch.set_num_threads(1)
+        q, k, v = (torch.randn(1, h, 8192, 4, requires_grad=True) for h in (2, 1, 1))
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak()
+        for options in ({"is_causal": True}, {"attn_mask": torch.rand(8192) < 0.5}):
+            y = ik.scaled_dot_product_attention(
+                *(ik.Dual(x, x.detach()) for x in (q, k, v)), **options, enable_gqa=True, backend="cpu"
+            )
+            y.primal.sum().backward()
+        print((peak() - before) // 1024)
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
+    assert int(run.stdout) < 64
 
 
 def test_tiles_of_another_size(monkeypatch):

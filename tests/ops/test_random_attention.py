@@ -23,7 +23,7 @@ COUNT = int(os.environ.get("IMF_RANDOM_SHAPES", "500"))
 BATCH = 20
 
 
-def random_case(seed, large=False):
+def random_case(seed, large=False, masked=False):
     draw = random.Random(seed)
 
     def size(most):
@@ -41,26 +41,32 @@ def random_case(seed, large=False):
         keys = min(keys, 2**16 // (heads * queries))
     scales = {"q": 1.0, "k": 1.0, "v": 1.0}
     scales[draw.choice("qkv")] = math.exp(draw.uniform(math.log(0.01), math.log(30.0)))
-    return cases.attention(
-        f"random {seed}",
-        1,
-        heads,
-        queries,
-        size(257),
-        keys,
-        size(257),
-        positions_first=draw.random() < 0.5,
-        q={"scale": scales["q"]},
-        k={"scale": scales["k"], "offset": draw.choice(OFFSETS)},
-        v={"scale": scales["v"], "offset": draw.choice(OFFSETS)},
-    )
+    widths = size(257), size(257)
+    options = {
+        "positions_first": draw.random() < 0.5,
+        "q": {"scale": scales["q"]},
+        "k": {"scale": scales["k"], "offset": draw.choice(OFFSETS)},
+        "v": {"scale": scales["v"], "offset": draw.choice(OFFSETS)},
+    }
+    if masked:
+        options["kv_heads"] = draw.choice([n for n in range(1, heads + 1) if heads % n == 0])
+        kind = draw.choice(("causal", "bool", "added", "added, in fp32"))
+        shape = tuple(draw.choice((1, n)) for n in (heads, queries, keys))
+        if kind == "causal":
+            options["is_causal"] = True
+        elif kind == "bool":
+            options["mask"] = cases.Input(shape, true=draw.uniform(0.2, 1.0))
+        else:
+            own = FP32 if kind == "added, in fp32" else None
+            options["mask"] = cases.Input(shape, own, scale=draw.choice((0.1, 2.0, 30.0)))
+    return cases.attention(f"random {seed}", 1, heads, queries, widths[0], keys, widths[1], **options)
 
 
-def check(seeds, dtype, large=False):
+def check(seeds, dtype, large=False, masked=False):
     isas = cpu.instruction_sets()
     with threads(1):
         for seed in seeds:
-            case = random_case(seed, large)
+            case = random_case(seed, large, masked)
             p = errors.problem(case, dtype, seed)
             with cpu.use_instruction_set(isas[seed % len(isas)]):
                 results = p.evaluate("cpu")
@@ -71,19 +77,22 @@ def check(seeds, dtype, large=False):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_some_random_shapes(dtype):
-    check(range(BATCH), dtype)
+@pytest.mark.parametrize("masked", [False, True])
+def test_some_random_shapes(masked, dtype):
+    check(range(BATCH), dtype, masked=masked)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(BATCH, COUNT, BATCH))
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_random_shapes(dtype, first):
-    check(range(first, first + BATCH), dtype)
+@pytest.mark.parametrize("masked", [False, True])
+def test_random_shapes(masked, dtype, first):
+    check(range(first, first + BATCH), dtype, masked=masked)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(COUNT // 50))
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_large_random_shapes(dtype, seed):
-    check([seed], dtype, large=True)
+@pytest.mark.parametrize("masked", [False, True])
+def test_large_random_shapes(masked, dtype, seed):
+    check([seed], dtype, large=True, masked=masked)

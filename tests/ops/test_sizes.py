@@ -1,7 +1,4 @@
-"""Every operation with each of its dimensions 0 and 1: nothing in, nothing out; a sum of nothing is zero.
-
-Attention over no keys, which its kernels refuse, is in test_edge_cases.py.
-"""
+"""Every operation with each of its dimensions 0 and 1: nothing in, nothing out; a sum of nothing is zero."""
 
 import pytest
 
@@ -19,8 +16,12 @@ DIMENSIONS = {
         (3, 4, 2, 5, 9),
     ),
     "scaled_dot_product_attention": (
-        lambda b, h, n, d, value: cases.attention("", b, h, n, d, 5, value),
-        (3, 2, 4, 7, 6),
+        lambda b, h, n, keys, d, value: cases.attention("", b, h, n, d, keys, value),
+        (3, 2, 4, 5, 7, 6),
+    ),
+    "scaled_dot_product_attention, causal": (
+        lambda b, h, n, keys, d, value: cases.attention("", b, h, n, d, keys, value, is_causal=True),
+        (3, 2, 4, 5, 7, 6),
     ),
     "swiglu": (lambda b, n, d: cases.swiglu("", b, n, width=d), (3, 2, 7)),
     "gated_residual": (lambda b, n, d: cases.gated_residual("", b, n, width=d), (3, 2, 7)),
