@@ -12,6 +12,9 @@
 // The sums that normalise O and O_dot are taken from the rounded values, so that an offset of the values
 // still cancels.
 //
+// A mask changes the logits of a block before the softmax. Where it is the diagonal, blocks of queries meet
+// the keys that any of them sees, and no others.
+//
 // A sum over many keys or queries has three levels, so that its rounding error does not grow with their
 // number: about 32 terms (small_gemm.h), about 32 such sums, and a total with compensated rounding errors.
 #include "ops/attention.h"
@@ -233,21 +236,19 @@ void forward(const AttentionForward& a) {
   });
 }
 
-// Zeroes the gradients of keys `first` to `end`, which no query sees.
-template <typename T>
-inline void fill_rows(T* x, index_t stride, index_t first, index_t end, index_t width) {
-  for (index_t i = first; i < end; ++i) std::fill_n(x + i * stride, width, T{});
-}
+struct HeadSums;  // the owner of dK and dV of single heads of queries
 
 // With P = e^(S - max) / sum_j e^(S - max), dP = dO V^T and delta_i = sum_j P dP: dV = P^T dO, dS = P (dP -
 // delta), dQ = scale dS K, dK = scale dS^T Q. A task is a head; dK and dV are summed over its blocks of
-// queries. Forward saves the maximum, not the log-sum, from which the distances of the logits are rounded
-// more coarsely. delta also equals sum_d dO O, but from P and dP the rows of dS sum to zero as exactly as
-// possible, so that an offset of the keys cancels in dQ. In fp32 it takes two steps, the second from dP minus
-// the first, so that an offset of the values cancels too. Rows rounded to bf16 do not sum to zero: the
-// remainder times the mean of the keys under |dS|, to which a key without weight does not contribute, is
-// subtracted from dQ. A key with 3/16 of a row's sum of |dS| may be far from that mean, with too few similar
-// errors to cancel its own: for such keys, at most five, the rounding error of dS is multiplied too.
+// queries, and over the heads of queries that share it: each of those is a task, and its sums wait in memory,
+// where heads are fewer than threads. Forward saves the maximum, not the log-sum, from which the distances of
+// the logits are rounded more coarsely. delta also equals sum_d dO O, but from P and dP the rows of dS sum to
+// zero as exactly as possible, so that an offset of the keys cancels in dQ. In fp32 it takes two steps, the
+// second from dP minus the first, so that an offset of the values cancels too. Rows rounded to bf16 do not
+// sum to zero: the remainder times the mean of the keys under |dS|, to which a key without weight does not
+// contribute, is subtracted from dQ. A key with 3/16 of a row's sum of |dS| may be far from that mean, with
+// too few similar errors to cancel its own: for such keys, at most five, the rounding error of dS is
+// multiplied too.
 template <typename T, typename Unit>
 void backward(const AttentionBackward& a) {
   constexpr bool rounds = elements_per_unit<Unit> > 1;
@@ -259,16 +260,33 @@ void backward(const AttentionBackward& a) {
   const index_t stride = round_up(a.q.width, Vec::width), value_stride = round_up(a.v.width, Vec::width);
   const index_t key_stride = round_up(seen_keys, Vec::width);
   const index_t terms = logit_terms(a.q.length, a.k.length);
-  const bool several_dq = seen_keys > keys_per_sum, several_dkv = group > 1 || a.q.length > queries_per_sum;
-  const int team = team_size(a.place.threads, kv_heads * group * a.q.length * a.k.length, kv_heads);
-  TaskQueue queue(kv_heads);
+  const bool several_dq = seen_keys > keys_per_sum, several_dkv = a.q.length > queries_per_sum;
+  const index_t dk_size = a.dk.data ? seen_keys * stride : 0,
+                dv_size = a.dv.data ? seen_keys * value_stride : 0;
+  const auto store_gradients = [&](index_t b, index_t kv, const float* dk, const float* dv) {
+    const auto store_rows = [&](const Heads& x, const float* sum, index_t sum_stride, float scale) {
+      if (T* rows = head_of<T>(x, b, kv)) {
+        copy_rows(sum, sum_stride, seen_keys, x.width, scale, rows, x.stride[2]);
+        for (index_t i = seen_keys; i < x.length; ++i) std::fill_n(rows + i * x.stride[2], x.width, T{});
+      }
+    };
+    store_rows(a.dk, dk, stride, a.scale);
+    store_rows(a.dv, dv, value_stride, 1.0f);
+  };
+  const bool divided = group > 1 && kv_heads < a.place.threads;
+  const index_t heads_per_task = divided ? 1 : group, tasks = kv_heads * group / heads_per_task;
+  ScratchOf<HeadSums> head_sums(divided ? tasks * (dk_size + dv_size) : 0);
+  float* dk_of_heads = head_sums.take<float>(divided ? tasks * dk_size : 0);
+  float* dv_of_heads = head_sums.take<float>(divided ? tasks * dv_size : 0);
+  const int team = team_size(a.place.threads, kv_heads * group * a.q.length * a.k.length, tasks);
+  TaskQueue queue(tasks);
 
   on_each_thread(team, [&](int) {
     const index_t query_units = units<Unit>(query_block);
-    const index_t query_blocks = (a.q.length + query_block - 1) / query_block;
     Scratch scratch(packed_size(width, seen_keys) + packed_size(value_units, seen_keys) +
                     packed_size(all_keys, a.q.width) + LongSum::floats(query_block * stride, several_dq) +
-                    LongSum::floats(seen_keys * (stride + value_stride), several_dkv) +
+                    LongSum::floats(dk_size + dv_size, several_dkv) +
+                    (group > 1 ? LongSum::floats(dk_size + dv_size, true) : 0) +
                     query_block * (width + value_units + stride + value_stride + 4 * key_stride) + stride +
                     key_stride);
     Unit* k_transposed = scratch.take<Unit>(packed_size(width, seen_keys));
@@ -276,8 +294,9 @@ void backward(const AttentionBackward& a) {
     Unit* k = scratch.take<Unit>(packed_size(all_keys, a.q.width));
     float* k_mean = scratch.take<float>(stride);
     float* k_weights = scratch.take<float>(key_stride);
-    LongSum dk(scratch, seen_keys * stride, several_dkv && a.dk.data);
-    LongSum dv(scratch, seen_keys * value_stride, several_dkv && a.dv.data);
+    LongSum dk(scratch, dk_size, several_dkv), dv(scratch, dv_size, several_dkv);
+    LongSum group_dk(scratch, group > 1 ? dk_size : 0, true),
+        group_dv(scratch, group > 1 ? dv_size : 0, true);
     Unit* q = scratch.take<Unit>(query_block * width);
     Unit* q_panels = scratch.take<Unit>(query_units * stride);
     Unit* dout = scratch.take<Unit>(query_block * value_units);
@@ -300,155 +319,177 @@ void backward(const AttentionBackward& a) {
     }
 
     for (index_t task; queue.next(task);) {
-      const index_t b = task / a.k.heads, kv = task % a.k.heads;
+      const index_t first_head = task * heads_per_task, b = first_head / a.q.heads;
+      const index_t first_h = first_head % a.q.heads, kv = first_h / group;
       const T* k_head = head_of<T>(a.k, b, kv);
-      T* dk_head = head_of<T>(a.dk, b, kv);
-      T* dv_head = head_of<T>(a.dv, b, kv);
       pack_transposed(k_head, a.k.stride[2], seen_keys, a.q.width, k_transposed);
       pack_transposed(head_of<T>(a.v, b, kv), a.v.stride[2], seen_keys, a.v.width, v_transposed);
       pack(k_head, a.k.stride[2], seen_keys, a.q.width, k);
-      if (a.q.length == 0) {
-        std::fill_n(dk.part, seen_keys * stride, 0.0f);
-        std::fill_n(dv.part, seen_keys * value_stride, 0.0f);
-      }
-      dk.begin();
-      dv.begin();
-
-      // The blocks of queries of all heads that share the keys.
-      for (index_t block = 0; block < group * query_blocks; ++block) {
-        const index_t h = kv * group + block / query_blocks, q0 = block % query_blocks * query_block;
-        const index_t rows = smaller(query_block, a.q.length - q0), row_units = units<Unit>(rows);
-        const index_t keys = masking.keys_of(q0 + rows, a.k.length), columns = round_up(keys, Vec::width);
-        const T* q_rows = head_of<T>(a.q, b, h) + q0 * a.q.stride[2];
-        const T* dout_rows = head_of<T>(a.dout, b, h) + q0 * a.dout.stride[2];
-        copy_to_units(q_rows, a.q.stride[2], rows, a.q.width, q);
-        copy_to_units(dout_rows, a.dout.stride[2], rows, a.v.width, dout);
-        pack(q_rows, a.q.stride[2], rows, a.q.width, q_panels);
-        pack(dout_rows, a.dout.stride[2], rows, a.v.width, dout_panels);
-        product(rows, keys, width, Strided<Unit>{q, width, 1}, k_transposed, 0, width, p, key_stride, false,
-                terms, seen_keys);
-        product(rows, keys, value_units, Strided<Unit>{dout, value_units, 1}, v_transposed, 0, value_units,
-                ds, key_stride, false, terms, seen_keys);
-        masking.apply(p, key_stride, b, h, q0, rows, 0, keys);
-        float row_sums[query_block];  // of dS as rounded
-        float limits[query_block];    // 3/16 of the sum of |dS|; infinite if no |dS| is larger
-        if (rounds) std::fill_n(k_weights, columns, 0.0f);
-        for (index_t i = 0; i < rows; ++i) {
-          float* pi = p + i * key_stride;
-          float* dsi = ds + i * key_stride;
-          const float row_max = a.lse.data[(b * a.q.heads + h) * a.q.length + q0 + i];
-          RowSum sum, dot;
-          for_few(keys, [&](index_t first_key, index_t n) {
-            Vec few(0.0f), few_dot(0.0f);
-            for_each_vec(n, [&](index_t offset, int lanes) {
-              const index_t j = first_key + offset;
-              const Vec pj = keep_lanes(masking.logits.exp(load(pi + j), row_max), lanes, 0.0f);
-              store(pi + j, pj);
-              few += pj;
-              few_dot = fma(pj, load(dsi + j), few_dot);
+      group_dk.begin();
+      group_dv.begin();
+      for (index_t h = first_h; h < first_h + heads_per_task; ++h) {
+        if (a.q.length == 0) {
+          std::fill_n(dk.part, dk_size, 0.0f);
+          std::fill_n(dv.part, dv_size, 0.0f);
+        }
+        dk.begin();
+        dv.begin();
+        for (index_t q0 = 0; q0 < a.q.length; q0 += query_block) {
+          const index_t rows = smaller(query_block, a.q.length - q0), row_units = units<Unit>(rows);
+          const index_t keys = masking.keys_of(q0 + rows, a.k.length), columns = round_up(keys, Vec::width);
+          const T* q_rows = head_of<T>(a.q, b, h) + q0 * a.q.stride[2];
+          const T* dout_rows = head_of<T>(a.dout, b, h) + q0 * a.dout.stride[2];
+          copy_to_units(q_rows, a.q.stride[2], rows, a.q.width, q);
+          copy_to_units(dout_rows, a.dout.stride[2], rows, a.v.width, dout);
+          pack(q_rows, a.q.stride[2], rows, a.q.width, q_panels);
+          pack(dout_rows, a.dout.stride[2], rows, a.v.width, dout_panels);
+          product(rows, keys, width, Strided<Unit>{q, width, 1}, k_transposed, 0, width, p, key_stride, false,
+                  terms, seen_keys);
+          product(rows, keys, value_units, Strided<Unit>{dout, value_units, 1}, v_transposed, 0, value_units,
+                  ds, key_stride, false, terms, seen_keys);
+          masking.apply(p, key_stride, b, h, q0, rows, 0, keys);
+          float row_sums[query_block];  // of dS as rounded
+          float limits[query_block];    // 3/16 of the sum of |dS|; infinite if no |dS| is larger
+          if (rounds) std::fill_n(k_weights, columns, 0.0f);
+          for (index_t i = 0; i < rows; ++i) {
+            float* pi = p + i * key_stride;
+            float* dsi = ds + i * key_stride;
+            const float row_max = a.lse.data[(b * a.q.heads + h) * a.q.length + q0 + i];
+            RowSum sum, dot;
+            for_few(keys, [&](index_t first_key, index_t n) {
+              Vec few(0.0f), few_dot(0.0f);
+              for_each_vec(n, [&](index_t offset, int lanes) {
+                const index_t j = first_key + offset;
+                const Vec pj = keep_lanes(masking.logits.exp(load(pi + j), row_max), lanes, 0.0f);
+                store(pi + j, pj);
+                few += pj;
+                few_dot = fma(pj, load(dsi + j), few_dot);
+              });
+              sum.add(few);
+              dot.add(few_dot);
             });
-            sum.add(few);
-            dot.add(few_dot);
-          });
-          const float inverse = inverse_or_zero(sum.value());
-          const Vec delta(dot.value() * inverse), normalize(inverse);
-          if constexpr (rounds) {
-            Vec left_over(0.0f), size(0.0f), largest(0.0f);
-            for (index_t j = 0; j < columns; j += Vec::width) {
-              const Vec pj = load(pi + j) * normalize, dsj = pj * (load(dsi + j) - delta);
-              const Vec multiplied = rounded(dsj, ds_rows), weight = abs(multiplied);
-              store(pi + j, pj);
-              store(dsi + j, dsj);
-              store_rounded(ds_rows + i * ds_row_stride, j, multiplied);
-              left_over += multiplied;
-              size += weight;
-              largest = max(largest, weight);
-              // A query with non-finite dS is left out of the mean, which its neighbours share.
-              store(k_weights + j, load(k_weights + j) + select_less(weight, Vec(1e30f), weight, Vec(0.0f)));
-            }
-            row_sums[i] = reduce_add(left_over);
-            const float limit = 0.1875f * reduce_add(size);
-            limits[i] = lanes_larger(largest, limit) ? limit : INFINITY;
-          } else {
-            RowSum rest;
-            for_few(columns, [&](index_t first_key, index_t n) {
-              Vec few(0.0f);
-              for (index_t j = first_key; j < first_key + n; j += Vec::width) {
+            const float inverse = inverse_or_zero(sum.value());
+            const Vec delta(dot.value() * inverse), normalize(inverse);
+            if constexpr (rounds) {
+              Vec left_over(0.0f), size(0.0f), largest(0.0f);
+              for (index_t j = 0; j < columns; j += Vec::width) {
                 const Vec pj = load(pi + j) * normalize, dsj = pj * (load(dsi + j) - delta);
+                const Vec multiplied = rounded(dsj, ds_rows), weight = abs(multiplied);
                 store(pi + j, pj);
                 store(dsi + j, dsj);
-                few += dsj;
+                store_rounded(ds_rows + i * ds_row_stride, j, multiplied);
+                left_over += multiplied;
+                size += weight;
+                largest = max(largest, weight);
+                // A query with non-finite dS is left out of the mean, which its neighbours share.
+                store(k_weights + j,
+                      load(k_weights + j) + select_less(weight, Vec(1e30f), weight, Vec(0.0f)));
               }
-              rest.add(few);
-            });
-            const Vec correction(0.0f - rest.value());
-            for (index_t j = 0; j < columns; j += Vec::width) {
-              store(dsi + j, fma(load(pi + j), correction, load(dsi + j)));
+              row_sums[i] = reduce_add(left_over);
+              const float limit = 0.1875f * reduce_add(size);
+              limits[i] = lanes_larger(largest, limit) ? limit : INFINITY;
+            } else {
+              RowSum rest;
+              for_few(columns, [&](index_t first_key, index_t n) {
+                Vec few(0.0f);
+                for (index_t j = first_key; j < first_key + n; j += Vec::width) {
+                  const Vec pj = load(pi + j) * normalize, dsj = pj * (load(dsi + j) - delta);
+                  store(pi + j, pj);
+                  store(dsi + j, dsj);
+                  few += dsj;
+                }
+                rest.add(few);
+              });
+              const Vec correction(0.0f - rest.value());
+              for (index_t j = 0; j < columns; j += Vec::width) {
+                store(dsi + j, fma(load(pi + j), correction, load(dsi + j)));
+              }
             }
           }
-        }
-        pair_rows(p, key_stride, rows, columns, p_columns);
-        pair_rows(ds, key_stride, rows, columns, ds_columns);
-        const bool first = q0 % queries_per_sum == 0;
-        if (first) {  // later blocks may see more keys
-          std::fill_n(dk.part + keys * stride, (seen_keys - keys) * stride, 0.0f);
-          std::fill_n(dv.part + keys * value_stride, (seen_keys - keys) * value_stride, 0.0f);
-        }
-        if (dv_head) {
-          product(keys, a.v.width, row_units, Strided<Unit>{p_columns, 1, key_stride}, dout_panels, 0,
-                  row_units, dv.part, value_stride, !first);
-        }
-        if (dk_head) {
-          product(keys, a.q.width, row_units, Strided<Unit>{ds_columns, 1, key_stride}, q_panels, 0,
-                  row_units, dk.part, stride, !first);
-        }
-        if (q0 + rows == a.q.length || (q0 + rows) % queries_per_sum == 0) {
-          dv.add_part();
-          dk.add_part();
-        }
-        if (T* dq_head = head_of<T>(a.dq, b, h)) {
-          if (keys == 0) std::fill_n(dq.part, rows * stride, 0.0f);
-          dq.begin();
-          constexpr index_t units_per_sum = keys_per_sum / elements_per_unit<Unit>;
-          const index_t key_units = units<Unit>(keys);
-          for (index_t k0 = 0; k0 < key_units; k0 += units_per_sum) {
-            product(rows, a.q.width, smaller(units_per_sum, key_units - k0),
-                    Strided<Unit>{ds_rows + k0, ds_row_stride, 1}, k, k0, all_keys, dq.part, stride, false);
-            dq.add_part();
+          pair_rows(p, key_stride, rows, columns, p_columns);
+          pair_rows(ds, key_stride, rows, columns, ds_columns);
+          const bool first = q0 % queries_per_sum == 0;
+          // Later blocks may see more keys than the first, which does not add.
+          if (first && dk_size) std::fill_n(dk.part + keys * stride, (seen_keys - keys) * stride, 0.0f);
+          if (first && dv_size)
+            std::fill_n(dv.part + keys * value_stride, (seen_keys - keys) * value_stride, 0.0f);
+          if (dv_size) {
+            product(keys, a.v.width, row_units, Strided<Unit>{p_columns, 1, key_stride}, dout_panels, 0,
+                    row_units, dv.part, value_stride, !first);
           }
-          dq.finish();
-          if (rounds) weighted_mean(k_head, a.k.stride[2], keys, a.q.width, k_weights, k_mean);
-          for (index_t i = 0; rounds && i < rows; ++i) {
-            float* x = dq.part + i * stride;
-            if (limits[i] < INFINITY) {
-              for_larger(ds + i * key_stride, ds_rows + i * ds_row_stride, keys, limits[i],
-                         [&](index_t key, float difference) {
-                           row_sums[i] += difference;
-                           for_each_vec(a.q.width, [&](index_t j, int lanes) {
-                             const Vec kj = load_lanes(k_head + key * a.k.stride[2] + j, lanes);
-                             store(x + j, fma(Vec(difference), kj, load(x + j)));
+          if (dk_size) {
+            product(keys, a.q.width, row_units, Strided<Unit>{ds_columns, 1, key_stride}, q_panels, 0,
+                    row_units, dk.part, stride, !first);
+          }
+          if (q0 + rows == a.q.length || (q0 + rows) % queries_per_sum == 0) {
+            dv.add_part();
+            dk.add_part();
+          }
+          if (T* dq_head = head_of<T>(a.dq, b, h)) {
+            if (keys == 0) std::fill_n(dq.part, rows * stride, 0.0f);
+            dq.begin();
+            constexpr index_t units_per_sum = keys_per_sum / elements_per_unit<Unit>;
+            const index_t key_units = units<Unit>(keys);
+            for (index_t k0 = 0; k0 < key_units; k0 += units_per_sum) {
+              product(rows, a.q.width, smaller(units_per_sum, key_units - k0),
+                      Strided<Unit>{ds_rows + k0, ds_row_stride, 1}, k, k0, all_keys, dq.part, stride, false);
+              dq.add_part();
+            }
+            dq.finish();
+            if (rounds) weighted_mean(k_head, a.k.stride[2], keys, a.q.width, k_weights, k_mean);
+            for (index_t i = 0; rounds && i < rows; ++i) {
+              float* x = dq.part + i * stride;
+              if (limits[i] < INFINITY) {
+                for_larger(ds + i * key_stride, ds_rows + i * ds_row_stride, keys, limits[i],
+                           [&](index_t key, float difference) {
+                             row_sums[i] += difference;
+                             for_each_vec(a.q.width, [&](index_t j, int lanes) {
+                               const Vec kj = load_lanes(k_head + key * a.k.stride[2] + j, lanes);
+                               store(x + j, fma(Vec(difference), kj, load(x + j)));
+                             });
                            });
-                         });
+              }
+              for (index_t j = 0; j < stride; j += Vec::width) {
+                store(x + j, fma(Vec(-row_sums[i]), load(k_mean + j), load(x + j)));
+              }
             }
-            for (index_t j = 0; j < stride; j += Vec::width) {
-              store(x + j, fma(Vec(-row_sums[i]), load(k_mean + j), load(x + j)));
-            }
+            copy_rows(dq.part, stride, rows, a.q.width, a.scale, dq_head + q0 * a.dq.stride[2],
+                      a.dq.stride[2]);
           }
-          copy_rows(dq.part, stride, rows, a.q.width, a.scale, dq_head + q0 * a.dq.stride[2], a.dq.stride[2]);
+        }
+        dk.finish();
+        dv.finish();
+        if (divided) {
+          std::copy_n(dk.part, dk_size, dk_of_heads + task * dk_size);
+          std::copy_n(dv.part, dv_size, dv_of_heads + task * dv_size);
+        } else if (group > 1) {
+          group_dk.add(dk.part);
+          group_dv.add(dv.part);
         }
       }
-      dk.finish();
-      dv.finish();
-      if (dk_head) {
-        copy_rows(dk.part, stride, seen_keys, a.q.width, a.scale, dk_head, a.dk.stride[2]);
-        fill_rows(dk_head, a.dk.stride[2], seen_keys, a.k.length, a.q.width);
-      }
-      if (dv_head) {
-        copy_rows(dv.part, value_stride, seen_keys, a.v.width, 1.0f, dv_head, a.dv.stride[2]);
-        fill_rows(dv_head, a.dv.stride[2], seen_keys, a.k.length, a.v.width);
+      if (group == 1) {
+        store_gradients(b, kv, dk.part, dv.part);
+      } else if (!divided) {
+        group_dk.finish();
+        group_dv.finish();
+        store_gradients(b, kv, group_dk.part, group_dv.part);
       }
     }
   });
+  if (!divided) return;
+  Scratch scratch(LongSum::floats(dk_size + dv_size, true));
+  LongSum dk(scratch, dk_size, true), dv(scratch, dv_size, true);
+  for (index_t group_head = 0; group_head < kv_heads; ++group_head) {
+    dk.begin();
+    dv.begin();
+    for (index_t head = group_head * group; head < (group_head + 1) * group; ++head) {
+      dk.add(dk_of_heads + head * dk_size);
+      dv.add(dv_of_heads + head * dv_size);
+    }
+    dk.finish();
+    dv.finish();
+    store_gradients(group_head / a.k.heads, group_head % a.k.heads, dk.part, dv.part);
+  }
 }
 
 }  // namespace

@@ -88,11 +88,13 @@ class LongSum {
     if (several_) std::fill_n(part + size_, 2 * size_, 0.0f);
   }
   void add_part() {
-    if (!several_) return;
+    if (several_) add(part);
+  }
+  void add(const float* x) {
     float *total = part + size_, *error = total + size_;
     for (index_t i = 0; i < size_; i += Vec::width) {
       Vec e = load(error + i);
-      store(total + i, add_to(load(total + i), load(part + i), e));
+      store(total + i, add_to(load(total + i), load(x + i), e));
       store(error + i, e);
     }
   }
@@ -139,12 +141,13 @@ struct Logits {
   }
 };
 
-// Elements of a mask of bool, as 0 and 1.
-inline float to_float(std::uint8_t x) { return x ? 1.0f : 0.0f; }
+// Elements of a mask of bool, as 0 and other numbers.
+inline float to_float(std::uint8_t x) { return x; }
 inline Vec load(const std::uint8_t* p) {
-  float x[Vec::width];
-  for (int lane = 0; lane < Vec::width; ++lane) x[lane] = to_float(p[lane]);
-  return load(x);
+  typedef std::uint8_t Bytes __attribute__((vector_size(Vec::width)));
+  Bytes x;
+  std::memcpy(&x, p, sizeof x);
+  return __builtin_convertvector((Vec::Integers)extend(__builtin_convertvector(x, Vec::Halves)), Vec::Lanes);
 }
 
 // Keys hidden from queries: by a mask of bool, one that is added to the logits, or the diagonal.
@@ -171,11 +174,16 @@ class Masking {
     if (!mask_.data) return;
     const index_t first = b * mask_.stride[0] + h * mask_.stride[1] + q0 * mask_.stride[2];
     const auto rows_of = [&](auto element, auto masked) {
-      const auto* row = static_cast<const decltype(element)*>(mask_.data) + first + k0 * mask_.stride[3];
-      for (index_t i = 0; i < rows; ++i, row += mask_.stride[2], s += stride) {
-        for_each_vec(keys, [&](index_t j, int lanes) {
-          store(s + j, masked(load(s + j), load_strided(row + j * mask_.stride[3], lanes)));
-        });
+      const auto* elements = static_cast<const decltype(element)*>(mask_.data) + first + k0 * mask_.stride[3];
+      // So many keys at a time that a transposed mask's rows share what the cache holds.
+      for (index_t start = 0; start < keys; start += key_block) {
+        for (index_t i = 0; i < rows; ++i) {
+          float* row = s + i * stride + start;
+          const auto* of_row = elements + i * mask_.stride[2] + start * mask_.stride[3];
+          for_each_vec(smaller(key_block, keys - start), [&](index_t j, int lanes) {
+            store(row + j, masked(load(row + j), load_strided(of_row + j * mask_.stride[3], lanes)));
+          });
+        }
       }
     };
     if (mask_.dtype == DType::boolean) {

@@ -4,7 +4,8 @@
 
 namespace imf {
 
-// O = softmax(scale Q K^T) V, without masks. On CUDA key and value may have fewer heads than the query.
+// O = softmax(scale Q K^T + mask) V. Key and value may have fewer heads than the query, each shared by as
+// many neighbouring ones. On CUDA without masks.
 struct AttentionForward {
   IMF_ARGUMENTS(Heads q;                       // [batch, heads, queries, width]
                 Heads k;                       // [batch, heads, keys, width]
@@ -12,11 +13,12 @@ struct AttentionForward {
                 Optional<Heads> q_dot;         // [tangent batch, ...], of the last samples
                 Optional<Heads> k_dot;         //
                 Optional<Heads> v_dot;         //
-                Optional<Mask> mask;           // [batch, heads, queries, keys]
+                Optional<Mask> mask;           // [batch, heads, queries, keys], of bool or added
                 Out<Heads> out;                // [batch, heads, queries, value width]
                 Optional<Out<Heads>> out_dot;  // [tangent batch, heads, queries, value width]
                 Out<Floats> lse;  // [batch, heads, queries], for backward: on the CPU the largest q k of a
-                                  // query (of -q k if scale < 0), on CUDA log2 of the softmax's denominator
+                                  // query (of -q k if scale < 0; with an added mask the largest logit), on
+                                  // CUDA log2 of the softmax's denominator
                 float scale; bool is_causal;)
 };
 

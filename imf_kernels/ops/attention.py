@@ -331,13 +331,13 @@ def scaled_dot_product_attention(
         value: [B, H, L_k, D_v], as many heads as the key.
         attn_mask: broadcasts to [B, H, L_q, L_k] and is never made that large in memory; of bool (True: the
             key takes part) or, added to the scaled logits, of float32 or the query's dtype. It carries no
-            tangent and gets no gradient. A query that sees no key gives zero, its tangent too. Not for `cpu`
-            and `cuda`.
+            tangent and gets no gradient. A query that sees no key gives zero, its tangent too. Not for
+            `cuda`.
         dropout_p: not supported yet, and refused unless 0.
-        is_causal: query i sees the keys 0 to i; excludes `attn_mask`. Not for `cpu` and `cuda`.
+        is_causal: query i sees the keys 0 to i; excludes `attn_mask`. Not for `cuda`.
         scale: 1 / √D by default.
         enable_gqa: allows fewer heads of key and value, each shared by as many neighbouring heads of the
-            query. Not for `cpu`.
+            query.
         backend: "cpu", "cuda" (on compute capability 9.0; the default where a record shows it faster),
             "triton", "reference", "flash" (flash-attn, for bfloat16 and float16 on NVIDIA's GPUs, without
             a tangent and `attn_mask`; named by `use_backend`, calls with a tangent run on the default), or

@@ -27,7 +27,7 @@ BIG = [
     cases.attention("one head, cut into stretches of queries", 1, 1, 500, 8, keys=276),
     cases.attention("causal, one head in stretches", 1, 1, 500, 8, keys=276, is_causal=True),
     cases.attention(
-        "fewer heads of keys, mask", 2, 6, 110, 8, keys=90, kv_heads=2, mask=cases.Input((110, 90), true=0.5)
+        "one head of keys, mask", 1, 6, 110, 8, keys=90, kv_heads=1, mask=cases.Input((110, 90), true=0.5)
     ),
     cases.swiglu("big", 7, 50, width=130),
     cases.gated_residual("big", 7, 50, width=130),
