@@ -388,7 +388,7 @@ def _small() -> list[Case]:
         attention("causal, more queries", 1, 1, 100, 24, keys=70, is_causal=True),
         attention("causal, more keys", 1, 1, 40, 24, keys=100, is_causal=True, tangents=("query",)),
         attention("causal, offset 4", 1, 1, 100, 64, is_causal=True, k=offset[1], v=offset[1]),
-        attention("causal, two blocks", 1, 2, 300, 16, is_causal=True, kv_heads=1),
+        attention("causal, two blocks", 1, 1, 270, 16, is_causal=True),
         attention("mask of bool", 2, 3, 21, 24, keys=37, mask=Input((2, 3, 21, 37), true=0.7)),
         attention("mask of bool, two blocks", 1, 2, 60, 16, keys=300, mask=Input((60, 300), true=0.1)),
         attention("mask of bool for keys", 2, 1, 21, 24, keys=70, mask=Input((2, 1, 1, 70), true=0.7)),
