@@ -20,6 +20,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from torch.utils import _pytree as pytree
 
 from imf_kernels.backends.dispatch import constant, logger
 from imf_kernels.dual import Dual, guarded
+from imf_kernels.transforms import normalizers, products  # noqa: F401  (their rules register themselves)
 from imf_kernels.transforms.checkpoint import threads
 from imf_kernels.transforms.corrections import (
     REFUSED_INSIDE_TRANSFORMS,
@@ -68,8 +70,12 @@ from imf_kernels.transforms.rules import (
 from imf_kernels.transforms.surroundings import Surroundings
 from imf_kernels.transforms.tracing import refuse_while_tracing
 
-# In PyTorch only plain attention has a derivative.
-_WITH_ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
+# PyTorch's function of many calls, which hands itself as one call to a mode unless this name in it says no.
+_MULTI_HEAD_ATTENTION = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {k: v for k, v in vars(F).items() if k != "__name__"} | {"has_torch_function": lambda tensors: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
 
 
 def _with_zeros(x: Any) -> Any:
@@ -121,6 +127,9 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.run.over:
             return func(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            with self:
+                return _MULTI_HEAD_ATTENTION(*args, **kwargs)
         if self.seen is None:
             return _call(func, args, kwargs)[0]
         self.synchronize()
@@ -238,8 +247,8 @@ def _by_pytorch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     func = REWRITTEN.get(func, func)
     if torch.compiler.is_compiling():
         func = REWRITTEN_WHILE_COMPILING.get(func, func)
-    if func in _WITH_ATTENTION:
-        with sdpa_kernel(SDPBackend.MATH):
+    if func is F.scaled_dot_product_attention:
+        with sdpa_kernel(SDPBackend.MATH):  # only plain attention has a derivative in PyTorch
             return func(*args, **kwargs)
     return func(*args, **kwargs)
 

@@ -1,0 +1,129 @@
+"""Rules for convolutions and matrix products inside `imf_kernels.jvp`.
+
+y is linear in each operand, so ẏ is the sum of y with one operand's tangent in its place, over the operands
+that have one; a bias is left out. Where one of two operands has a tangent this is two products, and PyTorch's
+own rule, which multiplies the zeros of the other, three. Where both have one it serves, unless it is slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from imf_kernels.dual import Dual, primal, unpack
+from imf_kernels.transforms.rules import _ALSO, _PARAMETER, NotServed, Rule, _plain, serves
+
+_ALL_MOVE = NotServed("several operands have a tangent, and PyTorch's rule computes no needless product")
+
+
+def _convolution(function: Callable[..., Tensor]) -> Rule:
+    def rule(input: Any, weight: Any, bias: Any = None, *args: Any, **options: Any) -> Any:
+        if not isinstance(input, Dual) or not _plain(weight, bias):
+            return _PARAMETER
+        y = function(input.primal, weight, bias, *args, **options)
+        with torch.no_grad():
+            y_dot = function(cast(Tensor, input.tangent_rows), weight, None, *args, **options)
+            return Dual(y, y_dot.to(y.dtype))
+
+    return rule
+
+
+for _function in (
+    *(torch.conv1d, torch.conv2d, torch.conv3d, torch.convolution),
+    *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+):
+    serves(_function)(_convolution(_function))
+
+
+@serves(F.bilinear)
+def _bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
+    """Serves two operands with tangents too, for which PyTorch computes four products instead of three."""
+    if not _plain(weight, bias):
+        return _PARAMETER
+    (a, a_dot), (b, b_dot) = unpack(input1), unpack(input2)
+    y = F.bilinear(a, b, weight, bias)
+    with torch.no_grad():
+        parts = [F.bilinear(*pair, weight) for pair in ((a_dot, b), (a, b_dot)) if None not in pair]
+        return Dual(y, sum(parts[1:], parts[0]).to(y.dtype))
+
+
+def _are_plain(operands: Sequence[Any]) -> bool:
+    return all(isinstance(x, Dual) or (isinstance(x, Tensor) and _plain(x)) for x in operands)
+
+
+def _product(function: Callable[..., Tensor], *operands: Any) -> Any:
+    """Serves a function that is linear in each of its operands, where one of them has a tangent."""
+    if not _are_plain(operands):
+        return _ALSO
+    moving = [i for i, x in enumerate(operands) if isinstance(x, Dual)]
+    if len(moving) != 1:
+        return _ALL_MOVE
+    y = function(*map(primal, operands))
+    with torch.no_grad():
+        y_dot = function(*(cast(Tensor, x.tangent_rows) if isinstance(x, Dual) else x for x in operands))
+        return Dual(y, y_dot.to(y.dtype))
+
+
+def _of_two(function: Callable[..., Tensor], second: str) -> Rule:
+    """Makes the rule of a product of `input` and an operand named `second`."""
+
+    def rule(*args: Any, out: Any = None, **named: Any) -> Any:
+        args += tuple(named[name] for name in ("input", second)[len(args) :] if name in named)
+        return _ALSO if len(args) != 2 or out is not None else _product(function, *args)
+
+    return rule
+
+
+for _name, _second in (
+    *(("matmul", "other"), ("mm", "mat2"), ("bmm", "mat2"), ("mv", "vec")),
+    *(("inner", "other"), ("outer", "vec2"), ("ger", "vec2")),
+):
+    _function = getattr(torch, _name)
+    serves(_function, getattr(Tensor, _name))(_of_two(_function, _second))
+serves(torch.linalg.matmul)(_of_two(torch.matmul, "other"))
+
+
+@serves(torch.tensordot)
+def _tensordot(a: Any, b: Any, dims: Any = 2, out: Any = None) -> Any:
+    return _ALSO if out is not None else _product(lambda a, b: torch.tensordot(a, b, dims), a, b)
+
+
+@serves(torch.einsum)
+def _einsum(equation: Any, *operands: Any) -> Any:
+    """Serves two operands and more: of one PyTorch returns views."""
+    if len(operands) < 2:
+        return _ALSO
+    return _product(lambda *operands: torch.einsum(equation, *operands), *operands)
+
+
+def _added(function: Callable[..., Tensor], names: tuple[str, str]) -> Rule:
+    """Makes the rule of y = β input + α a b: each product is added to ẏ by the call that computes it."""
+
+    def rule(*args: Any, beta: Any = 1, alpha: Any = 1, out: Any = None, **named: Any) -> Any:
+        args += tuple(named[name] for name in ("input", *names)[len(args) :] if name in named)
+        if len(args) != 3 or not _are_plain(args) or out is not None:
+            return _ALSO
+        (x, x_dot), (a, a_dot), (b, b_dot) = map(unpack, args)
+        y = function(x, a, b, beta=beta, alpha=alpha)
+        with torch.no_grad():
+            y_dot, factor = (x, 0) if x_dot is None else (x_dot, beta)
+            for pair in ((a_dot, b), (a, b_dot)):
+                if pair[0] is not None and pair[1] is not None:
+                    y_dot, factor = function(y_dot, *pair, beta=factor, alpha=alpha), 1
+            if a_dot is None and b_dot is None:
+                y_dot = (beta * y_dot if beta != 0 else torch.zeros_like(y_dot)).expand_as(y).contiguous()
+            return Dual(y, y_dot.to(y.dtype))
+
+    return rule
+
+
+for _name, _names in {
+    **dict.fromkeys(("baddbmm", "addbmm"), ("batch1", "batch2")),
+    **{"addmm": ("mat1", "mat2"), "addmv": ("mat", "vec"), "addr": ("vec1", "vec2")},
+}.items():
+    _function = getattr(torch, _name)
+    serves(_function, getattr(Tensor, _name))(_added(_function, _names))
