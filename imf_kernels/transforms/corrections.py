@@ -192,14 +192,6 @@ def _added_in_place(sign: int) -> Callable[..., Any]:
     return lambda x, y, alpha: x.add_((sign * alpha) * y)
 
 
-def _product_added(product: Callable[..., Any]) -> Callable[..., Any]:
-    def plain(x: Tensor, a: Tensor, b: Tensor, beta: Any, alpha: Any) -> Tensor:
-        y = alpha * product(a, b)
-        return beta * x + y if beta != 0 else y.expand(torch.broadcast_shapes(x.shape, y.shape))
-
-    return plain
-
-
 def _product_added_in_place(product: Callable[..., Any]) -> Callable[..., Any]:
     def plain(x: Tensor, a: Tensor, b: Tensor, beta: Any, alpha: Any) -> Tensor:
         return (x.mul_(beta) if beta != 0 else x.zero_()).add_(alpha * product(a, b))
@@ -230,5 +222,10 @@ for _name, _operands, _product in (
     ("addmv", ("mat", "vec"), torch.mv),
     ("addr", ("vec1", "vec2"), torch.outer),
 ):
-    _product_plain, _product_in_place = _product_added(_product), _product_added_in_place(_product)
-    _complete(_name, ("input", *_operands), ("beta", "alpha"), _product_plain, _product_in_place)
+    # Out of place products.py serves them.
+    REWRITTEN_WHILE_COMPILING[getattr(Tensor, f"{_name}_")] = _factored_in(
+        getattr(Tensor, f"{_name}_"),
+        ("input", *_operands),
+        ("beta", "alpha"),
+        _product_added_in_place(_product),
+    )

@@ -5,7 +5,7 @@ indexing and all else with a forward-mode rule keep their meaning, and modules t
 Differences from `torch.func.jvp`:
 
 - Calls for which this library has an operation run on it (rules.py): primal and tangent in one pass,
-  attention without the matrix of its weights.
+  attention without the matrix of its weights. products.py has products without needless ones.
 - No gradient flows through tangents: the graph that PyTorch records of them is released after every call.
 - Dual tensors are ordinary tensors, without the wrappers of `torch.func`: hooks run, so DDP, FSDP2 and
   profilers work.
@@ -323,9 +323,9 @@ def jvp(
 
     Args:
         func: any function or module made of PyTorch's calls, unmodified. Linear layers, attention,
-            normalisations and activations run on this library's operations; every other call follows
-            PyTorch's forward-mode rule, and one that has none raises. Compiled parts run eagerly: compile the
-            function that calls `jvp`.
+            normalisations and activations run on this library's operations, convolutions and products by its
+            rules; every other call follows PyTorch's forward-mode rule, and one that has none raises.
+            Compiled parts run eagerly: compile the function that calls `jvp`.
         primals: arguments of `func`, tensors or pytrees of them.
         tangents: in the structure of `primals`, each of its primal's shape and device and without grad, cast
             if of another floating-point dtype; `None`, unlike in `torch.func.jvp`, for an argument without a

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from imf_kernels.transforms.rules import _ALSO, serves
 def _softmax(input: Any, dim: Any = None, dtype: Any = None) -> Any:
     if not isinstance(dim, int):
         return _ALSO
-    x, x_dot = unpack(input)
+    x, x_dot = cast(tuple[Tensor, Tensor], unpack(input))
     y = torch.softmax(x, dim, dtype)
     with torch.no_grad():
         # Its Jacobian is symmetric: PyTorch's backward in one pass is the tangent.
@@ -32,7 +32,7 @@ def _softmax(input: Any, dim: Any = None, dtype: Any = None) -> Any:
 def _log_softmax(input: Any, dim: Any = None, dtype: Any = None) -> Any:
     if not isinstance(dim, int):
         return _ALSO
-    x, x_dot = unpack(input)
+    x, x_dot = cast(tuple[Tensor, Tensor], unpack(input))
     y = torch.log_softmax(x, dim, dtype)
     with torch.no_grad():
         wide = torch.promote_types(y.dtype, torch.float32)
@@ -55,7 +55,7 @@ def _functional_log_softmax(input: Any, dim: Any = None, _stacklevel: int = 3, d
 def _normalize(input: Any, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> Any:
     if p != 2 or not isinstance(dim, int) or out is not None or not input.dtype.is_floating_point:
         return _ALSO
-    x, x_dot = unpack(input)
+    x, x_dot = cast(tuple[Tensor, Tensor], unpack(input))
     norm = x.norm(p, dim, keepdim=True)  # as F.normalize does
     n = norm.clamp_min(eps)
     y = x / n.expand_as(x)

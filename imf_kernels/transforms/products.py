@@ -47,7 +47,8 @@ def _bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
     (a, a_dot), (b, b_dot) = unpack(input1), unpack(input2)
     y = F.bilinear(a, b, weight, bias)
     with torch.no_grad():
-        parts = [F.bilinear(*pair, weight) for pair in ((a_dot, b), (a, b_dot)) if None not in pair]
+        pairs = [(p, q) for p, q in ((a_dot, b), (a, b_dot)) if p is not None and q is not None]
+        parts = [F.bilinear(p, q, weight) for p, q in pairs]
         return Dual(y, sum(parts[1:], parts[0]).to(y.dtype))
 
 
@@ -111,9 +112,9 @@ def _added(function: Callable[..., Tensor], names: tuple[str, str]) -> Rule:
         y = function(x, a, b, beta=beta, alpha=alpha)
         with torch.no_grad():
             y_dot, factor = (x, 0) if x_dot is None else (x_dot, beta)
-            for pair in ((a_dot, b), (a, b_dot)):
-                if pair[0] is not None and pair[1] is not None:
-                    y_dot, factor = function(y_dot, *pair, beta=factor, alpha=alpha), 1
+            for p, q in ((a_dot, b), (a, b_dot)):
+                if p is not None and q is not None:
+                    y_dot, factor = function(y_dot, p, q, beta=factor, alpha=alpha), 1
             if a_dot is None and b_dot is None:
                 y_dot = (beta * y_dot if beta != 0 else torch.zeros_like(y_dot)).expand_as(y).contiguous()
             return Dual(y, y_dot.to(y.dtype))

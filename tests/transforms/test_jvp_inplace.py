@@ -31,6 +31,16 @@ SERVED = {
     "rms_norm": lambda x: F.rms_norm(x, (WIDTH,), *_like(x, W[0]), 1e-6),
     "group_norm": lambda x: F.group_norm(x, 2, *_like(x, W[0], W[1])),
     "batch_norm": lambda x: F.batch_norm(x, None, None, *_like(x, W[0], W[1]), training=True),
+    "convolution": lambda x: F.conv1d(x, *_like(x, W[:ROWS, :ROWS, None], W[0, :ROWS])),
+    "convolution of a batch": lambda x: F.conv2d(
+        x.view(1, 1, ROWS, WIDTH), *_like(x, W[:1, :1, None, None])
+    ).view(ROWS, WIDTH),
+    "matmul": lambda x: x @ W.to(x.dtype),
+    "addmm": lambda x: torch.addmm(*_like(x, W[0]), x, *_like(x, W)),
+    "einsum": lambda x: torch.einsum("ld,de->el", x, *_like(x, W)).t(),
+    "softmax": lambda x: F.softmax(x, -1),
+    "log_softmax": lambda x: x.log_softmax(0),
+    "normalize": F.normalize,
     "silu": F.silu,
     "gelu": F.gelu,
     "attention": lambda x: F.scaled_dot_product_attention(*[x.view(1, 2, 3, WIDTH)] * 3).view(ROWS, WIDTH),
