@@ -69,12 +69,18 @@ def _product(function: Callable[..., Tensor], *operands: Any) -> Any:
         return Dual(y, y_dot.to(y.dtype))
 
 
+def _positional(names: Sequence[str], args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...] | None:
+    """Returns the arguments of these names in order; `None` if others are given, or some missing."""
+    rest = names[len(args) :]
+    return None if len(args) > len(names) or {*named} != {*rest} else (*args, *map(named.get, rest))
+
+
 def _of_two(function: Callable[..., Tensor], second: str) -> Rule:
     """Makes the rule of a product of `input` and an operand named `second`."""
 
-    def rule(*args: Any, out: Any = None, **named: Any) -> Any:
-        args += tuple(named[name] for name in ("input", second)[len(args) :] if name in named)
-        return _ALSO if len(args) != 2 or out is not None else _product(function, *args)
+    def rule(*args: Any, **named: Any) -> Any:
+        operands = _positional(("input", second), args, named)
+        return _ALSO if operands is None else _product(function, *operands)
 
     return rule
 
@@ -104,11 +110,11 @@ def _einsum(equation: Any, *operands: Any) -> Any:
 def _added(function: Callable[..., Tensor], names: tuple[str, str]) -> Rule:
     """Makes the rule of y = β input + α a b: each product is added to ẏ by the call that computes it."""
 
-    def rule(*args: Any, beta: Any = 1, alpha: Any = 1, out: Any = None, **named: Any) -> Any:
-        args += tuple(named[name] for name in ("input", *names)[len(args) :] if name in named)
-        if len(args) != 3 or not _are_plain(args) or out is not None:
+    def rule(*args: Any, beta: Any = 1, alpha: Any = 1, **named: Any) -> Any:
+        operands = _positional(("input", *names), args, named)
+        if operands is None or not _are_plain(operands):
             return _ALSO
-        (x, x_dot), (a, a_dot), (b, b_dot) = map(unpack, args)
+        (x, x_dot), (a, a_dot), (b, b_dot) = map(unpack, operands)
         y = function(x, a, b, beta=beta, alpha=alpha)
         with torch.no_grad():
             y_dot, factor = (x, 0) if x_dot is None else (x_dot, beta)

@@ -189,6 +189,13 @@ def test_multi_head_attention_in_a_graph_runs_on_the_operations():
         assert targets.count(f"imf_kernels.{target}.default") == times
 
 
+@pytest.mark.parametrize("name", ["mm", "addmm"])
+def test_arguments_that_pytorch_does_not_know(name):
+    operands = (W[0],) if name == "addmm" else ()
+    with pytest.raises(TypeError, match="scale"):
+        ik.jvp(lambda x: getattr(torch, name)(*operands, x, W, scale=2), (W,), (W,))
+
+
 def test_weights_that_move():
     def function(x, weight, bias):
         return F.conv1d(x, weight, bias) + F.bilinear(x, x, weight.mT[:, :6].mT[:6], bias[:6]).sum()
