@@ -44,6 +44,14 @@ struct Heads {
   index_t stride[3];  // of batch, head, position
 };
 
+// [samples, channels, positions], dense, each sample in this order or with its channels last in memory.
+struct Planes {
+  void* data;
+  DType dtype;
+  index_t samples, channels, positions;
+  bool channels_last;
+};
+
 // [batch, heads, queries, keys] of any strides.
 struct Mask {
   void* data;

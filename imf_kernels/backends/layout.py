@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 
 def in_rows(x: Tensor) -> Tensor:
@@ -61,6 +62,32 @@ def in_order_of(x: Tensor, batch: int, length: int, width: int) -> Tensor:
     if x.is_contiguous():
         return x.new_empty((batch, x.shape[1], length, width))
     return positions_first(x, batch, length, width)
+
+
+def order_of_channels(x: Tensor) -> torch.memory_format:
+    """Returns the memory format in which PyTorch's norms keep x [N, C, ...]: contiguous or channels last."""
+    if x.is_contiguous() or x.dim() not in (4, 5):
+        return torch.contiguous_format
+    channels_last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    last = x.is_contiguous(memory_format=channels_last) or suggest_memory_format(x) == channels_last
+    return channels_last if last else torch.contiguous_format
+
+
+def in_order_of_channels(x: Tensor, like: Tensor) -> Tensor:
+    """Returns `x` in the memory format of `like`, which is dense."""
+    return x.contiguous(memory_format=order_of_channels(like))
+
+
+def as_planes(x: Tensor) -> Tensor:
+    """Returns dense x [N, C, ...] as [N, C, positions], a view."""
+    return x.view(*x.shape[:2], math.prod(x.shape[2:]))
+
+
+def planes_laid_out(x: Tensor) -> Tensor:
+    """Returns `x`, copied if neither contiguous nor [N, C, positions] with its channels last in memory."""
+    if x.dim() == 3 and x.stride(1) == 1 < x.shape[1]:
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    return x.contiguous()
 
 
 def sums(
