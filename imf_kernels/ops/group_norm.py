@@ -95,8 +95,8 @@ def _forward(
         y_dot = torch.empty_like(x_dot)
         no_gradient(ctx, y_dot)
     w, b = (None if p is None else as_floats(p) for p in (weight, bias))
-    planes = (None if t is None else as_planes(t) for t in (x, x_dot, y, y_dot))
-    kernels.forward(next(planes), next(planes), w, b, next(planes), next(planes), statistics, eps, silu)
+    dots = (None if t is None else as_planes(t) for t in (x_dot, y_dot))
+    kernels.forward(as_planes(x), next(dots), w, b, as_planes(y), next(dots), statistics, eps, silu)
     ctx.save_for_backward(x, weight, bias, statistics)
     ctx.kernels, ctx.silu = kernels, silu
     return y, y_dot
@@ -108,8 +108,8 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = torch.empty_like(x)
     sums = x.new_empty((x.shape[0], 2, x.shape[1]), dtype=torch.float32)
     w, b = (None if p is None else as_floats(p) for p in (weight, bias))
-    planes = (as_planes(t) for t in (x, in_order_of_channels(dy, x), dx))
-    kernels.backward(next(planes), next(planes), w, b, statistics, next(planes), sums, ctx.silu)
+    dy = in_order_of_channels(dy, x)
+    kernels.backward(as_planes(x), as_planes(dy), w, b, statistics, as_planes(dx), sums, ctx.silu)
     dbias, dweight = (
         None if p is None else in_dtype(dp, p.dtype)
         for p, dp in zip((bias, weight), sums.sum(0), strict=True)
