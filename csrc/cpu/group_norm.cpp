@@ -464,15 +464,19 @@ struct Slopes {
          const float* dweight) {
     double sum_g = 0.0, sum_gn = 0.0;
     for (index_t j = first; j < first + shape.width; ++j) {
-      const double w = weight ? weight[j] : 1.0f;
-      sum_g += w * dbias[j];
-      sum_gn += w * dweight[j];
+      const double gain = s.rstd.primal * (weight ? weight[j] : 1.0f);
+      sum_g += gain * dbias[j];
+      sum_gn += gain * dweight[j];
     }
-    const double r = s.rstd.primal;
-    slope = static_cast<float>(-r * r * sum_gn / shape.count());
-    shift = static_cast<float>(-r * sum_g / shape.count()) - s.correction * slope;
+    slope = static_cast<float>(-s.rstd.primal * sum_gn / shape.count());
+    shift = static_cast<float>(-sum_g / shape.count()) - s.correction * slope;
   }
 };
+
+// Not an FMA of dz and gain: in a group of one value their rounded product is the mean, and dx exactly 0.
+inline Vec input_gradient(Vec dz, Vec gain, Vec c, Vec slope, Vec shift) {
+  return fma(c, slope, dz * gain + shift);
+}
 
 template <bool with_silu>
 inline Vec cotangent(const Affine<Vec>& affine, Vec x, Vec dy) {
@@ -573,9 +577,9 @@ void backward(const GroupNormBackward& a) {
               const auto of_column = affines_of(sample).template at<Vec>(j, lanes);
               const Vec xj = load_lanes(x + first + j, lanes);
               const Vec dz = cotangent<with_silu>(of_column, xj, load_lanes(dy + first + j, lanes));
-              const Vec rest =
-                  fma(of_column.centered(xj), load_lanes(slope + j, lanes), load_lanes(shift + j, lanes));
-              store_lanes(dx + first + j, fma(dz, of_column.gain, rest), lanes);
+              const Vec result = input_gradient(dz, of_column.gain, of_column.centered(xj),
+                                                load_lanes(slope + j, lanes), load_lanes(shift + j, lanes));
+              store_lanes(dx + first + j, result, lanes);
             });
           }
         });
@@ -615,8 +619,8 @@ void backward(const GroupNormBackward& a) {
         for_each_vec(positions, [&](index_t j, int lanes) {
           const Vec xj = load_lanes(x + first + j, lanes);
           const Vec dz = cotangent<with_silu>(of_channel, xj, load_lanes(dy + first + j, lanes));
-          store_lanes(dx + first + j, fma(dz, of_channel.gain, fma(of_channel.centered(xj), slope, shift)),
-                      lanes);
+          store_lanes(dx + first + j,
+                      input_gradient(dz, of_channel.gain, of_channel.centered(xj), slope, shift), lanes);
         });
       });
 }
