@@ -44,12 +44,11 @@ struct Heads {
   index_t stride[3];  // of batch, head, position
 };
 
-// [samples, channels, positions], dense, each sample in this order or with its channels last in memory.
+// [samples, rows, width], contiguous.
 struct Planes {
   void* data;
   DType dtype;
-  index_t samples, channels, positions;
-  bool channels_last;
+  index_t samples, rows, width;
 };
 
 // [batch, heads, queries, keys] of any strides.

@@ -77,12 +77,8 @@ inline void view(const Tensor& x, const std::string& name, Heads& heads) {
 }
 
 inline void view(const Tensor& x, const std::string& name, Planes& planes) {
-  if (x.dim != 3) refuse(x, name, "[samples, channels, positions]");
-  const index_t strides[] = {x.strides[0], x.strides[2], x.strides[1]};
-  const index_t sizes[] = {x.sizes[0], x.sizes[2], x.sizes[1]};
-  const bool channels_last = is_contiguous({x.data, x.dtype, x.device, 3, sizes, strides});
-  if (!channels_last && !is_contiguous(x)) refuse(x, name, "contiguous, or with its channels last in memory");
-  planes = {x.data, x.dtype, x.sizes[0], x.sizes[1], x.sizes[2], channels_last};
+  if (x.dim != 3 || !is_contiguous(x)) refuse(x, name, "[samples, rows, width], contiguous");
+  planes = {x.data, x.dtype, x.sizes[0], x.sizes[1], x.sizes[2]};
 }
 
 inline void view(const Tensor& x, const std::string& name, Mask& mask) {

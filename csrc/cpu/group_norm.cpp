@@ -14,13 +14,13 @@ struct Shape {
   index_t samples, channels, positions, groups, width;  // channels per group
   bool channels_last;
 
-  Shape(const Planes& x, const Floats& statistics)
+  Shape(const Planes& x, const Floats& statistics, bool last)
       : samples(x.samples),
-        channels(x.channels),
-        positions(x.positions),
+        channels(last ? x.width : x.rows),
+        positions(last ? x.rows : x.width),
         groups(statistics.rows / x.samples),
-        width(x.channels / groups),
-        channels_last(x.channels_last || x.positions == 1) {}
+        width(channels / groups),
+        channels_last(last || positions == 1) {}
 
   double count() const { return static_cast<double>(width) * static_cast<double>(positions); }
   index_t elements() const { return samples * channels * positions; }
@@ -30,12 +30,6 @@ struct Shape {
     return fit < 32 ? 32 : fit > 128 ? 128 : fit;
   }
 };
-
-inline void check_order(const Planes& x, const Planes& other, const char* name) {
-  if (other.data && other.channels_last != x.channels_last) {
-    throw std::invalid_argument(std::string(name) + " must have the memory order of x");
-  }
-}
 
 // Units of work and how they are shared among threads: whole, or chunk by chunk if they are few.
 struct Units {
@@ -347,7 +341,7 @@ inline Range range_of(index_t n, index_t chunk, index_t size) {
 
 template <typename T, bool with_silu>
 void forward(const GroupNormForward& a) {
-  const Shape shape(a.x, a.statistics);
+  const Shape shape(a.x, a.statistics, a.channels_last);
   const index_t first_tangent = shape.samples - a.y_dot.samples;
   const index_t elements = shape.elements() + a.y_dot.samples * shape.channels * shape.positions;
   // Values of a sample from `offset` on.
@@ -497,7 +491,7 @@ inline Pair<Vec> add_cotangent(Pair<Vec> sum, const Affine<Vec>& affine, Vec x, 
 
 template <typename T, bool with_silu>
 void backward(const GroupNormBackward& a) {
-  const Shape shape(a.x, a.statistics);
+  const Shape shape(a.x, a.statistics, a.channels_last);
   const index_t channels = shape.channels, positions = shape.positions, groups = shape.groups;
   const T* x = static_cast<const T*>(a.x.data);
   const T* dy = static_cast<const T*>(a.dy.data);
@@ -639,16 +633,11 @@ inline void with_options(const Arguments& a, Run run) {
 }  // namespace
 
 void group_norm_forward(const GroupNormForward& a) {
-  check_order(a.x, a.x_dot, "x_dot");
-  check_order(a.x, a.y, "y");
-  check_order(a.x, a.y_dot, "y_dot");
   if (!a.x.data) return;
   with_options(a, [&](auto type, auto silu) { forward<decltype(type), decltype(silu)::value>(a); });
 }
 
 void group_norm_backward(const GroupNormBackward& a) {
-  check_order(a.x, a.dy, "dy");
-  check_order(a.x, a.dx, "dx");
   if (!a.x.data) {
     for (index_t i = 0; i < a.sums.rows * a.sums.width; ++i) a.sums.data[i] = 0.0f;
     return;

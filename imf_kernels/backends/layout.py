@@ -66,28 +66,15 @@ def in_order_of(x: Tensor, batch: int, length: int, width: int) -> Tensor:
 
 def order_of_channels(x: Tensor) -> torch.memory_format:
     """Returns the memory format in which PyTorch's norms keep x [N, C, ...]: contiguous or channels last."""
-    if x.is_contiguous() or x.dim() not in (4, 5):
+    if x.is_contiguous() or x.dim() not in (4, 5) or torch._C._are_functorch_transforms_active():
         return torch.contiguous_format
-    channels_last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    last = x.is_contiguous(memory_format=channels_last) or suggest_memory_format(x) == channels_last
-    return channels_last if last else torch.contiguous_format
+    return suggest_memory_format(x)
 
 
-def in_order_of_channels(x: Tensor, like: Tensor) -> Tensor:
-    """Returns `x` in the memory format of `like`, which is dense."""
-    return x.contiguous(memory_format=order_of_channels(like))
-
-
-def as_planes(x: Tensor) -> Tensor:
-    """Returns dense x [N, C, ...] as [N, C, positions], a view."""
-    return x.view(*x.shape[:2], math.prod(x.shape[2:]))
-
-
-def planes_laid_out(x: Tensor) -> Tensor:
-    """Returns `x`, copied if neither contiguous nor [N, C, positions] with its channels last in memory."""
-    if x.dim() == 3 and x.stride(1) == 1 < x.shape[1]:
-        return x.transpose(1, 2).contiguous().transpose(1, 2)
-    return x.contiguous()
+def as_planes(x: Tensor, channels_last: bool) -> Tensor:
+    """Returns dense x [N, C, ...] as a contiguous view, [N, C, positions] or [N, positions, C]."""
+    planes = x.view(*x.shape[:2], math.prod(x.shape[2:]))
+    return planes.transpose(1, 2) if channels_last else planes
 
 
 def sums(

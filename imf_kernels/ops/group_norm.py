@@ -22,9 +22,7 @@ from imf_kernels.backends.layout import (
     as_floats,
     as_planes,
     in_dtype,
-    in_order_of_channels,
     order_of_channels,
-    planes_laid_out,
 )
 from imf_kernels.backends.operators import Operation, compiled
 from imf_kernels.dual import TensorOrDual, last_rows, no_gradient
@@ -95,10 +93,13 @@ def _forward(
         y_dot = torch.empty_like(x_dot)
         no_gradient(ctx, y_dot)
     w, b = (None if p is None else as_floats(p) for p in (weight, bias))
-    dots = (None if t is None else as_planes(t) for t in (x_dot, y_dot))
-    kernels.forward(as_planes(x), next(dots), w, b, as_planes(y), next(dots), statistics, eps, silu)
+    last = order != torch.contiguous_format
+    dots = (None if t is None else as_planes(t, last) for t in (x_dot, y_dot))
+    kernels.forward(
+        as_planes(x, last), next(dots), w, b, as_planes(y, last), next(dots), statistics, eps, silu, last
+    )
     ctx.save_for_backward(x, weight, bias, statistics)
-    ctx.kernels, ctx.silu = kernels, silu
+    ctx.kernels, ctx.silu, ctx.order = kernels, silu, order
     return y, y_dot
 
 
@@ -108,8 +109,9 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = torch.empty_like(x)
     sums = x.new_empty((x.shape[0], 2, x.shape[1]), dtype=torch.float32)
     w, b = (None if p is None else as_floats(p) for p in (weight, bias))
-    dy = in_order_of_channels(dy, x)
-    kernels.backward(as_planes(x), as_planes(dy), w, b, statistics, as_planes(dx), sums, ctx.silu)
+    last = ctx.order != torch.contiguous_format
+    planes, of_dy, of_dx = (as_planes(t, last) for t in (x, dy.contiguous(memory_format=ctx.order), dx))
+    kernels.backward(planes, of_dy, w, b, statistics, of_dx, sums, ctx.silu, last)
     dbias, dweight = (
         None if p is None else in_dtype(dp, p.dtype)
         for p, dp in zip((bias, weight), sums.sum(0), strict=True)
@@ -119,7 +121,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 _BACKENDS = compiled("group_norm")
 _OPERATION = Operation(
-    "group_norm", _reference, _check, _BACKENDS, _forward, _backward, lay_out=planes_laid_out
+    "group_norm", _reference, _check, _BACKENDS, _forward, _backward, lay_out=Tensor.contiguous
 )
 
 

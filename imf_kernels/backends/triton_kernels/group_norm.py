@@ -267,7 +267,7 @@ def group_norm_backward(
 
 
 class _Kernel:
-    """A kernel whose constants are made of the sizes of x [samples, channels, positions].
+    """A kernel whose constants are made of the sizes of x, [samples, channels, positions] or channels last.
 
     Positions are counted in units of the largest power of two up to 16 that divides their number: a constant,
     by which the compiler knows where channels begin and reads several values at once.
@@ -277,20 +277,29 @@ class _Kernel:
         self._launcher = functools.lru_cache(maxsize=1024)(functools.partial(Launcher, kernel))
 
     def __call__(
-        self, programs: int, tensors: Tensors, numbers: tuple[float, ...], x: Tensor, groups: int,
-        **constants: object,
-    ) -> None:  # fmt: skip
-        constants |= {"GROUPS": groups, "WIDTH": x.shape[1] // groups, "UNIT": _unit(x)}
-        constants["LAST"] = not x.is_contiguous()
-        self._launcher(**constants)((programs, 1), tensors, *numbers)
+        self, shape: _Shape, programs: int, tensors: Tensors, *numbers: float, **constants: object
+    ) -> None:
+        launcher = self._launcher(**shape.constants, **constants)
+        launcher((programs, 1), tensors, *numbers)
+
+
+class _Shape:
+    def __init__(self, x: Tensor, statistics: Tensor, silu: bool, channels_last: bool) -> None:
+        self.samples, *sizes = x.shape
+        self.channels, self.positions = reversed(sizes) if channels_last else sizes
+        self.groups, unit = statistics.shape[1], math.gcd(16, self.positions)
+        self.units = self.positions // unit
+        width = self.channels // self.groups
+        self.constants = {"GROUPS": self.groups, "WIDTH": width, "UNIT": unit, "LAST": channels_last}
+        self.silu = {"SILU": silu}
+        block = _power_of_two(width * self.positions, _BLOCK)
+        self.chunks = -(-width * self.positions // block)
+        self.chunk = {"BLOCK": block, "num_warps": max(1, block // 512)}
+        self.programs = self.samples * self.groups * self.chunks
 
 
 _MOMENTS, _FORWARD = _Kernel(group_norm_moments), _Kernel(group_norm_forward)
 _SUMS, _BACKWARD = _Kernel(group_norm_sums), _Kernel(group_norm_backward)
-
-
-def _unit(x: Tensor) -> int:
-    return math.gcd(16, x.shape[2])
 
 
 def _power_of_two(n: int, most: int) -> int:
@@ -298,49 +307,37 @@ def _power_of_two(n: int, most: int) -> int:
     return min(1 << max(n - 1, 0).bit_length(), most)
 
 
-def _chunks(x: Tensor, groups: int) -> tuple[int, dict[str, int]]:
-    """Returns the number of chunks of a group, and the constants of a chunk."""
-    size = x.shape[1] // groups * x.shape[2]
-    block = _power_of_two(size, _BLOCK)
-    return -(-size // block), {"BLOCK": block, "num_warps": max(1, block // 512)}
-
-
 def forward(
     x: Tensor, x_dot: Tensor | None, weight: Tensor | None, bias: Tensor | None, y: Tensor,
-    y_dot: Tensor | None, statistics: Tensor, eps: float, silu: bool,
+    y_dot: Tensor | None, statistics: Tensor, eps: float, silu: bool, channels_last: bool,
 ) -> None:  # fmt: skip
-    samples, groups, _ = statistics.shape
-    chunks, of_chunk = _chunks(x, groups)
-    programs = samples * groups * chunks
-    first_tangent = samples - (0 if x_dot is None else x_dot.shape[0])
-    numbers = first_tangent, x.shape[2] // _unit(x), chunks
-    partial = None
-    if chunks > 1:
-        partial = x.new_empty((samples * groups, chunks, 5), dtype=torch.float32)
-        _MOMENTS(programs, (x, x_dot, partial), numbers, x, groups, **of_chunk)
+    s = _Shape(x, statistics, silu, channels_last)
+    first_tangent = s.samples - (0 if x_dot is None else x_dot.shape[0])
+    numbers, partial = (first_tangent, s.units, s.chunks), None
+    if s.chunks > 1:
+        partial = x.new_empty((s.samples * s.groups, s.chunks, 5), dtype=torch.float32)
+        _MOMENTS(s, s.programs, (x, x_dot, partial), *numbers, **s.chunk)
     tensors = x, x_dot, weight, bias, y, y_dot, statistics, partial
-    _FORWARD(programs, tensors, (*numbers, float(eps)), x, groups, SILU=silu, **of_chunk)
+    _FORWARD(s, s.programs, tensors, *numbers, float(eps), **s.silu, **s.chunk)
 
 
 def backward(
     x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor, dx: Tensor,
-    sums: Tensor, silu: bool,
+    sums: Tensor, silu: bool, channels_last: bool,
 ) -> None:  # fmt: skip
-    (samples, channels, positions), groups = x.shape, statistics.shape[1]
-    if x.is_contiguous():
-        block = _power_of_two(positions, _TILE)
-        rows = _power_of_two(channels, _TILE // block)
+    s = _Shape(x, statistics, silu, channels_last)
+    if channels_last:
+        rows = _power_of_two(s.channels, 128)
+        block = _power_of_two(s.positions, _TILE // rows)
     else:
-        rows = _power_of_two(channels, 128)
-        block = _power_of_two(positions, _TILE // rows)
-    shares = max(1, -(-positions // (block * _TILES)))
-    partial = sums if shares == 1 else sums.new_empty((samples, shares, 2, channels))
-    tile = {"ROWS": rows, "BLOCK": block, "TILES": min(_TILES, max(1, -(-positions // block)))}
-    units = positions // _unit(x)
-    programs, tensors = samples * -(-channels // rows) * shares, (x, dy, weight, bias, statistics)
-    _SUMS(programs, (*tensors, partial), (units, shares), x, groups, SILU=silu, **tile, num_warps=4)
+        block = _power_of_two(s.positions, _TILE)
+        rows = _power_of_two(s.channels, _TILE // block)
+    tiles = max(1, -(-s.positions // block))
+    shares = -(-tiles // _TILES)
+    partial = sums if shares == 1 else sums.new_empty((s.samples, shares, 2, s.channels))
+    tile = {"ROWS": rows, "BLOCK": block, "TILES": min(_TILES, tiles), "num_warps": 4}
+    programs, tensors = s.samples * -(-s.channels // rows) * shares, (x, dy, weight, bias, statistics)
+    _SUMS(s, programs, (*tensors, partial), s.units, shares, **s.silu, **tile)
     if shares > 1:
         torch.sum(partial, 1, out=sums)
-    chunks, of_chunk = _chunks(x, groups)
-    programs = samples * groups * chunks
-    _BACKWARD(programs, (*tensors, dx, sums), (units, chunks), x, groups, SILU=silu, **of_chunk)
+    _BACKWARD(s, s.programs, (*tensors, dx, sums), s.units, s.chunks, **s.silu, **s.chunk)
