@@ -44,6 +44,13 @@ struct Heads {
   index_t stride[3];  // of batch, head, position
 };
 
+// [samples, rows, width], contiguous.
+struct Planes {
+  void* data;
+  DType dtype;
+  index_t samples, rows, width;
+};
+
 // [batch, heads, queries, keys] of any strides.
 struct Mask {
   void* data;

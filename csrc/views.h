@@ -76,6 +76,11 @@ inline void view(const Tensor& x, const std::string& name, Heads& heads) {
   for (int i = 0; i < 3; ++i) heads.stride[i] = x.data ? x.strides[i] : 0;
 }
 
+inline void view(const Tensor& x, const std::string& name, Planes& planes) {
+  if (x.dim != 3 || !is_contiguous(x)) refuse(x, name, "[samples, rows, width], contiguous");
+  planes = {x.data, x.dtype, x.sizes[0], x.sizes[1], x.sizes[2]};
+}
+
 inline void view(const Tensor& x, const std::string& name, Mask& mask) {
   if (x.dim != 4) refuse(x, name, "[batch, heads, queries, keys]");
   mask = {x.data, x.dtype, {x.strides[0], x.strides[1], x.strides[2], x.strides[3]}};

@@ -11,6 +11,7 @@ from imf_kernels.ops.arithmetic import cat
 from imf_kernels.ops.attention import scaled_dot_product_attention
 from imf_kernels.ops.elementwise import gelu, silu
 from imf_kernels.ops.gated_residual import gated_residual
+from imf_kernels.ops.group_norm import group_norm
 from imf_kernels.ops.layer_norm import layer_norm
 from imf_kernels.ops.layer_norm_modulate import layer_norm_modulate
 from imf_kernels.ops.linear import linear
@@ -32,6 +33,7 @@ __all__ = [
     "explain",
     "gated_residual",
     "gelu",
+    "group_norm",
     "jvp",
     "layer_norm",
     "layer_norm_modulate",

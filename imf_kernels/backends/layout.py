@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 
 def in_rows(x: Tensor) -> Tensor:
@@ -61,6 +62,19 @@ def in_order_of(x: Tensor, batch: int, length: int, width: int) -> Tensor:
     if x.is_contiguous():
         return x.new_empty((batch, x.shape[1], length, width))
     return positions_first(x, batch, length, width)
+
+
+def order_of_channels(x: Tensor) -> torch.memory_format:
+    """Returns the memory format in which PyTorch's norms keep x [N, C, ...]: contiguous or channels last."""
+    if x.is_contiguous() or x.dim() not in (4, 5) or torch._C._are_functorch_transforms_active():
+        return torch.contiguous_format
+    return suggest_memory_format(x)
+
+
+def as_planes(x: Tensor, channels_last: bool) -> Tensor:
+    """Returns dense x [N, C, ...] as a contiguous view, [N, C, positions] or [N, positions, C]."""
+    planes = x.view(*x.shape[:2], math.prod(x.shape[2:]))
+    return planes.transpose(1, 2) if channels_last else planes
 
 
 def sums(

@@ -34,6 +34,7 @@ class Input:
         rounded: the operation rounds it, and its gradient, to the case's dtype: it is drawn already rounded,
             and the gradient is checked against the error of that dtype.
         positions_first: [B, H, L, D] in the memory order [B, L, H, D], as projections leave it.
+        channels_last: [N, C, H, W] or [N, C, D, H, W] with its channels last in memory.
         differentiable: False for tables of constants.
         true: for a mask of bool, the share of True. If it has several rows the first is False.
     """
@@ -45,6 +46,7 @@ class Input:
     outlier: float = 0.0
     rounded: bool = False
     positions_first: bool = False
+    channels_last: bool = False
     differentiable: bool = True
     true: float | None = None
 
@@ -60,6 +62,12 @@ class Input:
         if self.outlier:
             x[..., -1, :] += self.outlier
         x = x.to(dtype if self.rounded else own).to(own)
+        return self.laid_out(x)
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        """Returns x in the memory order of this input."""
+        if self.channels_last:
+            return x.movedim(1, -1).contiguous().movedim(-1, 1)
         return x.transpose(1, 2).contiguous().transpose(1, 2) if self.positions_first else x
 
 
@@ -221,6 +229,21 @@ def layer_norm_modulate(
     return _rows("layer_norm_modulate", name, (*lead, width), stream, x, rows, (8, 12), **more)
 
 
+def group_norm(
+    name: str, *shape: int, groups: int, weights: Dtype = FP32, affine: Sequence[str] = ("weight", "bias"),
+    silu: bool = False, x: Options = None, **more: Any,
+) -> Case:  # fmt: skip
+    parameters = {"weight": _weight(shape[1], dtype=weights), "bias": Input((shape[1],), weights)}
+    options = {"num_groups": groups} | ({"activation": "silu"} if silu else {})
+    inputs, n = (
+        {"input": Input(shape, **(x or {}))} | {name: parameters[name] for name in affine},
+        math.prod(shape),
+    )
+    more = {"options": options, "tangents": ("input",), **more}
+    flops = (8 + 4 * silu) * n, (10 + 5 * silu) * n
+    return Case("group_norm", name, inputs, (shape,), *flops, **more)
+
+
 def qk_norm_rope(
     name: str, batch: int, heads: int, length: int, width: int, k_heads: int | None = None,
     tangents: tuple[str, ...] = ("q", "k"), **more: Any,
@@ -319,6 +342,7 @@ def prepend_tokens(
 
 def _small() -> list[Case]:
     offset = {"offset": 2.0}, {"offset": 4.0}
+    last = {"channels_last": True}
     large = {"offset": 35.0, "scale": 0.2}
     # Queries of one sign and a key far on the other: a row of huge values without any weight.
     weightless: dict[str, Any] = {"q": offset[0], "k": {"outlier": -1e4}, "v": {"outlier": 1e5}}
@@ -352,6 +376,24 @@ def _small() -> list[Case]:
         layer_norm("offset 100", 2, 3, width=4096, x={"offset": 100.0}),
         layer_norm("small values", 3, 4, width=40, x={"scale": 1e-3}),
         layer_norm("width 5000", 3, width=5000),
+        group_norm("one position", 4, 24, groups=3),
+        group_norm("one group", 3, 5, 7, groups=1),
+        group_norm("sequence", 3, 24, 37, groups=4),
+        group_norm("instances", 2, 6, 5, 9, groups=6),
+        group_norm("image", 2, 24, 9, 11, groups=3),
+        group_norm("image with silu", 3, 8, 5, 7, groups=2, silu=True),
+        group_norm("channels last", 2, 40, 9, 11, groups=4, x=last),
+        group_norm("channels last with silu", 3, 12, 5, 7, groups=2, silu=True, x=last),
+        group_norm("volume, channels last", 2, 12, 3, 4, 5, groups=3, x=last),
+        group_norm("weights of x's dtype", 4, 24, 9, 2, groups=3, weights=None, silu=True),
+        group_norm("no bias", 3, 24, 5, 5, groups=3, affine=("weight",)),
+        group_norm("no weights", 3, 24, 5, 5, groups=3, affine=()),
+        group_norm("no weights, silu, channels last", 3, 24, 5, 5, groups=3, affine=(), silu=True, x=last),
+        group_norm("several chunks", 2, 6, 45, 47, groups=2, silu=True),
+        group_norm("several chunks, channels last", 2, 6, 45, 47, groups=2, silu=True, x=last),
+        group_norm("offset 100", 2, 12, 31, 33, groups=2, x={"offset": 100.0}),
+        group_norm("offset 100, channels last", 2, 12, 31, 33, groups=2, x={"offset": 100.0, **last}),
+        group_norm("small values", 3, 8, 5, 5, groups=2, x={"scale": 1e-3}),
         layer_norm_modulate("width 1", 5, 2, width=1),
         layer_norm_modulate("width 33", 3, 7, width=33),
         layer_norm_modulate("one position", 5, width=40),
@@ -482,6 +524,17 @@ def adaln(name: str, batch: int, length: int, width: int) -> list[Case]:
     ]
 
 
+def unet(name: str, batch: int, channels: int, side: int) -> list[Case]:
+    """Returns the norms of a U-Net's block, in their shapes there."""
+    shape = batch, channels, side, side
+    last: dict[str, Any] = {"x": {"channels_last": True}}
+    return [
+        group_norm(f"{name}", *shape, groups=32, **BIG),
+        group_norm(f"{name} with silu", *shape, groups=32, silu=True, **BIG),
+        group_norm(f"{name} channels last", *shape, groups=32, **last, **BIG),
+    ]
+
+
 SMALL = _small()
 LARGE = [
     *model("digits", 128, 36, 128, 2, 341),
@@ -491,6 +544,9 @@ LARGE = [
     *rows("beyond the cache", 48, 256, 768, 12, 1024),
     *adaln("DiT-XL/2", 4, 256, 1152),
     *adaln("DiT-S/2", 4, 256, 384),
+    *unet("128 channels, 32 x 32", 8, 128, 32),
+    *unet("256 channels, 16 x 16", 8, 256, 16),
+    *unet("64 channels, 64 x 64", 2, 64, 64),
     attention("length 1024", 1, 12, 1024, 64, large=True),
     attention("length 4096", 1, 2, 4096, 64, large=True),
     attention("length 1024, causal", 1, 12, 1024, 64, is_causal=True, large=True),
@@ -523,6 +579,17 @@ LONG = [
             (layer_norm, ", offset 4", {"offset": 4.0}),
         )
     ),
+    *(
+        group_norm(f"{n:,} values{name}", 1, 4, n // 8, 4, groups=2, x=x, large=True)
+        for n in (16384, 1048576)
+        for name, x in (
+            ("", {}),
+            (", channels last", {"channels_last": True}),
+            (", offset 100", {"offset": 100.0}),
+            (", offset 100, channels last", {"offset": 100.0, "channels_last": True}),
+            (", one value", {"offset": 1 / 3, "scale": 0.0}),
+        )
+    ),
     layer_norm_modulate("width 65,536", 2, 2, width=65536, large=True, refused_by=("triton",)),
     swiglu("width 65,536", 4, width=65536, large=True),
     qk_norm_rope("width 4,096", 1, 2, 3, 4096, large=True),
@@ -543,6 +610,8 @@ EMPTY = [
     linear("no rows", 0, width=8, out=4),
     rms_norm("no rows", 0, width=8),
     layer_norm("no rows", 0, width=8),
+    group_norm("no positions", 2, 8, 0, groups=2),
+    group_norm("no samples", 0, 8, 3, 3, groups=2),
     layer_norm_modulate("no positions", 2, 0, width=8),
     qk_norm_rope("no samples", 0, 2, 3, 8),
     attention("no samples", 0, 2, 3, 8),

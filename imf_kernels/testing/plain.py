@@ -54,6 +54,21 @@ def _normalized(x: Tensor, eps: float) -> Tensor:
     return centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
 
 
+def group_norm(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    num_groups: int = 1,
+    eps: float = 1e-5,
+    activation: str | None = None,
+) -> Tensor:
+    groups = _normalized(input.reshape(input.shape[0], num_groups, -1), eps)
+    y, of_channels = groups.reshape(input.shape), (-1, *(1,) * (input.dim() - 2))
+    y = y if weight is None else y * weight.view(of_channels)
+    y = y if bias is None else y + bias.view(of_channels)
+    return (y if activation is None else F.silu(y)).to(input.dtype)
+
+
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return (_normalized(x, 1e-6) * (1 + _per_position(scale, x)) + _per_position(shift, x)).to(
         dtype or x.dtype

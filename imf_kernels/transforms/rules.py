@@ -20,7 +20,7 @@ from torch import Tensor
 from imf_kernels.backends.dispatch import autocasts, cached_constant
 from imf_kernels.backends.layout import last_contiguous
 from imf_kernels.dual import Dual, map_both, unpack
-from imf_kernels.ops import attention, check, elementwise, layer_norm, linear, rms_norm
+from imf_kernels.ops import attention, check, elementwise, group_norm, layer_norm, linear, rms_norm
 from imf_kernels.ops.arithmetic import ARITHMETIC
 
 Rule = Callable[..., Any]
@@ -45,6 +45,7 @@ REFUSED: dict[Any, str] = {}
 _linear_of_dual = unwrap(linear.linear)
 _attention_of_duals = unwrap(attention.scaled_dot_product_attention)
 _gelu_of_dual = unwrap(elementwise.gelu)
+_group_norm_of_dual = unwrap(group_norm.group_norm)
 _layer_norm_of_dual = unwrap(layer_norm.layer_norm)
 _rms_norm_of_dual = unwrap(rms_norm.rms_norm)
 _silu_of_dual = unwrap(elementwise.silu)
@@ -204,29 +205,104 @@ def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float 
         return _PARAMETER
     if input.dtype not in _DTYPES or not _plain(weight, like=input.primal):
         return _DTYPE
+    dims = len(normalized_shape)
+    if not dims or tuple(normalized_shape) != tuple(input.shape[-dims:]):
+        return _SHAPE
+    if weight is not None and weight.shape != input.shape[-dims:]:
+        return _SHAPE
     if eps is None:
-        return NotServed("no eps, which is then that of the dtype")
-    if tuple(normalized_shape) != tuple(input.shape[-1:]):
-        return NotServed("over other dimensions than the last one")
-    if weight is None:
-        weight = input.primal.new_ones(input.shape[-1])
-    return _rms_norm_of_dual(map_both(last_contiguous, input), weight, eps)
+        eps = _default_eps_of_rms_norm(input.dtype)
+    x = map_both(lambda t: last_contiguous(t.flatten(-dims)), input)
+    weight = input.primal.new_ones(x.shape[-1]) if weight is None else weight.flatten()
+    y = _rms_norm_of_dual(x, weight, eps)
+    return y if dims == 1 else map_both(lambda t: t.reshape(input.shape), y)
+
+
+@cached_constant
+def _default_eps_of_rms_norm(dtype: torch.dtype) -> float:
+    """Returns what F.rms_norm adds by default: the epsilon of a dtype, or of float32 which it computes in."""
+    small = 2.0**-20
+    y = F.rms_norm(torch.full((1,), small, dtype=dtype, device="cpu"), (1,)).item()
+    choices = (torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    return min(choices, key=lambda eps: abs(small / math.sqrt(small**2 + eps) - y))
 
 
 @serves(F.group_norm)
 def _group_norm(input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
-    """Computes ẏ = (ẋ r + (x − m) ṙ − ṁ r) w by group: PyTorch's rule fails on non-contiguous inputs."""
+    """Serves float64 too: PyTorch's rule fails on non-contiguous inputs."""
     if not isinstance(input, Dual) or not _plain(weight, bias):
         return _PARAMETER
-    y = F.group_norm(input.primal, num_groups, weight, bias, eps)
-    with torch.no_grad():
-        groups = (input.shape[0], num_groups, math.prod(input.shape[1:]) // num_groups)
-        x, x_dot = (part.reshape(groups) for part in unpack(input) if part is not None)
-        _, n_dot = layer_norm.normalize(x, x_dot, eps)
-        y_dot = cast(Tensor, n_dot).reshape(input.shape)
-        if weight is not None:
-            y_dot = y_dot * weight.view(-1, *[1] * (y_dot.dim() - 2))
-        return Dual(y, y_dot.to(y.dtype))
+    if _autocast_to(input.device) is not None and _autocast_widens_group_norm(input.device.type):
+        input, weight, bias = (_cast(x, torch.float32) for x in (input, weight, bias))
+    if not _takes_parameters(input, weight, bias):
+        return _DTYPE
+    if (
+        len(input.shape) < 2
+        or num_groups < 1
+        or input.shape[1] % num_groups
+        or not _per_channel(input, weight, bias)
+    ):
+        return _SHAPE
+    if input.shape[0] * (input.shape[1] // num_groups) * math.prod(input.shape[2:]) == 1:
+        return _SHAPE
+    if not _group_norm_keeps_channels_last(input.device.type):
+        input = map_both(Tensor.contiguous, input)
+    return _group_norm_of_dual(input, num_groups, weight, bias, eps)
+
+
+def _takes_parameters(input: Dual, *parameters: Tensor | None) -> bool:
+    """Returns whether PyTorch's norms take parameters of these dtypes: the input's, or float32 on CPUs."""
+    if all(_plain(p, like=input.primal) for p in parameters):
+        return True
+    mixed = input.device.type == "cpu" and input.dtype in check.HALVES
+    return mixed and all(p is None or p.dtype == torch.float32 for p in parameters)
+
+
+def _per_channel(input: Dual, *parameters: Tensor | None) -> bool:
+    return all(p is None or p.shape == input.shape[1:2] for p in parameters)
+
+
+@cached_constant
+def _autocast_widens_group_norm(device: str) -> bool:
+    """Returns whether `torch.autocast` computes group norms of 16-bit tensors in fp32 on this device type."""
+    x = torch.zeros(1, 2, dtype=torch.bfloat16, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        return F.group_norm(x, 1).dtype == torch.float32
+
+
+@cached_constant
+def _group_norm_keeps_channels_last(device: str) -> bool:
+    """Returns whether F.group_norm of images with their channels last gives such ones on this device type."""
+    x = torch.zeros(1, 2, 2, 2, device=device).contiguous(memory_format=torch.channels_last)
+    return F.group_norm(x, 1).is_contiguous(memory_format=torch.channels_last)
+
+
+@serves(F.instance_norm)
+def _instance_norm(
+    input: Any, running_mean: Any = None, running_var: Any = None, weight: Any = None, bias: Any = None,
+    use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+) -> Any:  # fmt: skip
+    if not isinstance(input, Dual) or not _plain(running_mean, running_var, weight, bias):
+        return _PARAMETER
+    if not _takes_parameters(input, weight, bias):
+        return _DTYPE
+    if len(input.shape) < 3 or not _per_channel(input, running_mean, running_var, weight, bias):
+        return _SHAPE
+    input = map_both(Tensor.contiguous, input)  # as PyTorch does
+    if not use_input_stats:
+        if running_mean is None or running_var is None:
+            return _SHAPE
+        return _batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    if math.prod(input.shape[2:]) < 2 or not input.shape[1]:
+        return _SHAPE
+    if running_mean is not None or running_var is not None:
+        with torch.no_grad():
+            x = input.primal.to(torch.promote_types(input.dtype, torch.float32))
+            var, mean = torch.var_mean(x.flatten(2), -1)
+            for running, now in ((running_mean, mean), (running_var, var)):
+                if running is not None:
+                    running.lerp_(now.mean(0).to(running.dtype), momentum)
+    return _group_norm_of_dual(input, input.shape[1], weight, bias, eps)
 
 
 @serves(F.batch_norm)
@@ -234,21 +310,30 @@ def _batch_norm(
     input: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
     training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
 ) -> Any:  # fmt: skip
-    """Normalises channels as group_norm does groups: torch.compile cannot trace PyTorch's rule."""
+    """Calls PyTorch's kernels for the tangent, which torch.compile cannot trace inside PyTorch's rule.
+
+    In training the derivative of the normalised channels is a symmetric matrix, and weights are the same for
+    a channel's values: the tangent is what backward makes of ẋ. In evaluation the function is linear in x.
+    """
     if not isinstance(input, Dual) or not _plain(running_mean, running_var, weight, bias):
         return _PARAMETER
-    y = F.batch_norm(input.primal, running_mean, running_var, weight, bias, training, momentum, eps)
+    x, x_dot = cast(tuple[Tensor, Tensor], unpack(input))
+    if not training:
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+        with torch.no_grad():
+            no_mean = torch.zeros_like(running_mean)
+            return Dual(y, F.batch_norm(x_dot, no_mean, running_var, weight, None, False, momentum, eps))
+    if eps <= 0 or len(x.shape) < 2 or math.prod(x.shape) == x.shape[1]:
+        return _SHAPE
+    options = weight, running_mean, running_var
+    y, mean, rstd, reserve, kind = torch._batch_norm_impl_index(
+        x, weight, bias, running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled
+    )
     with torch.no_grad():
-        x, x_dot = (part.movedim(1, 0).flatten(1) for part in unpack(input) if part is not None)
-        if training:
-            _, n_dot = layer_norm.normalize(x, x_dot, eps)
-        else:
-            n_dot = x_dot * (running_var.to(x_dot.dtype) + eps).rsqrt().unsqueeze(1)
-        if weight is not None:
-            n_dot = cast(Tensor, n_dot) * weight.unsqueeze(1)
-        moved = input.primal.movedim(1, 0).shape
-        y_dot = cast(Tensor, n_dot).reshape(moved).movedim(0, 1).contiguous()
-        return Dual(y, y_dot.to(y.dtype))
+        y_dot, _, _ = torch.ops.aten._batch_norm_impl_index_backward(
+            kind, x, x_dot, *options, mean, rstd, training, eps, [True, False, False], reserve
+        )
+        return Dual(y, y_dot)
 
 
 # While torch.compile traces, PyTorch's rules use symbolic zeros if only one operand has a tangent; their

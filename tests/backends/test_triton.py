@@ -107,7 +107,24 @@ def test_sums_over_shares_of_several_tiles(case, kernels, monkeypatch):
     from imf_kernels.backends.triton_kernels import rows
 
     monkeypatch.setattr(rows, "_SHARES", 2)
+    check_twice(case, kernels)
+
+
+def check_twice(case, kernels):
     p = errors.problem(case, torch.float32)
     first, second = p.evaluate(kernels), p.evaluate(kernels)
     p.check(first)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@needs_triton
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_groups_of_more_chunks_than_are_read_at_a_time(channels_last, kernels, monkeypatch):
+    """As in groups of 2^20 values and more: moments merge in turns, and shares of positions add up."""
+    from imf_kernels.backends.triton_kernels import group_norm
+
+    monkeypatch.setattr(group_norm, "_BLOCK", 4)
+    monkeypatch.setattr(group_norm, "_TILE", 64)
+    x = {"channels_last": channels_last, "offset": 4.0}
+    check_twice(cases.group_norm("chunks", 2, 6, 35, 20, groups=2, silu=True, x=x), kernels)

@@ -79,9 +79,8 @@ def launches(case, dtype, target):
     with torch.device("meta"), ahead_of_time(target) as compiled:
         primals = {}
         for name, x in case.inputs.items():
-            primals[name] = torch.empty(x.shape, dtype=torch.bool if x.true is not None else x.dtype or dtype)
-            if x.positions_first:
-                primals[name] = primals[name].transpose(1, 2).contiguous().transpose(1, 2)
+            own = torch.bool if x.true is not None else x.dtype or dtype
+            primals[name] = x.laid_out(torch.empty(x.shape, dtype=own))
         out_dtype = case.output_dtype or next(iter(primals.values())).dtype
         cotangents = tuple(torch.empty(shape, dtype=out_dtype) for shape in case.outputs)
         tangents = {name: primals[name] for name in case.tangents}

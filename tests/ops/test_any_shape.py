@@ -22,6 +22,12 @@ def any_case(draw):
                 lambda: cases.rms_norm("any", b, n, width=width),
                 lambda: cases.layer_norm("any", b, n, width=width),
                 lambda: cases.layer_norm_modulate("any", b, n, width=width),
+                lambda: cases.group_norm(
+                    *("any", b, h * other, n, width),
+                    groups=h,
+                    silu=draw(st.booleans()),
+                    x={"channels_last": draw(st.booleans())},
+                ),
                 lambda: cases.swiglu("any", b, n, width=width),
                 lambda: cases.gated_residual("any", b, n, width=width),
                 lambda: cases.gated_residual(

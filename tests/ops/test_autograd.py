@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 NAMES = (
     "linear square", "rms_norm width 33", "rms_norm fp32 stream", "rms_norm fp32 stream to fp16",
     "layer_norm width 33", "layer_norm_modulate width 33", "layer_norm_modulate fp32 stream",
-    "qk_norm_rope digits", "swiglu width 37",
+    "group_norm image with silu", "qk_norm_rope digits", "swiglu width 37",
     "scaled_dot_product_attention other value width", "gated_residual width 45", "gated_residual fp32 stream",
     "gated_residual a gate a sample", "gelu matrix",
     "silu matrix", "sinusoidal_embedding dim 256", "prepend_tokens four groups",

@@ -16,7 +16,8 @@ from tests.helpers.backends import same_numbers
 
 NAMES = (
     "linear square", "rms_norm width 33", "qk_norm_rope digits", "scaled_dot_product_attention heads first",
-    "layer_norm width 33", "layer_norm_modulate width 33", "swiglu width 37", "gated_residual width 45",
+    "layer_norm width 33", "layer_norm_modulate width 33", "group_norm image with silu",
+    "swiglu width 37", "gated_residual width 45",
     "gated_residual a gate a sample", "gelu matrix", "silu matrix", "prepend_tokens four groups",
 )  # fmt: skip
 CHOSEN = [next(case for case in SMALL if str(case) == name) for name in NAMES]

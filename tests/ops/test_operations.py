@@ -53,6 +53,9 @@ def test_the_plain_formulas_are_pytorchs():
     x, w, b = (torch.randn(shape, dtype=torch.float64) for shape in ((3, 5, 8), (8,), (8,)))
     torch.testing.assert_close(plain.rms_norm(x, w), F.rms_norm(x, (8,), w, 1e-6))
     torch.testing.assert_close(plain.layer_norm(x, w, b, (8,)), F.layer_norm(x, (8,), w, b))
+    torch.testing.assert_close(
+        plain.group_norm(x.mT, w, b, 2, activation="silu"), F.silu(F.group_norm(x.mT.contiguous(), 2, w, b))
+    )
     shift, scale = torch.randn(2, 3, 1, 8, dtype=torch.float64)
     modulated = F.layer_norm(x, (8,), eps=1e-6) * (1 + scale) + shift
     torch.testing.assert_close(plain.layer_norm_modulate(x, shift[:, 0], scale[:, 0]), modulated)

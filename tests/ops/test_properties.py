@@ -12,6 +12,7 @@ from tests.helpers.backends import BACKENDS
 NAMES = {
     "linear square", "rms_norm width 33", "rms_norm fp32 stream", "rms_norm fp32 stream to fp16",
     "layer_norm width 33", "layer_norm_modulate width 33", "layer_norm_modulate fp32 stream",
+    "group_norm image with silu", "group_norm channels last with silu",
     "qk_norm_rope digits", "swiglu width 37",
     "scaled_dot_product_attention other value width", "scaled_dot_product_attention offset 4",
     "gated_residual width 45", "gated_residual fp32 stream", "gated_residual a gate a sample", "gelu matrix",

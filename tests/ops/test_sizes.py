@@ -10,6 +10,16 @@ DIMENSIONS = {
     "linear": (lambda b, n, d, out: cases.linear("", b, n, width=d, out=out), (3, 2, 7, 5)),
     "rms_norm": (lambda b, n, d: cases.rms_norm("", b, n, width=d), (3, 2, 7)),
     "layer_norm": (lambda b, n, d: cases.layer_norm("", b, n, width=d), (3, 2, 7)),
+    "group_norm": (
+        lambda n, groups, width, h, w: cases.group_norm("", n, groups * width, h, w, groups=max(groups, 1)),
+        (3, 2, 3, 4, 5),
+    ),
+    "group_norm, channels last": (
+        lambda n, groups, width, h, w: cases.group_norm(
+            "", n, groups * width, h, w, groups=max(groups, 1), silu=True, x={"channels_last": True}
+        ),
+        (3, 2, 3, 4, 5),
+    ),
     "layer_norm_modulate": (lambda b, n, d: cases.layer_norm_modulate("", b, n, width=d), (3, 2, 7)),
     "qk_norm_rope": (
         lambda b, h, k_heads, n, pairs: cases.qk_norm_rope("", b, h, n, 2 * pairs, k_heads),

@@ -1,0 +1,648 @@
+// GroupNorm with its tangent, optionally followed by SiLU, and its primal backward. Formulas:
+// imf_kernels/ops/group_norm.py. The work is done in units: groups, or samples where channels are last. Those
+// are cut into chunks by the shape alone, so that no result depends on the number of threads.
+#include "ops/group_norm.h"
+
+#include "cpu/dtypes.h"
+#include "cpu/duals.h"
+#include "cpu/moments.h"
+
+namespace imf::IMF_ISA {
+namespace {
+
+struct Shape {
+  index_t samples, channels, positions, groups, width;  // channels per group
+  bool channels_last;
+
+  Shape(const Planes& x, const Floats& statistics, bool last)
+      : samples(x.samples),
+        channels(last ? x.width : x.rows),
+        positions(last ? x.rows : x.width),
+        groups(statistics.rows / x.samples),
+        width(channels / groups),
+        channels_last(last || positions == 1) {}
+
+  double count() const { return static_cast<double>(width) * static_cast<double>(positions); }
+  index_t elements() const { return samples * channels * positions; }
+  // Positions per chunk with channels last, 64 KiB of float32 in moderate widths.
+  index_t rows() const {
+    const index_t fit = (index_t{1} << 14) / channels;
+    return fit < 32 ? 32 : fit > 128 ? 128 : fit;
+  }
+};
+
+// Units of work and how they are shared among threads: whole, or chunk by chunk if they are few.
+struct Units {
+  index_t units, chunks;
+  int team;
+  bool whole;
+
+  Units(int threads, index_t units, index_t chunks, index_t elements)
+      : units(units),
+        chunks(chunks),
+        team(team_size(threads, elements, units * chunks)),
+        whole(team == 1 || units >= 4 * team) {}
+
+  // Number of units in work at a time; each has a slot of scratch memory.
+  index_t slots() const { return whole ? team : units; }
+
+  // Calls reduce(unit, chunk, slot) for all chunks of a unit, then finish(unit, slot), then apply(unit,
+  // chunk, slot) for all chunks. The last `tangent_units` cost twice as much.
+  template <typename Reduce, typename Finish, typename Apply>
+  void run(index_t tangent_units, Reduce reduce, Finish finish, Apply apply) const {
+    if (whole) {
+      on_each_thread(team, [&](int thread) {
+        const Range share = share_of_rows(units, tangent_units, thread, team);
+        for (index_t unit = share.begin; unit < share.end; ++unit) {
+          for (index_t chunk = 0; chunk < chunks; ++chunk) reduce(unit, chunk, thread);
+          finish(unit, thread);
+          for (index_t chunk = 0; chunk < chunks; ++chunk) apply(unit, chunk, thread);
+        }
+      });
+      return;
+    }
+    const auto each = [&](auto work) {
+      on_each_thread(team, [&](int thread) {
+        const Range share = share_of(units * chunks, thread, team);
+        for (index_t i = share.begin; i < share.end; ++i) work(i / chunks, i % chunks, i / chunks);
+      });
+    };
+    each(reduce);
+    for (index_t unit = 0; unit < units; ++unit) finish(unit, unit);
+    each(apply);
+  }
+};
+
+// Calls body with a Vec, or a Dual<Vec> where there is a tangent.
+template <typename Body>
+inline void with_number(bool dual, Body body) {
+  if (dual) {
+    body(Dual<Vec>());
+  } else {
+    body(Vec());
+  }
+}
+
+// Moments of a number of values: the sums of their squares, and of their products with the tangent, are about
+// the means.
+struct Part {
+  double count = 0, mean = 0, squares = 0, mean_dot = 0, products = 0;
+
+  // Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance" (1983), (2.1).
+  void add(const Part& b) {
+    const double total = count + b.count, share = b.count / total, weight = count * share;
+    const double delta = b.mean - mean, delta_dot = b.mean_dot - mean_dot;
+    squares += b.squares + delta * delta * weight;
+    products += b.products + delta * delta_dot * weight;
+    mean += delta * share;
+    mean_dot += delta_dot * share;
+    count = total;
+  }
+};
+
+inline Part part(double count, const Moments<float>& m) {
+  return {count, double(m.mean) + m.correction, count * m.variance};
+}
+inline Part part(double count, const Moments<Dual<float>>& m) {
+  return {count, double(m.mean.primal) + m.correction.primal, count * m.variance.primal,
+          double(m.mean.tangent) + m.correction.tangent, 0.5 * count * m.variance.tangent};
+}
+
+// Of a group: n = (x - mean - correction) rstd.
+struct Statistics {
+  Dual<float> mean, rstd;
+  float correction;
+
+  Statistics() = default;
+  Statistics(const Part& p, float eps) {
+    const double r = 1.0 / std::sqrt(p.squares / p.count + static_cast<double>(eps));
+    mean = {static_cast<float>(p.mean), static_cast<float>(p.mean_dot)};
+    rstd = {static_cast<float>(r), static_cast<float>(-r * r * r * (p.products / p.count))};
+    correction = static_cast<float>(p.mean - static_cast<double>(mean.primal));
+  }
+  explicit Statistics(const float* saved)
+      : mean{saved[0], 0.0f}, rstd{saved[2], 0.0f}, correction(saved[1]) {}
+  void save(float* statistics) const {
+    statistics[0] = mean.primal;
+    statistics[1] = correction;
+    statistics[2] = rstd.primal;
+  }
+};
+
+// y = f((x - mean) gain + bias) of a channel.
+template <typename Number>
+struct Affine {
+  Number mean, gain, bias;
+
+  Number centered(Number x) const { return x - mean; }
+  template <bool with_silu>
+  Number operator()(Number x) const {
+    const Number z = fma(centered(x), gain, bias);
+    if constexpr (with_silu) {
+      return silu(z);
+    } else {
+      return z;
+    }
+  }
+};
+
+inline Affine<Dual<float>> affine_of(const Statistics& s, const float* weight, const float* bias, index_t c) {
+  const Dual<float> gain = s.rstd * (weight ? weight[c] : 1.0f);
+  const Dual<float> shift = gain * -s.correction + (bias ? bias[c] : 0.0f);
+  return {s.mean, gain, shift};
+}
+
+template <typename Number>
+inline Number lift(Dual<float> x) {
+  if constexpr (is_dual<Number>) {
+    return broadcast(x);
+  } else {
+    return broadcast(x.primal);
+  }
+}
+template <typename Number>
+inline Affine<Number> lift(const Affine<Dual<float>>& a) {
+  return {lift<Number>(a.mean), lift<Number>(a.gain), lift<Number>(a.bias)};
+}
+
+// Calls body(column, vectors, lanes) over columns, a few vectors at a time; `vectors` is a constant.
+template <typename Body>
+inline void for_each_columns(index_t n, Body body) {
+  constexpr int several = Vec::width == 16 ? 4 : 2;
+  index_t j = 0;
+  for (; j + several * Vec::width <= n; j += several * Vec::width) {
+    body(j, std::integral_constant<int, several>(), Vec::width);
+  }
+  for_each_vec(n - j, [&](index_t i, int lanes) { body(j + i, std::integral_constant<int, 1>(), lanes); });
+}
+
+// Sums term(row, i) over rows for each vector i of columns: eight rows at a time.
+template <typename Number, int vectors, typename Term>
+IMF_ALWAYS_INLINE void sum_over_rows(index_t rows, Number (&total)[vectors], Term add) {
+  for (Number& sum : total) sum = Number{};
+  for (index_t first = 0; first < rows; first += 8) {
+    Number sums[vectors] = {};
+    const index_t end = first + 8 < rows ? first + 8 : rows;
+    for (index_t row = first; row < end; ++row) {
+      for (int i = 0; i < vectors; ++i) add(row, i, sums[i]);
+    }
+    for (int i = 0; i < vectors; ++i) total[i] = total[i] + sums[i];
+  }
+}
+
+inline bool is_finite(Vec x) { return std::isfinite(reduce_add(x * Vec(0.0f))); }
+inline bool is_finite(Dual<Vec> x) { return is_finite(x.primal) && is_finite(x.tangent); }
+
+// Moments of channels over the rows of a chunk: six rows of `channels` numbers, means, their corrections and
+// sums about them, then those of the tangent.
+struct ChannelMoments {
+  float* data;
+  index_t channels;
+
+  float* row(int i) const { return data + i * channels; }
+  template <typename Number>
+  DualRow<Number, float> rows(int i) const {
+    return {row(i), row(3 + i)};
+  }
+
+  template <typename Number, typename T>
+  void compute(DualRow<Number, const T> x, index_t count) const {
+    const float n = static_cast<float>(count);
+    for_each_columns(channels, [&](index_t j, auto constant, int lanes) {
+      constexpr int vectors = constant;
+      const auto at = [&](index_t k, int i) { return x(k * channels + j + i * Vec::width, lanes); };
+      Number mean[vectors];
+      sum_over_rows(count, mean, [&](index_t k, int i, Number& sum) { sum = sum + at(k, i); });
+      for (Number& m : mean) m = m / Vec(n);
+      Pair<Number> sums[vectors];
+      sum_over_rows(count, sums, [&](index_t k, int i, Pair<Number>& sum) {
+        const Number c = at(k, i) - mean[i];
+        sum = {sum.first + c, add_square(sum.second, c)};
+      });
+      for (int i = 0; i < vectors; ++i) {
+        const index_t column = j + i * Vec::width;
+        const Number correction = sums[i].first / Vec(n);
+        // Of products too: the tangent is half of that of the squares.
+        Number squares = correction * correction * Vec(-n);
+        if constexpr (is_dual<Number>) squares.tangent = squares.tangent * Vec(0.5f);
+        squares = squares + sums[i].second;
+        rows<Number>(0).store(column, mean[i], lanes);
+        rows<Number>(1).store(column, correction, lanes);
+        rows<Number>(2).store(column, squares, lanes);
+        if (is_finite(mean[i]) && is_finite(squares)) continue;
+        for (int lane = 0; lane < lanes; ++lane) compute_large(x, count, column + lane);
+      }
+    });
+  }
+
+  // The same for a channel whose sums overflow.
+  template <typename Number, typename T>
+  [[gnu::noinline]] void compute_large(DualRow<Number, const T> x, index_t count, index_t j) const {
+    Part total;
+    for (index_t k = 0; k < count; ++k) {
+      Part one{1.0, to_float(x.primal[k * channels + j])};
+      if constexpr (is_dual<Number>) one.mean_dot = to_float(x.tangent[k * channels + j]);
+      total.add(one);
+    }
+    const double numbers[] = {total.mean, 0.0, total.squares, total.mean_dot, 0.0, total.products};
+    for (int i = 0; i < (is_dual<Number> ? 6 : 3); ++i) row(i)[j] = static_cast<float>(numbers[i]);
+  }
+};
+
+// Moments of the channels of a sample: those of its chunks added up.
+struct SampleMoments {
+  double *mean, *squares, *mean_dot, *products;  // [channels]
+
+  SampleMoments(float* room, index_t channels)
+      : mean(reinterpret_cast<double*>(room)),
+        squares(mean + channels),
+        mean_dot(squares + channels),
+        products(mean_dot + channels) {}
+
+  void compute(const Shape& shape, const float* moments, index_t chunks, bool dual) const {
+    const index_t channels = shape.channels;
+    for (index_t j = 0; j < 4 * channels; ++j) mean[j] = 0.0;
+    double count = 0.0;
+    for (index_t chunk = 0; chunk < chunks; ++chunk, moments += 6 * channels) {
+      const ChannelMoments m{const_cast<float*>(moments), channels};
+      const index_t rows = shape.rows(), left = shape.positions - chunk * rows;
+      const double own = static_cast<double>(left < rows ? left : rows), total = count + own;
+      const double share = own / total, weight = count * share;
+      if (dual) {
+        add(channels, share, weight, m.row(0), m.row(1), m.row(3), m.row(4), m.row(5), mean_dot, products);
+      }
+      add(channels, share, weight, m.row(0), m.row(1), m.row(0), m.row(1), m.row(2), mean, squares);
+      count = total;
+    }
+  }
+
+  // Of a group: channels of equal numbers of values.
+  Part of_group(const Shape& shape, index_t group) const {
+    const index_t first = group * shape.width, end = first + shape.width;
+    Part all{shape.count()};
+    for (index_t j = first; j < end; ++j) {
+      all.mean += mean[j];
+      all.mean_dot += mean_dot[j];
+    }
+    all.mean /= static_cast<double>(shape.width);
+    all.mean_dot /= static_cast<double>(shape.width);
+    const double positions = static_cast<double>(shape.positions);
+    for (index_t j = first; j < end; ++j) {
+      const double delta = mean[j] - all.mean;
+      all.squares += squares[j] + positions * delta * delta;
+      all.products += products[j] + positions * delta * (mean_dot[j] - all.mean_dot);
+    }
+    return all;
+  }
+
+ private:
+  // As Part::add, by channel: of a number u with the moments sum_u, whose means come in two parts.
+  void add(index_t channels, double share, double weight, const float* x, const float* x_correction,
+           const float* u, const float* u_correction, const float* products_of, double* u_mean,
+           double* sums) const {
+    for (index_t j = 0; j < channels; ++j) {
+      const double delta = double(x[j]) + x_correction[j] - mean[j];
+      const double delta_u = double(u[j]) + u_correction[j] - u_mean[j];
+      sums[j] += products_of[j] + delta * delta_u * weight;
+      u_mean[j] += delta_u * share;
+    }
+  }
+};
+
+// Affine maps of the channels of a sample: rows mean, gain, bias and those of their tangents.
+struct ChannelAffines {
+  float* data;
+  index_t channels;
+
+  void set(index_t j, const Affine<Dual<float>>& a) const {
+    const Dual<float> numbers[] = {a.mean, a.gain, a.bias};
+    for (int i = 0; i < 3; ++i) {
+      data[i * channels + j] = numbers[i].primal;
+      data[(3 + i) * channels + j] = numbers[i].tangent;
+    }
+  }
+  template <typename Number>
+  Affine<Number> at(index_t j, int lanes) const {
+    const auto load = [&](int i) {
+      const float* row = data + i * channels;
+      return DualRow<Number, const float>{row, row + 3 * channels}(j, lanes);
+    };
+    return {load(0), load(1), load(2)};
+  }
+};
+
+constexpr index_t group_chunk = 2048;  // values
+
+inline index_t chunks_of(index_t n, index_t chunk) { return (n + chunk - 1) / chunk; }
+inline Range range_of(index_t n, index_t chunk, index_t size) {
+  const index_t begin = chunk * size;
+  return {begin, begin + size < n ? begin + size : n};
+}
+
+template <typename T, bool with_silu>
+void forward(const GroupNormForward& a) {
+  const Shape shape(a.x, a.statistics, a.channels_last);
+  const index_t first_tangent = shape.samples - a.y_dot.samples;
+  const index_t elements = shape.elements() + a.y_dot.samples * shape.channels * shape.positions;
+  // Values of a sample from `offset` on.
+  const auto of = [&](auto number, const auto& x, const auto& x_dot, index_t sample, index_t offset) {
+    const index_t size = shape.channels * shape.positions;
+    return DualRow<decltype(number), T>{
+        static_cast<T*>(x.data) + sample * size + offset,
+        static_cast<T*>(x_dot.data) + (sample - first_tangent) * size + offset};
+  };
+
+  if (shape.channels_last) {
+    const index_t channels = shape.channels, rows = shape.rows(), chunks = chunks_of(shape.positions, rows);
+    const Units units(a.place.threads, shape.samples, chunks, elements);
+    const index_t size = (6 * chunks + 6 + 8) * channels;
+    Scratch scratch(units.slots() * size);
+    float* room = scratch.take<float>(units.slots() * size);
+    const auto moments_of = [&](index_t slot) { return room + slot * size + 8 * channels; };
+    const auto affines_of = [&](index_t slot) {
+      return ChannelAffines{moments_of(slot) + 6 * chunks * channels, channels};
+    };
+    units.run(
+        a.y_dot.samples,
+        [&](index_t sample, index_t chunk, index_t slot) {
+          const Range share = range_of(shape.positions, chunk, rows);
+          with_number(sample >= first_tangent, [&](auto number) {
+            const auto x = of(number, a.x, a.x_dot, sample, share.begin * channels);
+            const DualRow<decltype(number), const T> values{x.primal, x.tangent};
+            ChannelMoments{moments_of(slot) + chunk * 6 * channels, channels}.compute(
+                values, share.end - share.begin);
+          });
+        },
+        [&](index_t sample, index_t slot) {
+          const SampleMoments moments(room + slot * size, channels);
+          moments.compute(shape, moments_of(slot), chunks, sample >= first_tangent);
+          for (index_t group = 0; group < shape.groups; ++group) {
+            const Statistics statistics(moments.of_group(shape, group), a.eps);
+            statistics.save(a.statistics.data + 3 * (sample * shape.groups + group));
+            for (index_t j = group * shape.width; j < (group + 1) * shape.width; ++j) {
+              affines_of(slot).set(j, affine_of(statistics, a.weight.data, a.bias.data, j));
+            }
+          }
+        },
+        [&](index_t sample, index_t chunk, index_t slot) {
+          const Range share = range_of(shape.positions, chunk, rows);
+          const ChannelAffines affines = affines_of(slot);
+          with_number(sample >= first_tangent, [&](auto number) {
+            using Number = decltype(number);
+            for (index_t row = share.begin; row < share.end; ++row) {
+              const auto x = of(number, a.x, a.x_dot, sample, row * channels);
+              const auto y = of(number, a.y, a.y_dot, sample, row * channels);
+              for_each_vec(channels, [&](index_t j, int lanes) {
+                y.store(j, affines.at<Number>(j, lanes).template operator()<with_silu>(x(j, lanes)), lanes);
+              });
+            }
+          });
+        });
+    return;
+  }
+
+  const index_t size = shape.width * shape.positions, chunks = chunks_of(size, group_chunk);
+  const Units units(a.place.threads, shape.samples * shape.groups, chunks, elements);
+  constexpr index_t part_floats = sizeof(Part) / sizeof(float),
+                    of_floats = sizeof(Statistics) / sizeof(float);
+  Scratch scratch(units.slots() * (chunks * part_floats + of_floats));
+  Part* parts = reinterpret_cast<Part*>(scratch.take<float>(units.slots() * chunks * part_floats));
+  Statistics* found = reinterpret_cast<Statistics*>(scratch.take<float>(units.slots() * of_floats));
+  units.run(
+      a.y_dot.samples * shape.groups,
+      [&](index_t unit, index_t chunk, index_t slot) {
+        const index_t sample = unit / shape.groups, group = unit % shape.groups;
+        const Range share = range_of(size, chunk, group_chunk);
+        with_number(sample >= first_tangent, [&](auto number) {
+          const auto x = of(number, a.x, a.x_dot, sample, group * size + share.begin);
+          const index_t count = share.end - share.begin;
+          parts[slot * chunks + chunk] =
+              part(static_cast<double>(count),
+                   moments<decltype(number)>(count, [&](index_t j, int lanes) { return x(j, lanes); }));
+        });
+      },
+      [&](index_t unit, index_t slot) {
+        Part all = parts[slot * chunks];
+        for (index_t chunk = 1; chunk < chunks; ++chunk) all.add(parts[slot * chunks + chunk]);
+        found[slot] = Statistics(all, a.eps);
+        found[slot].save(a.statistics.data + 3 * unit);
+      },
+      [&](index_t unit, index_t chunk, index_t slot) {
+        const index_t sample = unit / shape.groups, group = unit % shape.groups;
+        Range share = range_of(size, chunk, group_chunk);
+        with_number(sample >= first_tangent, [&](auto number) {
+          using Number = decltype(number);
+          const auto x = of(number, a.x, a.x_dot, sample, group * size);
+          const auto y = of(number, a.y, a.y_dot, sample, group * size);
+          while (share.begin < share.end) {  // the channels in the chunk
+            const index_t channel = share.begin / shape.positions, end = (channel + 1) * shape.positions;
+            const auto affine = lift<Number>(
+                affine_of(found[slot], a.weight.data, a.bias.data, group * shape.width + channel));
+            for_each_vec(Range{share.begin, end < share.end ? end : share.end}, [&](index_t j, int lanes) {
+              y.store(j, affine.template operator()<with_silu>(x(j, lanes)), lanes);
+            });
+            share.begin = end;
+          }
+        });
+      });
+}
+
+// With z = n weight + bias, dz = f'(z) dy and g = dz weight: dx = rstd (g - mean(g) - n mean(g n)), dweight =
+// sum dz n, dbias = sum dz. As c = x - mean is n / rstd but for the correction, dx = gain dz + slope c +
+// shift.
+struct Slopes {
+  float slope, shift;
+
+  // From the sums over positions of the channels of a group.
+  Slopes(const Shape& shape, const Statistics& s, const float* weight, index_t first, const float* dbias,
+         const float* dweight) {
+    double sum_g = 0.0, sum_gn = 0.0;
+    for (index_t j = first; j < first + shape.width; ++j) {
+      const double gain = s.rstd.primal * (weight ? weight[j] : 1.0f);
+      sum_g += gain * dbias[j];
+      sum_gn += gain * dweight[j];
+    }
+    slope = static_cast<float>(-s.rstd.primal * sum_gn / shape.count());
+    shift = static_cast<float>(-sum_g / shape.count()) - s.correction * slope;
+  }
+};
+
+// Not an FMA of dz and gain: in a group of one value their rounded product is the mean, and dx exactly 0.
+inline Vec input_gradient(Vec dz, Vec gain, Vec c, Vec slope, Vec shift) {
+  return fma(c, slope, dz * gain + shift);
+}
+
+template <bool with_silu>
+inline Vec cotangent(const Affine<Vec>& affine, Vec x, Vec dy) {
+  if constexpr (with_silu) {
+    const Vec z = affine.template operator()<false>(x);
+    return silu_derivative(z, sigmoid(z)) * dy;
+  } else {
+    return dy;
+  }
+}
+
+// Sums over values of a channel: of dz, and of dz c.
+template <bool with_silu>
+inline Pair<Vec> add_cotangent(Pair<Vec> sum, const Affine<Vec>& affine, Vec x, Vec dy) {
+  const Vec dz = cotangent<with_silu>(affine, x, dy);
+  return {sum.first + dz, fma(dz, affine.centered(x), sum.second)};
+}
+
+template <typename T, bool with_silu>
+void backward(const GroupNormBackward& a) {
+  const Shape shape(a.x, a.statistics, a.channels_last);
+  const index_t channels = shape.channels, positions = shape.positions, groups = shape.groups;
+  const T* x = static_cast<const T*>(a.x.data);
+  const T* dy = static_cast<const T*>(a.dy.data);
+  T* dx = static_cast<T*>(a.dx.data);
+  const auto statistics_of = [&](index_t sample, index_t group) {
+    return Statistics(a.statistics.data + 3 * (sample * groups + group));
+  };
+  const auto affine = [&](const Statistics& s, index_t j) {
+    return affine_of(s, a.weight.data, a.bias.data, j);
+  };
+  const auto dbias_of = [&](index_t sample) { return a.sums.data + 2 * sample * channels; };
+  const auto dweight_of = [&](index_t sample) { return dbias_of(sample) + channels; };
+
+  if (shape.channels_last) {
+    const index_t rows = shape.rows(), chunks = chunks_of(positions, rows),
+                  size = (2 * chunks + 2) * channels;
+    const Units units(a.place.threads, shape.samples, chunks, 2 * shape.elements());
+    Scratch scratch(6 * shape.samples * channels + units.slots() * size);
+    float* affines = scratch.take<float>(6 * shape.samples * channels);
+    float* room = scratch.take<float>(units.slots() * size);
+    const auto affines_of = [&](index_t sample) {
+      return ChannelAffines{affines + 6 * sample * channels, channels};
+    };
+    for (index_t sample = 0; sample < shape.samples; ++sample) {
+      for (index_t j = 0; j < channels; ++j) {
+        affines_of(sample).set(j, affine(statistics_of(sample, j / shape.width), j));
+      }
+    }
+    units.run(
+        0,
+        [&](index_t sample, index_t chunk, index_t slot) {
+          const Range share = range_of(positions, chunk, rows);
+          const index_t first = (sample * positions + share.begin) * channels;
+          float* sums = room + slot * size + 2 * chunk * channels;
+          for_each_columns(channels, [&](index_t column, auto constant, int lanes) {
+            constexpr int vectors = constant;
+            Affine<Vec> of_columns[vectors];
+            for (int i = 0; i < vectors; ++i) {
+              of_columns[i] = affines_of(sample).template at<Vec>(column + i * Vec::width, lanes);
+            }
+            Pair<Vec> total[vectors];
+            sum_over_rows(share.end - share.begin, total, [&](index_t row, int i, Pair<Vec>& sum) {
+              const index_t j = first + row * channels + column + i * Vec::width;
+              sum = add_cotangent<with_silu>(sum, of_columns[i], load_lanes(x + j, lanes),
+                                             load_lanes(dy + j, lanes));
+            });
+            for (int i = 0; i < vectors; ++i) {
+              store_lanes(sums + column + i * Vec::width, total[i].first, lanes);
+              store_lanes(sums + channels + column + i * Vec::width, total[i].second, lanes);
+            }
+          });
+        },
+        [&](index_t sample, index_t slot) {
+          float* sums = room + slot * size;
+          add_pairwise(chunks, 2 * channels, [&](index_t i) { return sums + 2 * i * channels; });
+          float *slope = sums + 2 * chunks * channels, *shift = slope + channels;
+          for (index_t group = 0; group < groups; ++group) {
+            const Statistics s = statistics_of(sample, group);
+            const index_t first = group * shape.width, end = first + shape.width;
+            for (index_t j = first; j < end; ++j) {
+              dbias_of(sample)[j] = sums[j];
+              dweight_of(sample)[j] = s.rstd.primal * (sums[channels + j] - s.correction * sums[j]);
+            }
+            const Slopes slopes(shape, s, a.weight.data, first, dbias_of(sample), dweight_of(sample));
+            for (index_t j = first; j < end; ++j) {
+              slope[j] = slopes.slope;
+              shift[j] = slopes.shift;
+            }
+          }
+        },
+        [&](index_t sample, index_t chunk, index_t slot) {
+          const Range share = range_of(positions, chunk, rows);
+          const float *slope = room + slot * size + 2 * chunks * channels, *shift = slope + channels;
+          for (index_t row = share.begin; row < share.end; ++row) {
+            const index_t first = (sample * positions + row) * channels;
+            for_each_vec(channels, [&](index_t j, int lanes) {
+              const auto of_column = affines_of(sample).template at<Vec>(j, lanes);
+              const Vec xj = load_lanes(x + first + j, lanes);
+              const Vec dz = cotangent<with_silu>(of_column, xj, load_lanes(dy + first + j, lanes));
+              const Vec result = input_gradient(dz, of_column.gain, of_column.centered(xj),
+                                                load_lanes(slope + j, lanes), load_lanes(shift + j, lanes));
+              store_lanes(dx + first + j, result, lanes);
+            });
+          }
+        });
+    return;
+  }
+
+  const Units units(a.place.threads, shape.samples * groups, shape.width, 2 * shape.elements());
+  Scratch scratch(2 * units.slots());
+  float* found = scratch.take<float>(2 * units.slots());
+  units.run(
+      0,
+      [&](index_t unit, index_t i, index_t) {
+        const index_t sample = unit / groups, channel = unit % groups * shape.width + i;
+        const index_t first = (sample * channels + channel) * positions;
+        const Statistics s = statistics_of(sample, unit % groups);
+        const auto of_channel = lift<Vec>(affine(s, channel));
+        const auto total = sum_over_row<Pair<Vec>, 2>(positions, [&](index_t j, int lanes, Pair<Vec>& sum) {
+          sum = add_cotangent<with_silu>(sum, of_channel, load_lanes(x + first + j, lanes),
+                                         load_lanes(dy + first + j, lanes));
+        });
+        const float sum = reduce_add(total.first);
+        dbias_of(sample)[channel] = sum;
+        dweight_of(sample)[channel] = s.rstd.primal * (reduce_add(total.second) - s.correction * sum);
+      },
+      [&](index_t unit, index_t slot) {
+        const index_t sample = unit / groups, group = unit % groups;
+        const Slopes slopes(shape, statistics_of(sample, group), a.weight.data, group * shape.width,
+                            dbias_of(sample), dweight_of(sample));
+        found[2 * slot] = slopes.slope;
+        found[2 * slot + 1] = slopes.shift;
+      },
+      [&](index_t unit, index_t i, index_t slot) {
+        const index_t sample = unit / groups, channel = unit % groups * shape.width + i;
+        const index_t first = (sample * channels + channel) * positions;
+        const auto of_channel = lift<Vec>(affine(statistics_of(sample, unit % groups), channel));
+        const Vec slope(found[2 * slot]), shift(found[2 * slot + 1]);
+        for_each_vec(positions, [&](index_t j, int lanes) {
+          const Vec xj = load_lanes(x + first + j, lanes);
+          const Vec dz = cotangent<with_silu>(of_channel, xj, load_lanes(dy + first + j, lanes));
+          store_lanes(dx + first + j,
+                      input_gradient(dz, of_channel.gain, of_channel.centered(xj), slope, shift), lanes);
+        });
+      });
+}
+
+template <typename Arguments, typename Run>
+inline void with_options(const Arguments& a, Run run) {
+  with_type(a.x.dtype, [&](auto type) {
+    if (a.silu) {
+      run(type, std::true_type());
+    } else {
+      run(type, std::false_type());
+    }
+  });
+}
+
+}  // namespace
+
+void group_norm_forward(const GroupNormForward& a) {
+  if (!a.x.data) return;
+  with_options(a, [&](auto type, auto silu) { forward<decltype(type), decltype(silu)::value>(a); });
+}
+
+void group_norm_backward(const GroupNormBackward& a) {
+  if (!a.x.data) {
+    for (index_t i = 0; i < a.sums.rows * a.sums.width; ++i) a.sums.data[i] = 0.0f;
+    return;
+  }
+  with_options(a, [&](auto type, auto silu) { backward<decltype(type), decltype(silu)::value>(a); });
+}
+
+}  // namespace imf::IMF_ISA

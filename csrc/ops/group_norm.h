@@ -1,0 +1,30 @@
+#pragma once
+
+#include "ops/operation.h"
+
+namespace imf {
+
+// y = f(n weight + bias) with n = (x - mean - correction) rstd, rstd = 1 / sqrt(variance + eps), over the
+// channels of a group and all positions; f is SiLU or the identity. The correction is for the mean's
+// rounding.
+struct GroupNormForward {
+  IMF_ARGUMENTS(Planes x;                     // [samples, channels, positions], or channels last
+                Optional<Planes> x_dot;       // of the last samples
+                Optional<Floats> weight;      // [channels]; 1 if absent
+                Optional<Floats> bias;        // [channels]; 0 if absent
+                Out<Planes> y;                // as x
+                Optional<Out<Planes>> y_dot;  // as x_dot
+                Out<Floats> statistics;       // [samples, groups, 3]: mean, correction, rstd
+                float eps; bool silu; bool channels_last;)
+};
+
+struct GroupNormBackward {
+  IMF_ARGUMENTS(Planes x; Planes dy; Optional<Floats> weight; Optional<Floats> bias; Floats statistics;
+                Out<Planes> dx; Out<Floats> sums;  // [samples, 2, channels] over positions: dbias, dweight
+                bool silu; bool channels_last;)
+};
+
+IMF_DECLARE(group_norm_forward, GroupNormForward, CPU)
+IMF_DECLARE(group_norm_backward, GroupNormBackward, CPU)
+
+}  // namespace imf

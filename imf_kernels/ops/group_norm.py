@@ -1,0 +1,160 @@
+"""GroupNorm: y = f(z), z = n · w + b with n = (x − mean(x)) · r, r = (variance(x) + ε)^(−½), by group.
+
+A group of x [N, C, *positions] is C / num_groups adjacent channels of a sample at all positions; f is SiLU or
+the identity.
+Tangent:  ẏ = f′(z) · ṅ · w with ṅ = r · (ẋ − mean(ẋ) − n · mean(n ẋ)).
+Backward: with dz = f′(z) · dy, g = dz · w:  dx = r · (g − mean(g) − n · mean(g n)),
+          dw = Σ dz · n,  db = Σ dz, over samples and positions.
+Source: Wu and He, "Group Normalization" (2018); as `torch.nn.functional.group_norm`.
+Kernels: csrc/ops/group_norm.h, csrc/cpu/group_norm.cpp, backends/triton_kernels/group_norm.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imf_kernels import _C
+from imf_kernels.backends.layout import (
+    as_floats,
+    as_planes,
+    in_dtype,
+    order_of_channels,
+)
+from imf_kernels.backends.operators import Operation, compiled
+from imf_kernels.dual import TensorOrDual, last_rows, no_gradient
+from imf_kernels.ops import check
+from imf_kernels.ops.elementwise import SILU
+from imf_kernels.ops.layer_norm import normalize
+from imf_kernels.transforms.dual_tensors import takes_dual_tensors
+
+
+def _reference(
+    x: Tensor, x_dot: Tensor | None, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    order, dtype = order_of_channels(x), x.dtype
+    of_channels = -1, *(1,) * (x.dim() - 2)
+
+    def in_groups(x: Tensor) -> Tensor:
+        return x.unflatten(1, (num_groups, -1)).flatten(2)
+
+    n, n_dot = normalize(in_groups(x), None if x_dot is None else in_groups(x_dot), eps)
+    w = n.new_ones(()) if weight is None else weight.to(n.dtype).view(of_channels)
+    z = n.reshape(x.shape) * w
+    if bias is not None:
+        z = z + bias.to(n.dtype).view(of_channels)
+    y = (SILU.function(z) if silu else z).to(dtype).contiguous(memory_format=order)
+    if x_dot is None or n_dot is None:
+        return y, None
+    with torch.no_grad():
+        y_dot = n_dot.reshape(x_dot.shape) * w
+        if silu:
+            y_dot = SILU.derivative(last_rows(z, x_dot)) * y_dot
+        return y, y_dot.to(dtype).contiguous(memory_format=order)
+
+
+def _check(
+    x: Tensor, x_dot: Tensor | None, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float,
+    silu: bool,
+) -> Sequence[Tensor]:  # fmt: skip
+    check.is_tensor("group_norm", input=x)
+    if x.dim() < 2:
+        raise ValueError(f"group_norm: input must be [N, C, ...], got {list(x.shape)}")
+    if isinstance(num_groups, bool) or not isinstance(num_groups, (int, torch.SymInt)):
+        raise TypeError(f"group_norm: num_groups must be an integer, got {type(num_groups).__name__}")
+    if num_groups < 1 or x.shape[1] % num_groups:
+        raise ValueError(
+            f"group_norm: num_groups must divide the {x.shape[1]} channels of input of shape "
+            f"{list(x.shape)}, got {num_groups}"
+        )
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            check.is_weight("group_norm", **{name: parameter})
+            check.has_shape("group_norm", name, parameter, x.shape[1:2], input=x)
+            check.same_device("group_norm", x, **{name: parameter})
+    check.number("group_norm", 0.0, eps=eps)
+    return (x,)
+
+
+def _forward(
+    ctx: Any, kernels: _C.group_norm, x: Tensor, x_dot: Tensor | None, weight: Tensor | None,
+    bias: Tensor | None, num_groups: int, eps: float, silu: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    order = order_of_channels(x)
+    x = x.contiguous(memory_format=order)
+    y, y_dot = torch.empty_like(x), None
+    statistics = x.new_empty((x.shape[0], num_groups, 3), dtype=torch.float32)
+    if x_dot is not None:
+        x_dot = x_dot.contiguous(memory_format=order)
+        y_dot = torch.empty_like(x_dot)
+        no_gradient(ctx, y_dot)
+    w, b = (None if p is None else as_floats(p) for p in (weight, bias))
+    last = order != torch.contiguous_format
+    dots = (None if t is None else as_planes(t, last) for t in (x_dot, y_dot))
+    kernels.forward(
+        as_planes(x, last), next(dots), w, b, as_planes(y, last), next(dots), statistics, eps, silu, last
+    )
+    ctx.save_for_backward(x, weight, bias, statistics)
+    ctx.kernels, ctx.silu, ctx.order = kernels, silu, order
+    return y, y_dot
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, statistics = ctx.saved_tensors
+    kernels: _C.group_norm = ctx.kernels
+    dx = torch.empty_like(x)
+    sums = x.new_empty((x.shape[0], 2, x.shape[1]), dtype=torch.float32)
+    w, b = (None if p is None else as_floats(p) for p in (weight, bias))
+    last = ctx.order != torch.contiguous_format
+    planes, of_dy, of_dx = (as_planes(t, last) for t in (x, dy.contiguous(memory_format=ctx.order), dx))
+    kernels.backward(planes, of_dy, w, b, statistics, of_dx, sums, ctx.silu, last)
+    dbias, dweight = (
+        None if p is None else in_dtype(dp, p.dtype)
+        for p, dp in zip((bias, weight), sums.sum(0), strict=True)
+    )
+    return None, dx, None, dweight, dbias, None, None, None
+
+
+_BACKENDS = compiled("group_norm")
+_OPERATION = Operation(
+    "group_norm", _reference, _check, _BACKENDS, _forward, _backward, lay_out=Tensor.contiguous
+)
+
+
+@takes_dual_tensors
+def group_norm(
+    input: TensorOrDual,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    backend: str | None = None,
+) -> TensorOrDual:
+    """Computes (x − mean(x)) · (variance(x) + eps)^(−½) · weight + bias by group, with its tangent.
+
+    Args:
+        input: [N, C, *positions], float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu`:
+            not float16). Images and volumes may have their channels last in memory; other strides are copied.
+        num_groups: number of groups per sample, a divisor of C; C for an instance norm.
+        weight, bias: [C], of any floating-point type; 1 and 0 where they are not given.
+        eps: added to the variance.
+        activation: "silu" for the SiLU of the result, in the same pass; `None` for the result itself.
+        backend: "cpu", "triton", "reference", or the best one that can run. "cuda" means "triton".
+
+    Returns:
+        Like input in shape, dtype and memory format; a `Dual` if `input` is one. Statistics are computed in
+        fp32, with full accuracy for values with an offset; the result is rounded once.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit.
+        RuntimeError: when an explicit `backend` cannot run.
+    """
+    if activation not in (None, "silu"):
+        raise ValueError(f"group_norm: activation must be None or 'silu', got {activation!r}")
+    return _OPERATION(backend, (input,), weight, bias, num_groups, eps, activation == "silu")
