@@ -19,7 +19,7 @@ from torch import Tensor
 
 from imf_kernels.backends.dispatch import autocasts, cached_constant
 from imf_kernels.backends.layout import last_contiguous
-from imf_kernels.dual import Dual, map_both, unpack
+from imf_kernels.dual import Dual, is_differentiable, map_both, tangent_graph, unpack
 from imf_kernels.ops import attention, check, elementwise, layer_norm, linear, rms_norm
 from imf_kernels.ops.arithmetic import ARITHMETIC
 
@@ -219,14 +219,14 @@ def _group_norm(input: Any, num_groups: int, weight: Any = None, bias: Any = Non
     if not isinstance(input, Dual) or not _plain(weight, bias):
         return _PARAMETER
     y = F.group_norm(input.primal, num_groups, weight, bias, eps)
-    with torch.no_grad():
+    with tangent_graph(input.differentiable):
         groups = (input.shape[0], num_groups, math.prod(input.shape[1:]) // num_groups)
         x, x_dot = (part.reshape(groups) for part in unpack(input) if part is not None)
-        _, n_dot = layer_norm.normalize(x, x_dot, eps)
+        _, n_dot = layer_norm.normalize(input.differentiable, x, x_dot, eps)
         y_dot = cast(Tensor, n_dot).reshape(input.shape)
         if weight is not None:
             y_dot = y_dot * weight.view(-1, *[1] * (y_dot.dim() - 2))
-        return Dual(y, y_dot.to(y.dtype))
+        return Dual(y, y_dot.to(y.dtype), differentiable=input.differentiable)
 
 
 @serves(F.batch_norm)
@@ -236,19 +236,24 @@ def _batch_norm(
 ) -> Any:  # fmt: skip
     """Normalises channels as group_norm does groups: torch.compile cannot trace PyTorch's rule."""
     if not isinstance(input, Dual) or not _plain(running_mean, running_var, weight, bias):
+        if training and is_differentiable(input, weight, bias):
+            raise NotImplementedError(
+                "imf_kernels.jvp: in training, the tangent of batch_norm along its parameters has a wrong "
+                "gradient in PyTorch; without a tangent of theirs it has a right one"
+            )
         return _PARAMETER
     y = F.batch_norm(input.primal, running_mean, running_var, weight, bias, training, momentum, eps)
-    with torch.no_grad():
+    with tangent_graph(input.differentiable):
         x, x_dot = (part.movedim(1, 0).flatten(1) for part in unpack(input) if part is not None)
         if training:
-            _, n_dot = layer_norm.normalize(x, x_dot, eps)
+            _, n_dot = layer_norm.normalize(input.differentiable, x, x_dot, eps)
         else:
             n_dot = x_dot * (running_var.to(x_dot.dtype) + eps).rsqrt().unsqueeze(1)
         if weight is not None:
             n_dot = cast(Tensor, n_dot) * weight.unsqueeze(1)
         moved = input.primal.movedim(1, 0).shape
         y_dot = cast(Tensor, n_dot).reshape(moved).movedim(0, 1).contiguous()
-        return Dual(y, y_dot.to(y.dtype))
+        return Dual(y, y_dot.to(y.dtype), differentiable=input.differentiable)
 
 
 # While torch.compile traces, PyTorch's rules use symbolic zeros if only one operand has a tangent; their
@@ -260,15 +265,16 @@ def _arithmetic(y: Callable[..., Tensor], of_a: Callable[..., Any], of_b: Callab
     """Makes the rule of y(a, b) for one tangent: ẏ is of_a(ȧ, a, b, y) or of_b(ḃ, a, b, y)."""
 
     def rule(a: Any, b: Any) -> Any:
+        differentiable = is_differentiable(a, b)
         (a, a_dot), (b, b_dot) = unpack(a), unpack(b)
         if a_dot is not None and b_dot is not None:
             return _ALSO
         result = y(a, b)
-        with torch.no_grad():
+        with tangent_graph(differentiable):
             y_dot = of_b(b_dot, a, b, result) if a_dot is None else of_a(a_dot, a, b, result)
             if y_dot.shape != result.shape:
                 y_dot = y_dot.expand_as(result).contiguous()
-            return Dual(result, y_dot.to(result.dtype))
+            return Dual(result, y_dot.to(result.dtype), differentiable=differentiable)
 
     return rule
 
