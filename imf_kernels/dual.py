@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -30,7 +31,8 @@ def _operator(name: str, sign: str, reflected: bool = False) -> Callable[[Dual, 
 class Dual:
     """A primal `x` and its tangent `x_dot`: the pair that every operation of this library maps to a pair.
 
-    Gradients flow through the primal; the tangent is data. Shape, dtype and device are those of the primal.
+    Gradients flow through the primal; the tangent is data, unless the `Dual` is differentiable. Shape, dtype
+    and device are those of the primal.
     In addition to the operations of this library there are + − × ÷ with tensors, numbers and `Dual`s, ** with
     a number, indexing, `cat`, and the methods of tensors that are linear: reshape, view, flatten, unflatten,
     expand, repeat, transpose, permute, movedim, squeeze, unsqueeze, chunk, split, unbind, flip, roll, sum,
@@ -41,22 +43,29 @@ class Dual:
         tangent: of the primal's dtype and device, and either of its shape; or [n, ...] with n < B for the
             last n samples of the batch, the others being structural zeros; or `None`, a structural zero
             altogether. Operations skip the work that structural zeros make needless.
+        differentiable: gradients flow through the tangent too, and through all that are computed from it: to
+            weights, primals and tangents. Arguments of one operation must agree, except those whose tangent
+            is `None`.
 
     Raises:
-        ValueError: a tangent of another shape, dtype or device, or one that requires grad.
+        ValueError: a tangent of another shape, dtype or device, or one that requires grad without
+            `differentiable`; from an operation whose arguments do not agree.
         TypeError: a primal or tangent that is not a tensor, or one of integers.
     """
 
-    __slots__ = ("_primal", "_tangent")
+    __slots__ = ("_differentiable", "_primal", "_tangent")
 
-    def __init__(self, primal: Tensor, tangent: Tensor | None = None) -> None:
+    def __init__(
+        self, primal: Tensor, tangent: Tensor | None = None, *, differentiable: bool = False
+    ) -> None:
         if not isinstance(primal, Tensor) or not (primal.is_floating_point() or primal.is_complex()):
             got = primal.dtype if isinstance(primal, Tensor) else type(primal).__name__
             raise TypeError(f"Dual: primal must be a floating-point or complex tensor, got {got}")
         if tangent is not None:
-            _check_tangent(primal, tangent)
+            _check_tangent(primal, tangent, differentiable)
         self._primal = primal
         self._tangent = tangent
+        self._differentiable = differentiable
 
     @property
     def primal(self) -> Tensor:
@@ -67,18 +76,23 @@ class Dual:
     def tangent(self) -> Tensor | None:
         """The full tangent, of the primal's shape, or `None` for a structural zero.
 
-        If the primal carries gradients, differentiating the tangent raises an error instead of silently
-        leaving out a gradient; `.tangent.detach()` is the plain tensor.
+        If the primal carries gradients and the `Dual` is not differentiable, differentiating the tangent
+        raises an error instead of silently leaving out a gradient; `.tangent.detach()` is the plain tensor.
         """
         if self._tangent is None:
             return None
         tangent = pad_with_zeros(self._tangent, self.primal.shape[0] if self.primal.dim() else 1)
-        return guarded(tangent, self.primal)
+        return tangent if self._differentiable else guarded(tangent, self.primal)
 
     @property
     def tangent_rows(self) -> Tensor | None:
         """The tangent as stored: [n, ...] for the last n ≤ B samples, or `None`. No guard, no copy."""
         return self._tangent
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether gradients flow through the tangent."""
+        return self._differentiable
 
     @property
     def shape(self) -> torch.Size:
@@ -140,8 +154,10 @@ class Dual:
 
     def __repr__(self) -> str:
         stored = "None" if self._tangent is None else f"{list(self._tangent.shape)}"
+        kind = ", differentiable=True" if self._differentiable else ""
         return (
-            f"Dual(primal={list(self.shape)}, tangent={stored}, dtype={self.dtype}, device='{self.device}')"
+            f"Dual(primal={list(self.shape)}, tangent={stored}, dtype={self.dtype}, "
+            f"device='{self.device}'{kind})"
         )
 
     @classmethod
@@ -228,7 +244,7 @@ class NoTangent(TypeError):
     """A `Dual` passed for an argument that carries no tangent."""
 
 
-def _check_tangent(primal: Tensor, tangent: Tensor) -> None:
+def _check_tangent(primal: Tensor, tangent: Tensor, differentiable: bool) -> None:
     if not isinstance(tangent, Tensor):
         raise TypeError(f"Dual: tangent must be a tensor or None, got {type(tangent).__name__}")
     rest_equal = tangent.dim() == primal.dim() and tangent.shape[1:] == primal.shape[1:]
@@ -243,15 +259,17 @@ def _check_tangent(primal: Tensor, tangent: Tensor) -> None:
             f"Dual: tangent must be {primal.dtype} on {primal.device} like its primal, "
             f"got {tangent.dtype} on {tangent.device}"
         )
-    if tangent.requires_grad:
+    if tangent.requires_grad and not differentiable:
         raise ValueError(
-            "Dual: tangent requires grad, but no gradient flows through tangents; pass tangent.detach()"
+            "Dual: tangent requires grad, but no gradient flows through tangents; pass tangent.detach(), or "
+            "differentiable=True"
         )
 
 
 _LOST = (
     "imf_kernels: backward reached a tangent, but no gradient flows through tangents. Call .detach() on it "
-    "before it enters the loss; torch.func.jvp of backend='reference' differentiates tangents, at its price"
+    "before it enters the loss, or ask for its gradients: jvp(…, differentiable=True), "
+    "Dual(…, differentiable=True)"
 )
 
 
@@ -348,19 +366,40 @@ def primal(x: Tensor | Dual) -> Tensor:
     return x.primal if isinstance(x, Dual) else x
 
 
-def unchecked(primal: Any, tangent: Any) -> Dual:
+def unchecked(primal: Any, tangent: Any, differentiable: bool = False) -> Dual:
     """Makes a Dual of parts that are known to fit."""
     x = Dual.__new__(Dual)
-    x._primal, x._tangent = primal, tangent
+    x._primal, x._tangent, x._differentiable = primal, tangent, differentiable
     return x
 
 
 def pack(y: Tensor, y_dot: Tensor | None, *inputs: object) -> Any:
-    """Returns a `Dual` if any of the inputs is one, else the tensor."""
+    """Returns a `Dual` if any of the inputs is one, differentiable as they are, else the tensor."""
     for x in inputs:
         if isinstance(x, Dual):
-            return unchecked(y, y_dot)
+            return unchecked(y, y_dot, is_differentiable(*inputs))
     return y
+
+
+def is_differentiable(*inputs: object) -> bool:
+    """Returns whether gradients flow through the tangents of these arguments.
+
+    Raises:
+        ValueError: through some, but not all.
+    """
+    found = {x._differentiable for x in inputs if isinstance(x, Dual) and x._tangent is not None}
+    if len(found) == 2:
+        raise ValueError(
+            "imf_kernels: arguments must be Duals made with differentiable=True, or none of them, got both: "
+            "the gradient through the tangent of the others would be left out. Where it is not wanted, "
+            "Dual(x.primal, x.tangent.detach(), differentiable=True) says so"
+        )
+    return True in found
+
+
+def tangent_graph(differentiable: bool) -> contextlib.AbstractContextManager[Any]:
+    """Returns the context in which a tangent is computed: with a graph only if it is differentiable."""
+    return contextlib.nullcontext() if differentiable else torch.no_grad()
 
 
 def linear_map(function: Callable[[Tensor], Any], x: Tensor | Dual) -> Any:
@@ -451,41 +490,46 @@ def map_both(function: Callable[[Tensor], Any], x: Tensor | Dual) -> Any:
         return function(x)
     y, y_dot = function(x.primal), None
     if x._tangent is not None:
-        with torch.no_grad():
+        with tangent_graph(x._differentiable):
             y_dot = function(x._tangent)
     if isinstance(y, Tensor):
-        return Dual(y, y_dot)
+        return Dual(y, y_dot, differentiable=x._differentiable)
+    made = partial(Dual, differentiable=x._differentiable)
     if y_dot is None:
-        return pytree.tree_map(Dual, y)
+        return pytree.tree_map(made, y)
     if type(y) in (list, tuple) and all(isinstance(a, Tensor) for a in y):  # a tenth of the time of a pytree
-        return type(y)([Dual(a, b) for a, b in zip(y, y_dot, strict=True)])
-    return pytree.tree_map(Dual, y, y_dot)
+        return type(y)([made(a, b) for a, b in zip(y, y_dot, strict=True)])
+    return pytree.tree_map(made, y, y_dot)
 
 
-def _flatten(x: Dual) -> tuple[list[Any], tuple[int, int] | None]:
+# Whether it is differentiable; the rows of a primal whose tangent is stored for some, and how many.
+_Context = tuple[bool, int, int]
+
+
+def _flatten(x: Dual) -> tuple[list[Any], _Context]:
     primal, stored = x._primal, x._tangent
     # A pytree map may have replaced the tensors by anything.
     if not isinstance(primal, Tensor) or not isinstance(stored, Tensor) or primal.dim() == 0:
-        return [primal, stored], None
+        return [primal, stored], (x._differentiable, 0, 0)
     rows, stored_rows = primal.shape[0], stored.shape[0]
-    return [primal, stored], (rows, stored_rows) if stored_rows < rows else None
+    return [primal, stored], (x._differentiable, *((rows, stored_rows) if stored_rows < rows else (0, 0)))
 
 
-def _unflatten(children: Any, context: tuple[int, int] | None) -> Dual:
+def _unflatten(children: Any, context: _Context) -> Dual:
     primal, tangent = children
+    differentiable, rows, stored_rows = context
     if not isinstance(primal, Tensor) or not isinstance(tangent, Tensor):
-        return unchecked(primal, tangent)
-    if context is not None and (*primal.shape[:1], *tangent.shape[:1]) != context:
+        return unchecked(primal, tangent, differentiable)
+    if stored_rows < rows and (*primal.shape[:1], *tangent.shape[:1]) != (rows, stored_rows):
         # The same slice of both would pair samples that do not belong together.
         raise ValueError(
             f"Dual: a function of tensors cannot change the rows of a Dual whose tangent is stored for "
-            f"the last {context[1]} of {context[0]} rows; complete it first: Dual(x.primal, "
-            "x.tangent.detach())"
+            f"the last {stored_rows} of {rows} rows; complete it first: Dual(x.primal, x.tangent.detach())"
         )
-    return Dual(primal, tangent)
+    return Dual(primal, tangent, differentiable=differentiable)
 
 
-def _flatten_with_keys(x: Dual) -> tuple[list[tuple[Any, Any]], tuple[int, int] | None]:
+def _flatten_with_keys(x: Dual) -> tuple[list[tuple[Any, Any]], _Context]:
     children, context = _flatten(x)
     keys = pytree.GetAttrKey("primal"), pytree.GetAttrKey("tangent")
     return list(zip(keys, children, strict=True)), context

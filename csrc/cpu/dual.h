@@ -85,6 +85,18 @@ template <typename T>
 static inline T silu_derivative(T x, T s) {
   return s * fma(x, T(1.0f) - s, T(1.0f));
 }
+// s' = s (1 - s); the second derivative of x s is s (1 - s) (2 + x (1 - 2 s)).
+template <typename T>
+static inline Dual<T> sigmoid(Dual<T> x) {
+  const T s = sigmoid(x.primal);
+  return {s, s * (T(1.0f) - s) * x.tangent};
+}
+template <typename T>
+static inline Dual<T> silu_derivative(Dual<T> x, Dual<T> s) {
+  const T slope = s.primal * (T(1.0f) - s.primal);
+  const T curvature = slope * fma(x.primal, T(1.0f) - T(2.0f) * s.primal, T(2.0f));
+  return {silu_derivative(x.primal, s.primal), curvature * x.tangent};
+}
 template <typename T>
 static inline Dual<T> silu(Dual<T> x) {
   const T s = sigmoid(x.primal);

@@ -69,6 +69,33 @@ inline DualRow<Number, T> dual_row(const View& x, index_t row, const Tangent& x_
   return {row_of<T>(x, row, j), is_dual<Number> ? row_of<T>(x_dot, t, j) : nullptr};
 }
 
+// A row of cotangents dy and dy_dot, or of gradients dx and dx_dot, as a backward in duals takes them: the
+// value is that of the tangent, and its derivative that of the primal.
+template <typename Number, typename T>
+inline DualRow<Number, T> cotangents(T* of_primal, T* of_tangent) {
+  if constexpr (is_dual<Number>) return {of_tangent, of_primal};
+  return {of_primal, nullptr};
+}
+template <typename Number, typename T = const float, typename View, typename Tangent>
+inline DualRow<Number, T> cotangent_row(const View& dy, index_t row, const Tangent& dy_dot, index_t t,
+                                        index_t j = 0) {
+  return cotangents<Number>(row_of<T>(dy, row, j), is_dual<Number> ? row_of<T>(dy_dot, t, j) : nullptr);
+}
+
+// Returns the part of a backward in duals that is the gradient of a weight, whose own tangent is zero.
+inline Vec of_weight(Vec x) { return x; }
+inline Vec of_weight(Dual<Vec> x) { return x.tangent; }
+
+// Calls body(number) with a Dual<Vec> for a row with a tangent, else with a Vec.
+template <typename Body>
+__attribute__((always_inline)) inline void with_number(bool has_tangent, Body body) {
+  if (has_tangent) {
+    body(Dual<Vec>());
+  } else {
+    body(Vec());
+  }
+}
+
 // Calls body(j, lanes) over a share of elements, a vector at a time from its beginning on.
 template <typename Body>
 inline void for_each_vec(Range share, Body body) {

@@ -48,5 +48,32 @@ inline void for_each_element(const ElementwiseBackward& a) {
   });
 }
 
+// The same of duals: dx_dot and dx are the value and the tangent of F::derivative(x) dy for the duals
+// (x, x_dot) and (dy_dot, dy).
+template <typename F>
+inline void for_each_element(const ElementwisePairBackward& a) {
+  const index_t elements = a.x.count, tangents = a.x_dot.count;
+  const int team = team_size(a.place.threads, elements, elements);
+  with_type(a.x.dtype, [&](auto type) {
+    using T = decltype(type);
+    on_each_thread(team, [&](int thread) {
+      const auto apply = [&](auto number, index_t first, index_t count) {
+        using Number = decltype(number);
+        const DualRow<Number, const T> x{static_cast<const T*>(a.x.data) + first,
+                                         static_cast<const T*>(a.x_dot.data)};
+        const auto dy = cotangents<Number>(static_cast<const T*>(a.dy.data) + first,
+                                           static_cast<const T*>(a.dy_dot.data));
+        const auto dx =
+            cotangents<Number>(static_cast<T*>(a.dx.data) + first, static_cast<T*>(a.dx_dot.data));
+        for_each_vec(share_of(count, thread, team), [&](index_t j, int lanes) {
+          dx.store(j, F::derivative(x(j, lanes)) * dy(j, lanes), lanes);
+        });
+      };
+      apply(Vec(), 0, elements - tangents);
+      apply(Dual<Vec>(), elements - tangents, tangents);
+    });
+  });
+}
+
 }  // namespace
 }  // namespace imf::IMF_ISA

@@ -50,6 +50,36 @@ void backward(const GatedResidualBackward& a) {
   });
 }
 
+template <typename X, typename B>
+void backward(const GatedResidualPairBackward& a) {
+  const index_t rows = a.branch.rows, width = a.branch.width, groups = a.sums.rows / 2;
+  const index_t length = length_of(rows, groups), first = rows - a.dy_dot.rows;
+  const int team = team_size(a.place.threads, 4 * rows * width, rows);
+
+  sum_over_groups(groups, length, 2 * width, team, a.partial, a.sums, [&](index_t row, float* dgate) {
+    float* dgate_dot = dgate + width;
+    const index_t t = row - first, group = row / length, t_group = group - first / length;
+    with_number(t >= 0, [&](auto number) {
+      using Number = decltype(number);
+      const auto dy = cotangent_row<Number, const X>(a.dy, row, a.dy_dot, t);
+      const auto branch = dual_row<Number, const B>(a.branch, row, a.branch_dot, t);
+      const auto gate = dual_row<Number>(a.gate, group, a.gate_dot, t_group);
+      B* dbranch = row_of<B>(a.dbranch, row);
+      B* dbranch_dot = is_dual<Number> ? row_of<B>(a.dbranch_dot, t) : nullptr;
+      for_each_vec(width, [&](index_t j, int lanes) {
+        const Number d = dy(j, lanes);
+        const Number db = d * gate.or_zero(j, lanes), dg = d * branch.or_zero(j, lanes);
+        store_lanes(dbranch + j, of_weight(db), lanes);
+        store_lanes(dgate + j, load_lanes(dgate + j, lanes) + of_weight(dg), lanes);
+        if constexpr (is_dual<Number>) {
+          if (dbranch_dot) store_lanes(dbranch_dot + j, db.primal, lanes);
+          store_lanes(dgate_dot + j, load_lanes(dgate_dot + j, lanes) + dg.primal, lanes);
+        }
+      });
+    });
+  });
+}
+
 }  // namespace
 
 void gated_residual_forward(const GatedResidualForward& a) {
@@ -57,6 +87,10 @@ void gated_residual_forward(const GatedResidualForward& a) {
 }
 
 void gated_residual_backward(const GatedResidualBackward& a) {
+  with_types(a.dy.dtype, a.branch.dtype, [&](auto x, auto b) { backward<decltype(x), decltype(b)>(a); });
+}
+
+void gated_residual_pair_backward(const GatedResidualPairBackward& a) {
   with_types(a.dy.dtype, a.branch.dtype, [&](auto x, auto b) { backward<decltype(x), decltype(b)>(a); });
 }
 

@@ -1,4 +1,5 @@
-// LayerNorm with its tangent, and its primal backward. Formulas: imf_kernels/ops/layer_norm{,_modulate}.py.
+// LayerNorm with its tangent, its primal backward and that of the pair. Formulas:
+// imf_kernels/ops/layer_norm{,_modulate}.py.
 #include "ops/layer_norm.h"
 
 #include "cpu/dtypes.h"
@@ -70,6 +71,85 @@ void backward(const LayerNormBackward& a) {
   });
 }
 
+// The same of duals. A row's rstd has the derivative -rstd^2 mean(n (x_dot - mean(x_dot))).
+template <typename X, typename Y>
+void backward(const LayerNormPairBackward& a) {
+  const index_t rows = a.x.rows, width = a.x.width, first = rows - a.dy_dot.rows;
+  const index_t groups = a.sums.rows / 4, length = length_of(rows, groups);
+  const float share = 1.0f / static_cast<float>(width);
+  const int team = team_size(a.place.threads, 4 * rows * width, rows);
+
+  sum_over_groups(groups, length, 4 * width, team, a.partial, a.sums, [&](index_t row, float* sums) {
+    const index_t t = row - first, group = row / length, t_group = group - first / length;
+    const float* statistics = a.statistics.data + 3 * row;
+    with_number(t >= 0, [&](auto number) {
+      using Number = decltype(number);
+      const auto x = dual_row<Number, const X>(a.x, row, a.x_dot, t);
+      const auto dy = cotangent_row<Number, const Y>(a.dy, row, a.dy_dot, t);
+      const auto scale = dual_row<Number>(a.scale, group, a.scale_dot, t_group);
+      const auto gain = [&](index_t j, int lanes) { return scale.or_zero(j, lanes) + Vec(a.one); };
+      Number mean{}, rstd{};
+      const auto centered = [&](index_t j, int lanes) {
+        return keep_lanes(x.or_zero(j, lanes) - mean, lanes, 0.0f);
+      };
+      if constexpr (is_dual<Number>) {
+        mean.primal = Vec(statistics[0]);
+        rstd.primal = Vec(statistics[2]);
+        mean.tangent = Vec(
+            reduce_add(sum_over_row<Vec>(
+                width, [&](index_t j, int lanes, Vec& sum) { sum = sum + x.or_zero(j, lanes).tangent; })) *
+            share);
+        const Vec products = sum_over_row<Vec>(width, [&](index_t j, int lanes, Vec& sum) {
+          const Number c = centered(j, lanes);
+          sum = fma(c.primal - Vec(statistics[1]), c.tangent, sum);
+        });
+        const float r = statistics[2];
+        rstd.tangent = Vec(-r * r * r * (reduce_add(products) * share));
+      } else {
+        mean = Vec(statistics[0]);
+        rstd = Vec(statistics[2]);
+      }
+      const auto normalized = [&](index_t j, int lanes) {
+        Number c = centered(j, lanes);
+        const Vec correction(statistics[1]);
+        if constexpr (is_dual<Number>) {
+          c.primal = c.primal - correction;
+        } else {
+          c = c - correction;
+        }
+        return keep_lanes(c * rstd, lanes, 0.0f);
+      };
+      const auto add = [&](index_t sum, index_t j, Vec x, int lanes) {
+        float* to = sums + sum * width + j;
+        store_lanes(to, load_lanes(to, lanes) + x, lanes);
+      };
+      const auto total = sum_over_row<Pair<Number>, 2>(width, [&](index_t j, int lanes, Pair<Number>& sum) {
+        const Number d = dy(j, lanes), n = normalized(j, lanes);
+        const Number g = d * gain(j, lanes), dn = d * n;
+        add(0, j, of_weight(dn), lanes);
+        add(1, j, of_weight(d), lanes);
+        if constexpr (is_dual<Number>) {
+          add(2, j, dn.primal, lanes);
+          add(3, j, d.primal, lanes);
+        }
+        sum = {sum.first + g, fma(g, n, sum.second)};
+      });
+      const Number mean_g = broadcast(reduce_add(total.first) * share);
+      const Number mean_gn = broadcast(reduce_add(total.second) * share);
+      X* dx = row_of<X>(a.dx, row);
+      X* dx_dot = is_dual<Number> ? row_of<X>(a.dx_dot, t) : nullptr;
+      for_each_vec(width, [&](index_t j, int lanes) {
+        const Number g = dy(j, lanes) * gain(j, lanes);
+        const Number of_x = rstd * (g - mean_g - normalized(j, lanes) * mean_gn);
+        store_lanes(dx + j, of_weight(of_x), lanes);
+        if constexpr (is_dual<Number>) {
+          if (dx_dot) store_lanes(dx_dot + j, of_x.primal, lanes);
+        }
+      });
+    });
+  });
+}
+
 }  // namespace
 
 void layer_norm_forward(const LayerNormForward& a) {
@@ -77,6 +157,10 @@ void layer_norm_forward(const LayerNormForward& a) {
 }
 
 void layer_norm_backward(const LayerNormBackward& a) {
+  with_types(a.x.dtype, a.dy.dtype, [&](auto x, auto y) { backward<decltype(x), decltype(y)>(a); });
+}
+
+void layer_norm_pair_backward(const LayerNormPairBackward& a) {
   with_types(a.x.dtype, a.dy.dtype, [&](auto x, auto y) { backward<decltype(x), decltype(y)>(a); });
 }
 

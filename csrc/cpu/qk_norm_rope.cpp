@@ -1,7 +1,9 @@
-// Per-head RMSNorm and RoPE with tangent, and the primal backward. Formulas: imf_kernels/ops/qk_norm_rope.py.
+// Per-head RMSNorm and RoPE with tangent, the primal backward and that of the pair. Formulas:
+// imf_kernels/ops/qk_norm_rope.py.
 #include "ops/qk_norm_rope.h"
 
 #include <stdexcept>
+#include <type_traits>
 
 #include "cpu/dtypes.h"
 #include "cpu/rms.h"
@@ -30,6 +32,9 @@ struct Rotation {
   }
   Vec transposed(Vec dy, index_t j, int lanes) const {
     return fma(load_lanes(c + j, lanes), dy, Vec(0.0f) - load_lanes(s + j, lanes) * swap_pairs(dy));
+  }
+  Dual<Vec> transposed(Dual<Vec> dy, index_t j, int lanes) const {
+    return {transposed(dy.primal, j, lanes), transposed(dy.tangent, j, lanes)};
   }
 };
 
@@ -100,17 +105,42 @@ void forward(const QkNormRopeForward& a) {
   });
 }
 
+// Parts of a row of the duals (x, x_dot) and (dy_dot, dy), or of x and dy.
+template <typename Number, typename T, typename Arguments>
+struct BackwardRow {
+  DualRow<Number, const T> x, dy;
+  DualRow<Number, T> dx;
+
+  BackwardRow(const Arguments& a, RowPosition at, index_t row) {
+    const index_t width = a.x.width;
+    const T* of_dy = row_of<const T>(a.dy, at);
+    T* of_dx = static_cast<T*>(a.dx.data) + row * width;
+    x.primal = row_of<const T>(a.x, at);
+    if constexpr (is_dual<Number>) {
+      const index_t first = a.x.batch - a.x_dot.batch;
+      x.tangent = row_of<const T>(a.x_dot, at, first);
+      dy = cotangents<Number>(of_dy, row_of<const T>(a.dy_dot, at, first));
+      const index_t t = row - first * a.x.heads * a.x.length;
+      dx = cotangents<Number>(of_dx, static_cast<T*>(a.dx_dot.data) + t * width);
+    } else {
+      dy = cotangents<Number, const T>(of_dy, nullptr);
+      dx = cotangents<Number, T>(of_dx, nullptr);
+    }
+  }
+};
+
 // dy rotated back is the cotangent of rms_norm's output.
-template <typename T>
-void backward(const QkNormRopeBackward& a) {
+template <typename T, typename Arguments>
+void backward(const Arguments& a) {
+  constexpr bool pair = std::is_same_v<Arguments, QkNormRopePairBackward>;
   const index_t rows = a.x.batch * a.x.heads * a.x.length, width = a.x.width;
   const int team = team_size(a.place.threads, 2 * rows * width, rows);
 
   GroupSums sums(1, rows, width, a.partial, a.dweight);
   on_each_thread(team, [&](int thread) {
-    Scratch scratch(3 * width);
+    Scratch scratch((pair ? 4 : 3) * width);
     Rotation rotation(scratch, width);
-    float* g = scratch.take<float>(width);  // dy rotated back, times w
+    float* g = scratch.take<float>((pair ? 2 : 1) * width);  // dy rotated back, times w
     RowPosition at{0, -1, 0};
     index_t row_before = -2;
     sums.add(share_of(sums.blocks(), thread, team), [&](index_t row, float* dweight) {
@@ -122,17 +152,24 @@ void backward(const QkNormRopeBackward& a) {
       }
       row_before = row;
       if (at.l != position_before) rotation.set(row_of(a.cos, at.l), row_of(a.sin, at.l), width);
-      const T* x = row_of<const T>(a.x, at);
-      const T* dy = row_of<const T>(a.dy, at);
-      const auto dn = [&](index_t j, int lanes) {
-        prefetch(x + j + a.x.stride[2]);
-        const Vec back = rotation.transposed(load_lanes(dy + j, lanes), j, lanes);
-        store_lanes(g + j, back * load_lanes(a.weight.data + j, lanes), lanes);
-        return back;
+      const auto of_row = [&](auto number) {
+        using Number = decltype(number);
+        const BackwardRow<Number, T, Arguments> parts(a, at, row);
+        const DualRow<Number, float> product{g, g + width};
+        const auto dn = [&](index_t j, int lanes) {
+          prefetch(parts.x.primal + j + a.x.stride[2]);
+          const Number back = rotation.transposed(parts.dy(j, lanes), j, lanes);
+          product.store(j, back * load_lanes(a.weight.data + j, lanes), lanes);
+          return back;
+        };
+        const Number rstd = stored_rstd(parts.x, width, a.rstd.data[row]);
+        rms_norm_backward<Number, T>(width, parts.x, a.weight.data, rstd, dn, product, dweight, parts.dx);
       };
-      const auto product = [&](index_t j, int lanes) { return load_lanes(g + j, lanes); };
-      rms_norm_backward(width, x, a.weight.data, a.rstd.data[row], dn, product, dweight,
-                        static_cast<T*>(a.dx.data) + row * width);
+      if constexpr (pair) {
+        with_number(at.b >= a.x.batch - a.x_dot.batch, of_row);
+      } else {
+        of_row(Vec());
+      }
     });
   });
   sums.finish(team);
@@ -150,6 +187,13 @@ void qk_norm_rope_forward(const QkNormRopeForward& a) {
 void qk_norm_rope_backward(const QkNormRopeBackward& a) {
   if (!positions_first(a.dx)) {
     throw std::invalid_argument("dx must be [batch, length, heads, width] in memory");
+  }
+  with_type(a.x.dtype, [&](auto t) { backward<decltype(t)>(a); });
+}
+
+void qk_norm_rope_pair_backward(const QkNormRopePairBackward& a) {
+  if (!positions_first(a.dx) || !positions_first(a.dx_dot)) {
+    throw std::invalid_argument("dx and dx_dot must be [batch, length, heads, width] in memory");
   }
   with_type(a.x.dtype, [&](auto t) { backward<decltype(t)>(a); });
 }

@@ -29,21 +29,36 @@ IMF_ALWAYS_INLINE Number inverse_rms(DualRow<Number, T> x, index_t width, double
   return broadcast(r);
 }
 
+// Returns a row's stored rstd, with its derivative -rstd^3 mean(x x_dot) if it has a tangent.
+template <typename Number, typename T>
+IMF_ALWAYS_INLINE Number stored_rstd(DualRow<Number, T> x, index_t width, float rstd) {
+  if constexpr (is_dual<Number>) {
+    const Vec products = sum_over_row<Vec>(width, [&](index_t j, int lanes, Vec& sum) {
+      const Number xj = x(j, lanes);
+      sum = fma(xj.primal, xj.tangent, sum);
+    });
+    const float mean = reduce_add(products) / static_cast<float>(width);
+    return {Vec(rstd), Vec(-rstd * rstd * rstd * mean)};
+  } else {
+    return Vec(rstd);
+  }
+}
+
 // With n = x rstd, and dn(j, lanes) the cotangent of n w: adds dn n to dweight, and writes dx = rstd (g - n
 // mean(g n)). g(j, lanes) returns dn w, after dn was called for all j.
-template <typename X, typename Cotangent, typename Product>
-IMF_ALWAYS_INLINE void rms_norm_backward(index_t width, const X* x, const float* weight, float rstd,
-                                         Cotangent dn, Product g, float* dweight, X* dx) {
-  const auto n = [&](index_t j, int lanes) { return load_lanes(x + j, lanes) * Vec(rstd); };
-  const Vec dot = sum_over_row<Vec>(width, [&](index_t j, int lanes, Vec& sum) {
-    const Vec dnn = dn(j, lanes) * n(j, lanes);
-    store_lanes(dweight + j, load_lanes(dweight + j, lanes) + dnn, lanes);
+template <typename Number, typename X, typename Cotangent, typename Product>
+IMF_ALWAYS_INLINE void rms_norm_backward(index_t width, DualRow<Number, const X> x, const float* weight,
+                                         Number rstd, Cotangent dn, Product g, float* dweight,
+                                         DualRow<Number, X> dx) {
+  const auto n = [&](index_t j, int lanes) { return x(j, lanes) * rstd; };
+  const Number dot = sum_over_row<Number>(width, [&](index_t j, int lanes, Number& sum) {
+    const Number dnn = dn(j, lanes) * n(j, lanes);
+    store_lanes(dweight + j, load_lanes(dweight + j, lanes) + of_weight(dnn), lanes);
     sum = fma(dnn, load_lanes(weight + j, lanes), sum);
   });
-  const Vec mean(reduce_add(dot) * (1.0f / static_cast<float>(width)));
-  for_each_vec(width, [&](index_t j, int lanes) {
-    store_lanes(dx + j, Vec(rstd) * (g(j, lanes) - n(j, lanes) * mean), lanes);
-  });
+  const Number mean = broadcast(reduce_add(dot) * (1.0f / static_cast<float>(width)));
+  for_each_vec(width,
+               [&](index_t j, int lanes) { dx.store(j, rstd * (g(j, lanes) - n(j, lanes) * mean), lanes); });
 }
 
 }  // namespace

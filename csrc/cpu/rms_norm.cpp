@@ -1,4 +1,4 @@
-// RMSNorm with its tangent, and its primal backward. Formulas: imf_kernels/ops/rms_norm.py.
+// RMSNorm with its tangent, its primal backward and that of the pair. Formulas: imf_kernels/ops/rms_norm.py.
 #include "ops/rms_norm.h"
 
 #include "cpu/dtypes.h"
@@ -22,16 +22,38 @@ void forward(const RmsNormForward& a) {
   });
 }
 
+// Of a row, from the duals (x, x_dot) and (dy_dot, dy) or from x and dy.
+template <typename X, typename Number, typename Y, typename Arguments>
+IMF_ALWAYS_INLINE void backward_of_row(const Arguments& a, index_t row, DualRow<Number, const X> x,
+                                       DualRow<Number, const Y> dy, float* dweight, DualRow<Number, X> dx) {
+  const float* weight = a.weight.data;
+  const auto g = [&](index_t j, int lanes) { return dy(j, lanes) * load_lanes(weight + j, lanes); };
+  const Number rstd = stored_rstd(x, a.x.width, a.rstd.data[row]);
+  rms_norm_backward<Number, X>(a.x.width, x, weight, rstd, dy, g, dweight, dx);
+}
+
 template <typename X, typename Y>
 void backward(const RmsNormBackward& a) {
   const index_t rows = a.x.rows, width = a.x.width;
   const int team = team_size(a.place.threads, 2 * rows * width, rows);
   sum_over_groups(1, rows, width, team, a.partial, a.dweight, [&](index_t row, float* dweight) {
-    const Y* dy = row_of<const Y>(a.dy, row);
-    const auto dn = [&](index_t j, int lanes) { return load_lanes(dy + j, lanes); };
-    const auto g = [&](index_t j, int lanes) { return dn(j, lanes) * load_lanes(a.weight.data + j, lanes); };
-    rms_norm_backward(width, row_of<const X>(a.x, row), a.weight.data, a.rstd.data[row], dn, g, dweight,
-                      row_of<X>(a.dx, row));
+    const DualRow<Vec, const X> x{row_of<const X>(a.x, row), nullptr};
+    const DualRow<Vec, const Y> dy{row_of<const Y>(a.dy, row), nullptr};
+    backward_of_row<X>(a, row, x, dy, dweight, DualRow<Vec, X>{row_of<X>(a.dx, row), nullptr});
+  });
+}
+
+template <typename X, typename Y>
+void backward(const RmsNormPairBackward& a) {
+  const index_t rows = a.x.rows, first = rows - a.x_dot.rows, width = a.x.width;
+  const int team = team_size(a.place.threads, 4 * rows * width, rows);
+  sum_over_groups(1, rows, width, team, a.partial, a.dweight, [&](index_t row, float* dweight) {
+    with_number(row >= first, [&](auto number) {
+      using Number = decltype(number);
+      const auto x = dual_row<Number, const X>(a.x, row, a.x_dot, row - first);
+      const auto dy = cotangent_row<Number, const Y>(a.dy, row, a.dy_dot, row - first);
+      backward_of_row<X>(a, row, x, dy, dweight, cotangent_row<Number, X>(a.dx, row, a.dx_dot, row - first));
+    });
   });
 }
 
@@ -42,6 +64,10 @@ void rms_norm_forward(const RmsNormForward& a) {
 }
 
 void rms_norm_backward(const RmsNormBackward& a) {
+  with_types(a.x.dtype, a.dy.dtype, [&](auto x, auto y) { backward<decltype(x), decltype(y)>(a); });
+}
+
+void rms_norm_pair_backward(const RmsNormPairBackward& a) {
   with_types(a.x.dtype, a.dy.dtype, [&](auto x, auto y) { backward<decltype(x), decltype(y)>(a); });
 }
 

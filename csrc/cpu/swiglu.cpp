@@ -46,6 +46,24 @@ void backward(const SwigluBackward& a) {
   });
 }
 
+template <typename T>
+void backward(const SwigluPairBackward& a) {
+  const index_t width = a.dy.width;
+  for_each_row(a.dy, a.dy_dot, a.place.threads, [&](auto number, index_t row, index_t t) {
+    using Number = decltype(number);
+    const auto gate = dual_row<Number, const T>(a.x, row, a.x_dot, t);
+    const auto up = dual_row<Number, const T>(a.x, row, a.x_dot, t, width);
+    const auto dy = cotangent_row<Number, const T>(a.dy, row, a.dy_dot, t);
+    const auto dgate = cotangent_row<Number, T>(a.dx, row, a.dx_dot, t);
+    const auto dup = cotangent_row<Number, T>(a.dx, row, a.dx_dot, t, width);
+    for_each_vec(width, [&](index_t j, int lanes) {
+      const Number g = gate(j, lanes), d = dy(j, lanes), s = sigmoid(g);
+      dgate.store(j, d * up(j, lanes) * silu_derivative(g, s), lanes);
+      dup.store(j, d * (g * s), lanes);
+    });
+  });
+}
+
 }  // namespace
 
 void swiglu_forward(const SwigluForward& a) {
@@ -53,6 +71,10 @@ void swiglu_forward(const SwigluForward& a) {
 }
 
 void swiglu_backward(const SwigluBackward& a) {
+  with_type(a.x.dtype, [&](auto t) { backward<decltype(t)>(a); });
+}
+
+void swiglu_pair_backward(const SwigluPairBackward& a) {
   with_type(a.x.dtype, [&](auto t) { backward<decltype(t)>(a); });
 }
 

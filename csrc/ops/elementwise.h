@@ -17,11 +17,22 @@ struct ElementwiseBackward {
   IMF_ARGUMENTS(Elements x; Elements dy; Out<Elements> dx;)
 };
 
+// The pair's backward: (dx_dot, dx) is the backward of the duals (x, x_dot) and (dy_dot, dy), its value and
+// its tangent (imf_kernels/backends/operators.py).
+struct ElementwisePairBackward {
+  IMF_ARGUMENTS(Elements x; Elements x_dot;    // of the last elements
+                Elements dy; Elements dy_dot;  // as x, x_dot
+                Out<Elements> dx; Out<Elements> dx_dot;)
+};
+
 IMF_DECLARE(silu_forward, ElementwiseForward, CPU)
 IMF_DECLARE(silu_backward, ElementwiseBackward, CPU)
+IMF_DECLARE(silu_pair_backward, ElementwisePairBackward, CPU)
 IMF_DECLARE(gelu_forward, ElementwiseForward, CPU)
 IMF_DECLARE(gelu_backward, ElementwiseBackward, CPU)
+IMF_DECLARE(gelu_pair_backward, ElementwisePairBackward, CPU)
 IMF_DECLARE(gelu_tanh_forward, ElementwiseForward, CPU)
 IMF_DECLARE(gelu_tanh_backward, ElementwiseBackward, CPU)
+IMF_DECLARE(gelu_tanh_pair_backward, ElementwisePairBackward, CPU)
 
 }  // namespace imf

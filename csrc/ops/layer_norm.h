@@ -26,7 +26,22 @@ struct LayerNormBackward {
                 float one;)
 };
 
+// The pair's backward: (dx_dot, dx) is the backward of the duals (x, x_dot) and (dy_dot, dy), its value and
+// its tangent (imf_kernels/backends/operators.py).
+struct LayerNormPairBackward {
+  IMF_ARGUMENTS(Rows x;                      // [rows, width]
+                Optional<Rows> x_dot;        // as dy_dot
+                Rows dy; Rows dy_dot;        // [rows, width], [tangent rows, width]
+                Optional<Floats> scale;      // [groups, width]
+                Optional<Floats> scale_dot;  // [tangent groups, width]
+                Floats statistics; Out<Rows> dx; Optional<Out<Rows>> dx_dot;  // as x_dot
+                Out<Floats> partial;  // [groups, shares, 4, width], scratch
+                Out<Floats> sums;     // [groups, 4, width]: dscale, dshift, dscale_dot, dshift_dot
+                float one;)
+};
+
 IMF_DECLARE(layer_norm_forward, LayerNormForward, CPU)
 IMF_DECLARE(layer_norm_backward, LayerNormBackward, CPU)
+IMF_DECLARE(layer_norm_pair_backward, LayerNormPairBackward, CPU)
 
 }  // namespace imf

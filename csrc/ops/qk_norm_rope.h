@@ -25,7 +25,19 @@ struct QkNormRopeBackward {
                 Out<Floats> dweight;)  // [1, 1, width]
 };
 
+// The pair's backward: (dx_dot, dx) is the backward of the duals (x, x_dot) and (dy_dot, dy), its value and
+// its tangent (imf_kernels/backends/operators.py).
+struct QkNormRopePairBackward {
+  IMF_ARGUMENTS(Heads x; Heads x_dot; Heads dy; Heads dy_dot; Floats weight; Floats cos; Floats sin;
+                Floats rstd;           //
+                Out<Heads> dx;         // in memory [batch, length, heads, width]
+                Out<Heads> dx_dot;     // likewise
+                Out<Floats> partial;   // [1, shares, 1, width], scratch
+                Out<Floats> dweight;)  // [1, 1, width]
+};
+
 IMF_DECLARE(qk_norm_rope_forward, QkNormRopeForward, CPU)
 IMF_DECLARE(qk_norm_rope_backward, QkNormRopeBackward, CPU)
+IMF_DECLARE(qk_norm_rope_pair_backward, QkNormRopePairBackward, CPU)
 
 }  // namespace imf

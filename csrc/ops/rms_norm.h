@@ -22,7 +22,17 @@ struct RmsNormBackward {
   )
 };
 
+// The pair's backward: (dx_dot, dx) is the backward of the duals (x, x_dot) and (dy_dot, dy), its value and
+// its tangent (imf_kernels/backends/operators.py).
+struct RmsNormPairBackward {
+  IMF_ARGUMENTS(Rows x; Rows x_dot; Rows dy; Rows dy_dot; Floats weight; Floats rstd;  //
+                Out<Rows> dx; Out<Rows> dx_dot; Out<Floats> partial;  // [1, shares, 1, width], scratch
+                Out<Floats> dweight;                                  // [1, 1, width]
+  )
+};
+
 IMF_DECLARE(rms_norm_forward, RmsNormForward, CPU)
 IMF_DECLARE(rms_norm_backward, RmsNormBackward, CPU)
+IMF_DECLARE(rms_norm_pair_backward, RmsNormPairBackward, CPU)
 
 }  // namespace imf

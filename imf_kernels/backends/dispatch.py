@@ -45,6 +45,7 @@ class Backend(Generic[Asked]):
             serves all operations of a network.
         function: what runs in place of the reference, with its arguments and an autograd of its own.
         concerns: whether its name means it in such a call; if not, the name means the default.
+        not_differentiable: why its tangents carry no gradients; `None` where they can.
     """
 
     name: str
@@ -54,30 +55,41 @@ class Backend(Generic[Asked]):
     aliases: tuple[str, ...] = ()
     function: Callable[..., Any] | None = None
     concerns: Callable[[Asked], bool] = every
+    not_differentiable: str | None = None
 
 
 def choose(
-    operation: str, backends: Sequence[Backend[Asked]], wanted: str | None, asked: Asked
+    operation: str,
+    backends: Sequence[Backend[Asked]],
+    wanted: str | None,
+    asked: Asked,
+    differentiable: bool = False,
 ) -> Backend[Asked]:
     """Returns the backend named `wanted`, or with `None` the first that can run and is not opt-in.
+
+    With `differentiable` it is one whose tangents carry gradients.
 
     Raises:
         ValueError: no backend of that name.
         RuntimeError: the wanted backend cannot run, with the reason.
     """
+
+    def unavailable(backend: Backend[Asked]) -> str | None:
+        return (backend.not_differentiable if differentiable else None) or backend.unavailable(asked)
+
     if wanted == FLASH and not any(b.name == FLASH and b.concerns(asked) for b in backends):
         wanted = None
     if wanted is not None:
         for backend in backends:
             if backend.name == wanted or wanted in backend.aliases:
-                if reason := backend.unavailable(asked):
+                if reason := unavailable(backend):
                     raise RuntimeError(f"{operation}: backend {wanted!r} cannot run: {reason}")
                 return backend
         names = ", ".join(repr(name) for b in backends for name in (*b.aliases, b.name))
         raise ValueError(f"{operation}: backend must be one of {names}, got {wanted!r}")
     refused: list[str] = []
     for backend in backends:
-        if (reason := backend.opt_in(asked) or backend.unavailable(asked)) is None:
+        if (reason := backend.opt_in(asked) or unavailable(backend)) is None:
             if refused and not torch.compiler.is_compiling():
                 log_once(operation, backend.name, "; ".join(refused))
             return backend

@@ -27,6 +27,11 @@ def in_rows(x: Tensor) -> Tensor:
     return x
 
 
+def or_zeros(cotangent: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Returns a cotangent as kernels read it, in rows: zeros for a missing one."""
+    return torch.zeros_like(like, dtype=dtype).contiguous() if cotangent is None else in_rows(cotangent)
+
+
 def last_contiguous(x: Tensor) -> Tensor:
     """Returns `x`, copied if its last dimension is not contiguous (gradients arrive with any strides)."""
     return x if x.dim() == 0 or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()

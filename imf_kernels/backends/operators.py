@@ -10,6 +10,15 @@ imf_kernels::rms_norm_backward. The compiler's front end sees only the former, w
 running the operation's `autograd.Function`: it saves and differentiates as in eager mode, and its kernels,
 the latter, stay in the graph. Eager mode does without operators, which take two to three times an
 `autograd.Function`'s time on the host.
+
+Gradients flow through a tangent if it is asked for, by `Dual(..., differentiable=True)`. Such calls run a
+second `autograd.Function`, of the pair (y, ẏ) = (f(x), J ẋ) with J = f′(x): the same kernel forward, and the
+cotangents of both backward. Its derivation is one for all operations. Let B(x, c) = Jᵀ c be the primal's
+backward. From dy and dẏ follow
+    dẋ = Jᵀ dẏ = B(x, dẏ),
+    dx = Jᵀ dy + ∂/∂x ⟨dẏ, J ẋ⟩ = B(x, dy) + ∂B/∂x (x, dẏ) · ẋ, because second derivatives of f commute.
+B is linear in c, so (dẋ, dx) is B of the dual numbers (x, ẋ) and (dẏ, dy), its value and its tangent: the
+same formula, in the arithmetic of `Dual`s. So are the gradients of weights, whose tangents are 0.
 """
 
 from __future__ import annotations
@@ -19,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, ClassVar, Generic
+from typing import Any, ClassVar, Generic, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +46,7 @@ from imf_kernels.backends.dispatch import (
     without_autocast,
 )
 from imf_kernels.backends.layout import last_contiguous, without_memory
-from imf_kernels.dual import Dual, align, unchecked
+from imf_kernels.dual import Dual, align, is_differentiable, stored, unchecked
 
 _LIBRARY = torch.library.Library("imf_kernels", "DEF")
 MOST_CHOICES = 1024  # that an operation remembers
@@ -60,13 +69,17 @@ class Operation(Generic[Asked]):
 
     Args:
         name: of the operation and its operator.
-        reference: the definition in plain PyTorch, `reference(*arguments)`: the result and its tangent or
-            `None`.
+        reference: the definition in plain PyTorch, `reference(differentiable, *arguments)`: the result and
+            its tangent or `None`. Gradients flow through the tangent only if it is to be differentiable.
         check: raises for arguments that do not fit, and returns those that backends inspect, mostly tensors.
         backends: those with kernels, best first.
         forward, backward: of its `autograd.Function`, `None` without kernels: `forward(ctx, kernels,
             *arguments)` returns what the reference does; its annotations give the operator's schema. PyTorch
             or the functions of `kernels` do all the work.
+        pair_backward: of the pair, with kernels: `pair_backward(call, dy, dy_dot)` returns the gradients of
+            the arguments of a `PairCall`, `None` for those without; a cotangent may be `None`. It runs on
+            backends that have a kernel `pair_backward`; on all others, and by default, PyTorch
+            differentiates the reference. `pair_needs_kernel=False`: on all with kernels.
         kind: of its work, in profiles: "rows", "attention" or "products".
         public, kernels: name of the public function and prefix of the kernels, `name` by default.
         schemas: of the kernels by name, if they are not in the compiled module; `fakes`: the same functions
@@ -84,7 +97,9 @@ class Operation(Generic[Asked]):
         backends: Sequence[Backend[Asked]] = (),
         forward: Callable[..., Result] | None = None,
         backward: Callable[..., Any] | None = None,
+        pair_backward: Callable[..., Any] | None = None,
         *,
+        pair_needs_kernel: bool = True,
         kind: str = "rows",
         public: str | None = None,
         kernels: str | None = None,
@@ -107,14 +122,26 @@ class Operation(Generic[Asked]):
         if forward is not None and backward is not None:
             methods = {
                 "forward": staticmethod(forward),
-                "backward": staticmethod(_first_derivatives(self.public, backward)),
+                "backward": staticmethod(_first_derivatives(self.public, _of_primal(backward))),
             }
             function: Any = FunctionMeta(f"_{name}", (torch.autograd.Function,), methods)
             self.function = function
             # Skips `Function.apply`'s work for transforms of torch.func, where no kernel runs: 2 µs per call.
             base: Any = super(torch.autograd.Function, function)
             self._forward, self._apply = forward, base.apply
-            self._operator = _define(name, f"({_parameters(forward)}) -> Tensor[]")
+            pair: Any = FunctionMeta(
+                f"_{name}_pair",
+                (torch.autograd.Function,),
+                {
+                    "forward": staticmethod(self._pair_forward),
+                    "backward": staticmethod(_first_derivatives(self.public, self._pair_backward)),
+                },
+            )
+            self.pair_function = pair
+            base = super(torch.autograd.Function, pair)
+            self._apply_pair = base.apply
+            self._backward_of_pair, self._pair_needs_kernel = pair_backward, pair_needs_kernel
+            self._operator = _define(name, f"({_parameters(forward)}, bool differentiable) -> Tensor[]")
             _LIBRARY.impl(name, self._compose, "CompositeImplicitAutograd")
         self._kernel_operators = {
             kernel.removeprefix(f"{self.kernels}_"): _KernelOperator.of(
@@ -131,44 +158,52 @@ class Operation(Generic[Asked]):
     def __call__(self, backend: str | None, inputs: Sequence[Tensor | Dual], *others: Any) -> Any:
         """Returns the result for tensors or `Dual`s and all other arguments, a `Dual` if an input is one."""
         arguments: list[Any] = []
-        moves = False
+        moves = differentiable = False
         for x in inputs:
             if isinstance(x, Dual):
                 moves = True
+                differentiable = differentiable or x._differentiable
                 arguments += (x._primal, x._tangent)
             else:
                 arguments += (x, None)
+        if differentiable:
+            differentiable = is_differentiable(*inputs)
         if moves and len(inputs) > 1:
             arguments[1::2] = align(*arguments[1::2])
-        result = self.run(backend, (*arguments, *others))
-        return unchecked(*result) if moves else result[0]
+        y, y_dot = self.run(backend, (*arguments, *others), differentiable)
+        return unchecked(y, y_dot, differentiable) if moves else y
 
-    def run(self, backend: str | None, arguments: tuple[Any, ...]) -> Result:
+    def run(self, backend: str | None, arguments: tuple[Any, ...], differentiable: bool = False) -> Result:
         """Returns the result and its tangent, by the named backend or the one chosen for such calls."""
         if torch.compiler.is_compiling():
-            return self._decided(traced_default() if backend is None else backend, arguments)(*arguments)
+            backend = traced_default() if backend is None else backend
+            return self._decided(backend, arguments, differentiable)(*arguments)
         backend = default.backend if backend is None else backend
-        key = _C.key((backend, *arguments))
+        key = _C.key((backend, differentiable, *arguments))
         run = self.choices.get(key)
         if run is None:
-            run = self._decided(backend, arguments)
+            run = self._decided(backend, arguments, differentiable)
             if key is not None:
                 if len(self.choices) >= MOST_CHOICES:
                     self.choices.clear()
                 self.choices[key] = run
         return run(*arguments)
 
-    def backend_for(self, backend: str | None, *arguments: Any) -> Backend[Asked]:
+    def backend_for(
+        self, backend: str | None, *arguments: Any, differentiable: bool = False
+    ) -> Backend[Asked]:
         """Returns the backend that would run a call, after checking its arguments."""
         asked = self._check(*arguments)
-        chosen = choose(self.public, self.backends, backend, asked)
+        chosen = choose(self.public, self.backends, backend, asked, differentiable)
         verified.warn_unverified(self.public, chosen.name, asked)
         return chosen
 
-    def _decided(self, wanted: str | None, arguments: tuple[Any, ...]) -> Callable[..., Result]:
-        backend = self.backend_for(wanted, *arguments)
+    def _decided(
+        self, wanted: str | None, arguments: tuple[Any, ...], differentiable: bool
+    ) -> Callable[..., Result]:
+        backend = self.backend_for(wanted, *arguments, differentiable=differentiable)
         if backend.kernels is None:
-            run = backend.function or self.reference
+            run = backend.function or partial(self.reference, differentiable)
         elif reason := next(
             filter(None, (without_memory(x) for x in arguments if isinstance(x, Tensor))), None
         ):
@@ -177,33 +212,98 @@ class Operation(Generic[Asked]):
                 f"got {reason}"
             )
         elif in_graph():
-            run = partial(self._traced, backend.name)
+            run = partial(self._traced, backend.name, differentiable)
         elif (
             torch.is_grad_enabled() or torch._C._get_tracing_state() or torch._C._autograd._profiler_enabled()
         ):
-            run = partial(self._apply, backend.kernels)
+            run = partial(self._apply_pair if differentiable else self._apply, backend.kernels)
         else:
             run = partial(self._forward, _NO_GRAPH, backend.kernels)
         if not torch._C._is_any_autocast_enabled():
             return run
         return partial(_outside_autocast, run)
 
-    def _traced(self, backend: str, *arguments: Any) -> Result:
+    def _traced(self, backend: str, differentiable: bool, *arguments: Any) -> Result:
         """Calls the operator like the `autograd.Function`; an operator cannot return `None`."""
-        y, *y_dot = self._operator(*arguments, backend=backend)
+        y, *y_dot = self._operator(*arguments, differentiable, backend=backend)
         return y, y_dot[0] if y_dot else None
 
-    def _compose(self, *arguments: Any, backend: str) -> list[Tensor]:
-        assert self.function is not None
+    def _compose(self, *arguments_and_kind: Any, backend: str) -> list[Tensor]:
+        *arguments, differentiable = arguments_and_kind
+        function = self.pair_function if differentiable else self.function
+        assert function is not None
         chosen = next(b.kernels for b in self.backends if b.name == backend)
-        kernels = {name: partial(k.operator, backend=backend) for name, k in self._kernel_operators.items()}
+        kernels = {
+            name: partial(k.operator, backend=backend)
+            for name, k in self._kernel_operators.items()
+            if hasattr(chosen, name)
+        }
         if hasattr(chosen, "shares"):
             kernels["shares"] = chosen.shares
-        y, y_dot = self.function.apply(SimpleNamespace(**kernels), *arguments)
+        y, y_dot = function.apply(SimpleNamespace(**kernels), *arguments)
         return [y] if y_dot is None else [y, y_dot]
 
+    def _pair_forward(self, ctx: Any, kernels: Any, *arguments: Any) -> Result:
+        """Runs the forward, and saves its arguments and what it saves for backward."""
+        recorder = _Recorder()
+        y, y_dot = self._forward(recorder, kernels, *arguments)
+        tensors = [x if isinstance(x, Tensor) else None for x in arguments]
+        ctx.save_for_backward(*tensors, *recorder.saved)
+        ctx.others = [None if isinstance(x, Tensor) else x for x in arguments]
+        ctx.kernels = kernels
+        ctx.set_materialize_grads(False)
+        return y, y_dot
 
-_FUNCTIONS = ("forward", "backward", "grad_input", "grad_weight")
+    def _pair_backward(self, ctx: Any, dy: Tensor | None, dy_dot: Tensor | None) -> tuple[Any, ...]:
+        saved, count = ctx.saved_tensors, len(ctx.others)
+        arguments = [other if x is None else x for x, other in zip(saved[:count], ctx.others, strict=True)]
+        call = PairCall(ctx.kernels, arguments, saved[count:], ctx.needs_input_grad[1:])
+        backward = self._backward_of_pair
+        if backward and not (self._pair_needs_kernel and not hasattr(ctx.kernels, "pair_backward")):
+            return (None, *backward(call, dy, dy_dot))
+        return (None, *_differentiated(self.reference, call, dy, dy_dot))
+
+
+class PairCall(NamedTuple):
+    """A call of an operation that is to be differentiated through its result and its tangent.
+
+    Attributes:
+        kernels: of its backend.
+        arguments: of the operation.
+        saved: what its forward saves for the primal's backward.
+        needed: which arguments' gradients are needed.
+    """
+
+    kernels: Any
+    arguments: list[Any]
+    saved: Sequence[Any]
+    needed: Sequence[bool]
+
+
+def _differentiated(
+    reference: Callable[..., Result], call: PairCall, dy: Tensor | None, dy_dot: Tensor | None
+) -> list[Tensor | None]:
+    """Returns the gradients of a call by PyTorch's autograd through the operation's reference."""
+    with torch.enable_grad():
+        leaves = [
+            x.detach().requires_grad_() if needed else x
+            for x, needed in zip(call.arguments, call.needed, strict=True)
+        ]
+        results = reference(True, *leaves)
+    given = [
+        (y, cotangent)
+        for y, cotangent in zip(results, (dy, dy_dot), strict=True)
+        if y is not None and y.requires_grad and cotangent is not None
+    ]
+    if not given:
+        return [None] * len(leaves)
+    ys, cotangents = zip(*given, strict=True)
+    wanted = [x for x, needed in zip(leaves, call.needed, strict=True) if needed]
+    gradients = iter(torch.autograd.grad(ys, wanted, cotangents, allow_unused=True))
+    return [next(gradients) if needed else None for needed in call.needed]
+
+
+_FUNCTIONS = ("forward", "backward", "pair_backward", "grad_input", "grad_weight")
 
 
 def compiled(
@@ -225,25 +325,35 @@ def _first_derivatives(operation: str, backward: Callable[..., Any]) -> Callable
     """Wraps the backward of kernels.
 
     It raises if it would have to be differentiated itself (PyTorch's `once_differentiable` silently leaves
-    out second derivatives if no cotangent requires grad), returns no gradients for a missing cotangent, and
+    out second derivatives if no cotangent requires grad), returns no gradients without a cotangent, and
     runs outside `torch.autocast`, like its forward.
     """
 
     @functools.wraps(backward)
-    def wrapper(ctx: Any, dy: Tensor | None, dy_dot: Tensor | None) -> Any:
+    def wrapper(ctx: Any, *cotangents: Tensor | None) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 f"{operation}: create_graph=True asks for second derivatives, which the kernels do not have; "
                 "backend='reference' does"
             )
-        if dy is None:
+        given = [dy.resolve_neg() if dy is not None and dy.is_neg() else dy for dy in cotangents]
+        first = stored(*given)
+        if first is None:
             return (None,) * len(ctx.needs_input_grad)
-        if dy.is_neg():
-            dy = dy.resolve_neg()
         if not torch._C._is_any_autocast_enabled():
-            return backward(ctx, dy)
-        with without_autocast(dy.device):
-            return backward(ctx, dy)
+            return backward(ctx, *given)
+        with without_autocast(first.device):
+            return backward(ctx, *given)
+
+    return wrapper
+
+
+def _of_primal(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Leaves out the cotangent of a tangent through which no gradient flows."""
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, dy: Tensor, dy_dot: None) -> Any:
+        return backward(ctx, dy)
 
     return wrapper
 
@@ -261,6 +371,15 @@ class _NoGraph:
 
 
 _NO_GRAPH = _NoGraph()
+
+
+class _Recorder(_NoGraph):
+    """A stand-in for it that keeps what is to be saved."""
+
+    saved: tuple[Tensor | None, ...] = ()
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        vars(self)["saved"] = tensors
 
 
 def _outside_autocast(run: Callable[..., Result], x: Tensor, *arguments: Any) -> Result:

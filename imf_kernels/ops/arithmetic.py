@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from imf_kernels.dual import Dual, align, last_rows, pad_with_zeros, primal, unpack
+from imf_kernels.dual import (
+    Dual,
+    align,
+    is_differentiable,
+    last_rows,
+    pad_with_zeros,
+    primal,
+    tangent_graph,
+    unpack,
+)
 
 Operand = Any  # Tensor | Dual | float
 _OPERANDS = (Tensor, Dual, int, float, complex, torch.SymInt, torch.SymFloat)
@@ -47,10 +56,11 @@ def _values_for(y: Tensor, x: Operand, like: Tensor) -> Operand:
 
 def _of_two(rule: tuple[Callable[..., Tensor], ...], a: Operand, b: Operand) -> Dual:
     """Returns y(a, b) with the tangent of_a(ȧ, a, b, y) + of_b(ḃ, a, b, y), for a rule of `ARITHMETIC`."""
+    differentiable = is_differentiable(a, b)
     (a, a_dot), (b, b_dot), (y, of_a, of_b) = unpack(a), unpack(b), rule
     result = y(a, b)
     parts = []
-    with torch.no_grad():
+    with tangent_graph(differentiable):
         for x, tangent, derivative in ((a, a_dot, of_a), (b, b_dot, of_b)):
             tangent = _tangent_in(result, x, tangent)
             if tangent is not None:
@@ -59,7 +69,8 @@ def _of_two(rule: tuple[Callable[..., Tensor], ...], a: Operand, b: Operand) -> 
                 parts.append(part.expand(tangent.shape).to(result.dtype))
         if not parts:
             return Dual(result, None)
-        return Dual(result, reduce(torch.add, cast(list[Tensor], align(*parts))))
+        y_dot = reduce(torch.add, cast(list[Tensor], align(*parts)))
+        return Dual(result, y_dot, differentiable=differentiable)
 
 
 # y(a, b), and its derivatives along ȧ and ḃ as functions of the tangent, a, b and y.
@@ -81,9 +92,9 @@ def power(x: Dual, n: float) -> Dual:
     y, tangent = x.primal**n, x.tangent_rows
     if tangent is None:
         return Dual(y, None)
-    with torch.no_grad():
+    with tangent_graph(x.differentiable):
         y_dot = n * last_rows(x.primal, tangent) ** (n - 1) * tangent if n != 0 else torch.zeros_like(tangent)
-        return Dual(y, y_dot)
+        return Dual(y, y_dot, differentiable=x.differentiable)
 
 
 def cat(tensors: Sequence[Tensor | Dual], dim: int = 0) -> Any:
@@ -98,9 +109,10 @@ def cat(tensors: Sequence[Tensor | Dual], dim: int = 0) -> Any:
     if not any(isinstance(x, Dual) for x in tensors):
         return y
     primals, tangents = zip(*map(unpack, tensors), strict=True)
+    differentiable = is_differentiable(*tensors)
     if all(t is None for t in tangents):
         return Dual(y, None)
-    with torch.no_grad():
+    with tangent_graph(differentiable):
         if dim % y.dim() == 0:
             rows = [x.shape[0] for x in primals]
         else:
@@ -110,7 +122,7 @@ def cat(tensors: Sequence[Tensor | Dual], dim: int = 0) -> Any:
             x.new_zeros((n, *x.shape[1:])) if t is None else pad_with_zeros(t, n)
             for x, t, n in zip(primals, tangents, rows, strict=True)
         ]
-        return Dual(y, torch.cat(parts, dim).to(y.dtype))
+        return Dual(y, torch.cat(parts, dim).to(y.dtype), differentiable=differentiable)
 
 
 def _on_both(
@@ -121,15 +133,15 @@ def _on_both(
     `on_rows` is the method for a stored tangent if samples stay apart and in order; with `None` they do not,
     and the tangent is completed before `on_whole` takes it.
     """
-    tangent = x.tangent_rows
+    tangent, made = x.tangent_rows, partial(Dual, differentiable=x.differentiable)
     if tangent is None:
-        return pytree.tree_map(lambda part: Dual(part, None), y)
-    with torch.no_grad():
+        return pytree.tree_map(made, y)
+    with tangent_graph(x.differentiable):
         if on_rows is None:
             y_dot = on_whole(pad_with_zeros(tangent, x.primal.shape[0] if x.primal.dim() else 1))
         else:
             y_dot = on_rows(tangent)
-    return pytree.tree_map(Dual, y, y_dot)
+    return pytree.tree_map(made, y, y_dot)
 
 
 def _is_first(dim: int, of: Tensor) -> bool:

@@ -21,7 +21,7 @@ from imf_kernels.backends import cpu, cuda, flash, triton_launch
 from imf_kernels.backends.dispatch import FLASH, Backend, in_graph
 from imf_kernels.backends.layout import in_order_of, last_contiguous, unfit
 from imf_kernels.backends.operators import Operation
-from imf_kernels.dual import Dual, NoTangent, last_rows, no_gradient, primal, stored
+from imf_kernels.dual import Dual, NoTangent, last_rows, no_gradient, primal, stored, tangent_graph
 from imf_kernels.ops import check
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
@@ -35,40 +35,42 @@ def _softmax(logits: Tensor) -> Tensor:
 
 
 def _reference(
-    q: Tensor, q_dot: Tensor | None, k: Tensor, k_dot: Tensor | None, v: Tensor, v_dot: Tensor | None,
-    mask: Tensor | None, is_causal: bool, scale: float,
+    differentiable: bool, q: Tensor, q_dot: Tensor | None, k: Tensor, k_dot: Tensor | None,
+    v: Tensor, v_dot: Tensor | None, mask: Tensor | None, is_causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     dtype, exact = q.dtype, torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // max(k.shape[1], 1)  # query heads per head of keys and values
-    k, k_dot, v, v_dot = (_repeated(x, group) for x in (k, k_dot, v, v_dot))
-    q, k, v = q.to(exact), k.to(exact), v.to(exact)
+    # In `exact`, so that gradients of a head's copies are summed there.
+    q, q_dot = q.to(exact), None if q_dot is None else q_dot.to(exact)
+    k, v = (_repeated(x.to(exact), group) for x in (k, v))
+    k_dot, v_dot = (None if x is None else _repeated(x.to(exact), group) for x in (k_dot, v_dot))
     s = scale * (q @ k.mT)
     if is_causal:
         mask = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril()
     if mask is not None:
         s = s.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else s + mask
     p = _softmax(s)
-    o = p @ v
-    out = o.to(dtype)
+    out = (p @ v).to(dtype)
     moving = stored(q_dot, k_dot, v_dot)
     if moving is None:
         return out, None
-    with torch.no_grad():
-        q, k, v, p, o = (last_rows(x, moving) for x in (q, k, v, p, o))
-        out_dot = torch.zeros_like(o) if v_dot is None else p @ v_dot.to(exact)
+    with tangent_graph(differentiable):
+        q, k, v, p = (last_rows(x, moving) for x in (q, k, v, p))
+        out_dot = p.new_zeros((*p.shape[:-1], v.shape[-1])) if v_dot is None else p @ v_dot
         if q_dot is not None or k_dot is not None:
             s_dot = torch.zeros_like(p)
             if q_dot is not None:
-                s_dot += q_dot.to(exact) @ k.mT
+                s_dot += q_dot @ k.mT
             if k_dot is not None:
-                s_dot += q @ k_dot.to(exact).mT
+                s_dot += q @ k_dot.mT
             p_s_dot = p * (scale * s_dot)
-            out_dot += p_s_dot @ v - p_s_dot.sum(-1, keepdim=True) * o
+            # (P ∘ (Ṡ − μ)) V = (P ∘ Ṡ) V − μ ∘ O, exactly zero with a single key, gradients too.
+            out_dot += (p_s_dot - p * p_s_dot.sum(-1, keepdim=True)) @ v
         return out, out_dot.to(dtype)
 
 
-def _repeated(x: Any, group: int) -> Any:
-    return x if x is None or group == 1 else x.repeat_interleave(group, dim=1)
+def _repeated(x: Tensor, group: int) -> Tensor:
+    return x if group == 1 else x.repeat_interleave(group, dim=1)
 
 
 class _Asked(NamedTuple):
@@ -241,6 +243,11 @@ def _cuda_layout(x: Tensor) -> str | None:
     return None
 
 
+_CUDA_HAS_NO_PAIR = (
+    "its tangents carry no gradients: backend='triton' and 'reference' have differentiable ones"
+)
+
+
 def _cuda_unavailable(asked: _Asked) -> str | None:
     if asked.masked or asked.is_causal:
         return "it has no masks and no is_causal"
@@ -283,7 +290,7 @@ _OPERATION = Operation(
     _check,
     (
         Backend("cpu", cpu.kernels("attention"), _cpu_unavailable),
-        Backend("cuda", _CUDA(), _cuda_unavailable),
+        Backend("cuda", _CUDA(), _cuda_unavailable, not_differentiable=_CUDA_HAS_NO_PAIR),
         Backend("triton", _TRITON, _triton_unavailable),
         Backend(FLASH, function=_flash, unavailable=_flash_unavailable, concerns=_flash_concerns),
     ),

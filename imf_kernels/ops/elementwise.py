@@ -2,9 +2,11 @@
 
 Tangent:  ẏ = f′(x) ẋ.
 Backward: dx = f′(x) dy.
-- SiLU: f(x) = x s with s = 1 / (1 + e^(−x)), f′(x) = s (1 + x (1 − s)).
-- GELU: f(x) = x s(x), f′(x) = s(x) + x s′(x), with s the normal distribution Φ(x) = (1 + erf(x / √2)) / 2 or
-  its approximation (1 + tanh(√(2 / π) (x + 0.044715 x³))) / 2.
+Pair:     dẋ = f′(x) dẏ,  dx = f′(x) dy + f″(x) ẋ dẏ: the backward of the duals (x, ẋ) and (dẏ, dy).
+- SiLU: f(x) = x s with s = 1 / (1 + e^(−x)), f′(x) = s (1 + x (1 − s)), f″(x) = s (1 − s) (2 + x (1 − 2 s)).
+- GELU: f(x) = x s(x), f′(x) = s(x) + x s′(x), f″(x) = 2 s′(x) + x s″(x), with s the normal distribution
+  Φ(x) = (1 + erf(x / √2)) / 2, s″ = −x s′, or its approximation (1 + tanh(v / 2)) / 2 with
+  v = √(8 / π) (x + 0.044715 x³), s″ = s (1 − s) ((1 − 2 s) v′² + v″).
 Source: Hendrycks and Gimpel, "Gaussian Error Linear Units" (2016); as `torch.nn.functional.silu` and `gelu`.
 Kernels: csrc/ops/elementwise.h, csrc/cpu/elementwise.cpp, backends/triton_kernels/elementwise.py.
 """
@@ -19,8 +21,9 @@ import torch
 from torch import Tensor
 
 from imf_kernels import _C
-from imf_kernels.backends.operators import Operation, compiled
-from imf_kernels.dual import TensorOrDual, last_rows, no_gradient
+from imf_kernels.backends.layout import or_zeros
+from imf_kernels.backends.operators import Operation, PairCall, compiled
+from imf_kernels.dual import TensorOrDual, last_rows, no_gradient, tangent_graph
 from imf_kernels.ops import check
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
@@ -47,19 +50,23 @@ class Elementwise:
         backends = compiled(name, triton=("elementwise", name))
         layout: Any = {"lay_out": Tensor.contiguous}
         self._operation = Operation(
-            name, self._reference, check_arguments, backends, _forward, _backward, public=public, **layout
+            *(name, self._reference, check_arguments, backends, _forward, _backward, _pair_backward),
+            public=public,
+            **layout,
         )
 
     def __call__(self, x: TensorOrDual, backend: str | None) -> TensorOrDual:
         return self._operation(backend, (x,))
 
-    def _reference(self, x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _reference(
+        self, differentiable: bool, x: Tensor, x_dot: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         dtype, exact = x.dtype, torch.promote_types(x.dtype, torch.float32)
         x = x.to(exact)
         y = self.function(x).to(dtype)
         if x_dot is None:
             return y, None
-        with torch.no_grad():
+        with tangent_graph(differentiable):
             return y, (self.derivative(last_rows(x, x_dot)) * x_dot.to(exact)).to(dtype)
 
 
@@ -83,6 +90,14 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = torch.empty_like(x)
     ctx.kernels.backward(x, dy.contiguous(), dx)
     return None, dx, None
+
+
+def _pair_backward(call: PairCall, dy: Tensor | None, dy_dot: Tensor | None) -> Sequence[Tensor]:
+    x, x_dot = (t.contiguous() for t in call.arguments)
+    dx, dx_dot = torch.empty_like(x), torch.empty_like(x_dot)
+    cotangents = or_zeros(dy, x).contiguous(), or_zeros(dy_dot, x_dot).contiguous()
+    call.kernels.pair_backward(x, x_dot, *cotangents, dx, dx_dot)
+    return dx, dx_dot
 
 
 def _silu_derivative(x: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 Tangent:  ẏ = ẋ + ḃ · g + b · ġ (a gate shared by all rows is a weight and carries no tangent).
 Backward: dx = dy,  db = dy · g,  dg = Σ dy · b over the rows that share the gate.
+Pair:     dẋ = dẏ,  dḃ = dẏ · g,  dġ = Σ dẏ · b,
+          dx = dy,  db = dy · g + dẏ · ġ,  dg = Σ dy · b + dẏ · ḃ.
 Source: the residual scales of iMF (Geng et al., "Improved Mean Flows", 2025, arXiv 2512.02012); for gates per
 sample DiT (Peebles and Xie, "Scalable Diffusion Models with Transformers", 2022, arXiv 2212.09748).
 Kernels: csrc/ops/gated_residual.h, csrc/cpu/gated_residual.cpp, backends/triton_kernels/gated_residual.py.
@@ -22,24 +24,25 @@ from imf_kernels.backends.layout import (
     groups_of,
     in_dtype,
     in_rows,
+    or_zeros,
     per_position,
     sums,
 )
-from imf_kernels.backends.operators import Operation, compiled
-from imf_kernels.dual import Dual, NoTangent, last_rows, no_gradient, stored
+from imf_kernels.backends.operators import Operation, PairCall, compiled
+from imf_kernels.dual import Dual, NoTangent, last_rows, no_gradient, stored, tangent_graph
 from imf_kernels.ops import check
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
 
 def _reference(
-    x: Tensor, x_dot: Tensor | None, branch: Tensor, branch_dot: Tensor | None,
+    differentiable: bool, x: Tensor, x_dot: Tensor | None, branch: Tensor, branch_dot: Tensor | None,
     gate: Tensor, gate_dot: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     dtype, exact = x.dtype, torch.promote_types(x.dtype, torch.float32)
     b, g = branch.to(exact), per_position(gate.to(exact), x)
     y = (x.to(exact) + b * g).to(dtype)
     parts = []
-    with torch.no_grad():
+    with tangent_graph(differentiable):
         if x_dot is not None:
             parts.append(x_dot.to(exact))
         if branch_dot is not None:
@@ -102,8 +105,33 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return None, dy, None, dbranch, None, in_dtype(dgate, gate.dtype), None
 
 
+def _pair_backward(call: PairCall, dy: Tensor | None, dy_dot: Tensor | None) -> list[Tensor | None]:
+    x, x_dot, branch, branch_dot, gate, gate_dot = call.arguments
+    branch, width = in_rows(branch), branch.shape[-1]
+    branch_dot = None if branch_dot is None else in_rows(branch_dot)
+    groups, length = groups_of(gate, branch)
+    moving = stored(x_dot, branch_dot, gate_dot)
+    assert moving is not None
+    dy, dy_dot = or_zeros(dy, x), or_zeros(dy_dot, last_rows(x, moving))
+    dbranch = contiguous_like(branch)
+    dbranch_dot = None if branch_dot is None else contiguous_like(branch_dot)
+    partial, total = sums(call.kernels, branch, groups, length, width, (groups, 2, width), 2)
+    g_dot = None if gate_dot is None else as_floats(gate_dot)
+    call.kernels.pair_backward(
+        *(dy, dy_dot, branch, branch_dot, as_floats(gate), g_dot, dbranch, dbranch_dot, partial, total)
+    )
+    dgate, dgate_dot = total.unbind(1)
+    return [
+        *(dy, None if x_dot is None else dy_dot, dbranch, dbranch_dot),
+        in_dtype(dgate.view(gate.shape), gate.dtype),
+        None if gate_dot is None else in_dtype(last_rows(dgate_dot, gate_dot), gate.dtype),
+    ]
+
+
 _BACKENDS = compiled("gated_residual")
-_OPERATION = Operation("gated_residual", _reference, _check, _BACKENDS, _forward, _backward, lay_out=in_rows)
+_OPERATION = Operation(
+    "gated_residual", _reference, _check, _BACKENDS, _forward, _backward, _pair_backward, lay_out=in_rows
+)
 
 
 @overload

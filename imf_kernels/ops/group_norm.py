@@ -25,7 +25,7 @@ from imf_kernels.backends.layout import (
     order_of_channels,
 )
 from imf_kernels.backends.operators import Operation, compiled
-from imf_kernels.dual import TensorOrDual, last_rows, no_gradient
+from imf_kernels.dual import TensorOrDual, last_rows, no_gradient, tangent_graph
 from imf_kernels.ops import check
 from imf_kernels.ops.elementwise import SILU
 from imf_kernels.ops.layer_norm import normalize
@@ -33,8 +33,8 @@ from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
 
 def _reference(
-    x: Tensor, x_dot: Tensor | None, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float,
-    silu: bool,
+    differentiable: bool, x: Tensor, x_dot: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    num_groups: int, eps: float, silu: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     order, dtype = order_of_channels(x), x.dtype
     of_channels = -1, *(1,) * (x.dim() - 2)
@@ -42,7 +42,7 @@ def _reference(
     def in_groups(x: Tensor) -> Tensor:
         return x.unflatten(1, (num_groups, -1)).flatten(2)
 
-    n, n_dot = normalize(in_groups(x), None if x_dot is None else in_groups(x_dot), eps)
+    n, n_dot = normalize(differentiable, in_groups(x), None if x_dot is None else in_groups(x_dot), eps)
     w = n.new_ones(()) if weight is None else weight.to(n.dtype).view(of_channels)
     z = n.reshape(x.shape) * w
     if bias is not None:
@@ -50,7 +50,7 @@ def _reference(
     y = (SILU.function(z) if silu else z).to(dtype).contiguous(memory_format=order)
     if x_dot is None or n_dot is None:
         return y, None
-    with torch.no_grad():
+    with tangent_graph(differentiable):
         y_dot = n_dot.reshape(x_dot.shape) * w
         if silu:
             y_dot = SILU.derivative(last_rows(z, x_dot)) * y_dot

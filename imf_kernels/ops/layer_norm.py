@@ -2,6 +2,9 @@
 
 Tangent:  ẏ = ṅ · w with ṅ = r · (ẋ − mean(ẋ) − n · mean(n ẋ)).
 Backward: with g = dy · w:  dx = r · (g − mean(g) − n · mean(g n)),  dw = Σ_rows dy · n,  db = Σ_rows dy.
+Pair:     with h = dẏ · w and ṙ = −r² · mean(n ẋ):  dẋ = r · (h − mean(h) − n · mean(h n)), and dx is the
+          derivative of this line along ẋ, ẇ and dy (the duals (x, ẋ), (w, ẇ) and (dẏ, dy) in dx's formula);
+          dw = Σ_rows dy · n + dẏ · ṅ,  db = Σ_rows dy,  dẇ = Σ_rows dẏ · n,  dḃ = Σ_rows dẏ.
 Source: Ba, Kiros and Hinton, "Layer Normalization" (2016); as `torch.nn.functional.layer_norm`.
 Kernels: csrc/ops/layer_norm.h, csrc/cpu/layer_norm.cpp, backends/triton_kernels/layer_norm.py. They
 serve layer_norm_modulate too, as w and b are a scale and a shift.
@@ -23,15 +26,18 @@ from imf_kernels.backends.layout import (
     groups_of,
     in_dtype,
     in_rows,
+    or_zeros,
     sums,
 )
-from imf_kernels.backends.operators import Operation, compiled
-from imf_kernels.dual import TensorOrDual, last_rows, no_gradient, primal, stored
+from imf_kernels.backends.operators import Operation, PairCall, compiled
+from imf_kernels.dual import TensorOrDual, last_rows, no_gradient, primal, stored, tangent_graph
 from imf_kernels.ops import check
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
 
-def normalize(x: Tensor, x_dot: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None]:
+def normalize(
+    differentiable: bool, x: Tensor, x_dot: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None]:
     """Returns the reference n and ṅ, in at least float32."""
     exact = torch.promote_types(x.dtype, torch.float32)
     x = x.to(exact)
@@ -40,21 +46,21 @@ def normalize(x: Tensor, x_dot: Tensor | None, eps: float) -> tuple[Tensor, Tens
     n = centered * r
     if x_dot is None:
         return n, None
-    with torch.no_grad():
+    with tangent_graph(differentiable):
         t, r, x_dot = last_rows(n, x_dot), last_rows(r, x_dot), x_dot.to(exact)
         x_dot = x_dot - x_dot.mean(-1, keepdim=True)
         return n, r * (x_dot - t * (t * x_dot).mean(-1, keepdim=True))
 
 
 def _reference(
-    x: Tensor, x_dot: Tensor | None, bias: Tensor | None, bias_dot: None, weight: Tensor | None,
-    weight_dot: None, one: float, eps: float, dtype: torch.dtype | None,
+    differentiable: bool, x: Tensor, x_dot: Tensor | None, bias: Tensor | None, bias_dot: None,
+    weight: Tensor | None, weight_dot: None, one: float, eps: float, dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     dtype = dtype or x.dtype
-    n, n_dot = normalize(x, x_dot, eps)
+    n, n_dot = normalize(differentiable, x, x_dot, eps)
     w = n.new_ones(()) if weight is None else weight.to(n.dtype)
     y = (n * w if bias is None else n * w + bias.to(n.dtype)).to(dtype)
-    with torch.no_grad():
+    with tangent_graph(differentiable):
         return y, None if n_dot is None else (n_dot * w).to(dtype)
 
 
@@ -119,8 +125,30 @@ def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return None, dx, None, dshift, None, dscale, None, None, None, None
 
 
+def pair_backward(call: PairCall, dy: Tensor | None, dy_dot: Tensor | None) -> list[Tensor | None]:
+    """Returns the gradients of a pair; of layer_norm_modulate too."""
+    x, x_dot, shift, shift_dot, scale, scale_dot, one, _, dtype = call.arguments
+    moving = stored(x_dot, shift_dot, scale_dot)
+    assert moving is not None
+    x, statistics = in_rows(x), call.saved[3]
+    dy, dy_dot = or_zeros(dy, x, dtype), or_zeros(dy_dot, last_rows(x, moving), dtype)
+    x_dot = None if x_dot is None else in_rows(x_dot)
+    dx, dx_dot = contiguous_like(x), None if x_dot is None else contiguous_like(x_dot)
+    (groups, length), width = groups_of(stored(scale, shift), x), x.shape[-1]
+    partial, total = sums(call.kernels, x, groups, length, width, (groups, 4, width), 4)
+    s, s_dot = (None if p is None else as_floats(p) for p in (scale, scale_dot))
+    call.kernels.pair_backward(*(x, x_dot, dy, dy_dot, s, s_dot, statistics, dx, dx_dot, partial, total, one))
+    dscale, dshift, dscale_dot, dshift_dot = (
+        None if p is None else in_dtype(last_rows(dp, p) if p.dim() > 1 else dp.view(p.shape), p.dtype)
+        for p, dp in zip((scale, shift, scale_dot, shift_dot), total.unbind(1), strict=True)
+    )
+    return [dx, dx_dot, dshift, dshift_dot, dscale, dscale_dot, None, None, None]
+
+
 BACKENDS = compiled("layer_norm", reduces=True)
-_OPERATION = Operation("layer_norm", _reference, _check, BACKENDS, forward, backward, lay_out=in_rows)
+_OPERATION = Operation(
+    "layer_norm", _reference, _check, BACKENDS, forward, backward, pair_backward, lay_out=in_rows
+)
 
 
 @takes_dual_tensors

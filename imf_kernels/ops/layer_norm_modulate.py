@@ -18,24 +18,24 @@ from torch import Tensor
 
 from imf_kernels.backends.layout import in_rows, per_position
 from imf_kernels.backends.operators import Operation
-from imf_kernels.dual import Dual, last_rows
+from imf_kernels.dual import Dual, last_rows, tangent_graph
 from imf_kernels.ops import check
-from imf_kernels.ops.layer_norm import BACKENDS, backward, forward, normalize
+from imf_kernels.ops.layer_norm import BACKENDS, backward, forward, normalize, pair_backward
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
 _NAME = "layer_norm_modulate"
 
 
 def _reference(
-    x: Tensor, x_dot: Tensor | None, shift: Tensor, shift_dot: Tensor | None,
+    differentiable: bool, x: Tensor, x_dot: Tensor | None, shift: Tensor, shift_dot: Tensor | None,
     scale: Tensor, scale_dot: Tensor | None, one: float, eps: float, dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     dtype = dtype or x.dtype
-    n, n_dot = normalize(x, x_dot, eps)
+    n, n_dot = normalize(differentiable, x, x_dot, eps)
     gain = one + per_position(scale.to(n.dtype), x)
     y = (n * gain + per_position(shift.to(n.dtype), x)).to(dtype)
     parts = []
-    with torch.no_grad():
+    with tangent_graph(differentiable):
         if n_dot is not None:
             parts.append(n_dot * last_rows(gain, n_dot))
         if scale_dot is not None:
@@ -62,7 +62,9 @@ def _check(
 
 
 _OPERATION = Operation(
-    _NAME, _reference, _check, BACKENDS, forward, backward, kernels="layer_norm", lay_out=in_rows
+    *(_NAME, _reference, _check, BACKENDS, forward, backward, pair_backward),
+    kernels="layer_norm",
+    lay_out=in_rows,
 )
 
 

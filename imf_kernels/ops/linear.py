@@ -2,6 +2,7 @@
 
 Tangent:  ẏ = ẋ Wᵀ (weight and bias carry none).
 Backward: dx = dy W,  dW = dyᵀ x,  db = Σ_rows dy.
+Pair:     dx = dy W,  dẋ = dẏ W,  dW = dyᵀ x + dẏᵀ ẋ,  db = Σ_rows dy.
 Kernels: PyTorch's matrix products, by the library that suits the processor (backends/matmul.py).
 """
 
@@ -17,18 +18,21 @@ from torch import Tensor
 from imf_kernels.backends import cpu, matmul
 from imf_kernels.backends.dispatch import Backend
 from imf_kernels.backends.layout import in_dtype
-from imf_kernels.backends.operators import Operation
+from imf_kernels.backends.operators import Operation, PairCall
 from imf_kernels.dual import TensorOrDual, no_gradient
 from imf_kernels.ops import check
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
 
 def _reference(
-    x: Tensor, x_dot: Tensor | None, weight: Tensor, bias: Tensor | None
+    differentiable: bool, x: Tensor, x_dot: Tensor | None, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     w = in_dtype(weight, x.dtype)
     y = F.linear(x, w, None if bias is None else in_dtype(bias, x.dtype))
-    return y, None if x_dot is None else F.linear(x_dot, w.detach())  # a third of the time of no_grad
+    if x_dot is None:
+        return y, None
+    # `detach` takes a third of the time of no_grad.
+    return y, F.linear(x_dot, w if differentiable else w.detach())
 
 
 def _check(x: Tensor, x_dot: Tensor | None, weight: Tensor, bias: Tensor | None) -> Sequence[Tensor]:
@@ -79,6 +83,23 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return None, dx, None, dweight, dbias
 
 
+def _pair_backward(call: PairCall, dy: Tensor | None, dy_dot: Tensor | None) -> list[Tensor | None]:
+    x, x_dot, weight, bias = call.arguments
+    gradients: list[Tensor | None] = [None] * 4
+    for i, (of, cotangent) in enumerate(((x, dy), (x_dot, dy_dot))):
+        if cotangent is None:
+            continue
+        rows = matmul.matrix(cotangent)
+        if call.needed[i]:
+            gradients[i] = call.kernels.grad_input(rows, in_dtype(weight, x.dtype)).view(of.shape)
+        if call.needed[2]:
+            part = in_dtype(call.kernels.grad_weight(rows, matmul.matrix(of)), weight.dtype)
+            gradients[2] = part if gradients[2] is None else gradients[2] + part
+    if call.needed[3] and dy is not None:
+        gradients[3] = in_dtype(matmul.matrix(dy).sum(0, dtype=torch.float32), bias.dtype)
+    return gradients
+
+
 _OPERATION = Operation(
     "linear",
     _reference,
@@ -86,6 +107,8 @@ _OPERATION = Operation(
     (Backend("cpu", matmul, cpu.unavailable),),
     _forward,
     _backward,
+    _pair_backward,
+    pair_needs_kernel=False,
     schemas={
         "linear_forward": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
         "linear_grad_input": "(Tensor dy, Tensor weight) -> Tensor",

@@ -16,18 +16,20 @@ import torch
 from torch import Tensor
 
 from imf_kernels.backends.operators import Operation
-from imf_kernels.dual import Dual, align, pack, stored, unpack
+from imf_kernels.dual import Dual, align, is_differentiable, pack, stored, tangent_graph, unpack
 from imf_kernels.ops import check
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
 
-def _reference(x: Tensor, x_dot: Tensor | None, count: int, *groups: Any) -> tuple[Tensor, Tensor | None]:
+def _reference(
+    differentiable: bool, x: Tensor, x_dot: Tensor | None, count: int, *groups: Any
+) -> tuple[Tensor, Tensor | None]:
     tokens, embeddings, embedding_dots = groups[:count], groups[count : 2 * count], groups[2 * count :]
     y = torch.cat([t + e[:, None] for t, e in zip(tokens, embeddings, strict=True)] + [x], dim=1)
     moving = stored(x_dot, *embedding_dots)
     if moving is None:
         return y, None
-    with torch.no_grad():
+    with tangent_graph(differentiable):
         y_dot, first = x.new_zeros((moving.shape[0], *y.shape[1:])), 0
         for t, e_dot in zip(tokens, embedding_dots, strict=True):
             if e_dot is not None:
@@ -101,4 +103,6 @@ def prepend_tokens(
     pairs = [unpack(e) for _, e in groups]
     x_dot, *embedding_dots = align(x_dot, *(e_dot for _, e_dot in pairs))
     tensors = *(t for t, _ in groups), *(e for e, _ in pairs), *embedding_dots
-    return pack(*_OPERATION.run(backend, (primal, x_dot, len(groups), *tensors)), x, *(e for _, e in groups))
+    inputs = (x, *(e for _, e in groups))
+    arguments = (primal, x_dot, len(groups), *tensors)
+    return pack(*_OPERATION.run(backend, arguments, is_differentiable(*inputs)), *inputs)

@@ -4,6 +4,7 @@ y = R_l n with n = x · r · w, r = (mean(x²) + ε)^(−½) over the head dimen
 (2i, 2i+1) by the angle of position l:  y_2i = n_2i c − n_2i+1 s,  y_2i+1 = n_2i+1 c + n_2i s.
 Tangent:  ẏ = R_l ṅ, ṅ as in rms_norm.
 Backward: dn = R_lᵀ dy, then as in rms_norm.
+Pair:     dn = R_lᵀ dy and dṅ = R_lᵀ dẏ, then as in rms_norm.
 Source: Su et al., "RoFormer" (2021), interleaved pairs; Dehghani et al., "Scaling Vision Transformers to 22
 Billion Parameters" (2023), for the normalisation.
 Kernels: csrc/ops/qk_norm_rope.h, csrc/cpu/qk_norm_rope.cpp, backends/triton_kernels/qk_norm_rope.py.
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from imf_kernels import _C
 from imf_kernels.backends.layout import as_floats, in_dtype, last_contiguous, positions_first, sums
-from imf_kernels.backends.operators import Operation, compiled
-from imf_kernels.dual import Dual, TensorOrDual, last_rows, no_gradient
+from imf_kernels.backends.operators import Operation, PairCall, compiled
+from imf_kernels.dual import Dual, TensorOrDual, last_rows, no_gradient, tangent_graph
 from imf_kernels.ops import check
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
@@ -49,15 +50,16 @@ def _rotate(n: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _reference(
-    x: Tensor, x_dot: Tensor | None, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, name: str
-) -> tuple[Tensor, Tensor | None]:
+    differentiable: bool, x: Tensor, x_dot: Tensor | None, weight: Tensor, cos: Tensor, sin: Tensor,
+    eps: float, name: str,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     dtype, exact = x.dtype, torch.promote_types(x.dtype, torch.float32)
     x, w, cos, sin = x.to(exact), weight.to(exact), cos.to(exact), sin.to(exact)
     r = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
     y = _rotate(x * r * w, cos, sin).to(dtype)
     if x_dot is None:
         return y, None
-    with torch.no_grad():
+    with tangent_graph(differentiable):
         x, r, x_dot = last_rows(x, x_dot), last_rows(r, x_dot), x_dot.to(exact)
         r_dot = -(r**3) * (x * x_dot).mean(-1, keepdim=True)
         return y, _rotate((x_dot * r + x * r_dot) * w, cos, sin).to(dtype)
@@ -107,8 +109,23 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return None, dx, None, in_dtype(dweight, weight.dtype), None, None, None, None
 
 
+def _pair_backward(call: PairCall, dy: Tensor | None, dy_dot: Tensor | None) -> list[Tensor | None]:
+    x, x_dot, weight, cos, sin, *_ = call.arguments
+    rstd = call.saved[4]
+    dx, dx_dot = (positions_first(x, t.shape[0], t.shape[2], t.shape[3]) for t in (x, x_dot))
+    partial, dweight = sums(call.kernels, x, 1, rstd.numel(), x.shape[3], weight.shape)
+    cotangents = (
+        torch.zeros_like(t) if c is None else last_contiguous(c) for t, c in ((dx, dy), (dx_dot, dy_dot))
+    )
+    call.kernels.pair_backward(
+        *(x, x_dot, *cotangents, as_floats(weight), as_floats(cos), as_floats(sin), rstd),
+        *(dx, dx_dot, partial, dweight),
+    )
+    return [dx, dx_dot, in_dtype(dweight, weight.dtype), None, None, None, None]
+
+
 _BACKENDS = compiled("qk_norm_rope", reduces=True)
-_OPERATION = Operation("qk_norm_rope", _reference, _check, _BACKENDS, _forward, _backward)
+_OPERATION = Operation("qk_norm_rope", _reference, _check, _BACKENDS, _forward, _backward, _pair_backward)
 
 
 @takes_dual_tensors

@@ -2,6 +2,9 @@
 
 Tangent:  ẏ = (ẋ · r + x · ṙ) · w with ṙ = −r³ · mean(x ẋ).
 Backward: with g = dy · w and n = x · r:  dx = r · (g − n · mean(g n)),  dw = Σ_rows dy · n.
+Pair:     with h = dẏ · w and ṅ = ẋ · r + x · ṙ:  dẋ = r · (h − n · mean(h n)), and dx is the derivative of
+          this line along ẋ and g:  dx = ṙ / r · dẋ + r · (g − ṅ · mean(h n) − n · mean(g n + h ṅ));
+          dw = Σ_rows dy · n + dẏ · ṅ.
 Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
 Kernels: csrc/ops/rms_norm.h, csrc/cpu/rms_norm.cpp, backends/triton_kernels/rms_norm.py.
 
@@ -17,23 +20,32 @@ import torch
 from torch import Tensor
 
 from imf_kernels import _C
-from imf_kernels.backends.layout import as_floats, contiguous_like, count_rows, in_dtype, in_rows, sums
-from imf_kernels.backends.operators import Operation, compiled
-from imf_kernels.dual import TensorOrDual, last_rows, no_gradient
+from imf_kernels.backends.layout import (
+    as_floats,
+    contiguous_like,
+    count_rows,
+    in_dtype,
+    in_rows,
+    or_zeros,
+    sums,
+)
+from imf_kernels.backends.operators import Operation, PairCall, compiled
+from imf_kernels.dual import TensorOrDual, last_rows, no_gradient, tangent_graph
 from imf_kernels.ops import check
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
 
 def _reference(
-    x: Tensor, x_dot: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor | None]:
+    differentiable: bool, x: Tensor, x_dot: Tensor | None, weight: Tensor, eps: float,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     dtype, exact = dtype or x.dtype, torch.promote_types(x.dtype, torch.float32)
     x, w = x.to(exact), weight.to(exact)
     r = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
     y = (x * r * w).to(dtype)
     if x_dot is None:
         return y, None
-    with torch.no_grad():
+    with tangent_graph(differentiable):
         x, r, x_dot = last_rows(x, x_dot), last_rows(r, x_dot), x_dot.to(exact)
         r_dot = -(r**3) * (x * x_dot).mean(-1, keepdim=True)
         return y, ((x_dot * r + x * r_dot) * w).to(dtype)
@@ -78,8 +90,22 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return None, dx, None, in_dtype(dweight, weight.dtype), None, None
 
 
+def _pair_backward(call: PairCall, dy: Tensor | None, dy_dot: Tensor | None) -> list[Tensor | None]:
+    x, x_dot, weight, _, dtype = call.arguments
+    x, x_dot, rstd = in_rows(x), in_rows(x_dot), call.saved[2]
+    dx, dx_dot = contiguous_like(x), contiguous_like(x_dot)
+    partial, dweight = sums(call.kernels, x, 1, count_rows(x), x.shape[-1], weight.shape)
+    cotangents = or_zeros(dy, x, dtype), or_zeros(dy_dot, x_dot, dtype)
+    call.kernels.pair_backward(
+        *(x, x_dot, *cotangents, as_floats(weight), rstd, dx, dx_dot, partial, dweight)
+    )
+    return [dx, dx_dot, in_dtype(dweight, weight.dtype), None, None]
+
+
 _BACKENDS = compiled("rms_norm", reduces=True)
-_OPERATION = Operation("rms_norm", _reference, _check, _BACKENDS, _forward, _backward, lay_out=in_rows)
+_OPERATION = Operation(
+    "rms_norm", _reference, _check, _BACKENDS, _forward, _backward, _pair_backward, lay_out=in_rows
+)
 
 
 @takes_dual_tensors

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from imf_kernels.backends.operators import Operation
-from imf_kernels.dual import TensorOrDual, last_rows
+from imf_kernels.dual import TensorOrDual, last_rows, tangent_graph
 from imf_kernels.ops import check
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
@@ -33,7 +33,9 @@ def _without_float64(tensors: Sequence[Tensor]) -> str | None:
     return None
 
 
-def _reference(t: Tensor, t_dot: Tensor | None, dim: int, max_period: float) -> tuple[Tensor, Tensor | None]:
+def _reference(
+    differentiable: bool, t: Tensor, t_dot: Tensor | None, dim: int, max_period: float
+) -> tuple[Tensor, Tensor | None]:
     dtype, exact = t.dtype, torch.promote_types(t.dtype, torch.float32)
     f = _frequencies(dim // 2, max_period, exact, t.device)
     angle = t[:, None].to(exact) * f
@@ -41,7 +43,7 @@ def _reference(t: Tensor, t_dot: Tensor | None, dim: int, max_period: float) -> 
     y = torch.cat([cos, sin], dim=-1).to(dtype)
     if t_dot is None:
         return y, None
-    with torch.no_grad():
+    with tangent_graph(differentiable):
         angle_dot = t_dot[:, None].to(exact) * f
         y_dot = torch.cat([-last_rows(sin, t_dot) * angle_dot, last_rows(cos, t_dot) * angle_dot], dim=-1)
         return y, y_dot.to(dtype)

@@ -2,6 +2,9 @@
 
 Tangent:  ẏ = silu'(g) ġ · u + silu(g) · u̇ with silu'(g) = s (1 + g (1 − s)), s = 1 / (1 + e^(−g)).
 Backward: dg = dy · u · silu'(g),  du = dy · silu(g).
+Pair:     dẋ = [dẏ · u · silu'(g) | dẏ · silu(g)], and dx is the derivative of this line along ġ, u̇ and dy in
+          the place of ẋ: dg = (dy · u + dẏ · u̇) · silu'(g) + dẏ · u · silu''(g) ġ,
+          du = dy · silu(g) + dẏ · silu'(g) ġ.
 Source: Shazeer, "GLU Variants Improve Transformer" (2020).
 Kernels: csrc/ops/swiglu.h, csrc/cpu/swiglu.cpp, backends/triton_kernels/swiglu.py.
 """
@@ -15,22 +18,22 @@ import torch
 from torch import Tensor
 
 from imf_kernels import _C
-from imf_kernels.backends.layout import contiguous_like, in_rows
-from imf_kernels.backends.operators import Operation, compiled
-from imf_kernels.dual import TensorOrDual, last_rows, no_gradient
+from imf_kernels.backends.layout import contiguous_like, in_rows, or_zeros
+from imf_kernels.backends.operators import Operation, PairCall, compiled
+from imf_kernels.dual import TensorOrDual, last_rows, no_gradient, tangent_graph
 from imf_kernels.ops import check
 from imf_kernels.ops.elementwise import SILU
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
 
-def _reference(x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _reference(differentiable: bool, x: Tensor, x_dot: Tensor | None) -> tuple[Tensor, Tensor | None]:
     dtype, exact = x.dtype, torch.promote_types(x.dtype, torch.float32)
     gate, up = x.to(exact).chunk(2, dim=-1)
     silu = SILU.function(gate)
     y = (silu * up).to(dtype)
     if x_dot is None:
         return y, None
-    with torch.no_grad():
+    with tangent_graph(differentiable):
         gate, up, silu = last_rows(gate, x_dot), last_rows(up, x_dot), last_rows(silu, x_dot)
         gate_dot, up_dot = x_dot.to(exact).chunk(2, dim=-1)
         return y, (SILU.derivative(gate) * gate_dot * up + silu * up_dot).to(dtype)
@@ -67,8 +70,19 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return None, dx, None
 
 
+def _pair_backward(call: PairCall, dy: Tensor | None, dy_dot: Tensor | None) -> Sequence[Tensor]:
+    x, x_dot = (in_rows(t) for t in call.arguments)
+    dx, dx_dot = contiguous_like(x), contiguous_like(x_dot)
+    half = x.shape[-1] // 2
+    cotangents = or_zeros(dy, x[..., :half]), or_zeros(dy_dot, x_dot[..., :half])
+    call.kernels.pair_backward(x, x_dot, *cotangents, dx, dx_dot)
+    return dx, dx_dot
+
+
 _BACKENDS = compiled("swiglu")
-_OPERATION = Operation("swiglu", _reference, _check, _BACKENDS, _forward, _backward, lay_out=in_rows)
+_OPERATION = Operation(
+    "swiglu", _reference, _check, _BACKENDS, _forward, _backward, _pair_backward, lay_out=in_rows
+)
 
 
 @takes_dual_tensors

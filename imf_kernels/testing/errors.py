@@ -118,9 +118,10 @@ def evaluate(
     cotangents: tuple[Tensor, ...] | None,
     backend: str | None,
     dtype: torch.dtype | None = None,
+    tangent_cotangents: tuple[Tensor, ...] | None = None,
 ) -> Results:
     """Returns all results of a case: outputs, their stored tangents, and the gradients for the cotangents
-    given.
+    given: with `tangent_cotangents`, those of the stored tangents, through outputs and tangents.
 
     Everything is first cast to `dtype`: float64 for the exact results, float32 for PyTorch's. `PLAIN` as the
     backend takes a dtype.
@@ -135,52 +136,83 @@ def evaluate(
             {name: convert(x) for name, x in primals.items()},
             {name: convert(x) for name, x in tangents.items()},
             tuple(map(convert, cotangents or ())),
+            None if tangent_cotangents is None else tuple(map(convert, tangent_cotangents)),
         )
     leaves = {name: convert(x) for name, x in primals.items()}
     if cotangents is not None:
         for name in case.differentiable:
             leaves[name].requires_grad_()
+    differentiable = tangent_cotangents is not None
+    moving = {name: convert(x).requires_grad_(differentiable) for name, x in tangents.items()}
     arguments = {
-        name: Dual(x, convert(tangents[name])) if name in tangents else x for name, x in leaves.items()
+        name: Dual(x, moving[name], differentiable=differentiable) if name in moving else x
+        for name, x in leaves.items()
     }
     options = case.output_options if dtype is None else {}
     results: Results = {}
-    outputs = []
+    outputs, given = [], list(map(convert, cotangents or ()))
     for i, y in enumerate(case.run(arguments, backend, **options)):
         primal, tangent = (y.primal, y.tangent_rows) if isinstance(y, Dual) else (y, None)
         outputs.append(primal)
         results[f"output {i}"] = primal.detach()
         if tangent is not None:
-            results[f"tangent {i}"] = tangent
+            results[f"tangent {i}"] = tangent.detach()
+            if tangent_cotangents is not None:
+                outputs.append(tangent)
+                given.insert(len(outputs) - 1, convert(tangent_cotangents[i]))
     if cotangents is not None:
-        wanted = [leaves[name] for name in case.differentiable]
-        gradients = torch.autograd.grad(outputs, wanted, [convert(c) for c in cotangents])
-        results |= {f"gradient of {name}": g for name, g in zip(case.differentiable, gradients, strict=True)}
+        wanted = {name: leaves[name] for name in case.differentiable}
+        if differentiable:
+            wanted |= {f"tangent of {name}": x for name, x in moving.items()}
+        gradients = torch.autograd.grad(outputs, [*wanted.values()], given)
+        results |= {f"gradient of {name}": g for name, g in zip(wanted, gradients, strict=True)}
     return results
 
 
 def _evaluate_plain(
-    case: Case, primals: Mapping[str, Tensor], tangents: Mapping[str, Tensor], cotangents: tuple[Tensor, ...]
-) -> Results:
+    case: Case, primals: Mapping[str, Tensor], tangents: Mapping[str, Tensor], cotangents: tuple[Tensor, ...],
+    tangent_cotangents: tuple[Tensor, ...] | None,
+) -> Results:  # fmt: skip
     """Returns what `torch.func.jvp` and autograd derive from a case's plain formula."""
     moving = {name: x for name, x in primals.items() if x.is_floating_point()}
 
     def formula(*values: Tensor) -> tuple[Tensor, ...]:
         return plain.formula(case, rounded=False)({**primals, **dict(zip(moving, values, strict=True))})
 
+    for name, x in moving.items():
+        x.requires_grad_(bool(cotangents) and name in case.differentiable)
+    for x in tangents.values():
+        x.requires_grad_(tangent_cotangents is not None)
     directions = {name: torch.zeros_like(x) for name, x in moving.items()}
     for name, x in tangents.items():
         directions[name][primals[name].shape[0] - x.shape[0] :] = x
     both: Any = torch.func.jvp(formula, tuple(moving.values()), tuple(directions.values()))
     outputs, derivatives = both
-    results = {f"output {i}": y for i, y in enumerate(outputs)}
-    for i, y_dot in enumerate(derivatives if tangents else ()):
-        results[f"tangent {i}"] = y_dot[y_dot.shape[0] - next(iter(tangents.values())).shape[0] :]
+    results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    derivatives = [
+        y_dot[y_dot.shape[0] - next(iter(tangents.values())).shape[0] :]
+        for y_dot in (derivatives if tangents else ())
+    ]
+    results |= {f"tangent {i}": y_dot.detach() for i, y_dot in enumerate(derivatives)}
     if cotangents:
-        leaves = [x.requires_grad_(name in case.differentiable) for name, x in moving.items()]
-        wanted = [moving[name] for name in case.differentiable]
-        gradients = torch.autograd.grad(formula(*leaves), wanted, cotangents, materialize_grads=True)
-        results |= {f"gradient of {name}": g for name, g in zip(case.differentiable, gradients, strict=True)}
+        wanted = {name: moving[name] for name in case.differentiable}
+        if tangent_cotangents is None:
+            derivatives, tangent_cotangents = [], ()
+        else:
+            wanted |= {f"tangent of {name}": x for name, x in tangents.items()}
+        results |= {
+            f"gradient of {name}": g
+            for name, g in zip(
+                wanted,
+                torch.autograd.grad(
+                    (*outputs, *derivatives),
+                    [*wanted.values()],
+                    (*cotangents, *tangent_cotangents),
+                    materialize_grads=True,
+                ),
+                strict=True,
+            )
+        }
     return results
 
 
@@ -196,11 +228,12 @@ class Problem:
     cotangents: tuple[Tensor, ...]
     exact: Results
     definition: str = "reference"
+    tangent_cotangents: tuple[Tensor, ...] | None = None  # gradients flow through tangents too
 
     @classmethod
     def draw(
         cls, case: Case, dtype: torch.dtype, seed: int, device: torch.device = CPU,
-        definition: str = "reference",
+        definition: str = "reference", differentiable: bool = False,
     ) -> Problem:  # fmt: skip
         """Draws data on the CPU, the same everywhere by seed; computes exact results on the device."""
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -210,7 +243,16 @@ class Problem:
             torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(out_dtype)
             for shape in case.outputs
         )
-        p = cls(case, dtype, seed, primals, tangents, cotangents, {}, definition)
+        tangent_cotangents = None
+        if differentiable and tangents:
+            rows = next(iter(tangents.values())).shape[0] if case.tangent_rows is not None else None
+            tangent_cotangents = tuple(
+                torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(out_dtype)
+                for shape in (
+                    (min(rows, shape[0]), *shape[1:]) if rows is not None else shape for shape in case.outputs
+                )
+            )
+        p = cls(case, dtype, seed, primals, tangents, cotangents, {}, definition, tangent_cotangents)
         try:
             there = p.to(device)
             return replace(there, exact=there.evaluate(definition, dtype=torch.float64))
@@ -227,6 +269,11 @@ class Problem:
             tangents=move(self.tangents),
             cotangents=tuple(c.to(device) for c in self.cotangents),
             exact=move(self.exact),
+            tangent_cotangents=(
+                None
+                if self.tangent_cotangents is None
+                else tuple(c.to(device) for c in self.tangent_cotangents)
+            ),
         )
 
     def evaluate(
@@ -234,7 +281,8 @@ class Problem:
     ) -> Results:
         """Returns the results of a backend, with the tangents or without."""
         return evaluate(
-            self.case, self.primals, self.tangents if tangents else {}, self.cotangents, backend, dtype
+            *(self.case, self.primals, self.tangents if tangents else {}, self.cotangents, backend, dtype),
+            self.tangent_cotangents,
         )
 
     def check(self, results: Results, *, tangents: bool = True, draws: int = 8) -> None:
@@ -251,10 +299,11 @@ class Problem:
         if missing:
             return [f"{self.case}: results that only one side has: {sorted(missing)}"]
         device = next(iter(self.exact.values())).device
-        pytorch = yardsticks(self.case, self.dtype, self.seed, draws, device, self.definition)
+        differentiable = self.tangent_cotangents is not None
+        pytorch = yardsticks(self.case, self.dtype, self.seed, draws, device, self.definition, differentiable)
         found = []
         for name, got in results.items():
-            argument = self.case.inputs.get(name.removeprefix("gradient of "))
+            argument = self.case.inputs.get(name.removeprefix("gradient of ").removeprefix("tangent of "))
             rounded = self.dtype if argument and argument.rounded else None
             try:
                 check(f"{self.case}, {name}", got, self.exact[name], pytorch[name], rounded)
@@ -263,14 +312,32 @@ class Problem:
         return found
 
 
-def problem(case: Case, dtype: torch.dtype, seed: int = 0, definition: str = "reference") -> Problem:
-    """Returns the case with data of `dtype` and its exact results, on PyTorch's default device."""
-    return _problem(case, dtype, seed, torch.get_default_device(), definition)
+def problem(
+    case: Case,
+    dtype: torch.dtype,
+    seed: int = 0,
+    definition: str = "reference",
+    differentiable: bool = False,
+) -> Problem:
+    """Returns the case with data of `dtype` and its exact results, on PyTorch's default device.
+
+    Args:
+        definition: of the exact results, "reference" or `PLAIN`.
+        differentiable: its gradients are those of outputs and tangents, for cotangents of both.
+    """
+    return _problem(case, dtype, seed, torch.get_default_device(), definition, differentiable)
 
 
 @functools.lru_cache(maxsize=4)
-def _problem(case: Case, dtype: torch.dtype, seed: int, device: torch.device, definition: str) -> Problem:
-    return Problem.draw(case, dtype, seed, device, definition)
+def _problem(
+    case: Case,
+    dtype: torch.dtype,
+    seed: int,
+    device: torch.device,
+    definition: str,
+    differentiable: bool,
+) -> Problem:
+    return Problem.draw(case, dtype, seed, device, definition, differentiable)
 
 
 @functools.cache
@@ -281,13 +348,14 @@ def yardsticks(
     draws: int = 8,
     device: torch.device = CPU,
     definition: str = "reference",
+    differentiable: bool = False,
 ) -> dict[str, Yardstick]:
     """Returns PyTorch's largest errors in float32 over draws from `seed` on, for all results of the case."""
     drawn: list[dict[str, Yardstick]] = []
     for i in range(seed, seed + draws):
         # The first is the one being checked, and drawn already.
         draw = _problem if i == seed else Problem.draw
-        p = draw(case, dtype, i, device, definition)
+        p = draw(case, dtype, i, device, definition, differentiable)
         fp32 = p.evaluate(definition, dtype=torch.float32)
         drawn.append({name: Yardstick.of(x, p.exact[name]) for name, x in fp32.items()})
     return {name: Yardstick.largest([d[name] for d in drawn]) for name in drawn[0]}

@@ -1,4 +1,5 @@
-"""Activation checkpointing with tangents: they are computed once; backward recomputes the primal alone.
+"""Activation checkpointing with tangents: they are computed once; backward recomputes the primal alone, or
+the pair if gradients flow through the tangents.
 
 `torch.utils.checkpoint` reruns the complete function in backward, which needs no tangents, and raises if the
 second run saves other tensors than the first, as it would without tangents.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,15 @@ from torch.utils import _pytree as pytree
 
 from imf_kernels.backends.dispatch import default, use_backend
 from imf_kernels.dual import Dual, is_dual, not_a_view
-from imf_kernels.transforms.dual_tensors import can_move, carries_tangent, primal_of, tangent_of
+from imf_kernels.transforms.dual_tensors import (
+    can_move,
+    carries_tangent,
+    inside,
+    make_dual_tensor,
+    primal_of,
+    tangent_of,
+    unpack_dual_tensor,
+)
 
 Context = contextlib.AbstractContextManager[Any]
 # The contexts of selective checkpointing, which keep the results of chosen calls for backward.
@@ -31,15 +40,6 @@ _SELECTIVE = tuple(
     for name in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
     if hasattr(torch.utils.checkpoint, name)
 )
-
-
-class _Threads:
-    """A test whether the calling thread runs in a `jvp`; PyTorch's dual level belongs to the process."""
-
-    is_inside: Callable[[], bool] = staticmethod(lambda: True)
-
-
-threads = _Threads()
 
 
 def checkpoint(
@@ -58,7 +58,8 @@ def checkpoint(
     The signature is that of `torch.utils.checkpoint.checkpoint`, for networks that take a checkpoint
     function, such as `checkpoint_wrapper(block, checkpoint_fn=ik.checkpoint)`; inside `jvp` calls of
     PyTorch's own come here too. With tangents (inside `jvp`, or arguments that are `Dual`s) the first run
-    computes them without a graph, and backward recomputes the primal alone; otherwise PyTorch's own runs.
+    computes them without a graph, and backward recomputes the primal alone; with differentiable tangents it
+    recomputes both, by PyTorch's own without `use_reentrant`; otherwise PyTorch's own runs as it is.
 
     Args:
         function: takes tensors, and is deterministic. Gradients also reach the tensors it closes over. A loss
@@ -68,12 +69,13 @@ def checkpoint(
         preserve_rng_state: whether random numbers are repeated.
         context_fn: makes the contexts of the first run and of the second. With tangents those of selective
             checkpointing are ignored: nothing is saved.
-        use_reentrant, determinism_check, debug, early_stop: of PyTorch's own; without effect with tangents.
+        use_reentrant, determinism_check, debug, early_stop: of PyTorch's own; without effect with tangents
+            that are not differentiable.
 
     Raises:
-        RuntimeError: with tangents, in a backward by `torch.autograd.grad` or with `inputs`, which do not see
-            into `function`: `.backward()` on the loss works.
-        NotImplementedError: with tangents, inside DistributedDataParallel(find_unused_parameters=True).
+        RuntimeError: with tangents that are not differentiable, in a backward by `torch.autograd.grad` or
+            with `inputs`, which do not see into `function`: `.backward()` on the loss works.
+        NotImplementedError: with such tangents, inside DistributedDataParallel(find_unused_parameters=True).
     """
     leaves, structure = pytree.tree_flatten((args, kwargs), is_leaf=is_dual)
     at_a_level, compiling = fwAD._current_level >= 0, torch.compiler.is_compiling()
@@ -82,7 +84,16 @@ def checkpoint(
     )
     if with_tangents and not torch.is_grad_enabled():
         return function(*args, **kwargs)  # no backward; PyTorch's reentrant one would raise
-    if not with_tangents:
+    differentiable = with_tangents and (
+        inside.run.differentiable or any(isinstance(x, Dual) and x.differentiable for x in leaves)
+    )
+    if differentiable:
+        use_reentrant = False  # it runs the first time without a graph
+        contexts = None if context_fn is None else _without_selection(*context_fn())
+        context_fn = None if contexts is None else lambda: contexts
+        if at_a_level:
+            function, args, kwargs = _with_tangents(function, structure), tuple(_parts(leaves)), {}
+    if not with_tangents or differentiable:
         own: Any = torch.utils.checkpoint.checkpoint
         if at_a_level and not compiling:
             own = own.__wrapped__  # while a thread is in a `jvp`, its name means this function
@@ -94,9 +105,8 @@ def checkpoint(
         options |= {"use_reentrant": use_reentrant, "preserve_rng_state": preserve_rng_state}
         return own(function, *args, **options, **kwargs)
     _refuse_search_of_unused_parameters()
-    first, second = (
-        contextlib.nullcontext() if isinstance(context, _SELECTIVE) else context
-        for context in (context_fn() if context_fn is not None else (contextlib.nullcontext(),) * 2)
+    first, second = _without_selection(
+        *(context_fn() if context_fn is not None else (contextlib.nullcontext(),) * 2)
     )
     inputs = [primal_of(x) for x in leaves]
     again = _Again(function, inputs, structure, preserve_rng_state, second)
@@ -125,9 +135,45 @@ def checkpoint(
     return pytree.tree_unflatten(outputs, result_structure)
 
 
+def _without_selection(*contexts: Context) -> tuple[Context, Context]:
+    """Replaces the contexts of selective checkpointing by such without effect."""
+    first, second = (contextlib.nullcontext() if isinstance(c, _SELECTIVE) else c for c in contexts)
+    return first, second
+
+
+def _parts(leaves: list[Any]) -> Iterator[Any]:
+    """Yields the primal and the tangent, or `None`, of each argument."""
+    for x in leaves:
+        yield from unpack_dual_tensor(x) if can_move(x) else (x, None)
+
+
+def _with_tangents(function: Callable[..., Any], structure: Any) -> Callable[..., Any]:
+    """Makes a function of the parts of its arguments, which runs at the current dual level.
+
+    Where there is none, in backward, it enters a level as the `jvp` did in which it was first called.
+    """
+    run = inside.run
+
+    def call(*parts: Any) -> Any:
+        args, kwargs = pytree.tree_unflatten(list(parts), structure)
+        return function(*args, **kwargs)
+
+    def at_a_level(*parts: Any) -> Any:
+        if not inside.run.over:
+            return call(*(x if t is None else make_dual_tensor(x, t) for x, t in _pairs(parts)))
+        primals, tangents = zip(*_pairs(parts), strict=True)
+        return run.again(call, primals, tangents)
+
+    return at_a_level
+
+
+def _pairs(parts: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    return zip(parts[0::2], parts[1::2], strict=True)
+
+
 def _is_of_this_thread(leaves: list[Any]) -> bool:
     """Returns whether the current dual level is that of the calling thread."""
-    if threads.is_inside() or torch._C._are_functorch_transforms_active():
+    if not inside.run.over or torch._C._are_functorch_transforms_active():
         return True
     return any(map(carries_tangent, leaves))  # a level that the caller has entered itself
 

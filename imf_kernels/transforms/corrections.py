@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from imf_kernels.dual import Dual, unpack
+from imf_kernels.dual import Dual, is_differentiable, pack, tangent_graph, unpack
 from imf_kernels.transforms.dual_tensors import carries_tangent
 from imf_kernels.transforms.rules import WITHOUT_RULE, NotServed, serves
 
@@ -33,16 +33,17 @@ def _factored(factor: Tensor, tangent: Tensor, upper: bool) -> Tensor:
 def _cholesky_inverse(input: Any, upper: bool = False) -> Any:
     L, L_dot = _of(input)
     y = torch.cholesky_inverse(L, upper)
-    with torch.no_grad():
-        return Dual(y, -y @ _factored(L, L_dot, upper) @ y)
+    with tangent_graph(input.differentiable):
+        return pack(y, -y @ _factored(L, L_dot, upper) @ y, input)
 
 
 @serves(torch.cholesky_solve, Tensor.cholesky_solve)
 def _cholesky_solve(input: Any, input2: Any, upper: bool = False) -> Any:
     (b, b_dot), (L, L_dot) = _of(input), _of(input2)
     y = torch.cholesky_solve(b, L, upper)
-    with torch.no_grad():
-        return Dual(y, torch.cholesky_solve(b_dot - _factored(L, L_dot, upper) @ y, L, upper))
+    with tangent_graph(is_differentiable(input, input2)):
+        y_dot = torch.cholesky_solve(b_dot - _factored(L, L_dot, upper) @ y, L, upper)
+        return pack(y, y_dot, input, input2)
 
 
 @serves(torch.logcumsumexp, Tensor.logcumsumexp)
@@ -54,8 +55,8 @@ def _logcumsumexp(input: Any, dim: int) -> Any:
     x, x_dot = cast(tuple[Tensor, Tensor], unpack(input))
     y = torch.logcumsumexp(x, dim)
     if x.dim() == 0:
-        return Dual(y, x_dot)
-    with torch.no_grad():
+        return pack(y, x_dot, input)
+    with tangent_graph(input.differentiable):
         x, x_dot, whole = (t.movedim(dim, -1) for t in (x, x_dot, y))
         # Where all values so far are -inf the weights are NaN, and become 0.
         weight, y_dot = torch.zeros_like(x), (x - whole).exp().nan_to_num(0.0) * x_dot
@@ -67,14 +68,22 @@ def _logcumsumexp(input: Any, dim: int) -> Any:
             y_dot = torch.cat((y_dot[..., :step], taken), -1)
             weight = torch.cat((weight[..., :step], reach), -1)
             step *= 2
-        return Dual(y, y_dot.movedim(-1, dim).contiguous())
+        return pack(y, y_dot.movedim(-1, dim).contiguous(), input)
 
 
 @serves(torch.linalg.det, torch.det, Tensor.det)
 def _det(A: Any) -> Any:
-    """Computes ẏ = Σ adj(A)ᵀ ⊙ Ȧ, the adjugate by the singular values: right even if A has no inverse."""
+    """Computes ẏ = Σ adj(A)ᵀ ⊙ Ȧ, the adjugate by the singular values: right even if A has no inverse.
+
+    Singular values that are equal have no gradients: a differentiable ẏ is y tr(A⁻¹ Ȧ), of matrices with an
+    inverse.
+    """
+    differentiable = is_differentiable(A)
     A, A_dot = cast(tuple[Tensor, Tensor], unpack(A))
     y = torch.linalg.det(A)
+    if differentiable:
+        trace = torch.linalg.solve(A, A_dot).diagonal(dim1=-2, dim2=-1).sum(-1)
+        return Dual(y, y * trace, differentiable=True)
     with torch.no_grad():
         U, s, Vh = torch.linalg.svd(A)
         n = s.shape[-1]
@@ -94,7 +103,8 @@ def _cdist(
     (a, a_dot), (b, b_dot) = _of(x1), _of(x2)
     y = torch.cdist(a, b, p, compute_mode)
     many = compute_mode == "use_mm_for_euclid_dist_if_necessary" and max(a.shape[-2], b.shape[-2]) > 25
-    with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
+    differentiable = is_differentiable(x1, x2)
+    with tangent_graph(differentiable), torch.autocast(y.device.type, enabled=False):
         a, a_dot, b, b_dot = (t.to(y.dtype) for t in (a, a_dot, b, b_dot))
         if many or compute_mode == "use_mm_for_euclid_dist":
             own = (a * a_dot).sum(-1).unsqueeze(-1) + (b * b_dot).sum(-1).unsqueeze(-2)
@@ -102,7 +112,8 @@ def _cdist(
         else:
             apart = (t.unsqueeze(-2) - u.unsqueeze(-3) for t, u in ((a, b), (a_dot, b_dot)))
             y_dot = torch.linalg.vecdot(*apart)
-        return Dual(y, torch.where(y > 0, y_dot / y, 0.0))
+        y_dot = y_dot / torch.where(y > 0, y, 1.0)  # without 0 / 0, whose gradient is NaN
+        return Dual(y, torch.where(y > 0, y_dot, 0.0), differentiable=differentiable)
 
 
 # The functions corrected above. Inside a vmap or grad a tensor cannot be made a `Dual`.
@@ -164,6 +175,73 @@ def _without_libraries(func: Callable[..., Any]) -> Callable[..., Any]:
 
 for _func in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
     REWRITTEN[_func] = _without_libraries(_func)
+
+
+# PyTorch (2.13) takes parts of these rules for constants, or divides by zero in their backward: a gradient
+# through their tangents would be wrong, and is refused. Found by tests/transforms/test_differentiable.py.
+_CONSTANT_PARTS = {
+    **dict.fromkeys(
+        (torch.linalg.solve, torch.linalg.solve_ex, torch.linalg.tensorsolve),
+        "torch.linalg.inv(A) @ B has a right one",
+    ),
+    **dict.fromkeys(
+        (torch.slogdet, torch.linalg.slogdet, torch.logdet, Tensor.slogdet, Tensor.logdet),
+        "torch.linalg.det(A) has a right one",
+    ),
+    **dict.fromkeys(
+        (torch.linalg.householder_product, torch.orgqr, Tensor.orgqr, torch.linalg.eigh),
+        "differentiate without it",
+    ),
+    **dict.fromkeys(
+        (F.layer_norm, torch.layer_norm),
+        "with parameters that have no tangent, over the last dimensions, it has a right one",
+    ),
+    torch.batch_norm: "that of torch.nn.functional.batch_norm has a right one",
+    torch.instance_norm: "that of torch.nn.functional.instance_norm has a right one",
+}
+REFUSED_IF_DIFFERENTIABLE = {
+    function: f"the tangent of {function.__name__} has a wrong gradient in PyTorch; {instead}"
+    for function, instead in _CONSTANT_PARTS.items()
+}
+
+
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    a, b = input.chunk(2, dim)
+    return a * torch.sigmoid(b)
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    y = F.hardtanh(input / 6 + 0.5, 0.0, 1.0)
+    return input.copy_(y) if inplace else y
+
+
+def _instance_norm(
+    input: Tensor, running_mean: Any = None, running_var: Any = None, weight: Any = None, bias: Any = None,
+    use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    if use_input_stats and running_mean is None:
+        return F.group_norm(input, input.shape[1], weight, bias, eps)
+    if use_input_stats:
+        raise NotImplementedError(
+            "imf_kernels.jvp: the tangent of instance_norm with running statistics has a wrong gradient in "
+            "PyTorch; without them (track_running_stats=False) or in eval mode it has a right one"
+        )
+    return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+# Replacements for calls whose rule in PyTorch has no derivative of its own, or a wrong one.
+REWRITTEN_IF_DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((F.glu, torch._C._nn.glu), _glu),
+    F.instance_norm: _instance_norm,
+    **dict.fromkeys((F.hardsigmoid, torch._C._nn.hardsigmoid), _hardsigmoid),
+}
+# Calls with rules that write into what their own backward needs, unless a dispatch mode is active.
+WRITES_INTO_ITS_GRAPH = {
+    *(torch.softmax, Tensor.softmax, F.softmax, F.softmin, F.gumbel_softmax, torch.special.softmax),
+    *(torch.log_softmax, Tensor.log_softmax, F.log_softmax, torch.special.log_softmax),
+    *(torch.logsumexp, Tensor.logsumexp, torch.special.logsumexp, F.cross_entropy, F.normalize),
+    *(F.scaled_dot_product_attention, F.multi_head_attention_forward),
+}
 
 
 # While torch.compile traces, PyTorch's rules (2.13) multiply the zeros of an operand without a tangent by

@@ -1,13 +1,15 @@
 """Operations on dual tensors of PyTorch's forward mode, `torch.autograd.forward_ad` and `torch.func.jvp`.
 
 The tangent of an argument is unpacked, the operation called with a `Dual`, and its result made a dual tensor
-again. Like every tangent of this library it is data: differentiating it raises.
+again. Like every tangent of this library it is data, and differentiating it raises, except inside
+`imf_kernels.jvp` with `differentiable=True`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -90,12 +92,15 @@ def in_dtype_of(primal: Tensor, tangent: Tensor) -> Tensor:
     return tangent if tangent.dtype == primal.dtype else tangent.to(primal.dtype)
 
 
-def as_dual(x: Any) -> Any:
+def as_dual(x: Any, differentiable: bool = False) -> Any:
     """Converts a dual tensor of PyTorch to a `Dual`; returns anything else unchanged."""
     if type(x) is not Tensor or not can_move(x):
         return x
     primal, tangent = unpack_dual_tensor(x)
-    return x if tangent is None else unchecked(primal, in_dtype_of(primal, tangent.detach()))
+    if tangent is None:
+        return x
+    tangent = tangent if differentiable else tangent.detach()
+    return unchecked(primal, in_dtype_of(primal, tangent), differentiable)
 
 
 def as_dual_tensor(y: Any) -> Any:
@@ -105,7 +110,7 @@ def as_dual_tensor(y: Any) -> Any:
     tangent = y.tangent_rows
     if tangent is None:
         return y.primal
-    if not torch.compiler.is_compiling() and tangent._is_view():
+    if not torch.compiler.is_compiling() and tangent._is_view() and not tangent.requires_grad:
         # A view made without autograd must not be modified.
         tangent = not_a_view(tangent, tangent.shape)
     return make_dual_tensor(y.primal, tangent)
@@ -163,18 +168,44 @@ watch = _Watch()
 
 
 class _TracedJVP:
-    """Nesting depth of `imf_kernels.jvp` in a graph that torch.compile traces."""
+    """The `imf_kernels.jvp` in a graph that torch.compile traces: nesting depth, and its option."""
 
     depth = 0
+    differentiable = False
 
 
 traced_jvp = _TracedJVP()
 
 
+class Run:
+    """A run of `imf_kernels.jvp`; threads that it started and that outlive it continue without it.
+
+    Attributes:
+        differentiable: gradients flow through tangents.
+        over: it has ended.
+        again: runs a part of it again, `again(func, primals, tangents)`.
+    """
+
+    again: Callable[[Callable[..., Any], Any, Any], Any]
+
+    def __init__(self, differentiable: bool = False, over: bool = False) -> None:
+        self.differentiable, self.over = differentiable, over
+
+
+class _Inside(threading.local):
+    """The run of `imf_kernels.jvp` that a thread is in."""
+
+    run = Run(over=True)
+
+
+OUTSIDE, inside = _Inside.run, _Inside()
+
+
 def _on_traced_dual_tensors(operation: Callable[..., Any], arguments: Any, options: Any) -> Any:
     """Runs the operation on dual tensors of a level that the graph itself enters, in `imf_kernels.jvp`."""
     leaves, structure = pytree.tree_flatten((arguments, options))
-    arguments, options = pytree.tree_unflatten([as_dual(x) for x in leaves], structure)
+    duals = [as_dual(x, traced_jvp.differentiable) for x in leaves]
+    arguments, options = pytree.tree_unflatten(duals, structure)
     result = operation(*arguments, **options)
     return tuple(map(as_dual_tensor, result)) if isinstance(result, tuple) else as_dual_tensor(result)
 
@@ -238,6 +269,7 @@ def _results(operation: Callable[..., Any], arguments: Any, options: Any, jvp: A
     def wrapped(x: Tensor) -> Tensor:
         return x if jvp is None else torch._C._functorch._wrap_for_grad(x, jvp.level())
 
+    differentiable = jvp is None and inside.run.differentiable
     leaves, structure = pytree.tree_flatten((arguments, options), is_leaf=is_dual)
     parts = [forward_ad.unpack_dual(x) if isinstance(x, Tensor) else (x, None) for x in leaves]
     primals, tangents = ([unwrapped(part) for part in both] for both in zip(*parts, strict=True))
@@ -255,12 +287,14 @@ def _results(operation: Callable[..., Any], arguments: Any, options: Any, jvp: A
 
     def handed_out(y: Tensor | Dual) -> tuple[Tensor, Tensor | None]:
         y, y_dot = unpack(y)
-        return y, None if y_dot is None else guarded(y_dot, y, *sources)
+        return y, y_dot if y_dot is None or differentiable else guarded(y_dot, y, *sources)
 
     try:
         with contextlib.nullcontext() if jvp is None else jvp.lower():
             duals = [
-                x if t is None else Dual(x, in_dtype_of(x, t.detach()))
+                x
+                if t is None
+                else unchecked(x, in_dtype_of(x, t if differentiable else t.detach()), differentiable)
                 for x, t in zip(primals, tangents, strict=True)
             ]
             plain_arguments, plain_options = pytree.tree_unflatten(duals, structure)

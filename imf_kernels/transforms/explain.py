@@ -80,8 +80,8 @@ def explain(
             found.clear()
         with modules.followed(), _operations(record):
             _jvp(
-                *(func, primals, tangents, False, has_aux),
-                lambda: _Calls(record, torch.cuda.synchronize if on_gpu else None),
+                *(func, primals, tangents, False, has_aux, False),
+                lambda graph: _Calls(graph, record, torch.cuda.synchronize if on_gpu else None),
             )
 
     run()

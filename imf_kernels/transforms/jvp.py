@@ -6,7 +6,8 @@ Differences from `torch.func.jvp`:
 
 - Calls for which this library has an operation run on it (rules.py): primal and tangent in one pass,
   attention without the matrix of its weights. products.py has products without needless ones.
-- No gradient flows through tangents: the graph that PyTorch records of them is released after every call.
+- No gradient flows through tangents, unless asked for by `differentiable=True`: the graph that PyTorch
+  records of them is released after every call.
 - Dual tensors are ordinary tensors, without the wrappers of `torch.func`: hooks run, so DDP, FSDP2 and
   profilers work.
 """
@@ -32,26 +33,32 @@ from torch.fx.experimental.symbolic_shapes import guard_or_true
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from imf_kernels.backends.dispatch import constant, logger
 from imf_kernels.dual import Dual, guarded
 from imf_kernels.transforms import normalizers, products  # noqa: F401  (their rules register themselves)
-from imf_kernels.transforms.checkpoint import threads
 from imf_kernels.transforms.corrections import (
+    REFUSED_IF_DIFFERENTIABLE,
     REFUSED_INSIDE_TRANSFORMS,
     REWRITTEN,
+    REWRITTEN_IF_DIFFERENTIABLE,
     REWRITTEN_WHILE_COMPILING,
+    WRITES_INTO_ITS_GRAPH,
     WRONG_IN_PYTORCH,
 )
 from imf_kernels.transforms.dual_tensors import (
     NO_TANGENT,
     OURS,
+    OUTSIDE,
     PYTORCHS,
+    Run,
     as_dual,
     as_dual_tensor,
     can_move,
     carries_tangent,
     in_dtype_of,
+    inside,
     make_dual_tensor,
     primal_of,
     traced_jvp,
@@ -102,25 +109,24 @@ _PUBLIC = {
     for function in (*REFUSED, *REWRITTEN, *WRONG_IN_PYTORCH)
     for prefix in ("", "special_", "linalg_")
 }
-
-
-class _Run:
-    """A run of jvp; threads that it started and that outlive it continue without it."""
-
-    over = False
+_WRONG_IF_DIFFERENTIABLE: dict[str | None, Any] = {
+    f"aten::{_method_name(function)}": function for function in REFUSED_IF_DIFFERENTIABLE
+}
 
 
 class _Calls(TorchFunctionMode):
     """Mode that sends every call of PyTorch to where its tangent is computed."""
 
-    run = _Run()
+    run = Run()  # replaced in eager mode
 
     def __init__(
         self,
+        differentiable: bool = False,
         seen: Callable[[str, str, str, float], None] | None = None,
         synchronize: Callable[[], Any] | None = None,
     ) -> None:
         super().__init__()
+        self.differentiable = differentiable
         self.seen, self.synchronize = seen, synchronize or (lambda: None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -131,17 +137,19 @@ class _Calls(TorchFunctionMode):
             with self:
                 return _MULTI_HEAD_ATTENTION(*args, **kwargs)
         if self.seen is None:
-            return _call(func, args, kwargs)[0]
+            return _call(func, args, kwargs, self.differentiable)[0]
         self.synchronize()
         start = time.perf_counter()
-        result, why = _call(func, args, kwargs)
+        result, why = _call(func, args, kwargs, self.differentiable)
         self.synchronize()
         path, reason = (OURS, "") if why is None else (_path(result), why.why)
         self.seen(_name(func), path, reason, time.perf_counter() - start)
         return result
 
 
-def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, NotServed | None]:
+def _call(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], differentiable: bool
+) -> tuple[Any, NotServed | None]:
     """Returns the result of a call, and why PyTorch's rule made it, `None` if an operation of ours did."""
     compiling = torch.compiler.is_compiling()
     if isinstance(func, _OPERATORS):
@@ -150,33 +158,39 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
         # Inside a vmap or grad PyTorch does not tell which tensors have a tangent.
         if func in REFUSED_INSIDE_TRANSFORMS:
             raise NotImplementedError(f"imf_kernels.jvp: {REFUSED_INSIDE_TRANSFORMS[func]}")
-        return _by_pytorch(func, args, kwargs), NO_RULE
+        return _by_pytorch(func, args, kwargs, differentiable), NO_RULE
     if func in REFUSED_WHILE_COMPILING if compiling else func in REFUSED or torch.is_inference_mode_enabled():
         _refuse(func, args, kwargs)
     rule, why = RULES.get(func), NO_RULE
     if rule is None and compiling and len(args) == 2 and not kwargs:
         rule = ARITHMETIC_WHILE_COMPILING.get(_method_name(func))
     if rule is not None:
-        given, named = [as_dual(x) for x in args], {name: as_dual(x) for name, x in kwargs.items()}
+        given = [as_dual(x, differentiable) for x in args]
+        named = {name: as_dual(x, differentiable) for name, x in kwargs.items()}
         if any(isinstance(x, Dual) for x in (*given, *named.values())):
             result = rule(*given, **named)
             if not isinstance(result, NotServed):
                 return as_dual_tensor(result), None
             why = result
+    if differentiable:
+        name = _operator_name(func).partition(".")[0] if isinstance(func, _OPERATORS) else None
+        refused = _WRONG_IF_DIFFERENTIABLE.get(name, func)
+        if refused in REFUSED_IF_DIFFERENTIABLE:
+            _refuse(refused, args, kwargs, REFUSED_IF_DIFFERENTIABLE)
     if _writes_in_graph(func) if compiling else func in _IN_PLACE_METHODS:
         args, kwargs = _apart(args, kwargs)
     if compiling:
         if func is torch.utils.checkpoint.checkpoint:
-            args = (_seen(args[0]), *args[1:])
+            args = (_seen(args[0], differentiable), *args[1:])
         if func is Tensor.__getitem__ and carries_tangent(args[0]):
             _expect_some(args[1])
         if func in ZEROS_WHILE_COMPILING and any(map(carries_tangent, pytree.tree_leaves(args))):
             args = pytree.tree_map(_with_zeros, args)
-        result = _by_pytorch(func, args, kwargs)
+        result = _by_pytorch(func, args, kwargs, differentiable)
         _refuse_lost_tangents(func, args, kwargs, result)
         return result, why
     try:
-        result = _by_pytorch(func, args, kwargs)
+        result = _by_pytorch(func, args, kwargs, differentiable)
     except (NotImplementedError, RuntimeError) as error:
         if any(words in str(error) for words in ("forward AD", "forward grad")):
             raise NotImplementedError(
@@ -184,7 +198,8 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any
             ) from error
         raise
     _refuse_lost_tangents(func, args, kwargs, result)
-    _release_graphs(result)
+    if not differentiable:
+        _release_graphs(result)
     return result, why
 
 
@@ -230,25 +245,37 @@ def _expect_some(index: Any) -> None:
             torch._check(places.numel() >= 1)
 
 
-def _seen(function: Callable[..., Any]) -> Callable[..., Any]:
+def _seen(function: Callable[..., Any], differentiable: bool) -> Callable[..., Any]:
     """Makes a function's calls of PyTorch seen: torch.compile leaves the mode for what it checkpoints."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with _Calls():
+        with _Calls(differentiable):
             return function(*args, **kwargs)
 
     return call
 
 
-def _by_pytorch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+class _AnyMode(TorchDispatchMode):
+    """A dispatch mode without effect."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **kwargs or {})
+
+
+def _by_pytorch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], differentiable: bool) -> Any:
     if torch.compiler.is_compiling() and getattr(func, "__module__", None) == "torch._tensor":
         # torch.compile follows a call of a method written in Python, not of its function.
         return getattr(args[0], _method_name(func))(*args[1:], **kwargs)
+    if differentiable:
+        func = REWRITTEN_IF_DIFFERENTIABLE.get(func, func)
+    own = differentiable and not torch.compiler.is_compiling() and func in WRITES_INTO_ITS_GRAPH
     func = REWRITTEN.get(func, func)
     if torch.compiler.is_compiling():
         func = REWRITTEN_WHILE_COMPILING.get(func, func)
-    if func is F.scaled_dot_product_attention:
-        with sdpa_kernel(SDPBackend.MATH):  # only plain attention has a derivative in PyTorch
+    attention = func is F.scaled_dot_product_attention  # only plain attention has a derivative in PyTorch
+    if attention or own:
+        plain = sdpa_kernel(SDPBackend.MATH) if attention else contextlib.nullcontext()
+        with plain, _AnyMode() if own else contextlib.nullcontext():
             return func(*args, **kwargs)
     return func(*args, **kwargs)
 
@@ -261,12 +288,12 @@ def _path(result: Any) -> str:
     return PYTORCHS if any(map(carries_tangent, pytree.tree_leaves(result))) else NO_TANGENT
 
 
-def _refuse(func: Any, args: Any, kwargs: Any) -> None:
+def _refuse(func: Any, args: Any, kwargs: Any, reasons: dict[Any, str] = REFUSED) -> None:
     with contextlib.nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
         if not any(map(carries_tangent, pytree.tree_leaves((args, kwargs)))):
             return
-    if func in REFUSED:
-        raise NotImplementedError(f"imf_kernels.jvp: {REFUSED[func]}")
+    if func in reasons:
+        raise NotImplementedError(f"imf_kernels.jvp: {reasons[func]}")
     raise NotImplementedError(
         f"imf_kernels.jvp: {_name(func)} is called in torch.inference_mode, which drops tangents; enter "
         "torch.no_grad in its place"
@@ -313,13 +340,14 @@ def jvp(
     *,
     strict: bool = False,
     has_aux: bool = False,
+    differentiable: bool = False,
     **of_functional: Any,
 ) -> Any:
     """Computes func(*primals) and its derivative along the tangents: `torch.func.jvp` for training.
 
     Gradients flow through the primal outputs, to inputs and weights, as if `func` had been called directly.
-    None flows through the returned tangents: differentiating them raises an error, `.detach()` makes them
-    plain data.
+    None flows through the returned tangents, unless they are to be `differentiable`: differentiating them
+    raises an error, `.detach()` makes them plain data.
 
     Args:
         func: any function or module made of PyTorch's calls, unmodified. Linear layers, attention,
@@ -327,11 +355,14 @@ def jvp(
             rules; every other call follows PyTorch's forward-mode rule, and one that has none raises.
             Compiled parts run eagerly: compile the function that calls `jvp`.
         primals: arguments of `func`, tensors or pytrees of them.
-        tangents: in the structure of `primals`, each of its primal's shape and device and without grad, cast
-            if of another floating-point dtype; `None`, unlike in `torch.func.jvp`, for an argument without a
-            tangent.
+        tangents: in the structure of `primals`, each of its primal's shape and device, cast if of another
+            floating-point dtype, and without grad unless `differentiable`; `None`, unlike in
+            `torch.func.jvp`, for an argument without a tangent.
         strict: raise if an output does not depend on the inputs, instead of returning a tangent of zeros.
         has_aux: `func` returns (output, aux); aux is returned unchanged, without tangents.
+        differentiable: gradients flow through the returned tangents too, to weights, primals and tangents. A
+            loss may use outputs and tangents; one backward serves both. Tangents then are part of the graph,
+            with the memory that it takes.
 
     Returns:
         (output, tangent), each in the structure of func's result; with `has_aux` followed by aux.
@@ -343,13 +374,14 @@ def jvp(
     """
     for name in of_functional:
         raise TypeError(f"jvp: there is no argument {name!r}{_ADVICE.get(name, '')}")
-    return _jvp(func, primals, tangents, strict, has_aux, _Calls)
+    return _jvp(func, primals, tangents, strict, has_aux, differentiable, _Calls)
 
 
 # Arguments of torch.autograd.functional.jvp.
 _ADVICE = {
     "v": "; hand it as `tangents`, a tuple like `primals`: jvp(func, (x,), (v,))",
-    "create_graph": "; leave it out: gradients always flow through primal outputs, never through tangents",
+    "create_graph": "; leave it out: gradients always flow through primal outputs, and with "
+    "differentiable=True through tangents",
     "inputs": "; hand them as `primals`, a tuple: jvp(func, (x,), (v,))",
 }
 
@@ -357,23 +389,18 @@ _ADVICE = {
 # PyTorch has one dual level per process: the jvps of several threads take turns.
 _ONE_LEVEL = threading.Lock()
 _TURN = 600.0  # seconds that a thread waits
-_inside = threading.local()  # per thread: its run of jvp
-
-
-def is_inside() -> bool:
-    """Returns whether this thread runs in a jvp."""
-    return not getattr(_inside, "run", _OUTSIDE).over
-
-
-_OUTSIDE = _Run()
-_OUTSIDE.over = True
-threads.is_inside = is_inside
 
 
 def _jvp(
-    func: Callable[..., Any], primals: Any, tangents: Any, strict: bool, has_aux: bool, calls: Any
+    func: Callable[..., Any],
+    primals: Any,
+    tangents: Any,
+    strict: bool,
+    has_aux: bool,
+    differentiable: bool,
+    calls: Callable[[bool], _Calls],
 ) -> Any:
-    pairs, structure = _pairs(primals, tangents)
+    pairs, structure = _pairs(primals, tangents, differentiable)
     if torch.compiler.is_compiling():
         if fwAD._current_level >= 0:
             raise RuntimeError(_NESTED)
@@ -382,16 +409,17 @@ def _jvp(
         with fwAD._set_fwd_grad_enabled(True), fwAD.dual_level():
             duals = [_dual_input(x, x_dot) for x, x_dot in pairs]
             traced_jvp.depth += 1
-            with calls():
+            traced_jvp.differentiable = differentiable
+            with calls(differentiable):
                 result = func(*_arguments(duals, structure))
             traced_jvp.depth -= 1
-            return _taken_apart(result, strict, has_aux)
+            return _taken_apart(result, strict, has_aux, differentiable)
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
             "imf_kernels.jvp: called inside a transform of torch.func (grad, vjp, vmap, functionalize …), "
             "which it does not nest in; torch.func.jvp does, and grad of jvp's primal outputs is .backward()"
         )
-    return _without_compiler()(func, pairs, structure, strict, has_aux, calls)
+    return _without_compiler()(func, pairs, structure, strict, has_aux, differentiable, calls)
 
 
 _NESTED = (
@@ -415,8 +443,16 @@ def _disabled() -> Callable[..., Any]:
     return torch._dynamo.disable(_eagerly)
 
 
-def _eagerly(func: Any, pairs: Any, structure: Any, strict: bool, has_aux: bool, calls: Any) -> Any:
-    if is_inside():
+def _eagerly(
+    func: Any,
+    pairs: Any,
+    structure: Any,
+    strict: bool,
+    has_aux: bool,
+    differentiable: bool,
+    calls: Callable[[bool], _Calls],
+) -> Any:
+    if not inside.run.over:
         raise RuntimeError(_NESTED)
     _say_what_runs_eagerly(func)
     if not _ONE_LEVEL.acquire(timeout=_TURN):
@@ -424,13 +460,14 @@ def _eagerly(func: Any, pairs: Any, structure: Any, strict: bool, has_aux: bool,
             f"imf_kernels.jvp: another thread has been inside jvp for {_TURN:g} s, and one runs at a time. "
             "Does it wait for this thread?"
         )
-    run = _Run()
+    run = Run(differentiable)
+    run.again = functools.partial(_again, calls)
     try:
         if fwAD._current_level >= 0:
             raise RuntimeError(_NESTED)
         inference = torch.is_inference_mode_enabled()  # it has no tangents
         with _outside_inference_mode() if inference else contextlib.nullcontext():
-            return _at_a_level(func, pairs, structure, strict, has_aux, lambda: _Inside(calls(), run))
+            return _at_a_level(func, pairs, structure, strict, has_aux, run, calls)
     finally:
         run.over = True
         _ONE_LEVEL.release()
@@ -442,7 +479,29 @@ def _outside_inference_mode() -> Iterator[None]:
         yield
 
 
-def _at_a_level(func: Any, pairs: Any, structure: Any, strict: bool, has_aux: bool, mode: Any) -> Any:
+def _again(calls: Callable[[bool], _Calls], func: Any, primals: Any, tangents: Any) -> None:
+    """Runs a part of a differentiable jvp again, for the tensors that it saves."""
+    pairs = list(zip(primals, tangents, strict=True))
+
+    def call(*inputs: Any) -> Any:
+        func(*inputs)
+        return torch.empty(0)
+
+    _eagerly(call, pairs, None, False, False, True, calls)
+
+
+def _at_a_level(
+    func: Any,
+    pairs: Any,
+    structure: Any,
+    strict: bool,
+    has_aux: bool,
+    run: Run,
+    calls: Callable[[bool], _Calls],
+) -> Any:
+    def mode() -> _Inside:
+        return _Inside(calls(run.differentiable), run)
+
     with fwAD._set_fwd_grad_enabled(True), fwAD.dual_level():
         inputs = [_dual_input(x, x_dot) for x, x_dot in pairs]
         with Surroundings(mode), mode():
@@ -453,7 +512,7 @@ def _at_a_level(func: Any, pairs: Any, structure: Any, strict: bool, has_aux: bo
                     raise NotImplementedError(_INSIDE) from error
                 _name_function_without_rule(error)
                 raise
-        return _taken_apart(result, strict, has_aux)
+        return _taken_apart(result, strict, has_aux, run.differentiable)
 
 
 _asked: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
@@ -479,15 +538,15 @@ def _say_what_runs_eagerly(func: Any) -> None:
 class _Inside:
     """Context of a thread inside a run of jvp, whose calls are seen."""
 
-    def __init__(self, calls: _Calls, run: _Run) -> None:
+    def __init__(self, calls: _Calls, run: Run) -> None:
         self.calls, calls.run, self.run = calls, run, run
 
     def __enter__(self) -> None:
         self.calls.__enter__()
-        _inside.run = self.run
+        inside.run = self.run
 
     def __exit__(self, *raised: Any) -> None:
-        _inside.run = _OUTSIDE
+        inside.run = OUTSIDE
         self.calls.__exit__(*raised)
 
 
@@ -500,6 +559,8 @@ def _dual_input(x: Any, x_dot: Tensor | None) -> Any:
     x, x_dot = (t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in (x, x_dot))
     if x_dot is None:
         return x
+    if x_dot.requires_grad:
+        x_dot = x_dot.clone()  # in-place calls may write into it
     if not x.is_contiguous() and not torch.ops.aten.is_non_overlapping_and_dense(x):
         x = x.contiguous()  # a tangent has its primal's memory layout
     return make_dual_tensor(x, x_dot)
@@ -528,10 +589,10 @@ def _name_function_without_rule(error: Exception) -> None:
             ) from error
 
 
-def _taken_apart(result: Any, strict: bool, has_aux: bool) -> Any:
+def _taken_apart(result: Any, strict: bool, has_aux: bool, differentiable: bool) -> Any:
     """Splits func's result into (output, tangent), with `has_aux` (output, tangent, aux)."""
     if isinstance(result, Tensor) and not has_aux:
-        return _parts(result, strict)
+        return _parts(result, strict, differentiable)
     aux: tuple[Any, ...] = ()
     if has_aux:
         if not (isinstance(result, tuple) and len(result) == 2):
@@ -540,7 +601,7 @@ def _taken_apart(result: Any, strict: bool, has_aux: bool) -> Any:
     outputs, structure = pytree.tree_flatten(result)
     if not outputs or not all(isinstance(y, Tensor) for y in outputs):
         raise TypeError(f"jvp: func must return tensors, got {[_about(y) for y in outputs]}")
-    primals_out, tangents_out = zip(*(_parts(y, strict) for y in outputs), strict=True)
+    primals_out, tangents_out = zip(*(_parts(y, strict, differentiable) for y in outputs), strict=True)
     return (
         pytree.tree_unflatten(list(primals_out), structure),
         pytree.tree_unflatten(list(tangents_out), structure),
@@ -548,7 +609,7 @@ def _taken_apart(result: Any, strict: bool, has_aux: bool) -> Any:
     )
 
 
-def _pairs(primals: Any, tangents: Any) -> tuple[list[tuple[Any, Tensor | None]], Any]:
+def _pairs(primals: Any, tangents: Any, differentiable: bool) -> tuple[list[tuple[Any, Tensor | None]], Any]:
     """Returns each leaf of the primals with its checked tangent, and the structure, `None` if flat."""
     for name, value in (("primals", primals), ("tangents", tangents)):
         if not isinstance(value, tuple):
@@ -567,14 +628,16 @@ def _pairs(primals: Any, tangents: Any) -> tuple[list[tuple[Any, Tensor | None]]
                 f"got {tangent_structure} for {structure}"
             )
     pairs = zip(primals, tangents, strict=True)
-    return [(x, t if t is None else _checked(i, x, t)) for i, (x, t) in enumerate(pairs)], structure
+    return [
+        (x, t if t is None else _checked(i, x, t, differentiable)) for i, (x, t) in enumerate(pairs)
+    ], structure
 
 
 def _arguments(inputs: list[Any], structure: Any) -> Any:
     return inputs if structure is None else pytree.tree_unflatten(inputs, structure)
 
 
-def _checked(i: int, x: Any, x_dot: Any) -> Tensor:
+def _checked(i: int, x: Any, x_dot: Any, differentiable: bool) -> Tensor:
     if not can_move(x):
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"jvp: primal {i} must be a floating-point tensor to have a tangent, got {got}")
@@ -587,14 +650,15 @@ def _checked(i: int, x: Any, x_dot: Any) -> Tensor:
             f"jvp: tangent {i} must be a {list(x.shape)} {'floating-point' if same_kind else x.dtype} tensor "
             f"on {x.device} like its primal, got {list(x_dot.shape)} of {x_dot.dtype} on {x_dot.device}"
         )
-    if x_dot.requires_grad:
+    if x_dot.requires_grad and not differentiable:
         raise ValueError(
-            f"jvp: tangent {i} requires grad, but no gradient flows through tangents; pass tangent.detach()"
+            f"jvp: tangent {i} requires grad, but no gradient flows through tangents; pass tangent.detach(), "
+            "or differentiable=True"
         )
     return in_dtype_of(x, x_dot)
 
 
-def _parts(y: Tensor, strict: bool) -> tuple[Tensor, Tensor]:
+def _parts(y: Tensor, strict: bool, differentiable: bool) -> tuple[Tensor, Tensor]:
     if not can_move(y):
         return y, torch.zeros_like(y)
     primal, tangent = unpack_dual_tensor(y)
@@ -605,6 +669,8 @@ def _parts(y: Tensor, strict: bool) -> tuple[Tensor, Tensor]:
                 f"shape {list(y.shape)} does not"
             )
         tangent = torch.zeros_like(primal)
+    if differentiable:
+        return primal, in_dtype_of(primal, tangent)
     tangent = in_dtype_of(primal, tangent.detach())
     return primal, guarded(tangent, primal)
 

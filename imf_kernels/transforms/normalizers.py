@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imf_kernels.dual import Dual, unpack
+from imf_kernels.dual import pack, tangent_graph, unpack
 from imf_kernels.transforms.rules import _ALSO, serves
 
 
@@ -23,9 +23,9 @@ def _softmax(input: Any, dim: Any = None, dtype: Any = None) -> Any:
         return _ALSO
     x, x_dot = cast(tuple[Tensor, Tensor], unpack(input))
     y = torch.softmax(x, dim, dtype)
-    with torch.no_grad():
+    with tangent_graph(input.differentiable):
         # Its Jacobian is symmetric: PyTorch's backward in one pass is the tangent.
-        return Dual(y, torch._softmax_backward_data(x_dot.to(y.dtype), y, dim, y.dtype))
+        return pack(y, torch._softmax_backward_data(x_dot.to(y.dtype), y, dim, y.dtype), input)
 
 
 @serves(torch.log_softmax, Tensor.log_softmax)
@@ -34,11 +34,12 @@ def _log_softmax(input: Any, dim: Any = None, dtype: Any = None) -> Any:
         return _ALSO
     x, x_dot = cast(tuple[Tensor, Tensor], unpack(input))
     y = torch.log_softmax(x, dim, dtype)
-    with torch.no_grad():
+    with tangent_graph(input.differentiable):
         wide = torch.promote_types(y.dtype, torch.float32)
         x_dot = x_dot.to(wide)
         weights = y.exp() if y.dtype == wide else torch.softmax(x, dim, wide)
-        return Dual(y, (x_dot - weights.mul_(x_dot).sum(dim, keepdim=True)).to(y.dtype))
+        products = weights * x_dot if input.differentiable else weights.mul_(x_dot)
+        return pack(y, (x_dot - products.sum(dim, keepdim=True)).to(y.dtype), input)
 
 
 @serves(F.softmax)
@@ -59,7 +60,7 @@ def _normalize(input: Any, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out
     norm = x.norm(p, dim, keepdim=True)  # as F.normalize does
     n = norm.clamp_min(eps)
     y = x / n.expand_as(x)
-    with torch.no_grad():
+    with tangent_graph(input.differentiable):
         x_dot = x_dot.to(y.dtype)
         along = torch.where(norm > eps, (y * x_dot).sum(dim, keepdim=True), 0.0)
-        return Dual(y, torch.addcmul(x_dot, y, along.to(y.dtype), value=-1).div_(n))
+        return pack(y, torch.addcmul(x_dot, y, along.to(y.dtype), value=-1).div_(n), input)

@@ -27,8 +27,7 @@ from imf_kernels.backends.dispatch import constant, without_autocast
 from imf_kernels.dual import Dual, map_both
 from imf_kernels.ops.arithmetic import cat
 from imf_kernels.ops.attention import scaled_dot_product_attention
-from imf_kernels.transforms.checkpoint import threads
-from imf_kernels.transforms.dual_tensors import carries_tangent, refusing, traced_jvp
+from imf_kernels.transforms.dual_tensors import carries_tangent, inside, refusing, traced_jvp
 
 # Masks of causal attention: which key the first query sees last.
 FULL, TOP_LEFT, BOTTOM_RIGHT = "full", "top left", "bottom right"
@@ -191,8 +190,8 @@ def _xformers(inputs: Any) -> Any:
 
 def _moves(arguments: Any) -> bool:
     """Returns whether this is a call inside `jvp` one of whose tensors has a tangent."""
-    inside = traced_jvp.depth > 0 if torch.compiler.is_compiling() else threads.is_inside()
-    return inside and any(carries_tangent(x) for x in arguments)
+    in_jvp = traced_jvp.depth > 0 if torch.compiler.is_compiling() else not inside.run.over
+    return in_jvp and any(carries_tangent(x) for x in arguments)
 
 
 class _Served:

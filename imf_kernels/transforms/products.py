@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imf_kernels.dual import Dual, primal, unpack
+from imf_kernels.dual import Dual, is_differentiable, primal, tangent_graph, unpack
 from imf_kernels.transforms.rules import _ALSO, _PARAMETER, NotServed, Rule, _plain, serves
 
 _ALL_MOVE = NotServed("several operands have a tangent, and PyTorch's rule computes no needless product")
@@ -25,9 +25,9 @@ def _convolution(function: Callable[..., Tensor]) -> Rule:
         if not isinstance(input, Dual) or not _plain(weight, bias):
             return _PARAMETER
         y = function(input.primal, weight, bias, *args, **options)
-        with torch.no_grad():
+        with tangent_graph(input.differentiable):
             y_dot = function(cast(Tensor, input.tangent_rows), weight, None, *args, **options)
-            return Dual(y, y_dot.to(y.dtype))
+            return Dual(y, y_dot.to(y.dtype), differentiable=input.differentiable)
 
     return rule
 
@@ -44,12 +44,13 @@ def _bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
     """Serves two operands with tangents too, for which PyTorch computes four products instead of three."""
     if not _plain(weight, bias):
         return _PARAMETER
+    differentiable = is_differentiable(input1, input2)
     (a, a_dot), (b, b_dot) = unpack(input1), unpack(input2)
     y = F.bilinear(a, b, weight, bias)
-    with torch.no_grad():
+    with tangent_graph(differentiable):
         pairs = [(p, q) for p, q in ((a_dot, b), (a, b_dot)) if p is not None and q is not None]
         parts = [F.bilinear(p, q, weight) for p, q in pairs]
-        return Dual(y, sum(parts[1:], parts[0]).to(y.dtype))
+        return Dual(y, sum(parts[1:], parts[0]).to(y.dtype), differentiable=differentiable)
 
 
 def _are_plain(operands: Sequence[Any]) -> bool:
@@ -63,10 +64,11 @@ def _product(function: Callable[..., Tensor], *operands: Any) -> Any:
     moving = [i for i, x in enumerate(operands) if isinstance(x, Dual)]
     if len(moving) != 1:
         return _ALL_MOVE
+    differentiable = is_differentiable(*operands)
     y = function(*map(primal, operands))
-    with torch.no_grad():
+    with tangent_graph(differentiable):
         y_dot = function(*(cast(Tensor, x.tangent_rows) if isinstance(x, Dual) else x for x in operands))
-        return Dual(y, y_dot.to(y.dtype))
+        return Dual(y, y_dot.to(y.dtype), differentiable=differentiable)
 
 
 def _positional(names: Sequence[str], args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...] | None:
@@ -114,16 +116,17 @@ def _added(function: Callable[..., Tensor], names: tuple[str, str]) -> Rule:
         operands = _positional(("input", *names), args, named)
         if operands is None or not _are_plain(operands):
             return _ALSO
+        differentiable = is_differentiable(*operands)
         (x, x_dot), (a, a_dot), (b, b_dot) = map(unpack, operands)
         y = function(x, a, b, beta=beta, alpha=alpha)
-        with torch.no_grad():
+        with tangent_graph(differentiable):
             y_dot, factor = (x, 0) if x_dot is None else (x_dot, beta)
             for p, q in ((a_dot, b), (a, b_dot)):
                 if p is not None and q is not None:
                     y_dot, factor = function(y_dot, p, q, beta=factor, alpha=alpha), 1
             if a_dot is None and b_dot is None:
                 y_dot = (beta * y_dot if beta != 0 else torch.zeros_like(y_dot)).expand_as(y).contiguous()
-            return Dual(y, y_dot.to(y.dtype))
+            return Dual(y, y_dot.to(y.dtype), differentiable=differentiable)
 
     return rule
 

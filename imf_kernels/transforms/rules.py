@@ -19,7 +19,7 @@ from torch import Tensor
 
 from imf_kernels.backends.dispatch import autocasts, cached_constant
 from imf_kernels.backends.layout import last_contiguous
-from imf_kernels.dual import Dual, map_both, unpack
+from imf_kernels.dual import Dual, is_differentiable, map_both, tangent_graph, unpack
 from imf_kernels.ops import attention, check, elementwise, group_norm, layer_norm, linear, rms_norm
 from imf_kernels.ops.arithmetic import ARITHMETIC
 
@@ -316,15 +316,30 @@ def _batch_norm(
     a channel's values: the tangent is what backward makes of ẋ. In evaluation the function is linear in x.
     """
     if not isinstance(input, Dual) or not _plain(running_mean, running_var, weight, bias):
+        if training and is_differentiable(input, weight, bias):
+            raise NotImplementedError(
+                "imf_kernels.jvp: in training, the tangent of batch_norm along its parameters has a wrong "
+                "gradient in PyTorch; without a tangent of theirs it has a right one"
+            )
         return _PARAMETER
     x, x_dot = cast(tuple[Tensor, Tensor], unpack(input))
+    differentiable = input.differentiable
     if not training:
         y = F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
-        with torch.no_grad():
+        with tangent_graph(differentiable):
             no_mean = torch.zeros_like(running_mean)
-            return Dual(y, F.batch_norm(x_dot, no_mean, running_var, weight, None, False, momentum, eps))
+            y_dot = F.batch_norm(x_dot, no_mean, running_var, weight, None, False, momentum, eps)
+            return Dual(y, y_dot, differentiable=differentiable)
     if eps <= 0 or len(x.shape) < 2 or math.prod(x.shape) == x.shape[1]:
         return _SHAPE
+    if differentiable:
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        channels = (part.movedim(1, 0).flatten(1) for part in (x, x_dot))
+        _, n_dot = layer_norm.normalize(True, *channels, eps)
+        if weight is not None:
+            n_dot = cast(Tensor, n_dot) * weight.unsqueeze(1)
+        y_dot = cast(Tensor, n_dot).reshape(x.movedim(1, 0).shape).movedim(0, 1).contiguous()
+        return Dual(y, y_dot.to(y.dtype), differentiable=True)
     options = weight, running_mean, running_var
     y, mean, rstd, reserve, kind = torch._batch_norm_impl_index(
         x, weight, bias, running_mean, running_var, training, momentum, eps, torch.backends.cudnn.enabled
@@ -345,15 +360,16 @@ def _arithmetic(y: Callable[..., Tensor], of_a: Callable[..., Any], of_b: Callab
     """Makes the rule of y(a, b) for one tangent: ẏ is of_a(ȧ, a, b, y) or of_b(ḃ, a, b, y)."""
 
     def rule(a: Any, b: Any) -> Any:
+        differentiable = is_differentiable(a, b)
         (a, a_dot), (b, b_dot) = unpack(a), unpack(b)
         if a_dot is not None and b_dot is not None:
             return _ALSO
         result = y(a, b)
-        with torch.no_grad():
+        with tangent_graph(differentiable):
             y_dot = of_b(b_dot, a, b, result) if a_dot is None else of_a(a_dot, a, b, result)
             if y_dot.shape != result.shape:
                 y_dot = y_dot.expand_as(result).contiguous()
-            return Dual(result, y_dot.to(result.dtype))
+            return Dual(result, y_dot.to(result.dtype), differentiable=differentiable)
 
     return rule
 

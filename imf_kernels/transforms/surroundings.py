@@ -19,9 +19,17 @@ import torch.autograd.forward_ad as fwAD
 import torch.utils.checkpoint
 import torch.utils.dlpack
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from imf_kernels.dual import not_a_view
 from imf_kernels.transforms.checkpoint import checkpoint
-from imf_kernels.transforms.dual_tensors import can_move, refusing
+from imf_kernels.transforms.dual_tensors import (
+    can_move,
+    inside,
+    make_dual_tensor,
+    refusing,
+    unpack_dual_tensor,
+)
 from imf_kernels.transforms.packages import serve_packages
 from imf_kernels.transforms.rules import REFUSED
 
@@ -85,6 +93,63 @@ _MISSING: list[tuple[str, str, Callable[..., Any]]] = [
     ("torch.distributed.nn.functional", "_AllGather", _all_gathered),
 ]
 
+
+class _Joint(torch.autograd.Function):
+    """Identity on a primal and its tangent: in backward both gradients have arrived before one goes on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, x_dot: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        return not_a_view(x, x.shape), not_a_view(x_dot, x_dot.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor | None, dx_dot: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        return dx, dx_dot
+
+
+def _joined(values: Any, hook: Callable[[Tensor], Tensor] | None = None) -> Any:
+    """Joins the gradients of each primal and its tangent, to which it adds a hook, if they have gradients."""
+    if not inside.run.differentiable or not torch.is_grad_enabled():
+        return values
+
+    def of(y: Any) -> Any:
+        primal, tangent = unpack_dual_tensor(y) if can_move(y) else (y, None)
+        if tangent is None or not (primal.requires_grad or tangent.requires_grad):
+            return y
+        primal, tangent = _Joint.apply(primal, tangent)
+        if hook is not None:
+            tangent.register_hook(hook)
+        return make_dual_tensor(primal, tangent)
+
+    return pytree.tree_map(of, values)
+
+
+def _joining_inputs(register: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets FSDP2 reduce gradients when those of a module's inputs and of their tangents are complete."""
+
+    @functools.wraps(register)
+    def call(group: Any, args: Any, kwargs: Any) -> Any:
+        return _joined(register(group, args, kwargs))
+
+    return call
+
+
+def _joining_outputs(register: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets FSDP2 gather parameters when the gradient of a module's output or of its tangent arrives."""
+
+    @functools.wraps(register)
+    def call(state: Any, output: Any) -> Any:
+        return register(state, _joined(output, state._pre_backward))
+
+    return call
+
+
+# Methods of PyTorch to wrap, by module and class.
+_WRAPPED: list[tuple[str, str, str, Callable[..., Any]]] = [
+    (f"{_FSDP}._fsdp_param_group", "FSDPParamGroup", "_register_post_backward_hook", _joining_inputs),
+    (f"{_FSDP}._fsdp_state", "FSDPState", "_register_pre_backward_hook", _joining_outputs),
+]
+
 # Methods of a process group, and of its backends, that send none of the caller's tensors.
 _SEND_NOTHING = {
     *("abort", "allocate_tensor", "barrier", "boxed", "eager_connect_single_device", "get_group_store"),
@@ -120,6 +185,11 @@ def _complete_pytorch() -> None:
             function.jvp = staticmethod(jvp)
             if jvp is _sink:
                 function.forward = staticmethod(_sink_with_zeros(function.forward))
+    for wrapped in [wrapped for wrapped in _WRAPPED if wrapped[0] in sys.modules]:
+        module, name, method, wrapper = wrapped
+        _WRAPPED.remove(wrapped)
+        kind = getattr(sys.modules[module], name)
+        setattr(kind, method, wrapper(getattr(kind, method)))
     if torch.jit not in _patched:
         _patched.add(torch.jit)
         for script in (torch._C.ScriptFunction, torch._C.ScriptMethod):

@@ -15,8 +15,6 @@ from torch.nn.utils import parametrize
 
 import imf_kernels as ik
 from imf_kernels import Dual
-from imf_kernels.transforms import jvp as jvp_module
-from imf_kernels.transforms.checkpoint import threads
 from tests.transforms.test_jvp import X_DOT, Block, X
 
 
@@ -623,8 +621,7 @@ def test_other_contexts_are_entered():
     assert entered == ["first", "second"]
 
 
-def test_checkpoints_of_another_thread_are_pytorchs(monkeypatch):
-    monkeypatch.setattr(threads, "is_inside", lambda: getattr(jvp_module._inside, "is_inside", False))
+def test_checkpoints_of_another_thread_are_pytorchs():
     block, found, errors = Block(), [], []
 
     def of_another_thread():
@@ -662,8 +659,7 @@ def test_checkpoints_of_another_thread_are_pytorchs(monkeypatch):
     torch.testing.assert_close(found, [want, want])
 
 
-def test_a_level_of_ones_own(monkeypatch):
-    monkeypatch.setattr(threads, "is_inside", lambda: getattr(jvp_module._inside, "is_inside", False))
+def test_a_level_of_ones_own():
     block = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
     with torch.autograd.forward_ad.dual_level():
         y = ik.checkpoint(block, torch.autograd.forward_ad.make_dual(X, X_DOT))
