@@ -26,7 +26,7 @@ def kernels(operation: str) -> SimpleNamespace:
     """Returns an operation's compiled functions, which run on as many threads as PyTorch uses."""
     functions = {
         name: getattr(_C, f"{operation}_{name}")
-        for name in ("forward", "backward")
+        for name in ("forward", "backward", "pair_backward")
         if f"{operation}_{name}" in _C.schemas
     }
     return SimpleNamespace(**functions, shares=shares)

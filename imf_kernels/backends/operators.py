@@ -203,7 +203,7 @@ class Operation(Generic[Asked]):
         return [y] if y_dot is None else [y, y_dot]
 
 
-_FUNCTIONS = ("forward", "backward", "grad_input", "grad_weight")
+_FUNCTIONS = ("forward", "backward", "pair_backward", "grad_input", "grad_weight")
 
 
 def compiled(

@@ -35,8 +35,6 @@ from torch import Tensor
 from imf_kernels.backends.layout import in_order_of, last_contiguous
 from imf_kernels.dual import stored
 
-# Gradients of query, its tangent, key, its tangent, value, its tangent.
-Gradients = tuple["Tensor | None", ...]
 _QUERIES = 128  # per tile of the plain form
 
 
@@ -85,3 +83,59 @@ def plain(
         dv_dot += (p.mT @ h).sum(2, keepdim=True)
     gradients = scale * dq, scale * dq_dot, scale * dk, scale * dk_dot, dv, dv_dot
     return tuple(x.flatten(1, 2) for x in gradients)
+
+
+def pair_backward(
+    kernels: Any, q: Tensor, q_dot: Tensor | None, k: Tensor, k_dot: Tensor | None, v: Tensor,
+    v_dot: Tensor | None, mask: Tensor | None, lse: Tensor, dout: Tensor | None, dout_dot: Tensor | None,
+    is_causal: bool, scale: float, needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Computes the gradients of query, its tangent, key, its tangent, value and its tangent.
+
+    Args:
+        kernels: those that ran the forward, with `backward` and `pair_backward`.
+        q, k, v, mask, lse: as the forward took and wrote them.
+        q_dot, k_dot, v_dot: tangents of the last n samples, `None` for zeros; one at least is given.
+        dout: [B, H, L_q, D_v], the cotangent of the output; `None` for zeros.
+        dout_dot: [n, H, L_q, D_v], that of its tangent; `None` for zeros.
+        needs: which of the six are wanted; a tangent that is `None` has no gradient.
+
+    Returns:
+        The six, `None` where not wanted, or zero for lack of a cotangent.
+    """
+    given = (q, q_dot, k, k_dot, v, v_dot)
+    tangents = stored(q_dot, k_dot, v_dot)
+    moving = 0 if tangents is None or dout_dot is None else tangents.shape[0]
+    still = q.shape[0] - moving
+    gradients = tuple(
+        in_order_of(x, moving if is_tangent else x.shape[0], *x.shape[2:])
+        if x is not None and wanted and (moving if is_tangent else moving or dout is not None)
+        else None
+        for x, wanted, is_tangent in zip(given, needs, (False, True) * 3, strict=True)
+    )
+    dq, dq_dot, dk, dk_dot, dv, dv_dot = gradients
+    dout = None if dout is None else last_contiguous(dout)
+    if still and dout is not None:
+        head = slice(None, still)
+        cotangent, *primals = _samples(head, dout, dq, dk, dv)
+        kernels.backward(*_samples(head, q, k, v, mask, lse), cotangent, *primals, scale, is_causal)
+    elif still:
+        for x in _samples(slice(None, still), dq, dk, dv):
+            if x is not None:
+                x.zero_()
+    if moving:
+        assert dout_dot is not None
+        tail = slice(still, None)
+        kernels.pair_backward(
+            *_samples(tail, q, k, v),
+            *(q_dot, k_dot, v_dot),
+            *_samples(tail, mask, lse, dout),
+            last_contiguous(dout_dot),
+            *_samples(tail, dq, dk, dv),
+            *(dq_dot, dk_dot, dv_dot, scale, is_causal),
+        )
+    return gradients
+
+
+def _samples(chosen: slice, *tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple(x if x is None else x[chosen] for x in tensors)
