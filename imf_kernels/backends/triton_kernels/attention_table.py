@@ -12,6 +12,8 @@ terms of their operands in registers. The interpreter's tiles are small, to meet
 _FP32 = {"fp32": (16, 16, 16, 8, 1), "64 fp32": (16, 64, 16, 4, 1)}
 _FP32_KV = {"fp32": (16, 16, 0, 8, 1), "64 fp32": (64, 16, 0, 4, 1)}
 
+PAIR = ("pair q", "pair kv")  # the backward of O and its tangent
+
 TABLE: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
     "sm_80": {
         "forward": {
@@ -132,5 +134,6 @@ TABLE: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
             kernel: dict.fromkeys(("64", "80", "128", "256", "fp32"), (64, 32, edge, 4, 1))
             for kernel, edge in (("forward", 32), ("backward q", 32), ("backward kv", 0))
         },
+        **{kernel: dict.fromkeys(("64", "80", "128", "256", "fp32"), (64, 32, 0, 4, 1)) for kernel in PAIR},
     },
 }
