@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <initializer_list>
-#include <stdexcept>
 
 #include "cpu/attention_parts.h"
 #include "cpu/parallel.h"
@@ -126,16 +125,16 @@ struct Term {
   const Unit* panels;
 };
 
-// Computes row i of P, P Z, dS_dot and dS from S, S_dot, A and B, in place. The query sees the first keys.
+// Computes row i of P, P Z, dS_dot and dS from S, S_dot, A and B, in place.
 template <typename Unit>
 inline void differentiate_row(BlockMatrix<Unit>& p, BlockMatrix<Unit>& p_z, LogitMatrix<Unit>& ds_dot,
-                              LogitMatrix<Unit>& ds, index_t i, index_t seen, index_t keys,
-                              index_t key_stride, Logits logits, float row_max, float scale) {
+                              LogitMatrix<Unit>& ds, index_t i, index_t keys, index_t key_stride,
+                              Logits logits, float row_max, float scale) {
   float *const pi = p.values + i * key_stride, *const zi = p_z.values + i * key_stride;
   float *const ai = ds_dot.values + i * key_stride, *const wi = ds.values + i * key_stride;
-  const index_t n = round_up(seen, Vec::width), end = round_up(keys, Vec::width);
+  const index_t n = round_up(keys, Vec::width);
   RowSum weight, s_dot_sum, a_sum;
-  for_few(seen, [&](index_t first, index_t count) {
+  for_few(keys, [&](index_t first, index_t count) {
     Vec few(0.0f), few_s_dot(0.0f), few_a(0.0f);
     for_each_vec(count, [&](index_t offset, int lanes) {
       const index_t j = first + offset;
@@ -149,7 +148,7 @@ inline void differentiate_row(BlockMatrix<Unit>& p, BlockMatrix<Unit>& p_z, Logi
     s_dot_sum.add(few_s_dot);
     a_sum.add(few_a);
   });
-  const float inverse = 1.0f / weight.value();
+  const float inverse = inverse_or_zero(weight.value());
   const Vec normalize(inverse), mean(s_dot_sum.value() * inverse), alpha(a_sum.value() * inverse);
   RowSum w_sum, ds_dot_rest, ds_rest;
   for_few(n, [&](index_t first, index_t count) {
@@ -177,10 +176,9 @@ inline void differentiate_row(BlockMatrix<Unit>& p, BlockMatrix<Unit>& p_z, Logi
     }
     ds_rest.add(few);
   });
-  for (float* row : {pi, zi, ai, wi}) std::fill(row + n, row + end, 0.0f);
   if constexpr (elements_per_unit<Unit> > 1) {
-    round_row(ds, i, end, key_stride);
-    round_row(ds_dot, i, end, key_stride);
+    round_row(ds, i, n, key_stride);
+    round_row(ds_dot, i, n, key_stride);
   } else {
     const Vec correction(0.0f - ds_rest.value()), correction_dot(0.0f - ds_dot_rest.value());
     for (index_t j = 0; j < n; j += Vec::width) {
@@ -195,12 +193,12 @@ template <typename T, typename Unit>
 void pair_backward(const AttentionPairBackward& a) {
   constexpr bool rounds = elements_per_unit<Unit> > 1;
   const index_t width = units<Unit>(a.q.width), value_units = units<Unit>(a.v.width);
-  const index_t queries = a.q.length, all_keys = a.k.length, key_units = units<Unit>(all_keys);
+  const Masking masking(a);
+  const index_t queries = a.q.length, all_keys = masking.keys_of(queries, a.k.length);
+  const index_t key_units = units<Unit>(all_keys), key_stride = round_up(all_keys, Vec::width);
   const index_t stride = round_up(a.q.width, Vec::width), value_stride = round_up(a.v.width, Vec::width);
-  const index_t key_stride = round_up(all_keys, Vec::width);
-  const index_t heads = a.k.batch * a.k.heads, group = a.k.heads ? a.q.heads / a.k.heads : 0;
-  const Logits logits(a.scale);
-  const index_t terms = logit_terms(queries, all_keys);
+  const index_t heads = a.k.batch * a.k.heads, group = group_of(a);
+  const index_t terms = logit_terms(queries, a.k.length);
   const bool several_dq = all_keys > keys_per_sum, several_dkv = group * queries > queries_per_sum;
   const bool moves = a.q_dot.data || a.k_dot.data;
   const index_t k_size = packed_size(width, all_keys), k_rows_size = packed_size(key_units, a.q.width);
@@ -255,13 +253,11 @@ void pair_backward(const AttentionPairBackward& a) {
         const Heads& out;
         float scale;
       };
-      const Total totals[] = {{dk, stride, a.dk, a.scale},
-                              {dk_dot, stride, a.dk_dot, a.scale},
-                              {dv, value_stride, a.dv, 1.0f},
-                              {dv_dot, value_stride, a.dv_dot, 1.0f}};
+      const Total of_k{dk, stride, a.dk, a.scale}, of_k_dot{dk_dot, stride, a.dk_dot, a.scale};
+      const Total of_v{dv, value_stride, a.dv, 1.0f}, of_v_dot{dv_dot, value_stride, a.dv_dot, 1.0f};
       const auto for_totals = [&](auto body) {
-        for (const Total& total : totals) {
-          if (total.out.data) body(total);
+        for (const Total* total : {&of_k, &of_k_dot, &of_v, &of_v_dot}) {
+          if (total->out.data) body(*total);
         }
       };
       const auto begin_part = [&] {
@@ -275,7 +271,7 @@ void pair_backward(const AttentionPairBackward& a) {
         const float* row_max = a.lse.data + (b * a.q.heads + h) * queries;
         for (index_t q0 = 0; q0 < queries; q0 += query_block) {
           const index_t rows = smaller(query_block, queries - q0), row_units = units<Unit>(rows);
-          const index_t keys = a.is_causal ? smaller(all_keys, q0 + rows) : all_keys;
+          const index_t keys = masking.keys_of(q0 + rows, all_keys), columns = round_up(keys, Vec::width);
           q.fill(head_of<T>(a.q, b, h), q0, a.q.stride[2], rows, a.q.width);
           q_dot.fill(head_of<T>(a.q_dot, b, h), q0, a.q_dot.stride[2], rows, a.q.width);
           dout.fill(head_of<T>(a.dout, b, h), q0, a.dout.stride[2], rows, a.v.width);
@@ -287,7 +283,7 @@ void pair_backward(const AttentionPairBackward& a) {
             for (const Term<Unit>& term : sum) {
               if (!term.rows.given || !term.panels) continue;
               product(rows, keys, inner, Strided<Unit>{term.rows.rows, inner, 1}, term.panels, 0, inner, x,
-                      key_stride, add, terms);
+                      key_stride, add, terms, all_keys);
               add = true;
             }
             if (!add) std::fill_n(x, rows * key_stride, 0.0f);
@@ -297,35 +293,31 @@ void pair_backward(const AttentionPairBackward& a) {
           multiply(ds_dot.values, value_units, {{dout_dot, moves ? v_transposed : nullptr}});
           multiply(ds.values, value_units,
                    {{dout, v_transposed}, {dout_dot, v_dot_head ? v_dot_transposed : nullptr}});
+          masking.apply(p.values, key_stride, b, h, q0, rows, 0, keys);
           if (rounds) {
             for (LogitMatrix<Unit>* x : {&ds, &ds_dot}) std::fill_n(x->key_weights, key_stride, 0.0f);
           }
           for (index_t i = 0; i < rows; ++i) {
-            const index_t seen = a.is_causal ? smaller(keys, q0 + i + 1) : keys;
-            differentiate_row(p, p_z, ds_dot, ds, i, seen, keys, key_stride, logits, row_max[q0 + i],
+            differentiate_row(p, p_z, ds_dot, ds, i, keys, key_stride, masking.logits, row_max[q0 + i],
                               a.scale);
           }
           for (BlockMatrix<Unit>* x :
                {&p, &p_z, static_cast<BlockMatrix<Unit>*>(&ds), static_cast<BlockMatrix<Unit>*>(&ds_dot)}) {
-            pair_rows(x->values, key_stride, rows, x->columns);
+            pair_rows(x->values, key_stride, rows, columns, x->columns);
           }
 
           const auto add_columns = [&](const Total& total, const BlockMatrix<Unit>& x,
                                        const QueryRows<Unit>& y) {
-            if (!y.given) return;
+            if (!total.out.data || !y.given) return;
             product(keys, total.out.width, row_units, Strided<Unit>{x.columns, 1, key_stride}, y.panels, 0,
                     row_units, total.sum.part, total.stride, true);
           };
-          if (a.dk.data) {
-            add_columns(totals[0], ds, q);
-            add_columns(totals[0], ds_dot, q_dot);
-          }
-          if (a.dk_dot.data) add_columns(totals[1], ds_dot, q);
-          if (a.dv.data) {
-            add_columns(totals[2], p, dout);
-            if (moves) add_columns(totals[2], p_z, dout_dot);
-          }
-          if (a.dv_dot.data) add_columns(totals[3], p, dout_dot);
+          add_columns(of_k, ds, q);
+          add_columns(of_k, ds_dot, q_dot);
+          add_columns(of_k_dot, ds_dot, q);
+          add_columns(of_v, p, dout);
+          if (moves) add_columns(of_v, p_z, dout_dot);
+          add_columns(of_v_dot, p, dout_dot);
           summed += rows;
           if (summed >= queries_per_sum && several_dkv) {
             for_totals([](const Total& t) { t.sum.add_part(); });
@@ -333,39 +325,44 @@ void pair_backward(const AttentionPairBackward& a) {
             summed = 0;
           }
 
-          const auto multiply_keys = [&](LongSum& sum, const LogitMatrix<Unit>& x, const Unit* second,
-                                         LogitMatrix<Unit>& of_keys, const Heads& out) {
+          // x times the keys and, if given, ds_dot times their tangents.
+          const auto multiply_keys = [&](LongSum& sum, LogitMatrix<Unit>& x, const Unit* tangents,
+                                         const Heads& out) {
             if (!out.data) return;
+            if (keys == 0) std::fill_n(sum.part, rows * stride, 0.0f);
             sum.begin();
             constexpr index_t units_per_sum = keys_per_sum / elements_per_unit<Unit>;
             const index_t inner = units<Unit>(keys);
             for (index_t k0 = 0; k0 < inner; k0 += units_per_sum) {
               const index_t n = smaller(units_per_sum, inner - k0);
-              const Strided<Unit> rows_of_keys{of_keys.rows + k0, of_keys.row_stride, 1};
-              product(rows, a.q.width, n, rows_of_keys, k, k0, key_units, sum.part, stride, false);
-              if (second) {
-                product(rows, a.q.width, n, Strided<Unit>{x.rows + k0, x.row_stride, 1}, second, k0,
-                        key_units, sum.part, stride, true);
-              }
+              const auto add = [&](const LogitMatrix<Unit>& y, const Unit* panels) {
+                product(rows, a.q.width, n, Strided<Unit>{y.rows + k0, y.row_stride, 1}, panels, k0,
+                        key_units, sum.part, stride, panels != k);
+              };
+              add(x, k);
+              if (tangents) add(ds_dot, tangents);
               sum.add_part();
             }
             sum.finish();
             if constexpr (rounds) {
-              correct_products(of_keys, rows, key_stride, k_head, a.k.stride[2], keys, a.q.width, k_mean,
-                               sum.part, stride);
+              correct_products(x, rows, key_stride, k_head, a.k.stride[2], keys, a.q.width, k_mean, sum.part,
+                               stride);
             }
             copy_rows(sum.part, stride, rows, a.q.width, a.scale, head_of<T>(out, b, h) + q0 * out.stride[2],
                       out.stride[2]);
           };
-          multiply_keys(dq, ds_dot, k_dot_head ? k_dot : nullptr, ds, a.dq);
-          multiply_keys(dq_dot, ds_dot, nullptr, ds_dot, a.dq_dot);
+          multiply_keys(dq, ds, k_dot_head ? k_dot : nullptr, a.dq);
+          multiply_keys(dq_dot, ds_dot, nullptr, a.dq_dot);
         }
       }
       for_totals([&](const Total& t) {
         if (summed) t.sum.add_part();
         t.sum.finish();
-        copy_rows(t.sum.part, t.stride, all_keys, t.out.width, t.scale, head_of<T>(t.out, b, kv_h),
-                  t.out.stride[2]);
+        T* out = head_of<T>(t.out, b, kv_h);
+        copy_rows(t.sum.part, t.stride, all_keys, t.out.width, t.scale, out, t.out.stride[2]);
+        for (index_t i = all_keys; i < a.k.length; ++i) {  // keys that no query sees
+          std::fill_n(out + i * t.out.stride[2], t.out.width, T{});
+        }
       });
     }
   });
@@ -374,7 +371,6 @@ void pair_backward(const AttentionPairBackward& a) {
 }  // namespace
 
 void attention_pair_backward(const AttentionPairBackward& a) {
-  if (a.mask.data) throw std::invalid_argument("the CPU's kernels have no masks");
   with_units(a, [&](auto t, auto unit) { pair_backward<decltype(t), decltype(unit)>(a); });
 }
 
