@@ -43,8 +43,8 @@ def plain(
     mask: Tensor | None, dout: Tensor, dout_dot: Tensor, is_causal: bool, scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Computes all six gradients in plain PyTorch, by tiles of queries; `None` stands for a zero tangent."""
-    batch, heads, queries, width = q.shape
-    kv_heads, keys, value_width = v.shape[1:]
+    batch, heads, queries, _ = q.shape
+    kv_heads, keys = v.shape[1:3]
     exact = torch.promote_types(q.dtype, torch.float32)
 
     def grouped(x: Tensor | None, like: Tensor) -> Tensor:  # [B, kv_heads, group, L, D]

@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from imf_kernels.backends import triton_launch
+from imf_kernels.backends.triton_kernels.attention_pair import pair_backward as pair_backward
 from imf_kernels.backends.triton_kernels.attention_parts import (
     add_dot,
     bias_of,
@@ -55,7 +56,6 @@ from imf_kernels.backends.triton_kernels.attention_parts import (
     stride_of,
     zeros_tile,
 )
-from imf_kernels.backends.triton_kernels.attention_pair import pair_backward as pair_backward
 from imf_kernels.backends.triton_kernels.attention_tiles import tiles_for
 from imf_kernels.backends.triton_launch import Launcher
 

@@ -1,10 +1,10 @@
 """Backward of attention's pair. The formulas, whose names these are, are in ops/attention_pair.py.
 
-By queries: a first loop over the keys sums, per row, P, P S_dot and P A, hence mu and alpha. A second one adds
-to dQ_dot and dQ. Their products take the rounded rows of dS_dot and dS, whose sums are not 0: times the mean
-of the keys under P they are taken off again, so that an offset of the keys cancels. beta is found meanwhile,
-as delta is in the primal's backward. 1 / sum_j P, mu, alpha and beta of each row are kept for the kernel by
-keys, for which a tile of keys meets the queries. Each sum is computed by one program, so that results repeat
+By queries: a first loop over the keys sums P, P S_dot and P A per row, for mu and alpha. A second one adds to
+dQ_dot and dQ. Their products take rounded rows of dS_dot and dS, whose sums are not 0: these sums, times the
+mean of the keys under P, are subtracted, so that an offset of the keys cancels. beta is found meanwhile, as
+delta is in the primal's backward. 1 / sum_j P, mu, alpha and beta of each row are kept for the kernel by
+keys, in which a tile of keys meets the queries. Each sum is computed by one program, so that results repeat
 bitwise.
 """
 
@@ -81,8 +81,8 @@ def attention_pair_backward_q(
     ALIGN: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Computes dq and dq_dot, unless None, and in sums [B, H, 4, L_q] 1 / sum_j P, mu, alpha and beta of a tile
-    of queries of a head."""
+    """Computes dq and dq_dot, unless None, of a tile of queries of a head, and in sums [B, H, 4, L_q] their
+    1 / sum_j P, mu, alpha and beta."""
     tile, b, h = program_of(tl.cdiv(queries, BLOCK_M), heads, CAUSAL)
     first, kv_h = tile * BLOCK_M, h // group
     rows = first + tl.arange(0, BLOCK_M)
@@ -105,7 +105,8 @@ def attention_pair_backward_q(
     for start in range(0, end, BLOCK_N):
         p, s_dot, a, _, _, _ = _rows_tile(
             start, q_tile, q_dot_tile, h_tile, k_head, k_dot_head, v_head, masking, b, h, rows, row_lse,
-            queries, keys, scale, WIDTH, VALUE_WIDTH, PIECES, VALUE_PIECES, ALIGN, CAUSAL, BLOCK_N, EDGE, MOVES,
+            queries, keys, scale, WIDTH, VALUE_WIDTH, PIECES, VALUE_PIECES, ALIGN, CAUSAL, BLOCK_N, EDGE,
+            MOVES,
         )  # fmt: skip
         total += tl.sum(p, 1)
         mu += tl.sum(p * s_dot, 1)
@@ -119,7 +120,8 @@ def attention_pair_backward_q(
     for start in range(0, end, BLOCK_N):
         p, s_dot, a, k_tile, k_dot_tile, v_tile = _rows_tile(
             start, q_tile, q_dot_tile, h_tile, k_head, k_dot_head, v_head, masking, b, h, rows, row_lse,
-            queries, keys, scale, WIDTH, VALUE_WIDTH, PIECES, VALUE_PIECES, ALIGN, CAUSAL, BLOCK_N, EDGE, MOVES,
+            queries, keys, scale, WIDTH, VALUE_WIDTH, PIECES, VALUE_PIECES, ALIGN, CAUSAL, BLOCK_N, EDGE,
+            MOVES,
         )  # fmt: skip
         dtype: tl.constexpr = k_tile[0].dtype
         w = dot_rows(g_tile, v_tile, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
@@ -308,6 +310,17 @@ def pair_backward(
 ) -> None:  # fmt: skip
     """Fills those of the gradients that are not None."""
     (batch, heads, queries, width), (_, kv_heads, keys, value_width) = q.shape, v.shape
+    given = q, k, v, q_dot, k_dot, v_dot, mask, lse, dout, dout_dot
+    gradients = dq, dk, dv, dq_dot, dk_dot, dv_dot
+    if q.dtype != torch.float32 and min(width, value_width) < 16:
+        # Too few numbers for the rounding errors of a row to average out.
+        inputs: Any = (x.float() if x is not None and x.dtype == q.dtype else x for x in given)
+        wide: list[Any] = [None if x is None else torch.empty_like(x, dtype=torch.float32) for x in gradients]
+        pair_backward(*inputs, *wide, scale, is_causal)
+        for x, y in zip(gradients, wide, strict=True):
+            if x is not None and y is not None:
+                x.copy_(y)
+        return
     architecture, group = triton_launch.architecture(q), heads // max(kv_heads, 1)
     sizes = group, queries, keys, width, value_width, is_causal, stride_of(mask)
     sums = lse.new_empty((batch, heads, 4, queries))
@@ -316,10 +329,9 @@ def pair_backward(
             if x is not None:
                 x.zero_()
         dq = dk = dq_dot = dk_dot = None
-    inputs = q, k, v, q_dot, k_dot, v_dot, dout, dout_dot
 
     def run(kernel: str, of_launch: int, *gradients: Tensor | None) -> None:
-        tensors: tuple[Any, ...] = (*inputs, *gradients)
+        tensors: tuple[Any, ...] = (q, k, v, q_dot, k_dot, v_dot, dout, dout_dot, *gradients)
         strides = map(stride_of, tensors)
         launch, programs = _launcher_of(kernel, architecture, q.dtype, of_launch, *sizes, *strides)
         launch((batch * of_launch * programs, 1), (*tensors, mask, lse, sums), float(scale))
