@@ -36,7 +36,6 @@ from imf_kernels.backends.triton_kernels.attention_parts import (
     load_row,
     load_tile,
     masking_of,
-    pieces_of,
     plus,
     probabilities,
     program_of,
@@ -275,6 +274,11 @@ def attention_pair_backward_kv(
 _KERNELS = {"pair q": attention_pair_backward_q, "pair kv": attention_pair_backward_kv}
 
 
+def _piece(width: int) -> tuple[int]:
+    """Returns a width as one piece: with two, more registers spill than one as wide as a power of 2 takes."""
+    return (max(16, triton.next_power_of_2(width)),)
+
+
 @functools.lru_cache(maxsize=1024)
 def _launcher_of(
     kernel: str, architecture: str, dtype: torch.dtype, heads: int, group: int, queries: int, keys: int,
@@ -292,8 +296,8 @@ def _launcher_of(
         *(_KERNELS[kernel], steps, mask_strides, heads, group, queries, keys),
         WIDTH=width,
         VALUE_WIDTH=value_width,
-        PIECES=pieces_of(width),
-        VALUE_PIECES=pieces_of(value_width),
+        PIECES=_piece(width),
+        VALUE_PIECES=_piece(value_width),
         ALIGN=align,
         CAUSAL=is_causal,
         EDGE=walked % step != 0 or (is_causal and not by_keys),
@@ -314,9 +318,9 @@ def pair_backward(
     gradients = dq, dk, dv, dq_dot, dk_dot, dv_dot
     if q.dtype != torch.float32 and min(width, value_width) < 16:
         # Too few numbers for the rounding errors of a row to average out.
-        inputs: Any = (x.float() if x is not None and x.dtype == q.dtype else x for x in given)
-        wide: list[Any] = [None if x is None else torch.empty_like(x, dtype=torch.float32) for x in gradients]
-        pair_backward(*inputs, *wide, scale, is_causal)
+        wide = [None if x is None else torch.empty_like(x, dtype=torch.float32) for x in gradients]
+        arguments: list[Any] = [x.float() if x is not None and x.dtype == q.dtype else x for x in given]
+        pair_backward(*arguments, *wide, scale, is_causal)  # type: ignore[call-arg]
         for x, y in zip(gradients, wide, strict=True):
             if x is not None and y is not None:
                 x.copy_(y)
