@@ -289,7 +289,7 @@ def test_a_query_that_sees_no_key_has_no_gradient(backend):
         assert all(x.isfinite().all() for x in got.values())
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=pytest.mark.slow)])
 def test_a_missing_cotangent_is_zero(backend):
     with running_on(backend):
         case = CASES["last samples"]
