@@ -12,11 +12,13 @@ terms of their operands in registers. The interpreter's tiles are small, to meet
 _FP32 = {"fp32": (16, 16, 16, 8, 1), "64 fp32": (16, 64, 16, 4, 1)}
 _FP32_KV = {"fp32": (16, 16, 0, 8, 1), "64 fp32": (64, 16, 0, 4, 1)}
 
-# The backward of O and its tangent has three or four sums and as many tiles of logits: not timed either, but
-# the largest that were found to spill nothing, or in fp32 and for a head dim of 256 little.
+# The backward of O and its tangent has three or four sums and as many tiles of logits. Not timed either, but
+# the largest found that spill at most 16 bytes; a head dim of 256 spills a few hundred, as does fp32 up to a
+# head dim of 64, and wider heads in fp32 thousands.
 _PAIR: dict[str, dict[str, tuple[int, ...]]] = {
     "pair q": {
         "64": (64, 16, 0, 4, 1),
+        "64 masked": (32, 16, 0, 8, 1),
         "80": (32, 16, 0, 8, 1),
         "128": (32, 16, 0, 8, 1),
         "256": (16, 16, 0, 8, 1),
