@@ -86,6 +86,7 @@ auto tied(Arguments& arguments) {
   IMF_TIED(10, a, b, c, d, e, f, g, h, i, j)
   IMF_TIED(11, a, b, c, d, e, f, g, h, i, j, k)
   IMF_TIED(12, a, b, c, d, e, f, g, h, i, j, k, l)
+  IMF_TIED(18, a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p, q, r)
 #undef IMF_TIED
 }
 
@@ -142,7 +143,8 @@ void define(pybind11::module_& m, const char* name, Kernel<Arguments> cpu, Kerne
       if (!kernel) throw std::invalid_argument("there is no kernel for this device");
       const DType dtypes[] = {dtype_of(given)...};
       for (const auto& [primal, tangent] : tangents) {
-        if (dtypes[tangent] != DType::other && dtypes[tangent] != dtypes[primal]) {
+        const bool given = dtypes[tangent] != DType::other && dtypes[primal] != DType::other;
+        if (given && dtypes[tangent] != dtypes[primal]) {
           throw std::invalid_argument(names[tangent] + " must have the dtype of " + names[primal]);
         }
       }

@@ -20,9 +20,9 @@ from imf_kernels import _C
 from imf_kernels.backends import cpu, cuda, flash, triton_launch
 from imf_kernels.backends.dispatch import FLASH, Backend, in_graph
 from imf_kernels.backends.layout import in_order_of, last_contiguous, unfit
-from imf_kernels.backends.operators import Operation
+from imf_kernels.backends.operators import Operation, PairCall
 from imf_kernels.dual import Dual, NoTangent, last_rows, no_gradient, primal, stored, tangent_graph
-from imf_kernels.ops import check
+from imf_kernels.ops import attention_pair, check
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
 NAME = "scaled_dot_product_attention"
@@ -189,6 +189,14 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     return None, dq, None, dk, None, dv, None, None, None, None
 
 
+def _pair_backward(call: PairCall, dout: Tensor | None, dout_dot: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of attention_pair.py."""
+    q, q_dot, k, k_dot, v, v_dot, mask, is_causal, scale = call.arguments
+    inputs, needed = (q, q_dot, k, k_dot, v, v_dot, mask, call.saved[-1]), tuple(call.needed[:6])
+    gradients = attention_pair.pair_backward(call.kernels, *inputs, dout, dout_dot, is_causal, scale, needed)
+    return *gradients, None, None, None
+
+
 def _cpu_unavailable(asked: _Asked) -> str | None:
     return cpu.unavailable(asked[:3])
 
@@ -296,6 +304,7 @@ _OPERATION = Operation(
     ),
     _forward,
     _backward,
+    _pair_backward,
     kind="attention",
     kernels="attention",
 )

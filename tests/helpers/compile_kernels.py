@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from imf_kernels.backends import operators, triton_launch
+from imf_kernels.ops import attention_pair
 from imf_kernels.testing import cases, errors
 
 WARP_SIZE = {"cuda": 32, "hip": 64}
@@ -86,7 +87,27 @@ def launches(case, dtype, target):
         tangents = {name: primals[name] for name in case.tangents}
         errors.evaluate(case, primals, tangents, cotangents, "triton")
         errors.evaluate(case, primals, {}, None, "triton")
+        # In float32 wider heads spill thousands of bytes in the backward of the pair.
+        if case.operation == "scaled_dot_product_attention" and (
+            dtype != torch.float32 or max(x.shape[-1] for x in (primals["query"], primals["value"])) <= 64
+        ):
+            launch_pair_backward(case, primals, tangents, cotangents[0])
     return compiled
+
+
+def launch_pair_backward(case, primals, tangents, dout):
+    """Launches the backward of attention's output and its tangent."""
+    q, k, v = (primals[name] for name in ("query", "key", "value"))
+    dots = [tangents.get(name) for name in ("query", "key", "value")]
+    mask = primals.get("attn_mask")
+    if mask is not None:
+        mask = mask.expand(*q.shape[:3], k.shape[2])
+    q_dot, k_dot, v_dot = dots
+    attention_pair.pair_backward(
+        triton_launch.Kernels("attention"),
+        *(q, q_dot, k, k_dot, v, v_dot, mask, torch.empty(q.shape[:3]), dout, dout),
+        *(case.options.get("is_causal", False), 1.0, (True,) * 6),
+    )
 
 
 def resources(kernel, target):

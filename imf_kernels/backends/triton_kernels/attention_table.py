@@ -12,6 +12,27 @@ terms of their operands in registers. The interpreter's tiles are small, to meet
 _FP32 = {"fp32": (16, 16, 16, 8, 1), "64 fp32": (16, 64, 16, 4, 1)}
 _FP32_KV = {"fp32": (16, 16, 0, 8, 1), "64 fp32": (64, 16, 0, 4, 1)}
 
+# The backward of O and its tangent has three or four sums and as many tiles of logits. Not timed either, but
+# the largest found that spill at most 16 bytes; a head dim of 256 spills a few hundred, as does fp32 up to a
+# head dim of 64, and wider heads in fp32 thousands.
+_PAIR: dict[str, dict[str, tuple[int, ...]]] = {
+    "pair q": {
+        "64": (64, 16, 0, 4, 1),
+        "64 masked": (32, 16, 0, 8, 1),
+        "80": (32, 16, 0, 8, 1),
+        "128": (32, 16, 0, 8, 1),
+        "256": (16, 16, 0, 8, 1),
+        "fp32": (16, 16, 0, 8, 1),
+    },
+    "pair kv": {
+        "64": (16, 32, 0, 4, 1),
+        "80": (16, 16, 0, 4, 1),
+        "128": (16, 16, 0, 4, 1),
+        "256": (16, 16, 0, 8, 1),
+        "fp32": (16, 16, 0, 8, 1),
+    },
+}
+
 TABLE: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
     "sm_80": {
         "forward": {
@@ -42,6 +63,7 @@ TABLE: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
             "256": (32, 32, 0, 8, 1),
             **_FP32_KV,
         },
+        **_PAIR,
     },
     "sm_90": {
         "forward": {
@@ -72,6 +94,7 @@ TABLE: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
             "256": (64, 32, 0, 8, 1),
             **_FP32_KV,
         },
+        **_PAIR,
     },
     "sm_100": {
         "forward": {
@@ -101,6 +124,7 @@ TABLE: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
             "256": (64, 32, 0, 8, 1),
             **_FP32_KV,
         },
+        **_PAIR,
     },
     "gfx942": {
         "forward": {
@@ -125,6 +149,7 @@ TABLE: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
             "256": (16, 32, 0, 8, 1),
             "fp32": (16, 16, 0, 4, 1),
         },
+        **_PAIR,
     },
     "interpreter": {
         "primal": {"64": (32, 4, 1)},
@@ -132,5 +157,6 @@ TABLE: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
             kernel: dict.fromkeys(("64", "80", "128", "256", "fp32"), (64, 32, edge, 4, 1))
             for kernel, edge in (("forward", 32), ("backward q", 32), ("backward kv", 0))
         },
+        **{kernel: dict.fromkeys(rows, (64, 32, 0, 4, 1)) for kernel, rows in _PAIR.items()},
     },
 }

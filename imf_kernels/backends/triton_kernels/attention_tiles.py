@@ -37,7 +37,7 @@ def tiles_for(
     kernel: str, architecture: str, dtype: torch.dtype, width: int, length: int, masked: bool
 ) -> dict[str, int]:
     """Returns constants and options for a launch of "forward", "primal" (a forward without a tangent),
-    "backward q" or "backward kv".
+    "backward q", "backward kv", "pair q" or "pair kv".
 
     "primal" has the forward's tiles of keys, on which the last bits of a result depend.
     """
@@ -51,4 +51,4 @@ def tiles_for(
     if kernel == "primal":
         m, warps, stages = next(fitting("primal"), (m, warps, stages))
     tiles = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-    return tiles if kernel == "backward kv" else tiles | {"EDGE_N": edge}
+    return tiles | {"EDGE_N": edge} if edge else tiles
