@@ -11,6 +11,7 @@ from imf_kernels.ops.arithmetic import cat
 from imf_kernels.ops.attention import scaled_dot_product_attention
 from imf_kernels.ops.elementwise import gelu, silu
 from imf_kernels.ops.gated_residual import gated_residual
+from imf_kernels.ops.gated_residual_rms_norm import gated_residual_rms_norm
 from imf_kernels.ops.group_norm import group_norm
 from imf_kernels.ops.layer_norm import layer_norm
 from imf_kernels.ops.layer_norm_modulate import layer_norm_modulate
@@ -32,6 +33,7 @@ __all__ = [
     "checkpoint",
     "explain",
     "gated_residual",
+    "gated_residual_rms_norm",
     "gelu",
     "group_norm",
     "jvp",

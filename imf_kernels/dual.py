@@ -339,10 +339,10 @@ def stored(*tangents: Tensor | None) -> Tensor | None:
     return None
 
 
-def no_gradient(ctx: Any, tangent: Tensor) -> None:
-    """Marks a tangent that an `autograd.Function` returns as not differentiable, and keeps autograd from
-    passing its backward zeros as the missing gradient."""
-    ctx.mark_non_differentiable(tangent)
+def no_gradient(ctx: Any, *tangents: Tensor) -> None:
+    """Marks the tangents that an `autograd.Function` returns as not differentiable, and keeps autograd from
+    passing its backward zeros as the missing gradients."""
+    ctx.mark_non_differentiable(*tangents)
     ctx.set_materialize_grads(False)
 
 

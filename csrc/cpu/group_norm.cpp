@@ -73,16 +73,6 @@ struct Units {
   }
 };
 
-// Calls body with a Vec, or a Dual<Vec> where there is a tangent.
-template <typename Body>
-inline void with_number(bool dual, Body body) {
-  if (dual) {
-    body(Dual<Vec>());
-  } else {
-    body(Vec());
-  }
-}
-
 // Moments of a number of values: the sums of their squares, and of their products with the tangent, are about
 // the means.
 struct Part {

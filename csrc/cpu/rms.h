@@ -44,12 +44,11 @@ IMF_ALWAYS_INLINE Number stored_rstd(DualRow<Number, T> x, index_t width, float 
   }
 }
 
-// With n = x rstd, and dn(j, lanes) the cotangent of n w: adds dn n to dweight, and writes dx = rstd (g - n
+// With n = x rstd, and dn(j, lanes) the cotangent of n w: adds dn n to dweight, and stores dx = rstd (g - n
 // mean(g n)). g(j, lanes) returns dn w, after dn was called for all j.
-template <typename Number, typename X, typename Cotangent, typename Product>
+template <typename Number, typename X, typename Cotangent, typename Product, typename Result>
 IMF_ALWAYS_INLINE void rms_norm_backward(index_t width, DualRow<Number, const X> x, const float* weight,
-                                         Number rstd, Cotangent dn, Product g, float* dweight,
-                                         DualRow<Number, X> dx) {
+                                         Number rstd, Cotangent dn, Product g, float* dweight, Result dx) {
   const auto n = [&](index_t j, int lanes) { return x(j, lanes) * rstd; };
   const Number dot = sum_over_row<Number>(width, [&](index_t j, int lanes, Number& sum) {
     const Number dnn = dn(j, lanes) * n(j, lanes);

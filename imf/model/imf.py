@@ -63,9 +63,8 @@ class Block(nn.Module):
         y = ik.scaled_dot_product_attention(q, k, v)
         y = ik.linear_map(lambda a: a.transpose(1, 2).reshape(-1, x.shape[-1]), y)
         y = ik.linear(y, out)
-        x = ik.gated_residual(x, y, self.attn_scale)
 
-        y = ik.rms_norm(x, self.norm2, dtype=dtype)
+        x, y = ik.gated_residual_rms_norm(x, y, self.attn_scale, self.norm2, dtype=dtype)
         y = ik.linear(y, gate_up)
         y = ik.linear(ik.swiglu(y), down)
         return ik.gated_residual(x, y, self.mlp_scale)

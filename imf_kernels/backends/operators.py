@@ -50,7 +50,7 @@ from imf_kernels.dual import Dual, align, is_differentiable, stored, unchecked
 
 _LIBRARY = torch.library.Library("imf_kernels", "DEF")
 MOST_CHOICES = 1024  # that an operation remembers
-Result = tuple[Tensor, Tensor | None]
+Result = tuple[Any, ...]  # tensors, then the tangent of each, all `None` without tangents
 
 # All operations by name; each adds itself.
 OPERATIONS: dict[str, Operation[Any]] = {}
@@ -69,8 +69,8 @@ class Operation(Generic[Asked]):
 
     Args:
         name: of the operation and its operator.
-        reference: the definition in plain PyTorch, `reference(differentiable, *arguments)`: the result and
-            its tangent or `None`. Gradients flow through the tangent only if it is to be differentiable.
+        reference: the definition in plain PyTorch, `reference(differentiable, *arguments)`: the results, then
+            their tangents or `None`. Gradients flow through tangents only if they are to be differentiable.
         check: raises for arguments that do not fit, and returns those that backends inspect, mostly tensors.
         backends: those with kernels, best first.
         forward, backward: of its `autograd.Function`, `None` without kernels: `forward(ctx, kernels,
@@ -80,6 +80,7 @@ class Operation(Generic[Asked]):
             the arguments of a `PairCall`, `None` for those without; a cotangent may be `None`. It runs on
             backends that have a kernel `pair_backward`; on all others, and by default, PyTorch
             differentiates the reference. `pair_needs_kernel=False`: on all with kernels.
+        results: their number.
         kind: of its work, in profiles: "rows", "attention" or "products".
         public, kernels: name of the public function and prefix of the kernels, `name` by default.
         schemas: of the kernels by name, if they are not in the compiled module; `fakes`: the same functions
@@ -99,6 +100,7 @@ class Operation(Generic[Asked]):
         backward: Callable[..., Any] | None = None,
         pair_backward: Callable[..., Any] | None = None,
         *,
+        results: int = 1,
         pair_needs_kernel: bool = True,
         kind: str = "rows",
         public: str | None = None,
@@ -109,7 +111,7 @@ class Operation(Generic[Asked]):
         reference_unavailable: Callable[[Asked], str | None] | None = None,
         reference_aliases: tuple[str, ...] = (),
     ) -> None:
-        self.name, self.kind, self.public = name, kind, public or name
+        self.name, self.kind, self.public, self.results = name, kind, public or name, results
         self.reference, self._check = reference, check
         plain: Any = {} if reference_unavailable is None else {"unavailable": reference_unavailable}
         self.backends = (
@@ -122,7 +124,7 @@ class Operation(Generic[Asked]):
         if forward is not None and backward is not None:
             methods = {
                 "forward": staticmethod(forward),
-                "backward": staticmethod(_first_derivatives(self.public, _of_primal(backward))),
+                "backward": staticmethod(_first_derivatives(self.public, _of_primals(backward, results))),
             }
             function: Any = FunctionMeta(f"_{name}", (torch.autograd.Function,), methods)
             self.function = function
@@ -170,11 +172,18 @@ class Operation(Generic[Asked]):
             differentiable = is_differentiable(*inputs)
         if moves and len(inputs) > 1:
             arguments[1::2] = align(*arguments[1::2])
-        y, y_dot = self.run(backend, (*arguments, *others), differentiable)
-        return unchecked(y, y_dot, differentiable) if moves else y
+        results = self.run(backend, (*arguments, *others), differentiable)
+        if self.results == 1:
+            return unchecked(results[0], results[1], differentiable) if moves else results[0]
+        ys, ys_dot = results[: self.results], results[self.results :]
+        return (
+            tuple(unchecked(y, y_dot, differentiable) for y, y_dot in zip(ys, ys_dot, strict=True))
+            if moves
+            else ys
+        )
 
     def run(self, backend: str | None, arguments: tuple[Any, ...], differentiable: bool = False) -> Result:
-        """Returns the result and its tangent, by the named backend or the one chosen for such calls."""
+        """Returns the results and their tangents, by the named backend or the one chosen for such calls."""
         if torch.compiler.is_compiling():
             backend = traced_default() if backend is None else backend
             return self._decided(backend, arguments, differentiable)(*arguments)
@@ -225,8 +234,8 @@ class Operation(Generic[Asked]):
 
     def _traced(self, backend: str, differentiable: bool, *arguments: Any) -> Result:
         """Calls the operator like the `autograd.Function`; an operator cannot return `None`."""
-        y, *y_dot = self._operator(*arguments, differentiable, backend=backend)
-        return y, y_dot[0] if y_dot else None
+        results = self._operator(*arguments, differentiable, backend=backend)
+        return *results, *(None,) * (2 * self.results - len(results))
 
     def _compose(self, *arguments_and_kind: Any, backend: str) -> list[Tensor]:
         *arguments, differentiable = arguments_and_kind
@@ -240,28 +249,28 @@ class Operation(Generic[Asked]):
         }
         if hasattr(chosen, "shares"):
             kernels["shares"] = chosen.shares
-        y, y_dot = function.apply(SimpleNamespace(**kernels), *arguments)
-        return [y] if y_dot is None else [y, y_dot]
+        results = function.apply(SimpleNamespace(**kernels), *arguments)
+        return [y for y in results if y is not None]
 
     def _pair_forward(self, ctx: Any, kernels: Any, *arguments: Any) -> Result:
         """Runs the forward, and saves its arguments and what it saves for backward."""
         recorder = _Recorder()
-        y, y_dot = self._forward(recorder, kernels, *arguments)
+        results = self._forward(recorder, kernels, *arguments)
         tensors = [x if isinstance(x, Tensor) else None for x in arguments]
         ctx.save_for_backward(*tensors, *recorder.saved)
         ctx.others = [None if isinstance(x, Tensor) else x for x in arguments]
         ctx.kernels = kernels
         ctx.set_materialize_grads(False)
-        return y, y_dot
+        return results
 
-    def _pair_backward(self, ctx: Any, dy: Tensor | None, dy_dot: Tensor | None) -> tuple[Any, ...]:
+    def _pair_backward(self, ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         saved, count = ctx.saved_tensors, len(ctx.others)
         arguments = [other if x is None else x for x, other in zip(saved[:count], ctx.others, strict=True)]
         call = PairCall(ctx.kernels, arguments, saved[count:], ctx.needs_input_grad[1:])
         backward = self._backward_of_pair
         if backward and not (self._pair_needs_kernel and not hasattr(ctx.kernels, "pair_backward")):
-            return (None, *backward(call, dy, dy_dot))
-        return (None, *_differentiated(self.reference, call, dy, dy_dot))
+            return (None, *backward(call, *cotangents))
+        return (None, *_differentiated(self.reference, call, cotangents))
 
 
 class PairCall(NamedTuple):
@@ -281,7 +290,7 @@ class PairCall(NamedTuple):
 
 
 def _differentiated(
-    reference: Callable[..., Result], call: PairCall, dy: Tensor | None, dy_dot: Tensor | None
+    reference: Callable[..., Result], call: PairCall, cotangents: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """Returns the gradients of a call by PyTorch's autograd through the operation's reference."""
     with torch.enable_grad():
@@ -292,14 +301,14 @@ def _differentiated(
         results = reference(True, *leaves)
     given = [
         (y, cotangent)
-        for y, cotangent in zip(results, (dy, dy_dot), strict=True)
+        for y, cotangent in zip(results, cotangents, strict=True)
         if y is not None and y.requires_grad and cotangent is not None
     ]
     if not given:
         return [None] * len(leaves)
-    ys, cotangents = zip(*given, strict=True)
+    ys, cotangents_of_ys = zip(*given, strict=True)
     wanted = [x for x, needed in zip(leaves, call.needed, strict=True) if needed]
-    gradients = iter(torch.autograd.grad(ys, wanted, cotangents, allow_unused=True))
+    gradients = iter(torch.autograd.grad(ys, wanted, cotangents_of_ys, allow_unused=True))
     return [next(gradients) if needed else None for needed in call.needed]
 
 
@@ -348,12 +357,12 @@ def _first_derivatives(operation: str, backward: Callable[..., Any]) -> Callable
     return wrapper
 
 
-def _of_primal(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Leaves out the cotangent of a tangent through which no gradient flows."""
+def _of_primals(backward: Callable[..., Any], results: int) -> Callable[..., Any]:
+    """Leaves out the cotangents of tangents through which no gradient flows."""
 
     @functools.wraps(backward)
-    def wrapper(ctx: Any, dy: Tensor, dy_dot: None) -> Any:
-        return backward(ctx, dy)
+    def wrapper(ctx: Any, *cotangents: Tensor | None) -> Any:
+        return backward(ctx, *cotangents[:results])
 
     return wrapper
 

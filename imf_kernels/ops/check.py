@@ -57,6 +57,16 @@ def same_dtype(operation: str, like: Tensor, **arguments: Tensor) -> None:
             raise TypeError(f"{operation}: {name} must be {like.dtype} like the input, got {x.dtype}")
 
 
+def of_stream(operation: str, x: Tensor, **arguments: Tensor) -> None:
+    """Checks that arguments are of x's dtype, or of 16 bits for a stream x of float32."""
+    for name, branch in arguments.items():
+        if branch.dtype != x.dtype and not (x.dtype == torch.float32 and branch.dtype in HALVES):
+            raise TypeError(
+                f"{operation}: {name} must be of x's dtype, or bfloat16 or float16 for x of float32; "
+                f"got {branch.dtype} for {x.dtype}"
+            )
+
+
 def with_result(operation: str, x: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
     """Returns tensors for backends to inspect: the input and, for another dtype, an empty result."""
     if dtype in (None, x.dtype):

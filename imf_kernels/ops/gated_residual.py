@@ -70,11 +70,7 @@ def _check(
             f"got {list(gate.shape)}"
         )
     check.same_device("gated_residual", x, branch=branch, gate=gate)
-    if branch.dtype != x.dtype and not (x.dtype == torch.float32 and branch.dtype in check.HALVES):
-        raise TypeError(
-            "gated_residual: branch must be of x's dtype, or bfloat16 or float16 for x of float32; "
-            f"got {branch.dtype} for {x.dtype}"
-        )
+    check.of_stream("gated_residual", x, branch=branch)
     check.last_contiguous("gated_residual", x=x, x_dot=x_dot, branch=branch, branch_dot=branch_dot)
     return (x, branch) if gate.dim() == 1 else (x, branch, gate)
 

@@ -311,6 +311,23 @@ def gated_residual(
     return _rows("gated_residual", name, shape, stream, None, others, flops, **more)
 
 
+def gated_residual_rms_norm(
+    name: str, *lead: int, width: int, stream: Dtype = None, tangents: tuple[str, ...] = ("x", "branch"),
+    x: Options = None, **more: Any,
+) -> Case:  # fmt: skip
+    # The stream is normalised, and its gradients are summed, as rounded to its dtype.
+    shape, weight = (*lead, width), replace(_weight(width), rounded=stream is None)
+    inputs = {
+        "x": Input(shape, stream, **(x or {})),
+        "branch": Input(shape),
+        "gate": weight,
+        "weight": weight,
+    }
+    n = math.prod(shape)
+    more = {"tangents": tangents, "backward_inputs": ("x", "branch", "gate", "weight"), **more}
+    return Case("gated_residual_rms_norm", name, inputs, (shape, shape), 6 * n, 10 * n, **more)
+
+
 def gelu(name: str, *shape: int, approximate: str = "none", x: Options = None, **more: Any) -> Case:
     more = {"options": {"approximate": approximate}, **more}
     return _rows("gelu", name, shape, None, x, {}, (4, 5), **more)
@@ -458,6 +475,15 @@ def _small() -> list[Case]:
         gated_residual("only a sample's gate", 3, 4, width=24, tangents=("gate",), **own_gates),
         gated_residual("3000 rows", 3000, width=8),
         gated_residual("1500 positions", 2, 1500, width=8, tangents=("x", "gate"), **own_gates),
+        gated_residual_rms_norm("vector", width=33),
+        # Near 0 the gradient of x / |x| has no bound on its condition.
+        gated_residual_rms_norm("width 1", 5, width=1, x={"offset": 8.0}),
+        gated_residual_rms_norm("width 45", 3, 4, width=45),
+        gated_residual_rms_norm("fp32 stream", 4, 9, width=128, stream=FP32, dtypes=(BF16, FP16)),
+        gated_residual_rms_norm("offset 100", 3, 5, width=67, x={"offset": 100.0}),
+        gated_residual_rms_norm("only x", 3, 4, width=24, tangents=("x",)),
+        gated_residual_rms_norm("only branch", 3, 4, width=24, stream=FP32, tangents=("branch",)),
+        gated_residual_rms_norm("3000 rows", 3000, width=8),
         gelu("vector", 67),
         gelu("matrix", 5, 128),
         gelu("wide values", 8, 50, x={"scale": 30.0}),
@@ -491,6 +517,8 @@ def rows(name: str, batch: int, length: int, width: int, heads: int, mlp: int) -
         swiglu(f"{name}", batch, length, width=mlp, **BIG),
         gated_residual(f"{name}", batch, length, width=width, **BIG),
         gated_residual(f"{name} fp32 stream", batch, length, width=width, **stream),
+        gated_residual_rms_norm(f"{name}", batch, length, width=width, **BIG),
+        gated_residual_rms_norm(f"{name} fp32 stream", batch, length, width=width, **stream),
         prepend_tokens(f"{name}", batch, length - 20, width, (8, 4, 2, 2, 4), **BIG),
     ]
 
@@ -620,6 +648,7 @@ EMPTY = [
     attention("no keys", 2, 2, 3, 8, keys=0),
     swiglu("no rows", 0, width=8),
     gated_residual("no rows", 0, width=8),
+    gated_residual_rms_norm("no rows", 0, width=8),
     gelu("no rows", 0, 8),
     silu("no rows", 0, 8),
     sinusoidal_embedding("no samples", 0, 8),

@@ -103,6 +103,18 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     return x + (branch * _per_position(gate, x)).to(x.dtype)
 
 
+def gated_residual_rms_norm(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    stream = gated_residual(x, branch, gate)
+    return stream, rms_norm(stream, weight, eps, dtype)
+
+
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     return F.gelu(x, approximate=approximate)
 

@@ -334,8 +334,8 @@ def _batch_norm(
         return _SHAPE
     if differentiable:
         y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-        channels = (part.movedim(1, 0).flatten(1) for part in (x, x_dot))
-        _, n_dot = layer_norm.normalize(True, *channels, eps)
+        in_channels, in_channels_dot = (part.movedim(1, 0).flatten(1) for part in (x, x_dot))
+        _, n_dot = layer_norm.normalize(True, in_channels, in_channels_dot, eps)
         if weight is not None:
             n_dot = cast(Tensor, n_dot) * weight.unsqueeze(1)
         y_dot = cast(Tensor, n_dot).reshape(x.movedim(1, 0).shape).movedim(0, 1).contiguous()

@@ -34,6 +34,7 @@ BIG = [
     ),
     cases.swiglu("big", 7, 50, width=130),
     cases.gated_residual("big", 7, 50, width=130),
+    cases.gated_residual_rms_norm("big", 7, 50, width=130),
     cases.gated_residual("big, a gate a sample", 7, 50, width=130, gate_a_sample=True),
     cases.gelu("big", 7, 50, 130),
     cases.silu("big", 7, 50, 130),

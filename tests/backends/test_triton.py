@@ -95,6 +95,7 @@ SUMS = [
     cases.layer_norm_modulate("shares", 2, 200, width=24),
     cases.qk_norm_rope("shares", 2, 3, 21, 24),
     cases.gated_residual("shares", 3, 67, width=24),
+    cases.gated_residual_rms_norm("shares", 3, 67, width=24),
     cases.gated_residual("shares, a gate a sample", 2, 200, width=24, gate_a_sample=True),
 ]
 

@@ -33,6 +33,7 @@ def any_case(draw):
                 lambda: cases.gated_residual(
                     *("any", b, n), width=width, gate_a_sample=True, tangents=("x", "branch", "gate")
                 ),
+                lambda: cases.gated_residual_rms_norm("any", b, n, width=width),
                 lambda: cases.gelu("any", b, n, width),
                 lambda: cases.silu("any", b, n, width),
                 lambda: cases.qk_norm_rope("any", b, h, n, 2 * width),

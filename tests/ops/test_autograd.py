@@ -16,7 +16,7 @@ NAMES = (
     "layer_norm width 33", "layer_norm_modulate width 33", "layer_norm_modulate fp32 stream",
     "group_norm image with silu", "qk_norm_rope digits", "swiglu width 37",
     "scaled_dot_product_attention other value width", "gated_residual width 45", "gated_residual fp32 stream",
-    "gated_residual a gate a sample", "gelu matrix",
+    "gated_residual a gate a sample", "gated_residual_rms_norm fp32 stream", "gelu matrix",
     "silu matrix", "sinusoidal_embedding dim 256", "prepend_tokens four groups",
 )  # fmt: skip
 each_case = pytest.mark.parametrize("case", [next(c for c in SMALL if str(c) == n) for n in NAMES], ids=str)

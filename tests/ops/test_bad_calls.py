@@ -25,6 +25,7 @@ def transposed(*shape):
 
 
 HEADS = x(2, 3, 5, 8)
+_fused = ik.gated_residual_rms_norm
 BF16, FP64, INT, META = torch.bfloat16, torch.float64, torch.int64, "meta"
 V, T, N = ValueError, TypeError, NotImplementedError
 
@@ -173,6 +174,18 @@ BAD_CALLS = {
         (lambda: ik.gated_residual(x(2, 4), transposed(4, 2), x(4)), V, "last dimension of branch"),
         (lambda: ik.gated_residual(x(2, 4), x(2, 4, META), x(4)), V, "branch must be on cpu"),
         (lambda: ik.gated_residual(x(4), Dual(x(4), x(1)), x(4)), V, "branch is a single row … got [1]"),
+    ],
+    "gated_residual_rms_norm": [
+        (lambda: _fused(x(2, 4), x(4), x(4), x(4)), V, "branch must be [2, 4] … got [4]"),
+        (lambda: _fused(x(2, 4), x(2, 4), x(2, 4), x(4)), V, "gate must be [4] … got [2, 4]"),
+        (lambda: _fused(x(2, 4), x(2, 4), x(4), x(3)), V, "weight must be [4] … got [3]"),
+        (lambda: _fused(x(2, 4), x(2, 4), Dual(x(4)), x(4)), T, "gate carries no tangent"),
+        (lambda: _fused(x(2, 4), x(2, 4), x(4), x(4, INT)), T, "weight must be of a floating-point"),
+        (lambda: _fused(x(), x(), x(), x()), V, "x must have at least one dimension"),
+        (lambda: _fused(x(2, 4, BF16), x(2, 4), x(4), x(4)), T,
+         "branch must be of x's dtype … got torch.float32 for torch.bfloat16"),
+        (lambda: _fused(x(2, 4), x(2, 4), x(4), x(4), -1.0), V, "eps must be finite and at least 0"),
+        (lambda: _fused(x(2, 4), transposed(4, 2), x(4), x(4)), V, "last dimension of branch"),
     ],
     "gelu": [
         (lambda: ik.gelu(x(4, INT)), T, "x must be of a floating-point … torch.int64"),

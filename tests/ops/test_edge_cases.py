@@ -18,7 +18,8 @@ NAMES = (
     "linear square", "rms_norm width 33", "qk_norm_rope digits", "scaled_dot_product_attention heads first",
     "layer_norm width 33", "layer_norm_modulate width 33", "group_norm image with silu",
     "swiglu width 37", "gated_residual width 45",
-    "gated_residual a gate a sample", "gelu matrix", "silu matrix", "prepend_tokens four groups",
+    "gated_residual a gate a sample",
+    "gated_residual_rms_norm width 45", "gelu matrix", "silu matrix", "prepend_tokens four groups",
 )  # fmt: skip
 CHOSEN = [next(case for case in SMALL if str(case) == name) for name in NAMES]
 
@@ -64,6 +65,9 @@ OF_SAMPLES = {
     "silu": lambda x, b, r, **o: ik.silu(x, **o),
     "gated_residual": lambda x, b, r, **o: ik.gated_residual(x, b, torch.linspace(0.5, 1.5, 24), **o),
     "gated_residual, a gate a sample": lambda x, b, r, **o: ik.gated_residual(x, b, Dual(r, r), **o),
+    "gated_residual_rms_norm": lambda x, b, r, **o: ik.gated_residual_rms_norm(
+        x, b, *torch.linspace(0.5, 1.5, 48).view(2, 24), **o
+    )[1],
 }
 
 
@@ -124,6 +128,10 @@ EMPTY = {
     "silu": (ik.silu, lambda *b: []),
     "gated_residual": (ik.gated_residual, lambda *b: [(*b, 4), (4,)]),
     "gated_residual, a gate a sample": (ik.gated_residual, lambda *b: [(*b, 4), (b[0], 4)]),
+    "gated_residual_rms_norm": (
+        lambda *x, **o: ik.gated_residual_rms_norm(*x, **o)[1],
+        lambda *b: [(*b, 4), (4,), (4,)],
+    ),
 }
 
 

@@ -15,7 +15,8 @@ NAMES = {
     "group_norm image with silu", "group_norm channels last with silu",
     "qk_norm_rope digits", "swiglu width 37",
     "scaled_dot_product_attention other value width", "scaled_dot_product_attention offset 4",
-    "gated_residual width 45", "gated_residual fp32 stream", "gated_residual a gate a sample", "gelu matrix",
+    "gated_residual width 45", "gated_residual fp32 stream", "gated_residual a gate a sample",
+    "gated_residual_rms_norm width 45", "gelu matrix",
     "gelu tanh", "silu matrix", "sinusoidal_embedding dim 256",
     "prepend_tokens four groups",
 }  # fmt: skip

@@ -41,6 +41,7 @@ DIMENSIONS = {
         ),
         (3, 2, 7),
     ),
+    "gated_residual_rms_norm": (lambda b, n, d: cases.gated_residual_rms_norm("", b, n, width=d), (3, 2, 7)),
     "gelu": (lambda b, n, d: cases.gelu("", b, n, d), (3, 2, 7)),
     "gelu, tanh": (lambda b, n, d: cases.gelu("", b, n, d, approximate="tanh"), (3, 2, 7)),
     "silu": (lambda b, n, d: cases.silu("", b, n, d), (3, 2, 7)),

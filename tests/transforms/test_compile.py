@@ -26,7 +26,8 @@ NAMES = (
     "swiglu width 37", "gated_residual width 45", "gated_residual only branch", "silu matrix",
     "sinusoidal_embedding dim 256", "prepend_tokens four groups", "prepend_tokens one embedding without",
     "layer_norm width 33", "layer_norm no weights", "layer_norm_modulate width 33",
-    "gated_residual a gate a sample", "gelu tanh", "group_norm channels last with silu",
+    "gated_residual a gate a sample",
+    "gated_residual_rms_norm width 45", "gelu tanh", "group_norm channels last with silu",
 )  # fmt: skip
 CASES = [next(c for c in SMALL if str(c) == name) for name in NAMES]
 each_operation = pytest.mark.parametrize(

@@ -1,0 +1,104 @@
+"""Gated residual and the RMSNorm that follows it, with tangents, and the primal backward.
+
+Formulas: imf_kernels/ops/gated_residual_rms_norm.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from imf_kernels.backends.triton_kernels.rows import RowKernel, count_rows, sum_of_row
+from imf_kernels.backends.triton_kernels.rows import shares as shares
+
+
+@triton.jit
+def _load(x, row, stride, column, inside, UNIT: tl.constexpr):
+    return tl.load(x + row * (stride * UNIT) + column, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["first_tangent", "rows"])
+def gated_residual_rms_norm_forward(
+    x, x_dot, branch, branch_dot, gate, weight, stream, stream_dot, y, y_dot, rstd,
+    x_stride, x_dot_stride, branch_stride, branch_dot_stride, first_tangent, eps, rows,
+    UNIT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < WIDTH)
+    g = tl.load(gate + column, mask=column < WIDTH, other=0.0)
+    w = tl.load(weight + column, mask=column < WIDTH, other=0.0)
+    b = _load(branch, row, branch_stride, column, inside, UNIT)
+    # The stream is normalised as rounded.
+    s = tl.fma(b, g, _load(x, row, x_stride, column, inside, UNIT)).to(stream.dtype.element_ty)
+    tl.store(stream + row * WIDTH + column, s, mask=inside)
+    s = s.to(tl.float32)
+    mean = sum_of_row(s * s) * (1.0 / WIDTH)
+    r = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
+    tl.store(rstd + row, r, mask=row < rows)
+    tl.store(y + row * WIDTH + column, s * r * w, mask=inside)
+    if y_dot is not None:
+        t_row = row - first_tangent
+        inside &= t_row >= 0
+        s_dot = tl.zeros((ROWS, BLOCK), tl.float32)
+        if x_dot is not None:
+            s_dot += _load(x_dot, t_row, x_dot_stride, column, inside, UNIT)
+        if branch_dot is not None:
+            s_dot = tl.fma(_load(branch_dot, t_row, branch_dot_stride, column, inside, UNIT), g, s_dot)
+        s_dot = s_dot.to(stream_dot.dtype.element_ty)
+        tl.store(stream_dot + t_row * WIDTH + column, s_dot, mask=inside)
+        s_dot = s_dot.to(tl.float32)
+        r_dot = -r * r * r * (sum_of_row(s * s_dot) * (1.0 / WIDTH))
+        tl.store(y_dot + t_row * WIDTH + column, (s_dot * r + s * r_dot) * w, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "share"])
+def gated_residual_rms_norm_backward(
+    stream, dstream, dy, branch, gate, weight, rstd, dx, dbranch, partial,
+    stream_stride, dstream_stride, dy_stride, branch_stride, rows, share,
+    UNIT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)[None, :]
+    g = tl.load(gate + column, mask=column < WIDTH, other=0.0)
+    w = tl.load(weight + column, mask=column < WIDTH, other=0.0)
+    dg = tl.zeros((ROWS, BLOCK), tl.float32)
+    dw = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, share, ROWS):
+        row = program * share + start + tl.arange(0, ROWS)[:, None]
+        inside = (row < rows) & (column < WIDTH)
+        r = tl.load(rstd + row, mask=row < rows, other=0.0)
+        n = _load(stream, row, stream_stride, column, inside, UNIT) * r
+        dn = _load(dy, row, dy_stride, column, inside, UNIT)
+        dw += dn * n
+        gn = dn * w
+        d = r * (gn - n * (sum_of_row(gn * n) * (1.0 / WIDTH)))
+        if dstream is not None:
+            d += _load(dstream, row, dstream_stride, column, inside, UNIT)
+        tl.store(dx + row * WIDTH + column, d, mask=inside)
+        tl.store(dbranch + row * WIDTH + column, d * g, mask=inside)
+        dg = tl.fma(d, _load(branch, row, branch_stride, column, inside, UNIT), dg)
+    at = partial + program * (2 * WIDTH) + column
+    tl.store(at, tl.sum(dg, axis=0, keep_dims=True), mask=column < WIDTH)
+    tl.store(at + WIDTH, tl.sum(dw, axis=0, keep_dims=True), mask=column < WIDTH)
+
+
+_FORWARD, _BACKWARD = RowKernel(gated_residual_rms_norm_forward), RowKernel(gated_residual_rms_norm_backward)
+
+
+def forward(
+    x: Tensor, x_dot: Tensor | None, branch: Tensor, branch_dot: Tensor | None, gate: Tensor, weight: Tensor,
+    stream: Tensor, stream_dot: Tensor | None, y: Tensor, y_dot: Tensor | None, rstd: Tensor, eps: float,
+) -> None:  # fmt: skip
+    width, rows = weight.numel(), rstd.numel()
+    tensors = x, x_dot, branch, branch_dot, gate, weight, stream, stream_dot, y, y_dot, rstd
+    _FORWARD.launch(tensors[:4], tensors, (rows - count_rows(y_dot, width), float(eps)), width, rows)
+
+
+def backward(
+    stream: Tensor, dstream: Tensor | None, dy: Tensor, branch: Tensor, gate: Tensor, weight: Tensor,
+    rstd: Tensor, dx: Tensor, dbranch: Tensor, partial: Tensor, sums: Tensor,
+) -> None:  # fmt: skip
+    tensors = stream, dstream, dy, branch, gate, weight, rstd, dx, dbranch
+    _BACKWARD.sum(tensors[:4], tensors, (), rstd.numel(), partial, sums)
