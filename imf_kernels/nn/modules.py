@@ -19,6 +19,7 @@ from imf_kernels.dual import Dual, map_both, primal
 from imf_kernels.ops.arithmetic import cat
 from imf_kernels.ops.elementwise import gelu, silu
 from imf_kernels.ops.gated_residual import gated_residual
+from imf_kernels.ops.group_norm import group_norm
 from imf_kernels.ops.layer_norm import layer_norm
 from imf_kernels.ops.layer_norm_modulate import layer_norm_modulate
 from imf_kernels.ops.linear import linear
@@ -87,6 +88,19 @@ class LayerNorm(nn.LayerNorm):
         weight, bias = (None if p is None else p.reshape(-1) for p in (self.weight, self.bias))
         y = layer_norm(rows, [rows.shape[-1]], weight, bias, self.eps)
         return y if dims == 1 else y.reshape(x.shape)
+
+
+class GroupNorm(nn.GroupNorm):
+    """`torch.nn.GroupNorm`, which inside `imf_kernels.jvp` runs in one pass already; of `Dual`s too.
+
+    Args: those of `torch.nn.GroupNorm`.
+    """
+
+    def forward(self, x: Any) -> Any:
+        """Normalises x [N, C, ...], a tensor or a `Dual`, to the same shape."""
+        if not isinstance(x, Dual):
+            return super().forward(x)
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class Modulate(nn.Module):

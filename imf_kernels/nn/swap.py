@@ -51,13 +51,13 @@ class _Candidate:
 def replace(network: nn.Module) -> list[Swap]:
     """Swaps modules in place for those of `imf_kernels.nn`, and prints one line per kind.
 
-    A module is a candidate by its class: `torch.nn.RMSNorm` and `torch.nn.LayerNorm`; by its name and
-    children: RMSNorm with a `weight`, SwiGLU, rotary embeddings with tables as buffers, attention in timm's
-    and Stable Diffusion's form, DiT's blocks. It is swapped if on a small random input, with noise on its
-    parameters, its outputs equal the new ones under the error rule of docs/accuracy.md, in float32 and its
-    own dtype, in evaluation and training; otherwise it is left alone. Only the class of the object changes:
-    parameters, tied ones too, buffers, hooks, dtype, device and training flag are what they were. Call it
-    before `torch.compile`, DDP and FSDP.
+    A module is a candidate by its class: `torch.nn.RMSNorm`, `torch.nn.LayerNorm` and `torch.nn.GroupNorm`;
+    by its name and children: RMSNorm with a `weight`, SwiGLU, rotary embeddings with tables as buffers,
+    attention in timm's and Stable Diffusion's form, DiT's blocks. It is swapped if on a small random input,
+    with noise on its parameters, its outputs equal the new ones under the error rule of docs/accuracy.md, in
+    float32 and its own dtype, in evaluation and training; otherwise it is left alone. Only the class of the
+    object changes: parameters, tied ones too, buffers, hooks, dtype, device and training flag are what they
+    were. Call it before `torch.compile`, DDP and FSDP.
 
     Args:
         network: any module; if it is a candidate itself it is swapped too.
@@ -110,7 +110,7 @@ def _candidates(module: nn.Module) -> list[_Candidate] | str:
         if isinstance(module, theirs):
             if kind is not theirs:
                 return f"a subclass of torch.nn.{theirs.__name__}"
-            return _checked(module, [_Candidate(ours, _rows_of(module.normalized_shape), {})])
+            return _checked(module, [_Candidate(ours, _inputs_of_norm(module), {})])
     for pattern, make in _BY_NAME:
         if re.search(pattern, kind.__name__):
             found = list(make(module))
@@ -135,12 +135,19 @@ def _checked(module: nn.Module, found: list[_Candidate]) -> list[_Candidate] | s
 _OF_PYTORCH: dict[type[nn.Module], type[nn.Module]] = {
     nn.RMSNorm: modules.RMSNorm,
     nn.LayerNorm: modules.LayerNorm,
+    nn.GroupNorm: modules.GroupNorm,
 }
 _SCALES = 10.0 ** torch.arange(-4.0, 2.0)  # small rows tell one eps from another
 
 
 def _rows_of(shape: Any) -> Callable[[Any], list[tuple[Any, ...]]]:
     return lambda draw: [(draw(2, len(_SCALES), *shape) * _SCALES.view(-1, *[1] * len(shape)),)]
+
+
+def _inputs_of_norm(module: Any) -> Callable[[Any], list[tuple[Any, ...]]]:
+    if isinstance(module, nn.GroupNorm):
+        return lambda draw: [(draw(len(_SCALES), module.num_channels, 3, 5) * _SCALES.view(-1, 1, 1, 1),)]
+    return _rows_of(module.normalized_shape)
 
 
 def _rms_norms(module: nn.Module) -> Iterator[_Candidate]:

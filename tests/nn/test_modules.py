@@ -38,6 +38,7 @@ CASES = {
         lambda: ik.nn.LayerNorm(16, bias=False),
         [X],
     ),
+    "GroupNorm": (lambda: nn.GroupNorm(2, 6), lambda: ik.nn.GroupNorm(2, 6), [X]),
     "Modulate": (HW.Modulate, ik.nn.Modulate, [X, (2, 16), (2, 16)]),
     "SwiGLU": (lambda: HW.SwiGLU(16, 24), lambda: ik.nn.SwiGLU(16, 24), [X]),
     "SwiGLU with bias": (lambda: HW.SwiGLU(16, 24, True), lambda: ik.nn.SwiGLU(16, 24, bias=True), [X]),

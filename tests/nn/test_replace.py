@@ -19,7 +19,7 @@ SWAPPED = {
     "mf_dit": {"AdaLNBlock": 2, "Attention": 2, "LayerNorm": 9},
     "u_vit": {"Attention": 3, "LayerNorm": 7},
     "pmf": {"RMSNorm": 9, "SwiGLU": 2},
-    "unet": {},
+    "unet": {"GroupNorm": 12},
     "edm2": {},
 }
 
