@@ -398,18 +398,19 @@ def _small() -> list[Case]:
         group_norm("sequence", 3, 24, 37, groups=4),
         group_norm("instances", 2, 6, 5, 9, groups=6),
         group_norm("image", 2, 24, 9, 11, groups=3),
-        group_norm("image with silu", 3, 8, 5, 7, groups=2, silu=True),
+        group_norm("image with silu", 2, 8, 5, 7, groups=2, silu=True),
         group_norm("channels last", 2, 40, 9, 11, groups=4, x=last),
-        group_norm("channels last with silu", 3, 12, 5, 7, groups=2, silu=True, x=last),
+        group_norm("channels last with silu", 2, 12, 5, 7, groups=2, silu=True, x=last),
         group_norm("volume, channels last", 2, 12, 3, 4, 5, groups=3, x=last),
         group_norm("weights of x's dtype", 4, 24, 9, 2, groups=3, weights=None, silu=True),
         group_norm("no bias", 3, 24, 5, 5, groups=3, affine=("weight",)),
         group_norm("no weights", 3, 24, 5, 5, groups=3, affine=()),
         group_norm("no weights, silu, channels last", 3, 24, 5, 5, groups=3, affine=(), silu=True, x=last),
-        group_norm("several chunks", 2, 6, 45, 47, groups=2, silu=True),
-        group_norm("several chunks, channels last", 2, 6, 45, 47, groups=2, silu=True, x=last),
-        group_norm("offset 100", 2, 12, 31, 33, groups=2, x={"offset": 100.0}),
-        group_norm("offset 100, channels last", 2, 12, 31, 33, groups=2, x={"offset": 100.0, **last}),
+        *(
+            group_norm(f"{name}several chunks{order}", 1, 6, 45, 47, groups=2, silu=not x, x=x | of_order)
+            for name, x in (("", {}), ("offset 100, ", {"offset": 100.0}))
+            for order, of_order in (("", {}), (", channels last", last))
+        ),
         group_norm("small values", 3, 8, 5, 5, groups=2, x={"scale": 1e-3}),
         layer_norm_modulate("width 1", 5, 2, width=1),
         layer_norm_modulate("width 33", 3, 7, width=33),
