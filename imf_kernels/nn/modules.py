@@ -67,10 +67,13 @@ class RMSNorm(nn.RMSNorm):
         eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if self.eps is None else self.eps
         if weight is None:
             weight = primal(x).new_ones(self.normalized_shape)
-        if dims == 1:
-            return rms_norm(map_both(last_contiguous, x), weight, eps)
-        y = rms_norm(x.reshape(*x.shape[: x.dim() - dims], -1), weight.reshape(-1), eps)
-        return y.reshape(x.shape)
+        y = rms_norm(_rows(x, dims), weight.reshape(-1), eps)
+        return y if dims == 1 else y.reshape(x.shape)
+
+
+def _rows(x: Any, dims: int) -> Any:
+    """Returns x [..., *dims] as rows that lie together."""
+    return map_both(last_contiguous, x if dims == 1 else x.reshape(*x.shape[: x.dim() - dims], -1))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -84,7 +87,7 @@ class LayerNorm(nn.LayerNorm):
         if not isinstance(x, Dual):
             return super().forward(x)
         dims = len(self.normalized_shape)
-        rows = map_both(last_contiguous, x) if dims == 1 else x.reshape(*x.shape[: x.dim() - dims], -1)
+        rows = _rows(x, dims)
         weight, bias = (None if p is None else p.reshape(-1) for p in (self.weight, self.bias))
         y = layer_norm(rows, [rows.shape[-1]], weight, bias, self.eps)
         return y if dims == 1 else y.reshape(x.shape)

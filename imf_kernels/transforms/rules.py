@@ -185,7 +185,7 @@ def _layer_norm(
     if dims == 1:
         x = map_both(last_contiguous, input)
         return _layer_norm_of_dual(x, list(normalized_shape), weight, bias, eps)
-    x = map_both(lambda t: t.reshape(*t.shape[:-dims], -1), input)
+    x = map_both(lambda t: last_contiguous(t.reshape(*t.shape[:-dims], -1)), input)
     weight, bias = (None if p is None else p.reshape(-1) for p in (weight, bias))
     y = _layer_norm_of_dual(x, [x.shape[-1]], weight, bias, eps)
     return map_both(lambda t: t.reshape(input.shape), y)

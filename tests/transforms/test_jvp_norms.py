@@ -42,6 +42,8 @@ NORMS = {
     "batch_norm, tracking": lambda x: F.batch_norm(x, *_cast(x, MEAN, VAR, W, B), training=True),
     "batch_norm of running statistics": lambda x: F.batch_norm(x, *_cast(x, MEAN, VAR, W, B)),
     "batch_norm of running statistics, no weights": lambda x: F.batch_norm(x, *_cast(x, MEAN, VAR)),
+    "layer_norm over two dimensions": lambda x: F.layer_norm(x, x.shape[-2:]),
+    "layer_norm over all, weights": lambda x: F.layer_norm(x, x.shape[1:], _like_sample(x), -_like_sample(x)),
     "rms_norm of default eps": lambda x: F.rms_norm(x, x.shape[-1:]),
     "rms_norm over two dimensions": lambda x: F.rms_norm(x, x.shape[-2:], None, 1e-5),
     "rms_norm over all, weights": lambda x: F.rms_norm(x, x.shape[1:], _like_sample(x), 1e-5),
