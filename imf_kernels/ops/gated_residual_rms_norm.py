@@ -4,8 +4,8 @@ r = (mean(s²) + ε)^(−½) over the last dimension; g and w are one gate and o
 Tangent:  ṡ = ẋ + ḃ · g,  ẏ = (ṡ · r + s · ṙ) · w with ṙ = −r³ · mean(s ṡ).
 Backward: of the norm with c = dy · w and n = s · r:  d = ds + r · (c − n · mean(c n)),  dw = Σ_rows dy · n;
 then dx = d,  db = d · g,  dg = Σ_rows d · b. The gradients of both uses of s are added where they are made.
-Source: gated_residual.py and rms_norm.py, whose results it gives; as in the blocks of Geng et al., "Improved
-Mean Flows" (2025, arXiv 2512.02012).
+Source: the blocks of Geng et al., "Improved Mean Flows" (2025, arXiv 2512.02012); the results are those of the
+two operations one after the other.
 Kernels: csrc/ops/gated_residual_rms_norm.h, csrc/cpu/gated_residual_rms_norm.cpp,
 backends/triton_kernels/gated_residual_rms_norm.py.
 """
@@ -152,8 +152,8 @@ def gated_residual_rms_norm(
 ) -> Any:
     """Computes s = x + branch · gate and s · (mean(s²) + eps)^(−½) · weight, with their tangents.
 
-    Like `rms_norm` of `gated_residual`, in one pass over x and branch; backward adds the gradients of both
-    results in the same pass.
+    Like the two operations one after the other, in one pass over x and branch; backward adds the gradients of
+    both results in the same pass.
 
     Args:
         x: [..., d], the residual stream; float32, bfloat16 or float16 (`reference`: any floating-point type;

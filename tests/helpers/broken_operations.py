@@ -8,7 +8,7 @@ import imf_kernels as ik
 from imf_kernels import Dual, verify
 from imf_kernels.testing.cases import SMALL
 
-NAMES = "square, width 33, width 37, digits, other value width, a gate a sample, matrix, dim 256, one group"
+NAMES = "square, width 33, width 37, digits, other value width, width 45, a gate a sample, matrix, dim 256, one group"
 CASES = {case.operation: case for case in SMALL if case.name in NAMES.split(", ")}
 
 

@@ -87,7 +87,7 @@ def reference(dtype, q, k, v, q_dot=None, k_dot=None, v_dot=None, scale=None):
         None if x is None else x.to(dtype) for x in (q, k, v, q_dot, k_dot, v_dot)
     )
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
-    out, out_dot = _reference(q, q_dot, k, k_dot, v, v_dot, None, False, scale)
+    out, out_dot = _reference(False, q, q_dot, k, k_dot, v, v_dot, None, False, scale)
     logits = scale * q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
     return out, out_dot, torch.logsumexp(logits, -1) / math.log(2)
 

@@ -5,13 +5,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 OPERATION = "gated_residual"
+NAME = rf"{OPERATION}(?!_rms_norm)"  # another operation
 PRINTED = "imf_kernels/_C.pyi"
 
 
 def naming(folder):
     """Files of a folder that name the operation."""
     for path in (ROOT / folder).rglob("*"):
-        if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh", ".txt"} and OPERATION in path.read_text():
+        if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh", ".txt"} and re.search(NAME, path.read_text()):
             yield str(path.relative_to(ROOT))
 
 
