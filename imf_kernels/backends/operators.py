@@ -124,7 +124,7 @@ class Operation(Generic[Asked]):
         if forward is not None and backward is not None:
             methods = {
                 "forward": staticmethod(forward),
-                "backward": staticmethod(_first_derivatives(self.public, _of_primals(backward, results))),
+                "backward": staticmethod(_first_derivatives(self.public, backward, results)),
             }
             function: Any = FunctionMeta(f"_{name}", (torch.autograd.Function,), methods)
             self.function = function
@@ -136,7 +136,9 @@ class Operation(Generic[Asked]):
                 (torch.autograd.Function,),
                 {
                     "forward": staticmethod(self._pair_forward),
-                    "backward": staticmethod(_first_derivatives(self.public, self._pair_backward)),
+                    "backward": staticmethod(
+                        _first_derivatives(self.public, self._pair_backward, 2 * results)
+                    ),
                 },
             )
             self.pair_function = pair
@@ -330,8 +332,8 @@ def compiled(
     )
 
 
-def _first_derivatives(operation: str, backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps the backward of kernels.
+def _first_derivatives(operation: str, backward: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """Wraps the backward of kernels, which takes the first `count` cotangents.
 
     It raises if it would have to be differentiated itself (PyTorch's `once_differentiable` silently leaves
     out second derivatives if no cotangent requires grad), returns no gradients without a cotangent, and
@@ -345,24 +347,16 @@ def _first_derivatives(operation: str, backward: Callable[..., Any]) -> Callable
                 f"{operation}: create_graph=True asks for second derivatives, which the kernels do not have; "
                 "backend='reference' does"
             )
-        given = [dy.resolve_neg() if dy is not None and dy.is_neg() else dy for dy in cotangents]
-        first = stored(*given)
+        given: Any = cotangents[:count]
+        first = given[0] if count == 1 else stored(*given)
         if first is None:
             return (None,) * len(ctx.needs_input_grad)
+        if count > 1 or first.is_neg():
+            given = [dy.resolve_neg() if dy is not None and dy.is_neg() else dy for dy in given]
         if not torch._C._is_any_autocast_enabled():
             return backward(ctx, *given)
         with without_autocast(first.device):
             return backward(ctx, *given)
-
-    return wrapper
-
-
-def _of_primals(backward: Callable[..., Any], results: int) -> Callable[..., Any]:
-    """Leaves out the cotangents of tangents through which no gradient flows."""
-
-    @functools.wraps(backward)
-    def wrapper(ctx: Any, *cotangents: Tensor | None) -> Any:
-        return backward(ctx, *cotangents[:results])
 
     return wrapper
 

@@ -4,8 +4,8 @@ r = (mean(s²) + ε)^(−½) over the last dimension; g and w are one gate and o
 Tangent:  ṡ = ẋ + ḃ · g,  ẏ = (ṡ · r + s · ṙ) · w with ṙ = −r³ · mean(s ṡ).
 Backward: of the norm with c = dy · w and n = s · r:  d = ds + r · (c − n · mean(c n)),  dw = Σ_rows dy · n;
 then dx = d,  db = d · g,  dg = Σ_rows d · b. The gradients of both uses of s are added where they are made.
-Source: the blocks of Geng et al., "Improved Mean Flows" (2025, arXiv 2512.02012); the results are those of the
-two operations one after the other.
+Source: the blocks of Geng et al., "Improved Mean Flows" (2025, arXiv 2512.02012); the results are those of
+the two operations one after the other.
 Kernels: csrc/ops/gated_residual_rms_norm.h, csrc/cpu/gated_residual_rms_norm.cpp,
 backends/triton_kernels/gated_residual_rms_norm.py.
 """

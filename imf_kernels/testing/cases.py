@@ -477,14 +477,14 @@ def _small() -> list[Case]:
         gated_residual("3000 rows", 3000, width=8),
         gated_residual("1500 positions", 2, 1500, width=8, tangents=("x", "gate"), **own_gates),
         gated_residual_rms_norm("vector", width=33),
-        # Near 0 the gradient of x / |x| has no bound on its condition.
+        # Near 0 the gradient of x / |x| has no bound on its condition: rows get an offset.
         gated_residual_rms_norm("width 1", 5, width=1, x={"offset": 8.0}),
         gated_residual_rms_norm("width 45", 3, 4, width=45),
         gated_residual_rms_norm("fp32 stream", 4, 9, width=128, stream=FP32, dtypes=(BF16, FP16)),
         gated_residual_rms_norm("offset 100", 3, 5, width=67, x={"offset": 100.0}),
         gated_residual_rms_norm("only x", 3, 4, width=24, tangents=("x",)),
         gated_residual_rms_norm("only branch", 3, 4, width=24, stream=FP32, tangents=("branch",)),
-        gated_residual_rms_norm("3000 rows", 3000, width=8),
+        gated_residual_rms_norm("3000 rows", 3000, width=8, x={"offset": 8.0}),
         gelu("vector", 67),
         gelu("matrix", 5, 128),
         gelu("wide values", 8, 50, x={"scale": 30.0}),
