@@ -344,7 +344,7 @@ class Attention(nn.Module):
         norm_layer: makes a norm from a head's width.
     """
 
-    dropout = "proj_drop"  # the name of that layer
+    name_of_dropout = "proj_drop"
 
     def __init__(
         self,
@@ -386,7 +386,7 @@ class Attention(nn.Module):
         if q.dtype != v.dtype:  # norms and tables in float32
             q, k = q.to(v.dtype), k.to(v.dtype)
         out = packages.attend(q, k, v, attn_mask, packages.FULL, None).reshape(B, L, d)
-        return apply(getattr(self, self.dropout), apply(self.proj, out))
+        return apply(getattr(self, self.name_of_dropout), apply(self.proj, out))
 
     def _prepared(self, q: Any, k: Any, rope: Any) -> Any:
         norms: tuple[Any, Any] = self.q_norm, self.k_norm

@@ -94,9 +94,17 @@ def _become(module: nn.Module, candidate: _Candidate) -> None:
     module.__class__ = candidate.kind
 
 
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
 def _plain(module: nn.Module) -> dict[str, Any]:
-    """Returns the attributes by which modules of equal layers may differ."""
-    values = {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training"}
+    """Returns the attributes by which modules of equal layers may differ, those of their parts too."""
+    values = {
+        f"{name}.{k}": v
+        for name, part in module.named_modules()
+        for k, v in vars(part).items()
+        if k not in _OF_EVERY_MODULE
+    }
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return {**values, **{f".{name}": (t.dtype, t.device, tuple(t.shape)) for name, t in tensors}}
 
@@ -230,7 +238,7 @@ def _attentions(module: nn.Module) -> Iterator[_Candidate]:
     attributes: dict[str, Any] = {"num_heads": heads}
     attributes |= {name: nn.Identity() for name in ("q_norm", "k_norm") if not hasattr(module, name)}
     if drops:
-        attributes["dropout"] = drops[0]
+        attributes["name_of_dropout"] = drops[0]
     elif not hasattr(module, "proj_drop"):
         attributes["proj_drop"] = nn.Identity()
     shape = 2, 6, dim

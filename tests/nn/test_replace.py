@@ -210,6 +210,58 @@ def test_a_block_after_the_parts(capsys):
         torch.testing.assert_close(got.detach(), want.detach(), rtol=1e-4, atol=1e-5)
 
 
+class ScaledSwiGLU(HW.SwiGLU):
+    def __init__(self, dim, hidden, scale):
+        super().__init__(dim, hidden)
+        self._scale = scale
+
+    def forward(self, x):
+        return self._scale * super().forward(x)
+
+
+class PartScaledSwiGLU(HW.SwiGLU):
+    """Computes by an attribute of a part, which no repr shows."""
+
+    def __init__(self, dim, hidden, scale):
+        super().__init__(dim, hidden)
+        self.rest = nn.Identity()
+        self.rest.scale = scale
+
+    def forward(self, x):
+        return self.rest.scale * super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [ScaledSwiGLU, PartScaledSwiGLU])
+def test_modules_that_look_the_same(kind):
+    """A module's verdict is not another's that differs in an attribute."""
+    network = nn.ModuleList([kind(8, 16, scale) for scale in (2.0, 1.0, 3.0)])
+    x = torch.randn(2, 8)
+    wanted = [module(x) for module in network]
+    assert [swap.now for swap in ik.nn.replace(network)] == ["", "SwiGLU", ""]
+    for module, want in zip(network, wanted, strict=True):
+        torch.testing.assert_close(module(x), want)
+
+
+class DropoutAttention(HW.Attention):
+    def __init__(self, dim, num_heads):
+        super().__init__(dim, num_heads)
+        del self.proj_drop
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.dropout(self.proj(x.transpose(1, 2).flatten(2)))
+
+
+def test_a_layer_named_dropout():
+    attention = DropoutAttention(16, 2).eval()
+    x = torch.randn(2, 6, 16)
+    wanted = attention(x)
+    assert [swap.now for swap in ik.nn.replace(attention)] == ["Attention"]
+    torch.testing.assert_close(attention(x), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_hooks_ties_and_flags_are_kept():
     network = nn.ModuleDict({name: HW.SwiGLU(8, 16) for name in "ab"})
     network["b"].w1.weight = network["a"].w1.weight
