@@ -161,12 +161,12 @@ def _call(
         return _by_pytorch(func, args, kwargs, differentiable), NO_RULE
     if func in REFUSED_WHILE_COMPILING if compiling else func in REFUSED or torch.is_inference_mode_enabled():
         _refuse(func, args, kwargs)
-    rule, why = RULES.get(func), NO_RULE
+    rule, why = RULES.get(func) if kwargs.get("out") is None else None, NO_RULE
     if rule is None and compiling and len(args) == 2 and not kwargs:
         rule = ARITHMETIC_WHILE_COMPILING.get(_method_name(func))
     if rule is not None:
         given = [as_dual(x, differentiable) for x in args]
-        named = {name: as_dual(x, differentiable) for name, x in kwargs.items()}
+        named = {name: as_dual(x, differentiable) for name, x in kwargs.items() if name != "out"}
         if any(isinstance(x, Dual) for x in (*given, *named.values())):
             result = rule(*given, **named)
             if not isinstance(result, NotServed):

@@ -53,8 +53,8 @@ def _functional_log_softmax(input: Any, dim: Any = None, _stacklevel: int = 3, d
 
 
 @serves(F.normalize)
-def _normalize(input: Any, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> Any:
-    if p != 2 or not isinstance(dim, int) or out is not None or not input.dtype.is_floating_point:
+def _normalize(input: Any, p: float = 2.0, dim: Any = 1, eps: float = 1e-12) -> Any:
+    if p != 2 or not isinstance(dim, int) or not input.dtype.is_floating_point:
         return _ALSO
     x, x_dot = cast(tuple[Tensor, Tensor], unpack(input))
     norm = x.norm(p, dim, keepdim=True)  # as F.normalize does

@@ -97,8 +97,8 @@ serves(torch.linalg.matmul)(_of_two(torch.matmul, "other"))
 
 
 @serves(torch.tensordot)
-def _tensordot(a: Any, b: Any, dims: Any = 2, out: Any = None) -> Any:
-    return _ALSO if out is not None else _product(lambda a, b: torch.tensordot(a, b, dims), a, b)
+def _tensordot(a: Any, b: Any, dims: Any = 2) -> Any:
+    return _product(lambda a, b: torch.tensordot(a, b, dims), a, b)
 
 
 @serves(torch.einsum)

@@ -327,3 +327,14 @@ def test_biases_that_broadcast(shape, how):
 def test_group_norm_of_no_rows(how):
     network = nn.GroupNorm(2, 8)
     assert tangent(network, how, X[:0], X_DOT[:0]).shape == (0, 8)
+
+
+@pytest.mark.parametrize("function", [torch.softmax, torch.log_softmax, torch.logcumsumexp, torch.cumsum])
+def test_results_that_are_given(function):
+    """`out=` has no tangent in PyTorch, whichever rule serves the function; None means no result given."""
+    x, x_dot = torch.randn(2, 3, 4)
+    with pytest.raises(NotImplementedError, match=f"{function.__name__} has no forward-mode rule"):
+        ik.jvp(lambda x: function(x, 1, out=torch.empty(3, 4)), (x,), (x_dot,))
+    _, y_dot = ik.jvp(lambda x: function(x, 1, out=None), (x,), (x_dot,))
+    _, wanted = torch.func.jvp(lambda x: function(x, 1), (x,), (x_dot,))
+    torch.testing.assert_close(y_dot, wanted)
