@@ -8,27 +8,33 @@
 namespace imf::IMF_ISA {
 namespace {
 
+// Calls body(element, number, first, share) on each thread: `element` is of the element type, and `share` the
+// thread's part of the elements from `first` on, whose `number` is a Vec or, for the last `tangents`, a
+// Dual<Vec>.
+template <typename Body>
+inline void on_each_share(DType type, index_t elements, index_t tangents, int threads, Body body) {
+  const int team = team_size(threads, elements, elements);
+  with_type(type, [&](auto element) {
+    on_each_thread(team, [&](int thread) {
+      body(element, Vec(), index_t{0}, share_of(elements - tangents, thread, team));
+      body(element, Dual<Vec>(), elements - tangents, share_of(tangents, thread, team));
+    });
+  });
+}
+
 // Computes y = F::forward(x), of a Vec or, for elements with a tangent, a Dual<Vec>.
 template <typename F>
 inline void for_each_element(const ElementwiseForward& a) {
-  const index_t elements = a.x.count, tangents = a.x_dot.count;
-  const int team = team_size(a.place.threads, elements, elements);
-  with_type(a.x.dtype, [&](auto type) {
-    using T = decltype(type);
-    on_each_thread(team, [&](int thread) {
-      // `count` elements from `first` on.
-      const auto apply = [&](auto number, index_t first, index_t count) {
+  on_each_share(
+      a.x.dtype, a.x.count, a.x_dot.count, a.place.threads,
+      [&](auto element, auto number, index_t first, Range share) {
+        using T = decltype(element);
         using Number = decltype(number);
         const DualRow<Number, const T> x{static_cast<const T*>(a.x.data) + first,
                                          static_cast<const T*>(a.x_dot.data)};
         const DualRow<Number, T> y{static_cast<T*>(a.y.data) + first, static_cast<T*>(a.y_dot.data)};
-        for_each_vec(share_of(count, thread, team),
-                     [&](index_t j, int lanes) { y.store(j, F::forward(x(j, lanes)), lanes); });
-      };
-      apply(Vec(), 0, elements - tangents);
-      apply(Dual<Vec>(), elements - tangents, tangents);
-    });
-  });
+        for_each_vec(share, [&](index_t j, int lanes) { y.store(j, F::forward(x(j, lanes)), lanes); });
+      });
 }
 
 // Computes dx = F::derivative(x) dy.
@@ -52,27 +58,20 @@ inline void for_each_element(const ElementwiseBackward& a) {
 // (x, x_dot) and (dy_dot, dy).
 template <typename F>
 inline void for_each_element(const ElementwisePairBackward& a) {
-  const index_t elements = a.x.count, tangents = a.x_dot.count;
-  const int team = team_size(a.place.threads, elements, elements);
-  with_type(a.x.dtype, [&](auto type) {
-    using T = decltype(type);
-    on_each_thread(team, [&](int thread) {
-      const auto apply = [&](auto number, index_t first, index_t count) {
-        using Number = decltype(number);
-        const DualRow<Number, const T> x{static_cast<const T*>(a.x.data) + first,
-                                         static_cast<const T*>(a.x_dot.data)};
-        const auto dy = cotangents<Number>(static_cast<const T*>(a.dy.data) + first,
-                                           static_cast<const T*>(a.dy_dot.data));
-        const auto dx =
-            cotangents<Number>(static_cast<T*>(a.dx.data) + first, static_cast<T*>(a.dx_dot.data));
-        for_each_vec(share_of(count, thread, team), [&](index_t j, int lanes) {
-          dx.store(j, F::derivative(x(j, lanes)) * dy(j, lanes), lanes);
-        });
-      };
-      apply(Vec(), 0, elements - tangents);
-      apply(Dual<Vec>(), elements - tangents, tangents);
-    });
-  });
+  on_each_share(a.x.dtype, a.x.count, a.x_dot.count, a.place.threads,
+                [&](auto element, auto number, index_t first, Range share) {
+                  using T = decltype(element);
+                  using Number = decltype(number);
+                  const DualRow<Number, const T> x{static_cast<const T*>(a.x.data) + first,
+                                                   static_cast<const T*>(a.x_dot.data)};
+                  const auto dy = cotangents<Number>(static_cast<const T*>(a.dy.data) + first,
+                                                     static_cast<const T*>(a.dy_dot.data));
+                  const auto dx =
+                      cotangents<Number>(static_cast<T*>(a.dx.data) + first, static_cast<T*>(a.dx_dot.data));
+                  for_each_vec(share, [&](index_t j, int lanes) {
+                    dx.store(j, F::derivative(x(j, lanes)) * dy(j, lanes), lanes);
+                  });
+                });
 }
 
 }  // namespace

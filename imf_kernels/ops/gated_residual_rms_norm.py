@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from imf_kernels import _C
-from imf_kernels.backends.layout import as_floats, contiguous_like, count_rows, in_dtype, in_rows, sums
+from imf_kernels.backends.layout import (
+    as_floats,
+    contiguous_like,
+    count_rows,
+    in_dtype,
+    in_rows,
+    or_zeros,
+    sums,
+)
 from imf_kernels.backends.operators import Operation, compiled
 from imf_kernels.dual import Dual, last_rows, no_gradient, stored, tangent_graph
 from imf_kernels.ops import check
@@ -95,7 +103,7 @@ def _forward(
 def _backward(ctx: Any, dstream: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     stream, branch, gate, weight, rstd = ctx.saved_tensors
     kernels: _C.gated_residual_rms_norm = ctx.kernels
-    dy = torch.zeros_like(stream, dtype=ctx.dtype) if dy is None else in_rows(dy)
+    dy = or_zeros(dy, stream, ctx.dtype)
     dx, dbranch = contiguous_like(stream), contiguous_like(branch)
     width = stream.shape[-1]
     partial, total = sums(kernels, stream, 1, rstd.numel(), width, (1, 2, width), 2)
@@ -104,17 +112,8 @@ def _backward(ctx: Any, dstream: Tensor | None, dy: Tensor | None) -> tuple[Tens
         rstd, dx, dbranch, partial, total,
     )  # fmt: skip
     dgate, dweight = total.view(2, width).unbind()
-    return (
-        None,
-        dx,
-        None,
-        dbranch,
-        None,
-        in_dtype(dgate, gate.dtype),
-        in_dtype(dweight, weight.dtype),
-        None,
-        None,
-    )
+    of_weights = in_dtype(dgate, gate.dtype), in_dtype(dweight, weight.dtype)
+    return None, dx, None, dbranch, None, *of_weights, None, None
 
 
 _OPERATION = Operation(

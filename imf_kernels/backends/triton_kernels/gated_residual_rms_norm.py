@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from imf_kernels.backends.triton_kernels.rows import RowKernel, count_rows, sum_of_row
+from imf_kernels.backends.triton_kernels.rms_norm import backward_of_norm, inverse_rms, tangent_of_norm
+from imf_kernels.backends.triton_kernels.rows import RowKernel, count_rows
 from imf_kernels.backends.triton_kernels.rows import shares as shares
 
 
@@ -34,8 +35,7 @@ def gated_residual_rms_norm_forward(
     s = tl.fma(b, g, _load(x, row, x_stride, column, inside, UNIT)).to(stream.dtype.element_ty)
     tl.store(stream + row * WIDTH + column, s, mask=inside)
     s = s.to(tl.float32)
-    mean = sum_of_row(s * s) * (1.0 / WIDTH)
-    r = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
+    r = inverse_rms(s, eps, WIDTH)
     tl.store(rstd + row, r, mask=row < rows)
     tl.store(y + row * WIDTH + column, s * r * w, mask=inside)
     if y_dot is not None:
@@ -48,9 +48,8 @@ def gated_residual_rms_norm_forward(
             s_dot = tl.fma(_load(branch_dot, t_row, branch_dot_stride, column, inside, UNIT), g, s_dot)
         s_dot = s_dot.to(stream_dot.dtype.element_ty)
         tl.store(stream_dot + t_row * WIDTH + column, s_dot, mask=inside)
-        s_dot = s_dot.to(tl.float32)
-        r_dot = -r * r * r * (sum_of_row(s * s_dot) * (1.0 / WIDTH))
-        tl.store(y_dot + t_row * WIDTH + column, (s_dot * r + s * r_dot) * w, mask=inside)
+        out_dot = tangent_of_norm(s, s_dot.to(tl.float32), r, WIDTH) * w
+        tl.store(y_dot + t_row * WIDTH + column, out_dot, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "share"])
@@ -72,8 +71,7 @@ def gated_residual_rms_norm_backward(
         n = _load(stream, row, stream_stride, column, inside, UNIT) * r
         dn = _load(dy, row, dy_stride, column, inside, UNIT)
         dw += dn * n
-        gn = dn * w
-        d = r * (gn - n * (sum_of_row(gn * n) * (1.0 / WIDTH)))
+        d = backward_of_norm(n, dn * w, r, WIDTH)
         if dstream is not None:
             d += _load(dstream, row, dstream_stride, column, inside, UNIT)
         tl.store(dx + row * WIDTH + column, d, mask=inside)

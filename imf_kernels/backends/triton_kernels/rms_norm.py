@@ -59,6 +59,25 @@ def _rotate(n, angles, SIGN: tl.constexpr):
         return n
 
 
+@triton.jit
+def inverse_rms(x, eps, WIDTH: tl.constexpr):
+    """Returns r = (mean(x²) + eps)^(−½) of rows [ROWS, BLOCK], as [ROWS, 1]."""
+    return tl.div_rn(1.0, tl.sqrt_rn(sum_of_row(x * x) * (1.0 / WIDTH) + eps))
+
+
+@triton.jit
+def tangent_of_norm(x, x_dot, r, WIDTH: tl.constexpr):
+    """Returns the tangent of x r."""
+    r_dot = -r * r * r * (sum_of_row(x * x_dot) * (1.0 / WIDTH))
+    return x_dot * r + x * r_dot
+
+
+@triton.jit
+def backward_of_norm(n, g, r, WIDTH: tl.constexpr):
+    """Returns the gradient of x for the cotangent g of n = x r."""
+    return r * (g - n * (sum_of_row(g * n) * (1.0 / WIDTH)))
+
+
 @triton.jit(do_not_specialize=["first_tangent", "heads", "length", "rows"])
 def rms_norm_forward(
     x, x_dot, weight, cos, sin, y, y_dot, rstd,
@@ -72,8 +91,7 @@ def rms_norm_forward(
     place = _place(row, rows, heads, length)
     angles = _angles(cos, sin, place, row < rows, WIDTH, BLOCK)
     xi = _load(x, row, place, 0, column, inside, x_strides, UNIT)
-    mean = sum_of_row(xi * xi) * (1.0 / WIDTH)
-    r = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
+    r = inverse_rms(xi, eps, WIDTH)
     tl.store(rstd + row, r, mask=row < rows)
     tl.store(y + row * WIDTH + column, _rotate(xi * r * w, angles, 1), mask=inside)
     if x_dot is not None:
@@ -82,8 +100,7 @@ def rms_norm_forward(
             t_row = row - first_tangent.to(tl.int64) * heads * length
         inside &= t_row >= 0
         ti = _load(x_dot, row, place, first_tangent, column, inside, x_dot_strides, UNIT)
-        r_dot = -r * r * r * (sum_of_row(xi * ti) * (1.0 / WIDTH))
-        out_dot = _rotate((ti * r + xi * r_dot) * w, angles, 1)
+        out_dot = _rotate(tangent_of_norm(xi, ti, r, WIDTH) * w, angles, 1)
         tl.store(y_dot + t_row * WIDTH + column, out_dot, mask=inside)
 
 
@@ -106,8 +123,7 @@ def rms_norm_backward(
         # The rotation is orthogonal: its transpose rotates back.
         dn = _rotate(_load(dy, row, place, 0, column, inside, dy_strides, UNIT), angles, -1)
         dw += dn * n
-        g = dn * w
-        dxi = r * (g - n * (sum_of_row(g * n) * (1.0 / WIDTH)))
+        dxi = backward_of_norm(n, dn * w, r, WIDTH)
         tl.store(dx + row * WIDTH + column, dxi, mask=inside)
     dw = tl.sum(dw, axis=0, keep_dims=True)
     tl.store(partial + program * WIDTH + column, dw, mask=column < WIDTH)
