@@ -86,6 +86,7 @@ auto tied(Arguments& arguments) {
   IMF_TIED(10, a, b, c, d, e, f, g, h, i, j)
   IMF_TIED(11, a, b, c, d, e, f, g, h, i, j, k)
   IMF_TIED(12, a, b, c, d, e, f, g, h, i, j, k, l)
+  IMF_TIED(17, a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p, q)
   IMF_TIED(18, a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p, q, r)
 #undef IMF_TIED
 }

@@ -89,15 +89,16 @@ class _Rounded(torch.autograd.Function):
     def forward(
         ctx: Any, dtype: torch.dtype, paddings: Sequence[Padding | None], *weights: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.paddings, ctx.like = paddings, [w.detach() for w in weights]
+        ctx.like = [w.detach() for w in weights]
+        ctx.paddings = [p if p and p.missing(w) else None for w, p in zip(weights, paddings, strict=True)]
         rounded = []
-        for weight, padding in zip(weights, paddings, strict=True):
+        for weight, padding in zip(weights, ctx.paddings, strict=True):
+            if padding is None:
+                rounded.append(torch.empty_like(weight, dtype=dtype))
+                continue
             shape = list(weight.shape)
-            missing = 0 if padding is None else padding.missing(weight)
-            if padding is not None:
-                shape[padding.dim] += padding.groups * missing
-            new = torch.zeros if missing else torch.empty
-            rounded.append(new(shape, dtype=dtype, device=weight.device))
+            shape[padding.dim] += padding.groups * padding.missing(weight)
+            rounded.append(torch.zeros(shape, dtype=dtype, device=weight.device))
         _copy(rounded, ctx.like, ctx)
         return tuple(rounded)
 
@@ -112,7 +113,7 @@ def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor], ctx: Any) -> Non
     """Copies what is not padding, all that lies alike in one kernel."""
     pairs: list[tuple[Tensor, Tensor]] = []
     for target, source, like, padding in zip(targets, sources, ctx.like, ctx.paddings, strict=True):
-        if padding is None or target.shape == source.shape:
+        if padding is None:
             pairs.append((target, source))
         else:
             size = like.shape[padding.dim] // padding.groups

@@ -21,7 +21,6 @@ from imf.model.layers import (
     ScalarEmbedder,
     VelocityNetwork,
     condition_tokens,
-    heads_of_qkv,
     patch_embedder,
     residual_scales,
 )
@@ -43,7 +42,6 @@ class Block(nn.Module):
             config.mlp_width,
             config.hidden_size // config.num_heads,
         )
-        self.heads = config.num_heads
         self.norm1, self.norm2 = (nn.Parameter(torch.ones(width)) for _ in range(2))
         self.q_norm, self.k_norm = (nn.Parameter(torch.ones(head_width)) for _ in range(2))
         self.attn_scale, self.mlp_scale = residual_scales(config)
@@ -58,8 +56,7 @@ class Block(nn.Module):
         qkv, out, gate_up, down = cast_weights(dtype, *weights, padding=(None, None, GATE_UP, DOWN))
         y = ik.rms_norm(x, self.norm1, dtype=dtype)
         y = ik.linear(y, qkv)
-        q, k, v = ik.linear_map(lambda a: heads_of_qkv(a, len(cos), self.heads), y)
-        q, k = ik.qk_norm_rope(q, k, self.q_norm, self.k_norm, cos, sin)
+        q, k, v = ik.qk_norm_rope(y, self.q_norm, self.k_norm, cos, sin)
         y = ik.scaled_dot_product_attention(q, k, v)
         y = ik.linear_map(lambda a: a.transpose(1, 2).reshape(-1, x.shape[-1]), y)
         y = ik.linear(y, out)

@@ -434,6 +434,7 @@ _TYPES = {
     "bool": "bool",
     "float": "float",
     "int": "SymInt",
+    "int | None": "SymInt?",
     "str": "str",
     "torch.dtype | None": "ScalarType?",
 }

@@ -379,16 +379,15 @@ class Attention(nn.Module):
                 `RMSNorm`s is fused with them, if interleaved.
         """
         B, L, d = x.shape
-        heads = apply(self.qkv, x).reshape(B, L, 3, self.num_heads, d // self.num_heads)
-        q, k, v = (t.transpose(1, 2) for t in heads.unbind(2))
-        q, k = self._prepared(q, k, rope)
+        q, k, v = self._prepared(apply(self.qkv, x), rope)
         q, k, v = (map_both(last_contiguous, t.transpose(1, 2)) for t in (q, k, v))
         if q.dtype != v.dtype:  # norms and tables in float32
             q, k = q.to(v.dtype), k.to(v.dtype)
         out = packages.attend(q, k, v, attn_mask, packages.FULL, None).reshape(B, L, d)
         return apply(getattr(self, self.name_of_dropout), apply(self.proj, out))
 
-    def _prepared(self, q: Any, k: Any, rope: Any) -> Any:
+    def _prepared(self, qkv: Any, rope: Any) -> Any:
+        """Returns q, k and v [B, H, L, D] of a projection [B, L, 3 H D]."""
         norms: tuple[Any, Any] = self.q_norm, self.k_norm
         if (
             isinstance(rope, RotaryEmbedding)
@@ -397,9 +396,11 @@ class Attention(nn.Module):
             and norms[0].eps == norms[1].eps
         ):
             cos, sin = (table.contiguous() for table in rope.tables())
-            return qk_norm_rope(q, k, norms[0].weight, norms[1].weight, cos, sin, norms[0].eps)
+            return qk_norm_rope(qkv, norms[0].weight, norms[1].weight, cos, sin, norms[0].eps)
+        heads = qkv.reshape(*qkv.shape[:2], 3, self.num_heads, qkv.shape[2] // (3 * self.num_heads))
+        q, k, v = (t.transpose(1, 2) for t in heads.unbind(2))
         q, k = apply(norms[0], q), apply(norms[1], k)
-        return (q, k) if rope is None else (rope(q), rope(k))
+        return (q, k, v) if rope is None else (rope(q), rope(k), v)
 
 
 class RopeAttention(Attention):

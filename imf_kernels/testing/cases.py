@@ -245,23 +245,23 @@ def group_norm(
 
 
 def qk_norm_rope(
-    name: str, batch: int, heads: int, length: int, width: int, k_heads: int | None = None,
-    tangents: tuple[str, ...] = ("q", "k"), **more: Any,
+    name: str, batch: int, heads: int, length: int, width: int, kv_heads: int | None = None,
+    matrix: bool = False, **more: Any,
 ) -> Case:  # fmt: skip
-    q = (batch, heads, length, width)
-    k = (batch, heads if k_heads is None else k_heads, length, width)
+    options = {} if kv_heads is None else {"kv_heads": kv_heads}
+    kv_heads = heads if kv_heads is None else kv_heads
+    row = (heads + 2 * kv_heads) * width
     table = Input((length, width // 2), FP32, differentiable=False)
     inputs = {
-        "q": Input(q, positions_first=True),
-        "k": Input(k, positions_first=True),
+        "qkv": Input((batch * length, row) if matrix else (batch, length, row)),
         "q_weight": _weight(width),
         "k_weight": _weight(width),
         "cos": table,
         "sin": table,
     }
-    n = math.prod(q) + math.prod(k)
-    moving = math.prod(q) * ("q" in tangents) + math.prod(k) * ("k" in tangents)
-    return Case("qk_norm_rope", name, inputs, (q, k), 7 * n, 10 * moving, tangents=tangents, **more)
+    q, k = ((batch, n, length, width) for n in (heads, kv_heads))
+    n, more = math.prod(q) + math.prod(k), {"options": options, "tangents": ("qkv",), **more}
+    return Case("qk_norm_rope", name, inputs, (q, k, k), 7 * n, 10 * n, **more)
 
 
 def attention(
@@ -421,8 +421,8 @@ def _small() -> list[Case]:
         *(layer_norm_modulate(f"only {n}", 3, 4, width=24, tangents=(n,)) for n in ("x", "shift", "scale")),
         qk_norm_rope("width 2", 2, 3, 4, 2),
         qk_norm_rope("digits", 2, 2, 36, 64),
-        qk_norm_rope("fewer heads of k", 3, 4, 5, 72, k_heads=1),
-        qk_norm_rope("only q", 2, 2, 7, 40, tangents=("q",)),
+        qk_norm_rope("fewer heads of keys", 3, 4, 5, 72, kv_heads=1),
+        qk_norm_rope("matrix", 2, 2, 7, 40, matrix=True),
         qk_norm_rope("length 1", 3, 1, 1, 18),
         qk_norm_rope("length 700", 1, 2, 700, 8),
         *(attention(f"width {d}", 2, 2, 5, d, keys=9) for d in (1, 2, 7, 40, 64, 72, 80, 128, 256)),

@@ -76,15 +76,25 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dt
 
 
 def qk_norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor]:
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-6,
+    kv_heads: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads = qkv.reshape(-1, len(cos), qkv.shape[-1] // len(q_weight), len(q_weight)).transpose(1, 2)
+    kv_heads = heads.shape[1] // 3 if kv_heads is None else kv_heads
+
     def one(x: Tensor, weight: Tensor) -> Tensor:
-        n = rms_norm(_exact(x), weight)
+        n = rms_norm(_exact(x), weight, eps)
         even, odd = n[..., 0::2], n[..., 1::2]
         turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
         return turned.flatten(-2).to(x.dtype)
 
-    return one(q, q_weight), one(k, k_weight)
+    q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1)
+    return one(q, q_weight), one(k, k_weight), v
 
 
 def scaled_dot_product_attention(

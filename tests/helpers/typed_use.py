@@ -22,7 +22,6 @@ with ik.use_backend("reference"):
     activated: Tensor = ik.gelu(ik.silu(x), approximate="tanh")
 wrong_sum: Dual = ik.gated_residual(x, x, w)  # expect: Incompatible types in assignment
 attended_wrong: Tensor = ik.scaled_dot_product_attention(Dual(heads), heads, heads)  # expect: Incompatible
-q, k = ik.qk_norm_rope(heads, Dual(heads), w[:8], w[:8], heads[0, 0, :, :4], heads[0, 0, :, :4])
-rotated: tuple[Tensor, Dual] = q, k
+rotated: tuple[Dual, Dual, Dual] = ik.qk_norm_rope(Dual(x), w[:2], w[:2], x[:, :1], x[:, :1])
 wrong: Dual = ik.rms_norm(x, w)  # expect: Incompatible types in assignment
 ik.rms_norm(x, "w")  # expect: Argument 2 to "rms_norm" has incompatible type "str"

@@ -109,17 +109,21 @@ BAD_CALLS = {
         (lambda: modulate(x(3, 2, 4, BF16), dtype=torch.float32), T, "dtype must be that of x"),
     ],
     "qk_norm_rope": [
-        (lambda: rope(q=x(2, 5, 8)), V, "q must be [B, H, L, D] … got [2, 5, 8]"),
-        (lambda: rope(q=x(2, 3, 5, 7)), V, "q must be [B, H, L, D] with an even D … got [2, 3, 5, 7]"),
-        (lambda: rope(k=x(2, 3, 6, 8)), V, "cos must be [6, 4] … k of shape [2, 3, 6, 8] … got [5, 4]"),
+        (lambda: rope(qkv=x(2, 5, 8)), V, "qkv must be … third of them of keys … got [2, 5, 8]"),
+        (lambda: rope(qkv=x(2, 6, 72)), V, "qkv must be [B, L, N D] … with L = 5 … got [2, 6, 72]"),
+        (lambda: rope(qkv=x(12, 72)), V, "or [B · L, N D] with L = 5 … got [12, 72]"),
+        (lambda: rope(qkv=x(2, 5, 9, 8)), V, "qkv must be … got [2, 5, 9, 8]"),
+        (lambda: rope(kv_heads=5), V, "of queries, then 5 of keys … got [2, 5, 72]"),
+        (lambda: rope(kv_heads=0), V, "of queries, then 0 of keys … got [2, 5, 72]"),
+        (lambda: rope(qkv=Dual(x(10, 72), x(3, 72))), V, "tangent of qkv … of 5 rows each, got [3, 72]"),
+        (lambda: rope(q_weight=x(7)), V, "q_weight must be [D] with an even D, got [7]"),
         (lambda: rope(k_weight=x(4)), V, "k_weight must be [8] … got [4]"),
+        (lambda: rope(cos=x(4)), V, "cos must be [L, D / 2], got [4]"),
         (lambda: rope(sin=x(5, 8)), V, "sin must be [5, 4] … got [5, 8]"),
-        (lambda: rope(q=HEADS.long()), T, "q must be of a floating-point … torch.int64"),
+        (lambda: rope(qkv=x(2, 5, 72).long()), T, "qkv must be of a floating-point … torch.int64"),
         (lambda: rope(cos=x(5, 4, INT)), T, "cos must be of a floating-point … torch.int64"),
         (lambda: rope(q_weight=Dual(x(8))), T, "q_weight carries no tangent … got a Dual"),
         (lambda: rope(cos=x(5, 4, META)), V, "cos must be on cpu … got meta"),
-        (lambda: rope(k=transposed(2, 3, 8, 5)), V, "last dimension of k … got [2, 3, 5, 8]"),
-        (lambda: rope(k=Dual(HEADS, transposed(2, 3, 8, 5))), V, "last dimension of k_dot"),
     ],
     "scaled_dot_product_attention": [
         (lambda: SDPA(x(2, 5, 8), HEADS, HEADS), V, "query must be [B, H, L, D] … got [2, 5, 8]"),
@@ -225,7 +229,8 @@ def modulate(sequence=None, shift=None, scale=None, **options):
 
 
 def rope(**arguments):
-    good = {"q": HEADS, "k": HEADS, "q_weight": x(8), "k_weight": x(8), "cos": x(5, 4), "sin": x(5, 4)}
+    weights = {"q_weight": x(8), "k_weight": x(8), "cos": x(5, 4), "sin": x(5, 4)}
+    good = {"qkv": x(2, 5, 72), **weights}
     return ik.qk_norm_rope(**good | arguments)
 
 

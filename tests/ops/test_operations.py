@@ -59,11 +59,13 @@ def test_the_plain_formulas_are_pytorchs():
     shift, scale = torch.randn(2, 3, 1, 8, dtype=torch.float64)
     modulated = F.layer_norm(x, (8,), eps=1e-6) * (1 + scale) + shift
     torch.testing.assert_close(plain.layer_norm_modulate(x, shift[:, 0], scale[:, 0]), modulated)
-    q, angles = torch.randn(2, 1, 5, 8, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    qkv, angles = torch.randn(2, 5, 24, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    q, _, v = qkv[:, None].chunk(3, -1)
     n = F.rms_norm(q, (8,), w, 1e-6)
     turned = torch.view_as_complex(n.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angles), angles)
-    rotated, _ = plain.qk_norm_rope(q, q, w, w, angles.cos(), angles.sin())
+    rotated, _, values = plain.qk_norm_rope(qkv, w, w, angles.cos(), angles.sin())
     torch.testing.assert_close(rotated, torch.view_as_real(turned).flatten(-2))
+    torch.testing.assert_close(values, v)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")

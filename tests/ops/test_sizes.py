@@ -22,7 +22,10 @@ DIMENSIONS = {
     ),
     "layer_norm_modulate": (lambda b, n, d: cases.layer_norm_modulate("", b, n, width=d), (3, 2, 7)),
     "qk_norm_rope": (
-        lambda b, h, k_heads, n, pairs: cases.qk_norm_rope("", b, h, n, 2 * pairs, k_heads),
+        # The row of a projection without heads, or of heads without width, does not tell which it is.
+        lambda b, h, kv_heads, n, pairs: cases.qk_norm_rope(
+            "", b, max(h, 1), n, 2 * max(pairs, 1), max(kv_heads, 1)
+        ),
         (3, 4, 2, 5, 9),
     ),
     "scaled_dot_product_attention": (

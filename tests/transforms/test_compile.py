@@ -21,7 +21,7 @@ slow = pytest.mark.slow
 
 NAMES = (
     "linear square", "linear weights of x's dtype", "rms_norm width 33", "rms_norm fp32 stream",
-    "qk_norm_rope digits", "qk_norm_rope only q", "scaled_dot_product_attention other value width",
+    "qk_norm_rope digits", "qk_norm_rope matrix", "scaled_dot_product_attention other value width",
     "scaled_dot_product_attention tangents of query", "scaled_dot_product_attention heads first",
     "swiglu width 37", "gated_residual width 45", "gated_residual only branch", "silu matrix",
     "sinusoidal_embedding dim 256", "prepend_tokens four groups", "prepend_tokens one embedding without",

@@ -1,36 +1,155 @@
-"""Per-head RMSNorm and RoPE with their tangent, and the primal backward: the kernels of rms_norm with tables.
+"""Per-head RMSNorm and RoPE of a projection's queries and keys with their tangent, and the primal backward.
 
-Formulas: imf_kernels/ops/qk_norm_rope.py.
+Formulas: imf_kernels/ops/qk_norm_rope.py. Rows are heads, counted by sample, position and head, the memory
+order of projections: forward takes those of queries and keys, backward those of values too, which it copies.
 """
 
 from __future__ import annotations
 
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from imf_kernels.backends.triton_kernels.rms_norm import rms_norm_backward, rms_norm_forward
+from imf_kernels.backends.triton_kernels.rms_norm import backward_of_norm, inverse_rms, tangent_of_norm
 from imf_kernels.backends.triton_kernels.rows import RowKernel
 from imf_kernels.backends.triton_kernels.rows import shares as shares
 
 
-def _strides(x: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0) if x is None else x.stride()[:3]
+@triton.jit
+def _place(row, rows, heads, length):
+    """Returns position in the batch, position in its sample, and head; divides in 64 bits only if `rows`
+    needs it."""
+    row = row.to(rows.dtype)
+    position, head = row // heads, row % heads
+    return position.to(tl.int64), (position % length).to(tl.int64), head.to(tl.int64)
 
 
-_FORWARD, _BACKWARD = (RowKernel(kernel, stride=_strides) for kernel in (rms_norm_forward, rms_norm_backward))
+@triton.jit
+def _weight(q_weight, k_weight, of_query, column, WIDTH: tl.constexpr):
+    """Loads the weight of each row's norm."""
+    inside = column < WIDTH
+    q = tl.load(q_weight + column, mask=inside, other=0.0)
+    return tl.where(of_query, q, tl.load(k_weight + column, mask=inside, other=0.0))
+
+
+@triton.jit
+def _angles(cos, sin, l, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Loads the row of the tables [length, WIDTH / 2] for each position."""
+    pair = tl.arange(0, BLOCK // 2)[None, :]
+    at, inside = l * (WIDTH // 2) + pair, inside & (pair < WIDTH // 2)
+    return tl.load(cos + at, mask=inside, other=0.0), tl.load(sin + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _rotate(n, cos, sin):
+    """Rotates pairs (2i, 2i + 1) of columns of n [ROWS, BLOCK] by angle i."""
+    even, odd = tl.split(tl.reshape(n, (n.shape[0], n.shape[1] // 2, 2)))
+    turned = tl.join(tl.fma(even, cos, -(odd * sin)), tl.fma(odd, cos, even * sin))
+    return tl.reshape(turned, n.shape)
+
+
+@triton.jit
+def _store(q, k, position, head, heads, kv_heads, column, inside, y, WIDTH: tl.constexpr):
+    """Stores rows of queries and keys, each [B, L, heads, WIDTH] in memory."""
+    of_query = head < heads
+    tl.store(q + (position * heads + head) * WIDTH + column, y, mask=inside & of_query)
+    tl.store(k + (position * kv_heads + head - heads) * WIDTH + column, y, mask=inside & (head >= heads))
+
+
+@triton.jit(do_not_specialize=["first_tangent", "heads", "kv_heads", "length", "rows"])
+def _forward(
+    qkv, qkv_dot, q_weight, k_weight, cos, sin, q, q_dot, k, k_dot, rstd,
+    first_tangent, heads, kv_heads, length, eps, rows,
+    UNIT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < WIDTH)
+    position, l, head = _place(row, rows, heads + kv_heads, length)
+    of_row = heads + 2 * kv_heads
+    w = _weight(q_weight, k_weight, head < heads, column, WIDTH)
+    cos, sin = _angles(cos, sin, l, row < rows, WIDTH, BLOCK)
+    at = (position * of_row + head) * WIDTH + column
+    x = tl.load(qkv + at, mask=inside, other=0.0).to(tl.float32)
+    r = inverse_rms(x, eps, WIDTH)
+    tl.store(rstd + row, r, mask=row < rows)
+    _store(q, k, position, head, heads, kv_heads, column, inside, _rotate(x * r * w, cos, sin), WIDTH)
+    if qkv_dot is not None:
+        inside &= position >= first_tangent
+        at -= first_tangent.to(tl.int64) * of_row * WIDTH
+        x_dot = tl.load(qkv_dot + at, mask=inside, other=0.0).to(tl.float32)
+        y_dot = _rotate(tangent_of_norm(x, x_dot, r, WIDTH) * w, cos, sin)
+        position -= first_tangent
+        _store(q_dot, k_dot, position, head, heads, kv_heads, column, inside, y_dot, WIDTH)
+
+
+@triton.jit
+def _load_heads(x, position, l, head, length, column, inside, strides, UNIT: tl.constexpr):
+    """Loads rows of x [B, heads, length, WIDTH]."""
+    at = (position - l) // length * strides[0] + head * strides[1] + l * strides[2]
+    return tl.load(x + at * UNIT + column, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["heads", "kv_heads", "length", "rows", "share"])
+def _backward(
+    qkv, dq, dk, dv, q_weight, k_weight, cos, sin, rstd, dqkv, partial, q_strides, k_strides, v_strides,
+    heads, kv_heads, length, rows, share,
+    UNIT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)[None, :]
+    dq_weight = tl.zeros((ROWS, BLOCK), tl.float32)
+    dk_weight = tl.zeros((ROWS, BLOCK), tl.float32)
+    normed = heads + kv_heads
+    for start in range(0, share, ROWS):
+        row = program * share + start + tl.arange(0, ROWS)[:, None]
+        inside = (row < rows) & (column < WIDTH)
+        position, l, head = _place(row, rows, normed + kv_heads, length)
+        of_query, of_value = head < heads, head >= normed
+        of_norm = inside & (head < normed)
+        w = _weight(q_weight, k_weight, of_query, column, WIDTH)
+        cosine, sine = _angles(cos, sin, l, (row < rows) & (head < normed), WIDTH, BLOCK)
+        r = tl.load(rstd + position * normed + head, mask=(row < rows) & (head < normed), other=0.0)
+        n = tl.load(qkv + row * WIDTH + column, mask=of_norm, other=0.0).to(tl.float32) * r
+        # Of one head the cotangent is in one of three tensors; the others are 0.
+        d = _load_heads(dq, position, l, head, length, column, inside & of_query, q_strides, UNIT)
+        of_key = of_norm & (head >= heads)
+        d += _load_heads(dk, position, l, head - heads, length, column, of_key, k_strides, UNIT)
+        # The rotation is orthogonal: its transpose rotates back.
+        dn = _rotate(d, cosine, -sine)
+        dw = dn * n
+        dq_weight += tl.where(of_query, dw, 0.0)
+        dk_weight += tl.where(of_query, 0.0, dw)
+        dx = backward_of_norm(n, dn * w, r, WIDTH)
+        of_value = inside & of_value
+        dv_row = _load_heads(dv, position, l, head - normed, length, column, of_value, v_strides, UNIT)
+        tl.store(dqkv + row * WIDTH + column, tl.where(of_value, dv_row, dx), mask=inside)
+    partial += program * 2 * WIDTH + column
+    tl.store(partial, tl.sum(dq_weight, axis=0, keep_dims=True), mask=column < WIDTH)
+    tl.store(partial + WIDTH, tl.sum(dk_weight, axis=0, keep_dims=True), mask=column < WIDTH)
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    return x.stride()[:3]
+
+
+_FORWARD, _BACKWARD = RowKernel(_forward), RowKernel(_backward, stride=_strides)
 
 
 def forward(
-    x: Tensor, x_dot: Tensor | None, weight: Tensor, cos: Tensor, sin: Tensor,
-    y: Tensor, y_dot: Tensor | None, rstd: Tensor, eps: float,
+    qkv: Tensor, qkv_dot: Tensor | None, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
+    q: Tensor, q_dot: Tensor | None, k: Tensor, k_dot: Tensor | None, rstd: Tensor, eps: float,
 ) -> None:  # fmt: skip
-    batch, heads, length, width = x.shape
-    numbers = batch - (0 if x_dot is None else x_dot.shape[0]), heads, length, float(eps)
-    _FORWARD.launch((x, x_dot), (x, x_dot, weight, cos, sin, y, y_dot, rstd), numbers, width, rstd.numel())
+    batch, heads, length, width = q.shape
+    first = (batch - (0 if q_dot is None else q_dot.shape[0])) * length
+    tensors = qkv, qkv_dot, q_weight, k_weight, cos, sin, q, q_dot, k, k_dot, rstd
+    _FORWARD.launch((), tensors, (first, heads, k.shape[1], length, eps), width, rstd.numel())
 
 
 def backward(
-    x: Tensor, dy: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, rstd: Tensor, dx: Tensor,
-    partial: Tensor, dweight: Tensor,
+    qkv: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor,
+    sin: Tensor, rstd: Tensor, dqkv: Tensor, partial: Tensor, weights: Tensor,
 ) -> None:  # fmt: skip
-    tensors, numbers = (x, dy, weight, cos, sin, rstd, dx), (x.shape[1], x.shape[2])
-    _BACKWARD.sum((x, dy), tensors, numbers, rstd.numel(), partial, dweight)
+    _, heads, length, width = dq.shape
+    tensors = qkv, dq, dk, dv, q_weight, k_weight, cos, sin, rstd, dqkv
+    _BACKWARD.sum((dq, dk, dv), tensors, (heads, dk.shape[1], length), qkv.numel() // width, partial, weights)
