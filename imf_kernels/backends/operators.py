@@ -172,9 +172,7 @@ class Operation(Generic[Asked]):
                 arguments += (x, None)
         if differentiable:
             differentiable = is_differentiable(*inputs)
-        if moves and len(inputs) > 1:
-            arguments[1::2] = align(*arguments[1::2])
-        results = self.run(backend, (*arguments, *others), differentiable)
+        results = self.run(backend, (*arguments, *others), differentiable, len(inputs))
         if self.results == 1:
             return unchecked(results[0], results[1], differentiable) if moves else results[0]
         ys, ys_dot = results[: self.results], results[self.results :]
@@ -184,16 +182,21 @@ class Operation(Generic[Asked]):
             else ys
         )
 
-    def run(self, backend: str | None, arguments: tuple[Any, ...], differentiable: bool = False) -> Result:
-        """Returns the results and their tangents, by the named backend or the one chosen for such calls."""
+    def run(
+        self, backend: str | None, arguments: tuple[Any, ...], differentiable: bool = False, duals: int = 0
+    ) -> Result:
+        """Returns the results and their tangents, by the named backend or the one chosen for such calls.
+
+        duals: the number of primals at the beginning whose stored tangents may be of different samples.
+        """
         if torch.compiler.is_compiling():
             backend = traced_default() if backend is None else backend
-            return self._decided(backend, arguments, differentiable)(*arguments)
+            return self._decided(backend, arguments, differentiable, duals)(*arguments)
         backend = default.backend if backend is None else backend
         key = _C.key((backend, differentiable, *arguments))
         run = self.choices.get(key)
         if run is None:
-            run = self._decided(backend, arguments, differentiable)
+            run = self._decided(backend, arguments, differentiable, duals)
             if key is not None:
                 if len(self.choices) >= MOST_CHOICES:
                     self.choices.clear()
@@ -210,8 +213,12 @@ class Operation(Generic[Asked]):
         return chosen
 
     def _decided(
-        self, wanted: str | None, arguments: tuple[Any, ...], differentiable: bool
+        self, wanted: str | None, arguments: tuple[Any, ...], differentiable: bool, duals: int
     ) -> Callable[..., Result]:
+        if len({t.shape[:1] for t in arguments[1 : 2 * duals : 2] if t is not None}) > 1:
+            aligned = _aligned(duals, *arguments)
+            run = self._decided(wanted, aligned, differentiable, 0)
+            return lambda *arguments: run(*_aligned(duals, *arguments))
         backend = self.backend_for(wanted, *arguments, differentiable=differentiable)
         if backend.kernels is None:
             run = backend.function or partial(self.reference, differentiable)
@@ -383,6 +390,13 @@ class _Recorder(_NoGraph):
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         vars(self)["saved"] = tensors
+
+
+def _aligned(duals: int, *arguments: Any) -> tuple[Any, ...]:
+    """Pads the stored tangents of the first primals to the samples of the longest."""
+    result = [*arguments]
+    result[1 : 2 * duals : 2] = align(*arguments[1 : 2 * duals : 2])
+    return tuple(result)
 
 
 def _outside_autocast(run: Callable[..., Result], x: Tensor, *arguments: Any) -> Result:

@@ -65,14 +65,15 @@ def _reference(
 
 
 def _check_shape(x: Tensor, normalized_shape: Sequence[int]) -> None:
+    if isinstance(x, Tensor) and x.dim() and normalized_shape in ((x.shape[-1],), [x.shape[-1]]):
+        return
     check.is_tensor("layer_norm", x=x)
     if x.dim() == 0:
         raise ValueError("layer_norm: x must have at least one dimension, got a scalar")
-    if not isinstance(normalized_shape, (list, tuple)) or [*normalized_shape] != [*x.shape[-1:]]:
-        raise ValueError(
-            f"layer_norm: normalized_shape must be {list(x.shape[-1:])}, the last dimension of x of shape "
-            f"{list(x.shape)}, got {normalized_shape!r}; flatten x to normalise over several dimensions"
-        )
+    raise ValueError(
+        f"layer_norm: normalized_shape must be {list(x.shape[-1:])}, the last dimension of x of shape "
+        f"{list(x.shape)}, got {normalized_shape!r}; flatten x to normalise over several dimensions"
+    )
 
 
 def _check(
@@ -103,7 +104,10 @@ def forward(
         y_dot = contiguous_like(last_rows(x, moving), dtype)
         no_gradient(ctx, y_dot)
         x_dot = None if x_dot is None else in_rows(x_dot)
-    s, s_dot, b, b_dot = (None if p is None else as_floats(p) for p in (scale, scale_dot, shift, shift_dot))
+    s, b = (scale if scale is None else as_floats(scale)), (shift if shift is None else as_floats(shift))
+    s_dot = b_dot = None
+    if scale_dot is not None or shift_dot is not None:
+        s_dot, b_dot = (None if p is None else as_floats(p) for p in (scale_dot, shift_dot))
     kernels.forward(x, x_dot, s, s_dot, b, b_dot, y, y_dot, statistics, one, eps)
     ctx.save_for_backward(x, shift, scale, statistics)
     ctx.kernels, ctx.one = kernels, one
