@@ -556,7 +556,10 @@ def _dual_input(x: Any, x_dot: Tensor | None) -> Any:
             return x
         # Views of a dual tensor require the same memory layout and offset of its tangent.
         return make_dual_tensor(*(t.clone(memory_format=torch.contiguous_format) for t in (x, x_dot)))
-    x, x_dot = (t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in (x, x_dot))
+    if isinstance(x, Tensor) and x.is_inference():
+        x = x.clone()
+    if x_dot is not None and x_dot.is_inference():
+        x_dot = x_dot.clone()
     if x_dot is None:
         return x
     if x_dot.requires_grad:
