@@ -65,9 +65,9 @@ def _reference(
 
 
 def _check_shape(x: Tensor, normalized_shape: Sequence[int]) -> None:
-    if isinstance(x, Tensor) and x.dim() and normalized_shape in ((x.shape[-1],), [x.shape[-1]]):
-        return
     check.is_tensor("layer_norm", x=x)
+    if x.dim() and normalized_shape in ((x.shape[-1],), [x.shape[-1]]):
+        return
     if x.dim() == 0:
         raise ValueError("layer_norm: x must have at least one dimension, got a scalar")
     raise ValueError(

@@ -184,9 +184,7 @@ def _forward(
     return q, k, v, q_dot, k_dot, v_dot
 
 
-def _backward(
-    ctx: Any, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> tuple[Tensor | None, ...]:
     qkv, q_weight, k_weight, cos, sin, rstd = ctx.saved_tensors
     kernels: _C.qk_norm_rope = ctx.kernels
     sizes: _Sizes = ctx.sizes
@@ -218,6 +216,11 @@ def _pair_backward(call: PairCall, *cotangents: Tensor | None) -> list[Tensor | 
     return [dqkv, dqkv_dot, *_of_weights(total, q_weight, k_weight), None, None, None, None]
 
 
+def _lay_out(x: Tensor) -> Tensor:
+    """Heads [B, H, L, D] may have any strides, all else is contiguous."""
+    return last_contiguous(x) if x.dim() == 4 else x.contiguous()
+
+
 _OPERATION = Operation(
     _NAME,
     _reference,
@@ -227,7 +230,7 @@ _OPERATION = Operation(
     _backward,
     _pair_backward,
     results=3,
-    lay_out=Tensor.contiguous,
+    lay_out=_lay_out,
 )
 
 
@@ -248,8 +251,8 @@ def qk_norm_rope(
     To queries and keys it applies RMSNorm over the head dimension, then rotary positions.
 
     Args:
-        qkv: [B, L, (H + 2 H_kv) D] or [B · L, (H + 2 H_kv) D], heads of queries, then of keys, then of values;
-            float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu`: not float16).
+        qkv: [B, L, (H + 2 H_kv) D] or [B · L, (H + 2 H_kv) D], heads of queries, then of keys, then of
+            values; float32, bfloat16 or float16 (`reference`: any floating-point type; `cpu`: not float16).
         q_weight, k_weight: [D], weights of the norms; D is even.
         cos, sin: [L, D / 2] in float32, from `rope_tables`; pair (2i, 2i + 1) is rotated by angle i.
         eps: added to the mean square.

@@ -33,10 +33,10 @@ def _weight(q_weight, k_weight, of_query, column, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _angles(cos, sin, l, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _angles(cos, sin, step, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Loads the row of the tables [length, WIDTH / 2] for each position."""
     pair = tl.arange(0, BLOCK // 2)[None, :]
-    at, inside = l * (WIDTH // 2) + pair, inside & (pair < WIDTH // 2)
+    at, inside = step * (WIDTH // 2) + pair, inside & (pair < WIDTH // 2)
     return tl.load(cos + at, mask=inside, other=0.0), tl.load(sin + at, mask=inside, other=0.0)
 
 
@@ -65,10 +65,10 @@ def _forward(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < WIDTH)
-    position, l, head = _place(row, rows, heads + kv_heads, length)
+    position, step, head = _place(row, rows, heads + kv_heads, length)
     of_row = heads + 2 * kv_heads
     w = _weight(q_weight, k_weight, head < heads, column, WIDTH)
-    cos, sin = _angles(cos, sin, l, row < rows, WIDTH, BLOCK)
+    cos, sin = _angles(cos, sin, step, row < rows, WIDTH, BLOCK)
     at = (position * of_row + head) * WIDTH + column
     x = tl.load(qkv + at, mask=inside, other=0.0).to(tl.float32)
     r = inverse_rms(x, eps, WIDTH)
@@ -84,9 +84,9 @@ def _forward(
 
 
 @triton.jit
-def _load_heads(x, position, l, head, length, column, inside, strides, UNIT: tl.constexpr):
+def _load_heads(x, position, step, head, length, column, inside, strides, UNIT: tl.constexpr):
     """Loads rows of x [B, heads, length, WIDTH]."""
-    at = (position - l) // length * strides[0] + head * strides[1] + l * strides[2]
+    at = (position - step) // length * strides[0] + head * strides[1] + step * strides[2]
     return tl.load(x + at * UNIT + column, mask=inside, other=0.0).to(tl.float32)
 
 
@@ -104,17 +104,17 @@ def _backward(
     for start in range(0, share, ROWS):
         row = program * share + start + tl.arange(0, ROWS)[:, None]
         inside = (row < rows) & (column < WIDTH)
-        position, l, head = _place(row, rows, normed + kv_heads, length)
+        position, step, head = _place(row, rows, normed + kv_heads, length)
         of_query, of_value = head < heads, head >= normed
         of_norm = inside & (head < normed)
         w = _weight(q_weight, k_weight, of_query, column, WIDTH)
-        cosine, sine = _angles(cos, sin, l, (row < rows) & (head < normed), WIDTH, BLOCK)
+        cosine, sine = _angles(cos, sin, step, (row < rows) & (head < normed), WIDTH, BLOCK)
         r = tl.load(rstd + position * normed + head, mask=(row < rows) & (head < normed), other=0.0)
         n = tl.load(qkv + row * WIDTH + column, mask=of_norm, other=0.0).to(tl.float32) * r
         # Of one head the cotangent is in one of three tensors; the others are 0.
-        d = _load_heads(dq, position, l, head, length, column, inside & of_query, q_strides, UNIT)
+        d = _load_heads(dq, position, step, head, length, column, inside & of_query, q_strides, UNIT)
         of_key = of_norm & (head >= heads)
-        d += _load_heads(dk, position, l, head - heads, length, column, of_key, k_strides, UNIT)
+        d += _load_heads(dk, position, step, head - heads, length, column, of_key, k_strides, UNIT)
         # The rotation is orthogonal: its transpose rotates back.
         dn = _rotate(d, cosine, -sine)
         dw = dn * n
@@ -122,7 +122,7 @@ def _backward(
         dk_weight += tl.where(of_query, 0.0, dw)
         dx = backward_of_norm(n, dn * w, r, WIDTH)
         of_value = inside & of_value
-        dv_row = _load_heads(dv, position, l, head - normed, length, column, of_value, v_strides, UNIT)
+        dv_row = _load_heads(dv, position, step, head - normed, length, column, of_value, v_strides, UNIT)
         tl.store(dqkv + row * WIDTH + column, tl.where(of_value, dv_row, dx), mask=inside)
     partial += program * 2 * WIDTH + column
     tl.store(partial, tl.sum(dq_weight, axis=0, keep_dims=True), mask=column < WIDTH)
