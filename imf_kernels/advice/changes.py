@@ -196,7 +196,7 @@ def _fused(run: Run) -> _Variant | None:
     unfused = {part for root in run.outermost for part in root.modules() if _is_unfused(part)}
     stand_ins = _copies(run) if unfused else {}
     for part in unfused & stand_ins.keys():
-        stand_ins[part].fused_attn = True
+        stand_ins[part].fused_attn = True  # type: ignore[assignment]
     if not unfused or not stand_ins:
         return None
     places = ", ".join(dict.fromkeys(map(run.place, unfused)))

@@ -46,9 +46,8 @@ def explain(
     Where activations take more memory than weights, their gradients and Adam's moments together, it says how
     much `imf_kernels.checkpoint` leaves.
 
-    It runs `func` five times, once more in PyTorch's profiler, and about seven times for each change that it
-    tries. On a GPU it waits for each call. The network is as it was afterwards, apart from what `func` itself
-    changes.
+    It runs `func` about a dozen times, and eight times more for each change of modules that it tries. On a
+    GPU it waits for each call. The network is as it was afterwards, apart from what `func` itself changes.
 
     Args:
         func, primals, tangents, has_aux: as of `jvp`.
