@@ -13,9 +13,10 @@ from imf_kernels.advice import chains, changes
 from imf_kernels.advice.record import Run, fastest, repeated
 from imf_kernels.testing.timer import Times
 from tests.helpers import handwritten as HW
-from tests.transforms.test_jvp import X_DOT, Block, X
+from tests.transforms.test_jvp import Block
 
-C, C_DOT = torch.randn(4, 1, 16), torch.randn(4, 1, 16)
+X, X_DOT = torch.randn(2, 4, 6, 16)
+C, C_DOT = torch.randn(2, 4, 1, 16)
 
 
 @pytest.fixture
@@ -267,10 +268,10 @@ def in_place(network, x):
 def test_a_second_call_with_the_same_inputs(faster, second, network, certain):
     twice = Twice(network, second)
     for func in (twice, lambda x: twice(x)):
-        run = Run(func, (X.clone(),), (X_DOT,))
+        run = Run(func, (X.clone(),), (X_DOT.clone(),))
         spare = repeated(run.visits)
         assert len(spare) == certain
-        said = [what for what in advice(func, (X.clone(),)) if what.startswith("call ")]
+        said = [what for what in advice(func, (X.clone(),), (X_DOT.clone(),)) if what.startswith("call ")]
         assert len(said) == certain
     if certain:
         assert said[0].startswith("call network once") and run.calls[spare[0].calls.start :]
