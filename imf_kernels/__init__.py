@@ -5,6 +5,7 @@ gradients flow through the primal alone.
 """
 
 from imf_kernels import nn as nn
+from imf_kernels.advice.explain import explain
 from imf_kernels.backends.dispatch import use_backend
 from imf_kernels.dual import Dual, linear_map, primal
 from imf_kernels.ops.arithmetic import cat
@@ -22,7 +23,6 @@ from imf_kernels.ops.rms_norm import rms_norm
 from imf_kernels.ops.sinusoidal_embedding import sinusoidal_embedding
 from imf_kernels.ops.swiglu import swiglu
 from imf_kernels.transforms.checkpoint import checkpoint
-from imf_kernels.transforms.explain import explain
 from imf_kernels.transforms.jvp import jvp
 
 __version__ = "0.1.0"  # of both packages: pyproject.toml reads it here

@@ -65,6 +65,14 @@ def replace(network: nn.Module) -> list[Swap]:
     Returns:
         What was swapped or left alone, in the order of `named_modules`.
     """
+    swaps = swapped(network)
+    for (was, now, why), count in Counter((s.was, s.now, s.why) for s in swaps).items():
+        print(f"{count} × {was} " + (f"→ imf_kernels.nn.{now}" if now else f"left alone: {why}"))
+    return swaps
+
+
+def swapped(network: nn.Module) -> list[Swap]:
+    """Does what `replace` does, without a word."""
     swaps, verdicts = [], {}
     for name, module in reversed(list(network.named_modules())):  # parts before the whole
         found = _candidates(module)
@@ -82,10 +90,7 @@ def replace(network: nn.Module) -> list[Swap]:
         if not swap.why:
             _become(module, found[index])
             swap.now = found[index].kind.__name__
-    swaps.reverse()
-    for (was, now, why), count in Counter((s.was, s.now, s.why) for s in swaps).items():
-        print(f"{count} × {was} " + (f"→ imf_kernels.nn.{now}" if now else f"left alone: {why}"))
-    return swaps
+    return swaps[::-1]
 
 
 def _become(module: nn.Module, candidate: _Candidate) -> None:

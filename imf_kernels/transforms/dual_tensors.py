@@ -158,10 +158,14 @@ def takes_dual_tensors(operation: Call) -> Call:
 OURS, PYTORCHS, NO_TANGENT = "imf_kernels", "PyTorch's rule", "no tangent"
 
 
-class _Watch:
-    """Observer of each operation: its name, path, why not another, and seconds. See explain.py."""
+# Takes a call's name, path, why not another, seconds, arguments (args, kwargs) and result.
+Seen = Callable[[str, str, str, float, Any, Any], None]
 
-    seen: Callable[[str, str, str, float], None] | None = None
+
+class _Watch:
+    """Observer of each operation, for `imf_kernels.explain`."""
+
+    seen: Seen | None = None
 
 
 watch = _Watch()
@@ -232,7 +236,8 @@ def _on_dual_tensors(operation: Callable[..., Any], arguments: Any, options: Any
         results, moves = _results(operation, arguments, options, jvp)
     if watch.seen is not None:
         path = OURS if moves else NO_TANGENT
-        watch.seen(f"imf_kernels.{operation.__name__}", path, "", time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        watch.seen(f"imf_kernels.{operation.__name__}", path, "", seconds, (arguments, options), results)
     return results
 
 

@@ -53,6 +53,7 @@ from imf_kernels.transforms.dual_tensors import (
     OUTSIDE,
     PYTORCHS,
     Run,
+    Seen,
     as_dual,
     as_dual_tensor,
     can_move,
@@ -122,7 +123,7 @@ class _Calls(TorchFunctionMode):
     def __init__(
         self,
         differentiable: bool = False,
-        seen: Callable[[str, str, str, float], None] | None = None,
+        seen: Seen | None = None,
         synchronize: Callable[[], Any] | None = None,
     ) -> None:
         super().__init__()
@@ -143,7 +144,7 @@ class _Calls(TorchFunctionMode):
         result, why = _call(func, args, kwargs, self.differentiable)
         self.synchronize()
         path, reason = (OURS, "") if why is None else (_path(result), why.why)
-        self.seen(_name(func), path, reason, time.perf_counter() - start)
+        self.seen(_name(func), path, reason, time.perf_counter() - start, (args, kwargs), result)
         return result
 
 
