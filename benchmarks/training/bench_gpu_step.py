@@ -12,8 +12,8 @@ The forms are bench_step.py's, in bf16, and beside them:
   step with no derivative and no guidance would cost with the best of PyTorch. `flow matching, …`: u alone.
 
 Times are medians of rounds in which all forms take turns, and relative to ours. Memory is the peak above what
-was there before, gradients among it; that of graphs, taken when they are recorded, is not measured. What
-fails, for want of memory for one, is said, and left out.
+was there before, gradients among it; a graph takes it when captured, and keeps it. What fails, for want of
+memory for one, is said, and left out.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def measure(name: str, batch: int, forms: list[str], device: str) -> dict[str, A
     for form in forms:
         try:
             step = make(form, size, "bf16", device)
-            loss = float(step())
-            figures[form] = {"loss": loss}
-            if "CUDA graph" not in form:
-                figures[form]["peak bytes"] = peak_bytes(step, torch.device(device))
+            if "CUDA graph" not in form:  # whose first call captures
+                step()
+            peak = peak_bytes(step, torch.device(device))
+            figures[form] = {"loss": float(step()), "peak bytes": peak}
             steps[form] = step
         except Exception as error:  # of memory, of the compiler: the others go on
             failures[form] = reason(error)
@@ -88,8 +88,7 @@ def table(result: dict[str, Any], rate: float) -> str:
     for form, f in forms.items():
         times = f"{f['seconds'] * 1e3:.1f} ms | {f['seconds'] / ours:.2f}×"
         share = f"{result['necessary FLOPs'] / f['seconds'] / rate:.0%}" if form.startswith("ours") else ""
-        memory = f"{f['peak bytes'] / 2**20:,.0f} MiB" if "peak bytes" in f else ""
-        lines.append(f"| {form} | {times} | {share} | {memory} |")
+        lines.append(f"| {form} | {times} | {share} | {f['peak bytes'] / 2**20:,.0f} MiB |")
     return "\n".join(lines)
 
 

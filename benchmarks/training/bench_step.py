@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import subprocess
 from collections.abc import Callable, Iterator
@@ -165,7 +166,8 @@ def make(
     if "CUDA graph" not in form:
         return step
     step()  # kernels compile, and libraries begin, outside
-    return CudaGraph(step, x.device).replay
+    captured = functools.cache(lambda: CudaGraph(step, x.device))
+    return lambda: captured().replay()
 
 
 def finite_differences(

@@ -146,7 +146,7 @@ class TrainConfig:
     )
     compile: bool = _option(False, "compile the blocks of the network by torch.compile")
     checkpointing: bool = _option(False, "keep no activations inside blocks: backward recomputes them")
-    cuda_graphs: bool = _option(False, "replay steps as CUDA graphs: on GPUs, without fsdp and accumulate")
+    cuda_graphs: bool = _option(False, "replay steps as CUDA graphs: on GPUs, without fsdp")
     threads: int = _option(0, "CPU threads; 0: as PyTorch chooses", AT_LEAST_0, _at_most(MOST_THREADS))
 
     omega: float = _option(1.3, "guidance scale of samples while and after training, where an input")
@@ -176,13 +176,11 @@ class TrainConfig:
                 _require(within(value), name, wanted, value)
             if kind is float:
                 object.__setattr__(self, name, float(value))  # an integer may exceed what tensors take
-        log_power, graphs = (1 - self.omega_exponent) * math.log(self.omega_max), self.cuda_graphs
+        log_power = (1 - self.omega_exponent) * math.log(self.omega_max)
         small = f"such that omega_max ** (1 - omega_exponent) is at most e ** {MAX_LOG_POWER}"
         divisor = f"a divisor of the batch size {self.batch_size}"
         for name, fits, wanted in (
             ("accumulate", self.batch_size % self.accumulate == 0, divisor),
-            ("accumulate", not graphs or self.accumulate == 1, "1 with cuda_graphs"),
-            ("checkpointing", not graphs or not self.checkpointing, "off with cuda_graphs"),
             ("r0_fraction", self.r0_fraction + self.fm_fraction <= 1, "at most 1 with fm_fraction"),
             ("omega_exponent", log_power <= MAX_LOG_POWER, small),
         ):

@@ -4,14 +4,19 @@ A graph has fixed shapes, addresses and numbers. So inputs are copied into tenso
 graph for each size of the evaluation of v_u, see `sizes_of_v_u`. With DDP it holds the collectives too. All
 processes capture the same size at the same step, as NCCL may exchange addresses of buffers meanwhile.
 
+A graph holds one micro-step: forward and backward, and of the last one of a step AdamW and the average too.
+Without accumulation that is the full step. With it there are two graphs per size, which add to gradients in
+memory that stays. What checkpointing recomputes in backward is in the graph like everything else.
+
 Source: "Accelerating PyTorch with CUDA Graphs" and the notes on CUDA semantics in PyTorch's documentation.
-Graphs of one process have run on a GPU (docs/gpu.md), those with DDP not yet: tests replay the same steps
-from a recording of PyTorch's operators on the CPU.
+Graphs of one process have run on a GPU (docs/gpu.md), those with DDP, accumulation or checkpointing not yet:
+tests replay the same steps from a recording of PyTorch's operators on the CPU.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -21,8 +26,9 @@ from torch import Tensor
 
 from imf.objective.draws import Draws, Guidance, StepDraws, repeated, sizes_of_v_u
 
-# The captured call: (x, y, draws on the device, learning rate, share of the weights in the average) → terms.
-Update = Callable[[Tensor, Tensor, StepDraws, Any, Any], Tensor]
+# The captured call: (x, y, draws on the device, learning rate, share of the weights in the average, whether
+# it is the last one of its step) → terms.
+MicroStep = Callable[[Tensor, Tensor, StepDraws, Any, Any, bool], Tensor]
 
 # Eager steps that DDP needs before a capture: it times the first ten.
 WARMUP_OF_DDP = 11
@@ -73,40 +79,51 @@ class CudaGraph:
 
 
 class StepGraphs:
-    """Replays `update` as CUDA graphs, after one eager step at each size.
+    """Replays `micro_step` as CUDA graphs, after one eager call at each size.
 
-    Those eager steps compile kernels and make what no graph can hold (the optimizer's state, handles of
-    libraries). A step that needs v_u on fewer rows than a size repeats rows to fill it.
+    Those eager calls, of full steps, compile kernels and make what no graph can hold (the optimizer's
+    state, gradients that stay, handles of libraries). A call that needs v_u on fewer rows than a size repeats
+    rows to fill it.
 
-    update: changes weights, optimizer and average in place, never synchronises, reads nothing else that
-        changes.
+    micro_step: changes gradients, weights, optimizer and average in place, never synchronises, reads nothing
+        else that changes.
+    batch: rows of a call.  accumulate: calls per step.
     warmup: eager steps, at least.
     stream: to capture on; its own unless given.
     """
 
     def __init__(
         self,
-        update: Update,
+        micro_step: MicroStep,
         batch: int,
         device: torch.device,
         guidance: Guidance | None = None,
+        accumulate: int = 1,
         warmup: int = 0,
         stream: torch.cuda.Stream | None = None,
     ) -> None:
-        self.update, self.device, self.guidance = update, device, guidance
+        self.micro_step, self.device, self.guidance = micro_step, device, guidance
         self.waiting = sizes_of_v_u(batch)[::-1]  # sizes not yet met, the largest first
         self.warm: list[int] = []
-        self.eager_steps = max(warmup, len(self.waiting))  # that are left
+        steps = max(warmup, math.ceil(len(self.waiting) / accumulate))
+        self.eager_calls = steps * accumulate  # that are left
         self.inputs: dict[int, tuple[Tensor, Tensor, StepDraws]] = {}
-        self.recorded: dict[int, CudaGraph] = {}
+        self.recorded: dict[tuple[int, bool], CudaGraph] = {}  # by size, and whether the last of a step
         self.rates = torch.zeros((), device=device), torch.zeros((), device=device)
         # A single one: PyTorch's allocator reuses memory freed on a stream on that stream only.
         self.stream = stream or (torch.cuda.Stream(device) if device.type == "cuda" else None)
 
     def __call__(
-        self, x: Tensor, y: Tensor, draws: Draws | StepDraws, rate: float, share: float, at_least: int = 0
+        self,
+        x: Tensor,
+        y: Tensor,
+        draws: Draws | StepDraws,
+        rate: float,
+        share: float,
+        last: bool = True,
+        at_least: int = 0,
     ) -> Tensor:
-        """Returns the terms of a step.  at_least: rows on which other processes need v_u."""
+        """Returns the terms of a micro-step.  at_least: rows on which other processes need v_u."""
         step = draws if isinstance(draws, StepDraws) else StepDraws.of(draws, self.guidance, self.device)
         needed = max(len(step.u_rows), at_least)
         for scalar, value in zip(self.rates, (rate, share), strict=True):
@@ -116,21 +133,23 @@ class StepGraphs:
         else:
             size = min(n for n in self.warm if n >= needed)
         step = replace(step, u_rows=repeated(step.u_rows, size))
-        if self.eager_steps:
-            self.eager_steps -= 1
+        if self.eager_calls:
+            self.eager_calls -= 1
             with on_stream(self.stream):
-                return self.update(x, y, step, *self.rates)
-        if size not in self.recorded:
-            own = x.clone(), y.clone(), _copy(step)
-            self.inputs[size] = own
-            first = next(iter(self.recorded.values()), None)
-            self.recorded[size] = CudaGraph(
-                lambda: self.update(*own, *self.rates), self.device, self.stream, beside=first
-            )
-        own_x, own_y, own_step = self.inputs[size]
+                return self.micro_step(x, y, step, *self.rates, last)
+        if size not in self.inputs:
+            self.inputs[size] = x.clone(), y.clone(), _copy(step)
+        own = own_x, own_y, own_step = self.inputs[size]
         for mine, new in zip((own_x, own_y, *own_step.tensors()), (x, y, *step.tensors()), strict=True):
             mine.copy_(new, non_blocking=True)
-        return self.recorded[size].replay().clone()
+        if (size, last) not in self.recorded:
+            self.recorded[size, last] = CudaGraph(
+                lambda: self.micro_step(*own, *self.rates, last),
+                self.device,
+                self.stream,
+                beside=next(iter(self.recorded.values()), None),
+            )
+        return self.recorded[size, last].replay().clone()
 
 
 def _copy(step: StepDraws) -> StepDraws:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
 
@@ -84,44 +85,56 @@ def training_step(
     batches: this process's, of one size in all, so that the mean over processes is that over rows.
     """
     rates = learning_rate(config, state.step), 1 - ema_decay(config, state.step)
-
-    def inputs(micro_step: int) -> tuple[Tensor, Tensor, Draws]:
+    run = functools.partial(micro_step, state, config, context)
+    if config.cuda_graphs and state.graphs is None:
+        state.graphs = StepGraphs(
+            run,
+            config.micro_batch_size // context.count,
+            context.device,
+            state.guidance,
+            accumulate=config.accumulate,
+            warmup=WARMUP_OF_DDP if context.grouped else 0,
+            stream=state.stream,
+        )
+    for i in range(config.accumulate):
         x, y = next(batches)
-        draws = Draws.sample(x, seed=config.seed, step=micro_step, process=context.rank, **config.draws)
-        return x, y, draws
-
-    if config.cuda_graphs:  # without accumulation
+        number, last = state.step * config.accumulate + i, i + 1 == config.accumulate
+        draws = Draws.sample(x, seed=config.seed, step=number, process=context.rank, **config.draws)
         if state.graphs is None:
-
-            def whole_step(x: Tensor, y: Tensor, draws: StepDraws, rate: Tensor, share: Tensor) -> Tensor:
-                return update(state, backward(state, x, y, draws), rate, share, context)
-
-            state.graphs = StepGraphs(
-                whole_step,
-                config.batch_size // context.count,
-                context.device,
-                state.guidance,
-                warmup=WARMUP_OF_DDP if context.grouped else 0,
-                stream=state.stream,
-            )
-        terms = state.graphs(*inputs(state.step), *rates, at_least=rows_of_others(state, config, context))
-    else:
-        terms = torch.zeros(3, device=context.device)
-        for i in range(config.accumulate):
-            x, y, draws = inputs(state.step * config.accumulate + i)
-            with synchronising(state.wrapped, last=i + 1 == config.accumulate):
-                terms += backward(state, x, y, draws, config.accumulate)
-        terms = update(state, terms, *rates, context)
+            terms = run(x, y, draws, *rates, last)
+        else:
+            others = rows_of_others(state, config, context, number)
+            terms = state.graphs(x, y, draws, *rates, last, at_least=others)
     state.step += 1
     return terms
 
 
-def rows_of_others(state: State, config: TrainConfig, context: DistributedContext) -> int:
-    """Returns the most rows on which another process needs v_u in the next step.
+def micro_step(
+    state: State,
+    config: TrainConfig,
+    context: DistributedContext,
+    x: Tensor,
+    y: Tensor,
+    draws: Draws | StepDraws,
+    rate: float | Tensor,
+    share: float | Tensor,
+    last: bool,
+) -> Tensor:
+    """Adds a micro-batch's share to gradients and `state.terms`; the `last` one of a step updates weights.
 
-    Their draws are functions of the seed, the step and the process, so nothing is communicated.
+    Returns: as `update` if `last`, else the terms so far.
     """
-    batch, settings = config.batch_size // context.count, {"seed": config.seed, "step": state.step}
+    with synchronising(state.wrapped, last):
+        state.terms += backward(state, x, y, draws, config.accumulate)
+    return update(state, config, rate, share, context) if last else state.terms
+
+
+def rows_of_others(state: State, config: TrainConfig, context: DistributedContext, micro_step: int) -> int:
+    """Returns the most rows on which another process needs v_u in a micro-step.
+
+    Their draws are functions of the seed, the micro-step and the process, so nothing is communicated.
+    """
+    batch, settings = config.micro_batch_size // context.count, {"seed": config.seed, "step": micro_step}
     counts = (
         count_of_v_u(batch, state.guidance, process=process, **settings, **config.draws)
         for process in range(context.count)
@@ -130,7 +143,7 @@ def rows_of_others(state: State, config: TrainConfig, context: DistributedContex
     return max(counts, default=0)
 
 
-def backward(state: State, x: Tensor, y: Tensor, draws: Draws | StepDraws, accumulate: int = 1) -> Tensor:
+def backward(state: State, x: Tensor, y: Tensor, draws: Draws | StepDraws, accumulate: int) -> Tensor:
     """Adds a micro-batch's share to the gradients; returns its share of loss, loss_u and loss_v, [3]."""
     out = state.objective(state.wrapped, x, y, draws)
     (out.loss / accumulate).backward()
@@ -138,18 +151,24 @@ def backward(state: State, x: Tensor, y: Tensor, draws: Draws | StepDraws, accum
 
 
 def update(
-    state: State, terms: Tensor, rate: float | Tensor, share: float | Tensor, context: DistributedContext
+    state: State,
+    config: TrainConfig,
+    rate: float | Tensor,
+    share: float | Tensor,
+    context: DistributedContext,
 ) -> Tensor:
     """AdamW and the moving average, unless a number is not finite; returns [*terms, norm of the gradient].
 
-    share: of the weights in their average.
+    Gradients and `state.terms` are zero afterwards.  share: of the weights in their average.
     """
     norm = whole(nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None]))
-    terms = torch.cat([context.mean(terms), norm[None]])  # the same in all processes
+    terms = torch.cat([context.mean(state.terms), norm[None]])  # the same in all processes
+    state.terms.zero_()
     state.found_inf.logical_or_(~terms.isfinite().all())  # once 1, the two updates below change nothing
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.optimizer.step()
-    state.optimizer.zero_grad()
+    # The graphs of a step's micro-batches add to gradients in the same memory.
+    state.optimizer.zero_grad(set_to_none=not config.cuda_graphs or config.accumulate == 1)
     state.average((1 - state.found_inf) * share)
     return terms

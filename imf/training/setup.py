@@ -49,7 +49,8 @@ class State:
     objective: called as objective(wrapped, x, y, draws).  guidance: of a method without ω as an input.
     found_inf: [] fp32 on the device, 0 until a loss or gradient is not finite, then 1 for good: from then on
         weights, moments and average stay as they are, so the host may learn of it some steps later.
-    step: optimizer steps done.  graphs: the step as CUDA graphs, if asked for.  stream: captures them.
+    step: optimizer steps done.  graphs: its micro-steps as CUDA graphs, if asked for.  stream: captures them.
+    terms: [3] fp32 on the device, loss, loss_u and loss_v of the micro-batches since the last step.
     """
 
     model: Any
@@ -65,6 +66,7 @@ class State:
 
     def __post_init__(self) -> None:
         self.parameters = list(self.model.parameters())
+        self.terms = torch.zeros(3, device=self.found_inf.device)
         # Of this process's shards.
         self.average = MovingAverage(*([local(p) for p in m.parameters()] for m in (self.ema, self.model)))
 

@@ -168,7 +168,8 @@ def _direct(compiled: Any, constants: int) -> Callable[..., None] | None:
     if compiled is None or not _DIRECT[0] <= _release(triton.__version__) <= _DIRECT[1]:
         return None
     runtime, stream_of = triton.knobs.runtime, torch._C._cuda_getCurrentRawStream
-    run, function, fixed = compiled.run, compiled.function, (compiled.packed_metadata, None, None, None)
+    run, function = compiled.run, compiled.function
+    fixed: tuple[Any, ...] = (compiled.packed_metadata, None, None, None)
     unused = (None,) * constants  # the compiled kernel has them already
     if _release(triton.__version__) == (3, 6) and not torch.version.hip and not _scratch(run):
         # What `run` does, in two thirds of its time.

@@ -115,11 +115,12 @@ def changing(call, change):
     return lambda: setattr(start, "objective", real)
 
 
-def replayed(who):
-    """How steps under DDP replayed from recordings differ from eager ones; the replays of each size."""
+def replayed(who, **changes):
+    """How steps under DDP replayed from recordings differ from eager ones; the replays of each graph."""
     graphs.CudaGraph, terms, states = RecordedGraph, [], []
     # So many dropped labels that the processes would choose sizes of their own.
-    c = config(batch_size=32, steps=24, lr=1e-2, eps=1e-3, drop_probability=0.3, backend="reference")
+    changes |= {"batch_size": 32, "steps": 24, "lr": 1e-2, "eps": 1e-3, "drop_probability": 0.3}
+    c = config(backend="reference", **changes)
     for cuda_graphs in (False, True):
         c = dataclasses.replace(c, cuda_graphs=cuda_graphs)
         state = start.initial_state(c, "fp32", who)
@@ -127,9 +128,9 @@ def replayed(who):
             terms.append(torch.stack([loop.training_step(state, batches, c, who) for _ in range(c.steps)]))
         states.append(tensors(state))
     worst = max(float((x - states[1][name]).abs().max()) for name, x in states[0].items())
-    sizes = {size: graph.replays for size, graph in state.graphs.recorded.items()}
+    replays = {str(at): graph.replays for at, graph in state.graphs.recorded.items()}
     difference = float(((terms[0] - terms[1]) / (1 + terms[0])).abs().max())
-    return {"terms": difference, "state": worst, "replays": sizes}
+    return {"terms": difference, "state": worst, "replays": replays}
 
 
 def not_finite(who, folder, **changes):
@@ -200,6 +201,7 @@ def main():
             results[f"stopped {sharding}"] = stopped(who, folder / sharding, sharding=sharding)
         results["full disk"] = full_disk(who, folder)
         results["replayed"] = replayed(who)
+        results["replayed, accumulated"] = replayed(who, accumulate=2, checkpointing=True)
         try:
             start.begin(config(runs=str(folder), batch_size=9), who)
         except UserError as error:

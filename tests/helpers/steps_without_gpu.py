@@ -71,10 +71,12 @@ def record(
 ) -> dict:
     """Trains; returns the log and CPU seconds of each step, those of a `silu`, and peaks of memory in bytes.
 
-    options: of TrainConfig.  fault: of FAULTS, added to each step.
+    batch: of a micro-step.  options: of TrainConfig.  fault: of FAULTS, added to each micro-step.
     """
     sizes, real, errors = NETWORKS[network], loop.backward, []
-    config = TrainConfig(network=sizes, batch_size=batch, device="cuda", **options)
+    config = TrainConfig(
+        network=sizes, batch_size=batch * options.get("accumulate", 1), device="cuda", **options
+    )
 
     def backward(*arguments):
         terms = real(*arguments)

@@ -109,10 +109,12 @@ def test_errors_of_one_process_end_all(results, folder):
     assert checkpoint.list_all(folder / "full")[-1] == checkpoint.path_of(folder / "full", 2)
 
 
-def test_replayed_steps_train_as_eager_ones(results):
-    first, second = (found["replayed"] for found in results)
+@pytest.mark.parametrize(("form", "accumulate"), [("replayed", 1), ("replayed, accumulated", 2)])
+def test_replayed_steps_train_as_eager_ones(form, accumulate, results):
+    first, second = (found[form] for found in results)
     replays = first["replays"]
-    assert replays == second["replays"] and len(replays) > 1 and sum(replays.values()) == 24 - WARMUP_OF_DDP
+    assert replays == second["replays"] and len(replays) > accumulate
+    assert sum(replays.values()) == accumulate * (24 - WARMUP_OF_DDP)
     for found in first, second:
         assert found["terms"] < 1e-5 and found["state"] < 1e-5
 

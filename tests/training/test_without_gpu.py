@@ -107,25 +107,36 @@ MODES = {
     "checkpointing": Mode({"checkpointing": True}, warmup=1),
     "graphs": Mode({"cuda_graphs": True}, warmup=4),
     "graphs, DDP": Mode({"cuda_graphs": True}, warmup=11, grouped=True),
+    "graphs, accumulation": Mode({"cuda_graphs": True, "accumulate": 2}, warmup=2),
+    "graphs, checkpointing": Mode({"cuda_graphs": True, "checkpointing": True}, warmup=4),
+    "graphs, both, DDP": Mode(
+        {"cuda_graphs": True, "accumulate": 2, "checkpointing": True}, warmup=11, grouped=True
+    ),
     "compiled": Mode({"compile": True}, warmup=2),
 }
 BATCHES = {"digits": 128, "iMF-B/2": 128, "iMF-XL/2": 32}
 # With PyTorch 2.11 and Triton 3.6: launches of a step, or of a replay, those that the graph holds, and the
-# host's time relative to a launch of `silu`; of replays 600 to 2,000 were measured.
+# host's time relative to a launch of `silu`; of replays 600 to 2,000 were measured. A step of two micro-steps
+# replays twice.
 STEPS = {
     ("digits", "eager"): (734, 0, 11_000),
     ("digits", "checkpointing"): (893, 0, 16_000),
     ("digits", "graphs"): (20, 731, 1_500),
     ("digits", "graphs, DDP"): (20, 855, 1_500),
+    ("digits", "graphs, accumulation"): (40, 1_600, 3_000),
+    ("digits", "graphs, checkpointing"): (20, 842, 1_500),
     ("digits", "compiled"): (812, 0, 13_000),
     ("iMF-B/2", "eager"): (1_309, 0, 24_000),
     ("iMF-B/2", "checkpointing"): (1_665, 0, 32_000),
     ("iMF-B/2", "graphs"): (20, 1_306, 1_500),
     ("iMF-B/2", "graphs, DDP"): (20, 1_559, 1_500),
+    ("iMF-B/2", "graphs, accumulation"): (40, 2_864, 3_000),
+    ("iMF-B/2", "graphs, both, DDP"): (40, 3_789, 3_000),
     ("iMF-XL/2", "eager"): (3_654, 0, 70_000),
     ("iMF-XL/2", "checkpointing"): (4_966, 0, 105_000),
     ("iMF-XL/2", "graphs"): (20, 3_651, 1_500),
     ("iMF-XL/2", "graphs, DDP"): (20, 4_330, 1_500),
+    ("iMF-XL/2", "graphs, both, DDP"): (40, 11_064, 3_000),
 }
 
 

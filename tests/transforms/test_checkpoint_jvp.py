@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 import imf_kernels as ik
 from imf_kernels import Dual
+from tests.helpers.backends import ON_GPU
 from tests.transforms.test_jvp import X_DOT, Block, X
 
 
@@ -100,6 +101,33 @@ def test_random_numbers_are_repeated():
     y.sum().backward()
     assert torch.equal(got, weight.grad)
     assert not torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_random_numbers_are_repeated_in_a_graph():
+    x, weight = torch.randn(2, 1024, device="cuda")
+    weight.requires_grad_()
+
+    def step():
+        y, _ = ik.jvp(lambda x: ik.checkpoint(lambda x: F.dropout(x * weight, 0.5), x), (x,), (x,))
+        y.sum().backward()
+        gradient, weight.grad = weight.grad, None
+        return torch.stack([y.detach(), gradient * weight.detach()])
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    graph, results = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph, stream=stream):
+        captured = step()
+    for _ in range(2):
+        graph.replay()
+        results.append(captured.clone())
+    for y, gradient in results:
+        torch.testing.assert_close(y, gradient)
+    assert not torch.equal(results[0][0] == 0, results[1][0] == 0)
 
 
 def test_autocast_is_repeated():

@@ -129,8 +129,8 @@ def _backward(
     tl.store(partial + WIDTH, tl.sum(dk_weight, axis=0, keep_dims=True), mask=column < WIDTH)
 
 
-def _strides(x: Tensor) -> tuple[int, ...]:
-    return x.stride()[:3]
+def _strides(x: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if x is None else x.stride()[:3]
 
 
 _FORWARD, _BACKWARD = RowKernel(_forward), RowKernel(_backward, stride=_strides)
