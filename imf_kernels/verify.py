@@ -34,14 +34,14 @@ ON_GPU = 4  # processes: most of their time is Triton's compiler
 
 # Beyond the small cases: tangents of the last sample only, no elements, and on GPUs sizes of training.
 FEWER_ROWS = (
-    *("square", "width 33", "fewer heads of k", "other value width", "mask of bool", "width 37", "matrix"),
+    *("square", "width 33", "fewer heads of keys", "other value width", "mask of bool", "width 37", "matrix"),
     *("a gate a sample", "fp32 stream", "dim 256", "four groups", "positions in two dimensions"),
 )
 # Cases whose gradients through tangents are checked, for tangents of all samples or the last one.
 DIFFERENTIABLE = (
-    *("square", "width 33", "fewer heads of k", "other value width", "width 37", "width 45", "matrix"),
+    *("square", "width 33", "fewer heads of keys", "other value width", "width 37", "width 45", "matrix"),
     *("a gate a sample", "fp32 stream", "dim 256", "one group", "image with silu", "channels last", "digits"),
-    *("tanh", "only branch", "only scale", "mask added", "causal", "fewer heads of keys"),
+    *("tanh", "only branch", "only scale", "mask added", "causal"),
 )
 LARGE = (
     *("B/2", "B/2 qkv", "B/2 tangents of q", "B/2 fp32 stream", "B/2 with a mask", "head dim 72", "DiT-XL/2"),
