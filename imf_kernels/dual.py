@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, TypeVar
 
 import torch
@@ -50,7 +50,8 @@ class Dual:
     Raises:
         ValueError: a tangent of another shape, dtype or device, or one that requires grad without
             `differentiable`; from an operation whose arguments do not agree.
-        TypeError: a primal or tangent that is not a tensor, or one of integers.
+        TypeError: a primal or tangent that is not a tensor, or one of integers; a `differentiable` that is
+            neither True nor False.
     """
 
     __slots__ = ("_differentiable", "_primal", "_tangent")
@@ -61,6 +62,8 @@ class Dual:
         if not isinstance(primal, Tensor) or not (primal.is_floating_point() or primal.is_complex()):
             got = primal.dtype if isinstance(primal, Tensor) else type(primal).__name__
             raise TypeError(f"Dual: primal must be a floating-point or complex tensor, got {got}")
+        if not isinstance(differentiable, bool):
+            raise TypeError(f"Dual: differentiable must be True or False, got {differentiable!r}")
         if tangent is not None:
             _check_tangent(primal, tangent, differentiable)
         self._primal = primal
@@ -167,8 +170,21 @@ class Dual:
         function = arithmetic.FUNCTIONS.get(_ARITHMETIC.get(func, ""))
         if function is not None and len(args) == 2 and not kwargs:  # a tensor on the left
             return function(*args)
-        name = torch.overrides.resolve_name(func) or repr(func)
-        raise TypeError(f"{name} got a Dual. {_INSTEAD}")
+        raise TypeError(f"{name_of(func)} got a Dual. {_INSTEAD}")
+
+
+def name_of(func: Any) -> str:
+    """Returns the public name of a function of PyTorch.
+
+    PyTorch gives builtin functions of one implementation, such as torch.mm and torch.spmm, the last one's.
+    """
+    name = torch.overrides.resolve_name(func) or getattr(func, "__qualname__", repr(func))
+    place, own = name.rpartition(".")[0], getattr(func, "__name__", "_")
+    if place.startswith("torch") and not own.startswith("_"):
+        owner = reduce(getattr, place.split(".")[1:], torch)
+        if getattr(owner, own, None) == func:
+            return f"{place}.{own}"
+    return name
 
 
 _INSTEAD = (

@@ -1,8 +1,9 @@
 """Verify the kernels on this machine: `python -m imf_kernels.verify`.
 
 Checks every operation, on every backend that takes it here, in every dtype, at the corners of its shapes:
-outputs, tangents and gradients against float64, by the error rule of testing/errors.py. The `reference` is
-checked where no kernel passed. A record in the user's cache says what failed; backends/verified.py reads it.
+outputs, tangents and gradients against float64, by the error rule of testing/errors.py; at some of them also
+gradients through tangents. The `reference` is checked where no kernel passed. A record in the user's cache
+says what failed; backends/verified.py reads it.
 """
 
 from __future__ import annotations
@@ -33,8 +34,14 @@ ON_GPU = 4  # processes: most of their time is Triton's compiler
 
 # Beyond the small cases: tangents of the last sample only, no elements, and on GPUs sizes of training.
 FEWER_ROWS = (
-    *("square", "width 33", "fewer heads of k", "other value width", "mask of bool", "width 37", "matrix"),
+    *("square", "width 33", "fewer heads of keys", "other value width", "mask of bool", "width 37", "matrix"),
     *("a gate a sample", "fp32 stream", "dim 256", "four groups", "positions in two dimensions"),
+)
+# Cases whose gradients through tangents are checked, for tangents of all samples or the last one.
+DIFFERENTIABLE = (
+    *("square", "width 33", "fewer heads of keys", "other value width", "width 37", "width 45", "matrix"),
+    *("a gate a sample", "fp32 stream", "dim 256", "one group", "image with silu", "channels last", "digits"),
+    *("tanh", "only branch", "only scale", "mask added", "causal"),
 )
 LARGE = (
     *("B/2", "B/2 qkv", "B/2 tangents of q", "B/2 fp32 stream", "B/2 with a mask", "head dim 72", "DiT-XL/2"),
@@ -54,12 +61,16 @@ def corners(on_gpu: bool) -> tuple[Case, ...]:
 
 @dataclass(frozen=True)
 class Check:
-    """A case of `corners`, by its number, in one dtype on one backend."""
+    """A case of `corners`, by its number, in one dtype on one backend.
+
+    `differentiable`: of gradients through tangents, else of all results with tangents and without.
+    """
 
     number: int
     dtype: torch.dtype
     backend: str
     device: str
+    differentiable: bool = False
 
     @property
     def case(self) -> Case:
@@ -73,12 +84,18 @@ class Check:
         definition = errors.PLAIN if self.backend == "reference" else "reference"
         try:
             with torch.device(self.device), poisoned_memory():
-                problem = errors.problem(self.case, self.dtype, definition=definition)
+                problem = errors.problem(
+                    self.case, self.dtype, definition=definition, differentiable=self.differentiable
+                )
                 faults = problem.faults(problem.evaluate(self.backend))
-                without = problem.faults(problem.evaluate(self.backend, tangents=False), tangents=False)
+                if self.differentiable:
+                    faults = [f"{line} (through tangents)" for line in faults]
+                else:
+                    without = problem.faults(problem.evaluate(self.backend, tangents=False), tangents=False)
+                    faults += [f"{line} (without tangents)" for line in without]
                 if self.device != "cpu":
                     torch.cuda.synchronize(self.device)
-                return faults + [f"{line} (without tangents)" for line in without]
+                return faults
         except Exception as error:
             refused = f"backend {self.backend!r} cannot run" in str(error)
             if refused or isinstance(error, torch.OutOfMemoryError):  # as fp64 may need more than a GPU has
@@ -109,18 +126,31 @@ def checks_of_kernels(device: str, operations: Sequence[str], done: Mapping[Chec
     for number, case in enumerate(corners(device != "cpu")):
         registered = [o for o in REGISTERED.values() if o.public == case.operation in operations]
         names = {b.name for o in registered for b in o.backends if b.kernels is not None} & able
-        found += [Check(number, dtype, name, device) for dtype in case.dtypes for name in sorted(names)]
+        found += [
+            Check(number, dtype, name, device, differentiable)
+            for dtype in case.dtypes
+            for name in sorted(names)
+            for differentiable in _kinds(case)
+        ]
     return found
+
+
+def _kinds(case: Case) -> tuple[bool, ...]:
+    """Returns whether to check a case without gradients through tangents, and with them."""
+    through = case.tangents and case.name.partition(" last ")[0] in DIFFERENTIABLE
+    return (False, True) if through else (False,)
 
 
 def checks_of_reference(device: str, operations: Sequence[str], done: Mapping[Check, Faults]) -> list[Check]:
     """Returns checks of the `reference` where no kernel passed."""
-    passed = {(check.number, check.dtype) for check, faults in done.items() if faults == []}
+    passed = {(c.number, c.dtype, c.differentiable) for c, faults in done.items() if faults == []}
     return [
-        Check(number, dtype, "reference", device)
+        Check(number, dtype, "reference", device, differentiable)
         for number, case in enumerate(corners(device != "cpu"))
+        if case.operation in operations
         for dtype in case.dtypes
-        if case.operation in operations and (number, dtype) not in passed
+        for differentiable in _kinds(case)
+        if (number, dtype, differentiable) not in passed
     ]
 
 
@@ -157,7 +187,7 @@ def summary(done: Mapping[Check, Faults]) -> dict[str, dict[str, dict[str, list[
         if faults is not None:
             found = first.setdefault((check.case.operation, check.backend, _name(check.dtype)), {})
             for line in faults:
-                result = re.search(r", (output|tangent|gradient of) \w+:", line)
+                result = re.search(r", (output|tangent|gradient of( tangent of)?) \w+:", line)
                 found.setdefault(result[0] if result else "an error", line)
     results: dict[str, dict[str, dict[str, list[str]]]] = {}
     for (operation, backend, dtype), lines in sorted(first.items()):

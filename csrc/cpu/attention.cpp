@@ -293,7 +293,6 @@ void backward(const AttentionBackward& a) {
     Unit* v_transposed = scratch.take<Unit>(packed_size(value_units, seen_keys));
     Unit* k = scratch.take<Unit>(packed_size(all_keys, a.q.width));
     float* k_mean = scratch.take<float>(stride);
-    float* k_weights = scratch.take<float>(key_stride);
     LongSum dk(scratch, dk_size, several_dkv), dv(scratch, dv_size, several_dkv);
     LongSum group_dk(scratch, group > 1 ? dk_size : 0, true),
         group_dv(scratch, group > 1 ? dv_size : 0, true);
@@ -302,21 +301,10 @@ void backward(const AttentionBackward& a) {
     Unit* dout = scratch.take<Unit>(query_block * value_units);
     Unit* dout_panels = scratch.take<Unit>(query_units * value_stride);
     LongSum dq(scratch, query_block * stride, several_dq);
-    float* p = scratch.take<float>(query_block * key_stride);
-    float* ds = scratch.take<float>(query_block * key_stride);
-    // P and dS as operands: in units along the queries, and dS along the keys too.
-    Unit *p_columns, *ds_columns, *ds_rows;
-    index_t ds_row_stride;
-    if constexpr (rounds) {
-      ds_row_stride = units<Unit>(key_stride);
-      p_columns = scratch.take<Unit>(query_units * key_stride);
-      ds_columns = scratch.take<Unit>(query_units * key_stride);
-      ds_rows = scratch.take<Unit>(query_block * ds_row_stride);
-    } else {
-      ds_row_stride = key_stride;
-      p_columns = p;
-      ds_columns = ds_rows = ds;
-    }
+    BlockMatrix<Unit> p;
+    LogitMatrix<Unit> ds;
+    p.take(scratch, key_stride);
+    ds.take(scratch, key_stride);
 
     for (index_t task; queue.next(task);) {
       const index_t first_head = task * heads_per_task, b = first_head / a.q.heads;
@@ -343,17 +331,15 @@ void backward(const AttentionBackward& a) {
           copy_to_units(dout_rows, a.dout.stride[2], rows, a.v.width, dout);
           pack(q_rows, a.q.stride[2], rows, a.q.width, q_panels);
           pack(dout_rows, a.dout.stride[2], rows, a.v.width, dout_panels);
-          product(rows, keys, width, Strided<Unit>{q, width, 1}, k_transposed, 0, width, p, key_stride, false,
-                  terms, seen_keys);
+          product(rows, keys, width, Strided<Unit>{q, width, 1}, k_transposed, 0, width, p.values, key_stride,
+                  false, terms, seen_keys);
           product(rows, keys, value_units, Strided<Unit>{dout, value_units, 1}, v_transposed, 0, value_units,
-                  ds, key_stride, false, terms, seen_keys);
-          masking.apply(p, key_stride, b, h, q0, rows, 0, keys);
-          float row_sums[query_block];  // of dS as rounded
-          float limits[query_block];    // 3/16 of the sum of |dS|; infinite if no |dS| is larger
-          if (rounds) std::fill_n(k_weights, columns, 0.0f);
+                  ds.values, key_stride, false, terms, seen_keys);
+          masking.apply(p.values, key_stride, b, h, q0, rows, 0, keys);
+          if constexpr (rounds) std::fill_n(ds.key_weights, columns, 0.0f);
           for (index_t i = 0; i < rows; ++i) {
-            float* pi = p + i * key_stride;
-            float* dsi = ds + i * key_stride;
+            float* pi = p.values + i * key_stride;
+            float* dsi = ds.values + i * key_stride;
             const float row_max = a.lse.data[(b * a.q.heads + h) * a.q.length + q0 + i];
             RowSum sum, dot;
             for_few(keys, [&](index_t first_key, index_t n) {
@@ -371,23 +357,12 @@ void backward(const AttentionBackward& a) {
             const float inverse = inverse_or_zero(sum.value());
             const Vec delta(dot.value() * inverse), normalize(inverse);
             if constexpr (rounds) {
-              Vec left_over(0.0f), size(0.0f), largest(0.0f);
-              for (index_t j = 0; j < columns; j += Vec::width) {
+              round_row(ds, i, columns, [&](index_t j) {
                 const Vec pj = load(pi + j) * normalize, dsj = pj * (load(dsi + j) - delta);
-                const Vec multiplied = rounded(dsj, ds_rows), weight = abs(multiplied);
                 store(pi + j, pj);
                 store(dsi + j, dsj);
-                store_rounded(ds_rows + i * ds_row_stride, j, multiplied);
-                left_over += multiplied;
-                size += weight;
-                largest = max(largest, weight);
-                // A query with non-finite dS is left out of the mean, which its neighbours share.
-                store(k_weights + j,
-                      load(k_weights + j) + select_less(weight, Vec(1e30f), weight, Vec(0.0f)));
-              }
-              row_sums[i] = reduce_add(left_over);
-              const float limit = 0.1875f * reduce_add(size);
-              limits[i] = lanes_larger(largest, limit) ? limit : INFINITY;
+                return dsj;
+              });
             } else {
               RowSum rest;
               for_few(columns, [&](index_t first_key, index_t n) {
@@ -406,19 +381,19 @@ void backward(const AttentionBackward& a) {
               }
             }
           }
-          pair_rows(p, key_stride, rows, columns, p_columns);
-          pair_rows(ds, key_stride, rows, columns, ds_columns);
+          pair_rows(p.values, key_stride, rows, columns, p.columns);
+          pair_rows(ds.values, key_stride, rows, columns, ds.columns);
           const bool first = q0 % queries_per_sum == 0;
           // Later blocks may see more keys than the first, which does not add.
           if (first && dk_size) std::fill_n(dk.part + keys * stride, (seen_keys - keys) * stride, 0.0f);
           if (first && dv_size)
             std::fill_n(dv.part + keys * value_stride, (seen_keys - keys) * value_stride, 0.0f);
           if (dv_size) {
-            product(keys, a.v.width, row_units, Strided<Unit>{p_columns, 1, key_stride}, dout_panels, 0,
+            product(keys, a.v.width, row_units, Strided<Unit>{p.columns, 1, key_stride}, dout_panels, 0,
                     row_units, dv.part, value_stride, !first);
           }
           if (dk_size) {
-            product(keys, a.q.width, row_units, Strided<Unit>{ds_columns, 1, key_stride}, q_panels, 0,
+            product(keys, a.q.width, row_units, Strided<Unit>{ds.columns, 1, key_stride}, q_panels, 0,
                     row_units, dk.part, stride, !first);
           }
           if (q0 + rows == a.q.length || (q0 + rows) % queries_per_sum == 0) {
@@ -432,26 +407,13 @@ void backward(const AttentionBackward& a) {
             const index_t key_units = units<Unit>(keys);
             for (index_t k0 = 0; k0 < key_units; k0 += units_per_sum) {
               product(rows, a.q.width, smaller(units_per_sum, key_units - k0),
-                      Strided<Unit>{ds_rows + k0, ds_row_stride, 1}, k, k0, all_keys, dq.part, stride, false);
+                      Strided<Unit>{ds.rows + k0, ds.row_stride, 1}, k, k0, all_keys, dq.part, stride, false);
               dq.add_part();
             }
             dq.finish();
-            if (rounds) weighted_mean(k_head, a.k.stride[2], keys, a.q.width, k_weights, k_mean);
-            for (index_t i = 0; rounds && i < rows; ++i) {
-              float* x = dq.part + i * stride;
-              if (limits[i] < INFINITY) {
-                for_larger(ds + i * key_stride, ds_rows + i * ds_row_stride, keys, limits[i],
-                           [&](index_t key, float difference) {
-                             row_sums[i] += difference;
-                             for_each_vec(a.q.width, [&](index_t j, int lanes) {
-                               const Vec kj = load_lanes(k_head + key * a.k.stride[2] + j, lanes);
-                               store(x + j, fma(Vec(difference), kj, load(x + j)));
-                             });
-                           });
-              }
-              for (index_t j = 0; j < stride; j += Vec::width) {
-                store(x + j, fma(Vec(-row_sums[i]), load(k_mean + j), load(x + j)));
-              }
+            if constexpr (rounds) {
+              correct_products(ds, rows, key_stride, k_head, a.k.stride[2], keys, a.q.width, k_mean, dq.part,
+                               stride);
             }
             copy_rows(dq.part, stride, rows, a.q.width, a.scale, dq_head + q0 * a.dq.stride[2],
                       a.dq.stride[2]);

@@ -348,5 +348,86 @@ void with_units(const Shape& a, Body body) {
   });
 }
 
+// A block of rows of P, or of a product with it, as the backward multiplies it.
+template <typename Unit>
+struct BlockMatrix {
+  float* values;  // [query_block, key_stride]
+  Unit* columns;  // the same in units along the queries
+
+  void take(Scratch& scratch, index_t key_stride) {
+    values = scratch.take<float>(query_block * key_stride);
+    if constexpr (elements_per_unit<Unit> > 1) {
+      columns = scratch.take<Unit>(units<Unit>(query_block) * key_stride);
+    } else {
+      columns = values;
+    }
+  }
+};
+
+// One whose rows multiply the keys, such as dS.
+template <typename Unit>
+struct LogitMatrix : BlockMatrix<Unit> {
+  Unit* rows;  // [query_block, row_stride]: in units along the keys
+  index_t row_stride;
+  float* key_weights;  // sums of |x| per key
+  // Sums of the rows as rounded, and 3/16 of those of |x|; infinite if no |x| is larger.
+  float left_over[query_block], limit[query_block];
+
+  static index_t floats(index_t key_stride) { return (3 * query_block + 1) * key_stride; }
+  void take(Scratch& scratch, index_t key_stride) {
+    BlockMatrix<Unit>::take(scratch, key_stride);
+    row_stride = units<Unit>(key_stride);
+    if constexpr (elements_per_unit<Unit> > 1) {
+      rows = scratch.take<Unit>(query_block * row_stride);
+      key_weights = scratch.take<float>(key_stride);
+    } else {
+      rows = this->values;
+    }
+  }
+};
+
+// Rounds row i of n values, value(j) the vector from j on, and sums what `correct_products` needs.
+template <typename Unit, typename Value>
+inline void round_row(LogitMatrix<Unit>& x, index_t i, index_t n, Value value) {
+  Vec left_over(0.0f), size(0.0f), largest(0.0f);
+  for (index_t j = 0; j < n; j += Vec::width) {
+    const Vec multiplied = rounded(value(j), x.rows), weight = abs(multiplied);
+    store_rounded(x.rows + i * x.row_stride, j, multiplied);
+    left_over += multiplied;
+    size += weight;
+    largest = max(largest, weight);
+    // A query with non-finite values is left out of the mean, which its neighbours share.
+    const Vec finite = select_less(weight, Vec(1e30f), weight, Vec(0.0f));
+    store(x.key_weights + j, load(x.key_weights + j) + finite);
+  }
+  x.left_over[i] = reduce_add(left_over);
+  const float limit = 0.1875f * reduce_add(size);
+  x.limit[i] = lanes_larger(largest, limit) ? limit : INFINITY;
+}
+
+// Corrects `sum`, [rows, stride], a product of the rounded rows of x and the keys [n, width]: see `backward`
+// in attention.cpp. k_mean is scratch, [stride].
+template <typename T, typename Unit>
+inline void correct_products(LogitMatrix<Unit>& x, index_t rows, index_t key_stride, const T* k,
+                             index_t k_stride, index_t n, index_t width, float* k_mean, float* sum,
+                             index_t stride) {
+  weighted_mean(k, k_stride, n, width, x.key_weights, k_mean);
+  for (index_t i = 0; i < rows; ++i, sum += stride) {
+    if (x.limit[i] < INFINITY) {
+      for_larger(x.values + i * key_stride, x.rows + i * x.row_stride, n, x.limit[i],
+                 [&](index_t key, float difference) {
+                   x.left_over[i] += difference;
+                   for_each_vec(width, [&](index_t j, int lanes) {
+                     const Vec kj = load_lanes(k + key * k_stride + j, lanes);
+                     store(sum + j, fma(Vec(difference), kj, load(sum + j)));
+                   });
+                 });
+    }
+    for (index_t j = 0; j < stride; j += Vec::width) {
+      store(sum + j, fma(Vec(-x.left_over[i]), load(k_mean + j), load(sum + j)));
+    }
+  }
+}
+
 }  // namespace
 }  // namespace imf::IMF_ISA

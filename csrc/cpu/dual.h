@@ -1,7 +1,7 @@
 // Dual numbers: a value and its directional derivative, f(Dual{x, x_dot}) = Dual{f(x), f'(x) x_dot}.
 //
 // A kernel writes its formula once for Dual<T> and gets the tangent from the rules below; T is a SIMD
-// vector (csrc/cpu/vec.h) or a float. The primal is bitwise the same with and without a tangent.
+// vector (csrc/cpu/vec.h), a float or a double. The primal is bitwise the same with and without a tangent.
 #pragma once
 
 #include <cmath>
@@ -10,6 +10,7 @@ namespace imf {
 
 // Scalar versions of functions in csrc/cpu/vec.h. All functions are static for the reason given there.
 static inline float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+static inline double fma(double a, double b, double c) { return ::fma(a, b, c); }
 static inline float sqrt(float x) { return ::sqrtf(x); }
 
 template <typename T>

@@ -56,6 +56,15 @@ struct DualRow {
       store_lanes(primal + j, x, lanes);
     }
   }
+  // The same where `primal` may be null: of a gradient that has no place.
+  void store_given(index_t j, Number x, int lanes) const {
+    if constexpr (is_dual<Number>) {
+      if (primal) store_lanes(primal + j, x.primal, lanes);
+      store_lanes(tangent + j, x.tangent, lanes);
+    } else {
+      store_lanes(primal + j, x, lanes);
+    }
+  }
   void prefetch(index_t j, index_t tangent_j) const {
     IMF_ISA::prefetch(primal + j);
     if constexpr (is_dual<Number>) IMF_ISA::prefetch(tangent + tangent_j);

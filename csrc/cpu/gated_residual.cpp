@@ -1,4 +1,5 @@
-// Gated residual with its tangent, and its primal backward. Formulas: imf_kernels/ops/gated_residual.py.
+// Gated residual with its tangent, its primal backward and that of the pair. Formulas:
+// imf_kernels/ops/gated_residual.py.
 #include "ops/gated_residual.h"
 
 #include "cpu/dtypes.h"
@@ -64,15 +65,13 @@ void backward(const GatedResidualPairBackward& a) {
       const auto dy = cotangent_row<Number, const X>(a.dy, row, a.dy_dot, t);
       const auto branch = dual_row<Number, const B>(a.branch, row, a.branch_dot, t);
       const auto gate = dual_row<Number>(a.gate, group, a.gate_dot, t_group);
-      B* dbranch = row_of<B>(a.dbranch, row);
-      B* dbranch_dot = is_dual<Number> ? row_of<B>(a.dbranch_dot, t) : nullptr;
+      const auto dbranch = cotangent_row<Number, B>(a.dbranch, row, a.dbranch_dot, t);
       for_each_vec(width, [&](index_t j, int lanes) {
         const Number d = dy(j, lanes);
         const Number db = d * gate.or_zero(j, lanes), dg = d * branch.or_zero(j, lanes);
-        store_lanes(dbranch + j, of_weight(db), lanes);
+        dbranch.store_given(j, db, lanes);
         store_lanes(dgate + j, load_lanes(dgate + j, lanes) + of_weight(dg), lanes);
         if constexpr (is_dual<Number>) {
-          if (dbranch_dot) store_lanes(dbranch_dot + j, db.primal, lanes);
           store_lanes(dgate_dot + j, load_lanes(dgate_dot + j, lanes) + dg.primal, lanes);
         }
       });

@@ -1,6 +1,6 @@
-// GroupNorm with its tangent, optionally followed by SiLU, and its primal backward. Formulas:
-// imf_kernels/ops/group_norm.py. The work is done in units: groups, or samples where channels are last. Those
-// are cut into chunks by the shape alone, so that no result depends on the number of threads.
+// GroupNorm with its tangent, optionally followed by SiLU, its primal backward and that of the pair.
+// Formulas: imf_kernels/ops/group_norm.py. The work is done in units: groups, or samples where channels are
+// last. Those are cut into chunks by the shape alone, so that no result depends on the number of threads.
 #include "ops/group_norm.h"
 
 #include "cpu/dtypes.h"
@@ -23,7 +23,8 @@ struct Shape {
         channels_last(last || positions == 1) {}
 
   double count() const { return static_cast<double>(width) * static_cast<double>(positions); }
-  index_t elements() const { return samples * channels * positions; }
+  index_t size() const { return channels * positions; }
+  index_t elements() const { return samples * size(); }
   // Positions per chunk with channels last, 64 KiB of float32 in moderate widths.
   index_t rows() const {
     const index_t fit = (index_t{1} << 14) / channels;
@@ -46,31 +47,42 @@ struct Units {
   // Number of units in work at a time; each has a slot of scratch memory.
   index_t slots() const { return whole ? team : units; }
 
-  // Calls reduce(unit, chunk, slot) for all chunks of a unit, then finish(unit, slot), then apply(unit,
-  // chunk, slot) for all chunks. The last `tangent_units` cost twice as much.
-  template <typename Reduce, typename Finish, typename Apply>
-  void run(index_t tangent_units, Reduce reduce, Finish finish, Apply apply) const {
+  // Runs the steps for all units, each after the one before it: step(unit, chunk, slot) for all chunks of a
+  // unit, or step(unit, slot). The last `tangent_units` cost twice as much.
+  template <typename... Steps>
+  void run(index_t tangent_units, Steps... steps) const {
     if (whole) {
       on_each_thread(team, [&](int thread) {
         const Range share = share_of_rows(units, tangent_units, thread, team);
         for (index_t unit = share.begin; unit < share.end; ++unit) {
-          for (index_t chunk = 0; chunk < chunks; ++chunk) reduce(unit, chunk, thread);
-          finish(unit, thread);
-          for (index_t chunk = 0; chunk < chunks; ++chunk) apply(unit, chunk, thread);
+          const auto run_step = [&](const auto& step) {
+            if constexpr (by_chunk<decltype(step)>) {
+              for (index_t chunk = 0; chunk < chunks; ++chunk) step(unit, chunk, index_t{thread});
+            } else {
+              step(unit, index_t{thread});
+            }
+          };
+          (run_step(steps), ...);
         }
       });
       return;
     }
-    const auto each = [&](auto work) {
-      on_each_thread(team, [&](int thread) {
-        const Range share = share_of(units * chunks, thread, team);
-        for (index_t i = share.begin; i < share.end; ++i) work(i / chunks, i % chunks, i / chunks);
-      });
+    const auto run_step = [&](const auto& step) {
+      if constexpr (by_chunk<decltype(step)>) {
+        on_each_thread(team, [&](int thread) {
+          const Range share = share_of(units * chunks, thread, team);
+          for (index_t i = share.begin; i < share.end; ++i) step(i / chunks, i % chunks, i / chunks);
+        });
+      } else {
+        for (index_t unit = 0; unit < units; ++unit) step(unit, unit);
+      }
     };
-    each(reduce);
-    for (index_t unit = 0; unit < units; ++unit) finish(unit, unit);
-    each(apply);
+    (run_step(steps), ...);
   }
+
+ private:
+  template <typename Step>
+  static constexpr bool by_chunk = std::is_invocable_v<Step, index_t, index_t, index_t>;
 };
 
 // Moments of a number of values: the sums of their squares, and of their products with the tangent, are about
@@ -112,6 +124,11 @@ struct Statistics {
   }
   explicit Statistics(const float* saved)
       : mean{saved[0], 0.0f}, rstd{saved[2], 0.0f}, correction(saved[1]) {}
+  Statistics(const float* saved, const Part& p) : Statistics(saved) {
+    const double r = rstd.primal;
+    mean.tangent = static_cast<float>(p.mean_dot);
+    rstd.tangent = static_cast<float>(-r * r * r * (p.products / p.count));
+  }
   void save(float* statistics) const {
     statistics[0] = mean.primal;
     statistics[1] = correction;
@@ -150,6 +167,8 @@ inline Number lift(Dual<float> x) {
     return broadcast(x.primal);
   }
 }
+inline Dual<float> with_tangent(float x) { return {x, 0.0f}; }
+inline Dual<float> with_tangent(Dual<float> x) { return x; }
 template <typename Number>
 inline Affine<Number> lift(const Affine<Dual<float>>& a) {
   return {lift<Number>(a.mean), lift<Number>(a.gain), lift<Number>(a.bias)};
@@ -321,6 +340,15 @@ struct ChannelAffines {
   }
 };
 
+// Values of a sample from `offset` on, and of its tangent.
+template <typename Number, typename T>
+inline DualRow<Number, T> values_of(const Planes& x, const Planes& x_dot, index_t sample, index_t offset) {
+  const index_t size = x.rows * x.width, t = sample - (x.samples - x_dot.samples);
+  T* primal = static_cast<T*>(x.data) + sample * size + offset;
+  if constexpr (is_dual<Number>) return {primal, static_cast<T*>(x_dot.data) + t * size + offset};
+  return {primal, nullptr};
+}
+
 constexpr index_t group_chunk = 2048;  // values
 
 inline index_t chunks_of(index_t n, index_t chunk) { return (n + chunk - 1) / chunk; }
@@ -333,13 +361,9 @@ template <typename T, bool with_silu>
 void forward(const GroupNormForward& a) {
   const Shape shape(a.x, a.statistics, a.channels_last);
   const index_t first_tangent = shape.samples - a.y_dot.samples;
-  const index_t elements = shape.elements() + a.y_dot.samples * shape.channels * shape.positions;
-  // Values of a sample from `offset` on.
+  const index_t elements = shape.elements() + a.y_dot.samples * shape.size();
   const auto of = [&](auto number, const auto& x, const auto& x_dot, index_t sample, index_t offset) {
-    const index_t size = shape.channels * shape.positions;
-    return DualRow<decltype(number), T>{
-        static_cast<T*>(x.data) + sample * size + offset,
-        static_cast<T*>(x_dot.data) + (sample - first_tangent) * size + offset};
+    return values_of<decltype(number), T>(x, x_dot, sample, offset);
   };
 
   if (shape.channels_last) {
@@ -357,10 +381,9 @@ void forward(const GroupNormForward& a) {
         [&](index_t sample, index_t chunk, index_t slot) {
           const Range share = range_of(shape.positions, chunk, rows);
           with_number(sample >= first_tangent, [&](auto number) {
-            const auto x = of(number, a.x, a.x_dot, sample, share.begin * channels);
-            const DualRow<decltype(number), const T> values{x.primal, x.tangent};
             ChannelMoments{moments_of(slot) + chunk * 6 * channels, channels}.compute(
-                values, share.end - share.begin);
+                values_of<decltype(number), const T>(a.x, a.x_dot, sample, share.begin * channels),
+                share.end - share.begin);
           });
         },
         [&](index_t sample, index_t slot) {
@@ -437,178 +460,6 @@ void forward(const GroupNormForward& a) {
       });
 }
 
-// With z = n weight + bias, dz = f'(z) dy and g = dz weight: dx = rstd (g - mean(g) - n mean(g n)), dweight =
-// sum dz n, dbias = sum dz. As c = x - mean is n / rstd but for the correction, dx = gain dz + slope c +
-// shift.
-struct Slopes {
-  float slope, shift;
-
-  // From the sums over positions of the channels of a group.
-  Slopes(const Shape& shape, const Statistics& s, const float* weight, index_t first, const float* dbias,
-         const float* dweight) {
-    double sum_g = 0.0, sum_gn = 0.0;
-    for (index_t j = first; j < first + shape.width; ++j) {
-      const double gain = s.rstd.primal * (weight ? weight[j] : 1.0f);
-      sum_g += gain * dbias[j];
-      sum_gn += gain * dweight[j];
-    }
-    slope = static_cast<float>(-s.rstd.primal * sum_gn / shape.count());
-    shift = static_cast<float>(-sum_g / shape.count()) - s.correction * slope;
-  }
-};
-
-// Not an FMA of dz and gain: in a group of one value their rounded product is the mean, and dx exactly 0.
-inline Vec input_gradient(Vec dz, Vec gain, Vec c, Vec slope, Vec shift) {
-  return fma(c, slope, dz * gain + shift);
-}
-
-template <bool with_silu>
-inline Vec cotangent(const Affine<Vec>& affine, Vec x, Vec dy) {
-  if constexpr (with_silu) {
-    const Vec z = affine.template operator()<false>(x);
-    return silu_derivative(z, sigmoid(z)) * dy;
-  } else {
-    return dy;
-  }
-}
-
-// Sums over values of a channel: of dz, and of dz c.
-template <bool with_silu>
-inline Pair<Vec> add_cotangent(Pair<Vec> sum, const Affine<Vec>& affine, Vec x, Vec dy) {
-  const Vec dz = cotangent<with_silu>(affine, x, dy);
-  return {sum.first + dz, fma(dz, affine.centered(x), sum.second)};
-}
-
-template <typename T, bool with_silu>
-void backward(const GroupNormBackward& a) {
-  const Shape shape(a.x, a.statistics, a.channels_last);
-  const index_t channels = shape.channels, positions = shape.positions, groups = shape.groups;
-  const T* x = static_cast<const T*>(a.x.data);
-  const T* dy = static_cast<const T*>(a.dy.data);
-  T* dx = static_cast<T*>(a.dx.data);
-  const auto statistics_of = [&](index_t sample, index_t group) {
-    return Statistics(a.statistics.data + 3 * (sample * groups + group));
-  };
-  const auto affine = [&](const Statistics& s, index_t j) {
-    return affine_of(s, a.weight.data, a.bias.data, j);
-  };
-  const auto dbias_of = [&](index_t sample) { return a.sums.data + 2 * sample * channels; };
-  const auto dweight_of = [&](index_t sample) { return dbias_of(sample) + channels; };
-
-  if (shape.channels_last) {
-    const index_t rows = shape.rows(), chunks = chunks_of(positions, rows),
-                  size = (2 * chunks + 2) * channels;
-    const Units units(a.place.threads, shape.samples, chunks, 2 * shape.elements());
-    Scratch scratch(6 * shape.samples * channels + units.slots() * size);
-    float* affines = scratch.take<float>(6 * shape.samples * channels);
-    float* room = scratch.take<float>(units.slots() * size);
-    const auto affines_of = [&](index_t sample) {
-      return ChannelAffines{affines + 6 * sample * channels, channels};
-    };
-    for (index_t sample = 0; sample < shape.samples; ++sample) {
-      for (index_t j = 0; j < channels; ++j) {
-        affines_of(sample).set(j, affine(statistics_of(sample, j / shape.width), j));
-      }
-    }
-    units.run(
-        0,
-        [&](index_t sample, index_t chunk, index_t slot) {
-          const Range share = range_of(positions, chunk, rows);
-          const index_t first = (sample * positions + share.begin) * channels;
-          float* sums = room + slot * size + 2 * chunk * channels;
-          for_each_columns(channels, [&](index_t column, auto constant, int lanes) {
-            constexpr int vectors = constant;
-            Affine<Vec> of_columns[vectors];
-            for (int i = 0; i < vectors; ++i) {
-              of_columns[i] = affines_of(sample).template at<Vec>(column + i * Vec::width, lanes);
-            }
-            Pair<Vec> total[vectors];
-            sum_over_rows(share.end - share.begin, total, [&](index_t row, int i, Pair<Vec>& sum) {
-              const index_t j = first + row * channels + column + i * Vec::width;
-              sum = add_cotangent<with_silu>(sum, of_columns[i], load_lanes(x + j, lanes),
-                                             load_lanes(dy + j, lanes));
-            });
-            for (int i = 0; i < vectors; ++i) {
-              store_lanes(sums + column + i * Vec::width, total[i].first, lanes);
-              store_lanes(sums + channels + column + i * Vec::width, total[i].second, lanes);
-            }
-          });
-        },
-        [&](index_t sample, index_t slot) {
-          float* sums = room + slot * size;
-          add_pairwise(chunks, 2 * channels, [&](index_t i) { return sums + 2 * i * channels; });
-          float *slope = sums + 2 * chunks * channels, *shift = slope + channels;
-          for (index_t group = 0; group < groups; ++group) {
-            const Statistics s = statistics_of(sample, group);
-            const index_t first = group * shape.width, end = first + shape.width;
-            for (index_t j = first; j < end; ++j) {
-              dbias_of(sample)[j] = sums[j];
-              dweight_of(sample)[j] = s.rstd.primal * (sums[channels + j] - s.correction * sums[j]);
-            }
-            const Slopes slopes(shape, s, a.weight.data, first, dbias_of(sample), dweight_of(sample));
-            for (index_t j = first; j < end; ++j) {
-              slope[j] = slopes.slope;
-              shift[j] = slopes.shift;
-            }
-          }
-        },
-        [&](index_t sample, index_t chunk, index_t slot) {
-          const Range share = range_of(positions, chunk, rows);
-          const float *slope = room + slot * size + 2 * chunks * channels, *shift = slope + channels;
-          for (index_t row = share.begin; row < share.end; ++row) {
-            const index_t first = (sample * positions + row) * channels;
-            for_each_vec(channels, [&](index_t j, int lanes) {
-              const auto of_column = affines_of(sample).template at<Vec>(j, lanes);
-              const Vec xj = load_lanes(x + first + j, lanes);
-              const Vec dz = cotangent<with_silu>(of_column, xj, load_lanes(dy + first + j, lanes));
-              const Vec result = input_gradient(dz, of_column.gain, of_column.centered(xj),
-                                                load_lanes(slope + j, lanes), load_lanes(shift + j, lanes));
-              store_lanes(dx + first + j, result, lanes);
-            });
-          }
-        });
-    return;
-  }
-
-  const Units units(a.place.threads, shape.samples * groups, shape.width, 2 * shape.elements());
-  Scratch scratch(2 * units.slots());
-  float* found = scratch.take<float>(2 * units.slots());
-  units.run(
-      0,
-      [&](index_t unit, index_t i, index_t) {
-        const index_t sample = unit / groups, channel = unit % groups * shape.width + i;
-        const index_t first = (sample * channels + channel) * positions;
-        const Statistics s = statistics_of(sample, unit % groups);
-        const auto of_channel = lift<Vec>(affine(s, channel));
-        const auto total = sum_over_row<Pair<Vec>, 2>(positions, [&](index_t j, int lanes, Pair<Vec>& sum) {
-          sum = add_cotangent<with_silu>(sum, of_channel, load_lanes(x + first + j, lanes),
-                                         load_lanes(dy + first + j, lanes));
-        });
-        const float sum = reduce_add(total.first);
-        dbias_of(sample)[channel] = sum;
-        dweight_of(sample)[channel] = s.rstd.primal * (reduce_add(total.second) - s.correction * sum);
-      },
-      [&](index_t unit, index_t slot) {
-        const index_t sample = unit / groups, group = unit % groups;
-        const Slopes slopes(shape, statistics_of(sample, group), a.weight.data, group * shape.width,
-                            dbias_of(sample), dweight_of(sample));
-        found[2 * slot] = slopes.slope;
-        found[2 * slot + 1] = slopes.shift;
-      },
-      [&](index_t unit, index_t i, index_t slot) {
-        const index_t sample = unit / groups, channel = unit % groups * shape.width + i;
-        const index_t first = (sample * channels + channel) * positions;
-        const auto of_channel = lift<Vec>(affine(statistics_of(sample, unit % groups), channel));
-        const Vec slope(found[2 * slot]), shift(found[2 * slot + 1]);
-        for_each_vec(positions, [&](index_t j, int lanes) {
-          const Vec xj = load_lanes(x + first + j, lanes);
-          const Vec dz = cotangent<with_silu>(of_channel, xj, load_lanes(dy + first + j, lanes));
-          store_lanes(dx + first + j,
-                      input_gradient(dz, of_channel.gain, of_channel.centered(xj), slope, shift), lanes);
-        });
-      });
-}
-
 template <typename Arguments, typename Run>
 inline void with_options(const Arguments& a, Run run) {
   with_type(a.x.dtype, [&](auto type) {
@@ -620,6 +471,302 @@ inline void with_options(const Arguments& a, Run run) {
   });
 }
 
+// With z = n weight + bias, dz = f'(z) dy and g = dz weight: dx = rstd (g - mean(g) - n mean(g n)), dweight =
+// sum dz n, dbias = sum dz. As c = x - mean is n / rstd but for the correction, dx = gain dz + slope c +
+// shift. The same of the duals (x, x_dot) and (dy_dot, dy), or of x and dy with tangents that are zero.
+struct Slopes {
+  Dual<float> slope, shift;
+
+  // From sums(j), over positions of a channel of a group: of dz and of dz c. Writes dbias and dweight, which
+  // are tangents of `duals`.
+  template <typename Sums>
+  Slopes(const Shape& shape, const Statistics& s, const float* weight, index_t first, bool duals, Sums sums,
+         float* dbias, float* dweight) {
+    const Dual<double> rstd = wide(s.rstd);
+    const double correction = -s.correction, share = -1.0 / shape.count();
+    const auto of_weight = [&](Dual<double> x) { return static_cast<float>(duals ? x.tangent : x.primal); };
+    Dual<double> sum_g{}, sum_gn{};
+    for (index_t j = first; j < first + shape.width; ++j) {
+      const Pair<Dual<float>> of_channel = sums(j);
+      const Dual<double> dz = wide(of_channel.first),
+                         dzn = rstd * (wide(of_channel.second) + dz * correction);
+      dbias[j] = of_weight(dz);
+      dweight[j] = of_weight(dzn);
+      const Dual<double> gain = wide(s.rstd * (weight ? weight[j] : 1.0f));
+      sum_g = sum_g + gain * dz;
+      sum_gn = sum_gn + gain * dzn;
+    }
+    const Dual<double> of_c = rstd * sum_gn * share;
+    slope = narrow(of_c);
+    shift = narrow(sum_g * share + of_c * correction);
+  }
+
+ private:
+  static Dual<double> wide(Dual<float> x) { return {x.primal, x.tangent}; }
+  static Dual<float> narrow(Dual<double> x) {
+    return {static_cast<float>(x.primal), static_cast<float>(x.tangent)};
+  }
+};
+
+// Not an FMA of dz and gain: in a group of one value their rounded product is the mean, and dx exactly 0.
+template <typename Number>
+inline Number input_gradient(Number dz, Number gain, Number c, Number slope, Number shift) {
+  return fma(c, slope, dz * gain + shift);
+}
+
+template <bool with_silu, typename Number>
+inline Number cotangent(const Affine<Number>& affine, Number x, Number dy) {
+  if constexpr (with_silu) {
+    const Number z = affine.template operator()<false>(x);
+    return silu_derivative(z, sigmoid(z)) * dy;
+  } else {
+    return dy;
+  }
+}
+
+// Sums over values of a channel: of dz, and of dz c.
+template <bool with_silu, typename Number>
+inline Pair<Number> add_cotangent(Pair<Number> sum, const Affine<Number>& affine, Number x, Number dy) {
+  const Number dz = cotangent<with_silu>(affine, x, dy);
+  return {sum.first + dz, fma(dz, affine.centered(x), sum.second)};
+}
+
+// Values of a sample from `offset` on: the duals (x, x_dot) and (dy_dot, dy), or x and dy.
+template <typename Number, typename T>
+struct BackwardValues {
+  DualRow<Number, const T> x, dy;
+  DualRow<Number, T> dx;
+
+  BackwardValues(const GroupNormPairBackward& a, index_t sample, index_t offset)
+      : x(values_of<Number, const T>(a.x, a.x_dot, sample, offset)) {
+    const auto of_dy = values_of<Number, const T>(a.dy, a.dy_dot, sample, offset);
+    const auto of_dx = values_of<Number, T>(a.dx, a.dx_dot, sample, offset);
+    dy = cotangents<Number>(of_dy.primal, of_dy.tangent);
+    dx = cotangents<Number>(of_dx.primal, of_dx.tangent);
+  }
+};
+
+inline float* dbias_of(const GroupNormPairBackward& a, const Shape& shape, index_t sample) {
+  return a.sums.data + 2 * sample * shape.channels;
+}
+
+template <typename T, bool with_silu>
+void backward_channels_last(const GroupNormPairBackward& a, const Shape& shape) {
+  const index_t channels = shape.channels, groups = shape.groups, tangents = a.x_dot.samples;
+  const index_t rows = shape.rows(), chunks = chunks_of(shape.positions, rows);
+  const Units units(a.place.threads, shape.samples, chunks, 2 * (shape.samples + tangents) * shape.size());
+  const index_t slots = units.slots();
+  const auto has_tangent = [&](index_t sample) { return sample >= shape.samples - tangents; };
+  const auto positions_of = [&](index_t chunk) { return range_of(shape.positions, chunk, rows); };
+
+  // Rows of `channels` numbers: of moments in all, of sums per chunk.
+  const index_t moments_rows = tangents ? 8 + 6 * chunks : 0, sums_rows = tangents ? 4 : 2;
+  constexpr index_t of_floats = sizeof(Statistics) / sizeof(float);
+  Scratch scratch(slots * ((moments_rows + 6 + sums_rows * chunks + 4) * channels + groups * of_floats));
+  float* moments = scratch.take<float>(slots * moments_rows * channels);
+  float* affines = scratch.take<float>(slots * 6 * channels);
+  float* sums = scratch.take<float>(slots * sums_rows * chunks * channels);
+  float* slopes = scratch.take<float>(slots * 4 * channels);
+  Statistics* found = reinterpret_cast<Statistics*>(scratch.take<float>(slots * groups * of_floats));
+
+  const auto sample_moments_of = [&](index_t slot) { return moments + slot * moments_rows * channels; };
+  const auto moments_of = [&](index_t slot) { return sample_moments_of(slot) + 8 * channels; };
+  const auto affines_of = [&](index_t slot) {
+    return ChannelAffines{affines + slot * 6 * channels, channels};
+  };
+  const auto sums_of = [&](index_t slot, index_t chunk) {
+    return sums + (slot * chunks + chunk) * sums_rows * channels;
+  };
+  const auto row = [&](auto number, float* data, index_t i) {
+    return DualRow<decltype(number), float>{data + i * channels, data + (2 + i) * channels};
+  };
+
+  const auto find_moments = [&](index_t sample, index_t chunk, index_t slot) {
+    if (!has_tangent(sample)) return;
+    const Range share = positions_of(chunk);
+    ChannelMoments{moments_of(slot) + chunk * 6 * channels, channels}.compute(
+        values_of<Dual<Vec>, const T>(a.x, a.x_dot, sample, share.begin * channels), share.end - share.begin);
+  };
+  const auto find_affines = [&](index_t sample, index_t slot) {
+    const SampleMoments of_sample(sample_moments_of(slot), channels);
+    if (has_tangent(sample)) of_sample.compute(shape, moments_of(slot), chunks, true);
+    for (index_t group = 0; group < groups; ++group) {
+      const float* saved = a.statistics.data + 3 * (sample * groups + group);
+      Statistics& s = found[slot * groups + group];
+      s = has_tangent(sample) ? Statistics(saved, of_sample.of_group(shape, group)) : Statistics(saved);
+      for (index_t j = group * shape.width; j < (group + 1) * shape.width; ++j) {
+        affines_of(slot).set(j, affine_of(s, a.weight.data, a.bias.data, j));
+      }
+    }
+  };
+  const auto find_sums = [&](index_t sample, index_t chunk, index_t slot) {
+    const Range share = positions_of(chunk);
+    with_number(has_tangent(sample), [&](auto number) {
+      using Number = decltype(number);
+      const BackwardValues<Number, T> values(a, sample, share.begin * channels);
+      for_each_columns(channels, [&](index_t column, auto constant, int lanes) {
+        constexpr int vectors = constant;
+        Affine<Number> of_columns[vectors];
+        for (int i = 0; i < vectors; ++i) {
+          of_columns[i] = affines_of(slot).template at<Number>(column + i * Vec::width, lanes);
+        }
+        Pair<Number> total[vectors];
+        sum_over_rows(share.end - share.begin, total, [&](index_t k, int i, Pair<Number>& sum) {
+          const index_t j = k * channels + column + i * Vec::width;
+          sum = add_cotangent<with_silu>(sum, of_columns[i], values.x(j, lanes), values.dy(j, lanes));
+        });
+        for (int i = 0; i < vectors; ++i) {
+          row(number, sums_of(slot, chunk), 0).store(column + i * Vec::width, total[i].first, lanes);
+          row(number, sums_of(slot, chunk), 1).store(column + i * Vec::width, total[i].second, lanes);
+        }
+      });
+    });
+  };
+  const auto find_slopes = [&](index_t sample, index_t slot) {
+    const bool duals = has_tangent(sample);
+    float *total = sums_of(slot, 0), *to = slopes + slot * 4 * channels;
+    add_pairwise(chunks, (duals ? 4 : 2) * channels, [&](index_t i) { return sums_of(slot, i); });
+    const auto at = [&](index_t i, index_t j) {
+      return Dual<float>{total[i * channels + j], duals ? total[(2 + i) * channels + j] : 0.0f};
+    };
+    for (index_t group = 0; group < groups; ++group) {
+      const index_t first = group * shape.width;
+      float* dbias = dbias_of(a, shape, sample);
+      const Slopes of_group(
+          shape, found[slot * groups + group], a.weight.data, first, duals,
+          [&](index_t j) { return Pair<Dual<float>>{at(0, j), at(1, j)}; }, dbias, dbias + channels);
+      for (index_t j = first; j < first + shape.width; ++j) {
+        to[j] = of_group.slope.primal;
+        to[channels + j] = of_group.shift.primal;
+        to[2 * channels + j] = of_group.slope.tangent;
+        to[3 * channels + j] = of_group.shift.tangent;
+      }
+    }
+  };
+  const auto write_gradient = [&](index_t sample, index_t chunk, index_t slot) {
+    const Range share = positions_of(chunk);
+    with_number(has_tangent(sample), [&](auto number) {
+      using Number = decltype(number);
+      const auto slope = row(number, slopes + slot * 4 * channels, 0);
+      const auto shift = row(number, slopes + slot * 4 * channels, 1);
+      for (index_t position = share.begin; position < share.end; ++position) {
+        const BackwardValues<Number, T> values(a, sample, position * channels);
+        for_each_vec(channels, [&](index_t j, int lanes) {
+          const auto of_column = affines_of(slot).template at<Number>(j, lanes);
+          const Number xj = values.x(j, lanes);
+          const Number dz = cotangent<with_silu>(of_column, xj, values.dy(j, lanes));
+          values.dx.store(
+              j, input_gradient(dz, of_column.gain, of_column.centered(xj), slope(j, lanes), shift(j, lanes)),
+              lanes);
+        });
+      }
+    });
+  };
+  if (tangents) {
+    units.run(tangents, find_moments, find_affines, find_sums, find_slopes, write_gradient);
+  } else {
+    units.run(0, find_affines, find_sums, find_slopes, write_gradient);
+  }
+}
+
+// The chunks of a group are its channels.
+template <typename T, bool with_silu>
+void backward_channels_first(const GroupNormPairBackward& a, const Shape& shape) {
+  const index_t positions = shape.positions, groups = shape.groups, width = shape.width;
+  const index_t tangents = a.x_dot.samples;
+  const Units units(a.place.threads, shape.samples * groups, width,
+                    2 * (shape.samples + tangents) * shape.size());
+  const index_t slots = units.slots();
+  const auto has_tangent = [&](index_t unit) { return unit / groups >= shape.samples - tangents; };
+
+  using Sums = Pair<Dual<float>>;
+  constexpr index_t part_floats = sizeof(Part) / sizeof(float), sums_floats = sizeof(Sums) / sizeof(float),
+                    of_floats = (sizeof(Statistics) + sizeof(Slopes)) / sizeof(float);
+  Scratch scratch(slots * (width * (part_floats + sums_floats) + of_floats));
+  Part* parts = reinterpret_cast<Part*>(scratch.take<float>(slots * width * part_floats));
+  Sums* sums = reinterpret_cast<Sums*>(scratch.take<float>(slots * width * sums_floats));
+  struct Found {
+    Statistics statistics;
+    Slopes slopes;
+  };
+  Found* found = reinterpret_cast<Found*>(scratch.take<float>(slots * of_floats));
+
+  // Calls body(values, affine) for a channel of a unit.
+  const auto of_channel = [&](index_t unit, index_t i, index_t slot, auto body) {
+    const index_t channel = unit % groups * width + i;
+    with_number(has_tangent(unit), [&](auto number) {
+      using Number = decltype(number);
+      body(BackwardValues<Number, T>(a, unit / groups, channel * positions),
+           lift<Number>(affine_of(found[slot].statistics, a.weight.data, a.bias.data, channel)));
+    });
+  };
+
+  const auto find_moments = [&](index_t unit, index_t i, index_t slot) {
+    if (!has_tangent(unit)) return;
+    const auto x =
+        values_of<Dual<Vec>, const T>(a.x, a.x_dot, unit / groups, (unit % groups * width + i) * positions);
+    parts[slot * width + i] = part(static_cast<double>(positions), moments<Dual<Vec>>(positions, x));
+  };
+  const auto find_statistics = [&](index_t unit, index_t slot) {
+    const float* saved = a.statistics.data + 3 * unit;
+    Part* all = parts + slot * width;
+    if (has_tangent(unit)) {
+      for (index_t i = 1; i < width; ++i) all->add(all[i]);
+    }
+    found[slot].statistics = has_tangent(unit) ? Statistics(saved, *all) : Statistics(saved);
+  };
+  const auto find_sums = [&](index_t unit, index_t i, index_t slot) {
+    of_channel(unit, i, slot, [&](const auto& values, const auto& affine) {
+      using Number = std::decay_t<decltype(affine.mean)>;
+      const auto total =
+          sum_over_row<Pair<Number>, 2>(positions, [&](index_t j, int lanes, Pair<Number>& sum) {
+            sum = add_cotangent<with_silu>(sum, affine, values.x(j, lanes), values.dy(j, lanes));
+          });
+      sums[slot * width + i] = {with_tangent(reduce_add(total.first)),
+                                with_tangent(reduce_add(total.second))};
+    });
+  };
+  const auto find_slopes = [&](index_t unit, index_t slot) {
+    const index_t first = unit % groups * width;
+    float* dbias = dbias_of(a, shape, unit / groups);
+    found[slot].slopes = Slopes(
+        shape, found[slot].statistics, a.weight.data, first, has_tangent(unit),
+        [&](index_t j) { return sums[slot * width + j - first]; }, dbias, dbias + shape.channels);
+  };
+  const auto write_gradient = [&](index_t unit, index_t i, index_t slot) {
+    of_channel(unit, i, slot, [&](const auto& values, const auto& affine) {
+      using Number = std::decay_t<decltype(affine.mean)>;
+      const Number slope = lift<Number>(found[slot].slopes.slope),
+                   shift = lift<Number>(found[slot].slopes.shift);
+      for_each_vec(positions, [&](index_t j, int lanes) {
+        const Number xj = values.x(j, lanes);
+        const Number dz = cotangent<with_silu>(affine, xj, values.dy(j, lanes));
+        values.dx.store(j, input_gradient(dz, affine.gain, affine.centered(xj), slope, shift), lanes);
+      });
+    });
+  };
+  if (tangents) {
+    units.run(tangents * groups, find_moments, find_statistics, find_sums, find_slopes, write_gradient);
+  } else {
+    units.run(0, find_statistics, find_sums, find_slopes, write_gradient);
+  }
+}
+
+void backward(const GroupNormPairBackward& a) {
+  if (!a.x.data) {
+    for (index_t i = 0; i < a.sums.rows * a.sums.width; ++i) a.sums.data[i] = 0.0f;
+    return;
+  }
+  const Shape shape(a.x, a.statistics, a.channels_last);
+  with_options(a, [&](auto type, auto silu) {
+    if (shape.channels_last) {
+      backward_channels_last<decltype(type), decltype(silu)::value>(a, shape);
+    } else {
+      backward_channels_first<decltype(type), decltype(silu)::value>(a, shape);
+    }
+  });
+}
+
 }  // namespace
 
 void group_norm_forward(const GroupNormForward& a) {
@@ -627,12 +774,22 @@ void group_norm_forward(const GroupNormForward& a) {
   with_options(a, [&](auto type, auto silu) { forward<decltype(type), decltype(silu)::value>(a); });
 }
 
+// That of the pair of no tangents.
 void group_norm_backward(const GroupNormBackward& a) {
-  if (!a.x.data) {
-    for (index_t i = 0; i < a.sums.rows * a.sums.width; ++i) a.sums.data[i] = 0.0f;
-    return;
-  }
-  with_options(a, [&](auto type, auto silu) { backward<decltype(type), decltype(silu)::value>(a); });
+  GroupNormPairBackward pair{};
+  pair.x = a.x;
+  pair.dy = a.dy;
+  pair.weight = a.weight;
+  pair.bias = a.bias;
+  pair.statistics = a.statistics;
+  pair.dx = a.dx;
+  pair.sums = a.sums;
+  pair.silu = a.silu;
+  pair.channels_last = a.channels_last;
+  pair.place = a.place;
+  backward(pair);
 }
+
+void group_norm_pair_backward(const GroupNormPairBackward& a) { backward(a); }
 
 }  // namespace imf::IMF_ISA

@@ -136,15 +136,10 @@ void backward(const LayerNormPairBackward& a) {
       });
       const Number mean_g = broadcast(reduce_add(total.first) * share);
       const Number mean_gn = broadcast(reduce_add(total.second) * share);
-      X* dx = row_of<X>(a.dx, row);
-      X* dx_dot = is_dual<Number> ? row_of<X>(a.dx_dot, t) : nullptr;
+      const auto dx = cotangent_row<Number, X>(a.dx, row, a.dx_dot, t);
       for_each_vec(width, [&](index_t j, int lanes) {
         const Number g = dy(j, lanes) * gain(j, lanes);
-        const Number of_x = rstd * (g - mean_g - normalized(j, lanes) * mean_gn);
-        store_lanes(dx + j, of_weight(of_x), lanes);
-        if constexpr (is_dual<Number>) {
-          if (dx_dot) store_lanes(dx_dot + j, of_x.primal, lanes);
-        }
+        dx.store_given(j, rstd * (g - mean_g - normalized(j, lanes) * mean_gn), lanes);
       });
     });
   });

@@ -205,8 +205,8 @@ void backward(const Arguments& a) {
           product.store(j, back * load_lanes(weight + j, lanes), lanes);
           return back;
         };
-        const Number rstd = stored_rstd(x, width, a.rstd.data[at.position * heads.normed() + at.h]);
-        rms_norm_backward<Number, T>(width, x, weight, rstd, dn, product, dweight, dx);
+        const Number rstd = stored_rstd<Number>(x, width, a.rstd.data[at.position * heads.normed() + at.h]);
+        rms_norm_backward(width, x, weight, rstd, dn, product, dweight, dx);
       };
       if constexpr (pair) {
         with_number(moves, of_row);

@@ -30,8 +30,8 @@ IMF_ALWAYS_INLINE Number inverse_rms(DualRow<Number, T> x, index_t width, double
 }
 
 // Returns a row's stored rstd, with its derivative -rstd^3 mean(x x_dot) if it has a tangent.
-template <typename Number, typename T>
-IMF_ALWAYS_INLINE Number stored_rstd(DualRow<Number, T> x, index_t width, float rstd) {
+template <typename Number, typename Row>
+IMF_ALWAYS_INLINE Number stored_rstd(Row x, index_t width, float rstd) {
   if constexpr (is_dual<Number>) {
     const Vec products = sum_over_row<Vec>(width, [&](index_t j, int lanes, Vec& sum) {
       const Number xj = x(j, lanes);
@@ -46,9 +46,9 @@ IMF_ALWAYS_INLINE Number stored_rstd(DualRow<Number, T> x, index_t width, float 
 
 // With n = x rstd, and dn(j, lanes) the cotangent of n w: adds dn n to dweight, and stores dx = rstd (g - n
 // mean(g n)). g(j, lanes) returns dn w, after dn was called for all j.
-template <typename Number, typename X, typename Cotangent, typename Product, typename Result>
-IMF_ALWAYS_INLINE void rms_norm_backward(index_t width, DualRow<Number, const X> x, const float* weight,
-                                         Number rstd, Cotangent dn, Product g, float* dweight, Result dx) {
+template <typename Number, typename Row, typename Cotangent, typename Product, typename Result>
+IMF_ALWAYS_INLINE void rms_norm_backward(index_t width, Row x, const float* weight, Number rstd, Cotangent dn,
+                                         Product g, float* dweight, Result dx) {
   const auto n = [&](index_t j, int lanes) { return x(j, lanes) * rstd; };
   const Number dot = sum_over_row<Number>(width, [&](index_t j, int lanes, Number& sum) {
     const Number dnn = dn(j, lanes) * n(j, lanes);

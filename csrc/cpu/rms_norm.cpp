@@ -28,8 +28,8 @@ IMF_ALWAYS_INLINE void backward_of_row(const Arguments& a, index_t row, DualRow<
                                        DualRow<Number, const Y> dy, float* dweight, DualRow<Number, X> dx) {
   const float* weight = a.weight.data;
   const auto g = [&](index_t j, int lanes) { return dy(j, lanes) * load_lanes(weight + j, lanes); };
-  const Number rstd = stored_rstd(x, a.x.width, a.rstd.data[row]);
-  rms_norm_backward<Number, X>(a.x.width, x, weight, rstd, dy, g, dweight, dx);
+  const Number rstd = stored_rstd<Number>(x, a.x.width, a.rstd.data[row]);
+  rms_norm_backward(a.x.width, x, weight, rstd, dy, g, dweight, dx);
 }
 
 template <typename X, typename Y>

@@ -27,7 +27,22 @@ struct GatedResidualRmsNormBackward {
                 Out<Floats> sums;)    // [1, 2, width]: dgate and dweight
 };
 
+// The pair's backward: (dx_dot, dx) is the backward of the duals (x, x_dot) and (dy_dot, dy), its value and
+// its tangent (imf_kernels/backends/operators.py).
+struct GatedResidualRmsNormPairBackward {
+  IMF_ARGUMENTS(Rows stream; Optional<Rows> x_dot;  // [rows, width], [tangent rows, width]
+                Optional<Rows> dstream;             // as stream
+                Optional<Rows> dstream_dot;         // [tangent rows, width]
+                Rows dy; Rows dy_dot;               // [rows, width], [tangent rows, width]
+                Rows branch; Optional<Rows> branch_dot; Floats gate; Floats weight; Floats rstd;  //
+                Out<Rows> dx; Optional<Out<Rows>> dx_dot;            // as stream and x_dot
+                Out<Rows> dbranch; Optional<Out<Rows>> dbranch_dot;  // as branch and branch_dot
+                Out<Floats> partial;                                 // [1, shares, 2, width], scratch
+                Out<Floats> sums;)                                   // [1, 2, width]: dgate and dweight
+};
+
 IMF_DECLARE(gated_residual_rms_norm_forward, GatedResidualRmsNormForward, CPU)
 IMF_DECLARE(gated_residual_rms_norm_backward, GatedResidualRmsNormBackward, CPU)
+IMF_DECLARE(gated_residual_rms_norm_pair_backward, GatedResidualRmsNormPairBackward, CPU)
 
 }  // namespace imf

@@ -24,7 +24,18 @@ struct GroupNormBackward {
                 bool silu; bool channels_last;)
 };
 
+// The pair's backward: (dx_dot, dx) is the backward of the duals (x, x_dot) and (dy_dot, dy), its value and
+// its tangent (imf_kernels/backends/operators.py).
+struct GroupNormPairBackward {
+  IMF_ARGUMENTS(Planes x; Planes x_dot; Planes dy; Planes dy_dot;                   //
+                Optional<Floats> weight; Optional<Floats> bias; Floats statistics;  //
+                Out<Planes> dx; Out<Planes> dx_dot;
+                Out<Floats> sums;  // [samples, 2, channels] over positions: dbias, dweight
+                bool silu; bool channels_last;)
+};
+
 IMF_DECLARE(group_norm_forward, GroupNormForward, CPU)
 IMF_DECLARE(group_norm_backward, GroupNormBackward, CPU)
+IMF_DECLARE(group_norm_pair_backward, GroupNormPairBackward, CPU)
 
 }  // namespace imf

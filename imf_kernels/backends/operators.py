@@ -77,7 +77,8 @@ class Operation(Generic[Asked]):
             *arguments)` returns what the reference does; its annotations give the operator's schema. PyTorch
             or the functions of `kernels` do all the work.
         pair_backward: of the pair, with kernels: `pair_backward(call, dy, dy_dot)` returns the gradients of
-            the arguments of a `PairCall`, `None` for those without; a cotangent may be `None`. It runs on
+            the arguments of a `PairCall`, `None` for those without; a cotangent may be `None`. Of several
+            results it takes all cotangents, then those of their tangents. It runs on
             backends that have a kernel `pair_backward`; on all others, and by default, PyTorch
             differentiates the reference. `pair_needs_kernel=False`: on all with kernels.
         results: their number.

@@ -189,8 +189,13 @@ class SwiGLU(nn.Module):
 
 def _plain_linear(layer: nn.Module) -> bool:
     """Returns whether a layer can be called by its weight and bias."""
+    return type(layer) is nn.Linear and "forward" not in vars(layer) and not has_hooks(layer)
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Returns whether calls of a layer run hooks."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return type(layer) is nn.Linear and "forward" not in vars(layer) and not any(map(vars(layer).get, hooks))
+    return any(map(vars(layer).get, hooks))
 
 
 @takes_dual_tensors

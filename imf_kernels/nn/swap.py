@@ -55,7 +55,8 @@ def replace(network: nn.Module) -> list[Swap]:
     by its name and children: RMSNorm with a `weight`, SwiGLU, rotary embeddings with tables as buffers,
     attention in timm's and Stable Diffusion's form, DiT's blocks. It is swapped if on a small random input,
     with noise on its parameters, its outputs equal the new ones under the error rule of docs/accuracy.md, in
-    float32 and its own dtype, in evaluation and training; otherwise it is left alone. Only the class of the
+    float32 and its own dtype, in evaluation and training, and if no part with hooks would no longer be
+    called; otherwise it is left alone. Only the class of the
     object changes: parameters, tied ones too, buffers, hooks, dtype, device and training flag are what they
     were. Call it before `torch.compile`, DDP and FSDP.
 
@@ -64,7 +65,12 @@ def replace(network: nn.Module) -> list[Swap]:
 
     Returns:
         What was swapped or left alone, in the order of `named_modules`.
+
+    Raises:
+        TypeError: a network that is not a module.
     """
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"replace: network must be a torch.nn.Module, got {type(network).__name__}")
     swaps = swapped(network)
     for (was, now, why), count in Counter((s.was, s.now, s.why) for s in swaps).items():
         print(f"{count} × {was} " + (f"→ imf_kernels.nn.{now}" if now else f"left alone: {why}"))
@@ -87,6 +93,7 @@ def swapped(network: nn.Module) -> list[Swap]:
         if key not in verdicts:
             verdicts[key] = _verdict(module, found)
         index, swap.why = verdicts[key]
+        swap.why = swap.why or _unseen(module, found[index])
         if not swap.why:
             _become(module, found[index])
             swap.now = found[index].kind.__name__
@@ -365,6 +372,32 @@ def _difference(module: nn.Module, candidate: _Candidate) -> str:
     except Exception as error:  # of code of other people, which may expect anything
         return f"it cannot be called by itself: {type(error).__name__}: {str(error).splitlines()[0]}"
     return ""
+
+
+def _unseen(module: nn.Module, candidate: _Candidate) -> str:
+    """Returns why a module's parts would miss calls that their hooks see; "" if none does."""
+    hooked = [name for name, part in module.named_modules() if name and modules.has_hooks(part)]
+    if not hooked:
+        return ""
+    try:
+        missed = _called(module, candidate, False) - _called(module, candidate, True)
+    except Exception as error:  # of copying hooks of other people
+        return f"its parts have hooks, and it cannot be called by itself: {type(error).__name__}"
+    names = [name for name in hooked if name in missed]
+    return f"hooks of {', '.join(names)}, which would no longer be called" if names else ""
+
+
+def _called(module: nn.Module, candidate: _Candidate, swapped: bool) -> set[str]:
+    """Returns the names of the parts that a module's forward calls, in evaluation or training."""
+    called: set[str] = set()
+    bare = _bare(copy.deepcopy(module))
+    for name, part in bare.named_modules():
+        part.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+    own = next((p.dtype for p in module.parameters()), torch.float32)
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    for training in (False, True):
+        _outputs(bare, candidate, swapped, own, own, training, device)
+    return called
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ r = (mean(s²) + ε)^(−½) over the last dimension; g and w are one gate and o
 Tangent:  ṡ = ẋ + ḃ · g,  ẏ = (ṡ · r + s · ṙ) · w with ṙ = −r³ · mean(s ṡ).
 Backward: of the norm with c = dy · w and n = s · r:  d = ds + r · (c − n · mean(c n)),  dw = Σ_rows dy · n;
 then dx = d,  db = d · g,  dg = Σ_rows d · b. The gradients of both uses of s are added where they are made.
+Pair:     the same of the duals (s, ṡ), (b, ḃ), (dṡ, ds) and (dẏ, dy): the value of d is dẋ, its tangent dx.
 Source: the blocks of Geng et al., "Improved Mean Flows" (2025, arXiv 2512.02012); the results are those of
 the two operations one after the other.
 Kernels: csrc/ops/gated_residual_rms_norm.h, csrc/cpu/gated_residual_rms_norm.cpp,
@@ -28,7 +29,7 @@ from imf_kernels.backends.layout import (
     or_zeros,
     sums,
 )
-from imf_kernels.backends.operators import Operation, compiled
+from imf_kernels.backends.operators import Operation, PairCall, compiled
 from imf_kernels.dual import Dual, last_rows, no_gradient, stored, tangent_graph
 from imf_kernels.ops import check
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
@@ -116,13 +117,34 @@ def _backward(ctx: Any, dstream: Tensor | None, dy: Tensor | None) -> tuple[Tens
     return None, dx, None, dbranch, None, *of_weights, None, None
 
 
+def _pair_backward(
+    call: PairCall, dstream: Tensor | None, dy: Tensor | None, dstream_dot: Tensor | None,
+    dy_dot: Tensor | None,
+) -> list[Tensor | None]:  # fmt: skip
+    _, x_dot, branch, branch_dot, gate, weight, _, dtype = call.arguments
+    stream, rstd = call.saved[0], call.saved[4]
+    moving = stored(x_dot, branch_dot)
+    assert moving is not None
+    dy, dy_dot = or_zeros(dy, stream, dtype), or_zeros(dy_dot, last_rows(stream, moving), dtype)
+    x_dot, branch, branch_dot, dstream, dstream_dot = (
+        None if t is None else in_rows(t) for t in (x_dot, branch, branch_dot, dstream, dstream_dot)
+    )
+    dx, dx_dot, dbranch, dbranch_dot = (
+        None if t is None else contiguous_like(t) for t in (stream, x_dot, branch, branch_dot)
+    )
+    width = stream.shape[-1]
+    partial, total = sums(call.kernels, stream, 1, rstd.numel(), width, (1, 2, width), 2)
+    call.kernels.pair_backward(
+        *(stream, x_dot, dstream, dstream_dot, dy, dy_dot, branch, branch_dot, as_floats(gate)),
+        *(as_floats(weight), rstd, dx, dx_dot, dbranch, dbranch_dot, partial, total),
+    )
+    dgate, dweight = total.view(2, width).unbind()
+    of_weights = in_dtype(dgate, gate.dtype), in_dtype(dweight, weight.dtype)
+    return [dx, dx_dot, dbranch, dbranch_dot, *of_weights, None, None]
+
+
 _OPERATION = Operation(
-    _NAME,
-    _reference,
-    _check,
-    compiled(_NAME, reduces=True),
-    _forward,
-    _backward,
+    *(_NAME, _reference, _check, compiled(_NAME, reduces=True), _forward, _backward, _pair_backward),
     results=2,
     lay_out=in_rows,
 )

@@ -5,6 +5,8 @@ the identity.
 Tangent:  ẏ = f′(z) · ṅ · w with ṅ = r · (ẋ − mean(ẋ) − n · mean(n ẋ)).
 Backward: with dz = f′(z) · dy, g = dz · w:  dx = r · (g − mean(g) − n · mean(g n)),
           dw = Σ dz · n,  db = Σ dz, over samples and positions.
+Pair:     the same of the duals (x, ẋ) and (dẏ, dy), with ṙ = −r² · mean(n ẋ): the value of dx is dẋ, its
+          tangent the gradient of x; of dw and db the tangents.
 Source: Wu and He, "Group Normalization" (2018); as `torch.nn.functional.group_norm`.
 Kernels: csrc/ops/group_norm.h, csrc/cpu/group_norm.cpp, backends/triton_kernels/group_norm.py.
 """
@@ -24,7 +26,7 @@ from imf_kernels.backends.layout import (
     in_dtype,
     order_of_channels,
 )
-from imf_kernels.backends.operators import Operation, compiled
+from imf_kernels.backends.operators import Operation, PairCall, compiled
 from imf_kernels.dual import TensorOrDual, last_rows, no_gradient, tangent_graph
 from imf_kernels.ops import check
 from imf_kernels.ops.elementwise import SILU
@@ -107,21 +109,47 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, statistics = ctx.saved_tensors
     kernels: _C.group_norm = ctx.kernels
     dx = torch.empty_like(x)
-    sums = x.new_empty((x.shape[0], 2, x.shape[1]), dtype=torch.float32)
     w, b = (None if p is None else as_floats(p) for p in (weight, bias))
     last = ctx.order != torch.contiguous_format
     planes, of_dy, of_dx = (as_planes(t, last) for t in (x, dy.contiguous(memory_format=ctx.order), dx))
+    sums = _sums(x)
     kernels.backward(planes, of_dy, w, b, statistics, of_dx, sums, ctx.silu, last)
-    dbias, dweight = (
-        None if p is None else in_dtype(dp, p.dtype)
-        for p, dp in zip((bias, weight), sums.sum(0), strict=True)
+    return None, dx, None, *_of_parameters(sums, weight, bias), None, None, None
+
+
+def _pair_backward(call: PairCall, dy: Tensor | None, dy_dot: Tensor | None) -> list[Tensor | None]:
+    x_dot, silu = call.arguments[1], call.arguments[-1]
+    x, weight, bias, statistics = call.saved
+    order = order_of_channels(x)
+    x_dot = x_dot.contiguous(memory_format=order)
+    cotangents = (
+        torch.zeros_like(like) if t is None else t.contiguous(memory_format=order)
+        for t, like in ((dy, x), (dy_dot, x_dot))
     )
-    return None, dx, None, dweight, dbias, None, None, None
+    dx, dx_dot = torch.empty_like(x), torch.empty_like(x_dot)
+    last = order != torch.contiguous_format
+    *given, of_dx, of_dx_dot = (as_planes(t, last) for t in (x, x_dot, *cotangents, dx, dx_dot))
+    w, b = (None if p is None else as_floats(p) for p in (weight, bias))
+    sums = _sums(x)
+    call.kernels.pair_backward(*given, w, b, statistics, of_dx, of_dx_dot, sums, silu, last)
+    return [dx, dx_dot, *_of_parameters(sums, weight, bias), None, None, None]
+
+
+def _sums(x: Tensor) -> Tensor:
+    """Returns an empty [N, 2, C], for the gradients of bias and weight by sample."""
+    return x.new_empty((x.shape[0], 2, x.shape[1]), dtype=torch.float32)
+
+
+def _of_parameters(sums: Tensor, weight: Tensor | None, bias: Tensor | None) -> list[Tensor | None]:
+    """Returns the gradients of weight and bias."""
+    dbias, dweight = sums.sum(0)
+    return [None if p is None else in_dtype(dp, p.dtype) for p, dp in ((weight, dweight), (bias, dbias))]
 
 
 _BACKENDS = compiled("group_norm")
 _OPERATION = Operation(
-    "group_norm", _reference, _check, _BACKENDS, _forward, _backward, lay_out=Tensor.contiguous
+    *("group_norm", _reference, _check, _BACKENDS, _forward, _backward, _pair_backward),
+    lay_out=Tensor.contiguous,
 )
 
 

@@ -62,7 +62,7 @@ def group_norm(
     eps: float = 1e-5,
     activation: str | None = None,
 ) -> Tensor:
-    groups = _normalized(input.reshape(input.shape[0], num_groups, -1), eps)
+    groups = _normalized(input.unflatten(1, (num_groups, -1)).flatten(2), eps)
     y, of_channels = groups.reshape(input.shape), (-1, *(1,) * (input.dim() - 2))
     y = y if weight is None else y * weight.view(of_channels)
     y = y if bias is None else y + bias.view(of_channels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -12,8 +13,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from imf_kernels.dual import Dual, is_differentiable, pack, tangent_graph, unpack
-from imf_kernels.transforms.dual_tensors import carries_tangent
-from imf_kernels.transforms.rules import WITHOUT_RULE, NotServed, serves
+from imf_kernels.transforms.dual_tensors import carries_tangent, primal_of
+from imf_kernels.transforms.rules import WITHOUT_RULE, NotServed, serves, update_running_statistics
 
 
 def _of(x: Any) -> tuple[Tensor, Tensor]:
@@ -219,14 +220,11 @@ def _instance_norm(
     input: Tensor, running_mean: Any = None, running_var: Any = None, weight: Any = None, bias: Any = None,
     use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
 ) -> Tensor:  # fmt: skip
-    if use_input_stats and running_mean is None:
-        return F.group_norm(input, input.shape[1], weight, bias, eps)
-    if use_input_stats:
-        raise NotImplementedError(
-            "imf_kernels.jvp: the tangent of instance_norm with running statistics has a wrong gradient in "
-            "PyTorch; without them (track_running_stats=False) or in eval mode it has a right one"
-        )
-    return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    """Of parameters with a tangent."""
+    if not use_input_stats or math.prod(input.shape[2:]) < 2:  # linear in x, or refused by PyTorch
+        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    update_running_statistics(primal_of(input), running_mean, running_var, momentum)
+    return F.group_norm(input, input.shape[1], weight, bias, eps)
 
 
 # Replacements for calls whose rule in PyTorch has no derivative of its own, or a wrong one.

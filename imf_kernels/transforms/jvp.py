@@ -31,12 +31,12 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_true
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imf_kernels.backends.dispatch import constant, logger
-from imf_kernels.dual import Dual, guarded
+from imf_kernels.dual import Dual, guarded, name_of
 from imf_kernels.transforms import normalizers, products  # noqa: F401  (their rules register themselves)
 from imf_kernels.transforms.corrections import (
     REFUSED_IF_DIFFERENTIABLE,
@@ -144,7 +144,7 @@ class _Calls(TorchFunctionMode):
         result, why = _call(func, args, kwargs, self.differentiable)
         self.synchronize()
         path, reason = (OURS, "") if why is None else (_path(result), why.why)
-        self.seen(_name(func), path, reason, time.perf_counter() - start, (args, kwargs), result)
+        self.seen(name_of(func), path, reason, time.perf_counter() - start, (args, kwargs), result)
         return result
 
 
@@ -195,7 +195,7 @@ def _call(
     except (NotImplementedError, RuntimeError) as error:
         if any(words in str(error) for words in ("forward AD", "forward grad")):
             raise NotImplementedError(
-                f"imf_kernels.jvp: {_name(func)} has no forward-mode rule in PyTorch: {error}"
+                f"imf_kernels.jvp: {name_of(func)} has no forward-mode rule in PyTorch: {error}"
             ) from error
         raise
     _refuse_lost_tangents(func, args, kwargs, result)
@@ -281,10 +281,6 @@ def _by_pytorch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], differ
     return func(*args, **kwargs)
 
 
-def _name(func: Any) -> str:
-    return resolve_name(func) or getattr(func, "__qualname__", repr(func))
-
-
 def _path(result: Any) -> str:
     return PYTORCHS if any(map(carries_tangent, pytree.tree_leaves(result))) else NO_TANGENT
 
@@ -296,7 +292,7 @@ def _refuse(func: Any, args: Any, kwargs: Any, reasons: dict[Any, str] = REFUSED
     if func in reasons:
         raise NotImplementedError(f"imf_kernels.jvp: {reasons[func]}")
     raise NotImplementedError(
-        f"imf_kernels.jvp: {_name(func)} is called in torch.inference_mode, which drops tangents; enter "
+        f"imf_kernels.jvp: {name_of(func)} is called in torch.inference_mode, which drops tangents; enter "
         "torch.no_grad in its place"
     )
 
@@ -375,6 +371,8 @@ def jvp(
     """
     for name in of_functional:
         raise TypeError(f"jvp: there is no argument {name!r}{_ADVICE.get(name, '')}")
+    if not isinstance(differentiable, bool):
+        raise TypeError(f"jvp: differentiable must be True or False, got {differentiable!r}")
     return _jvp(func, primals, tangents, strict, has_aux, differentiable, _Calls)
 
 

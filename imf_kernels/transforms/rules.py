@@ -130,9 +130,9 @@ def _scaled_dot_product_attention(
         kv_heads = 1 if all(s[-1:] in ((), (1,)) for s in sizes[1:]) else heads
     if lead is None or batch is None:
         return _SHAPE
+    if attn_mask is not None and _broadcast(attn_mask.shape[:-2], lead) != lead:
+        return _SHAPE  # PyTorch refuses it
     if attn_mask is not None and len(batch) > 1 and attn_mask.dim() > 3:
-        if _broadcast(attn_mask.shape[:-3], batch) != batch:
-            return _SHAPE
         attn_mask = attn_mask.expand(*batch, *attn_mask.shape[-3:]).flatten(0, -4)
     q, k, v = (map_both(last_contiguous, x) for x in (q, k, v))
     q, k, v = (_of_four_dims(x, batch, n) for x, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
@@ -298,14 +298,21 @@ def _instance_norm(
         return _batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     if math.prod(input.shape[2:]) < 2 or not input.shape[1]:
         return _SHAPE
-    if running_mean is not None or running_var is not None:
-        with torch.no_grad():
-            x = input.primal.to(torch.promote_types(input.dtype, torch.float32))
-            var, mean = torch.var_mean(x.flatten(2), -1)
-            for running, now in ((running_mean, mean), (running_var, var)):
-                if running is not None:
-                    running.lerp_(now.mean(0).to(running.dtype), momentum)
+    update_running_statistics(input.primal, running_mean, running_var, momentum)
     return _group_norm_of_dual(input, input.shape[1], weight, bias, eps)
+
+
+@torch.no_grad()
+def update_running_statistics(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+) -> None:
+    """Moves them towards the statistics of x [N, C, ...], of each instance, as F.instance_norm does."""
+    if running_mean is None and running_var is None:
+        return
+    var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2), -1)
+    for running, now in ((running_mean, mean), (running_var, var)):
+        if running is not None:
+            running.lerp_(now.mean(0).to(running.dtype), momentum)
 
 
 @serves(F.batch_norm)

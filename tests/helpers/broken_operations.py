@@ -33,30 +33,42 @@ def wrong(x):
     return x + change
 
 
-def break_result(monkeypatch, case, result, dtype, backend):
-    """Makes the operation give one wrong result, of one dtype on one backend."""
+def bent(x):
+    """x, whose gradient is wrong."""
+    x = x.view_as(x)
+    if x.requires_grad:
+        x.register_hook(wrong)
+    return x
+
+
+def break_result(monkeypatch, case, result, dtype, backend, through_tangents=False):
+    """Makes the operation give one wrong result, of one dtype on one backend.
+
+    through_tangents: only where gradients flow through tangents.
+    """
     call = getattr(ik, case.operation)
     kind, _, which = result.partition(" ")
 
     def hooked(name, x):
-        if name != which.removeprefix("of "):
-            return x
-        primal = ik.primal(x)
-        bent = primal.view_as(primal)
-        if bent.requires_grad:
-            bent.register_hook(wrong)
-        return Dual(bent, x.tangent_rows) if isinstance(x, Dual) else bent
+        which_part = which.removeprefix("of ")
+        if not isinstance(x, Dual):
+            return bent(x) if name == which_part else x
+        primal = bent(x.primal) if name == which_part else x.primal
+        tangent = bent(x.tangent_rows) if f"tangent of {name}" == which_part else x.tangent_rows
+        return Dual(primal, tangent, differentiable=x.differentiable)
 
     def changed(y):
         if not isinstance(y, Dual):
             return wrong(y) if kind == "output" else y
-        if kind == "output":
-            return Dual(wrong(y.primal), y.tangent_rows)
-        return Dual(y.primal, wrong(y.tangent_rows))
+        primal = wrong(y.primal) if kind == "output" else y.primal
+        tangent = y.tangent_rows if kind == "output" else wrong(y.tangent_rows)
+        return Dual(primal, tangent, differentiable=y.differentiable)
 
     def broken(*positional, **options):
-        inputs = [x for x in (*positional, *options.values()) if isinstance(x, (torch.Tensor, Dual))]
-        if options["backend"] != backend or inputs[0].dtype != dtype:
+        leaves = torch.utils._pytree.tree_leaves((positional, options), is_leaf=lambda x: isinstance(x, Dual))
+        inputs = [x for x in leaves if isinstance(x, (torch.Tensor, Dual))]
+        differentiable = any(isinstance(x, Dual) and x.differentiable for x in inputs)
+        if options["backend"] != backend or inputs[0].dtype != dtype or through_tangents > differentiable:
             return call(*positional, **options)
         if kind != "gradient":
             results = call(*positional, **options)

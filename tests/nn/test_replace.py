@@ -280,6 +280,51 @@ def test_hooks_ties_and_flags_are_kept():
     assert seen == ["gate", "whole"]
 
 
+class SwiGLUOfParts(HW.SwiGLU):
+    def __init__(self, dim, hidden):
+        super().__init__(dim, hidden)
+        self.norm, self.drop = nn.Identity(), nn.Dropout(0.0)
+
+    def forward(self, x):
+        return self.drop(self.w2(self.norm(F.silu(self.w1(x)) * self.w3(x))))
+
+
+class BlockOfParts(HW.DiTBlock):
+    def forward(self, x, c):
+        a, b, gate1, d, e, gate2 = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + b) + a)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + e) + d)
+
+
+@pytest.mark.parametrize(
+    ("make", "part", "inputs"),
+    [
+        (lambda: SwiGLUOfParts(8, 16), "drop", [(2, 8)]),
+        (lambda: SwiGLUOfParts(8, 16), "norm", [(2, 8)]),
+        (lambda: BlockOfParts(16, 2), "norm1", [(2, 6, 16), (2, 16)]),
+    ],
+)
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_full_backward_hook"])
+def test_parts_with_hooks_go_on_being_called(make, part, inputs, hook, capsys):
+    network, seen = nn.ModuleList([make(), make()]), []
+    getattr(network[0].get_submodule(part), hook)(lambda *args: seen.append(part))
+    was = type(network[0])
+    swaps = {swap.name: swap for swap in ik.nn.replace(network)}
+    assert type(network[0]) is was and type(network[1]).__module__.startswith("imf_kernels.nn")
+    assert swaps["0"].why == f"hooks of {part}, which would no longer be called" and not seen
+    assert f"left alone: {swaps['0'].why}" in capsys.readouterr().out
+    network[0](*(torch.randn(shape, requires_grad=True) for shape in inputs)).sum().backward()
+    assert seen == [part]
+
+
+@pytest.mark.parametrize("network", [3, nn.Linear, None])
+def test_what_is_not_a_module(network):
+    with pytest.raises(
+        TypeError, match=f"replace: network must be a torch.nn.Module, got {type(network).__name__}"
+    ):
+        ik.nn.replace(network)
+
+
 @pytest.mark.slow
 def test_compiled():
     block = HW.DiTBlock(16, 2, HW.RMSNorm)

@@ -129,6 +129,8 @@ BAD_CALLS = {
         (lambda: SDPA(x(2, 5, 8), HEADS, HEADS), V, "query must be [B, H, L, D] … got [2, 5, 8]"),
         (lambda: SDPA(HEADS, x(2, 5, 3, 8), x(2, 5, 3, 8)), V,
          "key must be [2, 3, L, 8] … query of shape … got [2, 5, 3, 8]; did you pass [B, L, H, D]?"),
+        (lambda: SDPA(HEADS, HEADS, HEADS, x(1, 2, 3, 5, 5)), V,
+         "attn_mask must broadcast to … [2, 3, 5, 5], got [1, 2, 3, 5, 5]"),
         (lambda: SDPA(HEADS, x(2, 3, 5, 4), HEADS), V, "key must be [2, 3, L, 8] … got [2, 3, 5, 4]"),
         (lambda: SDPA(HEADS, x(1, 3, 5, 8), HEADS), V, "key must be [2, 3, L, 8] … got [1, 3, 5, 8]"),
         (lambda: SDPA(HEADS, HEADS, x(2, 3, 6, 8)), V, "value must be [2, 3, 5, D] … got [2, 3, 6, 8]"),

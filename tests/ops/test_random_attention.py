@@ -13,9 +13,9 @@ import random
 
 import pytest
 
-from imf_kernels.backends import cpu
+from imf_kernels.backends import cpu, triton_launch
 from imf_kernels.testing import cases, errors
-from imf_kernels.testing.cases import BF16, FP32
+from imf_kernels.testing.cases import BF16, FP16, FP32
 from tests.helpers.backends import threads
 
 OFFSETS = (0.0, 2.0, 4.0)
@@ -96,3 +96,13 @@ def test_random_shapes(masked, dtype, first):
 @pytest.mark.parametrize("masked", [False, True])
 def test_large_random_shapes(masked, dtype, seed):
     check([seed], dtype, large=True, masked=masked)
+
+
+@pytest.mark.skipif(triton_launch.missing() is not None, reason=str(triton_launch.missing()))
+@pytest.mark.parametrize(
+    ("width", "value_width", "seed"), [(1, 1, 1), (1, 1, 7), (2, 2, 4), (1, 24, 8), (24, 2, 7)]
+)
+def test_narrow_heads_in_triton(width, value_width, seed):
+    """Draws in which P, rounded to ten bits, broke the rule: in a narrow row errors do not average out."""
+    p = errors.problem(cases.attention("narrow", 1, 1, 37, width, 50, value_width), FP16, seed)
+    p.check(p.evaluate("triton"))

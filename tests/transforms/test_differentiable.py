@@ -122,6 +122,13 @@ CALLS = {
     "layer_norm of two dimensions": lambda x: F.layer_norm(x, x.shape[1:], ROW, 1 + ROW),
     "group_norm": lambda x: F.group_norm(x, 2),
     "instance_norm": _instance_norm,
+    "instance_norm of parameters": lambda x: F.instance_norm(x[None], None, None, x[:, 0], x[:, 1]),
+    "instance_norm, tracking, of parameters": lambda x: F.instance_norm(
+        x[None], torch.zeros(3, dtype=x.dtype), torch.ones(3, dtype=x.dtype), x[:, 0], x[:, 1]
+    ),
+    "instance_norm of statistics, of parameters": lambda x: F.instance_norm(
+        x[None], ROW[:3], ROW[3:], x[:, 0], x[:, 1], False
+    ),
     "batch_norm": lambda x: F.batch_norm(x, None, None, ROW, None, True),
     "attention": lambda x: F.scaled_dot_product_attention(x[None], x[None] ** 2, x[None]),
     "attention, causal": _causal,

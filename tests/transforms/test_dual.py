@@ -26,6 +26,8 @@ BAD = {
                     "must be torch.float32 on cpu like its primal, got torch.bfloat16 on cpu"),
     "integer tangent": (lambda: Dual(ones(2), ones(2).long()), ValueError, "got torch.int64 on cpu"),
     "other device": (lambda: Dual(ones(2), ones(2, device="meta")), ValueError, "got torch.float32 on meta"),
+    "differentiable": (lambda: Dual(ones(2), ones(2), differentiable="no"), TypeError,
+                       "differentiable must be True or False, got 'no'"),
     "requires grad": (lambda: Dual(ones(2), ones(2, requires_grad=True)), ValueError,
                       "tangent requires grad, but no gradient flows through tangents; pass tangent.detach()"),
 }  # fmt: skip

@@ -339,6 +339,12 @@ def test_bad_arguments(primals, tangents, error, says):
         ik.jvp(torch.sin, primals, tangents)
 
 
+@pytest.mark.parametrize("differentiable", ["no", 1, None])
+def test_differentiable_is_true_or_false(differentiable):
+    with pytest.raises(TypeError, match=f"jvp: differentiable must be True or False, got {differentiable!r}"):
+        ik.jvp(torch.sin, (X,), (X_DOT,), differentiable=differentiable)
+
+
 def test_bad_results():
     with pytest.raises(TypeError, match=r"with has_aux func must return \(output, aux\), got Tensor"):
         ik.jvp(torch.sin, (X,), (X_DOT,), has_aux=True)

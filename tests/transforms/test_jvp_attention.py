@@ -52,6 +52,32 @@ def test_shapes_that_pytorch_takes(name):
     ]
 
 
+@pytest.mark.parametrize(
+    ("query", "mask"),
+    [
+        ((5, 8), (1, 5, 7)),
+        ((5, 8), (4, 5, 7)),
+        ((3, 5, 8), (1, 3, 5, 7)),
+        ((3, 5, 8), (4, 1, 1, 7)),
+        ((1, 3, 5, 8), (2, 3, 5, 7)),
+        ((2, 3, 5, 8), (1, 2, 3, 5, 7)),
+    ],
+)
+def test_masks_that_do_not_broadcast_to_the_logits_are_refused(query, mask):
+    """With PyTorch's words."""
+    x, kv, mask = torch.randn(query), torch.randn(7, 8), torch.randn(mask)
+
+    def call(x):
+        return F.scaled_dot_product_attention(x, kv, kv, attn_mask=mask)
+
+    plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with plain, pytest.raises(RuntimeError) as wanted:
+        call(x)
+    with pytest.raises(RuntimeError) as got:
+        ik.jvp(call, (x,), (x,))
+    assert str(got.value) == str(wanted.value)
+
+
 class Block(nn.Module):
     """A causal block in the manner of language models, with fewer heads of keys and values."""
 

@@ -13,6 +13,7 @@ from torch._higher_order_ops import map as mapped
 from torch._higher_order_ops import scan, while_loop
 
 import imf_kernels as ik
+from imf_kernels.dual import name_of
 from imf_kernels.transforms import jvp as jvp_module
 from tests.helpers.groups import group_of_one
 
@@ -338,3 +339,20 @@ def test_results_that_are_given(function):
     _, y_dot = ik.jvp(lambda x: function(x, 1, out=None), (x,), (x_dot,))
     _, wanted = torch.func.jvp(lambda x: function(x, 1), (x,), (x_dot,))
     torch.testing.assert_close(y_dot, wanted)
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (torch.mm, "torch.mm"),
+        (torch.spmm, "torch.spmm"),
+        (torch.saddmm, "torch.saddmm"),
+        (torch.linalg.solve, "torch.linalg.solve"),
+        (torch.Tensor.__pow__, "torch.Tensor.__pow__"),
+        (torch.nn.functional.linear, "torch.nn.functional.linear"),
+        (torch.ops.aten.mm.default, "aten.mm.default"),
+    ],
+)
+def test_names_in_messages(function, name):
+    """Also of functions that are equal, as builtins of one implementation are."""
+    assert name_of(function) == name

@@ -40,6 +40,7 @@ from imf_kernels.backends.triton_kernels.attention_parts import (
     dot_rows,
     for_product,
     head_of,
+    in_float32,
     in_units,
     inverse_or_zero,
     load_lse,
@@ -54,6 +55,7 @@ from imf_kernels.backends.triton_kernels.attention_parts import (
     scaled,
     store_tile,
     stride_of,
+    too_narrow,
     zeros_tile,
 )
 from imf_kernels.backends.triton_kernels.attention_tiles import tiles_for
@@ -100,7 +102,7 @@ def _forward_tile(
         if len(k_dot) > 0:
             s_dot = dot_rows(q, load_tile(k_dot, start, length, TILE, WIDTH, PIECES, ALIGN), s_dot)
         weights_dot, weight, dot, shift, moved = centre(
-            weights.to(tl.float32), s_dot * scale, before, dot, shift, dtype, WIDTH
+            weights.to(tl.float32), s_dot * scale, before, dot, shift, dtype
         )
         out_dot = add_dot(plus(scaled(out_dot, decay), decay * moved, out), weights_dot, v_tile)
     else:
@@ -193,8 +195,8 @@ def _backward_q_tile(
     p = probabilities(s, scale, bias, lse[:, None], dtype)
 
     dp = dot_rows(dout, load_tile(v, start, length, TILE, VALUE_WIDTH, VALUE_PIECES, ALIGN), zeros)
-    weights = for_product(p, dtype, WIDTH)
-    ds, weight, dot, shift, moved = centre(weights.to(tl.float32), dp, before, dot, shift, dtype, WIDTH)
+    weights = for_product(p, dtype)
+    ds, weight, dot, shift, moved = centre(weights.to(tl.float32), dp, before, dot, shift, dtype)
     dq = add_dot(plus(dq, moved, mean_k), ds, k_tile)
     mean_k = add_dot(mean_k, weights, k_tile)
     return total + tl.sum(p, 1), weight, dot, shift, mean_k, dq
@@ -268,11 +270,11 @@ def _backward_kv_tile(
     bias = bias_of(mask, b, h, rows[None, :], columns[:, None], queries, keys, CAUSAL, CAUSAL)
     p = probabilities(s, scale, bias, load_lse(lse, rows, length)[None, :], dtype)
     p *= load_row(sums, rows, length, 0.0)[None, :]
-    dv = add_dot(dv, for_product(p, dtype, WIDTH), dout_tile)
+    dv = add_dot(dv, for_product(p, dtype), dout_tile)
     if len(dk) > 0:
         delta = load_row(sums + queries, rows, length, 0.0)
         ds = p * (dot_columns(dout_tile, v, TILE, KEYS) - delta[None, :])
-        dk = add_dot(dk, for_product(ds, dtype, WIDTH), q_tile)
+        dk = add_dot(dk, for_product(ds, dtype), q_tile)
     return dk, dv
 
 
@@ -375,6 +377,9 @@ def forward(
     Tangents belong to the last `out_dot.shape[0]` samples. The others have a separate launch: with registers
     for tangents fewer programs would share a processor.
     """
+    if too_narrow(q, v):
+        given, written = (q, k, v, q_dot, k_dot, v_dot, mask), (out, out_dot, lse)
+        return in_float32(forward, given, written, mask, scale, is_causal)
     (batch, heads, queries, width), (_, kv_heads, keys, value_width) = q.shape, v.shape
     architecture, group = triton_launch.architecture(q), heads // max(kv_heads, 1)
     sizes = heads, group, queries, keys, width, value_width, is_causal, stride_of(mask)
@@ -395,6 +400,8 @@ def backward(
     dk: Tensor | None, dv: Tensor | None, scale: float, is_causal: bool,
 ) -> None:  # fmt: skip
     """Fills those of dq, dk and dv that are not None."""
+    if too_narrow(q, v):
+        return in_float32(backward, (q, k, v, mask, lse, dout), (dq, dk, dv), mask, scale, is_causal)
     (batch, heads, queries, width), (_, kv_heads, keys, value_width) = q.shape, v.shape
     architecture, group = triton_launch.architecture(q), heads // max(kv_heads, 1)
     sizes = group, queries, keys, width, value_width, is_causal, stride_of(mask)

@@ -30,6 +30,7 @@ from imf_kernels.backends.triton_kernels.attention_parts import (
     dot_rows,
     for_product,
     head_of,
+    in_float32,
     in_units,
     inverse_or_zero,
     load_lse,
@@ -42,6 +43,7 @@ from imf_kernels.backends.triton_kernels.attention_parts import (
     scaled,
     store_tile,
     stride_of,
+    too_narrow,
     zeros_tile,
 )
 from imf_kernels.backends.triton_kernels.attention_tiles import tiles_for
@@ -128,16 +130,14 @@ def attention_pair_backward_q(
             length = keys if EDGE else None
             v_dot_tile = load_tile(v_dot_head, start, length, BLOCK_N, VALUE_WIDTH, VALUE_PIECES, ALIGN)
             w = dot_rows(h_tile, v_dot_tile, w)
-        weights = for_product(p, dtype, WIDTH)
+        weights = for_product(p, dtype)
         if MOVES:
             a -= alpha[:, None]
             w = tl.fma(a, s_dot - mu[:, None], w)
-            ds_dot = for_product(p * a, dtype, WIDTH)
+            ds_dot = for_product(p * a, dtype)
             left_over += tl.sum(ds_dot.to(tl.float32), 1)
             dq_dot_sums = add_dot(dq_dot_sums, ds_dot, k_tile)
-        ds, weight, w_sum, shift, moved = centre(
-            weights.to(tl.float32), w, weight, w_sum, shift, dtype, WIDTH
-        )
+        ds, weight, w_sum, shift, moved = centre(weights.to(tl.float32), w, weight, w_sum, shift, dtype)
         dq_sums = add_dot(plus(dq_sums, moved, mean_k), ds, k_tile)
         if k_dot is not None:
             dq_sums = add_dot(dq_sums, ds_dot, k_dot_tile)
@@ -178,7 +178,7 @@ def _columns_tile(
     s = dot_columns(q_tile, k, TILE, KEYS)
     p = probabilities(s, scale, bias, load_lse(lse, rows, length)[None, :], dtype)
     p *= load_row(sums, rows, length, 0.0)[None, :]
-    weights = for_product(p, dtype, WIDTH)
+    weights = for_product(p, dtype)
     w = tl.zeros([KEYS, TILE], tl.float32)
     if len(dout) > 0:
         w = dot_columns(g_tile, v, TILE, KEYS)
@@ -197,18 +197,18 @@ def _columns_tile(
             s_dot += dot_columns(q_tile, k_dot, TILE, KEYS)
         z = s_dot * scale - load_row(sums + queries, rows, length, 0.0)[None, :]
         if len(dv) > 0:
-            dv = add_dot(dv, for_product(p * z, dtype, WIDTH), h_tile)
+            dv = add_dot(dv, for_product(p * z, dtype), h_tile)
         alpha = load_row(sums + 2 * queries, rows, length, 0.0)
         a = dot_columns(h_tile, v, TILE, KEYS) - alpha[None, :]
         w = tl.fma(a, z, w)
-        ds_dot = for_product(p * a, dtype, WIDTH)
+        ds_dot = for_product(p * a, dtype)
         if len(dk_dot) > 0:
             dk_dot = add_dot(dk_dot, ds_dot, q_tile)
         if (len(dk) > 0) & (len(q_dot) > 0):
             dk = add_dot(dk, ds_dot, q_dot_tile)
     if len(dk) > 0:
         beta = load_row(sums + 3 * queries, rows, length, 0.0)
-        dk = add_dot(dk, for_product(p * (w - beta[None, :]), dtype, WIDTH), q_tile)
+        dk = add_dot(dk, for_product(p * (w - beta[None, :]), dtype), q_tile)
     return dk, dv, dk_dot, dv_dot
 
 
@@ -316,14 +316,8 @@ def pair_backward(
     (batch, heads, queries, width), (_, kv_heads, keys, value_width) = q.shape, v.shape
     given = q, k, v, q_dot, k_dot, v_dot, mask, lse, dout, dout_dot
     gradients = dq, dk, dv, dq_dot, dk_dot, dv_dot
-    if q.dtype != torch.float32 and min(width, value_width) < 16:
-        # Too few numbers for the rounding errors of a row to average out.
-        wide = [None if x is None else torch.empty_like(x, dtype=torch.float32) for x in gradients]
-        arguments: list[Any] = [x.float() if x is not None and x.dtype == q.dtype else x for x in given]
-        pair_backward(*arguments, *wide, scale, is_causal)  # type: ignore[call-arg]
-        for x, y in zip(gradients, wide, strict=True):
-            if x is not None and y is not None:
-                x.copy_(y)
+    if too_narrow(q, v):
+        in_float32(pair_backward, given, gradients, mask, scale, is_causal)
         return
     architecture, group = triton_launch.architecture(q), heads // max(kv_heads, 1)
     sizes = group, queries, keys, width, value_width, is_causal, stride_of(mask)

@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -113,12 +116,9 @@ def _precision():
 
 
 @triton.jit
-def for_product(x, dtype: tl.constexpr, WIDTH: tl.constexpr):
-    """Rounds x, however large or small, to `dtype`; instead of to float16 to TF32, which has as many bits.
-
-    So for heads too narrow for errors to average out in a row.
-    """
-    if (dtype == tl.float16) | ((dtype == tl.bfloat16) & (WIDTH < 16)):
+def for_product(x, dtype: tl.constexpr):
+    """Rounds x, however large or small, to `dtype`; instead of to float16 to TF32, which has as many bits."""
+    if dtype == tl.float16:
         bits = x.to(tl.int32, bitcast=True) + 0x1000
         return tl.where(tl.abs(x) < float("inf"), (bits & -0x2000).to(tl.float32, bitcast=True), x)
     else:
@@ -213,7 +213,7 @@ def probabilities(s, scale, bias, lse, dtype: tl.constexpr):
 
 
 @triton.jit
-def centre(p, s_dot, before, dot, shift, dtype: tl.constexpr, WIDTH: tl.constexpr):
+def centre(p, s_dot, before, dot, shift, dtype: tl.constexpr):
     """Returns P (S_dot - shift) of a tile as multiplied, and W, M and shift including the tile.
 
     The new shift is the mean of S_dot so far. It has decreased by `moved`: that times O must be added to A.
@@ -224,7 +224,7 @@ def centre(p, s_dot, before, dot, shift, dtype: tl.constexpr, WIDTH: tl.constexp
     # Without any weight there is no mean.
     mean = tl.where(weight > 0, total / tl.where(weight > 0, weight, 1.0), shift)
     moved = shift - mean
-    centred = for_product(p * (s_dot - mean[:, None]), dtype, WIDTH)
+    centred = for_product(p * (s_dot - mean[:, None]), dtype)
     dot = dot + before * moved + tl.sum(centred.to(tl.float32), 1)
     return centred, weight, dot, mean, moved
 
@@ -271,3 +271,21 @@ def in_units(dtype: torch.dtype, strides: tuple[tuple[int, ...] | None, ...]) ->
     wide = 16 // dtype.itemsize
     align = wide if all(step % wide == 0 for s in strides if s for step in s[:3]) else 1
     return align, tuple(step // align for s in strides for step in (s or (0, 0, 0))[:3])
+
+
+def too_narrow(q: Tensor, v: Tensor) -> bool:
+    """Returns whether rows have too few numbers for the rounding errors of a product to average out."""
+    return q.dtype != torch.float32 and min(q.shape[3], v.shape[3]) < 16
+
+
+def in_float32(
+    run: Callable[..., None], given: Sequence[Tensor | None], written: Sequence[Tensor | None],
+    mask: Tensor | None, *options: Any,
+) -> None:  # fmt: skip
+    """Calls run(*given, *written, *options) on copies in float32, but of the mask, which may be expanded."""
+    copies = [x if x is None or x is mask else x.float() for x in given]
+    wide = [None if x is None else torch.empty_like(x, dtype=torch.float32) for x in written]
+    run(*copies, *wide, *options)
+    for x, y in zip(written, wide, strict=True):
+        if x is not None and y is not None:
+            x.copy_(y)
