@@ -112,10 +112,11 @@ def test_sums_over_shares_of_several_tiles(case, kernels, monkeypatch):
 
 
 def check_twice(case, kernels):
-    p = errors.problem(case, torch.float32)
-    first, second = p.evaluate(kernels), p.evaluate(kernels)
-    p.check(first)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    for differentiable in (False, True):
+        p = errors.problem(case, torch.float32, differentiable=differentiable)
+        first, second = p.evaluate(kernels), p.evaluate(kernels)
+        p.check(first)
+        assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @needs_triton

@@ -69,7 +69,7 @@ def checked(monkeypatch):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_kernel_leaves_its_tensors(case, monkeypatch):
     with running_on("triton"):
-        p = errors.problem(case, dtypes_of(case, "triton")[0])
+        p = errors.problem(case, dtypes_of(case, "triton")[0], differentiable=True)
         with checked(monkeypatch):
             p.evaluate("triton")
             p.evaluate("triton", tangents=False)
