@@ -100,6 +100,16 @@ def times(a, b):
 
 
 @triton.jit
+def add_product(total, a, b):
+    """Adds `of_primal(times(a, b))` to a sum."""
+    if len(a) > 1 and len(b) > 1:
+        total = tl.fma(a[0], b[1], total)
+        return tl.fma(a[1], b[0], total)
+    else:
+        return tl.fma(of_primal(a), of_primal(b), total)
+
+
+@triton.jit
 def mean_of_row(a, WIDTH: tl.constexpr):
     if len(a) > 1:
         return sum_of_row(a[0]) * (1.0 / WIDTH), sum_of_row(a[1]) * (1.0 / WIDTH)

@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from imf_kernels.backends.triton_kernels.duals import (
+    add_product,
     load_cotangents,
     load_dual,
-    of_primal,
     store_gradients,
     times,
 )
@@ -81,10 +81,10 @@ def gated_residual_backward(
         at, at_dot = row * (dy_stride * UNIT) + column, t_row * (dy_dot_stride * UNIT) + column
         d = load_cotangents(dy, at, inside, dy_dot, at_dot, moves)
         at, at_dot = row * (branch_stride * UNIT) + column, t_row * (branch_dot_stride * UNIT) + column
-        db = times(d, load_dual(branch, at, inside, branch_dot, at_dot, moves))
-        dg += of_primal(db)
+        b = load_dual(branch, at, inside, branch_dot, at_dot, moves)
+        dg = add_product(dg, d, b)
         if dy_dot is not None:
-            dg_dot += db[0]
+            dg_dot = tl.fma(d[0], b[0], dg_dot)
         at, at_dot = row * WIDTH + column, t_row * WIDTH + column
         store_gradients(dbranch, at, inside, dbranch_dot, at_dot, moves, times(d, g))
     if dy_dot is None:

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from imf_kernels.backends.triton_kernels.duals import (
+    add_product,
     cotangents,
     dual,
     dual_rstd,
@@ -109,7 +110,7 @@ def gated_residual_rms_norm_backward(
         store_gradients(dx, at, inside, dx_dot, at_dot, moves, d)
         store_gradients(dbranch, at, inside, dbranch_dot, at_dot, moves, times(d, (g,)))
         b = dual(_load(branch, row, branch_stride, column, inside, UNIT), b_dot)
-        dg += of_primal(times(d, b))
+        dg = add_product(dg, d, b)
     store_sums(partial, (dg, dw), column, WIDTH)
 
 

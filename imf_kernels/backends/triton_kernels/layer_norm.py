@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from imf_kernels.backends.triton_kernels.duals import (
+    add_product,
     dual,
     dual_rstd,
     load_cotangents,
@@ -110,11 +111,10 @@ def layer_norm_backward(
         n = times(c, r)
         at, at_dot = row * (dy_stride * UNIT) + column, t_row * (dy_dot_stride * UNIT) + column
         d = load_cotangents(dy, at, inside, dy_dot, at_dot, moves)
-        dn = times(d, n)
-        dscale += of_primal(dn)
+        dscale = add_product(dscale, d, n)
         dshift += of_primal(d)
         if dy_dot is not None:
-            dscale_dot += dn[0]
+            dscale_dot = tl.fma(d[0], n[0], dscale_dot)
             dshift_dot += d[0]
         g = times(d, gain)
         of_n = minus(minus(g, mean_of_row(g, WIDTH)), times(n, mean_of_row(times(g, n), WIDTH)))
