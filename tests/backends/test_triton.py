@@ -112,7 +112,10 @@ def test_sums_over_shares_of_several_tiles(case, kernels, monkeypatch):
 
 
 def check_twice(case, kernels):
+    """The backward of the primal, and that of the pair, which is deterministic."""
     p = errors.problem(case, torch.float32)
+    p.check(p.evaluate(kernels))
+    p = errors.problem(case, torch.float32, differentiable=True)
     first, second = p.evaluate(kernels), p.evaluate(kernels)
     p.check(first)
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -69,7 +69,9 @@ def checked(monkeypatch):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_kernel_leaves_its_tensors(case, monkeypatch):
     with running_on("triton"):
-        p = errors.problem(case, dtypes_of(case, "triton")[0])
+        # Attention's backward of the pair is too slow in the interpreter for every case.
+        differentiable = case.operation != "scaled_dot_product_attention"
+        p = errors.problem(case, dtypes_of(case, "triton")[0], differentiable=differentiable)
         with checked(monkeypatch):
             p.evaluate("triton")
             p.evaluate("triton", tangents=False)

@@ -1,4 +1,7 @@
-"""SiLU and GELU with their tangents, and their primal backward. Formulas: imf_kernels/ops/elementwise.py."""
+"""SiLU and GELU with their tangents, their primal backward and that of the pair.
+
+Formulas: imf_kernels/ops/elementwise.py.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from imf_kernels.backends.triton_kernels.duals import (
+    chain,
+    load_cotangents,
+    load_dual,
+    store_gradients,
+    times,
+)
 from imf_kernels.backends.triton_launch import Launcher
 
 _BLOCK = 1024
@@ -26,14 +36,30 @@ def silu_derivative(x, s):
 
 
 @triton.jit
+def silu_curvature(x, s):
+    """Returns the derivative of silu_derivative: s (1 − s) (2 + x (1 − 2 s))."""
+    return s * (1.0 - s) * tl.fma(x, 1.0 - 2.0 * s, 2.0)
+
+
+@triton.jit
+def dual_silu(x):
+    """Returns SiLU and its derivative, of a dual."""
+    s = sigmoid(x[0])
+    slope = silu_derivative(x[0], s)
+    return chain(x[0] * s, slope, x), chain(slope, silu_curvature(x[0], s), x)
+
+
+@triton.jit
 def _gate(x, FUNCTION: tl.constexpr):
-    """Returns the factor s of y = x s, and y's derivative."""
+    """Returns the factor s of y = x s, and y's first and second derivative."""
     if FUNCTION == "silu":
         s = sigmoid(x)
-        slope = silu_derivative(x, s)
+        slope, curvature = silu_derivative(x, s), silu_curvature(x, s)
     elif FUNCTION == "gelu":
         s = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        slope = tl.fma(x, 0.3989422804014327 * tl.exp(-0.5 * x * x), s)
+        s_slope = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        slope = tl.fma(x, s_slope, s)
+        curvature = tl.fma(x, -x * s_slope, 2.0 * s_slope)
     else:
         # (1 + tanh(v / 2)) / 2 = 1 / (1 + e^(−v)). Its values at |v| and −|v| are computed without
         # cancellation from e^(−|v|), which cannot overflow; their product is its derivative on either side.
@@ -43,9 +69,15 @@ def _gate(x, FUNCTION: tl.constexpr):
         above = 1.0 / (1.0 + e)
         below = e * above
         s = tl.where(v < 0.0, below, above)
-        s_slope = above * below * (1.5957691216057308 * tl.fma(square, 3 * 0.044715, 1.0))
+        v_slope = 1.5957691216057308 * tl.fma(square, 3 * 0.044715, 1.0)
+        s_slope = above * below * v_slope
         slope = tl.fma(x, s_slope, s)
-    return s, slope
+        # s″ = s (1 − s) ((1 − 2 s) v′² + v″), with 1 − 2 s = s(−v) − s(v).
+        turned = tl.where(v < 0.0, above - below, below - above)
+        v_curvature = 1.5957691216057308 * 6 * 0.044715 * x
+        s_curvature = tl.fma(s_slope, turned * v_slope, above * below * v_curvature)
+        curvature = tl.fma(x, s_curvature, 2.0 * s_slope)
+    return s, slope, curvature
 
 
 @triton.jit(do_not_specialize=["first_tangent", "elements"])
@@ -56,7 +88,7 @@ def elementwise_forward(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < elements.to(tl.int64) * UNIT
     xi = tl.load(x + i, mask=inside, other=0.0).to(tl.float32)
-    s, slope = _gate(xi, FUNCTION)
+    s, slope, _ = _gate(xi, FUNCTION)
     tl.store(y + i, xi * s, mask=inside)
     if x_dot is not None:
         j = i - first_tangent.to(tl.int64) * UNIT
@@ -65,16 +97,19 @@ def elementwise_forward(
         tl.store(y_dot + j, slope * ti, mask=inside)
 
 
-@triton.jit(do_not_specialize=["elements"])
+@triton.jit(do_not_specialize=["first_tangent", "elements"])
 def elementwise_backward(
-    x, dy, dx, elements, FUNCTION: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, x_dot, dy, dy_dot, dx, dx_dot, first_tangent, elements,
+    FUNCTION: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < elements.to(tl.int64) * UNIT
-    xi = tl.load(x + i, mask=inside, other=0.0).to(tl.float32)
-    d = tl.load(dy + i, mask=inside, other=0.0).to(tl.float32)
-    _, slope = _gate(xi, FUNCTION)
-    tl.store(dx + i, d * slope, mask=inside)
+    j = i - first_tangent.to(tl.int64) * UNIT
+    moves = inside & (j >= 0)
+    xi = load_dual(x, i, inside, x_dot, j, moves)
+    d = load_cotangents(dy, i, inside, dy_dot, j, moves)
+    _, slope, curvature = _gate(xi[0], FUNCTION)
+    store_gradients(dx, i, inside, dx_dot, j, moves, times(d, chain(slope, curvature, xi)))
 
 
 class Elementwise:
@@ -91,16 +126,25 @@ class Elementwise:
         )
 
     def forward(self, x: Tensor, x_dot: Tensor | None, y: Tensor, y_dot: Tensor | None) -> None:
+        unit, grid, numbers = self._counts(x, x_dot)
+        self._forward[unit](grid, (x, x_dot, y, y_dot), *numbers)
+
+    def backward(self, x: Tensor, dy: Tensor, dx: Tensor) -> None:
+        self.pair_backward(x, None, dy, None, dx, None)
+
+    def pair_backward(
+        self, x: Tensor, x_dot: Tensor | None, dy: Tensor, dy_dot: Tensor | None, dx: Tensor,
+        dx_dot: Tensor | None,
+    ) -> None:  # fmt: skip
+        unit, grid, numbers = self._counts(x, x_dot)
+        self._backward[unit](grid, (x, x_dot, dy, dy_dot, dx, dx_dot), *numbers)
+
+    def _counts(self, x: Tensor, x_dot: Tensor | None) -> tuple[int, tuple[int, int], tuple[int, int]]:
+        """Returns the unit, the grid, and the first tangent and the number of elements in units."""
         elements = x.numel()
         first_tangent = elements - (0 if x_dot is None else x_dot.numel())
         unit = math.gcd(16, elements, first_tangent)
-        grid = -(-elements // _BLOCK), 1
-        self._forward[unit](grid, (x, x_dot, y, y_dot), first_tangent // unit, elements // unit)
-
-    def backward(self, x: Tensor, dy: Tensor, dx: Tensor) -> None:
-        elements = x.numel()
-        unit = math.gcd(16, elements)
-        self._backward[unit]((-(-elements // _BLOCK), 1), (x, dy, dx), elements // unit)
+        return unit, (-(-elements // _BLOCK), 1), (first_tangent // unit, elements // unit)
 
 
 silu, gelu, gelu_tanh = Elementwise("silu"), Elementwise("gelu"), Elementwise("gelu_tanh")

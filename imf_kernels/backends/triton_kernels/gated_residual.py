@@ -1,4 +1,7 @@
-"""Gated residual with its tangent, and its primal backward. Formulas: imf_kernels/ops/gated_residual.py."""
+"""Gated residual with its tangent, its primal backward and that of the pair.
+
+Formulas: imf_kernels/ops/gated_residual.py.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from imf_kernels.backends.triton_kernels.rows import RowKernel, count_rows, group_and_position, row_of_group
+from imf_kernels.backends.triton_kernels.duals import (
+    add_product,
+    load_cotangents,
+    load_dual,
+    store_gradients,
+    times,
+)
+from imf_kernels.backends.triton_kernels.rows import (
+    RowKernel,
+    count_rows,
+    dual_row_of_group,
+    group_and_position,
+    row_of_group,
+    store_sums,
+)
 from imf_kernels.backends.triton_kernels.rows import shares as shares_of_rows
 
 _WIDEST = 1024
@@ -44,25 +61,36 @@ def gated_residual_forward(
         tl.store(y_dot + t_row * WIDTH + column, out_dot, mask=inside)
 
 
-@triton.jit(do_not_specialize=["length", "share"])
+@triton.jit(do_not_specialize=["first_tangent", "length", "share"])
 def gated_residual_backward(
-    dy, branch, gate, dbranch, partial, dy_stride, branch_stride, length, share,
+    dy, dy_dot, branch, branch_dot, gate, gate_dot, dbranch, dbranch_dot, partial,
+    dy_stride, dy_dot_stride, branch_stride, branch_dot_stride, first_tangent, length, share,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     group, first = group_and_position(length, share)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    g = row_of_group(gate, group, column, WIDTH)
+    g = dual_row_of_group(gate, group, gate_dot, group - first_tangent // length, column, WIDTH)
     dg = tl.zeros((ROWS, BLOCK), tl.float32)
+    dg_dot = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, share, ROWS):
         position = first + start + tl.arange(0, ROWS)[:, None]
         row = group * length + position
         inside = (position < length) & (column < WIDTH)
-        d = tl.load(dy + row * (dy_stride * UNIT) + column, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(branch + row * (branch_stride * UNIT) + column, mask=inside, other=0.0).to(tl.float32)
-        dg = tl.fma(d, b, dg)
-        tl.store(dbranch + row * WIDTH + column, d * g, mask=inside)
-    dg = tl.sum(dg, axis=0, keep_dims=True)
-    tl.store(partial + tl.program_id(0).to(tl.int64) * WIDTH + column, dg, mask=column < WIDTH)
+        t_row = row - first_tangent
+        moves = inside & (t_row >= 0)
+        at, at_dot = row * (dy_stride * UNIT) + column, t_row * (dy_dot_stride * UNIT) + column
+        d = load_cotangents(dy, at, inside, dy_dot, at_dot, moves)
+        at, at_dot = row * (branch_stride * UNIT) + column, t_row * (branch_dot_stride * UNIT) + column
+        b = load_dual(branch, at, inside, branch_dot, at_dot, moves)
+        dg = add_product(dg, d, b)
+        if dy_dot is not None:
+            dg_dot = tl.fma(d[0], b[0], dg_dot)
+        at, at_dot = row * WIDTH + column, t_row * WIDTH + column
+        store_gradients(dbranch, at, inside, dbranch_dot, at_dot, moves, times(d, g))
+    if dy_dot is None:
+        store_sums(partial, (dg,), column, WIDTH)
+    else:
+        store_sums(partial, (dg, dg_dot), column, WIDTH)
 
 
 _FORWARD, _BACKWARD = (
@@ -89,5 +117,13 @@ def forward(
 def backward(
     dy: Tensor, branch: Tensor, gate: Tensor, dbranch: Tensor, partial: Tensor, dgate: Tensor
 ) -> None:
-    rows = count_rows(branch, branch.shape[-1])
-    _BACKWARD.sum((dy, branch), (dy, branch, gate, dbranch), (), rows, partial, dgate)
+    pair_backward(dy, None, branch, None, gate, None, dbranch, None, partial, dgate)
+
+
+def pair_backward(
+    dy: Tensor, dy_dot: Tensor | None, branch: Tensor, branch_dot: Tensor | None, gate: Tensor,
+    gate_dot: Tensor | None, dbranch: Tensor, dbranch_dot: Tensor | None, partial: Tensor, sums: Tensor,
+) -> None:  # fmt: skip
+    width, strided = branch.shape[-1], (dy, dy_dot, branch, branch_dot)
+    rows, tensors = count_rows(branch, width), (*strided, gate, gate_dot, dbranch, dbranch_dot)
+    _BACKWARD.sum(strided, tensors, (rows - count_rows(dy_dot, width),), rows, partial, sums)

@@ -1,4 +1,4 @@
-"""Gated residual and the RMSNorm that follows it, with tangents, and the primal backward.
+"""Gated residual and the RMSNorm that follows it, with tangents, the primal backward and that of the pair.
 
 Formulas: imf_kernels/ops/gated_residual_rms_norm.py.
 """
@@ -9,8 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from imf_kernels.backends.triton_kernels.duals import (
+    add_product,
+    cotangents,
+    dual,
+    dual_rstd,
+    load_cotangents,
+    of_primal,
+    store_gradients,
+    times,
+)
 from imf_kernels.backends.triton_kernels.rms_norm import backward_of_norm, inverse_rms, tangent_of_norm
-from imf_kernels.backends.triton_kernels.rows import RowKernel, count_rows
+from imf_kernels.backends.triton_kernels.rows import RowKernel, count_rows, store_sums
 from imf_kernels.backends.triton_kernels.rows import shares as shares
 
 
@@ -52,10 +62,12 @@ def gated_residual_rms_norm_forward(
         tl.store(y_dot + t_row * WIDTH + column, out_dot, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "share"])
+@triton.jit(do_not_specialize=["first_tangent", "rows", "share"])
 def gated_residual_rms_norm_backward(
-    stream, dstream, dy, branch, gate, weight, rstd, dx, dbranch, partial,
-    stream_stride, dstream_stride, dy_stride, branch_stride, rows, share,
+    stream, x_dot, dstream, dstream_dot, dy, dy_dot, branch, branch_dot, gate, weight, rstd,
+    dx, dx_dot, dbranch, dbranch_dot, partial,
+    stream_stride, x_dot_stride, dstream_stride, dstream_dot_stride, dy_stride, dy_dot_stride,
+    branch_stride, branch_dot_stride, first_tangent, rows, share,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -67,19 +79,39 @@ def gated_residual_rms_norm_backward(
     for start in range(0, share, ROWS):
         row = program * share + start + tl.arange(0, ROWS)[:, None]
         inside = (row < rows) & (column < WIDTH)
-        r = tl.load(rstd + row, mask=row < rows, other=0.0)
-        n = _load(stream, row, stream_stride, column, inside, UNIT) * r
-        dn = _load(dy, row, dy_stride, column, inside, UNIT)
-        dw += dn * n
-        d = backward_of_norm(n, dn * w, r, WIDTH)
+        t_row = row - first_tangent
+        moves = inside & (t_row >= 0)
+        s_dot, b_dot = None, None
+        if dy_dot is not None:
+            s_dot = tl.zeros((ROWS, BLOCK), tl.float32)
+            if x_dot is not None:
+                s_dot += _load(x_dot, t_row, x_dot_stride, column, moves, UNIT)
+            if branch_dot is not None:
+                b_dot = _load(branch_dot, t_row, branch_dot_stride, column, moves, UNIT)
+                s_dot = tl.fma(b_dot, g, s_dot)
+            # It is normalised as rounded, like the stream.
+            s_dot = s_dot.to(stream.dtype.element_ty).to(tl.float32)
+        s = dual(_load(stream, row, stream_stride, column, inside, UNIT), s_dot)
+        r = dual_rstd(s, tl.load(rstd + row, mask=row < rows, other=0.0), WIDTH)
+        n = times(s, r)
+        at, at_dot = row * (dy_stride * UNIT) + column, t_row * (dy_dot_stride * UNIT) + column
+        dn = load_cotangents(dy, at, inside, dy_dot, at_dot, moves)
+        dw += of_primal(times(dn, n))
+        d = backward_of_norm(n, times(dn, (w,)), r, WIDTH)
+        of_s, of_s_dot = of_primal(d), None
         if dstream is not None:
-            d += _load(dstream, row, dstream_stride, column, inside, UNIT)
-        tl.store(dx + row * WIDTH + column, d, mask=inside)
-        tl.store(dbranch + row * WIDTH + column, d * g, mask=inside)
-        dg = tl.fma(d, _load(branch, row, branch_stride, column, inside, UNIT), dg)
-    at = partial + program * (2 * WIDTH) + column
-    tl.store(at, tl.sum(dg, axis=0, keep_dims=True), mask=column < WIDTH)
-    tl.store(at + WIDTH, tl.sum(dw, axis=0, keep_dims=True), mask=column < WIDTH)
+            of_s += _load(dstream, row, dstream_stride, column, inside, UNIT)
+        if dy_dot is not None:
+            of_s_dot = d[0]
+            if dstream_dot is not None:
+                of_s_dot += _load(dstream_dot, t_row, dstream_dot_stride, column, moves, UNIT)
+        d = cotangents(of_s, of_s_dot)
+        at, at_dot = row * WIDTH + column, t_row * WIDTH + column
+        store_gradients(dx, at, inside, dx_dot, at_dot, moves, d)
+        store_gradients(dbranch, at, inside, dbranch_dot, at_dot, moves, times(d, (g,)))
+        b = dual(_load(branch, row, branch_stride, column, inside, UNIT), b_dot)
+        dg = add_product(dg, d, b)
+    store_sums(partial, (dg, dw), column, WIDTH)
 
 
 _FORWARD, _BACKWARD = RowKernel(gated_residual_rms_norm_forward), RowKernel(gated_residual_rms_norm_backward)
@@ -98,5 +130,19 @@ def backward(
     stream: Tensor, dstream: Tensor | None, dy: Tensor, branch: Tensor, gate: Tensor, weight: Tensor,
     rstd: Tensor, dx: Tensor, dbranch: Tensor, partial: Tensor, sums: Tensor,
 ) -> None:  # fmt: skip
-    tensors = stream, dstream, dy, branch, gate, weight, rstd, dx, dbranch
-    _BACKWARD.sum(tensors[:4], tensors, (), rstd.numel(), partial, sums)
+    pair_backward(
+        *(stream, None, dstream, None, dy, None, branch, None, gate, weight, rstd),
+        *(dx, None, dbranch, None, partial, sums),
+    )
+
+
+def pair_backward(
+    stream: Tensor, x_dot: Tensor | None, dstream: Tensor | None, dstream_dot: Tensor | None, dy: Tensor,
+    dy_dot: Tensor | None, branch: Tensor, branch_dot: Tensor | None, gate: Tensor, weight: Tensor,
+    rstd: Tensor, dx: Tensor, dx_dot: Tensor | None, dbranch: Tensor, dbranch_dot: Tensor | None,
+    partial: Tensor, sums: Tensor,
+) -> None:  # fmt: skip
+    strided = stream, x_dot, dstream, dstream_dot, dy, dy_dot, branch, branch_dot
+    tensors = *strided, gate, weight, rstd, dx, dx_dot, dbranch, dbranch_dot
+    rows = rstd.numel()
+    _BACKWARD.sum(strided, tensors, (rows - count_rows(dy_dot, weight.numel()),), rows, partial, sums)

@@ -1,5 +1,8 @@
-"""GroupNorm with its tangent, optionally followed by SiLU, and its primal backward. Formulas:
-imf_kernels/ops/group_norm.py. A group's values are counted in memory order, and cut into chunks of BLOCK."""
+"""GroupNorm with its tangent, optionally followed by SiLU, its primal backward and that of the pair.
+
+Formulas: imf_kernels/ops/group_norm.py. A group's values are counted in memory order, and cut into chunks of
+BLOCK.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from imf_kernels.backends.triton_kernels.elementwise import sigmoid, silu_derivative
+from imf_kernels.backends.triton_kernels.duals import (
+    chain,
+    cotangents,
+    dual,
+    load_cotangents,
+    load_dual,
+    minus,
+    of_primal,
+    store_gradients,
+    times,
+)
+from imf_kernels.backends.triton_kernels.elementwise import dual_silu, sigmoid, silu_derivative
 from imf_kernels.backends.triton_kernels.rows import sum_of_row
 from imf_kernels.backends.triton_launch import Launcher, Tensors
 
@@ -185,24 +199,55 @@ def group_norm_forward(
         tl.store(y_dot + at_dot, z_dot, mask=moves)
 
 
+@triton.jit(do_not_specialize=["positions", "chunks"])
+def group_norm_tangents(
+    partial, statistics, tangents, positions, chunks,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes the tangents of a group's mean and of r: ṙ = −r² mean(n ẋ), multiplied so that only it can
+    overflow."""
+    unit, size = tl.program_id(0).to(tl.int64), positions * UNIT * WIDTH
+    _, _, _, mean_dot, products = _merge(partial + unit * chunks * 5, chunks, size, BLOCK, True)
+    r = tl.load(statistics + unit * 3 + 2)
+    out = tangents + unit * 2 + tl.zeros((1, 1), tl.int32)
+    tl.store(out, mean_dot)
+    tl.store(out + 1, -r * (r * (r * tl.div_rn(products, size.to(tl.float32)))))
+
+
+@triton.jit
+def _normalized(x, statistics, tangents, unit, t_unit, exists):
+    """Returns n and r of values x, duals."""
+    mean = tl.load(statistics + unit * 3, mask=exists, other=0.0)
+    correction = tl.load(statistics + unit * 3 + 1, mask=exists, other=0.0)
+    c_dot, r_dot = None, None
+    if len(x) > 1:
+        moves = exists & (t_unit >= 0)
+        c_dot = x[1] - tl.load(tangents + t_unit * 2, mask=moves, other=0.0)
+        r_dot = tl.load(tangents + t_unit * 2 + 1, mask=moves, other=0.0)
+    r = dual(tl.load(statistics + unit * 3 + 2, mask=exists, other=0.0), r_dot)
+    return times(dual(x[0] - mean - correction, c_dot), r), r
+
+
 @triton.jit
 def _cotangent(n, dy, weight, bias, channel, inside, SILU: tl.constexpr):
-    """Returns the cotangent of z = n weight + bias, and the weight."""
-    w = _parameter(weight, channel, inside, 1.0)
+    """Returns the cotangent of z = n weight + bias, of duals, and the weight."""
+    w = (_parameter(weight, channel, inside, 1.0),)
     dz = dy
     if SILU:
-        z = tl.fma(n, w, _parameter(bias, channel, inside, 0.0))
-        dz = dy * silu_derivative(z, sigmoid(z))
+        z = tl.fma(n[0], w[0], _parameter(bias, channel, inside, 0.0))
+        _, slope = dual_silu(chain(z, w[0], n))
+        dz = times(dy, slope)
     return dz, w
 
 
-@triton.jit(do_not_specialize=["positions", "shares"])
+@triton.jit(do_not_specialize=["first_tangent", "positions", "shares"])
 def group_norm_sums(
-    x, dy, weight, bias, statistics, partial, positions, shares,
+    x, x_dot, dy, dy_dot, weight, bias, statistics, tangents, partial, first_tangent, positions, shares,
     SILU: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Writes the sums of dz and of dz n of ROWS channels, over TILES tiles of BLOCK positions."""
+    """Writes the sums of dz and of dz n of ROWS channels, over TILES tiles of BLOCK positions; of duals their
+    tangents, which are the gradients of bias and weight, then their values."""
     positions = positions * UNIT
     channels = GROUPS * WIDTH
     blocks = tl.cdiv(channels, ROWS)
@@ -210,12 +255,11 @@ def group_norm_sums(
     sample = (block // blocks).to(tl.int64)
     channel = block % blocks * ROWS + tl.arange(0, ROWS)[:, None]
     exists = channel < channels
-    at = statistics + (sample * GROUPS + channel // WIDTH) * 3
-    mean = tl.load(at, mask=exists, other=0.0)
-    correction = tl.load(at + 1, mask=exists, other=0.0)
-    r = tl.load(at + 2, mask=exists, other=0.0)
+    unit, first = sample * GROUPS + channel // WIDTH, first_tangent.to(tl.int64)
     dbias = tl.zeros((ROWS, BLOCK), tl.float32)
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
+    dbias_dot = tl.zeros((ROWS, BLOCK), tl.float32)
+    dweight_dot = tl.zeros((ROWS, BLOCK), tl.float32)
     for tile in range(TILES):
         position = (share * TILES + tile) * BLOCK + tl.arange(0, BLOCK)[None, :]
         inside = exists & (position < positions)
@@ -223,47 +267,75 @@ def group_norm_sums(
             of_value = (sample * positions + position) * channels + channel
         else:
             of_value = (sample * channels + channel) * positions + position
-        xi = tl.load(x + of_value, mask=inside, other=0.0).to(tl.float32)
-        d = tl.load(dy + of_value, mask=inside, other=0.0).to(tl.float32)
-        n = (xi - mean - correction) * r
+        of_dot = of_value - first * positions * channels
+        moves = inside & (of_dot >= 0)
+        xi = load_dual(x, of_value, inside, x_dot, of_dot, moves)
+        d = load_cotangents(dy, of_value, inside, dy_dot, of_dot, moves)
+        n, _ = _normalized(xi, statistics, tangents, unit, unit - first * GROUPS, exists)
         dz, _ = _cotangent(n, d, weight, bias, channel, exists, SILU)
-        dz = tl.where(inside, dz, 0.0)
-        dbias += dz
-        dweight = tl.fma(dz, tl.where(inside, n, 0.0), dweight)
-    out = partial + (sample * shares + share) * (2 * channels) + channel
-    tl.store(out, tl.sum(dbias, axis=1, keep_dims=True), mask=exists)
-    tl.store(out + channels, tl.sum(dweight, axis=1, keep_dims=True), mask=exists)
+        dzn = times(dz, n)
+        dbias += tl.where(inside, of_primal(dz), 0.0)
+        dweight += tl.where(inside, of_primal(dzn), 0.0)
+        if dy_dot is not None:
+            dbias_dot += tl.where(inside, dz[0], 0.0)
+            dweight_dot += tl.where(inside, dzn[0], 0.0)
+    at = sample * shares + share
+    if dy_dot is None:
+        _store_sums(partial, at, (dbias, dweight), channel, channels)
+    else:
+        _store_sums(partial, at, (dbias, dweight, dbias_dot, dweight_dot), channel, channels)
 
 
-@triton.jit(do_not_specialize=["positions", "chunks"])
+@triton.jit
+def _store_sums(partial, at, sums, channel, channels):
+    """Stores the sums over positions of tiles [ROWS, BLOCK] into partial [shares, sums, channels]."""
+    out = partial + at * (len(sums) * channels) + channel
+    for i in tl.static_range(len(sums)):
+        total = tl.sum(sums[i], axis=1, keep_dims=True)
+        tl.store(out + i * channels, total, mask=channel < channels)
+
+
+@triton.jit
+def _mean_over_group(sums, weight, channel, WIDTH: tl.constexpr, count):
+    """Returns the mean of w times sums over positions, of the WIDTH channels of a group from `channel` on."""
+    total = tl.zeros((1, _MOST_PARTS), tl.float32)
+    for first in range(0, WIDTH, _MOST_PARTS):
+        i = first + tl.arange(0, _MOST_PARTS)[None, :]
+        w = _parameter(weight, channel + i, i < WIDTH, 1.0)
+        total = tl.fma(w, tl.load(sums + channel + i, mask=i < WIDTH, other=0.0), total)
+    return tl.div_rn(sum_of_row(total), count)
+
+
+@triton.jit(do_not_specialize=["first_tangent", "positions", "chunks"])
 def group_norm_backward(
-    x, dy, weight, bias, statistics, dx, sums, positions, chunks,
+    x, x_dot, dy, dy_dot, weight, bias, statistics, tangents, dx, dx_dot, sums,
+    first_tangent, positions, chunks,
     SILU: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     positions = positions * UNIT
     unit, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     sample, group = unit // GROUPS, unit % GROUPS
-    sums_g = tl.zeros((1, _MOST_PARTS), tl.float32)
-    sums_gn = tl.zeros((1, _MOST_PARTS), tl.float32)
-    for first in range(0, WIDTH, _MOST_PARTS):
-        i = first + tl.arange(0, _MOST_PARTS)[None, :]
-        at = sums + sample * (2 * GROUPS * WIDTH) + group * WIDTH + i
-        w = _parameter(weight, group * WIDTH + i, i < WIDTH, 1.0)
-        sums_g = tl.fma(w, tl.load(at, mask=i < WIDTH, other=0.0), sums_g)
-        sums_gn = tl.fma(w, tl.load(at + GROUPS * WIDTH, mask=i < WIDTH, other=0.0), sums_gn)
+    first, channels = first_tangent.to(tl.int64), GROUPS * WIDTH
     count = (positions * WIDTH).to(tl.float32)
-    mean_g, mean_gn = tl.div_rn(sum_of_row(sums_g), count), tl.div_rn(sum_of_row(sums_gn), count)
+    at = sums + sample * ((2 if dy_dot is None else 4) * channels)
+    mean_g = _mean_over_group(at, weight, group * WIDTH, WIDTH, count)
+    mean_gn = _mean_over_group(at + channels, weight, group * WIDTH, WIDTH, count)
+    mean_g_dot, mean_gn_dot = None, None
+    if dy_dot is not None:
+        mean_g_dot = _mean_over_group(at + 2 * channels, weight, group * WIDTH, WIDTH, count)
+        mean_gn_dot = _mean_over_group(at + 3 * channels, weight, group * WIDTH, WIDTH, count)
     inside, channel, at = _values(chunk, positions, GROUPS, WIDTH, LAST, BLOCK)
     at += _first(sample, group, positions, GROUPS, WIDTH, LAST)
-    xi = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    d = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.load(statistics + unit * 3)
-    correction = tl.load(statistics + unit * 3 + 1)
-    r = tl.load(statistics + unit * 3 + 2)
-    n = (xi - mean - correction) * r
+    at_dot = at - first * positions * channels
+    moves = inside & (at_dot >= 0)
+    xi = load_dual(x, at, inside, x_dot, at_dot, moves)
+    d = load_cotangents(dy, at, inside, dy_dot, at_dot, moves)
+    n, r = _normalized(xi, statistics, tangents, unit, unit - first * GROUPS, unit >= 0)
     dz, w = _cotangent(n, d, weight, bias, channel + group * WIDTH, inside, SILU)
-    tl.store(dx + at, r * (dz * w - mean_g - n * mean_gn), mask=inside)
+    of_n = minus(times(dz, w), cotangents(mean_g, mean_g_dot))
+    dxi = times(r, minus(of_n, times(n, cotangents(mean_gn, mean_gn_dot))))
+    store_gradients(dx, at, inside, dx_dot, at_dot, moves, dxi)
 
 
 class _Kernel:
@@ -299,7 +371,9 @@ class _Shape:
 
 
 _MOMENTS, _FORWARD = _Kernel(group_norm_moments), _Kernel(group_norm_forward)
-_SUMS, _BACKWARD = _Kernel(group_norm_sums), _Kernel(group_norm_backward)
+_TANGENTS, _SUMS, _BACKWARD = (
+    _Kernel(kernel) for kernel in (group_norm_tangents, group_norm_sums, group_norm_backward)
+)
 
 
 def _power_of_two(n: int, most: int) -> int:
@@ -325,7 +399,31 @@ def backward(
     x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor, dx: Tensor,
     sums: Tensor, silu: bool, channels_last: bool,
 ) -> None:  # fmt: skip
+    pair_backward(x, None, dy, None, weight, bias, statistics, dx, None, sums, silu, channels_last)
+
+
+def _tangents(s: _Shape, x: Tensor, x_dot: Tensor, statistics: Tensor, first: int) -> Tensor:
+    """Returns the tangents of mean and r of the groups of samples from `first` on, which have tangents."""
+    units = x_dot.shape[0] * s.groups
+    partial = statistics.new_empty((units, s.chunks, 5))
+    tangents = statistics.new_empty((units, 2))
+    _MOMENTS(s, units * s.chunks, (x[first:], x_dot, partial), 0, s.units, s.chunks, **s.chunk)
+    tensors = partial, statistics[first:], tangents
+    _TANGENTS(s, units if s.chunks else 0, tensors, s.units, s.chunks, **s.chunk)
+    return tangents
+
+
+def pair_backward(
+    x: Tensor, x_dot: Tensor | None, dy: Tensor, dy_dot: Tensor | None, weight: Tensor | None,
+    bias: Tensor | None, statistics: Tensor, dx: Tensor, dx_dot: Tensor | None, sums: Tensor, silu: bool,
+    channels_last: bool,
+) -> None:  # fmt: skip
     s = _Shape(x, statistics, silu, channels_last)
+    first, tangents, total = s.samples, None, sums
+    if x_dot is not None:
+        first -= x_dot.shape[0]
+        tangents = _tangents(s, x, x_dot, statistics, first)
+        total = sums.new_empty((s.samples, 4, s.channels))
     if channels_last:
         rows = _power_of_two(s.channels, 128)
         block = _power_of_two(s.positions, _TILE // rows)
@@ -334,10 +432,13 @@ def backward(
         rows = _power_of_two(s.channels, _TILE // block)
     tiles = max(1, -(-s.positions // block))
     shares = -(-tiles // _TILES)
-    partial = sums if shares == 1 else sums.new_empty((s.samples, shares, 2, s.channels))
+    partial = total if shares == 1 else sums.new_empty((s.samples, shares, *total.shape[1:]))
     tile = {"ROWS": rows, "BLOCK": block, "TILES": min(_TILES, tiles), "num_warps": 4}
-    programs, tensors = s.samples * -(-s.channels // rows) * shares, (x, dy, weight, bias, statistics)
-    _SUMS(s, programs, (*tensors, partial), s.units, shares, **s.silu, **tile)
+    programs = s.samples * -(-s.channels // rows) * shares
+    tensors = x, x_dot, dy, dy_dot, weight, bias, statistics, tangents
+    _SUMS(s, programs, (*tensors, partial), first, s.units, shares, **s.silu, **tile)
     if shares > 1:
-        torch.sum(partial, 1, out=sums)
-    _BACKWARD(s, s.programs, (*tensors, dx, sums), s.units, s.chunks, **s.silu, **s.chunk)
+        torch.sum(partial, 1, out=total)
+    if total is not sums:
+        sums.copy_(total[:, :2])
+    _BACKWARD(s, s.programs, (*tensors, dx, dx_dot, total), first, s.units, s.chunks, **s.silu, **s.chunk)

@@ -1,4 +1,4 @@
-"""LayerNorm with its tangent, and its primal backward. Formulas:
+"""LayerNorm with its tangent, its primal backward and that of the pair. Formulas:
 imf_kernels/ops/layer_norm{,_modulate}.py."""
 
 from __future__ import annotations
@@ -7,11 +7,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from imf_kernels.backends.triton_kernels.duals import (
+    add_product,
+    dual,
+    dual_rstd,
+    load_cotangents,
+    load_dual,
+    mean_of_row,
+    minus,
+    of_primal,
+    store_gradients,
+    times,
+)
 from imf_kernels.backends.triton_kernels.rows import (
     RowKernel,
     count_rows,
+    dual_row_of_group,
     group_and_position,
     row_of_group,
+    store_sums,
     sum_of_row,
 )
 from imf_kernels.backends.triton_kernels.rows import shares as shares
@@ -64,16 +78,20 @@ def layer_norm_forward(
         tl.store(y_dot + t_row * WIDTH + column, out_dot, mask=inside)
 
 
-@triton.jit(do_not_specialize=["length", "share"])
+@triton.jit(do_not_specialize=["first_tangent", "length", "share"])
 def layer_norm_backward(
-    x, dy, scale, statistics, dx, partial, x_stride, dy_stride, one, length, share,
+    x, x_dot, dy, dy_dot, scale, scale_dot, statistics, dx, dx_dot, partial,
+    x_stride, x_dot_stride, dy_stride, dy_dot_stride, first_tangent, one, length, share,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     group, first = group_and_position(length, share)
     column = tl.arange(0, BLOCK)[None, :]
-    gain = one + row_of_group(scale, group, column, WIDTH)
+    gain = dual_row_of_group(scale, group, scale_dot, group - first_tangent // length, column, WIDTH)
+    gain = minus(gain, (-one,))
     dscale = tl.zeros((ROWS, BLOCK), tl.float32)
     dshift = tl.zeros((ROWS, BLOCK), tl.float32)
+    dscale_dot = tl.zeros((ROWS, BLOCK), tl.float32)
+    dshift_dot = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, share, ROWS):
         position = first + start + tl.arange(0, ROWS)[:, None]
         row = group * length + position
@@ -81,18 +99,31 @@ def layer_norm_backward(
         mean = tl.load(statistics + row * 3, mask=position < length, other=0.0)
         correction = tl.load(statistics + row * 3 + 1, mask=position < length, other=0.0)
         r = tl.load(statistics + row * 3 + 2, mask=position < length, other=0.0)
-        xi = tl.load(x + row * (x_stride * UNIT) + column, mask=inside, other=0.0).to(tl.float32)
-        n = tl.where(inside, (xi - mean - correction) * r, 0.0)
-        d = tl.load(dy + row * (dy_stride * UNIT) + column, mask=inside, other=0.0).to(tl.float32)
-        dscale += d * n
-        dshift += d
-        g = d * gain
-        mean_g = sum_of_row(g) * (1.0 / WIDTH)
-        mean_gn = sum_of_row(g * n) * (1.0 / WIDTH)
-        tl.store(dx + row * WIDTH + column, r * (g - mean_g - n * mean_gn), mask=inside)
-    at = partial + tl.program_id(0).to(tl.int64) * (2 * WIDTH) + column
-    tl.store(at, tl.sum(dscale, axis=0, keep_dims=True), mask=column < WIDTH)
-    tl.store(at + WIDTH, tl.sum(dshift, axis=0, keep_dims=True), mask=column < WIDTH)
+        t_row = row - first_tangent
+        moves = inside & (t_row >= 0)
+        at, at_dot = row * (x_stride * UNIT) + column, t_row * (x_dot_stride * UNIT) + column
+        xi = load_dual(x, at, inside, x_dot, at_dot, moves)
+        c_dot = None
+        if len(xi) > 1:
+            _, _, c_dot = _center(xi[1], moves, WIDTH)
+        c = dual(tl.where(inside, xi[0] - mean - correction, 0.0), c_dot)
+        r = dual_rstd(c, r, WIDTH)
+        n = times(c, r)
+        at, at_dot = row * (dy_stride * UNIT) + column, t_row * (dy_dot_stride * UNIT) + column
+        d = load_cotangents(dy, at, inside, dy_dot, at_dot, moves)
+        dscale = add_product(dscale, d, n)
+        dshift += of_primal(d)
+        if dy_dot is not None:
+            dscale_dot = tl.fma(d[0], n[0], dscale_dot)
+            dshift_dot += d[0]
+        g = times(d, gain)
+        of_n = minus(minus(g, mean_of_row(g, WIDTH)), times(n, mean_of_row(times(g, n), WIDTH)))
+        at, at_dot = row * WIDTH + column, t_row * WIDTH + column
+        store_gradients(dx, at, inside, dx_dot, at_dot, moves, times(r, of_n))
+    if dy_dot is None:
+        store_sums(partial, (dscale, dshift), column, WIDTH)
+    else:
+        store_sums(partial, (dscale, dshift, dscale_dot, dshift_dot), column, WIDTH)
 
 
 _FORWARD, _BACKWARD = RowKernel(layer_norm_forward), RowKernel(layer_norm_backward)
@@ -114,5 +145,14 @@ def backward(
     x: Tensor, dy: Tensor, scale: Tensor | None, statistics: Tensor, dx: Tensor, partial: Tensor,
     sums: Tensor, one: float,
 ) -> None:  # fmt: skip
-    rows = count_rows(x, x.shape[-1])
-    _BACKWARD.sum((x, dy), (x, dy, scale, statistics, dx), (float(one),), rows, partial, sums)
+    pair_backward(x, None, dy, None, scale, None, statistics, dx, None, partial, sums, one)
+
+
+def pair_backward(
+    x: Tensor, x_dot: Tensor | None, dy: Tensor, dy_dot: Tensor | None, scale: Tensor | None,
+    scale_dot: Tensor | None, statistics: Tensor, dx: Tensor, dx_dot: Tensor | None, partial: Tensor,
+    sums: Tensor, one: float,
+) -> None:  # fmt: skip
+    width, strided = x.shape[-1], (x, x_dot, dy, dy_dot)
+    rows, tensors = count_rows(x, width), (*strided, scale, scale_dot, statistics, dx, dx_dot)
+    _BACKWARD.sum(strided, tensors, (rows - count_rows(dy_dot, width), float(one)), rows, partial, sums)

@@ -1,4 +1,5 @@
-"""Per-head RMSNorm and RoPE of a projection's queries and keys with their tangent, and the primal backward.
+"""Per-head RMSNorm and RoPE of a projection's queries and keys with their tangent, the primal backward and
+that of the pair.
 
 Formulas: imf_kernels/ops/qk_norm_rope.py. Rows are heads, counted by sample, position and head, the memory
 order of projections: forward takes those of queries and keys, backward those of values too, which it copies.
@@ -10,8 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from imf_kernels.backends.triton_kernels.duals import (
+    cotangents,
+    dual_rstd,
+    load_dual,
+    of_primal,
+    store_gradients,
+    times,
+)
 from imf_kernels.backends.triton_kernels.rms_norm import backward_of_norm, inverse_rms, tangent_of_norm
-from imf_kernels.backends.triton_kernels.rows import RowKernel
+from imf_kernels.backends.triton_kernels.rows import RowKernel, store_sums
 from imf_kernels.backends.triton_kernels.rows import shares as shares
 
 
@@ -90,10 +99,30 @@ def _load_heads(x, position, step, head, length, column, inside, strides, UNIT: 
     return tl.load(x + at * UNIT + column, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["heads", "kv_heads", "length", "rows", "share"])
+@triton.jit
+def _load_normed(
+    dq, dk, position, step, head, heads, length, column, inside, q_strides, k_strides, UNIT: tl.constexpr
+):
+    """Loads the cotangents of queries and keys: of one head it is in one tensor; the other is 0."""
+    d = _load_heads(dq, position, step, head, length, column, inside & (head < heads), q_strides, UNIT)
+    of_key = inside & (head >= heads)
+    return d + _load_heads(dk, position, step, head - heads, length, column, of_key, k_strides, UNIT)
+
+
+@triton.jit
+def _rotate_back(d, cos, sin):
+    """Rotates cotangents: the rotation is orthogonal, and its transpose rotates back."""
+    if len(d) > 1:
+        return _rotate(d[0], cos, -sin), _rotate(d[1], cos, -sin)
+    else:
+        return (_rotate(d[0], cos, -sin),)
+
+
+@triton.jit(do_not_specialize=["first_tangent", "heads", "kv_heads", "length", "rows", "share"])
 def _backward(
-    qkv, dq, dk, dv, q_weight, k_weight, cos, sin, rstd, dqkv, partial, q_strides, k_strides, v_strides,
-    heads, kv_heads, length, rows, share,
+    qkv, qkv_dot, dq, dq_dot, dk, dk_dot, dv, dv_dot, q_weight, k_weight, cos, sin, rstd,
+    dqkv, dqkv_dot, partial, q_strides, q_dot_strides, k_strides, k_dot_strides, v_strides, v_dot_strides,
+    first_tangent, heads, kv_heads, length, rows, share,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -109,28 +138,47 @@ def _backward(
         of_norm = inside & (head < normed)
         w = _weight(q_weight, k_weight, of_query, column, WIDTH)
         cosine, sine = _angles(cos, sin, step, (row < rows) & (head < normed), WIDTH, BLOCK)
+        moving = position - first_tangent
+        moves = inside & (moving >= 0)
+        at = row * WIDTH + column
+        at_dot = at - first_tangent.to(tl.int64) * (normed + kv_heads) * WIDTH
+        x = load_dual(qkv, at, of_norm, qkv_dot, at_dot, of_norm & moves)
         r = tl.load(rstd + position * normed + head, mask=(row < rows) & (head < normed), other=0.0)
-        n = tl.load(qkv + row * WIDTH + column, mask=of_norm, other=0.0).to(tl.float32) * r
-        # Of one head the cotangent is in one of three tensors; the others are 0.
-        d = _load_heads(dq, position, step, head, length, column, inside & of_query, q_strides, UNIT)
-        of_key = of_norm & (head >= heads)
-        d += _load_heads(dk, position, step, head - heads, length, column, of_key, k_strides, UNIT)
-        # The rotation is orthogonal: its transpose rotates back.
-        dn = _rotate(d, cosine, -sine)
-        dw = dn * n
+        r = dual_rstd(x, r, WIDTH)
+        n = times(x, r)
+        d = _load_normed(
+            dq, dk, position, step, head, heads, length, column, of_norm, q_strides, k_strides, UNIT
+        )
+        d_dot = None
+        if dq_dot is not None:
+            d_dot = _load_normed(
+                dq_dot, dk_dot, moving, step, head, heads, length, column, of_norm & moves,
+                q_dot_strides, k_dot_strides, UNIT,
+            )  # fmt: skip
+        dn = _rotate_back(cotangents(d, d_dot), cosine, sine)
+        dw = of_primal(times(dn, n))
         dq_weight += tl.where(of_query, dw, 0.0)
         dk_weight += tl.where(of_query, 0.0, dw)
-        dx = backward_of_norm(n, dn * w, r, WIDTH)
-        of_value = inside & of_value
-        dv_row = _load_heads(dv, position, step, head - normed, length, column, of_value, v_strides, UNIT)
-        tl.store(dqkv + row * WIDTH + column, tl.where(of_value, dv_row, dx), mask=inside)
-    partial += program * 2 * WIDTH + column
-    tl.store(partial, tl.sum(dq_weight, axis=0, keep_dims=True), mask=column < WIDTH)
-    tl.store(partial + WIDTH, tl.sum(dk_weight, axis=0, keep_dims=True), mask=column < WIDTH)
+        dx = backward_of_norm(n, times(dn, (w,)), r, WIDTH)
+        of_value &= inside
+        head -= normed
+        dv_row = _load_heads(dv, position, step, head, length, column, of_value, v_strides, UNIT)
+        of_qkv, of_qkv_dot = tl.where(of_value, dv_row, of_primal(dx)), None
+        if dv_dot is not None:
+            of_value &= moves
+            dv_row = _load_heads(dv_dot, moving, step, head, length, column, of_value, v_dot_strides, UNIT)
+            of_qkv_dot = tl.where(of_value, dv_row, dx[0])
+        store_gradients(dqkv, at, inside, dqkv_dot, at_dot, moves, cotangents(of_qkv, of_qkv_dot))
+    store_sums(partial, (dq_weight, dk_weight), column, WIDTH)
 
 
 def _strides(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else x.stride()[:3]
+
+
+def _first_position(batch: int, length: int, q_dot: Tensor | None) -> int:
+    """Returns the first position in the batch that has a tangent."""
+    return (batch - (0 if q_dot is None else q_dot.shape[0])) * length
 
 
 _FORWARD, _BACKWARD = RowKernel(_forward), RowKernel(_backward, stride=_strides)
@@ -141,7 +189,7 @@ def forward(
     q: Tensor, q_dot: Tensor | None, k: Tensor, k_dot: Tensor | None, rstd: Tensor, eps: float,
 ) -> None:  # fmt: skip
     batch, heads, length, width = q.shape
-    first = (batch - (0 if q_dot is None else q_dot.shape[0])) * length
+    first = _first_position(batch, length, q_dot)
     tensors = qkv, qkv_dot, q_weight, k_weight, cos, sin, q, q_dot, k, k_dot, rstd
     _FORWARD.launch((), tensors, (first, heads, k.shape[1], length, eps), width, rstd.numel())
 
@@ -150,6 +198,20 @@ def backward(
     qkv: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor,
     sin: Tensor, rstd: Tensor, dqkv: Tensor, partial: Tensor, weights: Tensor,
 ) -> None:  # fmt: skip
-    _, heads, length, width = dq.shape
-    tensors = qkv, dq, dk, dv, q_weight, k_weight, cos, sin, rstd, dqkv
-    _BACKWARD.sum((dq, dk, dv), tensors, (heads, dk.shape[1], length), qkv.numel() // width, partial, weights)
+    pair_backward(
+        *(qkv, None, dq, None, dk, None, dv, None, q_weight, k_weight, cos, sin, rstd),
+        *(dqkv, None, partial, weights),
+    )
+
+
+def pair_backward(
+    qkv: Tensor, qkv_dot: Tensor | None, dq: Tensor, dq_dot: Tensor | None, dk: Tensor,
+    dk_dot: Tensor | None, dv: Tensor, dv_dot: Tensor | None, q_weight: Tensor, k_weight: Tensor,
+    cos: Tensor, sin: Tensor, rstd: Tensor, dqkv: Tensor, dqkv_dot: Tensor | None, partial: Tensor,
+    weights: Tensor,
+) -> None:  # fmt: skip
+    batch, heads, length, width = dq.shape
+    strided, numbers = (dq, dq_dot, dk, dk_dot, dv, dv_dot), (heads, dk.shape[1], length)
+    tensors = qkv, qkv_dot, *strided, q_weight, k_weight, cos, sin, rstd, dqkv, dqkv_dot
+    first = _first_position(batch, length, dq_dot)
+    _BACKWARD.sum(strided, tensors, (first, *numbers), qkv.numel() // width, partial, weights)

@@ -86,6 +86,24 @@ def row_of_group(parameter, group, column, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def dual_row_of_group(parameter, group, parameter_dot, t_group, column, WIDTH: tl.constexpr):
+    """Loads a group's row of a parameter and of its tangent, if that has one."""
+    row = row_of_group(parameter, group, column, WIDTH)
+    if parameter_dot is None:
+        return (row,)
+    else:
+        return row, row_of_group(parameter_dot, t_group, column, WIDTH)
+
+
+@triton.jit
+def store_sums(partial, sums, column, WIDTH: tl.constexpr):
+    """Stores the sums over rows of tiles [ROWS, BLOCK], this program's of partial [programs, sums, width]."""
+    at = partial + tl.program_id(0).to(tl.int64) * (len(sums) * WIDTH) + column
+    for i in tl.static_range(len(sums)):
+        tl.store(at + i * WIDTH, tl.sum(sums[i], axis=0, keep_dims=True), mask=column < WIDTH)
+
+
+@triton.jit
 def sum_of_row(x):
     """Returns the sums of rows, [ROWS, 1]; wide ones by eights, as a thread adds its numbers one by one."""
     if x.shape[1] > 8192:

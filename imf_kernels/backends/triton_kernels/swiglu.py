@@ -1,4 +1,4 @@
-"""SwiGLU with its tangent, and its primal backward. Formulas: imf_kernels/ops/swiglu.py."""
+"""SwiGLU with its tangent, its primal backward and that of the pair. Formulas: imf_kernels/ops/swiglu.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from imf_kernels.backends.triton_kernels.elementwise import sigmoid, silu_derivative
+from imf_kernels.backends.triton_kernels.duals import load_cotangents, load_dual, store_gradients, times
+from imf_kernels.backends.triton_kernels.elementwise import dual_silu, sigmoid, silu_derivative
 from imf_kernels.backends.triton_kernels.rows import RowKernel, count_rows
 
 
@@ -37,20 +38,25 @@ def swiglu_forward(
         tl.store(y_dot + t_row * WIDTH + column, out_dot, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["first_tangent", "rows"])
 def swiglu_backward(
-    x, dy, dx, x_stride, dy_stride, rows,
+    x, x_dot, dy, dy_dot, dx, dx_dot, x_stride, x_dot_stride, dy_stride, dy_dot_stride, first_tangent, rows,
     UNIT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < WIDTH)
-    gate, up = _load(x, row, column, inside, x_stride * UNIT, WIDTH)
-    d = tl.load(dy + row * (dy_stride * UNIT) + column, mask=inside, other=0.0).to(tl.float32)
-    s = sigmoid(gate)
-    at_dx = dx + row * (2 * WIDTH) + column
-    tl.store(at_dx, d * up * silu_derivative(gate, s), mask=inside)
-    tl.store(at_dx + WIDTH, d * (gate * s), mask=inside)
+    t_row = row - first_tangent
+    moves = inside & (t_row >= 0)
+    at, at_dot = row * (x_stride * UNIT) + column, t_row * (x_dot_stride * UNIT) + column
+    gate = load_dual(x, at, inside, x_dot, at_dot, moves)
+    up = load_dual(x, at + WIDTH, inside, x_dot, at_dot + WIDTH, moves)
+    at, at_dot = row * (dy_stride * UNIT) + column, t_row * (dy_dot_stride * UNIT) + column
+    d = load_cotangents(dy, at, inside, dy_dot, at_dot, moves)
+    silu, slope = dual_silu(gate)
+    at, at_dot = row * (2 * WIDTH) + column, t_row * (2 * WIDTH) + column
+    store_gradients(dx, at, inside, dx_dot, at_dot, moves, times(times(d, up), slope))
+    store_gradients(dx, at + WIDTH, inside, dx_dot, at_dot + WIDTH, moves, times(d, silu))
 
 
 _FORWARD, _BACKWARD = RowKernel(swiglu_forward, widest=1024), RowKernel(swiglu_backward, widest=1024)
@@ -64,5 +70,13 @@ def forward(x: Tensor, x_dot: Tensor | None, y: Tensor, y_dot: Tensor | None) ->
 
 
 def backward(x: Tensor, dy: Tensor, dx: Tensor) -> None:
-    width = dy.shape[-1]
-    _BACKWARD.launch((x, dy), (x, dy, dx), (), width, count_rows(dy, width))
+    pair_backward(x, None, dy, None, dx, None)
+
+
+def pair_backward(
+    x: Tensor, x_dot: Tensor | None, dy: Tensor, dy_dot: Tensor | None, dx: Tensor, dx_dot: Tensor | None
+) -> None:
+    strided, width = (x, x_dot, dy, dy_dot), dy.shape[-1]
+    rows = count_rows(dy, width)
+    first_tangent = rows - count_rows(dy_dot, width)
+    _BACKWARD.launch(strided, (*strided, dx, dx_dot), (first_tangent,), width, rows)
