@@ -39,7 +39,7 @@ def steps_of(count, method, **changes):
     return torch.stack([loop.training_step(state, batches, c, ALONE) for _ in range(count)]), tensors(state)
 
 
-@pytest.mark.parametrize("method", ["imf", "imf-vhead", "mf"])
+@pytest.mark.parametrize("method", ["imf", "imf-vhead", "mf", "tvm"])
 def test_replayed_steps_train_alike(recorded, method):
     count = 20  # the learning rate, its decay and that of the average differ in each
     terms, state = steps_of(count, method, steps=count)
