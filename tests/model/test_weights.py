@@ -53,7 +53,7 @@ def test_a_step_rounds_each_weight_once_with_the_same_gradients(method, monkeypa
     assert not rounded and len(at_use) > len(set(at_use))
     assert torch.equal(loss, again)
     for name, gradient in gradients.items():
-        if METHODS[method].flow_map:  # a gradient through u and one through its tangent: their sum is rounded too
+        if METHODS[method].flow_map:  # the sum of gradients through u and ∂u/∂r is rounded too
             error = (gradient - others[name]).norm() / others[name].norm()
             assert error <= torch.finfo(torch.bfloat16).eps, name
         else:
