@@ -31,6 +31,7 @@ MODULES = (
     "imf.evaluation.inception",
     "imf.evaluation.quality",
     "imf.evaluation.scores",
+    "imf.mean_flow.flow_maps",
     "imf.mean_flow.methods",
     "imf.mean_flow.objective",
     "imf.model.config",

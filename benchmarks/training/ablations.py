@@ -48,7 +48,7 @@ RECIPE: dict[str, Any] = {
 ROWS: list[tuple[str, str, dict[str, Any]]] = [
     (METHODS["mf"].text, "mf", {}),
     ("the same with its own 75 % of FM rows", "mf", {"fm_fraction": 0.75}),
-    *((method.text, name, {}) for name, method in METHODS.items() if name != "mf"),
+    *((method.text, name, {}) for name, method in METHODS.items() if name != "mf" and not method.flow_map),
 ]
 STEPS = 1, 2, 4  # of sampling
 # Columns: title, digits, and how far a value is from what the data have.

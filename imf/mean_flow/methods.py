@@ -1,8 +1,9 @@
-"""The methods that can be trained: original Mean Flows, Improved Mean Flows, and each step between them.
+"""The methods that can be trained: Mean Flows, each step from them to Improved Mean Flows, and flow maps.
 
-A method is an objective (`imf.mean_flow.objective.objective`) and the form of the network that it needs;
-sizes are the configuration's own. They are in the order of the ablations in "Improved Mean Flows" (arXiv
-2512.02012); each adds one thing to the one before it.
+A method is an objective (`imf.mean_flow.objective.objective`), the distribution of its times and the form of
+the network that it needs; sizes are the configuration's own. The first ones are in the order of the ablations
+in "Improved Mean Flows" (arXiv 2512.02012); each adds one thing to the one before it. The others train the
+network of original Mean Flows by losses that differentiate the tangent (`imf.mean_flow.flow_maps`).
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ class Method:
     """One method.
 
     Attributes:
-        text: what it adds to the one before it.
-        tangent: "v_c", "v_g", or "v" for the v-head's.
+        text: what it is, or adds to the one before it.
+        tangent: the direction of u's derivative, (tangent, 1, 0) in (z, t, r): "v_c", "v_g", or "v" for the
+            v-head's; "r" for the derivative by r alone, along (0, 0, 1).
+        times: distribution of t and r, as of `imf.objective.draws.Draws.sample`.
         omega_input, interval_input, conditioning, block: the form of the network, as of `IMFConfig`.
     """
 
     text: str
     tangent: str = "v"
+    times: str = "logit-normal"
     omega_input: bool = True
     interval_input: bool = True
     conditioning: str = "adaln"
@@ -38,6 +42,11 @@ class Method:
     def v_head(self) -> bool:
         """Whether the network has a head for v."""
         return self.tangent == "v"
+
+    @property
+    def flow_map(self) -> bool:
+        """Whether the loss differentiates the tangent, ∂u/∂r."""
+        return self.tangent == "r"
 
     @property
     def form(self) -> dict[str, Any]:
@@ -56,6 +65,8 @@ METHODS = {
     "imf-interval": Method("+ interval as an input"),
     "imf-tokens": Method("+ in-context tokens in place of adaLN-zero", conditioning="tokens"),
     "imf": Method("+ SwiGLU, RMSNorm, RoPE: Improved Mean Flows", conditioning="tokens", block="modern"),
+    "tvm": Method("Terminal Velocity Matching", tangent="r", times="gap", **_FIXED),
+    "lsd": Method("Lagrangian self-distillation", tangent="r", times="uniform", **_FIXED),
 }
 
 

@@ -203,7 +203,9 @@ def zero_linear(in_features: int, out_features: int) -> nn.Linear:
 
 def _plus(x: Any, constant: Tensor) -> Any:
     """x + constant, which has no tangent."""
-    return Dual(x.primal + constant, x.tangent_rows) if isinstance(x, Dual) else x + constant
+    if not isinstance(x, Dual):
+        return x + constant
+    return Dual(x.primal + constant, x.tangent_rows, differentiable=x.differentiable)
 
 
 def _positions(config: IMFConfig, device: torch.device) -> Tensor:

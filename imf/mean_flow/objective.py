@@ -20,6 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from imf.mean_flow.flow_maps import lagrangian_self_distillation, terminal_velocity_matching
 from imf.mean_flow.methods import METHODS
 from imf.model.config import config_of
 from imf.objective.draws import Draws, Guidance, StepDraws
@@ -96,13 +97,25 @@ Objective = Callable[[nn.Module, Tensor, Tensor, Draws | StepDraws], Loss]
 
 
 def objective(
-    method: str, guidance: Guidance | None, *, norm_eps: float = 0.01, norm_p: float = 1.0
+    method: str,
+    guidance: Guidance | None,
+    *,
+    teacher: nn.Module | None = None,
+    norm_eps: float = 0.01,
+    norm_p: float = 1.0,
 ) -> Objective:
     """The objective of a method; guidance: as `imf.mean_flow.methods.guidance_of` returns it.
 
-    norm_eps, norm_p: of the adaptive weights.
+    teacher: the averaged network, for Terminal Velocity Matching.
+    norm_eps, norm_p: of the adaptive weights, which flow maps do not have.
     """
-    if METHODS[method].tangent == "v_g":
-        assert guidance is not None  # no network of this method has it as an input
-        return partial(mean_flow, guidance=guidance, norm_eps=norm_eps, norm_p=norm_p)
-    return partial(improved_mean_flow, guidance=guidance, norm_eps=norm_eps, norm_p=norm_p)
+    if METHODS[method].tangent not in ("v_g", "r"):
+        return partial(improved_mean_flow, guidance=guidance, norm_eps=norm_eps, norm_p=norm_p)
+    assert guidance is not None  # no network of these methods has it as an input
+    if method == "tvm":
+        if teacher is None:
+            raise ValueError("objective: teacher must be the averaged network for the method tvm, got None")
+        return partial(terminal_velocity_matching, teacher=teacher, guidance=guidance)
+    if method == "lsd":
+        return partial(lagrangian_self_distillation, guidance=guidance)
+    return partial(mean_flow, guidance=guidance, norm_eps=norm_eps, norm_p=norm_p)

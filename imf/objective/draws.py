@@ -11,6 +11,8 @@ from torch import Tensor
 
 from imf import random
 
+TIMES = "logit-normal", "uniform", "gap"  # distributions of t and r
+GAP_MEAN, GAP_STD = -0.8, 1.0  # of logit(t − r), of the official program of Terminal Velocity Matching
 MAX_LOG_POWER = 80  # omega_max ** (1 - omega_exponent) must stay finite in float32
 
 
@@ -85,6 +87,7 @@ class Draws:
         omega_max: float = 8.0,
         omega_exponent: float = 1.0,
         interval: bool = True,
+        times: str = "logit-normal",
         mean: float = -0.4,
         std: float = 1.0,
     ) -> Draws:
@@ -98,7 +101,11 @@ class Draws:
             drop_probability: of a label; the rows dropped are the first ones, as in the official program.
             omega_max, omega_exponent: ω has density ∝ ω^(−omega_exponent) on [1, omega_max].
             interval: whether the guidance interval is drawn; otherwise it is (0, 1) on all rows.
-            mean, std: t and r are the larger and the smaller of two sigmoid(N(mean, std²)).
+            times: "logit-normal": t and r are the larger and the smaller of two sigmoid(N(mean, std²)), also
+                in the FM rows, with r = t. "uniform": of two uniform variables; in the FM rows t is uniform.
+                "gap": t − r is sigmoid(N(−0.8, 1)) and r is sigmoid(N(mean, std²)), truncated to t ≤ 1; in
+                the FM rows t is sigmoid(N(mean, std²)).
+            mean, std: of `times`; "gap" asks for std > 0.
 
         Raises:
             ValueError: an argument out of range.
@@ -113,8 +120,10 @@ class Draws:
         fits = r0_fraction >= 0 and fm_fraction + r0_fraction <= 1
         wanted = f"at least 0, and at most 1 with fm_fraction {fm_fraction:g}"
         _require(fits, "r0_fraction", wanted, r0_fraction)
+        _require(times in TIMES, "times", f"one of {', '.join(TIMES)}", times)
         _require(math.isfinite(mean), "mean", "finite", mean)
         _require(0 <= std < math.inf, "std", "at least 0", std)
+        _require(std > 0 or times != "gap", "std", "above 0 with times 'gap'", std)
         _require(1 <= omega_max < math.inf, "omega_max", "finite and at least 1", omega_max)
         _require(
             math.isfinite(omega_exponent) and (1 - omega_exponent) * math.log(omega_max) <= MAX_LOG_POWER,
@@ -125,7 +134,7 @@ class Draws:
         on_host = _drawn_on_host(
             x.shape[0], seed, step, process, fm_fraction=fm_fraction, r0_fraction=r0_fraction,
             drop_probability=drop_probability, omega_max=omega_max, omega_exponent=omega_exponent,
-            interval=interval, mean=mean, std=std,
+            interval=interval, times=times, mean=mean, std=std,
         )  # fmt: skip
         # Made where it is used: a copy would wait until a GPU has done all that it was asked for.
         of_noise = random.generator(seed, "noise", step, process, x.device)
@@ -199,15 +208,15 @@ class StepDraws:
 
 def _drawn_on_host(
     batch: int, seed: int, step: int, process: int, *, fm_fraction: float, r0_fraction: float,
-    drop_probability: float, omega_max: float, omega_exponent: float, interval: bool, mean: float, std: float,
+    drop_probability: float, omega_max: float, omega_exponent: float, interval: bool, times: str, mean: float,
+    std: float,
 ) -> dict[str, Any]:  # fmt: skip
     """All of `Draws.sample` but the noise."""
     generator = random.generator(seed, "draws", step, process)
     n_fm, n_r0 = int(batch * fm_fraction), int(batch * r0_fraction)
     row = torch.arange(batch)
     fm = row < n_fm
-    times = torch.sigmoid(torch.randn(2, batch, generator=generator) * std + mean)
-    t, r = times.amax(0), times.amin(0)
+    t, r, t_fm = _times(times, batch, generator, mean, std)
     uniform = torch.rand(4, batch, generator=generator)
     log_max = math.log(omega_max)
     if omega_exponent == 1.0:
@@ -218,14 +227,33 @@ def _drawn_on_host(
     whole = fm if interval else torch.ones_like(fm)
     n_drop = int((uniform[3] < drop_probability).sum())
     return {
-        "t": t,
-        "r": torch.where(fm, t, r.masked_fill(row >= batch - n_r0, 0.0)),
+        "t": torch.where(fm, t_fm, t),
+        "r": torch.where(fm, t_fm, r.masked_fill(row >= batch - n_r0, 0.0)),
         "omega": omega.clamp(min=1.0),
         "t_min": torch.where(whole, 0.0, uniform[1] * 0.5),
         "t_max": torch.where(whole, 1.0, 0.5 + uniform[2] * 0.5),
         "drop": row < n_drop,
         "n_fm": n_fm,
     }
+
+
+def _times(
+    times: str, batch: int, generator: torch.Generator, mean: float, std: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns t and r of rows with r < t, and t of FM rows, each [B] in float32."""
+    if times == "uniform":
+        pair = torch.rand(2, batch, generator=generator)
+        return pair.amax(0), pair.amin(0), pair[0]
+    if times == "logit-normal":
+        pair = torch.sigmoid(torch.randn(2, batch, generator=generator) * std + mean)
+        return pair.amax(0), pair.amin(0), pair.amax(0)
+    of_gap, of_fm = torch.randn(2, batch, generator=generator, dtype=torch.float64)
+    share = torch.rand(batch, generator=generator, dtype=torch.float64)
+    gap = torch.sigmoid(of_gap * GAP_STD + GAP_MEAN)
+    most = torch.special.ndtr((torch.logit(1 - gap) - mean) / std)  # P(r ≤ 1 − gap)
+    r = torch.sigmoid(torch.special.ndtri(share * most) * std + mean)
+    t = (r + gap).clamp(max=1)
+    return t.float(), r.float(), torch.sigmoid(of_fm * std + mean).float()
 
 
 def _weights_of_target(

@@ -119,7 +119,7 @@ class TrainConfig:
     norm_p: float = _option(0.0, "power of the adaptive weight; 0: none, every row counts alike", AT_LEAST_0)
     norm_eps: float = _option(0.01, "what is added to a row's error in that weight", ABOVE_0)
     drop_probability: float = _option(0.1, "probability that a row's label is dropped", SHARE)
-    time_mean: float = _option(-0.4, "t and r are sigmoid of a normal variable of this mean")
+    time_mean: float = _option(-0.4, "t and r are sigmoid of a normal variable of this mean; of lsd uniform")
     time_std: float = _option(1.6, "and this standard deviation", AT_LEAST_0)
     omega_max: float = _option(8.0, "guidance scales are drawn from [1, omega_max]", AT_LEAST_1)
     omega_exponent: float = _option(3.0, "with density proportional to omega ** -omega_exponent")
@@ -200,6 +200,18 @@ class TrainConfig:
             plain = network.form == "fixed" and not network.has_v_head
             _require(self.method == "imf" or (self.method == "mf" and plain), "method", wanted, self.method)
             return
+        if method.flow_map:
+            micro_batch = self.micro_batch_size
+            n_fm = int(micro_batch * self.fm_fraction)
+            both = f"such that the {micro_batch} images of a micro-batch have rows with r = t and others"
+            for name, fits, wanted in (
+                ("norm_p", self.norm_p == 0, "0, as its loss has no adaptive weight,"),
+                ("fixed_t_min", self.fixed_t_min == 0, "0, as its guidance has no interval,"),
+                ("fixed_t_max", self.fixed_t_max == 1, "1, as its guidance has no interval,"),
+                ("fm_fraction", 0 < n_fm < micro_batch, both),
+                ("time_std", method.times != "gap" or self.time_std > 0, "above 0"),
+            ):
+                _require(fits, name, f"{wanted} for the method {self.method}", getattr(self, name))
         depth = network.aux_head_depth
         for name, form in method.form.items():
             got = getattr(self.network, name)
@@ -238,6 +250,7 @@ class TrainConfig:
             "fm_fraction": self.fm_fraction,
             "r0_fraction": self.r0_fraction,
             "drop_probability": self.drop_probability,
+            "times": METHODS[self.method].times,
             "interval": inputs.interval_input,
             "mean": self.time_mean,
             "std": self.time_std,

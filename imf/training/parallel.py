@@ -92,14 +92,16 @@ _DUAL = object()  # marks the tuple that stands for a `Dual`
 
 def _as_tuples(x: Any) -> Any:
     if isinstance(x, ik.Dual):
-        return _DUAL, x.primal, x.tangent_rows
+        return _DUAL, x.primal, x.tangent_rows, x.differentiable
     return tuple(map(_as_tuples, x)) if isinstance(x, tuple) else x
 
 
 def _as_duals(x: Any) -> Any:
     if not isinstance(x, tuple):
         return x
-    return ik.Dual(x[1], x[2]) if x and x[0] is _DUAL else tuple(map(_as_duals, x))
+    if x and x[0] is _DUAL:
+        return ik.Dual(x[1], x[2], differentiable=x[3])
+    return tuple(map(_as_duals, x))
 
 
 @contextlib.contextmanager

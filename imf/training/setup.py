@@ -147,7 +147,7 @@ def initial_state(
     found_inf = torch.zeros((), device=context.device)
     optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # where fused AdamW looks for its gate
     guidance = guidance_of(config.network, config.fixed_guidance)
-    loss = objective(config.method, guidance, norm_eps=config.norm_eps, norm_p=config.norm_p)
+    loss = objective(config.method, guidance, teacher=ema, norm_eps=config.norm_eps, norm_p=config.norm_p)
     return State(model, ema, wrapped, loss, guidance, optimizer, found_inf, stream=stream)
 
 

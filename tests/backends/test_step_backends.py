@@ -22,7 +22,8 @@ def step_of(model, method, backend, batch=4):
     draws = Draws(**drawn | {"noise": drawn["noise"].to(weight.device)})
     y = torch.arange(batch, device=weight.device)
     with ik.use_backend(backend):
-        out = objective(method, guidance_of(model.config, Guidance()))(model, cpu.to(weight), y, draws)
+        loss_of = objective(method, guidance_of(model.config, Guidance()), teacher=model)
+        out = loss_of(model, cpu.to(weight), y, draws)
     out.loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     return {

@@ -15,8 +15,7 @@ import torch
 
 from imf import data
 from imf.distributed import agreed, initialized
-from imf.mean_flow.methods import guidance_of, network_of
-from imf.mean_flow.objective import objective
+from imf.mean_flow.methods import network_of
 from imf.objective.draws import Draws
 from imf.program import UserError
 from imf.training import checkpoint, graphs, loop, session
@@ -33,6 +32,10 @@ FORMS = {
     "fsdp checkpointing": {"sharding": "fsdp", "checkpointing": True},
     "fsdp mf": {"sharding": "fsdp", "method": "mf"},
     "ddp mf": {"method": "mf"},
+    "ddp lsd": {"method": "lsd"},
+    "fsdp lsd": {"sharding": "fsdp", "method": "lsd"},
+    "fsdp tvm checkpointing": {"sharding": "fsdp", "method": "tvm", "checkpointing": True},
+    "ddp tvm": {"method": "tvm"},
     "ddp own": {"own": True},
     "fsdp own": {"own": True, "sharding": "fsdp"},
     "fsdp own checkpointing": {"own": True, "sharding": "fsdp", "checkpointing": True},
@@ -40,32 +43,32 @@ FORMS = {
 
 
 def part(draws, rows):
-    """Rows of a global draw: FM rows are the first ones, so all of one process's may be."""
+    """Rows of a global draw, ascending: FM rows are the first ones, so all of one process's may be."""
     tensors = {f.name: getattr(draws, f.name)[rows] for f in dataclasses.fields(draws) if f.name != "n_fm"}
-    return Draws(**tensors, n_fm=min(max(draws.n_fm - rows.start, 0), rows.stop - rows.start))
+    return Draws(**tensors, n_fm=int((rows < draws.n_fm).sum()))
 
 
 def gradients(who, *, same_draws=True, own=False, **changes):
     """Largest relative error over weights of the gradient over two micro steps, against one process's.
 
     The second process has no FM rows; the first has nothing else, and in the second micro step no row whose
-    velocity is asked for: omega is 1.
+    velocity is asked for: omega is 1. Of "tvm", which asks for both, each process has every other row.
     """
     sizes = dataclasses.replace(NETWORK, hidden_size=36, depth=3)
     network = network_of(changes.get("method", "imf"), sizes)
     given = [own_network.adapted(seed) if own else None for seed in (0, 0 if who.first else 1)]
     if own:
         network = given[0].config
+    changes = {"norm_p": 0.0 if changes.get("method") in ("tvm", "lsd") else 1.0} | changes
     c = config(network=network, batch_size=16, accumulate=2, **changes)
-    loss_of = objective(c.method, guidance_of(c.network, c.fixed_guidance))
     alone, state = (start.initial_state(c, "fp32", x, y) for x, y in zip((ALONE, who), given, strict=True))
     torch.manual_seed(1)
     with torch.no_grad():
-        for p in alone.model.parameters():  # none at zero, as some are in the beginning
-            p.add_(torch.randn_like(p) * 0.05)
-    checkpoint._copy(Path("none"), alone.model.state_dict(), state.model.state_dict())
-    mine = who.slice(8)
-    mine = slice(mine.start, mine.stop)
+        for p in (*alone.model.parameters(), *alone.ema.parameters()):
+            p.add_(torch.randn_like(p) * 0.05)  # none at zero, as some are in the beginning
+    for of in ("model", "ema"):
+        checkpoint._copy(Path("none"), getattr(alone, of).state_dict(), getattr(state, of).state_dict())
+    mine = torch.arange(who.rank, 8, who.count) if c.method == "tvm" else torch.tensor(who.slice(8))
     for step in range(2):
         x, y = torch.randn(8, 1, 8, 8), torch.arange(8)
         draws = Draws.sample(x, seed=0, step=step, **c.draws)
@@ -74,9 +77,9 @@ def gradients(who, *, same_draws=True, own=False, **changes):
         own = part(draws, mine)
         if not same_draws:
             own = Draws.sample(x[mine], seed=0, step=step, process=who.rank, **c.draws)
-        (loss_of(alone.wrapped, x, y, draws).loss / 2).backward()
+        (alone.objective(alone.wrapped, x, y, draws).loss / 2).backward()
         with synchronising(state.wrapped, last=step == 1):
-            (loss_of(state.wrapped, x[mine], y[mine], own).loss / 2).backward()
+            (state.objective(state.wrapped, x[mine], y[mine], own).loss / 2).backward()
     worst = 0.0
     for p, q in zip(state.model.parameters(), alone.model.parameters(), strict=True):
         worst = max(worst, float((whole(p.grad) - q.grad).norm() / q.grad.norm()))

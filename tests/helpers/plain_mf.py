@@ -20,7 +20,13 @@ def positions(width: int, side: int) -> Tensor:
         for column in range(side):
             angles = [[p / 10000 ** (4 * i / width) for i in range(width // 4)] for p in (column, row)]
             table.append([f(a) for half in angles for f in (math.sin, math.cos) for a in half])
-    return torch.tensor(table)
+    return torch.tensor(table, dtype=torch.float32)  # as the network has them, also in fp64
+
+
+def layer_norm(x):
+    """Written out: gradients through the tangent of PyTorch's own are wrong."""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-6)
 
 
 def forward(model, z, t, h, y, omega=None, t_min=None, t_max=None, heads="u"):
@@ -57,10 +63,10 @@ def forward(model, z, t, h, y, omega=None, t_min=None, t_max=None, heads="u"):
         if condition is None:
             norm = f"{name}.norm{which}" if f"{name}.norm{which}.weight" in w else f"{name}.norm"
             gate = w.get(f"{name}.{('attn_scale', 'mlp_scale')[which - 1]}")
-            return F.layer_norm(x, (width,), w[f"{norm}.weight"], w[f"{norm}.bias"], 1e-6), gate
+            return layer_norm(x) * w[f"{norm}.weight"] + w[f"{norm}.bias"], gate
         vectors = linear(condition, f"{name}.modulation.linear")[:, None].split(width, -1)
         shift, scale, *gate = vectors[3 * (which - 1) : 3 * which]
-        return F.layer_norm(x, (width,), eps=1e-6) * (1 + scale) + shift, gate[0] if gate else None
+        return layer_norm(x) * (1 + scale) + shift, gate[0] if gate else None
 
     def block(x, name):
         a, gate = normed(x, name, 1)

@@ -18,7 +18,7 @@ from tests.helpers import plain_mf
 from tests.helpers.tiny_run import perturbed
 
 TINY = IMFConfig(4, 2, 3, 32, 3, 2, 1, 8 / 3, 5)
-FORMS = [name for name, method in METHODS.items() if method.block == "plain"]
+FORMS = [name for name, m in METHODS.items() if m.block == "plain" and not m.flow_map]
 
 
 def network(method: str, backend: str | None = "reference") -> DiT:
@@ -102,9 +102,10 @@ def test_initial_weights():
 
 
 def test_the_forms_between_are_what_the_methods_name():
-    counts = {name: build(network_of(name, TINY)) for name in METHODS}
+    counts = {name: build(network_of(name, TINY)) for name in (*FORMS, "imf")}
     assert [type(model) for model in counts.values()] == [DiT] * 6 + [IMF]
-    assert {n for n, m in counts.items() if m.config.has_v_head} == set(METHODS) - {"mf", "imf-boundary"}
+    assert {n for n, m in counts.items() if m.config.has_v_head} == {*counts} - {"mf", "imf-boundary"}
+    assert network_of("tvm", TINY) == network_of("lsd", TINY) == counts["mf"].config
     embedders = {n: [*m.embedders] for n, m in counts.items() if isinstance(m, DiT)}
     assert embedders["mf"] == embedders["imf-boundary"] == embedders["imf-vhead"] == ["t", "h"]
     assert embedders["imf-omega"] == ["t", "h", "omega"]

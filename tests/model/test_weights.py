@@ -23,7 +23,7 @@ def step_of(method, dtype=torch.bfloat16):
     model = perturbed(method, ODD)
     model.compute_dtype = dtype
     x, y = torch.randn(8, 1, 8, 8), torch.arange(8)
-    loss = objective(method, guidance_of(model.config, Guidance()))(
+    loss = objective(method, guidance_of(model.config, Guidance()), teacher=model)(
         model, x, y, Draws.sample(x, seed=0, step=0)
     ).loss
     loss.backward()
@@ -52,7 +52,12 @@ def test_a_step_rounds_each_weight_once_with_the_same_gradients(method, monkeypa
     again, others = step_of(method)
     assert not rounded and len(at_use) > len(set(at_use))
     assert torch.equal(loss, again)
-    assert all(torch.equal(gradients[name], others[name]) for name in gradients)
+    for name, gradient in gradients.items():
+        if METHODS[method].flow_map:  # the sum of gradients through u and ∂u/∂r is rounded too
+            error = (gradient - others[name]).norm() / others[name].norm()
+            assert error <= torch.finfo(torch.bfloat16).eps, name
+        else:
+            assert torch.equal(gradient, others[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -56,6 +56,7 @@ def steps_of(count, method, **changes):
         ("imf", {}),
         ("imf-vhead", {}),
         ("mf", {}),
+        ("tvm", {}),
         ("imf", {"accumulate": 2, "checkpointing": True}),
     ],
 )

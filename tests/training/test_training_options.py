@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from imf import train
 from imf.data.packed import PackedData
+from imf.mean_flow.methods import network_of
 from imf.model.imf import Block
 from imf.program import UserError
 from imf.training import artifacts, checkpoint, loop
@@ -136,14 +137,16 @@ def test_data_that_go_away_end_a_run_with_a_message(packed, tmp_path, monkeypatc
     assert "imf.train: shard 3: gone" in error and f"--resume {tmp_path / 'data'}" in error
 
 
-def steps_of(count=3, **changes):
-    state, batches, c = state_and_data(network=dataclasses.replace(NETWORK, depth=3), **changes)
+def steps_of(count=3, method="imf", **changes):
+    network = network_of(method, dataclasses.replace(NETWORK, depth=3))
+    state, batches, c = state_and_data(method=method, network=network, **changes)
     terms = [loop.training_step(state, batches, c, ALONE).detach() for _ in range(count)]
     return torch.stack(terms), tensors(state)
 
 
-def test_checkpointing_trains_alike():
-    (terms, state), (again, other) = steps_of(), steps_of(checkpointing=True)
+@pytest.mark.parametrize("method", ["imf", "tvm"])
+def test_checkpointing_trains_alike(method):
+    (terms, state), (again, other) = (steps_of(method=method, checkpointing=c) for c in (False, True))
     torch.testing.assert_close(terms, again, rtol=1e-5, atol=1e-6)
     assert differing(state, other) == [] or max((state[n] - other[n]).abs().max() for n in state) < 1e-5
 
@@ -158,8 +161,9 @@ def test_checkpointing_runs_blocks_again(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["imf", "lsd"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_blocks_train_alike(checkpointing, monkeypatch):
+def test_compiled_blocks_train_alike(checkpointing, method, monkeypatch):
     graphs, real = [], torch.compile
 
     def backend(graph, inputs):
@@ -170,7 +174,8 @@ def test_compiled_blocks_train_alike(checkpointing, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", functools.partial(real, backend=backend))
     torch._dynamo.reset()
-    (terms, state), (again, other) = steps_of(4), steps_of(4, compile=True, checkpointing=checkpointing)
+    options = {"compile": True, "checkpointing": checkpointing}
+    (terms, state), (again, other) = steps_of(4, method), steps_of(4, method, **options)
     torch.testing.assert_close(terms, again, rtol=1e-5, atol=1e-6)
     assert max((state[name] - other[name]).abs().max() for name in state) < 1e-5
     assert 3 <= len(graphs) <= 6  # one for each kind of call, whatever the number of blocks
