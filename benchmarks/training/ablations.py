@@ -37,7 +37,7 @@ RECIPE: dict[str, Any] = {
     "batch_size": DEFAULT.batch_size,
     "lr": DEFAULT.lr,
     "warmup_steps": DEFAULT.warmup_steps,
-    "precision": "fp32",
+    "precision": "bf16",
     "fixed_omega": 1.0,
     "fixed_kappa": 1 - 1 / SCALE,
     "omega": SCALE,

@@ -16,8 +16,8 @@ from imf.model.config import TOKENS, IMFConfig, check_guidance
 from imf.objective.draws import MAX_LOG_POWER, Guidance
 from imf.program import MOST_THREADS
 
-# 8 x 8 images in patches of 2 x 2: 16 patch tokens, and 10 condition tokens, half as many as the paper's.
-# Residual branches need not grow from zero, and rows of large error count in full (norm_p = 0): so in 700
+# 8 x 8 images in patches of 2 x 2: 16 patch tokens, and 5 condition tokens, one for each condition.
+# Residual branches need not grow from zero, and rows of large error count in full (norm_p = 0): so in 1,000
 # steps samples of a class come to vary nearly as the data do. See docs/ablations.md.
 DIGITS_NETWORK = IMFConfig(
     input_size=8,
@@ -29,10 +29,10 @@ DIGITS_NETWORK = IMFConfig(
     aux_head_depth=4,
     mlp_ratio=8 / 3,
     num_classes=10,
-    class_tokens=4,
-    omega_tokens=2,
+    class_tokens=1,
+    omega_tokens=1,
     interval_tokens=1,
-    time_tokens=2,
+    time_tokens=1,
     residual_scale=1.0,
 )
 
@@ -98,7 +98,7 @@ class TrainConfig:
     runs: str = _option("runs", "folder that holds the runs")
     init_from: str = _option("", "initial weights: a run's folder or a checkpoint; empty: random ones")
 
-    steps: int = _option(700, "optimizer steps", AT_LEAST_1, STEPS)
+    steps: int = _option(1000, "optimizer steps", AT_LEAST_1, STEPS)
     batch_size: int = _option(128, "images per optimizer step", AT_LEAST_1, _at_most(2**20))
     accumulate: int = _option(1, "micro-batches per step, whose gradients are averaged", AT_LEAST_1)
     lr: float = _option(4e-3, "peak learning rate of AdamW", ABOVE_0)
@@ -121,7 +121,7 @@ class TrainConfig:
     drop_probability: float = _option(0.1, "probability that a row's label is dropped", SHARE)
     time_mean: float = _option(-0.4, "t and r are sigmoid of a normal variable of this mean; of lsd uniform")
     time_std: float = _option(1.6, "and this standard deviation", AT_LEAST_0)
-    omega_max: float = _option(8.0, "guidance scales are drawn from [1, omega_max]", AT_LEAST_1)
+    omega_max: float = _option(2.0, "guidance scales are drawn from [1, omega_max]", AT_LEAST_1)
     omega_exponent: float = _option(3.0, "with density proportional to omega ** -omega_exponent")
     fixed_omega: float = _option(1.0, "methods without omega as an input: weight of v_t in their guidance")
     fixed_kappa: float = _option(0.2, "and of v_c; the guidance scale is fixed_omega / (1 - fixed_kappa)")

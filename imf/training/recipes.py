@@ -63,12 +63,21 @@ def _original(name: str, omega: float, kappa: float, t_max: float) -> TrainConfi
 
 # Images of 16 to 64 pixels, on two CPU cores in half an hour, or on a GPU; the digits' recipe diverges there.
 _SMALL = TrainConfig(
-    network=replace(DIGITS_NETWORK, hidden_size=128, depth=6, aux_head_depth=3),
+    network=replace(
+        DIGITS_NETWORK,
+        hidden_size=128,
+        depth=6,
+        aux_head_depth=3,
+        class_tokens=4,
+        omega_tokens=2,
+        time_tokens=2,
+    ),
     max_patches=64,
     steps=1500,
     lr=1e-3,
     r0_fraction=0.125,
     norm_p=0.5,
+    omega_max=8.0,
     warmup_steps=100,
     ema_decay=0.995,
     sample_every=250,
