@@ -11,6 +11,8 @@ The step is MeanFlow's: output and tangent in one call, a loss of both, the back
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -29,17 +31,25 @@ for name in ("diffusers", "transformers"):
 from benchmarks.baselines.networks import NETWORKS, made  # noqa: E402
 
 TRANSFORMER = {"size": 32, "heads": 6, "head_dim": 64, "layers": 4}  # 256 tokens of width 384
+UNET = {"size": 32, "heads": 1, "head_dim": 64}  # widths 64 and 128
 SHAPES = {
-    "unet": {"size": 32, "heads": 1, "head_dim": 64},
+    **dict.fromkeys(("unet", "edm_unet", "guided_unet"), UNET),
+    "unet_3d": {"size": 32, "heads": 1, "head_dim": 32},
     "flux": {**TRANSFORMER, "layers": 2},  # of each of its two kinds
 }
-FORMS = ("ours", "torch.func.jvp", "one forward and backward", "ours, compiled", "torch.func.jvp, compiled")
+FORMS = (
+    *("ours", "torch.func.jvp", "ours, replaced", "one forward and backward"),
+    *("ours, compiled", "torch.func.jvp, compiled", "ours, replaced, compiled"),
+)
 BATCH = 4
 
 
 def make(name: str, form: str, precision: str) -> Callable[[], float]:
     """A step in this form, from the same weights and inputs as every other; a call returns the loss."""
     network, of, (z, t), (z_dot, t_dot) = made(name, BATCH, **SHAPES.get(name, TRANSFORMER))
+    if "replaced" in form:
+        with contextlib.redirect_stdout(io.StringIO()):
+            ik.nn.replace(network)
     function = of(network)
 
     def loss() -> Tensor:

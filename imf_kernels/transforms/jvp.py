@@ -65,8 +65,8 @@ from imf_kernels.transforms.dual_tensors import (
     unpack_dual_tensor,
 )
 from imf_kernels.transforms.packages import serve_packages
+from imf_kernels.transforms.pointwise import ARITHMETIC_WHILE_COMPILING
 from imf_kernels.transforms.rules import (
-    ARITHMETIC_WHILE_COMPILING,
     CONTROL_FLOW,
     REFUSED,
     REFUSED_WHILE_COMPILING,

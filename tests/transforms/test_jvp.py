@@ -416,7 +416,7 @@ def test_explain(capsys):
     printed = capsys.readouterr().out
     linear = [c for c in calls if c.name == "torch.nn.functional.linear"]
     assert {c.path for c in linear} == {"imf_kernels"} and sum(c.count for c in linear) == 4
-    assert next(c for c in calls if c.name == "torch.Tensor.add").path == "PyTorch's rule"
+    assert next(c for c in calls if c.name == "torch.Tensor.permute").path == "PyTorch's rule"
     assert "torch.nn.functional.linear" in printed and "%" in printed
 
 
@@ -452,6 +452,6 @@ def test_explain_says_where_and_why(capsys):
     norm = next(c for name, c in calls.items() if "rms_norm" in name)
     assert (norm.path, norm.where) == ("imf_kernels", "*.norm")
     product = next(c for name, c in calls.items() if "matmul" in name)
-    assert product.path == "PyTorch's rule" and "several operands have a tangent" in product.why
+    assert product.path == "imf_kernels"
     assert "2 times: matmul, softmax and matmul" in printed and "2 times: x · rsqrt(mean(x²))" in printed
     assert not torch.nn.modules.module._global_forward_hooks
