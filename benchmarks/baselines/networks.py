@@ -93,14 +93,61 @@ def vit(batch=2, size=8, heads=2, head_dim=16, layers=2) -> Network:
     return network, lambda net: lambda z, t: net(z * t[:, None, None, None]).last_hidden_state
 
 
-LIBRARIES: dict[str, Callable[..., Any]] = {f.__name__: f for f in (dit, unet, sd3, flux, vit)}
-NETWORKS = {**written.NETWORKS, **LIBRARIES}
+class Block(nn.Module):
+    """adaLN-zero as the authors of DiT write it."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
+        )
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=1)
+        y = self.norm1(x) * (1 + scale1.unsqueeze(1)) + shift1.unsqueeze(1)
+        batch, length, width = x.shape
+        q, k, v = self.qkv(y).reshape(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + gate1.unsqueeze(1) * self.proj(y.transpose(1, 2).reshape(batch, length, width))
+        y = self.norm2(x) * (1 + scale2.unsqueeze(1)) + shift2.unsqueeze(1)
+        return x + gate2.unsqueeze(1) * self.mlp(y)
+
+
+class DiT(nn.Module):
+    def __init__(self, size: int, width: int, heads: int, depth: int):
+        super().__init__()
+        self.patches = nn.Conv2d(4, width, 2, 2)
+        self.register_buffer("positions", torch.randn(1, size * size // 4, width))
+        self.time = nn.Sequential(nn.Linear(16, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.out = nn.Linear(width, 16)
+
+    def forward(self, z, t):
+        angle = t[:, None] * torch.exp(-torch.arange(8, dtype=t.dtype))
+        c = self.time(torch.cat([angle.cos(), angle.sin()], dim=-1))
+        x = self.patches(z).flatten(2).transpose(1, 2) + self.positions
+        for block in self.blocks:
+            x = block(x, c)
+        side = z.shape[-1] // 2
+        return torch.einsum("nhwpqc->nchpwq", self.out(x).reshape(-1, side, side, 2, 2, 4)).reshape(z.shape)
+
+
+def authors_dit(batch=2, size=8, heads=2, head_dim=16, layers=2) -> Network:
+    return DiT(size, heads * head_dim, heads, layers), lambda net: net
+
+
+NETWORKS: dict[str, Callable[..., Any]] = {f.__name__: f for f in (dit, unet, sd3, flux, vit, authors_dit)}
 
 
 def made(name: str, batch: int = 2, size: int = 8, **shape: int) -> Any:
     """The network in evaluation mode, its function, primals and tangents, all functions of the arguments."""
     torch.manual_seed(0)
-    network, of = NETWORKS[name](batch=batch, size=size, **shape)
+    network, of = (NETWORKS | written.NETWORKS)[name](batch=batch, size=size, **shape)
     with torch.no_grad():  # zeros at the start would hide what follows them
         for p in network.parameters():
             p.add_(0.05 * torch.randn_like(p))

@@ -156,8 +156,12 @@ for _functions, _tangent in (
     serves(*_functions)(_activation(_functions[0], _tangent))
 
 
-@serves(torch.pow, Tensor.pow, Tensor.__pow__)
+@serves(torch.pow, Tensor.pow)
 def _pow(input: Any, exponent: Any) -> Any:
     if not isinstance(input, Dual) or not isinstance(exponent, (int, float)) or exponent != 2:
         return _ALSO
     return _activation(lambda x: torch.pow(x, exponent), _square)(input)
+
+
+# A method written in Python, whose guard in `RULES` torch.compile cannot check.
+IN_EAGER_MODE: dict[Any, Rule] = {Tensor.__pow__: _pow}
