@@ -80,11 +80,16 @@ def _same(t: Tensor, a: Any, b: Any, y: Tensor) -> Tensor:
 _negative = ARITHMETIC["sub"][2]
 _add = _arithmetic(torch.add, _same, _same, lambda a_dot, b_dot, a, b, y: a_dot + b_dot)
 _sub = _arithmetic(torch.sub, _same, _negative, lambda a_dot, b_dot, a, b, y: a_dot - b_dot)
-_mul = _arithmetic(
-    torch.mul,
-    *ARITHMETIC["mul"][1:],
-    lambda a_dot, b_dot, a, b, y: torch.addcmul(a_dot * b, a, b_dot),
-)
+
+
+def _of_product(a_dot: Tensor, b_dot: Tensor, a: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    part = a_dot * b
+    if part.shape != y.shape or part.dtype != y.dtype or part.requires_grad or b_dot.requires_grad:
+        return torch.addcmul(part, a, b_dot)
+    return part.addcmul_(a, b_dot)
+
+
+_mul = _arithmetic(torch.mul, *ARITHMETIC["mul"][1:], _of_product)
 _div = _arithmetic(
     torch.div,
     *ARITHMETIC["div"][1:],
