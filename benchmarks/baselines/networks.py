@@ -14,6 +14,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from benchmarks.baselines import written
+
 Network = tuple[nn.Module, Callable[[nn.Module], Callable[[Tensor, Tensor], Tensor]]]
 TEXT = 7  # tokens of text
 
@@ -145,7 +147,7 @@ NETWORKS: dict[str, Callable[..., Any]] = {f.__name__: f for f in (dit, unet, sd
 def made(name: str, batch: int = 2, size: int = 8, **shape: int) -> Any:
     """The network in evaluation mode, its function, primals and tangents, all functions of the arguments."""
     torch.manual_seed(0)
-    network, of = NETWORKS[name](batch=batch, size=size, **shape)
+    network, of = (NETWORKS | written.NETWORKS)[name](batch=batch, size=size, **shape)
     with torch.no_grad():  # zeros at the start would hide what follows them
         for p in network.parameters():
             p.add_(0.05 * torch.randn_like(p))

@@ -1,10 +1,10 @@
 """From what `pytest benchmarks --benchmark-json FILE` wrote to tables in Markdown, a plot, a record to keep.
 
-    python -m benchmarks.tools.report FILE                     the tables
-    python -m benchmarks.tools.report FILE --record OUT.json  and every figure, with versions, commit
-    python -m benchmarks.tools.report FILE --plot OUT.png      and the plot of the sweeps (needs matplotlib)
+    python -m benchmarks.tools.report FILE…                     the tables
+    python -m benchmarks.tools.report FILE… --record OUT.json  and every figure, with versions, commit
+    python -m benchmarks.tools.report FILE… --plot OUT.png      and the plot of the sweeps (needs matplotlib)
 
-FILE may also be such a record.
+A FILE may also be such a record; several are of one machine and commit.
 """
 
 from __future__ import annotations
@@ -177,12 +177,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("file", type=Path)
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--record", type=Path, metavar="OUT.json", dest="out")
     parser.add_argument("--plot", type=Path, metavar="OUT.png")
     arguments = parser.parse_args()
-    run = load(arguments.file)
-    records = run["benchmarks"]
+    runs = [load(file) for file in arguments.files]
+    records = [record for run in runs for record in run["benchmarks"]]
+    run = {**runs[0], "benchmarks": records}
     if arguments.out:
         arguments.out.write_text(json.dumps(run, indent=1) + "\n")
     print(operations(records), steps(records), networks(records), host(records), sep="\n\n")

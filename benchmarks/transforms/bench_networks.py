@@ -1,8 +1,8 @@
-"""Networks of other people, unmodified: a training step with a tangent, by `imf_kernels.jvp` and otherwise.
+"""Networks of other people, and written here in their manner: a training step with a tangent.
 
 The step is MeanFlow's: output and tangent in one call, a loss of both, the backward of the output.
-- `ours`: `imf_kernels.jvp`. `torch.func.jvp`: in its place, attention in its plain form. `compiled`: the step
-  of either by `torch.compile(fullgraph=True)`.
+- `ours`: `imf_kernels.jvp`. `torch.func.jvp`: in its place, attention in its plain form. `replaced`: ours
+  after `imf_kernels.nn.replace`. `compiled`: the step by `torch.compile(fullgraph=True)`.
 - `one forward and backward`: of the network as it is, without a tangent.
 
     pytest benchmarks/transforms/bench_networks.py --benchmark-only                    one network, eager
@@ -11,6 +11,8 @@ The step is MeanFlow's: output and tangent in one call, a loss of both, the back
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,20 +28,29 @@ from benchmarks.tools.observe import Beside, look
 for name in ("diffusers", "transformers"):
     pytest.importorskip(name, reason=f"{name} is not installed: pip install -e '.[dev]'")
 
+from benchmarks.baselines import written  # noqa: E402
 from benchmarks.baselines.networks import NETWORKS, made  # noqa: E402
 
 TRANSFORMER = {"size": 32, "heads": 6, "head_dim": 64, "layers": 4}  # 256 tokens of width 384
+UNET = {"size": 32, "heads": 1, "head_dim": 64}  # widths 64 and 128
 SHAPES = {
-    "unet": {"size": 32, "heads": 1, "head_dim": 64},
+    **dict.fromkeys(("unet", "edm_unet", "guided_unet"), UNET),
+    "unet_3d": {"size": 32, "heads": 1, "head_dim": 32},
     "flux": {**TRANSFORMER, "layers": 2},  # of each of its two kinds
 }
-FORMS = ("ours", "torch.func.jvp", "one forward and backward", "ours, compiled", "torch.func.jvp, compiled")
+FORMS = (
+    *("ours", "torch.func.jvp", "ours, replaced", "one forward and backward"),
+    *("ours, compiled", "torch.func.jvp, compiled", "ours, replaced, compiled"),
+)
 BATCH = 4
 
 
 def make(name: str, form: str, precision: str) -> Callable[[], float]:
     """A step in this form, from the same weights and inputs as every other; a call returns the loss."""
     network, of, (z, t), (z_dot, t_dot) = made(name, BATCH, **SHAPES.get(name, TRANSFORMER))
+    if "replaced" in form:
+        with contextlib.redirect_stdout(io.StringIO()):
+            ik.nn.replace(network)
     function = of(network)
 
     def loss() -> Tensor:
@@ -69,9 +80,9 @@ def make(name: str, form: str, precision: str) -> Callable[[], float]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     every = metafunc.config.getoption("--every-case")
-    metafunc.parametrize("network", list(NETWORKS) if every else ["authors_dit"])
+    metafunc.parametrize("network", [*written.NETWORKS, *NETWORKS] if every else ["sit"])
     metafunc.parametrize("precision", ["fp32", "bf16"] if every else ["fp32"])
-    metafunc.parametrize("form", FORMS if every else FORMS[:3], ids=lambda form: form)
+    metafunc.parametrize("form", FORMS if every else FORMS[:4], ids=lambda form: form)
 
 
 def test_network(benchmark: Any, network: str, precision: str, form: str) -> None:

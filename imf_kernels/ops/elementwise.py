@@ -73,6 +73,7 @@ class Elementwise:
 def _forward(
     ctx: Any, kernels: _C.elementwise, x: Tensor, x_dot: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
+    ctx.save_for_backward(x)  # half of a projection as it is: its memory is in use anyway
     x = x.contiguous()
     y, y_dot = torch.empty_like(x), None
     if x_dot is not None:
@@ -80,13 +81,12 @@ def _forward(
         y_dot = torch.empty_like(x_dot)
         no_gradient(ctx, y_dot)
     kernels.forward(x, x_dot, y, y_dot)
-    ctx.save_for_backward(x)
     ctx.kernels = kernels
     return y, y_dot
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    (x,) = ctx.saved_tensors
+    x = ctx.saved_tensors[0].contiguous()
     dx = torch.empty_like(x)
     ctx.kernels.backward(x, dy.contiguous(), dx)
     return None, dx, None

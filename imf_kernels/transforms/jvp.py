@@ -66,8 +66,8 @@ from imf_kernels.transforms.dual_tensors import (
     unpack_dual_tensor,
 )
 from imf_kernels.transforms.packages import serve_packages
+from imf_kernels.transforms.pointwise import ARITHMETIC_WHILE_COMPILING, IN_EAGER_MODE
 from imf_kernels.transforms.rules import (
-    ARITHMETIC_WHILE_COMPILING,
     CONTROL_FLOW,
     REFUSED,
     REFUSED_WHILE_COMPILING,
@@ -163,8 +163,8 @@ def _call(
     if func in REFUSED_WHILE_COMPILING if compiling else func in REFUSED or torch.is_inference_mode_enabled():
         _refuse(func, args, kwargs)
     rule, why = RULES.get(func) if kwargs.get("out") is None else None, NO_RULE
-    if rule is None and compiling and len(args) == 2 and not kwargs:
-        rule = ARITHMETIC_WHILE_COMPILING.get(_method_name(func))
+    if rule is None and len(args) == 2 and not kwargs:
+        rule = ARITHMETIC_WHILE_COMPILING.get(_method_name(func)) if compiling else IN_EAGER_MODE.get(func)
     if rule is not None:
         given = [as_dual(x, differentiable) for x in args]
         named = {name: as_dual(x, differentiable) for name, x in kwargs.items() if name != "out"}

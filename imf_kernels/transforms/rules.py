@@ -21,7 +21,6 @@ from imf_kernels.backends.dispatch import autocasts, cached_constant
 from imf_kernels.backends.layout import last_contiguous
 from imf_kernels.dual import Dual, is_differentiable, map_both, tangent_graph, unpack
 from imf_kernels.ops import attention, check, elementwise, group_norm, layer_norm, linear, rms_norm
-from imf_kernels.ops.arithmetic import ARITHMETIC
 
 Rule = Callable[..., Any]
 
@@ -361,41 +360,7 @@ def _batch_norm(
         return Dual(y, y_dot)
 
 
-# While torch.compile traces, PyTorch's rules use symbolic zeros if only one operand has a tangent; their
-# kernels (2.13) turn dynamic lengths into constants, and every new length would compile again. Arithmetic has
-# its own rules, without zeros: 0 · ∞ would be NaN.
-
-
-def _arithmetic(y: Callable[..., Tensor], of_a: Callable[..., Any], of_b: Callable[..., Any]) -> Rule:
-    """Makes the rule of y(a, b) for one tangent: ẏ is of_a(ȧ, a, b, y) or of_b(ḃ, a, b, y)."""
-
-    def rule(a: Any, b: Any) -> Any:
-        differentiable = is_differentiable(a, b)
-        (a, a_dot), (b, b_dot) = unpack(a), unpack(b)
-        if a_dot is not None and b_dot is not None:
-            return _ALSO
-        result = y(a, b)
-        with tangent_graph(differentiable):
-            y_dot = of_b(b_dot, a, b, result) if a_dot is None else of_a(a_dot, a, b, result)
-            if y_dot.shape != result.shape:
-                y_dot = y_dot.expand_as(result).contiguous()
-            return Dual(result, y_dot.to(result.dtype), differentiable=differentiable)
-
-    return rule
-
-
-_, _same, _negative = ARITHMETIC["sub"]
-_reflected_div = _arithmetic(lambda a, b: a.reciprocal() * b, lambda a_dot, a, b, y: -y * a_dot / a, _same)
-# By name: torch.compile does not find methods written in Python by identity.
-ARITHMETIC_WHILE_COMPILING: dict[str, Rule] = {
-    **dict.fromkeys(("add", "__radd__"), _arithmetic(torch.add, *ARITHMETIC["add"][1:])),
-    **dict.fromkeys(("sub", "subtract"), _arithmetic(torch.sub, _same, _negative)),
-    **dict.fromkeys(("rsub", "__rsub__"), _arithmetic(torch.rsub, _negative, _same)),
-    **dict.fromkeys(("mul", "multiply", "__rmul__"), _arithmetic(torch.mul, *ARITHMETIC["mul"][1:])),
-    **dict.fromkeys(("div", "true_divide"), _arithmetic(torch.div, *ARITHMETIC["div"][1:])),
-    **dict.fromkeys(("__rdiv__", "__rtruediv__"), _reflected_div),
-}
-# These get zeros, at the cost of filling them.
+# While torch.compile traces they get zeros, at the cost of filling them: see pointwise.py.
 ZEROS_WHILE_COMPILING = (
     *(torch.cat, torch.concat, torch.stack, torch.hstack, torch.vstack),
     *(torch.maximum, torch.minimum, Tensor.maximum, Tensor.minimum),

@@ -57,13 +57,13 @@ class Attention(nn.Module):
 
 
 class AdaBlock(nn.Module):
-    def __init__(self, width, heads, **options):
+    def __init__(self, width, heads, ratio=2, **options):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, heads, **options)
         self.mlp = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.GELU(approximate="tanh"), nn.Linear(2 * width, width)
+            nn.Linear(width, ratio * width), nn.GELU(approximate="tanh"), nn.Linear(ratio * width, width)
         )
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
@@ -189,11 +189,11 @@ def unet():
 
 
 class SkipBlock(nn.Module):
-    def __init__(self, width, heads, skip, checkpoint):
+    def __init__(self, width, heads, skip, checkpoint, ratio=2):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = Attention(width, heads)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, ratio * width), nn.GELU(), nn.Linear(ratio * width, width))
         self.skip_linear = nn.Linear(2 * width, width) if skip else None
         self.checkpoint = checkpoint
 
@@ -212,14 +212,14 @@ class SkipBlock(nn.Module):
 class UViT(nn.Module):
     """Times are a token; skips between the halves are concatenated."""
 
-    def __init__(self, size=8, width=16, heads=2, depth=3, checkpoint=False):
+    def __init__(self, size=8, width=16, heads=2, depth=3, checkpoint=False, ratio=2):
         super().__init__()
         self.patches, self.time = nn.Conv2d(4, width, 2, 2), Times(width)
         self.positions = nn.Parameter(torch.randn(1, 1 + size * size // 4, width))
         half = depth // 2
-        self.in_blocks = nn.ModuleList(SkipBlock(width, heads, False, checkpoint) for _ in range(half))
-        self.mid_block = SkipBlock(width, heads, False, checkpoint)
-        self.out_blocks = nn.ModuleList(SkipBlock(width, heads, True, checkpoint) for _ in range(half))
+        self.in_blocks = nn.ModuleList(SkipBlock(width, heads, False, checkpoint, ratio) for _ in range(half))
+        self.mid_block = SkipBlock(width, heads, False, checkpoint, ratio)
+        self.out_blocks = nn.ModuleList(SkipBlock(width, heads, True, checkpoint, ratio) for _ in range(half))
         self.norm, self.decoder = nn.LayerNorm(width), nn.Linear(width, 16)
         self.final = nn.Conv2d(4, 4, 3, padding=1)
 

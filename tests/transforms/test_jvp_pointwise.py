@@ -1,0 +1,105 @@
+"""Arithmetic and activations inside `jvp`: what backward keeps, values and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+
+import imf_kernels as ik
+
+WEIGHT = torch.rand(4, 4, generator=torch.Generator().manual_seed(1)) + 0.5
+BOTH = {
+    "sum": lambda x, w: x + w,
+    "difference": lambda x, w: x - w,
+    "product": lambda x, w: x * w,
+    "product with a row": lambda x, w: x * w[:1],
+    "quotient": lambda x, w: x / w,
+    "addcmul": lambda x, w: torch.addcmul(w, x, w, value=0.5),
+    "matmul": lambda x, w: x @ w,
+    "einsum": lambda x, w: torch.einsum("ij,ik->jk", x, w),
+}
+ONE = {
+    "square": torch.square,
+    "** 2": lambda x: x**2,
+    "pow": lambda x: x.pow(2),
+    "exp": torch.exp,
+    "rsqrt": torch.rsqrt,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.Tensor.tanh,
+    "relu": F.relu,
+    "mish": F.mish,
+    "hardswish": F.hardswish,
+}
+CALLS = {
+    **{f"{name}, both move": lambda x, f=f: f(x, x.t() + 1) for name, f in BOTH.items()},
+    **{f"{name}, first moves": lambda x, f=f: f(x, WEIGHT) for name, f in BOTH.items()},
+    **{f"{name}, second moves": lambda x, f=f: f(WEIGHT, x) for name, f in BOTH.items()},
+    **ONE,
+}
+
+
+def saved(y):
+    """Tensors that the graph behind y keeps."""
+    nodes = [y.grad_fn]
+    for node in nodes:  # grows
+        nodes += [n for n, _ in node.next_functions if n is not None and n not in nodes]
+        for name in dir(node):
+            value = getattr(node, name) if name.startswith("_saved_") else None
+            yield from value if isinstance(value, tuple) else [value]
+
+
+def tangents_kept(function, x, x_dot):
+    kept = []
+
+    def call(x):
+        y = function(x)
+        kept.extend(
+            t
+            for t in saved(y)
+            if isinstance(t, torch.Tensor) and forward_ad.unpack_dual(t).tangent is not None
+        )
+        return y
+
+    ik.jvp(call, (x,), (x_dot,))
+    return len(kept)
+
+
+@pytest.fixture
+def point():
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(4, 4, generator=generator) + 0.1, torch.randn(4, 4, generator=generator)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_backward_keeps_no_tangent(name, point):
+    x, x_dot = point
+    assert tangents_kept(CALLS[name], x.requires_grad_(), x_dot) == 0
+
+
+def test_calls_of_pytorch_keep_theirs(point):
+    """What the test above would see."""
+    x, x_dot = point
+    assert tangents_kept(torch.sin, x.requires_grad_(), x_dot)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_as_without_a_tangent_and_as_pytorch(name, point):
+    """The primal and its gradient bit by bit, the tangent in float64."""
+    x, x_dot = point
+    x.requires_grad_()
+    function = CALLS[name]
+    alone, (y, _) = function(x), ik.jvp(function, (x,), (x_dot,))
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(y, alone)
+    assert torch.equal(*(torch.autograd.grad(out, x, dy)[0] for out in (y, alone)))
+    double, double_dot = x.detach().double(), x_dot.double()
+    _, exact = torch.func.jvp(lambda x: function_in_double(name, x), (double,), (double_dot,))
+    _, got = ik.jvp(lambda x: function_in_double(name, x), (double,), (double_dot,))
+    assert ((got - exact).norm() / exact.norm()).item() < 1e-14
+
+
+def function_in_double(name, x):
+    kind, _, moving = name.partition(", ")
+    if moving == "first moves":
+        return BOTH[kind](x, WEIGHT.double())
+    return BOTH[kind](WEIGHT.double(), x) if moving == "second moves" else CALLS[name](x)
