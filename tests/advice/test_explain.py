@@ -42,7 +42,7 @@ def test_calls_and_their_paths(capsys):
     printed = capsys.readouterr().out
     linear = [c for c in calls if c.name == "torch.nn.functional.linear"]
     assert {c.path for c in linear} == {"imf_kernels"} and sum(c.count for c in linear) == 4
-    assert next(c for c in calls if c.name == "torch.Tensor.add").path == "PyTorch's rule"
+    assert next(c for c in calls if c.name == "torch.Tensor.permute").path == "PyTorch's rule"
     assert "torch.nn.functional.linear" in printed and "%" in printed
     assert not any("numel" in c.name or "size" in c.name for c in calls)  # its own
 
@@ -79,7 +79,7 @@ def test_where_why_and_what_to_change(capsys, faster):
         norm = next(c for name, c in calls.items() if "rms_norm" in name)
         assert (norm.path, norm.where) == ("imf_kernels", "*.norm")
         product = next(c for name, c in calls.items() if "matmul" in name)
-        assert product.path == "PyTorch's rule" and "several operands have a tangent" in product.why
+        assert product.path == "imf_kernels"
         assert "scaled_dot_product_attention(q, k, v) for 2 × softmax(q · kᵀ) · v, in *. These" in printed
         assert "torch.nn.functional.rms_norm(x, …) for 2 × x · rsqrt(mean(x²)), in *. These" in printed
         assert nn.Module.__call__ is call
