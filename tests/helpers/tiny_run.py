@@ -26,10 +26,10 @@ NETWORK = IMFConfig(
     aux_head_depth=1,
     mlp_ratio=2.0,
     num_classes=10,
-    class_tokens=4,
-    omega_tokens=2,
+    class_tokens=1,
+    omega_tokens=1,
     interval_tokens=1,
-    time_tokens=2,
+    time_tokens=1,
     residual_scale=1.0,
 )
 FAST = {
