@@ -51,6 +51,7 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
     *((method.text, name, {}) for name, method in METHODS.items() if name != "mf" and not method.flow_map),
 ]
 STEPS = 1, 2, 4  # of sampling
+BY_HAND = "## The recipe of the default run"  # where the part of the page begins that this does not write
 # Columns: title, digits, and how far a value is from what the data have.
 FIGURES: dict[str, tuple[str, int, Callable[[float], float]]] = {
     "frechet_distance": ("Fréchet distance (lower is better)", 2, lambda x: x),
@@ -213,7 +214,9 @@ def main() -> None:
                 run = {"method": method, "changes": changes, "seed": seed}
                 record["runs"].append(run | measure(config, judge, f"seed {seed}: {name}"))
                 arguments.record.write_text(json.dumps(record, indent=1) + "\n")
-    arguments.table.write_text(table(record))
+    text = arguments.table.read_text() if arguments.table.exists() else ""
+    kept = text.find(BY_HAND)
+    arguments.table.write_text(table(record) + (f"\n{text[kept:]}" if kept >= 0 else ""))
     print(table(record))
 
 

@@ -13,7 +13,7 @@ serve layer_norm_modulate too, as w and b are a scale and a shift.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -65,9 +65,9 @@ def _reference(
 
 
 def _check_shape(x: Tensor, normalized_shape: Sequence[int]) -> None:
-    check.is_tensor("layer_norm", x=x)
-    if x.dim() and normalized_shape in ((x.shape[-1],), [x.shape[-1]]):
+    if isinstance(x, Tensor) and x.dim() and normalized_shape in ((x.shape[-1],), [x.shape[-1]]):
         return
+    check.is_tensor("layer_norm", x=x)
     if x.dim() == 0:
         raise ValueError("layer_norm: x must have at least one dimension, got a scalar")
     raise ValueError(
@@ -80,6 +80,7 @@ def _check(
     x: Tensor, x_dot: Tensor | None, bias: Tensor | None, bias_dot: None, weight: Tensor | None,
     weight_dot: None, one: float, eps: float, dtype: torch.dtype | None,
 ) -> Sequence[Tensor]:  # fmt: skip
+    check.is_tensor("layer_norm", x=x)
     check.single_row_is_complete("layer_norm", x=(x, x_dot))
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
@@ -99,15 +100,17 @@ def forward(
     """Computes n · (one + scale) + shift, both [d] or [B, d], 0 if missing; of layer_norm_modulate too."""
     x, y, y_dot = in_rows(x), contiguous_like(x, dtype), None
     statistics = x.new_empty(3 * count_rows(x), dtype=torch.float32)
-    moving = stored(x_dot, shift_dot, scale_dot)
-    if moving is not None:
-        y_dot = contiguous_like(last_rows(x, moving), dtype)
-        no_gradient(ctx, y_dot)
-        x_dot = None if x_dot is None else in_rows(x_dot)
-    s, b = (scale if scale is None else as_floats(scale)), (shift if shift is None else as_floats(shift))
     s_dot = b_dot = None
+    if x_dot is not None:
+        x_dot = in_rows(x_dot)
+        y_dot = contiguous_like(x_dot, dtype)
     if scale_dot is not None or shift_dot is not None:
         s_dot, b_dot = (None if p is None else as_floats(p) for p in (scale_dot, shift_dot))
+        if y_dot is None:
+            y_dot = contiguous_like(last_rows(x, cast(Tensor, stored(scale_dot, shift_dot))), dtype)
+    if y_dot is not None:
+        no_gradient(ctx, y_dot)
+    s, b = (scale if scale is None else as_floats(scale)), (shift if shift is None else as_floats(shift))
     kernels.forward(x, x_dot, s, s_dot, b, b_dot, y, y_dot, statistics, one, eps)
     ctx.save_for_backward(x, shift, scale, statistics)
     ctx.kernels, ctx.one = kernels, one
