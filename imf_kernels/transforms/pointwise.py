@@ -72,9 +72,13 @@ def _arithmetic(
     return rule
 
 
+def _copy(t: Tensor, y: Tensor) -> Tensor:
+    """Returns a copy of an operand's tangent in the shape of y: in-place calls may write into the result."""
+    return t.clone() if t.shape == y.shape else t.expand_as(y).clone(memory_format=torch.contiguous_format)
+
+
 def _same(t: Tensor, a: Any, b: Any, y: Tensor) -> Tensor:
-    """Returns a tangent of its own: in-place calls may write into the result."""
-    return t if t.shape != y.shape or torch.compiler.is_compiling() else t.clone()
+    return _copy(t, y)
 
 
 _negative = ARITHMETIC["sub"][2]
@@ -125,6 +129,8 @@ def _addcmul(input: Any, tensor1: Any, tensor2: Any, *, value: Any = 1) -> Any:
             if p is not None and q is not None:
                 part = p * q if value == 1 else value * p * q
                 y_dot = part if y_dot is None else torch.addcmul(y_dot, p, q, value=value)
+        if y_dot is x_dot:
+            y_dot = _copy(cast(Tensor, x_dot), y)
         return Dual(y, _of_shape_and_dtype(cast(Tensor, y_dot), y), differentiable=differentiable)
 
 

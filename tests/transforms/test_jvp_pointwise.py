@@ -103,3 +103,47 @@ def function_in_double(name, x):
     if moving == "first moves":
         return BOTH[kind](x, WEIGHT.double())
     return BOTH[kind](WEIGHT.double(), x) if moving == "second moves" else CALLS[name](x)
+
+
+ONES = [(4,), (1, 4), (1,), (1, 1, 1), ()]
+WRITTEN = {
+    "x + c": lambda x, c: x + c,
+    "c + x": lambda x, c: c + x,
+    "x - c": lambda x, c: x - c,
+    "c - x": lambda x, c: c - x,
+    "x * c": lambda x, c: x * c,
+    "x / c": lambda x, c: x / c,
+    "c / x": lambda x, c: c / x,
+    "x + 1": lambda x, c: x + 1,
+    "x + x": lambda x, c: x + x,
+    "addcmul(x, c, c)": lambda x, c: torch.addcmul(x, c, c),
+    "addcmul(c, x, c)": lambda x, c: torch.addcmul(c, x, c),
+    "relu(x)": lambda x, c: torch.relu(x),
+    "dropout(x) in evaluation": lambda x, c: torch.nn.functional.dropout(x, training=False) + c,
+}
+
+
+COMPILED = [(name, shape, True) for name in ("x + c", "c - x", "x + 1") for shape in ((4,), (1, 4))]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "compiled"),
+    [(name, shape, False) for name in WRITTEN for shape in ONES] + COMPILED,
+)
+def test_a_result_that_is_written_into(name, shape, compiled):
+    """Its tangent is no view of the operand's, whatever the shape of the other operand adds in front."""
+
+    def function(x):
+        y = WRITTEN[name](x, torch.ones(shape, dtype=x.dtype))
+        y.mul_(3)
+        return x * y
+
+    for own in ((4,), ()):
+        x, x_dot = torch.full(own, 2.0), torch.full(own, 5.0)
+        want = torch.func.jvp(function, (x,), (x_dot.clone(),))[1]
+        call = ik.jvp
+        if compiled:
+            torch._dynamo.reset()
+            call = torch.compile(ik.jvp, backend="aot_eager", fullgraph=True)
+        assert torch.equal(call(function, (x,), (x_dot,))[1], want)
+        assert torch.equal(x_dot, torch.full(own, 5.0))
