@@ -7,6 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
 from imf_kernels.advice.changes import changes, less_memory
 from imf_kernels.advice.record import Call, Memory, Run, fastest, profiled
 
@@ -46,8 +50,9 @@ def explain(
     Where activations take more memory than weights, their gradients and Adam's moments together, it says how
     much `imf_kernels.checkpoint` leaves.
 
-    It runs `func` about a dozen times, and eight times more for each change of modules that it tries. On a
-    GPU it waits for each call. The network is as it was afterwards, apart from what `func` itself changes.
+    It runs `func` dozens of times, the more the more changes it tries. On a GPU it waits for each call. The
+    network and PyTorch's random numbers are as they were afterwards, apart
+    from what `func` itself changes: running statistics move as often as it runs.
 
     Args:
         func, primals, tangents, has_aux: as of `jvp`.
@@ -55,6 +60,14 @@ def explain(
     Returns:
         The printed calls, the longest first.
     """
+    used = {x.device for x in pytree.tree_leaves(primals) if isinstance(x, Tensor) and x.is_cuda}
+    with torch.random.fork_rng(list(used)):
+        return _explain(func, primals, tangents, has_aux)
+
+
+def _explain(
+    func: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...], has_aux: bool
+) -> list[Calls]:
     Run(func, primals, tangents, has_aux)
     run = fastest(3, func, primals, tangents, has_aux)
     memory = profiled(func, primals, tangents, has_aux)

@@ -302,3 +302,9 @@ def test_checkpointing_where_activations_dominate(monkeypatch, capsys):
     ):
         ik.explain(func, primals, tangents)
         assert "checkpoint_fn" not in capsys.readouterr().out
+
+
+def test_random_numbers_are_left_alone(capsys):
+    before = torch.get_rng_state()
+    ik.explain(lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6), (X,), (X_DOT,))
+    assert torch.equal(torch.get_rng_state(), before)
