@@ -50,9 +50,9 @@ def explain(
     Where activations take more memory than weights, their gradients and Adam's moments together, it says how
     much `imf_kernels.checkpoint` leaves.
 
-    It runs `func` dozens of times, the more the more changes it tries. On a GPU it waits for each call. The
-    network and PyTorch's random numbers are as they were afterwards, apart
-    from what `func` itself changes: running statistics move as often as it runs.
+    It runs `func` dozens of times, the more the more changes it tries; on a GPU it waits for each call. The
+    network and PyTorch's random numbers are afterwards as they were, apart from what `func` itself changes:
+    running statistics move as often as it runs.
 
     Args:
         func, primals, tangents, has_aux: as of `jvp`.
