@@ -33,7 +33,6 @@ from imf.model.layers import (
     ScalarEmbedder,
     VelocityNetwork,
     condition_tokens,
-    heads_of_qkv,
     patch_embedder,
     residual_scales,
 )
@@ -41,6 +40,12 @@ from imf.model.pretrained import Pretrained
 from imf_kernels import Dual
 
 NORM_EPS = 1e-6
+
+
+def _heads_of_qkv(qkv: Tensor, heads: int) -> list[Tensor]:
+    """[B, L, 3 H D] → q, k, v, each [B, H, L, D]; backward, one copy that lays them side by side."""
+    batch, length, width = qkv.shape
+    return [x.transpose(1, 2) for x in qkv.view(batch, length, 3, heads, width // (3 * heads)).unbind(2)]
 
 
 class Modulated(nn.Module):
@@ -94,7 +99,7 @@ class Block(nn.Module):
 
     def _attention(self, y: Tensor | Dual, qkv: Tensor, out: Tensor) -> Any:
         y = ik.linear(y, qkv, self.qkv.bias)
-        q, k, v = ik.linear_map(lambda a: heads_of_qkv(a, a.shape[1], self.heads), y)
+        q, k, v = ik.linear_map(lambda a: _heads_of_qkv(a, self.heads), y)
         y = ik.scaled_dot_product_attention(q, k, v)
         y = ik.linear_map(lambda a: a.transpose(1, 2).flatten(2), y)
         return ik.linear(y, out, self.out.bias)

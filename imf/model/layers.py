@@ -70,13 +70,6 @@ def residual_scales(c: IMFConfig) -> list[nn.Parameter]:
     return [nn.Parameter(torch.full((c.hidden_size,), float(c.residual_scale))) for _ in range(2)]
 
 
-def heads_of_qkv(qkv: Tensor, length: int, heads: int) -> list[Tensor]:
-    """[B, L, 3 H D] or [B · L, 3 H D] → q, k, v, each [B, H, L, D]; backward, one copy that lays them side by
-    side."""
-    qkv = qkv.view(-1, length, 3, heads, qkv.shape[-1] // (3 * heads))
-    return [x.transpose(1, 2) for x in qkv.unbind(2)]
-
-
 class VelocityNetwork(nn.Module):
     """A transformer from a noisy image and what conditions it to velocities: blocks that u and v share, then
     the blocks and the final layer of each.

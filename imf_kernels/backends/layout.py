@@ -52,9 +52,9 @@ def contiguous_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def positions_first(like: Tensor, batch: int, length: int, width: int) -> Tensor:
-    """Returns an empty [batch, H, length, width], H of `like`, in projections' order [B, L, H, D]."""
-    shape = (batch, like.shape[1], length, width)
+def positions_first(like: Tensor, batch: int, heads: int, length: int, width: int) -> Tensor:
+    """Returns an empty [batch, heads, length, width] in projections' memory order [B, L, H, D]."""
+    shape = (batch, heads, length, width)
     return torch.empty_permuted(shape, (0, 2, 1, 3), dtype=like.dtype, device=like.device)
 
 
@@ -66,7 +66,7 @@ def in_order_of(x: Tensor, batch: int, length: int, width: int) -> Tensor:
     """
     if x.is_contiguous():
         return x.new_empty((batch, x.shape[1], length, width))
-    return positions_first(x, batch, length, width)
+    return positions_first(x, batch, x.shape[1], length, width)
 
 
 def order_of_channels(x: Tensor) -> torch.memory_format:

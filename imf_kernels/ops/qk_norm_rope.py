@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from imf_kernels import _C
-from imf_kernels.backends.layout import as_floats, in_dtype, last_contiguous, sums
+from imf_kernels.backends.layout import as_floats, in_dtype, last_contiguous, positions_first, sums
 from imf_kernels.backends.operators import Operation, PairCall, compiled
 from imf_kernels.dual import TensorOrDual, last_rows, no_gradient, tangent_graph
 from imf_kernels.ops import check
@@ -85,8 +85,7 @@ class _Sizes(NamedTuple):
 
     def empty(self, qkv: Tensor, batch: int, heads: int) -> Tensor:
         """Returns an empty [batch, heads, L, D] in the memory order of the projection."""
-        shape = batch, heads, self.length, self.width
-        return torch.empty_permuted(shape, (0, 2, 1, 3), dtype=qkv.dtype, device=qkv.device)
+        return positions_first(qkv, batch, heads, self.length, self.width)
 
     def cotangents(self, qkv: Tensor, batch: int, *given: Tensor | None) -> list[Tensor]:
         """Returns the cotangents of q, k and v as kernels read them: zeros for a missing one."""

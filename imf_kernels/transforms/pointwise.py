@@ -167,11 +167,14 @@ for _functions, _tangent in (
     serves(*_functions)(_activation(_functions[0], _tangent))
 
 
+_squared = _activation(torch.pow, lambda t, x, y, exponent: _square(t, x, y))
+
+
 @serves(torch.pow, Tensor.pow)
 def _pow(input: Any, exponent: Any) -> Any:
     if not isinstance(input, Dual) or not isinstance(exponent, (int, float)) or exponent != 2:
         return _ALSO
-    return _activation(lambda x: torch.pow(x, exponent), _square)(input)
+    return _squared(input, exponent)
 
 
 # A method written in Python, whose guard in `RULES` torch.compile cannot check.

@@ -21,6 +21,7 @@ from imf_kernels.backends.triton_kernels.rows import (
     count_rows,
     dual_row_of_group,
     group_and_position,
+    load_rows,
     row_of_group,
     store_sums,
 )
@@ -41,19 +42,19 @@ def gated_residual_forward(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (position < length) & (column < WIDTH)
     g = row_of_group(gate, group, column, WIDTH)
-    b = tl.load(branch + row * (branch_stride * UNIT) + column, mask=inside, other=0.0).to(tl.float32)
-    stream = tl.load(x + row * (x_stride * UNIT) + column, mask=inside, other=0.0).to(tl.float32)
+    b = load_rows(branch, row, branch_stride, column, inside, UNIT)
+    stream = load_rows(x, row, x_stride, column, inside, UNIT)
     tl.store(y + row * WIDTH + column, tl.fma(b, g, stream), mask=inside)
     if y_dot is not None:
         t_row = row - first_tangent
         inside &= t_row >= 0
         out_dot = tl.zeros((ROWS, BLOCK), tl.float32)
         if x_dot is not None:
-            at = x_dot + t_row * (x_dot_stride * UNIT) + column
-            out_dot += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            out_dot += load_rows(x_dot, t_row, x_dot_stride, column, inside, UNIT)
         if branch_dot is not None:
-            at = branch_dot + t_row * (branch_dot_stride * UNIT) + column
-            out_dot = tl.fma(tl.load(at, mask=inside, other=0.0).to(tl.float32), g, out_dot)
+            out_dot = tl.fma(
+                load_rows(branch_dot, t_row, branch_dot_stride, column, inside, UNIT), g, out_dot
+            )
         if gate_dot is not None:
             t_group = group - first_tangent // length
             g_dot = row_of_group(gate_dot, t_group, column, WIDTH)

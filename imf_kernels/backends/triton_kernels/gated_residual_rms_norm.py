@@ -20,13 +20,8 @@ from imf_kernels.backends.triton_kernels.duals import (
     times,
 )
 from imf_kernels.backends.triton_kernels.rms_norm import backward_of_norm, inverse_rms, tangent_of_norm
-from imf_kernels.backends.triton_kernels.rows import RowKernel, count_rows, store_sums
+from imf_kernels.backends.triton_kernels.rows import RowKernel, count_rows, load_rows, store_sums
 from imf_kernels.backends.triton_kernels.rows import shares as shares
-
-
-@triton.jit
-def _load(x, row, stride, column, inside, UNIT: tl.constexpr):
-    return tl.load(x + row * (stride * UNIT) + column, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["first_tangent", "rows"])
@@ -40,9 +35,9 @@ def gated_residual_rms_norm_forward(
     inside = (row < rows) & (column < WIDTH)
     g = tl.load(gate + column, mask=column < WIDTH, other=0.0)
     w = tl.load(weight + column, mask=column < WIDTH, other=0.0)
-    b = _load(branch, row, branch_stride, column, inside, UNIT)
+    b = load_rows(branch, row, branch_stride, column, inside, UNIT)
     # The stream is normalised as rounded.
-    s = tl.fma(b, g, _load(x, row, x_stride, column, inside, UNIT)).to(stream.dtype.element_ty)
+    s = tl.fma(b, g, load_rows(x, row, x_stride, column, inside, UNIT)).to(stream.dtype.element_ty)
     tl.store(stream + row * WIDTH + column, s, mask=inside)
     s = s.to(tl.float32)
     r = inverse_rms(s, eps, WIDTH)
@@ -53,9 +48,9 @@ def gated_residual_rms_norm_forward(
         inside &= t_row >= 0
         s_dot = tl.zeros((ROWS, BLOCK), tl.float32)
         if x_dot is not None:
-            s_dot += _load(x_dot, t_row, x_dot_stride, column, inside, UNIT)
+            s_dot += load_rows(x_dot, t_row, x_dot_stride, column, inside, UNIT)
         if branch_dot is not None:
-            s_dot = tl.fma(_load(branch_dot, t_row, branch_dot_stride, column, inside, UNIT), g, s_dot)
+            s_dot = tl.fma(load_rows(branch_dot, t_row, branch_dot_stride, column, inside, UNIT), g, s_dot)
         s_dot = s_dot.to(stream_dot.dtype.element_ty)
         tl.store(stream_dot + t_row * WIDTH + column, s_dot, mask=inside)
         out_dot = tangent_of_norm(s, s_dot.to(tl.float32), r, WIDTH) * w
@@ -85,13 +80,13 @@ def gated_residual_rms_norm_backward(
         if dy_dot is not None:
             s_dot = tl.zeros((ROWS, BLOCK), tl.float32)
             if x_dot is not None:
-                s_dot += _load(x_dot, t_row, x_dot_stride, column, moves, UNIT)
+                s_dot += load_rows(x_dot, t_row, x_dot_stride, column, moves, UNIT)
             if branch_dot is not None:
-                b_dot = _load(branch_dot, t_row, branch_dot_stride, column, moves, UNIT)
+                b_dot = load_rows(branch_dot, t_row, branch_dot_stride, column, moves, UNIT)
                 s_dot = tl.fma(b_dot, g, s_dot)
             # It is normalised as rounded, like the stream.
             s_dot = s_dot.to(stream.dtype.element_ty).to(tl.float32)
-        s = dual(_load(stream, row, stream_stride, column, inside, UNIT), s_dot)
+        s = dual(load_rows(stream, row, stream_stride, column, inside, UNIT), s_dot)
         r = dual_rstd(s, tl.load(rstd + row, mask=row < rows, other=0.0), WIDTH)
         n = times(s, r)
         at, at_dot = row * (dy_stride * UNIT) + column, t_row * (dy_dot_stride * UNIT) + column
@@ -100,16 +95,16 @@ def gated_residual_rms_norm_backward(
         d = backward_of_norm(n, times(dn, (w,)), r, WIDTH)
         of_s, of_s_dot = of_primal(d), None
         if dstream is not None:
-            of_s += _load(dstream, row, dstream_stride, column, inside, UNIT)
+            of_s += load_rows(dstream, row, dstream_stride, column, inside, UNIT)
         if dy_dot is not None:
             of_s_dot = d[0]
             if dstream_dot is not None:
-                of_s_dot += _load(dstream_dot, t_row, dstream_dot_stride, column, moves, UNIT)
+                of_s_dot += load_rows(dstream_dot, t_row, dstream_dot_stride, column, moves, UNIT)
         d = cotangents(of_s, of_s_dot)
         at, at_dot = row * WIDTH + column, t_row * WIDTH + column
         store_gradients(dx, at, inside, dx_dot, at_dot, moves, d)
         store_gradients(dbranch, at, inside, dbranch_dot, at_dot, moves, times(d, (g,)))
-        b = dual(_load(branch, row, branch_stride, column, inside, UNIT), b_dot)
+        b = dual(load_rows(branch, row, branch_stride, column, inside, UNIT), b_dot)
         dg = add_product(dg, d, b)
     store_sums(partial, (dg, dw), column, WIDTH)
 

@@ -24,6 +24,7 @@ from imf_kernels.backends.triton_kernels.rows import (
     count_rows,
     dual_row_of_group,
     group_and_position,
+    load_rows,
     row_of_group,
     store_sums,
     sum_of_row,
@@ -52,7 +53,7 @@ def layer_norm_forward(
     column = tl.arange(0, BLOCK)[None, :]
     inside = (position < length) & (column < WIDTH)
     gain = one + row_of_group(scale, group, column, WIDTH)
-    xi = tl.load(x + row * (x_stride * UNIT) + column, mask=inside, other=0.0).to(tl.float32)
+    xi = load_rows(x, row, x_stride, column, inside, UNIT)
     mean, correction, c = _center(xi, inside, WIDTH)
     r = tl.div_rn(1.0, tl.sqrt_rn(sum_of_row(c * c) * (1.0 / WIDTH) + eps))
     tl.store(statistics + row * 3, mean, mask=position < length)

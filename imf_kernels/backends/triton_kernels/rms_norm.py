@@ -19,7 +19,13 @@ from imf_kernels.backends.triton_kernels.duals import (
     store_gradients,
     times,
 )
-from imf_kernels.backends.triton_kernels.rows import RowKernel, count_rows, store_sums, sum_of_row
+from imf_kernels.backends.triton_kernels.rows import (
+    RowKernel,
+    count_rows,
+    load_rows,
+    store_sums,
+    sum_of_row,
+)
 from imf_kernels.backends.triton_kernels.rows import shares as shares
 
 
@@ -51,15 +57,14 @@ def rms_norm_forward(
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < WIDTH)
     w = tl.load(weight + column, mask=column < WIDTH, other=0.0)
-    xi = tl.load(x + row * (x_stride * UNIT) + column, mask=inside, other=0.0).to(tl.float32)
+    xi = load_rows(x, row, x_stride, column, inside, UNIT)
     r = inverse_rms(xi, eps, WIDTH)
     tl.store(rstd + row, r, mask=row < rows)
     tl.store(y + row * WIDTH + column, xi * r * w, mask=inside)
     if x_dot is not None:
         t_row = row - first_tangent
         inside &= t_row >= 0
-        at = x_dot + t_row * (x_dot_stride * UNIT) + column
-        ti = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        ti = load_rows(x_dot, t_row, x_dot_stride, column, inside, UNIT)
         tl.store(y_dot + t_row * WIDTH + column, tangent_of_norm(xi, ti, r, WIDTH) * w, mask=inside)
 
 

@@ -104,6 +104,12 @@ def store_sums(partial, sums, column, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def load_rows(x, row, stride, column, inside, UNIT: tl.constexpr):
+    """Loads rows at a stride of `stride` units in float32; zeros outside."""
+    return tl.load(x + row * (stride * UNIT) + column, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def sum_of_row(x):
     """Returns the sums of rows, [ROWS, 1]; wide ones by eights, as a thread adds its numbers one by one."""
     if x.shape[1] > 8192:
