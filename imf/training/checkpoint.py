@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -30,9 +30,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from imf import __version__
-from imf.adapted import Adapted, AdaptedConfig
+from imf.adapted import Adapted
 from imf.io import replacing
-from imf.model.config import IMFConfig
+from imf.model.config import AdaptedConfig, IMFConfig
 from imf.model.pretrained import (
     CONFIG,
     PRECISIONS,
@@ -48,6 +48,9 @@ from imf.program import MOST_THREADS, UserError
 from imf.tensors import check_same, checksums, not_finite, writing
 from imf.training.config import TrainConfig, from_dict, to_dict
 from imf.training.parallel import placed_like, whole
+
+if TYPE_CHECKING:  # for the annotations
+    from imf.training.state import Run
 
 METADATA_KEY, CHECKSUM_KEY = "imf", "crc32"
 FORMAT = 4  # raise it when a file of the old form cannot be read, or a run would resume with other numbers
@@ -115,6 +118,26 @@ def environment(device: torch.device, processes: int = 1) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "processes": str(processes),
     }
+
+
+def save_run(run: Run) -> None:
+    """Writes a checkpoint of the run as it is, then deletes the oldest ones; all processes call it."""
+    context, state = run.context, run.state
+    metadata = Metadata(
+        step=state.step,
+        elapsed=run.elapsed,
+        config=run.config,
+        precision=run.precision,
+        environment=environment(context.device, context.count),
+        autoencoder=run.dataset.autoencoder,
+        class_names=run.dataset.class_names,
+    )
+    path = path_of(run.folder, state.step)
+    networks = {"model": state.model, "ema": state.ema}
+    with context.together(run.signals):
+        save(path, **networks, optimizer=state.optimizer, metadata=metadata, writes=context.first)
+        if context.first:
+            prune(run.folder, run.config.keep_checkpoints)
 
 
 def save(

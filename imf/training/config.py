@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from imf.adapted import AdaptedConfig
 from imf.mean_flow.methods import METHODS, network_of
-from imf.model.config import TOKENS, IMFConfig, check_guidance
+from imf.model.config import TOKENS, AdaptedConfig, IMFConfig, check_guidance
 from imf.objective.draws import MAX_LOG_POWER, Guidance
 from imf.program import MOST_THREADS
 
@@ -241,6 +240,10 @@ class TrainConfig:
     def is_due(every: int, step: int) -> bool:
         """Whether what happens `every` steps (0: never) follows step `step`."""
         return every > 0 and step % every == 0
+
+    def checkpoint_due(self, step: int) -> bool:
+        """Whether a checkpoint follows step `step`: every `checkpoint_every`, and the last."""
+        return self.is_due(self.checkpoint_every, step) or step == self.steps
 
     @property
     def draws(self) -> dict[str, Any]:

@@ -19,12 +19,16 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from imf.objective.draws import Draws, Guidance, StepDraws, repeated, sizes_of_v_u
+from imf.objective.draws import Draws, Guidance, StepDraws, count_of_v_u, repeated, sizes_of_v_u
+
+if TYPE_CHECKING:  # for the annotations
+    from imf.distributed import DistributedContext
+    from imf.training.config import TrainConfig
 
 # The captured call: (x, y, draws on the device, learning rate, share of the weights in the average, whether
 # it is the last one of its step) → terms.
@@ -113,6 +117,19 @@ class StepGraphs:
         # A single one: PyTorch's allocator reuses memory freed on a stream on that stream only.
         self.stream = stream or (torch.cuda.Stream(device) if device.type == "cuda" else None)
 
+    @staticmethod
+    def of_run(
+        micro_step: MicroStep,
+        config: TrainConfig,
+        context: DistributedContext,
+        guidance: Guidance | None,
+        stream: torch.cuda.Stream | None,
+    ) -> StepGraphs:
+        """Makes those of a process's part of a run."""
+        batch, accumulate = config.micro_batch_size // context.count, config.accumulate
+        warmup = WARMUP_OF_DDP if context.grouped else 0
+        return StepGraphs(micro_step, batch, context.device, guidance, accumulate, warmup, stream)
+
     def __call__(
         self,
         x: Tensor,
@@ -150,6 +167,22 @@ class StepGraphs:
                 beside=next(iter(self.recorded.values()), None),
             )
         return self.recorded[size, last].replay().clone()
+
+
+def rows_of_others(
+    config: TrainConfig, context: DistributedContext, guidance: Guidance | None, micro_step: int
+) -> int:
+    """Returns the most rows on which another process needs v_u in a micro-step.
+
+    Their draws are functions of the seed, the micro-step and the process, so nothing is communicated.
+    """
+    batch, settings = config.micro_batch_size // context.count, {"seed": config.seed, "step": micro_step}
+    counts = (
+        count_of_v_u(batch, guidance, process=process, **settings, **config.draws)
+        for process in range(context.count)
+        if process != context.rank
+    )
+    return max(counts, default=0)
 
 
 def _copy(step: StepDraws) -> StepDraws:

@@ -12,9 +12,8 @@ from imf import sample, train
 from imf.mean_flow.methods import METHODS, network_of
 from imf.objective.draws import Draws
 from imf.training import config as configuration
-from imf.training import loop
 from imf.training.recipes import PRESETS, preset_of
-from tests.helpers.tiny_run import ALONE, FAST, NETWORK, config, state_and_data
+from tests.helpers.tiny_run import ALONE, FAST, NETWORK, config, one_step, state_and_data
 
 
 def settings(method: str) -> dict:
@@ -41,7 +40,7 @@ def test_every_method_trains_and_samples_on_the_digits(method):
     state, given, c = state_and_data(**settings(method), warmup_steps=0, norm_p=0.0 if flow_map else 1.0)
     before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     for _ in range(5):
-        terms = loop.training_step(state, given, c, ALONE)
+        terms = one_step(state, given, c, ALONE)
     expected = 2 if METHODS[method].v_head else 1
     assert terms.isfinite().all() and (flow_map or float(terms[0]) == pytest.approx(expected, 0.01))
     # What begins at zero has moved by now, so a gradient has reached every weight.

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from imf import io as files
 from imf.model.pretrained import Sampling
 from imf.program import UserError
-from imf.training import checkpoint, loop
-from tests.helpers.tiny_run import ALONE, NETWORK, config, differing, state_and_data, tensors
+from imf.training import checkpoint
+from tests.helpers.tiny_run import ALONE, NETWORK, config, differing, one_step, state_and_data, tensors
 
 
 def metadata(step=3, **changes):
@@ -36,7 +36,7 @@ def read(path, state):
 def trained():
     state, batches, c = state_and_data()
     for _ in range(3):
-        loop.training_step(state, batches, c, ALONE)
+        one_step(state, batches, c, ALONE)
     return state
 
 
@@ -89,7 +89,7 @@ def test_restored_tensors_do_not_lie_in_the_file(trained, path):
     fresh, batches, c = state_and_data(seed=1)
     read(path, fresh)
     for _ in range(2):
-        loop.training_step(fresh, batches, c, ALONE)
+        one_step(fresh, batches, c, ALONE)
     assert path.read_bytes() == kept
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from imf import data, train
 from imf.program import UserError
-from imf.training import artifacts, checkpoint
+from imf.training import checkpoint
 from imf.training import config as configuration
 from imf.training import setup as start
 from imf.training.config import TrainConfig
@@ -120,7 +120,7 @@ def test_a_run_is_resumed_with_data_of_its_shape_alone(tmp_path, monkeypatch):
     other = dataclasses.replace(config().network, in_channels=4, num_classes=3)
     run = start.begin(config(runs=str(tmp_path), network=other))
     assert run.config.network == config().network  # the data decide
-    artifacts.save(run)
+    checkpoint.save_run(run)
     digits = data.load("digits")
     few = data.LabelledImages(digits.images, digits.labels.clamp(max=4), list("abcde"))
     monkeypatch.setattr(data, "load", lambda name: few)

@@ -17,15 +17,24 @@ from safetensors.torch import load_file, save_file
 from imf import convert, evaluate, sample, train
 from imf.data.prepare import __main__ as prepare
 from imf.program import UserError
-from imf.training import checkpoint, loop
+from imf.training import checkpoint
 from tests.helpers.tiny_evaluation import network_file
-from tests.helpers.tiny_run import ALONE, NETWORK, arguments, config, differing, state_and_data, tensors
+from tests.helpers.tiny_run import (
+    ALONE,
+    NETWORK,
+    arguments,
+    config,
+    differing,
+    one_step,
+    state_and_data,
+    tensors,
+)
 
 
 @pytest.fixture(scope="module")
 def state():
     state, batches, c = state_and_data()
-    loop.training_step(state, batches, c, ALONE)
+    one_step(state, batches, c, ALONE)
     return state
 
 
