@@ -241,7 +241,7 @@ def with_weights(
     check_same(path, found, empty)
     with torch.device("meta"):
         network = make(config)
-    if len(getattr(network, "v_blocks", ())) and not any(name.startswith("v_blocks.") for name in weights):
+    if len(getattr(network, "v_blocks", ())) and not has_v_blocks(weights):
         network.v_blocks = NoVHead()
     network.load_state_dict(found, assign=True)
     return network.requires_grad_(False)
@@ -261,8 +261,13 @@ def expected_weights(
         empty = empty_weights(make, config)
     except ValueError as error:
         raise UserError(f"{path}: its configuration is of another network: {error}") from error
-    absent = () if any(name.startswith("v_blocks.") for name in found) else "v_blocks."
+    absent = () if has_v_blocks(found) else "v_blocks."
     return {name: x for name, x in empty.items() if not name.startswith(absent)}
+
+
+def has_v_blocks(state: Mapping[str, Tensor]) -> bool:
+    """Returns whether weights include the v-head's blocks, which those for sampling lack."""
+    return any(name.startswith("v_blocks.") for name in state)
 
 
 def empty_weights(make: Callable[[IMFConfig], nn.Module], config: IMFConfig) -> dict[str, Tensor]:
