@@ -186,13 +186,6 @@ class Population:
     within: WithinClasses = field(default_factory=WithinClasses)
     right: int | None = None
 
-    def merge(self, other: Population) -> None:
-        """Adds the images of another one after these."""
-        self.features += other.features
-        self.within.merge(other.within)
-        if other.right is not None:
-            self.right = (self.right or 0) + other.right
-
     @property
     def rows(self) -> Tensor:
         return torch.cat(self.features) if self.features else torch.empty(0, 0)

@@ -276,19 +276,14 @@ def ema_decay(config: TrainConfig, step: int) -> float:
     return min(config.ema_decay, (1 + step) / (config.ema_warmup + step))
 
 
-def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Returns the configuration as JSON-compatible values; `from_dict` is the inverse."""
-    return asdict(config)
-
-
 def from_dict(values: Mapping[str, Any]) -> TrainConfig:
-    """Returns the configuration that `to_dict` gave; ValueError for a name that is unknown or missing."""
+    """Undoes `dataclasses.asdict`; ValueError for a name that is unknown or missing."""
     if not isinstance(values, Mapping):
         raise ValueError(f"configuration: must be names and values, got {values!r}")
     network = values.get("network")
     adapted = isinstance(network, Mapping) and "custom" in network
     like = TrainConfig(network=AdaptedConfig("", 1)) if adapted else TrainConfig()
-    wanted, got = _flat(to_dict(like)).keys(), _flat(values).keys()
+    wanted, got = _flat(asdict(like)).keys(), _flat(values).keys()
     if wanted != got:
         missing, unknown = (", ".join(sorted(names)) or "nothing" for names in (wanted - got, got - wanted))
         raise ValueError(f"configuration: missing {missing}; unknown {unknown}")
@@ -298,7 +293,7 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """Returns the options whose values differ: name -> (old, new); the network's as `network.<name>`."""
-    a, b = _flat(to_dict(old)), _flat(to_dict(new))
+    a, b = _flat(asdict(old)), _flat(asdict(new))
     return {name: (a[name], b[name]) for name in a if a[name] != b[name]}
 
 
@@ -335,7 +330,7 @@ def add_arguments(parser: argparse.ArgumentParser, defaults: TrainConfig | None 
 
 def with_arguments(config: TrainConfig, arguments: argparse.Namespace) -> TrainConfig:
     """Returns `config` with the arguments that were given; ValueError, naming it, if one is out of range."""
-    given, values = vars(arguments), to_dict(config)
+    given, values = vars(arguments), asdict(config)
     if "patch_size" in given:
         values["max_patches"] = 0
     values.update({name: given[name] for name in values if name in given})

@@ -13,6 +13,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from imf.io import naming, replacing
 from imf.program import UserError, progress
-from imf.training.config import TrainConfig, ema_decay, learning_rate, to_dict
+from imf.training.config import TrainConfig, ema_decay, learning_rate
 
 if TYPE_CHECKING:  # for the annotations
     from imf.training.state import Run
@@ -166,7 +167,7 @@ class Boards:
                 project=config.wandb,
                 name=folder.name,
                 dir=str(folder),
-                config=to_dict(config),
+                config=asdict(config),
                 id=_wandb_id(folder / "wandb-id", self._module),
                 resume="allow",
             )

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from imf.networks import build
 from imf.program import UserError
 from imf.training import checkpoint
 from imf.training.checkpoint import Metadata
-from imf.training.config import RESUMABLE, ROUNDING, TrainConfig, differences, to_dict, with_arguments
+from imf.training.config import RESUMABLE, ROUNDING, TrainConfig, differences, with_arguments
 from imf.training.log import truncate_metrics, wandb_module
 from imf.training.parallel import blocks
 from imf.training.state import Run, initial_state
@@ -70,7 +70,7 @@ def begin(
     state = initial_state(config, precision, context, network)
     with context.together(), _named("--init-from"):
         if config.init_from:
-            checkpoint.load_weights(Path(config.init_from), model=state.model, ema=state.ema)
+            checkpoint.load_weights(Path(config.init_from), state)
     with context.together():
         folder = create_folder(config) if context.first else None
     run = Run(context.broadcast(folder), config, precision, dataset, state, context)
@@ -148,13 +148,12 @@ def resume(
         _warn_of_other_bits(metadata, config, context)
     state = initial_state(config, metadata.precision, context, network)
     with context.together():
-        checkpoint.restore(path, model=state.model, ema=state.ema, optimizer=state.optimizer)
+        checkpoint.restore(path, state)
         if context.first:
             (folder / "samples").mkdir(exist_ok=True)  # a checkpoint may have been copied to a new folder
             checkpoint.remove_temporaries(folder)
             if dropped := truncate_metrics(folder / "metrics.jsonl", metadata.step):
                 _warn(f"{folder / 'metrics.jsonl'}: {dropped} line(s) that are no metrics are dropped")
-    state.step = metadata.step
     run = Run(folder, config, metadata.precision, dataset, state, context, metadata.elapsed)
     _write_configuration(run)
     return run
@@ -349,7 +348,7 @@ def _check_processes(config: TrainConfig, context: DistributedContext) -> None:
 
 def _write_configuration(run: Run) -> None:
     environment = checkpoint.environment(run.context.device, run.context.count)
-    values = {"config": to_dict(run.config), "precision": run.precision, "environment": environment}
+    values = {"config": asdict(run.config), "precision": run.precision, "environment": environment}
     with run.context.together():
         if run.context.first:
             write_json(run.folder / "config.json", values)

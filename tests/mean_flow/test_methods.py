@@ -74,7 +74,7 @@ def test_a_run_of_mean_flows_from_the_command_line(tmp_path, capsys):
     assert (saved["method"], saved["fixed_kappa"], saved["fixed_omega"]) == ("mf", 0.25, 1.0)
     wanted = {"hidden_size": 16, "depth": 2, "aux_head_depth": 0, "mlp_ratio": 4.0, "conditioning": "adaln"}
     assert wanted.items() <= saved["network"].items()
-    assert configuration.to_dict(configuration.from_dict(saved)) == saved
+    assert dataclasses.asdict(configuration.from_dict(saved)) == saved
     results = json.loads((run / "results.json").read_text())
     assert (results["omega"], results["t_min"], results["t_max"]) == (1.0, 0.0, 1.0)
 

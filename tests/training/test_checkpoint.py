@@ -25,11 +25,11 @@ def metadata(step=3, **changes):
 def write(path, state, **changes):
     path.parent.mkdir(exist_ok=True)
     about = metadata(**changes)
-    checkpoint.save(path, model=state.model, ema=state.ema, optimizer=state.optimizer, metadata=about)
+    checkpoint.save(path, state, about)
 
 
 def read(path, state):
-    return checkpoint.restore(path, model=state.model, ema=state.ema, optimizer=state.optimizer)
+    return checkpoint.restore(path, state)
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_all_of_a_state_comes_back(trained, path):
 def test_class_names_come_back(trained, path):
     about = dataclasses.replace(metadata(), class_names=[*"abcdefghij"])
     path.parent.mkdir()
-    checkpoint.save(path, model=trained.model, ema=trained.ema, optimizer=trained.optimizer, metadata=about)
+    checkpoint.save(path, trained, about)
     assert checkpoint.read_metadata(path) == about and about.class_names == tuple("abcdefghij")
     for wrong in (["a"], [1] * 10, "abcdefghij", None):
         with pytest.raises(ValueError, match="class_names must be 10 texts, or none"):

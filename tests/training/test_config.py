@@ -31,12 +31,12 @@ def test_help_shows_every_field_with_its_default(capsys):
 
 def test_a_configuration_survives_json():
     c = config(lr=1e-3, seed=5)
-    assert configuration.from_dict(json.loads(json.dumps(configuration.to_dict(c)))) == c
+    assert configuration.from_dict(json.loads(json.dumps(dataclasses.asdict(c)))) == c
 
 
 @pytest.mark.parametrize(("place", "name"), [("", "sped"), ("network", "with")])
 def test_names_of_another_version_are_listed(place, name):
-    values = configuration.to_dict(config())
+    values = dataclasses.asdict(config())
     (values[place] if place else values)[name] = 1
     with pytest.raises(ValueError, match=f"missing nothing; unknown {place and place + '.'}{name}"):
         configuration.from_dict(values)

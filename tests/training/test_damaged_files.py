@@ -49,11 +49,11 @@ def content(state, tmp_path_factory):
 def write(path, state):
     environment = checkpoint.environment(torch.device("cpu"))
     about = checkpoint.Metadata(1, 1.5, config(), "fp32", environment)
-    checkpoint.save(path, model=state.model, ema=state.ema, optimizer=state.optimizer, metadata=about)
+    checkpoint.save(path, state, about)
 
 
 def read(path, state):
-    return checkpoint.restore(path, model=state.model, ema=state.ema, optimizer=state.optimizer)
+    return checkpoint.restore(path, state)
 
 
 def rewritten(path, content, change_tensors=lambda state: None, change_text=lambda values: None):
