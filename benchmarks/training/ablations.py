@@ -75,7 +75,7 @@ def measure(config: TrainConfig, judge: Judge, progress: str) -> dict[str, Any]:
         for _ in tqdm(range(config.steps), progress, leave=False, mininterval=10):
             terms = next(loop.steps(run, batches))  # and does not log it
     seconds, labels = time.perf_counter() - began, judge.labels_like(SAMPLES)
-    omega, t_min, t_max = config.sampling
+    omega, t_min, t_max = config.sampling.values()
     scales = {"guided": omega} | ({"unguided": 1.0} if METHODS[config.method].omega_input else {})
     scores: dict[str, list[dict[str, Any]]] = {}
     for name, scale in scales.items():

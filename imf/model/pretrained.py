@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from imf.io import naming, read_torch, replacing, sha256, write_json
+from imf.io import check_names, naming, read_torch, replacing, sha256, write_json
 from imf.model.config import IMFConfig, check_guidance
 from imf.model.sampler import check_inputs_of, sample_labels
 from imf.program import UserError
@@ -323,9 +323,9 @@ def _read_config(folder: Path) -> tuple[IMFConfig, str, Sampling, str]:
         got = str(values["format"])[:20]
         raise UserError(f"{path}: this version of imf reads format {FORMAT}, got {got}: use a newer imf")
     try:
-        _check_names("", values, ("format", "network", "precision", "sampling", "sha256"))
-        _check_names("network.", values["network"], [x.name for x in fields(IMFConfig)])
-        _check_names("sampling.", values["sampling"], [x.name for x in fields(Sampling)])
+        check_names(values, ("format", "network", "precision", "sampling", "sha256"))
+        check_names(values["network"], [x.name for x in fields(IMFConfig)], "network.")
+        check_names(values["sampling"], [x.name for x in fields(Sampling)], "sampling.")
         if values["precision"] not in tuple(PRECISIONS):
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {values['precision']!r}")
         digest = values["sha256"]
@@ -336,12 +336,3 @@ def _read_config(folder: Path) -> tuple[IMFConfig, str, Sampling, str]:
     except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{path}: {error}") from error
     return config, values["precision"], sampling, digest
-
-
-def _check_names(where: str, values: Any, wanted: Sequence[str]) -> None:
-    if not isinstance(values, dict):
-        raise ValueError(f"{where.rstrip('.')} must be names and values, got {values!r:.80}")
-    missing, unknown = [n for n in wanted if n not in values], [n for n in values if n not in wanted]
-    if missing or unknown:
-        texts = (", ".join(f"{where}{name}" for name in names) or "nothing" for names in (missing, unknown))
-        raise ValueError("missing {}; unknown {}".format(*texts))

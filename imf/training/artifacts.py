@@ -14,7 +14,6 @@ from imf.evaluation.scores import Judge, Score
 from imf.io import naming, replacing, write_json
 from imf.program import UserError
 from imf.sampling import class_grid
-from imf.training.config import TrainConfig
 from imf.training.log import Boards, Log
 
 if TYPE_CHECKING:  # for the annotations
@@ -32,7 +31,7 @@ def draw(run: Run, path: Path, steps: int = 1) -> None:
     """
     config, known = run.config, run.dataset.num_classes
     classes = [0] * ROWS if known == 1 else quality.spaced(torch.arange(known), ROWS).tolist()
-    options: dict[str, Any] = {"steps": steps, "seed": config.seed, **_guidance(config)}
+    options: dict[str, Any] = {"steps": steps, "seed": config.seed, **config.sampling}
     names = run.dataset.class_names
     picture = class_grid(run.state.ema, classes=classes, class_names=names, **options)
     with run.context.together(run.signals), naming(path):
@@ -102,7 +101,7 @@ def score_samples(run: Run, steps: int, count: int) -> Score | None:
         processes=context,
         title=f"{count:,} samples in {steps} step{'s' if steps > 1 else ''}",
         steps=steps,
-        **_guidance(config),
+        **config.sampling,
     )
     score = None
     with context.together():
@@ -141,7 +140,7 @@ def finish(run: Run) -> None:
 
 def _write_results(run: Run, judge: Judge, rows: list[Score], pictures: dict[int, Path]) -> None:
     """Writes results.json, and figures and pictures to TensorBoard and W&B; prints the table."""
-    config, step, guidance = run.config, run.state.step, _guidance(run.config)
+    config, step, guidance = run.config, run.state.step, run.config.sampling
     results = {
         "data": config.data,
         "training_steps": step,
@@ -182,7 +181,3 @@ def _write_results(run: Run, judge: Judge, rows: list[Score], pictures: dict[int
 
 def _are_images(run: Run) -> bool:
     return run.dataset.shape[0] in (1, 3)
-
-
-def _guidance(config: TrainConfig) -> dict[str, Any]:
-    return dict(zip(("omega", "t_min", "t_max"), config.sampling, strict=True))

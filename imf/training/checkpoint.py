@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from imf import __version__
 from imf.adapted import Adapted
-from imf.io import replacing
+from imf.io import check_names, replacing
 from imf.model.config import AdaptedConfig, IMFConfig
 from imf.model.pretrained import (
     CONFIG,
@@ -104,7 +104,9 @@ class Metadata:
     @property
     def sampling(self) -> Sampling:
         """Returns how the network is sampled: the run's guidance, names of classes, autoencoder."""
-        return Sampling(*self.config.sampling, tuple(self.class_names), self.autoencoder)
+        return Sampling(
+            **self.config.sampling, class_names=tuple(self.class_names), autoencoder=self.autoencoder
+        )
 
 
 def environment(device: torch.device, processes: int = 1) -> dict[str, str]:
@@ -420,10 +422,9 @@ def _read_header(path: Path, texts: Mapping[str, str]) -> tuple[Metadata, dict[s
         )
     if texts.get(CHECKSUM_KEY) != f"{zlib.crc32(text.encode()):08x}":
         raise UserError(damaged)
-    names = {field.name for field in fields(Metadata)}
+    names = [field.name for field in fields(Metadata)]
     try:
-        if unknown := values.keys() ^ {*names, "format", "checksums"}:
-            raise ValueError(f"missing or unknown: {', '.join(sorted(unknown))}")
+        check_names(values, [*names, "format", "checksums"])
         if not isinstance(values["checksums"], dict):
             raise ValueError(f"checksums must be texts by name, got {values['checksums']!r}")
         values["config"] = from_dict(values["config"])

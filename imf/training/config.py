@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from imf.io import check_names
 from imf.mean_flow.methods import METHODS, network_of
 from imf.model.config import TOKENS, AdaptedConfig, IMFConfig, check_guidance
 from imf.objective.draws import MAX_LOG_POWER, Guidance
@@ -225,11 +226,11 @@ class TrainConfig:
         return Guidance(self.fixed_omega, self.fixed_kappa, self.fixed_t_min, self.fixed_t_max)
 
     @property
-    def sampling(self) -> tuple[float, float, float]:
-        """ω, t_min and t_max of samples; 1, 0 and 1 where the network does not take them as inputs."""
+    def sampling(self) -> dict[str, Any]:
+        """Guidance of samples, by its names in `imf.generate`; none where it is no input of the network."""
         inputs = self.network
-        interval = (self.t_min, self.t_max) if inputs.interval_input else (0.0, 1.0)
-        return self.omega if inputs.omega_input else 1.0, *interval
+        t_min, t_max = (self.t_min, self.t_max) if inputs.interval_input else (0.0, 1.0)
+        return {"omega": self.omega if inputs.omega_input else 1.0, "t_min": t_min, "t_max": t_max}
 
     @property
     def micro_batch_size(self) -> int:
@@ -278,31 +279,19 @@ def ema_decay(config: TrainConfig, step: int) -> float:
 
 def from_dict(values: Mapping[str, Any]) -> TrainConfig:
     """Undoes `dataclasses.asdict`; ValueError for a name that is unknown or missing."""
-    if not isinstance(values, Mapping):
-        raise ValueError(f"configuration: must be names and values, got {values!r}")
-    network = values.get("network")
-    adapted = isinstance(network, Mapping) and "custom" in network
-    like = TrainConfig(network=AdaptedConfig("", 1)) if adapted else TrainConfig()
-    wanted, got = _flat(asdict(like)).keys(), _flat(values).keys()
-    if wanted != got:
-        missing, unknown = (", ".join(sorted(names)) or "nothing" for names in (wanted - got, got - wanted))
-        raise ValueError(f"configuration: missing {missing}; unknown {unknown}")
-    kind = AdaptedConfig if adapted else IMFConfig
-    return TrainConfig(**{**values, "network": kind(**values["network"])})
+    check_names(values, [x.name for x in fields(TrainConfig)])
+    network = values["network"]
+    kind = AdaptedConfig if isinstance(network, Mapping) and "custom" in network else IMFConfig
+    check_names(network, [x.name for x in fields(kind)], "network.")
+    return TrainConfig(**{**values, "network": kind(**network)})
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """Returns the options whose values differ: name -> (old, new); the network's as `network.<name>`."""
-    a, b = _flat(asdict(old)), _flat(asdict(new))
-    return {name: (a[name], b[name]) for name in a if a[name] != b[name]}
-
-
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    network = values.get("network")
-    if not isinstance(network, Mapping):
-        return dict(values)
-    others = {name: value for name, value in values.items() if name != "network"}
-    return others | {f"network.{name}": value for name, value in network.items()}
+    pairs = {x.name: (getattr(old, x.name), getattr(new, x.name)) for x in fields(old)}
+    a, b = map(asdict, pairs.pop("network"))
+    pairs |= {f"network.{name}": (a.get(name), b.get(name)) for name in a}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def add_arguments(parser: argparse.ArgumentParser, defaults: TrainConfig | None = None) -> None:

@@ -82,7 +82,9 @@ class Run:
     def network(self) -> Any:
         """The averaged network, which draws with the run's guidance and names of classes."""
         names = tuple(self.dataset.class_names)
-        self.state.ema.sampling = Sampling(*self.config.sampling, names, self.dataset.autoencoder)
+        self.state.ema.sampling = Sampling(
+            **self.config.sampling, class_names=names, autoencoder=self.dataset.autoencoder
+        )
         return self.state.ema
 
     def batches(self) -> data.Batches:
