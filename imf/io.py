@@ -139,6 +139,18 @@ def write_json(path: Path, values: Any) -> None:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads the object in a JSON file; UserError if it cannot be read or holds another value."""
+    try:
+        check_regular(path)
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a readable JSON file: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must be a JSON object, got {type(values).__name__}")
+    return values
+
+
 def check_names(values: Any, wanted: Collection[str], where: str = "") -> None:
     """Raises ValueError unless a value that was read is a mapping of just these names.
 

@@ -7,7 +7,6 @@ folder that is half written, or of two networks, has another SHA-256 and is refu
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from imf.io import check_names, naming, read_torch, replacing, sha256, write_json
+from imf.io import check_names, naming, read_json, read_torch, replacing, sha256, write_json
 from imf.model.config import IMFConfig, check_guidance
 from imf.model.sampler import check_inputs_of, sample_labels
 from imf.program import UserError
@@ -311,13 +310,10 @@ def _read_config(folder: Path) -> tuple[IMFConfig, str, Sampling, str]:
         raise UserError(
             f"{folder}: no such folder; networks are read from local folders, from no hub: download it first"
         )
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: no {CONFIG} in this folder, which save_pretrained writes") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: could not be read as JSON: {error}") from error
-    if not isinstance(values, dict) or "network" not in values or "format" not in values:
+    if not path.exists():
+        raise UserError(f"{folder}: no {CONFIG} in this folder, which save_pretrained writes")
+    values = read_json(path)
+    if "network" not in values or "format" not in values:
         raise UserError(f"{path}: of another program: wanted the configuration that save_pretrained writes")
     if values["format"] != FORMAT or type(values["format"]) is not int:
         got = str(values["format"])[:20]

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from imf.data.files import list_of, read_json, short
+from imf.data.files import list_of, short
 from imf.data.prepare import labels
 from imf.data.prepare.source import Options, Source, check_file, left_out
 from imf.images import MAX_BYTES, BrokenImage
+from imf.io import read_json
 from imf.program import UserError
 
 STATE, SPLITS = "state.json", "dataset_dict.json"  # in the folder of a data set, and of several splits
