@@ -201,7 +201,7 @@ class Adapted(Pretrained):
             self.check(tuple(z.shape[1:]))
         scalars = {"t": t, "h": h, "omega": omega, "t_min": t_min, "t_max": t_max}
         check_forms(self._name, self.config, z, y, scalars)
-        rest = (y.long(), *self._guidance(omega, t_min, t_max))
+        rest = (y.long(), *(omega, t_min, t_max)[: len(GUIDANCE[self.config.form])])
         duals = [x for x in (z, t, h) if isinstance(x, Dual)]
         n = max((len(x.tangent_rows) for x in duals if x.tangent_rows is not None), default=0)
         (z, z_dot), (t, t_dot), (h, h_dot) = map(_unpacked, (z, t, h))
@@ -238,9 +238,6 @@ class Adapted(Pretrained):
     @property
     def _name(self) -> str:
         return f"adapted {self.config.custom.rpartition('.')[2]}"
-
-    def _guidance(self, *values: Tensor) -> tuple[Tensor, ...]:
-        return values[: len(GUIDANCE[self.config.form])]
 
     def _velocities(self, z: Tensor, t: Tensor, r: Tensor, *conditions: Tensor) -> tuple[Tensor, ...]:
         """Returns (u,) or (u, v), in z's dtype."""

@@ -117,19 +117,6 @@ class StepGraphs:
         # A single one: PyTorch's allocator reuses memory freed on a stream on that stream only.
         self.stream = stream or (torch.cuda.Stream(device) if device.type == "cuda" else None)
 
-    @staticmethod
-    def of_run(
-        micro_step: MicroStep,
-        config: TrainConfig,
-        context: DistributedContext,
-        guidance: Guidance | None,
-        stream: torch.cuda.Stream | None,
-    ) -> StepGraphs:
-        """Makes those of a process's part of a run."""
-        batch, accumulate = config.micro_batch_size // context.count, config.accumulate
-        warmup = WARMUP_OF_DDP if context.grouped else 0
-        return StepGraphs(micro_step, batch, context.device, guidance, accumulate, warmup, stream)
-
     def __call__(
         self,
         x: Tensor,

@@ -15,7 +15,7 @@ from imf.program import UserError
 from imf.training.artifacts import draw_due, score_due
 from imf.training.checkpoint import save_run
 from imf.training.config import ema_decay, learning_rate
-from imf.training.graphs import StepGraphs, rows_of_others
+from imf.training.graphs import WARMUP_OF_DDP, StepGraphs, rows_of_others
 from imf.training.log import Log, opened_log, report
 from imf.training.parallel import synchronising, whole
 from imf.training.state import Run
@@ -84,7 +84,10 @@ def steps(run: Run, batches: Iterator[tuple[Tensor, Tensor]], log: Log | None = 
         return terms
 
     if config.cuda_graphs and state.graphs is None:
-        state.graphs = StepGraphs.of_run(micro_step, config, context, state.guidance, state.stream)
+        batch, warmup = config.micro_batch_size // context.count, WARMUP_OF_DDP if context.grouped else 0
+        state.graphs = StepGraphs(
+            micro_step, batch, context.device, state.guidance, accumulate, warmup, state.stream
+        )
     while state.step < config.steps and not signals.agreed:
         began = time.perf_counter()
         rates = learning_rate(config, state.step), 1 - ema_decay(config, state.step)

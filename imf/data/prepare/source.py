@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from imf.images import BrokenImage, check_image_file, decode, probe, read_bytes,
 from imf.io import check_regular
 from imf.program import UserError, progress
 
+T = TypeVar("T")
 Look = tuple[int, tuple[int, int]]  # of an image: channels, 1 or 3, and (width, height)
 
 
@@ -104,7 +106,7 @@ class Source:
         first: tuple[str, tuple[int, int]] | None = None
         channels = 1
         places = range(1 if self.alike else len(self.files))
-        looks = prefetch(self._look, places, workers=workers, ahead=16 * workers)
+        looks = self._each(self.look, places, workers, 16 * workers)
         bar = progress(looks, "sizes", "image", total=len(places), brief=True)
         with closing(looks), bar:
             for place, look in zip(places, bar, strict=True):
@@ -131,32 +133,28 @@ class Source:
 
         Decoded by `workers` threads, up to `ahead` images before their use. UserError if one cannot be read.
         """
-        return prefetch(lambda place: self._decode(place, form), places, workers=workers, ahead=ahead)
+        return self._each(lambda place: form(self.read(place)), places, workers, ahead)
 
-    def _decode(self, place: int, form: Form) -> NDArray[np.uint8] | BrokenImage:
-        try:
-            return form(self.read(place))
-        except BrokenImage as error:
-            return error
-        except OSError as error:
-            raise self._unreadable(place, error) from error
-        except MemoryError as error:
-            reason = f"too little memory to decode it at --size {form.size}; are fewer --workers enough?"
-            raise UserError(f"{self._path(place)}: {reason}") from error
+    def _each(
+        self, make: Callable[[int], T], places: Sequence[int], workers: int, ahead: int
+    ) -> Generator[T | BrokenImage, None, None]:
+        """Yields what is made of each image, or why there is none; UserError if one cannot be read."""
 
-    def _look(self, place: int) -> Look | BrokenImage:
-        try:
-            return self.look(place)
-        except BrokenImage as error:
-            return error
-        except OSError as error:
-            raise self._unreadable(place, error) from error
+        def made(place: int) -> T | BrokenImage:
+            path = self.root / self.files[place][0]
+            try:
+                return make(place)
+            except BrokenImage as error:
+                return error
+            except OSError as error:
+                raise UserError(
+                    f"{path}: could not be read: {error}; it was there when this began"
+                ) from error
+            except MemoryError as error:
+                reason = "too little memory to decode it; are a smaller --size or fewer --workers enough?"
+                raise UserError(f"{path}: {reason}") from error
 
-    def _unreadable(self, place: int, error: OSError) -> UserError:
-        return UserError(f"{self._path(place)}: could not be read: {error}; it was there when this began")
-
-    def _path(self, place: int) -> Path:
-        return self.root / self.files[place][0]
+        return prefetch(made, places, workers=workers, ahead=ahead)
 
 
 def check_file(path: Path) -> int:
