@@ -55,7 +55,9 @@ def test_folders_without_a_whole_autoencoder_are_refused(tmp_path):
         vae.load(folder, CPU)
     weights.unlink()
     torch.save({}, folder / "diffusion_pytorch_model.bin")  # a pickle is not looked at
-    with pytest.raises(UserError, match=r"must hold diffusion_pytorch_model\.safetensors, got .*; nothing is unpickled"):
+    with pytest.raises(
+        UserError, match=r"must hold diffusion_pytorch_model\.safetensors, got .*; nothing is unpickled"
+    ):
         vae.load(folder, CPU)
 
 
