@@ -148,15 +148,8 @@ def judge_of(
         classifier, held_out = _classes_of(own), own.network.about.held_out
         classified_by = "the run's own small network"
 
-    seen: list[Tensor] = []
-
-    def noting() -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in batches("reference"):
-            seen.append(labels)
-            yield images, labels
-
-    data = quality.observe(noting(), features)
-    return Judge(features, classifier, of, classified_by, held_out, data, torch.cat(seen))
+    data = quality.observe(batches("reference"), features)
+    return Judge(features, classifier, of, classified_by, held_out, data, torch.cat(data.labels))
 
 
 def _of_bytes(extractor: inception.Extractor) -> Features:
