@@ -13,31 +13,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from imf.adapted import adapt
-    from imf.export import export_sampler
-    from imf.model.config import IMFConfig
-    from imf.model.sampler import generate
-    from imf.networks import build
-    from imf.objective.draws import Draws, Guidance
-    from imf.objective.imf_loss import improved_mean_flow
-    from imf.training.checkpoint import load
-    from imf.training.config import TrainConfig
-    from imf.training.session import fit
+    from imf.adapted import adapt as adapt
+    from imf.export import export_sampler as export_sampler
+    from imf.model.config import IMFConfig as IMFConfig
+    from imf.model.sampler import generate as generate
+    from imf.networks import build as build
+    from imf.objective.draws import Draws as Draws
+    from imf.objective.draws import Guidance as Guidance
+    from imf.objective.imf_loss import improved_mean_flow as improved_mean_flow
+    from imf.training.checkpoint import load as load
+    from imf.training.config import TrainConfig as TrainConfig
+    from imf.training.session import fit as fit
     from imf_kernels import __version__ as __version__
-
-__all__ = [
-    "Draws",
-    "Guidance",
-    "IMFConfig",
-    "TrainConfig",
-    "adapt",
-    "build",
-    "export_sampler",
-    "fit",
-    "generate",
-    "improved_mean_flow",
-    "load",
-]
 
 # Imported when first asked for: a program that reads statistics needs no network, and no compiled module.
 _MODULES = {
@@ -54,6 +41,7 @@ _MODULES = {
     "improved_mean_flow": "imf.objective.imf_loss",
     "load": "imf.training.checkpoint",
 }
+__all__ = [name for name in _MODULES if not name.startswith("_")]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import imf_kernels as ik
 from imf.distributed import sharded
+from imf.model.config import AdaptedConfig
 from imf.model.layers import check_forms
 from imf.model.pretrained import Pretrained
 from imf.program import UserError
@@ -79,38 +80,6 @@ class Network(Protocol):
         other.
         """
         ...
-
-
-@dataclass(frozen=True)
-class AdaptedConfig:
-    """What is known of an adapted network; attributes as of `NetworkConfig`.
-
-    custom: its class, "module.Class".  in_channels, input_size: 0 until the first batch.
-    Raises: ValueError, naming it, for a value of another type or out of range.
-    """
-
-    custom: str
-    num_classes: int
-    in_channels: int = 0
-    input_size: int = 0
-    has_v_head: bool = False
-    omega_input: bool = False
-    interval_input: bool = False
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            name, value = field.name, getattr(self, field.name)
-            kind, least = str(field.type), int(name == "num_classes")
-            if type(value).__name__ != kind or (kind == "int" and value < least):
-                wanted = f"an int of at least {least}" if kind == "int" else f"a {kind}"
-                raise ValueError(f"adapted network: {name} must be {wanted}, got {value!r}")
-        if self.interval_input and not self.omega_input:
-            raise ValueError("adapted network: interval_input without omega_input is no form of guidance")
-
-    @property
-    def form(self) -> str:
-        """What guidance is to the network, a key of `GUIDANCE`."""
-        return "interval" if self.interval_input else "omega" if self.omega_input else "fixed"
 
 
 def positional(network: nn.Module, z: Tensor, t: Tensor, r: Tensor, labels: Tensor, *guidance: Tensor) -> Any:
@@ -232,7 +201,7 @@ class Adapted(Pretrained):
             self.check(tuple(z.shape[1:]))
         scalars = {"t": t, "h": h, "omega": omega, "t_min": t_min, "t_max": t_max}
         check_forms(self._name, self.config, z, y, scalars)
-        rest = (y.long(), *self._guidance(omega, t_min, t_max))
+        rest = (y.long(), *(omega, t_min, t_max)[: len(GUIDANCE[self.config.form])])
         duals = [x for x in (z, t, h) if isinstance(x, Dual)]
         n = max((len(x.tangent_rows) for x in duals if x.tangent_rows is not None), default=0)
         (z, z_dot), (t, t_dot), (h, h_dot) = map(_unpacked, (z, t, h))
@@ -269,9 +238,6 @@ class Adapted(Pretrained):
     @property
     def _name(self) -> str:
         return f"adapted {self.config.custom.rpartition('.')[2]}"
-
-    def _guidance(self, *values: Tensor) -> tuple[Tensor, ...]:
-        return values[: len(GUIDANCE[self.config.form])]
 
     def _velocities(self, z: Tensor, t: Tensor, r: Tensor, *conditions: Tensor) -> tuple[Tensor, ...]:
         """Returns (u,) or (u, v), in z's dtype."""

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from imf.model.config import IMFConfig
-from imf.model.pretrained import empty_weights
-from imf.networks import build
-from imf.official.checkpoints import export_weights, has_v_blocks, import_weights
+from imf.model.pretrained import has_v_blocks
+from imf.official.checkpoints import export_weights, import_weights
 from imf.program import run
 from imf.training.checkpoint import Metadata, environment, load, save_network
 from imf.training.config import TrainConfig
@@ -45,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 def _import(a: argparse.Namespace) -> str:
     """Converts official weights into a file of ours; returns what was done, as text."""
     sizes = {"input_size": a.input_size, "num_heads": a.num_heads}
-    network, states, step = import_weights(a.source, a.weights, partial(empty_weights, build), **sizes)
+    network, states, step = import_weights(a.source, a.weights, **sizes)
     preset, config = _settings(network)
     save_network(a.out, states, Metadata(step, 0.0, config, "fp32", environment(torch.device("cpu"))))
     width, heads, patch = network.hidden_size, network.num_heads, network.patch_size

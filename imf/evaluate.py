@@ -25,12 +25,10 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m imf.evaluate",
         description="FID and Inception score of a network's samples, or of images in a folder.",
     )
-    add, interval, precisions = parser.add_argument, ("T_MIN", "T_MAX"), tuple(PRECISIONS)
+    add, interval, weights = parser.add_argument, ("T_MIN", "T_MAX"), ("ema", "model")
     add("--checkpoint", type=Path, help="a checkpoint, or the folder of a run (its newest one)")
-    add(
-        "--weights", choices=("ema", "model"), default="ema", help="averaged or latest (default: %(default)s)"
-    )
-    add("--precision", choices=precisions, help="of products and attention (default: its own)")
+    add("--weights", choices=weights, default="ema", help="averaged or latest (default: %(default)s)")
+    add("--precision", choices=tuple(PRECISIONS), help="of products and attention (default: its own)")
     text = "keep samples here, a folder a setting, and go on from those that are there; "
     add("--samples-dir", type=Path, help=f"{text}without --checkpoint: the images to judge")
     text = f"images, as many of each class (default: {COUNT:,}, or all that --samples-dir holds)"
@@ -52,8 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--plot", type=Path, help="draw the figures over ω into this PNG")
     a = parser.parse_args(argv)
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such images are refused by name
-    stopped = "stopped; the same command goes on from there"
-    return run("imf.evaluate", lambda: _evaluate(a, parser), stopped)
+    return run("imf.evaluate", lambda: _evaluate(a, parser), "stopped; the same command goes on from there")
 
 
 def _evaluate(a: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ import os
 import platform
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,32 @@ def write_json(path: Path, values: Any) -> None:
     """Writes a complete JSON file or none."""
     with naming(path), replacing(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads the object in a JSON file; UserError if it cannot be read or holds another value."""
+    try:
+        check_regular(path)
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a readable JSON file: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must be a JSON object, got {type(values).__name__}")
+    return values
+
+
+def check_names(values: Any, wanted: Collection[str], where: str = "") -> None:
+    """Raises ValueError unless a value that was read is a mapping of just these names.
+
+    where: prefix of the names in the message.
+    """
+    if not isinstance(values, Mapping):
+        wrong = where.rstrip(".") or "configuration"
+        raise ValueError(f"{wrong} must be names and values, got {values!r:.80}")
+    missing, unknown = [n for n in wanted if n not in values], [n for n in values if n not in wanted]
+    if missing or unknown:
+        texts = (", ".join(f"{where}{name}" for name in names) or "nothing" for names in (missing, unknown))
+        raise ValueError("missing {}; unknown {}".format(*texts))
 
 
 def sha256(path: Path) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +13,8 @@ from imf.distributed import choose_device
 from imf.evaluation import vae as autoencoder
 from imf.io import check_target, naming, replacing
 from imf.program import UserError, run, thread_count
-from imf.sampling import class_grid
+from imf.sampling import MOST_NAMED, class_grid, find_classes
 from imf.training import checkpoint
-
-MOST_ROWS = 20  # of a grid whose classes were not named
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,9 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--steps", type=int, default=1, help="network calls per sample (default: %(default)s)")
     add("--omega", type=float, help="guidance scale (default: the run's)")
     add("--interval", type=float, nargs=2, metavar=pair, help="guidance interval (default: the run's)")
-    text = (
-        f"labels or names of the rows, between spaces or commas (default: all of up to {MOST_ROWS} classes)"
-    )
+    text = f"labels or names of the rows, by spaces or commas (default: all of up to {MOST_NAMED} classes)"
     add("--classes", nargs="+", metavar="CLASS", help=text)
     add("--vae", type=Path, help="folder of the AutoencoderKL (sd-vae-ft-mse) that decodes latents")
     add("--columns", type=int, default=10, help="samples per class (default: %(default)s)")
@@ -50,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _draw(a: argparse.Namespace) -> None:
-    """Writes the grid and say what was done."""
+    """Writes the grid and says what was done."""
     check_target(a.out)
     if a.threads:
         torch.set_num_threads(a.threads)
@@ -60,7 +54,7 @@ def _draw(a: argparse.Namespace) -> None:
     config, sampling = network.config, network.sampling
     omega = sampling.omega if a.omega is None else a.omega
     t_min, t_max = a.interval or (sampling.t_min, sampling.t_max)
-    if a.classes is None and config.num_classes > MOST_ROWS:
+    if a.classes is None and config.num_classes > MOST_NAMED:
         raise UserError(f"--classes: the network knows {config.num_classes}, name those that should be drawn")
     names, every = sampling.class_names, range(config.num_classes)
     classes = every if a.classes is None else find_classes(a.classes, names, config.num_classes)
@@ -76,31 +70,6 @@ def _draw(a: argparse.Namespace) -> None:
         f"{a.out}: {a.columns} samples per class in {a.steps} step(s), omega {omega:g}, "
         f"interval [{t_min:g}, {t_max:g}], from {path}"
     )
-
-
-def find_classes(given: Sequence[str], names: Sequence[str], count: int) -> list[int]:
-    """Returns the labels that --classes asks for, each by its number or its name, whose case does not matter.
-
-    given: an argument is a name, or several numbers or names between commas.
-    names: a name per label, empty if unknown.  count: of classes.
-    Raises: UserError, with the names that are closest, for a class that is not there.
-    """
-    label_of = {name.lower(): label for label, name in reversed(list(enumerate(names)))}
-    texts = [[text] if text.lower() in label_of else text.split(",") for text in given]
-    labels = []
-    for text in (text.strip().lower() for part in texts for text in part):
-        if text.isdecimal():  # also where classes have numbers as names
-            label = int(text)
-        elif text in label_of:
-            label = label_of[text]
-        else:
-            close = difflib.get_close_matches(text, label_of, 3) or list(label_of)[:MOST_ROWS]
-            known = f"; names are {', '.join(close)}" if names else "; this checkpoint knows no names"
-            raise UserError(f"--classes must be labels from 0 to {count - 1}, or names, got {text!r}{known}")
-        if label >= count:
-            raise UserError(f"--classes must be within 0 and {count - 1}, got {text}")
-        labels.append(label)
-    return labels
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Pictures of samples: grids, a row per class."""
+"""Pictures of samples: grids, a row per class, and which classes are asked for."""
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,8 +14,9 @@ from torch.nn.functional import pad
 
 from imf.model.config import config_of
 from imf.model.sampler import sample_labels
-from imf.program import progress
+from imf.program import UserError, progress
 
+MOST_NAMED = 20  # classes of a grid, or names in a message, of which none was asked for
 BATCH_SIZE = 64  # samples at a time: a program at work shows progress, and the memory is bounded
 
 
@@ -43,6 +45,31 @@ def class_grid(
         images = torch.cat([decode(latents) for latents in shown])
     names = [class_names[label] if class_names else str(label) for label in classes]
     return draw_grid(images, columns, row_labels=names)
+
+
+def find_classes(given: Sequence[str], names: Sequence[str], count: int) -> list[int]:
+    """Returns the labels that --classes asks for, each by its number or its name, whose case does not matter.
+
+    given: an argument is a name, or several numbers or names between commas.
+    names: a name per label, empty if unknown.  count: of classes.
+    Raises: UserError, with the names that are closest, for a class that is not there.
+    """
+    label_of = {name.lower(): label for label, name in reversed(list(enumerate(names)))}
+    texts = [[text] if text.lower() in label_of else text.split(",") for text in given]
+    labels = []
+    for text in (text.strip().lower() for part in texts for text in part):
+        if text.isdecimal():  # also where classes have numbers as names
+            label = int(text)
+        elif text in label_of:
+            label = label_of[text]
+        else:
+            close = difflib.get_close_matches(text, label_of, 3) or list(label_of)[:MOST_NAMED]
+            known = f"; names are {', '.join(close)}" if names else "; this checkpoint knows no names"
+            raise UserError(f"--classes must be labels from 0 to {count - 1}, or names, got {text!r}{known}")
+        if label >= count:
+            raise UserError(f"--classes must be within 0 and {count - 1}, got {text}")
+        labels.append(label)
+    return labels
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return next((name for name, x in floats.items() if not finite(x)), None)
 
 
-def check_same(path: Path, got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def check_same(path: Path | str, got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raises UserError, listing the first differences, unless names, shapes and dtypes are the expected."""
     have, wanted = ({name: form(tensor) for name, tensor in tensors.items()} for tensors in (got, expected))
     names = [*wanted, *(have.keys() - wanted.keys())]

@@ -21,6 +21,7 @@ from PIL import Image
 from imf import data
 from imf.data.packed import PackedData
 from imf.data.prepare.encoder import Encoder
+from imf.data.prepare.form import Form
 from imf.data.prepare.pack import pack
 from imf.data.prepare.source import Source
 
@@ -43,8 +44,10 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> PackedData:
     Image.new("RGB", (8, 8)).save(folder / "a.png")
     size = (folder / "a.png").stat().st_size
     labels = np.arange(IMAGES) % 1000
-    source = Source(folder, [("a.png", size)] * IMAGES, labels, [str(label) for label in range(1000)])
-    return pack(source, folder / "out", Noise(), size=8, batch_size=512, shard_size=2048, workers=2)
+    names = [str(label) for label in range(1000)]
+    source = Source(folder, [("a.png", size)] * IMAGES, labels, names, lambda _: folder / "a.png")
+    sizes = {"batch_size": 512, "shard_size": 2048, "workers": 2}
+    return pack(source, folder / "out", Noise(), form=Form(8), **sizes)
 
 
 @pytest.mark.benchmark(timer=time.thread_time)

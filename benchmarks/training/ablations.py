@@ -24,10 +24,9 @@ from imf import data
 from imf.distributed import DistributedContext
 from imf.evaluation.scores import SAMPLES, Judge, judge_of, sample
 from imf.mean_flow.methods import METHODS, network_of
-from imf.training import checkpoint
+from imf.training import checkpoint, loop
 from imf.training.config import TrainConfig
-from imf.training.loop import training_step
-from imf.training.setup import initial_state
+from imf.training.state import Run, initial_state
 
 DEFAULT = TrainConfig()
 NETWORK = DEFAULT.network
@@ -69,15 +68,14 @@ def configuration(method: str, changes: dict[str, Any], steps: int, seed: int) -
 
 def measure(config: TrainConfig, judge: Judge, progress: str) -> dict[str, Any]:
     """Trains, and scores samples in 1, 2 and 4 steps, with guidance and, where that is an input, without."""
-    images = data.load("digits")
-    alone = DistributedContext()
-    state = initial_state(config, config.precision, alone)
+    state = initial_state(config, config.precision, DistributedContext())
+    run = Run(Path("no files"), config, config.precision, data.load("digits"), state)
     began = time.perf_counter()
-    with data.Batches(images, batch_size=config.batch_size, seed=config.seed, first=0) as batches:
+    with run.batches() as batches:
         for _ in tqdm(range(config.steps), progress, leave=False, mininterval=10):
-            terms = training_step(state, batches, config, alone)
+            terms = next(loop.steps(run, batches))  # and does not log it
     seconds, labels = time.perf_counter() - began, judge.labels_like(SAMPLES)
-    omega, t_min, t_max = config.sampling
+    omega, t_min, t_max = config.sampling.values()
     scales = {"guided": omega} | ({"unguided": 1.0} if METHODS[config.method].omega_input else {})
     scores: dict[str, list[dict[str, Any]]] = {}
     for name, scale in scales.items():

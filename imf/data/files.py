@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imf.io import check_regular, replacing
+from imf.io import replacing
 from imf.program import UserError
 
 IDX_NAME = re.compile(r"ubyte|\bidx\d", re.IGNORECASE)  # in names of IDX files, as MNIST's are
@@ -53,18 +53,6 @@ def write_array(path: Path, array: NDArray[Any]) -> str:
 def write_json(path: Path, values: Any) -> None:
     """Writes an indented JSON file, see `write_file`."""
     write_file(path, (json.dumps(values, indent=1) + "\n").encode())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads the object in a JSON file; UserError if it cannot be read or holds another value."""
-    try:
-        check_regular(path)
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable JSON file: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: must be a JSON object, got {type(values).__name__}")
-    return values
 
 
 def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:

@@ -23,7 +23,7 @@ from imf.data import files
 from imf.data.batches import row_seeds
 from imf.data.files import SHA256, Check, check_fields
 from imf.images import is_image
-from imf.io import check_regular, sha256
+from imf.io import check_regular, read_json, sha256
 from imf.program import UserError
 
 FORMAT = 1  # raise it when a folder of the old form can no longer be read
@@ -211,7 +211,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         if (folder / PLAN).is_file():
             raise UserError(f"{folder}: half-made: the same python -m imf.data.prepare command resumes it")
         raise UserError(f"{folder}: no {INDEX} in it, so it is not a folder of imf.data.prepare")
-    index = files.read_json(path)
+    index = read_json(path)
     if type(got := index.get("format")) is not int or got != FORMAT:  # True == 1
         raise UserError(f"{path}: of format {files.short(got)}, this version reads {FORMAT}: make it again")
     try:

@@ -102,11 +102,11 @@ def shrink(images: Tensor) -> Tensor:
     return adaptive_avg_pool2d(images, (min(height, SIDE), min(width, SIDE)))
 
 
-def train(batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, *, quiet: bool = False) -> ConvNet:
+def train(batches: Iterable[tuple[Tensor, Tensor]], num_classes: int) -> ConvNet:
     """Trains a network on images [B, C, H, W] fp32 in [-1, 1] and their labels [B], in batches, on the CPU.
 
     One image in ten is held out. A function of the data, the versions and the number of threads: no seed of a
-    run changes it.  num_classes: 1 for data without labels.  quiet: without a progress bar.
+    run changes it.  num_classes: 1 for data without labels.
     Raises: UserError for fewer than 2 images, or images that are not square, which no rotation keeps.
     """
     parts = [(shrink(images.cpu()), labels.cpu()) for images, labels in batches]
@@ -129,7 +129,7 @@ def train(batches: Iterable[tuple[Tensor, Tensor]], num_classes: int, *, quiet: 
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE)
     steps = min(STEPS, max(LEAST, EPOCHS * len(trained) // BATCH))
     title = f"training an extractor on the data's {task}"
-    with progress(None, title, "step", total=steps, brief=True, quiet=quiet) as shown:
+    with progress(None, title, "step", total=steps, brief=True) as shown:
         for step in range(steps):
             rate = min(1, (step + 1) / 20) * (1 - step / steps)
             optimizer.param_groups[0]["lr"] = RATE * rate

@@ -140,22 +140,24 @@ class Moments:
 
 def of_rows(features: Tensor) -> Statistics:
     """Returns statistics of features [N, ...], flattened to [N, D], N >= 2; UserError unless finite."""
-    return statistics([features.flatten(1)], lambda rows: (rows, None))
+    return statistics([features], lambda rows: (rows.flatten(1), None))
 
 
 def measure(
-    images: Iterable[Tensor], extractor: Extractor, processes: DistributedContext, width: int | None = None
+    extracted: Iterable[tuple[Tensor, Tensor | None]],
+    processes: DistributedContext,
+    width: int | None = None,
 ) -> tuple[Statistics | None, Tensor | None]:
-    """Extracts features of all processes' images; returns statistics and logits [N, K] on the first process.
+    """Returns statistics of the features of all processes' images, and logits [N, K], on the first process.
 
-    images: this process's, in batches [B, C, H, W] uint8 on any device.  width: of the features, if known.
+    extracted: this process's features and logits, as an extractor gives them per batch of images.
+    width: of the features, if known.
     Returns: (None, None) on the other processes; no logits where the extractor has none.
     Raises: UserError for fewer than 2 images in all, features of another width or not finite.
     """
     moments: Moments | None = None
     logits: list[Tensor] = []
-    for batch in images:
-        features, more = extractor(batch)
+    for features, more in extracted:
         moments = moments or Moments(width or features.shape[1], features.device)
         moments.update(features)
         if more is not None:
@@ -172,8 +174,8 @@ def measure(
 
 
 def statistics(images: Iterable[Tensor], extractor: Extractor) -> Statistics:
-    """Returns the statistics of the features of images in batches, see `measure`, in one process."""
-    found, _ = measure(images, extractor, DistributedContext())
+    """Returns the statistics of features of images, in batches [B, C, H, W] uint8, in one process."""
+    found, _ = measure(map(extractor, images), DistributedContext())
     assert found is not None
     return found
 

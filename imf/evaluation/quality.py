@@ -177,21 +177,15 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
 @dataclass
 class Population:
-    """Record of images seen: features [N, D] fp32 on the CPU, variance within classes, right labels.
+    """Record of images seen: features [N, D] fp32 on the CPU, labels, variance within classes, right labels.
 
     right: images to which the classifier gave their label; None without one.
     """
 
     features: list[Tensor] = field(default_factory=list)
+    labels: list[Tensor] = field(default_factory=list)
     within: WithinClasses = field(default_factory=WithinClasses)
     right: int | None = None
-
-    def merge(self, other: Population) -> None:
-        """Adds the images of another one after these."""
-        self.features += other.features
-        self.within.merge(other.within)
-        if other.right is not None:
-            self.right = (self.right or 0) + other.right
 
     @property
     def rows(self) -> Tensor:
@@ -207,6 +201,7 @@ def observe(
         if not images.isfinite().all():
             raise UserError("images must be finite, got inf or NaN: samples of a network that diverged?")
         found.features.append(features(images).float().cpu())
+        found.labels.append(labels)
         found.within.add(images.clamp(-1, 1), labels)  # as they are shown
         if classifier is not None:
             found.right = (found.right or 0) + int((classifier(images).cpu() == labels.cpu()).sum())

@@ -187,24 +187,20 @@ class Evaluation:
         labels: list[Tensor] = []
         within = WithinClasses()
         wanted = quality.spaced(torch.arange(images.total), quality.MOST)
-        place = images.rows.start
 
-        def shown() -> Iterable[Tensor]:
+        def extracted() -> Iterable[tuple[Tensor, Tensor | None]]:
+            place = images.rows.start
             for batch, own in images.batches:
                 if own is not None:
                     labels.append(own)
                     within.add(batch.float() / 127.5 - 1, own)
-                yield batch
+                features, logits = self.extractor(batch)
+                rows = wanted[(wanted >= place) & (wanted < place + len(batch))] - place
+                kept.append(features[rows.to(features.device)].cpu())
+                place += len(batch)
+                yield features, logits
 
-        def extract(batch: Tensor) -> tuple[Tensor, Tensor | None]:
-            nonlocal place
-            features, logits = self.extractor(batch)
-            own = wanted[(wanted >= place) & (wanted < place + len(batch))] - place
-            kept.append(features[own.to(features.device)].cpu())
-            place += len(batch)
-            return features, logits
-
-        found, logits = measure(shown(), extract, self.processes, width)
+        found, logits = measure(extracted(), self.processes, width)
         parts = self.processes.gather((kept, labels, within))
         if found is None:
             return None

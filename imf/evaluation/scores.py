@@ -99,7 +99,6 @@ def judge_of(
     digits: bool = False,
     path: Path | None = None,
     device: torch.device | None = None,
-    quiet: bool = False,
 ) -> Judge:
     """Makes the judge of a data set (`imf.data.DataSet`) of images.
 
@@ -113,7 +112,7 @@ def judge_of(
     rows = quality.spaced(torch.arange(len(dataset)), REFERENCE)
 
     def batches(title: str) -> Iterator[tuple[Tensor, Tensor]]:
-        with progress(None, title, "image", total=len(rows), brief=True, quiet=quiet) as shown:
+        with progress(None, title, "image", total=len(rows), brief=True) as shown:
             for part in rows.split(_BATCH):
                 yield dataset.fetch(part, random.generator(0, "reference", int(part[0])))
                 shown.update(len(part))
@@ -125,7 +124,7 @@ def judge_of(
         if path is not None and path.exists():
             network = convnet.load(path)
         else:
-            network = convnet.train(batches("reading"), dataset.num_classes, quiet=quiet)
+            network = convnet.train(batches("reading"), dataset.num_classes)
             if path is not None:
                 convnet.save(network, path)
         own = convnet.RunExtractor(network.to(device))
@@ -149,15 +148,8 @@ def judge_of(
         classifier, held_out = _classes_of(own), own.network.about.held_out
         classified_by = "the run's own small network"
 
-    seen: list[Tensor] = []
-
-    def noting() -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in batches("reference"):
-            seen.append(labels)
-            yield images, labels
-
-    data = quality.observe(noting(), features)
-    return Judge(features, classifier, of, classified_by, held_out, data, torch.cat(seen))
+    data = quality.observe(batches("reference"), features)
+    return Judge(features, classifier, of, classified_by, held_out, data, torch.cat(data.labels))
 
 
 def _of_bytes(extractor: inception.Extractor) -> Features:
@@ -202,7 +194,6 @@ def sample(
     batch_size: int = 64,
     processes: DistributedContext | None = None,
     title: str = "samples",
-    quiet: bool = False,
     **options: Any,
 ) -> Tensor:
     """Samples an image per label [N] int64: [N, C, H, W] fp32 on the CPU of the first process.
@@ -218,8 +209,7 @@ def sample(
     first = processes.rank * share
     own = torch.arange(first, first + share).clamp(max=count - 1)  # what is there twice is cut off below
     parts = []
-    quiet = quiet or not processes.first
-    with progress(None, title, "image", total=share, brief=True, quiet=quiet) as shown:
+    with progress(None, title, "image", total=share, brief=True, quiet=processes.rank > 0) as shown:
         for rows in own.split(batch_size):
             x = generate(model, noise(seed, rows.tolist(), shape), labels[rows], **options)
             parts.append(x.cpu())

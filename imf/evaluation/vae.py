@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imf.io import sha256
+from imf.io import read_json, sha256
 from imf.program import UserError
 
 MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)
@@ -33,16 +33,12 @@ def load(path: Path, device: torch.device) -> Any:
         from diffusers import AutoencoderKL
     except ImportError as error:
         raise UserError(f"{path}: an autoencoder needs diffusers: pip install -e '.[vae]'") from error
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path}: wanted the folder of an AutoencoderKL, there is no config.json in it")
+    _check_folder(path)
     options = {"local_files_only": True, "use_safetensors": True, "low_cpu_mem_usage": False}
     logger = logging.getLogger("diffusers")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it would warn of what is raised below
     try:
-        name = AutoencoderKL.load_config(path).get("_class_name")
-        if name != "AutoencoderKL":
-            raise ValueError(f"wanted an AutoencoderKL, got a {name}")
         vae, found = AutoencoderKL.from_pretrained(path, output_loading_info=True, **options)
     except Exception as error:  # of nearly any class, for a field of config.json of another type
         reason = " ".join(str(error).split())
@@ -54,6 +50,23 @@ def load(path: Path, device: torch.device) -> Any:
         raise UserError(f"{path}: its weights lack {', '.join(map(str, lacking[:5]))} ({len(lacking)})")
     check(str(path), vae)
     return vae.float().to(device).eval().requires_grad_(False)
+
+
+def _check_folder(path: Path) -> None:
+    """UserError, with the likely mistake, unless the folder looks like that of an AutoencoderKL."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder")
+    if not (path / "config.json").is_file():
+        hint = "; it is a whole pipeline: pass the folder vae in it" if (path / "vae").is_dir() else ""
+        raise UserError(f"{path}: must be an AutoencoderKL's folder, got no config.json{hint}")
+    if (kind := read_json(path / "config.json").get("_class_name")) != "AutoencoderKL":
+        raise UserError(f"{path}: must be an AutoencoderKL's folder, got one of {kind}")
+    if not any(path.glob("*.safetensors")):
+        names = ", ".join(sorted(file.name for file in path.iterdir()))
+        raise UserError(
+            f"{path}: must hold {WEIGHTS}, got {names}; nothing is unpickled here: a .bin that you trust can "
+            f"be loaded by diffusers and written again with save_pretrained"
+        )
 
 
 def check(name: str, vae: Any) -> None:

@@ -118,14 +118,23 @@ def lagrangian_self_distillation(
     return Loss(error.mean(), **watched)
 
 
-def _check(
+def check_fixed(
     caller: str, model: nn.Module, x: Tensor, y: Tensor, draws: Draws | StepDraws, guidance: Guidance
 ) -> StepDraws:
+    """The step's draws where x is, see `check_batch`; ValueError also unless guidance is fixed."""
     step = check_batch(caller, model, x, y, draws, guidance)
     if config_of(model).omega_input or guidance is None:
         raise ValueError(
-            f"{caller}: guidance is fixed: model must not have it as an input, guidance must be a Guidance"
+            f"{caller}: guidance is fixed: model must not have it as an input, guidance must be a Guidance; "
+            f"imf.improved_mean_flow trains networks with guidance as an input"
         )
+    return step
+
+
+def _check(
+    caller: str, model: nn.Module, x: Tensor, y: Tensor, draws: Draws | StepDraws, guidance: Guidance
+) -> StepDraws:
+    step = check_fixed(caller, model, x, y, draws, guidance)
     if (guidance.t_min, guidance.t_max) != (0, 1):
         raise ValueError(
             f"{caller}: guidance must be in the interval [0, 1], got [{guidance.t_min:g}, {guidance.t_max:g}]"

@@ -35,6 +35,7 @@ from imf.model.layers import (
     condition_tokens,
     patch_embedder,
     residual_scales,
+    zero_linear,
 )
 from imf.model.pretrained import Pretrained
 from imf_kernels import Dual
@@ -195,13 +196,6 @@ def layer_norm(x: Tensor | Dual, norm: nn.LayerNorm, **options: Any) -> Any:
 def xavier_linear(in_features: int, out_features: int) -> nn.Linear:
     layer = nn.Linear(in_features, out_features)
     nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def zero_linear(in_features: int, out_features: int) -> nn.Linear:
-    layer = nn.Linear(in_features, out_features)
-    nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 

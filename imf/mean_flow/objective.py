@@ -20,7 +20,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from imf.mean_flow.flow_maps import lagrangian_self_distillation, terminal_velocity_matching
+from imf.mean_flow.flow_maps import (
+    check_fixed,
+    lagrangian_self_distillation,
+    terminal_velocity_matching,
+)
 from imf.mean_flow.methods import METHODS
 from imf.model.config import config_of
 from imf.objective.draws import Draws, Guidance, StepDraws
@@ -28,7 +32,6 @@ from imf.objective.imf_loss import (
     Loss,
     adaptive,
     cast_once_on_gpus,
-    check_batch,
     guided_velocity,
     improved_mean_flow,
     instantaneous_velocities,
@@ -66,13 +69,8 @@ def mean_flow(
         ValueError, TypeError: as `imf.objective.imf_loss.improved_mean_flow`, and for a network with guidance
             as an input.
     """
-    step = check_batch("mean_flow", model, x, y, draws, guidance)
+    step = check_fixed("mean_flow", model, x, y, draws, guidance)
     config, draws = config_of(model), step.draws
-    if config.omega_input or guidance is None:
-        raise ValueError(
-            "mean_flow: guidance is fixed: model must not have it as an input, guidance must be a Guidance; "
-            "imf.improved_mean_flow trains networks with guidance as an input"
-        )
     fm, after = slice(draws.n_fm), slice(draws.n_fm, None)
     t, h, one = draws.t, draws.t - draws.r, torch.ones_like(draws.t)
     conditions = draws.omega, draws.t_min, draws.t_max, y.masked_fill(draws.drop, config.num_classes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -150,6 +150,38 @@ class IMFConfig:
     @property
     def has_v_head(self) -> bool:
         return self.block == "modern" or self.aux_head_depth > 0
+
+
+@dataclass(frozen=True)
+class AdaptedConfig:
+    """What is known of an adapted network; attributes as of `imf.adapted.NetworkConfig`.
+
+    custom: its class, "module.Class".  in_channels, input_size: 0 until the first batch.
+    Raises: ValueError, naming it, for a value of another type or out of range.
+    """
+
+    custom: str
+    num_classes: int
+    in_channels: int = 0
+    input_size: int = 0
+    has_v_head: bool = False
+    omega_input: bool = False
+    interval_input: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            kind, least = str(field.type), int(name == "num_classes")
+            if type(value).__name__ != kind or (kind == "int" and value < least):
+                wanted = f"an int of at least {least}" if kind == "int" else f"a {kind}"
+                raise ValueError(f"adapted network: {name} must be {wanted}, got {value!r}")
+        if self.interval_input and not self.omega_input:
+            raise ValueError("adapted network: interval_input without omega_input is no form of guidance")
+
+    @property
+    def form(self) -> str:
+        """What guidance is to the network, a key of `imf.adapted.GUIDANCE`."""
+        return "interval" if self.interval_input else "omega" if self.omega_input else "fixed"
 
 
 # The network of original Mean Flows: adaLN-zero, no v-head, guidance fixed in training.

@@ -23,6 +23,7 @@ from imf.model.layers import (
     condition_tokens,
     patch_embedder,
     residual_scales,
+    zero_linear,
 )
 from imf.model.pretrained import Pretrained
 from imf_kernels import Dual
@@ -77,9 +78,7 @@ class FinalLayer(nn.Module):
     def __init__(self, width: int, values: int) -> None:
         super().__init__()
         self.norm = nn.Parameter(torch.ones(width))
-        self.linear = nn.Linear(width, values)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        self.linear = zero_linear(width, values)
 
     def forward(self, x: Tensor | Dual, *_: Tensor) -> Any:
         y = ik.rms_norm(x, self.norm)

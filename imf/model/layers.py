@@ -45,6 +45,14 @@ def patch_embedder(config: IMFConfig) -> nn.Linear:
     return layer
 
 
+def zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    """Makes a Linear that is zero at the start."""
+    layer = nn.Linear(in_features, out_features)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 def condition_tokens(count: int, width: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(count, width) * width**-0.5)
 

@@ -7,7 +7,6 @@ folder that is half written, or of two networks, has another SHA-256 and is refu
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from imf.io import naming, read_torch, replacing, sha256, write_json
+from imf.io import check_names, naming, read_json, read_torch, replacing, sha256, write_json
 from imf.model.config import IMFConfig, check_guidance
 from imf.model.sampler import check_inputs_of, sample_labels
 from imf.program import UserError
@@ -241,7 +240,7 @@ def with_weights(
     check_same(path, found, empty)
     with torch.device("meta"):
         network = make(config)
-    if len(getattr(network, "v_blocks", ())) and not any(name.startswith("v_blocks.") for name in weights):
+    if len(getattr(network, "v_blocks", ())) and not has_v_blocks(weights):
         network.v_blocks = NoVHead()
     network.load_state_dict(found, assign=True)
     return network.requires_grad_(False)
@@ -261,8 +260,13 @@ def expected_weights(
         empty = empty_weights(make, config)
     except ValueError as error:
         raise UserError(f"{path}: its configuration is of another network: {error}") from error
-    absent = () if any(name.startswith("v_blocks.") for name in found) else "v_blocks."
+    absent = () if has_v_blocks(found) else "v_blocks."
     return {name: x for name, x in empty.items() if not name.startswith(absent)}
+
+
+def has_v_blocks(state: Mapping[str, Tensor]) -> bool:
+    """Returns whether weights include the v-head's blocks, which those for sampling lack."""
+    return any(name.startswith("v_blocks.") for name in state)
 
 
 def empty_weights(make: Callable[[IMFConfig], nn.Module], config: IMFConfig) -> dict[str, Tensor]:
@@ -306,21 +310,18 @@ def _read_config(folder: Path) -> tuple[IMFConfig, str, Sampling, str]:
         raise UserError(
             f"{folder}: no such folder; networks are read from local folders, from no hub: download it first"
         )
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: no {CONFIG} in this folder, which save_pretrained writes") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: could not be read as JSON: {error}") from error
-    if not isinstance(values, dict) or "network" not in values or "format" not in values:
+    if not path.exists():
+        raise UserError(f"{folder}: no {CONFIG} in this folder, which save_pretrained writes")
+    values = read_json(path)
+    if "network" not in values or "format" not in values:
         raise UserError(f"{path}: of another program: wanted the configuration that save_pretrained writes")
     if values["format"] != FORMAT or type(values["format"]) is not int:
         got = str(values["format"])[:20]
         raise UserError(f"{path}: this version of imf reads format {FORMAT}, got {got}: use a newer imf")
     try:
-        _check_names("", values, ("format", "network", "precision", "sampling", "sha256"))
-        _check_names("network.", values["network"], [x.name for x in fields(IMFConfig)])
-        _check_names("sampling.", values["sampling"], [x.name for x in fields(Sampling)])
+        check_names(values, ("format", "network", "precision", "sampling", "sha256"))
+        check_names(values["network"], [x.name for x in fields(IMFConfig)], "network.")
+        check_names(values["sampling"], [x.name for x in fields(Sampling)], "sampling.")
         if values["precision"] not in tuple(PRECISIONS):
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {values['precision']!r}")
         digest = values["sha256"]
@@ -331,12 +332,3 @@ def _read_config(folder: Path) -> tuple[IMFConfig, str, Sampling, str]:
     except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{path}: {error}") from error
     return config, values["precision"], sampling, digest
-
-
-def _check_names(where: str, values: Any, wanted: Sequence[str]) -> None:
-    if not isinstance(values, dict):
-        raise ValueError(f"{where.rstrip('.')} must be names and values, got {values!r:.80}")
-    missing, unknown = [n for n in wanted if n not in values], [n for n in values if n not in wanted]
-    if missing or unknown:
-        texts = (", ".join(f"{where}{name}" for name in names) or "nothing" for names in (missing, unknown))
-        raise ValueError("missing {}; unknown {}".format(*texts))

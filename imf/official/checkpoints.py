@@ -14,7 +14,7 @@ import re
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any
@@ -26,9 +26,11 @@ from torch import Tensor
 
 from imf.io import naming, read_torch, replacing
 from imf.model.config import IMFConfig
-from imf.model.pretrained import Pretrained
+from imf.model.pretrained import Pretrained, expected_weights, has_v_blocks
+from imf.networks import build
 from imf.official.names import from_official, shape_of, to_official, to_tensors
 from imf.program import UserError
+from imf.tensors import check_same
 
 NEEDS_JAX = "JAX checkpoints need orbax-checkpoint and flax: pip install -e '.[jax]'"
 # Files of a folder that Orbax wrote: of its versions from 0.4 on one or the other.
@@ -36,16 +38,11 @@ _ORBAX_FILES = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "checkpoi
 
 
 def import_weights(
-    source: Path,
-    kind: str | None,
-    empty_weights: Callable[[IMFConfig], Mapping[str, Tensor]],
-    *,
-    input_size: int,
-    num_heads: int | None,
+    source: Path, kind: str | None, *, input_size: int, num_heads: int | None
 ) -> tuple[IMFConfig, dict[str, dict[str, Tensor]], int]:
     """Reads an official checkpoint: configuration of the network, fp32 state dicts by kind, training step.
 
-    kind: "ema" or "model", default both.  empty_weights: `imf.model.pretrained.empty_weights` of `imf.build`.
+    kind: "ema" or "model", default both.
     input_size, num_heads: as `imf.official.names.shape_of` takes them.
     Raises: UserError, naming the source, for weights that are not there, not finite or not a network's.
     """
@@ -57,7 +54,6 @@ def import_weights(
         try:
             tensors = to_tensors(sets[name])
             configs.append(shape_of(tensors, input_size=input_size, num_heads=num_heads))
-            expected = empty_weights(configs[-1])
             for n, x in tensors.items():  # before they are joined, which turns integers into the others' type
                 if not x.is_floating_point() or not x.isfinite().all():
                     got = "NaN or infinity" if x.is_floating_point() else x.dtype
@@ -65,24 +61,13 @@ def import_weights(
             converted = from_official(tensors)
         except (TypeError, ValueError, IndexError, RuntimeError) as error:  # of shapes that do not fit
             raise UserError(f"{source}: {error}") from error
-        _check_complete(source, name, converted, expected)
+        expected = expected_weights(source, build, configs[-1], converted)
         # Copies: weights of a file may share memory, which safetensors does not write.
         states[name] = {n: x.to(torch.float32, copy=True) for n, x in converted.items()}
+        check_same(f"{source}, {name} weights", states[name], expected)
     if len(set(configs)) > 1:
         raise UserError(f"{source}: its sets of weights are of two networks: {configs}")
     return configs[0], states, step
-
-
-def _check_complete(
-    source: Path, kind: str, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-) -> None:
-    names = [name for name in expected if has_v_blocks(state) or not name.startswith("v_blocks.")]
-    wanted = {name: list(expected[name].shape) for name in names}
-    got = {name: list(x.shape) for name, x in state.items()}
-    different = [name for name in wanted | got if wanted.get(name) != got.get(name)]
-    if different:
-        lines = [f"{n}: wanted {wanted.get(n, 'none')}, got {got.get(n, 'none')}" for n in different[:5]]
-        raise UserError("\n  ".join([f"{source}: the {kind} weights are not whole:", *lines]))
 
 
 def export_weights(source: Path, out: Path, network: Pretrained, v_head: bool) -> int:
@@ -103,11 +88,6 @@ def export_weights(source: Path, out: Path, network: Pretrained, v_head: bool) -
     with naming(out), replacing(out) as temporary:
         (torch.save if out.suffix == ".pth" else save_file)(official, temporary)
     return len(official)
-
-
-def has_v_blocks(state: Mapping[str, Tensor]) -> bool:
-    """Returns whether weights include the v-head's blocks, which those for sampling lack."""
-    return any(name.startswith("v_blocks.") for name in state)
 
 
 def _read(source: Path) -> tuple[dict[str, Mapping[str, Any]], int]:

@@ -1,4 +1,4 @@
-"""Files that a run writes in addition to its log: checkpoints, pictures, final scores."""
+"""Files that a run writes in addition to its log and checkpoints: pictures, scores."""
 
 from __future__ import annotations
 
@@ -14,36 +14,13 @@ from imf.evaluation.scores import Judge, Score
 from imf.io import naming, replacing, write_json
 from imf.program import UserError
 from imf.sampling import class_grid
-from imf.training import checkpoint
-from imf.training.checkpoint import Metadata
-from imf.training.config import TrainConfig
 from imf.training.log import Boards, Log
 
 if TYPE_CHECKING:  # for the annotations
-    from imf.training.setup import Run
+    from imf.training.state import Run
 
 FINAL_STEPS = 1, 2, 4
 ROWS = 10  # of a picture, at most
-
-
-def save(run: Run) -> None:
-    """Writes a checkpoint of the run as it is, then deletes the oldest ones; all processes call it."""
-    context, state = run.context, run.state
-    metadata = Metadata(
-        step=state.step,
-        elapsed=run.elapsed,
-        config=run.config,
-        precision=run.precision,
-        environment=checkpoint.environment(context.device, context.count),
-        autoencoder=run.dataset.autoencoder,
-        class_names=run.dataset.class_names,
-    )
-    path = checkpoint.path_of(run.folder, state.step)
-    networks = {"model": state.model, "ema": state.ema}
-    with context.together(run.signals):
-        checkpoint.save(path, **networks, optimizer=state.optimizer, metadata=metadata, writes=context.first)
-        if context.first:
-            checkpoint.prune(run.folder, run.config.keep_checkpoints)
 
 
 def draw(run: Run, path: Path, steps: int = 1) -> None:
@@ -54,7 +31,7 @@ def draw(run: Run, path: Path, steps: int = 1) -> None:
     """
     config, known = run.config, run.dataset.num_classes
     classes = [0] * ROWS if known == 1 else quality.spaced(torch.arange(known), ROWS).tolist()
-    options: dict[str, Any] = {"steps": steps, "seed": config.seed, **_guidance(config)}
+    options: dict[str, Any] = {"steps": steps, "seed": config.seed, **config.sampling}
     names = run.dataset.class_names
     picture = class_grid(run.state.ema, classes=classes, class_names=names, **options)
     with run.context.together(run.signals), naming(path):
@@ -78,18 +55,13 @@ def draw_due(run: Run, log: Log | None, again: bool = True) -> None:
                 log.boards.picture("samples/1-step", path, step)
 
 
-def checkpoint_due(config: TrainConfig, step: int) -> bool:
-    """Whether a checkpoint follows step `step`: every `checkpoint_every`, and the last."""
-    return config.is_due(config.checkpoint_every, step) or step == config.steps
-
-
 def score_due(run: Run, log: Log | None, again: bool = True) -> None:
     """Scores one-step samples of the averaged network after a checkpoint that is due; not of latents.
 
     again: also if that step has its figures; False measures only where a process was killed before.
     """
     step, config, context = run.state.step, run.config, run.context
-    due = step > 0 and checkpoint_due(config, step) and not run.signals.agreed
+    due = step > 0 and config.checkpoint_due(step) and not run.signals.agreed
     if not due or not config.figures or not _are_images(run):
         return
     if not again and context.broadcast(log is not None and log.has_figures(step)):
@@ -129,7 +101,7 @@ def score_samples(run: Run, steps: int, count: int) -> Score | None:
         processes=context,
         title=f"{count:,} samples in {steps} step{'s' if steps > 1 else ''}",
         steps=steps,
-        **_guidance(config),
+        **config.sampling,
     )
     score = None
     with context.together():
@@ -168,7 +140,7 @@ def finish(run: Run) -> None:
 
 def _write_results(run: Run, judge: Judge, rows: list[Score], pictures: dict[int, Path]) -> None:
     """Writes results.json, and figures and pictures to TensorBoard and W&B; prints the table."""
-    config, step, guidance = run.config, run.state.step, _guidance(run.config)
+    config, step, guidance = run.config, run.state.step, run.config.sampling
     results = {
         "data": config.data,
         "training_steps": step,
@@ -209,7 +181,3 @@ def _write_results(run: Run, judge: Judge, rows: list[Score], pictures: dict[int
 
 def _are_images(run: Run) -> bool:
     return run.dataset.shape[0] in (1, 3)
-
-
-def _guidance(config: TrainConfig) -> dict[str, Any]:
-    return dict(zip(("omega", "t_min", "t_max"), config.sampling, strict=True))

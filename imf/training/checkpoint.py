@@ -19,9 +19,9 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -30,9 +30,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from imf import __version__
-from imf.adapted import Adapted, AdaptedConfig
-from imf.io import replacing
-from imf.model.config import IMFConfig
+from imf.adapted import Adapted
+from imf.io import check_names, replacing
+from imf.model.config import AdaptedConfig, IMFConfig
 from imf.model.pretrained import (
     CONFIG,
     PRECISIONS,
@@ -46,8 +46,11 @@ from imf.model.pretrained import (
 from imf.networks import build, network_class
 from imf.program import MOST_THREADS, UserError
 from imf.tensors import check_same, checksums, not_finite, writing
-from imf.training.config import TrainConfig, from_dict, to_dict
+from imf.training.config import TrainConfig, from_dict
 from imf.training.parallel import placed_like, whole
+
+if TYPE_CHECKING:  # for the annotations
+    from imf.training.state import Run, State
 
 METADATA_KEY, CHECKSUM_KEY = "imf", "crc32"
 FORMAT = 4  # raise it when a file of the old form cannot be read, or a run would resume with other numbers
@@ -101,7 +104,9 @@ class Metadata:
     @property
     def sampling(self) -> Sampling:
         """Returns how the network is sampled: the run's guidance, names of classes, autoencoder."""
-        return Sampling(*self.config.sampling, tuple(self.class_names), self.autoencoder)
+        return Sampling(
+            **self.config.sampling, class_names=tuple(self.class_names), autoencoder=self.autoencoder
+        )
 
 
 def environment(device: torch.device, processes: int = 1) -> dict[str, str]:
@@ -117,15 +122,25 @@ def environment(device: torch.device, processes: int = 1) -> dict[str, str]:
     }
 
 
-def save(
-    path: Path,
-    *,
-    model: nn.Module,
-    ema: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    metadata: Metadata,
-    writes: bool = True,
-) -> None:
+def save_run(run: Run) -> None:
+    """Writes a checkpoint of the run as it is, then deletes the oldest ones; all processes call it."""
+    context, state = run.context, run.state
+    metadata = Metadata(
+        step=state.step,
+        elapsed=run.elapsed,
+        config=run.config,
+        precision=run.precision,
+        environment=environment(context.device, context.count),
+        autoencoder=run.dataset.autoencoder,
+        class_names=run.dataset.class_names,
+    )
+    with context.together(run.signals):
+        save(path_of(run.folder, state.step), state, metadata, writes=context.first)
+        if context.first:
+            prune(run.folder, run.config.keep_checkpoints)
+
+
+def save(path: Path, state: State, metadata: Metadata, writes: bool = True) -> None:
     """Writes a checkpoint to `path`, whose folder exists; it always holds the old file or all of the new one.
 
     writes: whether this process does. If FSDP2 shards the network, every process calls `save`, and one
@@ -133,7 +148,7 @@ def save(
     Raises: UserError, naming the bytes needed and free, if the file cannot be written (a full disk), or
         naming the tensor, if a number is not finite.
     """
-    gathered = ((name, whole(x.detach())) for name, x in _tensors(model, ema, optimizer.state).items())
+    gathered = ((name, whole(x.detach())) for name, x in _tensors(state, state.optimizer.state).items())
     tensors = {name: x.cpu().contiguous() for name, x in gathered if writes}  # one at a time on the device
     if writes:
         _write(path, tensors, metadata)
@@ -149,8 +164,8 @@ def save_network(path: Path, networks: Mapping[str, Mapping[str, Tensor]], metad
     _write(path, {name: x.detach().contiguous() for name, x in named}, metadata)
 
 
-def restore(path: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> Metadata:
-    """Restores a run from `path` in place; nothing is changed unless all of the file fits.
+def restore(path: Path, state: State) -> Metadata:
+    """Restores a run's state from `path` in place; nothing is changed unless all of the file fits.
 
     Raises: UserError if the file is missing, damaged, foreign, of another network or not finite.
     """
@@ -159,32 +174,31 @@ def restore(path: Path, *, model: nn.Module, ema: nn.Module, optimizer: torch.op
     moments: dict[Tensor, dict[str, Tensor]] = {
         p: {"step": torch.zeros((), device=p.device)}
         | {name: torch.zeros_like(p, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
-        for p in (model.parameters() if metadata.step else ())
+        for p in (state.parameters if metadata.step else ())
         if p.requires_grad
     }
-    _copy(path, tensors, _tensors(model, ema, moments))
-    optimizer.state.update(moments)
+    _copy(path, tensors, _tensors(state, moments))
+    state.optimizer.state.update(moments)
+    state.step = metadata.step
     return metadata
 
 
-def load_weights(path: Path, *, model: nn.Module, ema: nn.Module) -> None:
-    """Loads the averaged weights of `path`, or else its latest ones, into both networks, if all fit.
+def load_weights(path: Path, state: State) -> None:
+    """Loads the averaged weights of `path`, or else its latest ones, into network and average, if all fit.
 
     path: as `load` takes it.
     Raises: UserError as `restore` does.
     """
     if is_pretrained(path):
-        tensors = load(path).state_dict()
-        for network in (model, ema):
-            _copy(path, tensors, network.state_dict())
-        return
-    path = find(path)
-    for kind in ("ema", "model"):
-        if tensors := _read(path, prefix=f"{kind}.")[1]:
-            for network in (model, ema):
-                _copy(path, tensors, {f"{kind}.{name}": x for name, x in network.state_dict().items()})
-            return
-    raise UserError(f"{path}: there are no weights in it")
+        prefix, tensors = "", load(path).state_dict()
+    else:
+        path = find(path)
+        sets = ((f"{kind}.", _read(path, prefix=f"{kind}.")[1]) for kind in ("ema", "model"))
+        prefix, tensors = next((found for found in sets if found[1]), ("", {}))
+        if not tensors:
+            raise UserError(f"{path}: there are no weights in it")
+    for network in (state.model, state.ema):
+        _copy(path, tensors, {f"{prefix}{name}": x for name, x in network.state_dict().items()})
 
 
 def load(
@@ -331,7 +345,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> Non
     """Writes a complete file or none; UserError if it cannot be written."""
     if name := not_finite(tensors):
         raise UserError(f"{path}: not written: {name} must be finite, got NaN or infinity")
-    values = {**vars(metadata), "config": to_dict(metadata.config), "format": FORMAT}
+    values = {**vars(metadata), "config": asdict(metadata.config), "format": FORMAT}
     text = json.dumps({**values, "checksums": checksums(tensors)})
     texts = {METADATA_KEY: text, CHECKSUM_KEY: f"{zlib.crc32(text.encode()):08x}"}
     with (
@@ -341,16 +355,14 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Metadata) -> Non
         save_file(dict(tensors), new, metadata=texts)
 
 
-def _tensors(
-    model: nn.Module, ema: nn.Module, moments: Mapping[Tensor, Mapping[str, Tensor]]
-) -> dict[str, Tensor]:
+def _tensors(state: State, moments: Mapping[Tensor, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Returns all tensors of a run by their names in a checkpoint; moments: AdamW's state by weight.
 
     An optimizer's own index of a weight would mean nothing once a layer was added.
     """
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    tensors |= {f"ema.{name}": tensor for name, tensor in ema.state_dict().items()}
-    for name, weight in model.named_parameters():
+    tensors = {f"model.{name}": tensor for name, tensor in state.model.state_dict().items()}
+    tensors |= {f"ema.{name}": tensor for name, tensor in state.ema.state_dict().items()}
+    for name, weight in state.model.named_parameters():
         tensors |= {f"optimizer.{name}.{key}": x for key, x in moments.get(weight, {}).items()}
     return tensors
 
@@ -410,10 +422,9 @@ def _read_header(path: Path, texts: Mapping[str, str]) -> tuple[Metadata, dict[s
         )
     if texts.get(CHECKSUM_KEY) != f"{zlib.crc32(text.encode()):08x}":
         raise UserError(damaged)
-    names = {field.name for field in fields(Metadata)}
+    names = [field.name for field in fields(Metadata)]
     try:
-        if unknown := values.keys() ^ {*names, "format", "checksums"}:
-            raise ValueError(f"missing or unknown: {', '.join(sorted(unknown))}")
+        check_names(values, [*names, "format", "checksums"])
         if not isinstance(values["checksums"], dict):
             raise ValueError(f"checksums must be texts by name, got {values['checksums']!r}")
         values["config"] = from_dict(values["config"])

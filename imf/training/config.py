@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from imf.adapted import AdaptedConfig
+from imf.io import check_names
 from imf.mean_flow.methods import METHODS, network_of
-from imf.model.config import TOKENS, IMFConfig, check_guidance
+from imf.model.config import TOKENS, AdaptedConfig, IMFConfig, check_guidance
 from imf.objective.draws import MAX_LOG_POWER, Guidance
 from imf.program import MOST_THREADS
 
@@ -226,11 +226,11 @@ class TrainConfig:
         return Guidance(self.fixed_omega, self.fixed_kappa, self.fixed_t_min, self.fixed_t_max)
 
     @property
-    def sampling(self) -> tuple[float, float, float]:
-        """ω, t_min and t_max of samples; 1, 0 and 1 where the network does not take them as inputs."""
+    def sampling(self) -> dict[str, Any]:
+        """Guidance of samples, by its names in `imf.generate`; none where it is no input of the network."""
         inputs = self.network
-        interval = (self.t_min, self.t_max) if inputs.interval_input else (0.0, 1.0)
-        return self.omega if inputs.omega_input else 1.0, *interval
+        t_min, t_max = (self.t_min, self.t_max) if inputs.interval_input else (0.0, 1.0)
+        return {"omega": self.omega if inputs.omega_input else 1.0, "t_min": t_min, "t_max": t_max}
 
     @property
     def micro_batch_size(self) -> int:
@@ -241,6 +241,10 @@ class TrainConfig:
     def is_due(every: int, step: int) -> bool:
         """Whether what happens `every` steps (0: never) follows step `step`."""
         return every > 0 and step % every == 0
+
+    def checkpoint_due(self, step: int) -> bool:
+        """Whether a checkpoint follows step `step`: every `checkpoint_every`, and the last."""
+        return self.is_due(self.checkpoint_every, step) or step == self.steps
 
     @property
     def draws(self) -> dict[str, Any]:
@@ -273,38 +277,21 @@ def ema_decay(config: TrainConfig, step: int) -> float:
     return min(config.ema_decay, (1 + step) / (config.ema_warmup + step))
 
 
-def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Returns the configuration as JSON-compatible values; `from_dict` is the inverse."""
-    return asdict(config)
-
-
 def from_dict(values: Mapping[str, Any]) -> TrainConfig:
-    """Returns the configuration that `to_dict` gave; ValueError for a name that is unknown or missing."""
-    if not isinstance(values, Mapping):
-        raise ValueError(f"configuration: must be names and values, got {values!r}")
-    network = values.get("network")
-    adapted = isinstance(network, Mapping) and "custom" in network
-    like = TrainConfig(network=AdaptedConfig("", 1)) if adapted else TrainConfig()
-    wanted, got = _flat(to_dict(like)).keys(), _flat(values).keys()
-    if wanted != got:
-        missing, unknown = (", ".join(sorted(names)) or "nothing" for names in (wanted - got, got - wanted))
-        raise ValueError(f"configuration: missing {missing}; unknown {unknown}")
-    kind = AdaptedConfig if adapted else IMFConfig
-    return TrainConfig(**{**values, "network": kind(**values["network"])})
+    """Undoes `dataclasses.asdict`; ValueError for a name that is unknown or missing."""
+    check_names(values, [x.name for x in fields(TrainConfig)])
+    network = values["network"]
+    kind = AdaptedConfig if isinstance(network, Mapping) and "custom" in network else IMFConfig
+    check_names(network, [x.name for x in fields(kind)], "network.")
+    return TrainConfig(**{**values, "network": kind(**network)})
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """Returns the options whose values differ: name -> (old, new); the network's as `network.<name>`."""
-    a, b = _flat(to_dict(old)), _flat(to_dict(new))
-    return {name: (a[name], b[name]) for name in a if a[name] != b[name]}
-
-
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    network = values.get("network")
-    if not isinstance(network, Mapping):
-        return dict(values)
-    others = {name: value for name, value in values.items() if name != "network"}
-    return others | {f"network.{name}": value for name, value in network.items()}
+    pairs = {x.name: (getattr(old, x.name), getattr(new, x.name)) for x in fields(old)}
+    a, b = map(asdict, pairs.pop("network"))
+    pairs |= {f"network.{name}": (a.get(name), b.get(name)) for name in a}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def add_arguments(parser: argparse.ArgumentParser, defaults: TrainConfig | None = None) -> None:
@@ -332,7 +319,7 @@ def add_arguments(parser: argparse.ArgumentParser, defaults: TrainConfig | None 
 
 def with_arguments(config: TrainConfig, arguments: argparse.Namespace) -> TrainConfig:
     """Returns `config` with the arguments that were given; ValueError, naming it, if one is out of range."""
-    given, values = vars(arguments), to_dict(config)
+    given, values = vars(arguments), asdict(config)
     if "patch_size" in given:
         values["max_patches"] = 0
     values.update({name: given[name] for name in values if name in given})

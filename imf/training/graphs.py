@@ -19,12 +19,16 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from imf.objective.draws import Draws, Guidance, StepDraws, repeated, sizes_of_v_u
+from imf.objective.draws import Draws, Guidance, StepDraws, count_of_v_u, repeated, sizes_of_v_u
+
+if TYPE_CHECKING:  # for the annotations
+    from imf.distributed import DistributedContext
+    from imf.training.config import TrainConfig
 
 # The captured call: (x, y, draws on the device, learning rate, share of the weights in the average, whether
 # it is the last one of its step) → terms.
@@ -150,6 +154,22 @@ class StepGraphs:
                 beside=next(iter(self.recorded.values()), None),
             )
         return self.recorded[size, last].replay().clone()
+
+
+def rows_of_others(
+    config: TrainConfig, context: DistributedContext, guidance: Guidance | None, micro_step: int
+) -> int:
+    """Returns the most rows on which another process needs v_u in a micro-step.
+
+    Their draws are functions of the seed, the micro-step and the process, so nothing is communicated.
+    """
+    batch, settings = config.micro_batch_size // context.count, {"seed": config.seed, "step": micro_step}
+    counts = (
+        count_of_v_u(batch, guidance, process=process, **settings, **config.draws)
+        for process in range(context.count)
+        if process != context.rank
+    )
+    return max(counts, default=0)
 
 
 def _copy(step: StepDraws) -> StepDraws:

@@ -13,8 +13,9 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,10 +23,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from imf.distributed import DistributedContext
 from imf.io import naming, replacing
 from imf.program import UserError, progress
-from imf.training.config import TrainConfig, ema_decay, learning_rate, to_dict
+from imf.training.config import TrainConfig, ema_decay, learning_rate
+
+if TYPE_CHECKING:  # for the annotations
+    from imf.training.state import Run
 
 BAR = "{desc} {percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}, {elapsed}<{remaining}{postfix}"
 TERMS = ("loss", "loss_u", "loss_v", "gradient norm")  # the numbers that a training step returns
@@ -43,13 +46,20 @@ def check_finite(step: int, terms: list[float]) -> None:
         )
 
 
+def report(run: Run, log: Log | None, wait: bool = False) -> None:
+    """Logs the steps whose numbers have arrived; the one collective by which a step's hosts agree."""
+    with run.context.together(run.signals):
+        for step, terms in run.readback.pop(wait):
+            check_finite(step, terms)
+            if log is not None:
+                log.add(step, terms, run.elapsed)
+
+
 @contextmanager
-def opened_log(
-    folder: Path, config: TrainConfig, step: int, elapsed: float, context: DistributedContext
-) -> Iterator[Log | None]:
+def opened_log(run: Run) -> Iterator[Log | None]:
     """Opens the log in the first process, None in the others, and closes it in the end."""
-    with context.together():
-        log = Log(folder, config, step, elapsed) if context.first else None
+    with run.context.together():
+        log = Log(run.folder, run.config, run.state.step, run.elapsed) if run.context.first else None
     try:
         yield log
     except BaseException:
@@ -57,7 +67,7 @@ def opened_log(
             with suppress(OSError):  # the error that came first says more
                 log.close()
         raise
-    with context.together():
+    with run.context.together():
         if log is not None:
             log.close()
 
@@ -157,7 +167,7 @@ class Boards:
                 project=config.wandb,
                 name=folder.name,
                 dir=str(folder),
-                config=to_dict(config),
+                config=asdict(config),
                 id=_wandb_id(folder / "wandb-id", self._module),
                 resume="allow",
             )

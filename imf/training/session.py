@@ -15,15 +15,15 @@ from typing import Any
 from torch import nn
 
 import imf_kernels as ik
-from imf.adapted import AdaptedConfig
 from imf.distributed import ERRORS, DistributedContext, agreed, initialized
 from imf.io import locked
-from imf.model.config import config_of
+from imf.model.config import AdaptedConfig, config_of
 from imf.program import Terminated, UserError, exit_status
 from imf.training import artifacts, checkpoint, loop
 from imf.training.checkpoint import Metadata
 from imf.training.config import TrainConfig
-from imf.training.setup import OWN, Run, begin, find_resumed, resume
+from imf.training.setup import OWN, begin, find_resumed, resume
+from imf.training.state import Run
 
 STOPS: tuple[type[BaseException], ...] = (KeyboardInterrupt, *ERRORS)
 

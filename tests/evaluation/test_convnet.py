@@ -29,7 +29,7 @@ def batches(count=600):
 
 @pytest.fixture(scope="module")
 def trained():
-    return convnet.train(batches(), 10, quiet=True)
+    return convnet.train(batches(), 10)
 
 
 def test_it_learns_labels_and_is_a_function_of_the_data(trained):
@@ -40,13 +40,13 @@ def test_it_learns_labels_and_is_a_function_of_the_data(trained):
     assert features.shape == (1197, 128) and right > 0.75
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
-    again = convnet.train(batches(), 10, quiet=True)
+    again = convnet.train(batches(), 10)
     assert again.about == trained.about
     assert torch.equal(torch.random.get_rng_state(), state)  # a run's own numbers are left alone
 
 
 def test_without_labels_it_learns_rotations():
-    network = convnet.train(batches(), 1, quiet=True)
+    network = convnet.train(batches(), 1)
     assert network.about.task == "rotations" and network.about.classes == 4
     assert network.about.held_out > 0.5  # 0.25 by chance
     images = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
@@ -58,7 +58,7 @@ def test_without_labels_it_learns_rotations():
 def test_images_of_any_size(channels, size, monkeypatch):
     monkeypatch.setattr(convnet, "LEAST", 2)
     x = torch.rand(4, channels, size, size) * 2 - 1
-    network = convnet.train([(x, torch.arange(4) % 2)], 2, quiet=True)
+    network = convnet.train([(x, torch.arange(4) % 2)], 2)
     features, logits = network(x)
     assert features.shape == (4, 128) and logits.shape == (4, 2) and features.isfinite().all()
 
@@ -124,6 +124,6 @@ def test_what_is_no_file_of_it(trained, tmp_path):
 
 def test_too_few_images():
     with pytest.raises(UserError, match="at least 2 images"):
-        convnet.train([(torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64))], 2, quiet=True)
+        convnet.train([(torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64))], 2)
     with pytest.raises(UserError, match=r"must be square, got \[2, 1, 8, 4\]"):
-        convnet.train([(torch.zeros(2, 1, 8, 4), torch.zeros(2, dtype=torch.int64))], 1, quiet=True)
+        convnet.train([(torch.zeros(2, 1, 8, 4), torch.zeros(2, dtype=torch.int64))], 1)

@@ -140,7 +140,7 @@ NAMES = ("tench, Tinca tinca", "T-shirt", "bag", "7", "Bag")
     ],
 )
 def test_classes_are_named_or_numbered(given, labels):
-    assert sample.find_classes(given, NAMES, 5) == labels
+    assert sampling.find_classes(given, NAMES, 5) == labels
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_classes_are_named_or_numbered(given, labels):
 )
 def test_classes_that_are_not_there(given, names, message):
     with pytest.raises(UserError, match=message):
-        sample.find_classes(given, names, 5)
+        sampling.find_classes(given, names, 5)
 
 
 def test_command_draws_classes_by_name(tmp_path, capsys, monkeypatch):

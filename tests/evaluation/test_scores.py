@@ -36,7 +36,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def judge(digits):
-    return scores.judge_of(digits, digits=True, quiet=True)
+    return scores.judge_of(digits, digits=True)
 
 
 def test_labels_have_the_proportions_of_the_data(judge, digits):
@@ -52,16 +52,16 @@ def test_labels_have_the_proportions_of_the_data(judge, digits):
 
 def test_samples_are_those_of_evaluate_in_any_batches(digits):
     model, labels = Oracle(digits.images[:10]), torch.arange(50) % 10
-    whole = scores.sample(model, labels, seed=4, batch_size=50, quiet=True)
+    whole = scores.sample(model, labels, seed=4, batch_size=50)
     torch.testing.assert_close(whole, model.images[labels], atol=1e-5, rtol=0)
-    parts = scores.sample(model, labels, seed=4, batch_size=7, quiet=True)
+    parts = scores.sample(model, labels, seed=4, batch_size=7)
     torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)
 
     class Passing(Oracle):
         def forward(self, z, *_, **__):
             return torch.zeros_like(z)
 
-    got = scores.sample(Passing(digits.images[:10]), labels, seed=4, quiet=True)
+    got = scores.sample(Passing(digits.images[:10]), labels, seed=4)
     assert torch.equal(got, numbered.noise(4, range(50), (1, 8, 8)))
 
 
@@ -74,11 +74,11 @@ def test_processes_share_the_samples(count, processes, digits, monkeypatch):
         model = Oracle(digits.images[:10])
         with monkeypatch.context() as patch:
             patch.setattr(DistributedContext, "gather", lambda self, value: found.append(value) or [])
-            scores.sample(model, labels, seed=1, batch_size=2, processes=context, quiet=True)
+            scores.sample(model, labels, seed=1, batch_size=2, processes=context)
         calls.append(model.calls)
     assert calls == [calls[0]] * processes
     model = Oracle(digits.images[:10])
-    wanted = scores.sample(model, labels, seed=1, quiet=True)
+    wanted = scores.sample(model, labels, seed=1)
     torch.testing.assert_close(torch.cat(found)[:count], wanted)
 
 
@@ -94,7 +94,7 @@ def test_the_svc_counts_right_labels_and_says_how_good_it_is(judge, digits):
 def test_the_table_holds_what_was_measured(judge, digits):
     model = Oracle(digits.images[:10])
     labels = judge.labels_like(100)
-    samples = scores.sample(model, labels, quiet=True)
+    samples = scores.sample(model, labels)
     score = judge.score(samples, labels, 2)
     wanted = quality.figures(samples, labels, digits.images, digits.labels)
     assert score.accuracy == 1 and score.variance_ratio < 1e-6 and score.recall < 0.1
@@ -112,16 +112,16 @@ def test_other_data_are_judged_by_a_network_of_their_own(digits, tmp_path, monke
     monkeypatch.setattr(convnet, "BATCH", 32)
     monkeypatch.setattr(convnet, "STEPS", 120)
     path = tmp_path / convnet.FILE
-    judge = scores.judge_of(digits, path=path, quiet=True)
+    judge = scores.judge_of(digits, path=path)
     assert judge.held_out > 0.9 and path.exists() and "small network" in judge.of
     real = judge.score(digits.images, digits.labels, 1)
     assert real.accuracy > 0.9 and real.precision == real.recall == real.variance_ratio == 1
     before = path.read_bytes()
-    again = scores.judge_of(digits, path=path, quiet=True)  # read, not trained again
+    again = scores.judge_of(digits, path=path)  # read, not trained again
     assert path.read_bytes() == before and torch.equal(again.data.rows, judge.data.rows)
     blurred = judge.score(nn.functional.avg_pool2d(digits.images, 3, 1, 1), digits.labels, 1)
     assert blurred.frechet_distance > 1 > real.frechet_distance and blurred.precision < 0.9
-    pixels = scores.judge_of(digits, "pixels", path=path, quiet=True)  # the network still classifies
+    pixels = scores.judge_of(digits, "pixels", path=path)  # the network still classifies
     assert torch.equal(pixels.data.rows, digits.images.flatten(1))
     assert pixels.held_out == judge.held_out
 
@@ -130,7 +130,7 @@ def test_data_without_labels_have_no_accuracy(digits, monkeypatch):
     monkeypatch.setattr(convnet, "LEAST", 2)
     monkeypatch.setattr(convnet, "STEPS", 2)
     images = data.LabelledImages(digits.images[:300], torch.zeros(300, dtype=torch.int64), ["all"])
-    judge = scores.judge_of(images, quiet=True)
+    judge = scores.judge_of(images)
     assert judge.classifier is None and judge.held_out is None and "rotations" in judge.of
     score = judge.score(images.images, images.labels, 1)
     assert score.accuracy is None and score.precision == 1 and score.variance_ratio == 1

@@ -20,10 +20,12 @@ from imf.objective.draws import Draws
 from imf.program import UserError
 from imf.training import checkpoint, graphs, loop, session
 from imf.training import setup as start
+from imf.training import state as training_state
 from imf.training.parallel import synchronising, whole
+from imf.training.state import Run, initial_state
 from tests.helpers import own_network
 from tests.helpers.graph_machine import RecordedGraph
-from tests.helpers.tiny_run import ALONE, NETWORK, config, resumed, tensors
+from tests.helpers.tiny_run import ALONE, NETWORK, config, one_step, resumed, tensors
 
 FORMS = {
     "ddp": {},
@@ -61,7 +63,7 @@ def gradients(who, *, same_draws=True, own=False, **changes):
         network = given[0].config
     changes = {"norm_p": 0.0 if changes.get("method") in ("tvm", "lsd") else 1.0} | changes
     c = config(network=network, batch_size=16, accumulate=2, **changes)
-    alone, state = (start.initial_state(c, "fp32", x, y) for x, y in zip((ALONE, who), given, strict=True))
+    alone, state = (initial_state(c, "fp32", x, y) for x, y in zip((ALONE, who), given, strict=True))
     torch.manual_seed(1)
     with torch.no_grad():
         for p in (*alone.model.parameters(), *alone.ema.parameters()):
@@ -103,8 +105,8 @@ def differences(a, b):
 
 
 def changing(call, change):
-    """`setup.objective` whose result number `call` in this process is changed; (undo, list of calls)."""
-    real, calls = start.objective, []
+    """`state.objective` whose result number `call` in this process is changed; (undo, list of calls)."""
+    real, calls = training_state.objective, []
 
     def objective_of(*settings, **norm):
         def loss_of(*batch):
@@ -114,8 +116,8 @@ def changing(call, change):
 
         return loss_of
 
-    start.objective = objective_of
-    return lambda: setattr(start, "objective", real)
+    training_state.objective = objective_of
+    return lambda: setattr(training_state, "objective", real)
 
 
 def replayed(who, **changes):
@@ -126,9 +128,9 @@ def replayed(who, **changes):
     c = config(backend="reference", **changes)
     for cuda_graphs in (False, True):
         c = dataclasses.replace(c, cuda_graphs=cuda_graphs)
-        state = start.initial_state(c, "fp32", who)
-        with start.Run(None, c, "fp32", data.load("digits"), state, who).batches() as batches:
-            terms.append(torch.stack([loop.training_step(state, batches, c, who) for _ in range(c.steps)]))
+        state = initial_state(c, "fp32", who)
+        with Run(None, c, "fp32", data.load("digits"), state, who).batches() as batches:
+            terms.append(torch.stack([one_step(state, batches, c, who) for _ in range(c.steps)]))
         states.append(tensors(state))
     worst = max(float((x - states[1][name]).abs().max()) for name, x in states[0].items())
     replays = {str(at): graph.replays for at, graph in state.graphs.recorded.items()}
@@ -198,7 +200,7 @@ def main():
         results["fsdp resumed as it was"] = differences(fsdp.state, again.state)
         other = resumed(ddp.folder, "--sharding", "fsdp", context=who)
         results["ddp resumed as fsdp"] = differences(other.state, ddp.state)
-        results["different runs"] = differences(ddp.state, start.initial_state(config(seed=1), "fp32", who))
+        results["different runs"] = differences(ddp.state, initial_state(config(seed=1), "fp32", who))
         for sharding in ("ddp", "fsdp"):
             results[f"not finite {sharding}"] = not_finite(who, folder / sharding, sharding=sharding)
             results[f"stopped {sharding}"] = stopped(who, folder / sharding, sharding=sharding)

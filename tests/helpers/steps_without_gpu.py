@@ -13,7 +13,6 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch.nn.functional import silu
@@ -21,8 +20,9 @@ from torch.nn.functional import silu
 from imf import data
 from imf.distributed import DistributedContext, initialized
 from imf.model.config import PRESETS
-from imf.training import loop, setup
 from imf.training.config import DIGITS_NETWORK, TrainConfig
+from imf.training.state import initial_state
+from tests.helpers.tiny_run import one_step
 
 NETWORKS = {"digits": DIGITS_NETWORK, **PRESETS}
 
@@ -73,32 +73,30 @@ def record(
 
     batch: of a micro-step.  options: of TrainConfig.  fault: of FAULTS, added to each micro-step.
     """
-    sizes, real, errors = NETWORKS[network], loop.backward, []
+    sizes, errors = NETWORKS[network], []
     config = TrainConfig(
         network=sizes, batch_size=batch * options.get("accumulate", 1), device="cuda", **options
     )
 
-    def backward(*arguments):
-        terms = real(*arguments)
+    def objective(*arguments):
+        out = real(*arguments)
         if fault:
-            FAULTS[fault](terms)
-        return terms
+            FAULTS[fault](out.loss.detach()[None])
+        return out
 
     def step():
-        loop.training_step(state, batches, config, context)
+        one_step(state, batches, config, context)
 
     with context.device:  # where making the weights takes no time
-        state = setup.initial_state(config, "bf16", context)
+        state = initial_state(config, "bf16", context)
+    real, state.objective = state.objective, objective
     x = torch.zeros(batch, sizes.in_channels, sizes.input_size, sizes.input_size)
     images = data.LabelledImages(x, torch.zeros(batch, dtype=torch.int64), ["all"])
     small, found = torch.zeros(4, device=context.device), []
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     log.take()
-    with (
-        data.Batches(images, batch_size=batch, seed=0, device=context.device) as batches,
-        mock.patch.object(loop, "backward", backward),
-    ):
+    with data.Batches(images, batch_size=batch, seed=0, device=context.device) as batches:
         try:
             for _ in range(steps):
                 seconds = cpu_seconds(step)

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import itertools
 import shutil
+from pathlib import Path
 
 import torch
 
@@ -12,9 +13,11 @@ from imf.distributed import DistributedContext
 from imf.mean_flow.methods import network_of
 from imf.model.config import IMFConfig
 from imf.networks import build
-from imf.training import checkpoint
+from imf.training import checkpoint, loop
 from imf.training import setup as start
+from imf.training import state as training_state
 from imf.training.config import TrainConfig, add_arguments
+from imf.training.state import Run, initial_state
 
 NETWORK = IMFConfig(
     input_size=8,
@@ -100,7 +103,13 @@ def resumed(path, *options, context=ALONE):
 def state_and_data(**changes):
     """A state before its first step, the batches of one process alone, the configuration."""
     c = config(**changes)
-    return start.initial_state(c, "fp32", ALONE), batches(c), c
+    return initial_state(c, "fp32", ALONE), batches(c), c
+
+
+def one_step(state, batches, c, context):
+    """Terms of the next step of a run that writes no files."""
+    run = Run(Path("none"), c, "fp32", None, state, context)
+    return next(loop.steps(run, batches))
 
 
 def batches(c):
@@ -129,7 +138,7 @@ def differing(a, b):
 @contextlib.contextmanager
 def objective_that(monkeypatch, change):
     """Within it a run that begins gets change(call number, result) for each result of the objective."""
-    real, calls = start.objective, []
+    real, calls = training_state.objective, []
 
     def changed(*settings, **norm):
         def loss_of(*batch):
@@ -139,5 +148,5 @@ def objective_that(monkeypatch, change):
         return loss_of
 
     with monkeypatch.context() as patch:
-        patch.setattr(start, "objective", changed)
+        patch.setattr(training_state, "objective", changed)
         yield

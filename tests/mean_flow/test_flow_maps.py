@@ -14,10 +14,9 @@ from imf.mean_flow.flow_maps import lagrangian_self_distillation, terminal_veloc
 from imf.mean_flow.methods import METHODS, network_of
 from imf.mean_flow.objective import objective
 from imf.objective.draws import GAP_MEAN, GAP_STD, Draws, Guidance
-from imf.training import loop
 from imf_kernels.testing import errors
 from tests.helpers import plain_flow_maps
-from tests.helpers.tiny_run import ALONE, NETWORK, config, perturbed, state_and_data
+from tests.helpers.tiny_run import ALONE, NETWORK, config, one_step, perturbed, state_and_data
 from tests.mean_flow.test_dit import TINY
 
 FLOW_MAPS = [name for name, method in METHODS.items() if method.flow_map]
@@ -192,7 +191,7 @@ def test_twenty_steps_lower_the_loss(method):
 
     before = loss()
     for _ in range(20):
-        loop.training_step(state, batches, c, ALONE)
+        one_step(state, batches, c, ALONE)
     assert loss() < 0.9 * before
     images = imf.generate(state.ema, torch.randn(4, 1, 8, 8), torch.arange(4), steps=2)
     assert images.isfinite().all()

@@ -200,7 +200,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, capsys, monkeypatch):
         "bomb.pth": "nothing else is unpickled",
         "nested.pth": "wanted tensors by name, got model: dict",
         "foreign.pth": "'net.pos_embed' is no weight of the official iMF network",
-        "lacks.pth": "u_final.norm: wanted [64], got none",
+        "lacks.pth": "u_final.norm: checkpoint has none, network [64] float32",
         "shapeless.pth": "no weights of an official iMF or MF network",
         "cut.safetensors": "no file of plain tensors",
         "cut.zip": "could not be unpacked",

@@ -17,7 +17,7 @@ def test_the_longest_chain_of_imports():
         return (module, *max(below, key=len, default=()))
 
     longest = max(map(chain, graph.modules), key=len)
-    assert 5 < len(longest) <= 10, longest
+    assert 5 < len(longest) <= 9, longest
 
 
 def test_statistics_load_neither_networks_nor_kernels():

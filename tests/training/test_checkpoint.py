@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from imf import io as files
 from imf.model.pretrained import Sampling
 from imf.program import UserError
-from imf.training import checkpoint, loop
-from tests.helpers.tiny_run import ALONE, NETWORK, config, differing, state_and_data, tensors
+from imf.training import checkpoint
+from tests.helpers.tiny_run import ALONE, NETWORK, config, differing, one_step, state_and_data, tensors
 
 
 def metadata(step=3, **changes):
@@ -25,18 +25,18 @@ def metadata(step=3, **changes):
 def write(path, state, **changes):
     path.parent.mkdir(exist_ok=True)
     about = metadata(**changes)
-    checkpoint.save(path, model=state.model, ema=state.ema, optimizer=state.optimizer, metadata=about)
+    checkpoint.save(path, state, about)
 
 
 def read(path, state):
-    return checkpoint.restore(path, model=state.model, ema=state.ema, optimizer=state.optimizer)
+    return checkpoint.restore(path, state)
 
 
 @pytest.fixture
 def trained():
     state, batches, c = state_and_data()
     for _ in range(3):
-        loop.training_step(state, batches, c, ALONE)
+        one_step(state, batches, c, ALONE)
     return state
 
 
@@ -58,7 +58,7 @@ def test_all_of_a_state_comes_back(trained, path):
 def test_class_names_come_back(trained, path):
     about = dataclasses.replace(metadata(), class_names=[*"abcdefghij"])
     path.parent.mkdir()
-    checkpoint.save(path, model=trained.model, ema=trained.ema, optimizer=trained.optimizer, metadata=about)
+    checkpoint.save(path, trained, about)
     assert checkpoint.read_metadata(path) == about and about.class_names == tuple("abcdefghij")
     for wrong in (["a"], [1] * 10, "abcdefghij", None):
         with pytest.raises(ValueError, match="class_names must be 10 texts, or none"):
@@ -89,7 +89,7 @@ def test_restored_tensors_do_not_lie_in_the_file(trained, path):
     fresh, batches, c = state_and_data(seed=1)
     read(path, fresh)
     for _ in range(2):
-        loop.training_step(fresh, batches, c, ALONE)
+        one_step(fresh, batches, c, ALONE)
     assert path.read_bytes() == kept
 
 

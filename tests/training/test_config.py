@@ -9,7 +9,7 @@ import pytest
 
 from imf import data, train
 from imf.program import UserError
-from imf.training import artifacts, checkpoint
+from imf.training import checkpoint
 from imf.training import config as configuration
 from imf.training import setup as start
 from imf.training.config import TrainConfig
@@ -31,12 +31,12 @@ def test_help_shows_every_field_with_its_default(capsys):
 
 def test_a_configuration_survives_json():
     c = config(lr=1e-3, seed=5)
-    assert configuration.from_dict(json.loads(json.dumps(configuration.to_dict(c)))) == c
+    assert configuration.from_dict(json.loads(json.dumps(dataclasses.asdict(c)))) == c
 
 
 @pytest.mark.parametrize(("place", "name"), [("", "sped"), ("network", "with")])
 def test_names_of_another_version_are_listed(place, name):
-    values = configuration.to_dict(config())
+    values = dataclasses.asdict(config())
     (values[place] if place else values)[name] = 1
     with pytest.raises(ValueError, match=f"missing nothing; unknown {place and place + '.'}{name}"):
         configuration.from_dict(values)
@@ -120,7 +120,7 @@ def test_a_run_is_resumed_with_data_of_its_shape_alone(tmp_path, monkeypatch):
     other = dataclasses.replace(config().network, in_channels=4, num_classes=3)
     run = start.begin(config(runs=str(tmp_path), network=other))
     assert run.config.network == config().network  # the data decide
-    artifacts.save(run)
+    checkpoint.save_run(run)
     digits = data.load("digits")
     few = data.LabelledImages(digits.images, digits.labels.clamp(max=4), list("abcde"))
     monkeypatch.setattr(data, "load", lambda name: few)

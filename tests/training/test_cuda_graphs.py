@@ -18,6 +18,7 @@ from imf.objective.draws import Draws, StepDraws, sizes_of_v_u
 from imf.program import UserError
 from imf.training import graphs, loop
 from imf.training import setup as start
+from imf.training.state import initial_state
 from tests.helpers.backends import ON_GPU
 from tests.helpers.graph_machine import RecordedGraph
 from tests.helpers.tiny_run import (
@@ -27,6 +28,7 @@ from tests.helpers.tiny_run import (
     config,
     cut_short,
     differing,
+    one_step,
     resumed,
     state_and_data,
     tensors,
@@ -47,7 +49,7 @@ def steps_of(count, method, **changes):
     changes |= {"method": method, "network": network_of(method, NETWORK), "batch_size": BATCH}
     changes |= {"lr": 1e-2, "eps": 1e-3}  # a small eps makes steps of rounding errors where gradients are 0
     state, batches, c = state_and_data(backend="reference", **changes)
-    return torch.stack([loop.training_step(state, batches, c, ALONE) for _ in range(count)]), tensors(state)
+    return torch.stack([one_step(state, batches, c, ALONE) for _ in range(count)]), tensors(state)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_replayed_steps_are_eager_ones_bit_for_bit(recorded, one_size, form):
     found = []
     for cuda_graphs in (False, True):
         state, batches, c = state_and_data(cuda_graphs=cuda_graphs, **changes)
-        terms = [loop.training_step(state, batches, c, ALONE) for _ in range(5)]
+        terms = [one_step(state, batches, c, ALONE) for _ in range(5)]
         found.append(tensors(state) | {"terms": torch.stack(terms)})
     assert differing(*found) == [] and len(found[0]) > 10
     accumulate = changes.get("accumulate", 1)
@@ -171,7 +173,7 @@ def test_a_size_is_enough_for_all_processes_and_more_eager_steps_come_first(reco
 def test_every_process_computes_the_same_largest_need(method):
     c = config(method=method, network=network_of(method, NETWORK), batch_size=3 * BATCH, drop_probability=0.4)
     c = dataclasses.replace(c, fixed_t_min=0.3)
-    state = start.initial_state(c, "fp32", ALONE)
+    state = initial_state(c, "fp32", ALONE)
     largest = set()
     for step in range(20):
         needs = []
@@ -180,11 +182,11 @@ def test_every_process_computes_the_same_largest_need(method):
             drawn = Draws.sample(x, seed=c.seed, step=step, process=process, **c.draws)
             needs.append(len(StepDraws.of(drawn, state.guidance, x.device).u_rows))
         for process in range(3):
-            others = loop.rows_of_others(state, c, DistributedContext(rank=process, count=3), step)
+            others = graphs.rows_of_others(c, DistributedContext(rank=process, count=3), state.guidance, step)
             assert others == max(needs[:process] + needs[process + 1 :])
         largest.add(max(needs))
     assert len(largest) > 2
-    assert loop.rows_of_others(state, c, ALONE, 0) == 0
+    assert graphs.rows_of_others(c, ALONE, state.guidance, 0) == 0
 
 
 def test_a_run_that_ends_lets_its_graphs_go(recorded, tmp_path):
@@ -336,12 +338,12 @@ def compare_on_a_gpu(who, precision, steps, **changes):
     for cuda_graphs in (False, True):
         changes |= {"batch_size": BATCH, "eps": 1e-3, "precision": precision, "device": "cuda"}
         c = config(cuda_graphs=cuda_graphs, **changes)
-        state = start.initial_state(c, precision, who)
+        state = initial_state(c, precision, who)
         settings = {"batch_size": c.micro_batch_size, "seed": 0, "first": 0, "device": who.device}
         batches = data.Batches(data.load("digits"), **settings)
         counted = mock.patch.object(graphs.CudaGraph, "replay", lambda g: replays.append(1) or real(g))
         with batches as each, counted:
-            terms = [loop.training_step(state, each, c, who) for _ in range(steps)]
+            terms = [one_step(state, each, c, who) for _ in range(steps)]
         results.append((torch.stack(terms), tensors(state)))
         state.graphs = None
     (terms, state), (again, other) = results

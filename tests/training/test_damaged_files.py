@@ -17,15 +17,24 @@ from safetensors.torch import load_file, save_file
 from imf import convert, evaluate, sample, train
 from imf.data.prepare import __main__ as prepare
 from imf.program import UserError
-from imf.training import checkpoint, loop
+from imf.training import checkpoint
 from tests.helpers.tiny_evaluation import network_file
-from tests.helpers.tiny_run import ALONE, NETWORK, arguments, config, differing, state_and_data, tensors
+from tests.helpers.tiny_run import (
+    ALONE,
+    NETWORK,
+    arguments,
+    config,
+    differing,
+    one_step,
+    state_and_data,
+    tensors,
+)
 
 
 @pytest.fixture(scope="module")
 def state():
     state, batches, c = state_and_data()
-    loop.training_step(state, batches, c, ALONE)
+    one_step(state, batches, c, ALONE)
     return state
 
 
@@ -40,11 +49,11 @@ def content(state, tmp_path_factory):
 def write(path, state):
     environment = checkpoint.environment(torch.device("cpu"))
     about = checkpoint.Metadata(1, 1.5, config(), "fp32", environment)
-    checkpoint.save(path, model=state.model, ema=state.ema, optimizer=state.optimizer, metadata=about)
+    checkpoint.save(path, state, about)
 
 
 def read(path, state):
-    return checkpoint.restore(path, model=state.model, ema=state.ema, optimizer=state.optimizer)
+    return checkpoint.restore(path, state)
 
 
 def rewritten(path, content, change_tensors=lambda state: None, change_text=lambda values: None):
@@ -173,8 +182,8 @@ def test_headers_of_absurd_sizes(content, tmp_path):
     [
         (lambda v: v.update(format=5), "reads format 4, got 5: read it with the version that wrote it"),
         (lambda v: v.update(format=4.0), "reads format 4, got 4.0: "),
-        (lambda v: v.update(more=1), "missing or unknown: more"),
-        (lambda v: v.pop("autoencoder"), "missing or unknown: autoencoder"),
+        (lambda v: v.update(more=1), "missing nothing; unknown more"),
+        (lambda v: v.pop("autoencoder"), "missing autoencoder; unknown nothing"),
         (lambda v: v.update(class_names=["a"]), "class_names must be 10 texts, or none"),
         (lambda v: v.update(class_names=3), "class_names must be 10 texts, or none"),
         (lambda v: v.update(checksums=["x"]), "checksums must be texts by name"),

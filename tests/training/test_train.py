@@ -14,6 +14,7 @@ from imf.objective.imf_loss import improved_mean_flow
 from imf.program import UserError
 from imf.training import artifacts, checkpoint, loop
 from imf.training import setup as start
+from imf.training import state as training_state
 from imf.training.config import ema_decay, learning_rate
 from imf.training.log import Readback
 from tests.helpers import tiny_run
@@ -23,6 +24,7 @@ from tests.helpers.tiny_run import (
     config,
     differing,
     objective_that,
+    one_step,
     state_and_data,
     tensors,
 )
@@ -44,11 +46,11 @@ def test_the_schedule():
 def test_the_first_step_has_learning_rate_zero():
     state, batches, c = state_and_data()
     before = tensors(state)
-    loop.training_step(state, batches, c, ALONE)
+    one_step(state, batches, c, ALONE)
     after = tensors(state)
     assert all(torch.equal(after[name], before[name]) for name in before)  # weights and average
     assert any(value.any() for name, value in after.items() if name.endswith("exp_avg"))
-    loop.training_step(state, batches, c, ALONE)
+    one_step(state, batches, c, ALONE)
     assert any(not torch.equal(tensors(state)[name], before[name]) for name in before)
 
 
@@ -61,7 +63,7 @@ def test_two_micro_batches_give_the_average_of_their_gradients():
         out = improved_mean_flow(state.model, x, y, draws, norm_p=c.norm_p)
         gradients.append(torch.autograd.grad(out.loss, parameters, allow_unused=True))
         losses.append([out.loss.item(), out.loss_u.item(), out.loss_v.item()])
-    terms = loop.training_step(state, tiny_run.batches(c), c, ALONE)
+    terms = one_step(state, tiny_run.batches(c), c, ALONE)
     assert terms[:3].tolist() == pytest.approx(torch.tensor(losses).mean(0).tolist(), rel=1e-5)
     means = [(a + b) / 2 for a, b in zip(*gradients, strict=True) if a is not None]
     assert terms[3].item() == pytest.approx(torch.cat([g.flatten() for g in means]).norm().item(), rel=1e-4)
@@ -79,7 +81,7 @@ def test_a_recipe_reaches_the_network_and_the_objective(method):
     assert all(bool((p == 0.5).all()) for p in scales) and bool(scales) == (method == "imf")
     seen = []
     state.objective = lambda *batch, of=state.objective: seen.append((batch, of(*batch))) or seen[-1][1]
-    loop.training_step(state, batches, c, ALONE)
+    one_step(state, batches, c, ALONE)
     (_, _, _, draws), out = seen[0]
     assert draws.r[4:].tolist() == [0.0] * 4
     errors = [out.u + (draws.t - draws.r)[:, None, None, None] * out.du_dt - out.v_g]
@@ -95,10 +97,10 @@ def test_each_micro_batch_has_its_own_draws(monkeypatch):
         seen.append(draws.t)
         return improved_mean_flow(model, x, y, draws)
 
-    monkeypatch.setattr(start, "objective", lambda *settings, **norm: loss_of)
+    monkeypatch.setattr(training_state, "objective", lambda *settings, **norm: loss_of)
     state, batches, c = state_and_data(accumulate=2)
     for _ in range(2):
-        loop.training_step(state, batches, c, ALONE)
+        one_step(state, batches, c, ALONE)
     assert len({tuple(t.tolist()) for t in seen}) == 4
 
 
@@ -108,7 +110,7 @@ def test_moving_average():
     state, batches, c = state_and_data(ema_decay=0.9, steps=20)
     average = {name: p.detach().double() for name, p in state.ema.named_parameters()}
     for step in range(5):
-        loop.training_step(state, batches, c, ALONE)
+        one_step(state, batches, c, ALONE)
         decay = min(0.9, (1 + step) / (10 + step))
         for name, p in state.model.named_parameters():
             average[name] = decay * average[name] + (1 - decay) * p.detach().double()
@@ -134,12 +136,12 @@ def test_the_gate_keeps_everything_from_a_step_that_is_not_finite(term, monkeypa
     with objective_that(monkeypatch, lambda call, out: BAD[term](out) if call == 3 else out):
         state, batches, c = state_and_data()
         for _ in range(2):
-            loop.training_step(state, batches, c, ALONE)
+            one_step(state, batches, c, ALONE)
         before = tensors(state)
-        assert not loop.training_step(state, batches, c, ALONE).isfinite().all()
+        assert not one_step(state, batches, c, ALONE).isfinite().all()
         assert differing(before, tensors(state)) == []
         # The host may learn of it later only: the next steps, though finite, must change nothing either.
-        assert loop.training_step(state, batches, c, ALONE).isfinite().all()
+        assert one_step(state, batches, c, ALONE).isfinite().all()
     assert differing(before, tensors(state)) == []
 
 

@@ -19,7 +19,16 @@ from imf.model.imf import Block
 from imf.program import UserError
 from imf.training import artifacts, checkpoint, loop
 from imf.training import setup as start
-from tests.helpers.tiny_run import ALONE, NETWORK, arguments, config, differing, state_and_data, tensors
+from tests.helpers.tiny_run import (
+    ALONE,
+    NETWORK,
+    arguments,
+    config,
+    differing,
+    one_step,
+    state_and_data,
+    tensors,
+)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +149,7 @@ def test_data_that_go_away_end_a_run_with_a_message(packed, tmp_path, monkeypatc
 def steps_of(count=3, method="imf", **changes):
     network = network_of(method, dataclasses.replace(NETWORK, depth=3))
     state, batches, c = state_and_data(method=method, network=network, **changes)
-    terms = [loop.training_step(state, batches, c, ALONE).detach() for _ in range(count)]
+    terms = [one_step(state, batches, c, ALONE).detach() for _ in range(count)]
     return torch.stack(terms), tensors(state)
 
 
@@ -155,7 +164,7 @@ def test_checkpointing_runs_blocks_again(monkeypatch):
     runs, real = [], Block.forward
     monkeypatch.setattr(Block, "forward", lambda *args: (runs.append(args[0]), real(*args))[1])
     state, batches, c = state_and_data(checkpointing=True)
-    loop.training_step(state, batches, c, ALONE)
+    one_step(state, batches, c, ALONE)
     block = state.model.shared_blocks[0]
     assert sum(run is block for run in runs) == 3  # the evaluation without gradient, forward, and backward
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from imf.data.files import read_json
 from imf.evaluation import vae
 from imf.program import UserError
 
@@ -55,13 +54,12 @@ class Latents(Encoder):
     -13.9 does, and this autoencoder's posteriors are about as narrow.
 
     precision: of the products, "fp32", "tf32" or "bf16".
-    Raises: UserError if the folder is not that autoencoder's, or `size` does not fit it.
+    Raises: UserError as `imf.evaluation.vae.load`, or if `size` does not fit the autoencoder.
     """
 
     kind = "latents"
 
     def __init__(self, path: Path, size: int, device: torch.device, precision: str) -> None:
-        _check_folder(path)
         self._vae, self._path = vae.load(path, device), path
         self._device, self._precision = device, precision
         config = self._vae.config
@@ -112,21 +110,3 @@ def _tf32(allowed: bool) -> Iterator[None]:
             yield
     finally:
         matmul.allow_tf32 = before
-
-
-def _check_folder(path: Path) -> None:
-    """UserError, with the likely mistake, unless the folder looks like that of an AutoencoderKL."""
-    if not path.is_dir():
-        raise UserError(f"--vae {path}: no such folder")
-    if not (path / "config.json").is_file():
-        hint = "; it is a whole pipeline: pass the folder vae in it" if (path / "vae").is_dir() else ""
-        raise UserError(f"--vae {path}: must be an AutoencoderKL's folder, got no config.json{hint}")
-    kind = read_json(path / "config.json").get("_class_name")
-    if kind != "AutoencoderKL":
-        raise UserError(f"--vae {path}: must be an AutoencoderKL's folder, got one of {kind}")
-    if not (path / vae.WEIGHTS).is_file():
-        names = ", ".join(sorted(file.name for file in path.iterdir()))
-        raise UserError(
-            f"--vae {path}: must hold {vae.WEIGHTS}, got {names}; nothing is unpickled here: "
-            f"a .bin that you trust can be loaded by diffusers and written again with save_pretrained"
-        )

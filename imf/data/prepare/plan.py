@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from imf.data.files import Check, check_fields, list_of, numbers, read_json, short, write_json
+from imf.data.files import Check, check_fields, list_of, numbers, short, write_json
 from imf.data.packed import INDEX, PLAN, SHARD_FIELDS
+from imf.io import read_json
 from imf.program import UserError
 
 RECORDS = "records"  # a file per shard that is completely on the disk, written after it

@@ -1,14 +1,14 @@
-"""What every source of images provides, whatever form its files have."""
+"""A source of images, whatever form its files have, and what the command line says about it."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,11 @@ from PIL import Image
 
 from imf.data.batches import prefetch
 from imf.data.prepare.form import Form
-from imf.images import BrokenImage, decode, probe
+from imf.images import BrokenImage, check_image_file, decode, probe, read_bytes, with_eight_bits
 from imf.io import check_regular
 from imf.program import UserError, progress
 
+T = TypeVar("T")
 Look = tuple[int, tuple[int, int]]  # of an image: channels, 1 or 3, and (width, height)
 
 
@@ -39,46 +40,53 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Source(ABC):
-    """Labelled images in files, by number.
+class Source:
+    """Labelled images, by number.
 
     root: what messages call it, a folder or a file.
     files: a name per image, relative to `root` with / between the parts, and its size in bytes.
     labels: [number of images] int64 in 0 ... len(class_names) - 1.
+    content: returns the image of a number as the path or the bytes of its file, or as pixels; several threads
+        call it. Raises BrokenImage if there is none that can be used, OSError if it cannot be read.
     others: names of what lies beside the images and is left out.
     containers: names and sizes in bytes of files that hold many images.
+    alike: whether all images are of one size and as many channels.
     """
 
     root: Path
     files: list[tuple[str, int]]
     labels: NDArray[np.int64]
     class_names: list[str]
+    content: Callable[[int], Path | bytes | Image.Image]
     others: list[str] = field(default_factory=list)
     containers: list[tuple[str, int]] = field(default_factory=list)
+    alike: bool = False
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
 
-    @abstractmethod
     def read(self, place: int) -> Image.Image:
         """Decodes the image of this number: mode "L" or "RGB", with "A" where it is transparent.
 
-        Called by several threads at once.
         Raises: BrokenImage if there is none that can be used; OSError if the bytes cannot be read.
         """
+        content = self.content(place)
+        if isinstance(content, Image.Image):
+            return with_eight_bits(content)
+        return decode(read_bytes(content) if isinstance(content, Path) else content)
 
-    @abstractmethod
     def look(self, place: int) -> Look:
-        """Returns channels and size of the image of this number, if possible without decoding it.
-
-        Raises: as `read`.
-        """
-
-    def unlike(self) -> range:
-        """Returns the numbers of images that may differ in size or channels."""
-        return range(len(self.files))
+        """Returns channels and size of the image of this number without decoding it; raises as `read`."""
+        content = self.content(place)
+        if isinstance(content, Image.Image):
+            return 1 if content.mode == "L" else 3, content.size
+        if isinstance(content, bytes):
+            return probe(io.BytesIO(content))
+        check_image_file(content)
+        with content.open("rb") as file:
+            return probe(file)
 
     def fingerprint(self) -> str:
         """SHA-256 over names, sizes and labels: another listing has another one; contents are not read."""
@@ -97,8 +105,8 @@ class Source(ABC):
         """
         first: tuple[str, tuple[int, int]] | None = None
         channels = 1
-        places = self.unlike()
-        looks = prefetch(self._look, places, workers=workers, ahead=16 * workers)
+        places = range(1 if self.alike else len(self.files))
+        looks = self._each(self.look, places, workers, 16 * workers)
         bar = progress(looks, "sizes", "image", total=len(places), brief=True)
         with closing(looks), bar:
             for place, look in zip(places, bar, strict=True):
@@ -125,48 +133,28 @@ class Source(ABC):
 
         Decoded by `workers` threads, up to `ahead` images before their use. UserError if one cannot be read.
         """
-        return prefetch(lambda place: self._decode(place, form), places, workers=workers, ahead=ahead)
+        return self._each(lambda place: form(self.read(place)), places, workers, ahead)
 
-    def _decode(self, place: int, form: Form) -> NDArray[np.uint8] | BrokenImage:
-        try:
-            return form(self.read(place))
-        except BrokenImage as error:
-            return error
-        except OSError as error:
-            raise self._unreadable(place, error) from error
-        except MemoryError as error:
-            reason = f"too little memory to decode it at --size {form.size}; are fewer --workers enough?"
-            raise UserError(f"{self._path(place)}: {reason}") from error
+    def _each(
+        self, make: Callable[[int], T], places: Sequence[int], workers: int, ahead: int
+    ) -> Generator[T | BrokenImage, None, None]:
+        """Yields what is made of each image, or why there is none; UserError if one cannot be read."""
 
-    def _look(self, place: int) -> Look | BrokenImage:
-        try:
-            return self.look(place)
-        except BrokenImage as error:
-            return error
-        except OSError as error:
-            raise self._unreadable(place, error) from error
+        def made(place: int) -> T | BrokenImage:
+            path = self.root / self.files[place][0]
+            try:
+                return make(place)
+            except BrokenImage as error:
+                return error
+            except OSError as error:
+                raise UserError(
+                    f"{path}: could not be read: {error}; it was there when this began"
+                ) from error
+            except MemoryError as error:
+                reason = "too little memory to decode it; are a smaller --size or fewer --workers enough?"
+                raise UserError(f"{path}: {reason}") from error
 
-    def _unreadable(self, place: int, error: OSError) -> UserError:
-        return UserError(f"{self._path(place)}: could not be read: {error}; it was there when this began")
-
-    def _path(self, place: int) -> Path:
-        return self.root / self.files[place][0]
-
-
-class EncodedSource(Source):
-    """A source of images in formats such as JPEG and PNG."""
-
-    @abstractmethod
-    def content(self, place: int) -> bytes:
-        """Reads the bytes of the image of this number; raises as `read`."""
-
-    def read(self, place: int) -> Image.Image:
-        """Decodes the image of this number, see `Source.read`."""
-        return decode(self.content(place))
-
-    def look(self, place: int) -> Look:
-        """Reads channels and size from the header, see `Source.look`."""
-        return probe(io.BytesIO(self.content(place)))
+        return prefetch(made, places, workers=workers, ahead=ahead)
 
 
 def check_file(path: Path) -> int:

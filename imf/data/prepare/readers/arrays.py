@@ -8,7 +8,7 @@ import re
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -20,8 +20,7 @@ from PIL import Image
 from imf.data.files import IDX_NAME
 from imf.data.prepare import labels
 from imf.data.prepare.labels import Labels
-from imf.data.prepare.source import Look, Options, Source, check_file
-from imf.images import with_eight_bits
+from imf.data.prepare.source import Options, Source, check_file
 from imf.program import UserError
 
 # Names of images and of their labels in .npz files; the first pair of which the images are there is read.
@@ -32,36 +31,7 @@ PAIRS = (
 _IDX_TYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 
 
-@dataclass(frozen=True)
-class ArraySource(Source):
-    """Images in arrays [n, H, W] or [n, H, W, C] uint8, C = 1, 3 or 4, one after another.
-
-    arrays: all of one shape but for n.
-    """
-
-    arrays: Sequence[NDArray[np.uint8]] = ()
-
-    def read(self, place: int) -> Image.Image:
-        """Returns the image of this number, see `Source.read`."""
-        for array in self.arrays:
-            if place < len(array):
-                pixels = np.asarray(array[place])
-                grey = pixels.ndim == 3 and pixels.shape[2] == 1
-                return with_eight_bits(Image.fromarray(pixels[..., 0] if grey else pixels))
-            place -= len(array)
-        raise IndexError(place)
-
-    def look(self, place: int) -> Look:
-        """Returns channels and size, the same for every image."""
-        _, height, width, *channels = self.arrays[0].shape
-        return (3 if channels and channels[0] > 1 else 1), (width, height)
-
-    def unlike(self) -> range:
-        """Returns one number: all images are alike."""
-        return range(1)
-
-
-def read_npy(paths: list[Path], options: Options) -> ArraySource:
+def read_npy(paths: list[Path], options: Options) -> Source:
     """Reads images in a .npy file, which is mapped into memory, and labels in the one of --labels."""
     (path,) = _one(paths, ".npy")
     images = _open(path)
@@ -75,7 +45,7 @@ def read_npy(paths: list[Path], options: Options) -> ArraySource:
     return _source(path.parent, [path], [(path.name, images)], found)
 
 
-def read_npz(paths: list[Path], options: Options) -> ArraySource:
+def read_npz(paths: list[Path], options: Options) -> Source:
     """Reads images and labels in a .npz file into memory: arrays of the names `PAIRS`, or those given."""
     (path,) = _one(paths, ".npz")
     with _open(path) as arrays:
@@ -107,7 +77,7 @@ def read_npz(paths: list[Path], options: Options) -> ArraySource:
     return replace(_source(path.parent, [path], [(path.name, images)], found), others=others)
 
 
-def read_idx(paths: list[Path], options: Options) -> ArraySource:
+def read_idx(paths: list[Path], options: Options) -> Source:
     """Reads IDX files (MNIST), also gzipped: of images, and of labels under the same name but for that.
 
     Raises: UserError if images have no labels, or labels no images.
@@ -164,7 +134,7 @@ def idx_files(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
 
 def _source(
     root: Path, containers: Sequence[Path], parts: Sequence[tuple[str, NDArray[Any]]], found: Labels
-) -> ArraySource:
+) -> Source:
     """Makes a source of named arrays of images; UserError, naming the file, for one that holds none."""
     first = parts[0][1]
     for name, array in parts:
@@ -199,7 +169,19 @@ def _source(
         )
     files = [(f"{name}:{i}", math.prod(a.shape[1:])) for name, a in parts for i in range(len(a))]
     sizes = [(path.name, check_file(path)) for path in containers]
-    return ArraySource(root, files, *found, containers=sizes, arrays=[array for _, array in parts])
+    return Source(root, files, *found, _Pixels([array for _, array in parts]), containers=sizes, alike=True)
+
+
+class _Pixels:
+    """Images in arrays [n, H, W] or [n, H, W, C] uint8, C = 1, 3 or 4, one after another."""
+
+    def __init__(self, arrays: Sequence[NDArray[np.uint8]]) -> None:
+        self._arrays, self._starts = arrays, np.cumsum([0, *map(len, arrays)])
+
+    def __call__(self, place: int) -> Image.Image:
+        number = int(np.searchsorted(self._starts, place, side="right")) - 1
+        pixels = np.asarray(self._arrays[number][place - int(self._starts[number])])
+        return Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
 
 
 def _one(paths: list[Path], kind: str) -> list[Path]:

@@ -8,30 +8,16 @@ import numpy as np
 
 from imf.data.files import short
 from imf.data.prepare import labels
-from imf.data.prepare.source import EncodedSource, Look, Options
-from imf.images import check_image_file, entries, is_image, probe, read_bytes, walk
+from imf.data.prepare.labels import Labels
+from imf.data.prepare.source import Options, Source
+from imf.images import entries, is_image, walk
 from imf.io import check_regular
 from imf.program import UserError, progress
 
 SPLITS = {"train", "val", "validation", "test"}  # folders of an ImageNet tree
 
 
-class FolderSource(EncodedSource):
-    """The image files below a folder."""
-
-    def content(self, place: int) -> bytes:
-        """Reads the bytes of an image, see `EncodedSource.content`."""
-        return read_bytes(self._path(place))
-
-    def look(self, place: int) -> Look:
-        """Reads channels and size from the header alone, see `Source.look`."""
-        path = self._path(place)
-        check_image_file(path)
-        with path.open("rb") as file:
-            return probe(file)
-
-
-def read_folder(root: Path, options: Options) -> FolderSource:
+def read_folder(root: Path, options: Options) -> Source:
     """Lists the images below `root`.
 
     Without a label file a class is a folder in `root`, or in `root/train` of an ImageNet tree (nothing but
@@ -51,7 +37,7 @@ def read_folder(root: Path, options: Options) -> FolderSource:
     others: list[str] = []
     if options.unconditional or (stray and not folders):
         files = _all_images(root, others)
-        return FolderSource(root, files, *labels.unconditional(len(files), options.class_names), others)
+        return _source(root, files, labels.unconditional(len(files), options.class_names), others)
     if "train" in folders and SPLITS.issuperset(folders):
         inside = entries(root / "train")  # a class named train, which holds images, is not taken for a split
         if any(x.is_dir() for x in inside) and not any(is_image(x.name) for x in inside):
@@ -75,7 +61,11 @@ def read_folder(root: Path, options: Options) -> FolderSource:
             "each, such as .npz, are named themselves"
         )
     names = labels.renamed(folders, options.class_names)
-    return FolderSource(root, files, np.array(numbers, np.int64), names, others)
+    return _source(root, files, (np.array(numbers, np.int64), names), others)
+
+
+def _source(root: Path, files: list[tuple[str, int]], found: Labels, others: list[str]) -> Source:
+    return Source(root, files, *found, lambda place: root / files[place][0], others)
 
 
 def _all_images(root: Path, others: list[str]) -> list[tuple[str, int]]:
@@ -85,7 +75,7 @@ def _all_images(root: Path, others: list[str]) -> list[tuple[str, int]]:
     return files
 
 
-def _with_label_file(root: Path, label_file: Path, options: Options) -> FolderSource:
+def _with_label_file(root: Path, label_file: Path, options: Options) -> Source:
     prefix = f"--labels {label_file}:"
     try:
         check_regular(label_file)
@@ -112,4 +102,4 @@ def _with_label_file(root: Path, label_file: Path, options: Options) -> FolderSo
         if names:
             raise UserError(f"{prefix} {len(names):,} {what} in {root}, such as {', '.join(names[:3])}")
     texts = [label_of[name] for name, _ in files]
-    return FolderSource(root, files, *labels.of_texts(texts, prefix, options.class_names), others)
+    return _source(root, files, labels.of_texts(texts, prefix, options.class_names), others)

@@ -6,47 +6,44 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from imf.data.files import list_of, read_json, short
+from imf.data.files import list_of, short
 from imf.data.prepare import labels
-from imf.data.prepare.source import EncodedSource, Options, check_file, left_out
+from imf.data.prepare.source import Options, Source, check_file, left_out
 from imf.images import MAX_BYTES, BrokenImage
+from imf.io import read_json
 from imf.program import UserError
 
 STATE, SPLITS = "state.json", "dataset_dict.json"  # in the folder of a data set, and of several splits
 _KEPT = 4  # groups of rows in memory
 
 
-@dataclass(frozen=True)
-class TableSource(EncodedSource):
-    """Images in a column, [bytes], or structs with a field `bytes`.
+class _Cells:
+    """Reader of the cells of a column, bytes or structs with a field `bytes`, in groups of rows.
 
-    groups: reads the column in each group of rows.  starts: number of the first row of each, and of the end.
+    groups: reads the column in each group.  starts: number of the first row of each, and of the end.
     """
 
-    groups: Sequence[Callable[[], Any]] = ()
-    starts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
-    _cache: OrderedDict[int, Any] = field(default_factory=OrderedDict, init=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    def __init__(self, groups: Sequence[Callable[[], Any]], starts: Sequence[int]) -> None:
+        self._groups, self._starts = groups, np.array(starts, np.int64)
+        self._cache: OrderedDict[int, Any] = OrderedDict()
+        self._lock = threading.Lock()
 
-    def content(self, place: int) -> bytes:
-        """Reads the bytes of an image, see `EncodedSource.content`."""
-        group = int(np.searchsorted(self.starts, place, side="right")) - 1
+    def __call__(self, place: int) -> bytes:
+        group = int(np.searchsorted(self._starts, place, side="right")) - 1
         with self._lock:  # readers of files are not for several threads
             if group not in self._cache:
                 while len(self._cache) >= _KEPT:
                     self._cache.popitem(last=False)
-                self._cache[group] = self._group(group)
+                self._cache[group] = self._read(group)
             self._cache.move_to_end(group)
             column = self._cache[group]
-        value = column[place - int(self.starts[group])].as_py()
+        value = column[place - int(self._starts[group])].as_py()
         if isinstance(value, dict):
             if value.get("bytes") is None and value.get("path"):
                 raise BrokenImage("only the path of a file, not its bytes, is in the table")
@@ -57,16 +54,16 @@ class TableSource(EncodedSource):
             raise BrokenImage(f"{len(value):,} bytes: at most {MAX_BYTES:,} are read")
         return bytes(value)
 
-    def _group(self, group: int) -> Any:
+    def _read(self, group: int) -> Any:
         from pyarrow import ArrowException
 
         try:
-            return self.groups[group]()
+            return self._groups[group]()
         except ArrowException as error:
             raise OSError(f"a damaged table: {error}") from error
 
 
-def read_parquet(paths: list[Path], options: Options) -> TableSource:
+def read_parquet(paths: list[Path], options: Options) -> Source:
     """Reads the columns of images and labels of parquet files, one file after another.
 
     Raises: UserError without pyarrow, or if a file is damaged or has no such columns.
@@ -74,7 +71,7 @@ def read_parquet(paths: list[Path], options: Options) -> TableSource:
     return _read(paths[0].parent, paths, _parquet, options)
 
 
-def read_arrow(folder: Path, options: Options) -> TableSource:
+def read_arrow(folder: Path, options: Options) -> Source:
     """Reads a folder that `datasets.Dataset.save_to_disk` wrote, or the training split of several.
 
     Raises: UserError without pyarrow, or if the folder is not whole or has no such columns.
@@ -132,9 +129,7 @@ def _stream(path: Path) -> _Table:
     return _Table(table.schema, [(len(x), x.column) for x in table.to_batches()], table.column)
 
 
-def _read(
-    root: Path, paths: list[Path], open_table: Callable[[Path], _Table], options: Options
-) -> TableSource:
+def _read(root: Path, paths: list[Path], open_table: Callable[[Path], _Table], options: Options) -> Source:
     try:
         import pyarrow
         import pyarrow.ipc
@@ -172,7 +167,7 @@ def _read(
         names = options.class_names or _class_names(schema, label)
         numbered = labels.of_array(np.array(values), where, names)
     others = [f"column {name}" for name in schema.names if name not in (image, label)]
-    return TableSource(root, files, *numbered, others, containers, groups, np.array(starts, np.int64))
+    return Source(root, files, *numbered, _Cells(groups, starts), others, containers)
 
 
 def _columns(path: Path, schema: Any, options: Options) -> tuple[str, str | None]:

@@ -10,13 +10,13 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from imf.data.files import short
 from imf.data.prepare import labels
-from imf.data.prepare.source import EncodedSource, Options, check_file
+from imf.data.prepare.source import Options, Source, check_file
 from imf.images import MAX_BYTES, BrokenImage, is_image
 from imf.program import UserError, progress
 
@@ -33,29 +33,7 @@ class _Sample:
     label: str | None = None
 
 
-@dataclass(frozen=True)
-class TarSource(EncodedSource):
-    """Images at places in tar files.  tars: their paths.  places: number of the tar and offset per image."""
-
-    tars: list[Path] = field(default_factory=list)
-    places: list[tuple[int, int]] = field(default_factory=list)
-
-    def content(self, place: int) -> bytes:
-        """Reads the bytes of an image, see `EncodedSource.content`."""
-        (tar, offset), (_, size) = self.places[place], self.files[place]
-        if size > MAX_BYTES:
-            raise BrokenImage(f"{size:,} bytes: at most {MAX_BYTES:,} are read")
-        with self.tars[tar].open("rb", buffering=0) as file:
-            file.seek(offset)
-            content = bytearray()
-            while len(content) < size and (part := file.read(size - len(content))):
-                content += part
-        if len(content) != size:
-            raise OSError(f"{self.tars[tar].name} has become shorter")
-        return bytes(content)
-
-
-def read_tars(paths: list[Path], options: Options) -> TarSource:
+def read_tars(paths: list[Path], options: Options) -> Source:
     """Lists the samples of tar files in the order of the files, each with an image and a label.
 
     Raises: UserError if a file is compressed or damaged, or a sample has no label or several images.
@@ -99,15 +77,27 @@ def read_tars(paths: list[Path], options: Options) -> TarSource:
             )
         where = f"{paths[0]}:"
         numbered = labels.of_texts([x.label or "" for x in found], where, options.class_names)
-    return TarSource(
-        paths[0].parent,
-        [(sample.name, sample.size) for sample in found],
-        *numbered,
-        others=others,
-        containers=[(path.name, check_file(path)) for path in paths],
-        tars=paths,
-        places=[(sample.tar, sample.offset) for sample in found],
-    )
+
+    def content(place: int) -> bytes:
+        return _read(paths[found[place].tar], found[place])
+
+    files = [(sample.name, sample.size) for sample in found]
+    containers = [(path.name, check_file(path)) for path in paths]
+    return Source(paths[0].parent, files, *numbered, content, others, containers)
+
+
+def _read(tar: Path, sample: _Sample) -> bytes:
+    """Reads the bytes of an image from its place in a tar."""
+    if sample.size > MAX_BYTES:
+        raise BrokenImage(f"{sample.size:,} bytes: at most {MAX_BYTES:,} are read")
+    with tar.open("rb", buffering=0) as file:
+        file.seek(sample.offset)
+        content = bytearray()
+        while len(content) < sample.size and (part := file.read(sample.size - len(content))):
+            content += part
+    if len(content) != sample.size:
+        raise OSError(f"{tar.name} has become shorter")
+    return bytes(content)
 
 
 def _label_extensions(options: Options) -> tuple[str, ...]:
