@@ -151,18 +151,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def check_names(values: Any, wanted: Collection[str], where: str = "") -> None:
+def check_names(values: Any, wanted: Collection[str], where: str = "", what: str = "configuration") -> None:
     """Raises ValueError unless a value that was read is a mapping of just these names.
 
-    where: prefix of the names in the message.
+    where: prefix of the names in the message, which begins with `what`.
     """
     if not isinstance(values, Mapping):
-        wrong = where.rstrip(".") or "configuration"
-        raise ValueError(f"{wrong} must be names and values, got {values!r:.80}")
+        raise ValueError(f"{where.rstrip('.') or what} must be names and values, got {values!r:.80}")
     missing, unknown = [n for n in wanted if n not in values], [n for n in values if n not in wanted]
     if missing or unknown:
         texts = (", ".join(f"{where}{name}" for name in names) or "nothing" for names in (missing, unknown))
-        raise ValueError("missing {}; unknown {}".format(*texts))
+        raise ValueError("{}: missing {}; unknown {}".format(what, *texts))
 
 
 def sha256(path: Path) -> str:

@@ -424,7 +424,7 @@ def _read_header(path: Path, texts: Mapping[str, str]) -> tuple[Metadata, dict[s
         raise UserError(damaged)
     names = [field.name for field in fields(Metadata)]
     try:
-        check_names(values, [*names, "format", "checksums"])
+        check_names(values, [*names, "format", "checksums"], what="metadata")
         if not isinstance(values["checksums"], dict):
             raise ValueError(f"checksums must be texts by name, got {values['checksums']!r}")
         values["config"] = from_dict(values["config"])

@@ -100,7 +100,7 @@ def test_load_network(trained, path, weights):
     wanted = getattr(trained, weights).state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in network.state_dict().items())
     assert network.compute_dtype == torch.bfloat16
-    assert network.sampling == Sampling(*config().sampling) and checkpoint.read_metadata(path).step == 3
+    assert network.sampling == Sampling(**config().sampling) and checkpoint.read_metadata(path).step == 3
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
