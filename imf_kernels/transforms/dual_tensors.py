@@ -99,7 +99,8 @@ def as_dual(x: Any, differentiable: bool = False) -> Any:
     primal, tangent = unpack_dual_tensor(x)
     if tangent is None:
         return x
-    tangent = tangent if differentiable else tangent.detach()
+    if tangent.requires_grad and not differentiable:
+        tangent = tangent.detach()
     return unchecked(primal, in_dtype_of(primal, tangent), differentiable)
 
 
