@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imf_kernels.backends.layout import in_dtype
+from imf_kernels.backends.recompute import SMALLEST, again, kept, scratch
 from imf_kernels.dual import Dual, is_differentiable, tangent_graph, unchecked, unpack
 from imf_kernels.ops.arithmetic import ARITHMETIC
 from imf_kernels.transforms.rules import _ALSO, Rule, serves
@@ -99,7 +100,57 @@ def _of_product(a_dot: Tensor, b_dot: Tensor, a: Tensor, b: Tensor, y: Tensor) -
     return part.addcmul_(a, b_dot)
 
 
-_mul = _arithmetic(torch.mul, *ARITHMETIC["mul"][1:], _of_product)
+class _Product(torch.autograd.Function):
+    """A product of which backward computes something again: a factor, or itself for the layer that takes it.
+
+    The factor is a norm's or an activation's result, modulated by another of fewer elements. Of two factors
+    of one shape, as of a gated unit, both are kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        if a.shape == b.shape:
+            (ctx.again_a, of_a), (ctx.again_b, of_b) = (None, (a,)), (None, (b,))
+            ctx.recompute = _product_again
+        else:
+            (ctx.again_a, of_a), (ctx.again_b, of_b) = kept(a), kept(b)
+        ctx.save_for_backward(*of_a, *of_b)
+        ctx.count, ctx.shapes, ctx.dtypes = len(of_a), (a.shape, b.shape), (a.dtype, b.dtype)
+        return torch.mul(a, b)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        if torch.is_grad_enabled() and not (ctx.again_a is ctx.again_b is None):
+            raise RuntimeError(
+                "imf_kernels.jvp: create_graph=True asks for second derivatives of a product with a result "
+                "of this library's kernels, which do not have them"
+            )
+        saved = ctx.saved_tensors
+        # In turns: both may be computed again in the same memory.
+        db = dy * again(ctx.again_a, saved[: ctx.count], ctx.shapes[0])
+        da = dy * again(ctx.again_b, saved[ctx.count :], ctx.shapes[1])
+        return tuple(
+            in_dtype(dx.sum_to_size(shape), dtype)
+            for dx, shape, dtype in zip((da, db), ctx.shapes, ctx.dtypes, strict=True)
+        )
+
+
+def _product_again(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mul(a, b, out=scratch(a, a.shape, torch.promote_types(a.dtype, b.dtype)))
+
+
+def _times(a: Any, b: Any) -> Tensor:
+    """Computes a · b, of large operands so that backward keeps less."""
+    if torch.is_grad_enabled() and all(
+        isinstance(x, Tensor) and x.requires_grad and not x.is_leaf and x.is_floating_point() for x in (a, b)
+    ):
+        large = a.numel() >= SMALLEST and a.device.type == "cpu"
+        if (large and a.shape == b.shape) or any(kept(x)[0] is not None for x in (a, b)):
+            return _Product.apply(a, b)
+    return torch.mul(a, b)
+
+
+_mul = _arithmetic(_times, *ARITHMETIC["mul"][1:], _of_product)
 _div = _arithmetic(
     torch.div,
     *ARITHMETIC["div"][1:],
