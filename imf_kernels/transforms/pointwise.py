@@ -11,6 +11,7 @@ arithmetic are without zeros, also because 0 · ∞ would be NaN.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -18,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imf_kernels.backends.layout import in_dtype
+from imf_kernels.backends import cpu
+from imf_kernels.backends.dispatch import in_graph
+from imf_kernels.backends.layout import as_floats, contiguous_like, in_dtype, in_rows, sums
 from imf_kernels.backends.recompute import SMALLEST, again, kept, scratch
 from imf_kernels.dual import Dual, is_differentiable, tangent_graph, unchecked, unpack
 from imf_kernels.ops.arithmetic import ARITHMETIC
@@ -101,21 +104,22 @@ def _of_product(a_dot: Tensor, b_dot: Tensor, a: Tensor, b: Tensor, y: Tensor) -
 
 
 class _Product(torch.autograd.Function):
-    """A product of which backward computes something again: a factor, or itself for the layer that takes it.
+    """A product of large tensors, of one shape or with a factor per sample and channel, [B, 1, d].
 
-    The factor is a norm's or an activation's result, modulated by another of fewer elements. Of two factors
-    of one shape, as of a gated unit, both are kept.
+    The former, of a gated unit, can be computed again for the layer that takes it. The latter, a norm's
+    result modulated or a branch with a gate, has both gradients in one pass, and a norm's or an activation's
+    result computed again.
     """
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         if a.shape == b.shape:
-            (ctx.again_a, of_a), (ctx.again_b, of_b) = (None, (a,)), (None, (b,))
             ctx.recompute = _product_again
-        else:
-            (ctx.again_a, of_a), (ctx.again_b, of_b) = kept(a), kept(b)
+        (ctx.again_a, of_a), (ctx.again_b, of_b) = (
+            kept(x) if x.numel() > other.numel() else (None, (x,)) for x, other in ((a, b), (b, a))
+        )
         ctx.save_for_backward(*of_a, *of_b)
-        ctx.count, ctx.shapes, ctx.dtypes = len(of_a), (a.shape, b.shape), (a.dtype, b.dtype)
+        ctx.count, ctx.shapes = len(of_a), (a.shape, b.shape)
         return torch.mul(a, b)
 
     @staticmethod
@@ -126,28 +130,52 @@ class _Product(torch.autograd.Function):
                 "of this library's kernels, which do not have them"
             )
         saved = ctx.saved_tensors
-        # In turns: both may be computed again in the same memory.
-        db = dy * again(ctx.again_a, saved[: ctx.count], ctx.shapes[0])
-        da = dy * again(ctx.again_b, saved[ctx.count :], ctx.shapes[1])
-        return tuple(
-            in_dtype(dx.sum_to_size(shape), dtype)
-            for dx, shape, dtype in zip((da, db), ctx.shapes, ctx.dtypes, strict=True)
-        )
+        a = again(ctx.again_a, saved[: ctx.count], ctx.shapes[0])
+        b = again(ctx.again_b, saved[ctx.count :], ctx.shapes[1])
+        if a.shape == b.shape or torch.is_grad_enabled():
+            return (dy * b).sum_to_size(a.shape), (dy * a).sum_to_size(b.shape)
+        return _of_gated(dy, a, b) if b.numel() < a.numel() else _of_gated(dy, b, a)[::-1]
+
+
+_GATE = cpu.kernels("gated_residual")
+
+
+def _of_gated(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of branch [B, ..., d] and of gate [B, 1, ..., d], of their product."""
+    branch, (groups, length) = in_rows(branch), (gate.shape[0], math.prod(branch.shape[1:-1]))
+    dbranch = contiguous_like(branch)
+    partial, dgate = sums(_GATE, branch, groups, length, branch.shape[-1], gate.shape)
+    gates = as_floats(gate).view(groups, gate.shape[-1])
+    _GATE.backward(in_rows(dy), branch, gates, dbranch, partial, dgate)
+    return dbranch, in_dtype(dgate, gate.dtype)
 
 
 def _product_again(a: Tensor, b: Tensor) -> Tensor:
-    return torch.mul(a, b, out=scratch(a, a.shape, torch.promote_types(a.dtype, b.dtype)))
+    return torch.mul(a, b, out=scratch(a, a.shape))
 
 
 def _times(a: Any, b: Any) -> Tensor:
-    """Computes a · b, of large operands so that backward keeps less."""
-    if torch.is_grad_enabled() and all(
-        isinstance(x, Tensor) and x.requires_grad and not x.is_leaf and x.is_floating_point() for x in (a, b)
-    ):
-        large = a.numel() >= SMALLEST and a.device.type == "cpu"
-        if (large and a.shape == b.shape) or any(kept(x)[0] is not None for x in (a, b)):
-            return _Product.apply(a, b)
-    return torch.mul(a, b)
+    """Computes a · b, of large operands so that backward keeps and does less."""
+    served = (
+        not in_graph()
+        and torch.is_grad_enabled()
+        and all(isinstance(x, Tensor) and x.requires_grad and not x.is_leaf for x in (a, b))
+        and a.dtype == b.dtype
+        and a.dtype in (torch.float32, torch.bfloat16)
+        and a.device.type == "cpu"
+        and max(a.numel(), b.numel()) >= SMALLEST
+        and (a.shape == b.shape or _is_gated(a, b) or _is_gated(b, a))
+    )
+    return _Product.apply(a, b) if served else torch.mul(a, b)
+
+
+def _is_gated(branch: Tensor, gate: Tensor) -> bool:
+    """Returns whether the shapes are [B, ..., d] and [B, 1, ..., d]."""
+    return branch.dim() == gate.dim() > 2 and gate.shape == (
+        branch.shape[0],
+        *(1,) * (branch.dim() - 2),
+        branch.shape[-1],
+    )
 
 
 _mul = _arithmetic(_times, *ARITHMETIC["mul"][1:], _of_product)
