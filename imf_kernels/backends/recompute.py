@@ -1,11 +1,12 @@
 """Results that backward computes again instead of keeping them.
 
 A linear layer needs its input for its weight's gradient, a product its factors. Where these are results of
-an activation or a norm, whose own inputs are kept anyway, backward computes them again in one pass over
-memory: a quarter less is kept of a transformer's layer. It computes them into memory that lasts as long as
-that backward, because fresh memory takes more time than the pass. On CPUs; in graphs torch.compile decides what
-is computed again. Nothing is computed again from parameters: FSDP gathers them for the backward of their own
-module alone.
+an activation or a norm, whose own inputs are kept anyway, backward computes them again, in one pass and into
+memory that lasts as long as that backward: fresh memory takes more time than the pass. A quarter less is then
+kept of a transformer's layer.
+
+This is for CPUs in eager mode; in graphs torch.compile decides what is computed again. Nothing is computed
+again from parameters: FSDP gathers them for the backward of their own module alone.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def scratch(like: Tensor, shape: torch.Size, dtype: torch.dtype | None = None) -
     """Returns an uninitialised contiguous tensor for use within a node's backward, until the next call."""
     size, dtype, memory = math.prod(shape), dtype or like.dtype, _scratch.memory
     if not memory:
-        torch.autograd.Variable._execution_engine.queue_callback(memory.clear)  # type: ignore[no-untyped-call]
+        torch.autograd.Variable._execution_engine.queue_callback(memory.clear)
     found = memory.get(dtype)
     if found is None or found.numel() < size:
         found = memory[dtype] = like.new_empty(size, dtype=dtype)

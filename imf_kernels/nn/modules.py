@@ -338,7 +338,7 @@ def flash_attn_func(
 
 
 class Attention(nn.Module):
-    """Self-attention in timm's form: layers `qkv` and `proj`, norms `q_norm` and `k_norm` per head, and `norm`.
+    """Self-attention in timm's form: layers `qkv` and `proj`, norms `q_norm`, `k_norm` per head, and `norm`.
 
     Args:
         dim: width d, a multiple of num_heads.
