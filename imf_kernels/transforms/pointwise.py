@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,8 +22,8 @@ from torch import Tensor
 
 from imf_kernels.backends import cpu
 from imf_kernels.backends.dispatch import in_graph
-from imf_kernels.backends.layout import as_floats, contiguous_like, in_dtype, in_rows, sums
-from imf_kernels.backends.recompute import SMALLEST, again, kept, scratch
+from imf_kernels.backends.layout import as_floats, contiguous_like, in_dtype, in_rows, or_zeros, sums
+from imf_kernels.backends.recompute import SMALLEST, again, kept, kept_pair, scratch
 from imf_kernels.dual import Dual, is_differentiable, tangent_graph, unchecked, unpack
 from imf_kernels.ops.arithmetic import ARITHMETIC
 from imf_kernels.transforms.rules import _ALSO, Rule, serves
@@ -119,7 +120,6 @@ def _sum(a: Any, b: Any) -> Tensor:
 
 
 _negative = ARITHMETIC["sub"][2]
-_add = _arithmetic(_sum, _same, _same, lambda a_dot, b_dot, a, b, y: _sum(a_dot, b_dot), reads=False)
 _sub = _arithmetic(torch.sub, _same, _negative, lambda a_dot, b_dot, a, b, y: a_dot - b_dot, reads=False)
 
 
@@ -177,6 +177,91 @@ def _of_gated(dy: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]
     return dbranch, in_dtype(dgate, gate.dtype)
 
 
+class _PairProduct(torch.autograd.Function):
+    """The product of branch [B, ..., d] and gate [B, 1, ..., d], and its tangent that carries gradients.
+
+    The branch and its tangent are those of a norm, and computed again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, branch: Tensor, branch_dot: Tensor, gate: Tensor, gate_dot: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.again, parts = kept_pair(branch, branch_dot)
+        ctx.save_for_backward(gate, gate_dot, *parts)
+        ctx.recompute_pair = partial(_pair_product_again, ctx.again)
+        ctx.set_materialize_grads(False)
+        return branch * gate, torch.addcmul(branch_dot * gate, branch, gate_dot)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dy_dot: Tensor | None) -> Any:
+        gate, gate_dot, *parts = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "imf_kernels.jvp: create_graph=True asks for second derivatives of a product with a result "
+                "of this library's kernels, which do not have them"
+            )
+        branch, branch_dot = ctx.again(*parts)
+        (groups, width), length = (gate.shape[0], gate.shape[-1]), math.prod(branch.shape[1:-1])
+        gates, gates_dot = (as_floats(t).view(groups, width) for t in (gate, gate_dot))
+        dbranch, dbranch_dot = contiguous_like(branch), contiguous_like(branch_dot)
+        partial, total = sums(_GATE, branch, groups, length, width, (groups, 2, width), 2)
+        cotangents = or_zeros(dy, branch), or_zeros(dy_dot, branch_dot)
+        _GATE.pair_backward(
+            *(*cotangents, branch, branch_dot, gates, gates_dot, dbranch, dbranch_dot, partial, total)
+        )
+        dgate, dgate_dot = (in_dtype(t.reshape(gate.shape), gate.dtype) for t in total.unbind(1))
+        return dbranch, dbranch_dot, dgate, dgate_dot
+
+
+def _pair_product_again(again: Any, gate: Tensor, gate_dot: Tensor, *parts: Tensor) -> Any:
+    branch, branch_dot = again(*parts)
+    return branch * gate, branch_dot.mul_(gate).addcmul_(branch, gate_dot)
+
+
+class _PairSum(torch.autograd.Function):
+    """The sum of such a product and a shift [B, 1, ..., d], and its tangent: both can be computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, a_dot: Tensor, shift: Tensor, shift_dot: Tensor) -> Any:
+        again, parts = kept_pair(a, a_dot)
+        ctx.save_for_backward(shift, shift_dot, *parts)
+        ctx.recompute_pair, ctx.shape = partial(_pair_sum_again, again), shift.shape
+        ctx.set_materialize_grads(False)
+        return a + shift, a_dot + shift_dot
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dy_dot: Tensor | None) -> Any:
+        dshift, dshift_dot = (None if t is None else t.sum_to_size(ctx.shape) for t in (dy, dy_dot))
+        return dy, dy_dot, dshift, dshift_dot
+
+
+def _pair_sum_again(again: Any, shift: Tensor, shift_dot: Tensor, *parts: Tensor) -> Any:
+    a, a_dot = again(*parts)
+    return a.add_(shift), a_dot.add_(shift_dot)
+
+
+def _of_pairs(function: Any, one: Rule) -> Rule:
+    """Makes the rule that modulates a norm's result by `function`, where tangents carry gradients."""
+
+    def rule(*operands: Any, **named: Any) -> Any:
+        if len(operands) == 2 and not named and all(type(x) is Dual and x.differentiable for x in operands):
+            for x, of_sample in (operands, operands[::-1]):
+                (a, a_dot), (b, b_dot) = unpack(x), unpack(of_sample)
+                if (
+                    not torch.compiler.is_compiling()
+                    and torch.is_grad_enabled()
+                    and a.dtype == b.dtype
+                    and _is_gated(a, b)
+                    and kept_pair(a, cast(Tensor, a_dot))[0] is not None
+                ):
+                    y, y_dot = function.apply(a, a_dot, b, b_dot)
+                    return unchecked(y, y_dot, True)
+        return one(*operands, **named)
+
+    return rule
+
+
 def _product_again(a: Tensor, b: Tensor) -> Tensor:
     return torch.mul(a, b, out=scratch(a, a.shape))
 
@@ -208,7 +293,10 @@ def _is_gated(branch: Tensor, gate: Tensor) -> bool:
     )
 
 
-_mul = _arithmetic(_times, *ARITHMETIC["mul"][1:], _of_product)
+_add = _of_pairs(
+    _PairSum, _arithmetic(_sum, _same, _same, lambda a_dot, b_dot, a, b, y: _sum(a_dot, b_dot), reads=False)
+)
+_mul = _of_pairs(_PairProduct, _arithmetic(_times, *ARITHMETIC["mul"][1:], _of_product))
 _div = _arithmetic(
     torch.div,
     *ARITHMETIC["div"][1:],
