@@ -338,7 +338,7 @@ def flash_attn_func(
 
 
 class Attention(nn.Module):
-    """Self-attention in timm's form: layers `qkv` and `proj`, norms `q_norm` and `k_norm` per head.
+    """Self-attention in timm's form: layers `qkv` and `proj`, norms `q_norm`, `k_norm` per head, and `norm`.
 
     Args:
         dim: width d, a multiple of num_heads.
@@ -346,7 +346,8 @@ class Attention(nn.Module):
         qkv_bias, proj_bias: whether the layers have a bias.
         qk_norm: whether queries and keys are normalised, by norm_layer.
         proj_drop: dropout of the result. There is none of the weights.
-        norm_layer: makes a norm from a head's width.
+        norm_layer: makes a norm from a width.
+        scale_norm: whether the heads' results, put side by side, are normalised before `proj`.
     """
 
     name_of_dropout = "proj_drop"
@@ -360,6 +361,7 @@ class Attention(nn.Module):
         proj_bias: bool = True,
         proj_drop: float = 0.0,
         norm_layer: Callable[[int], nn.Module] = LayerNorm,
+        scale_norm: bool = False,
         *,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -372,23 +374,28 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (
             norm_layer(dim // num_heads).to(device, dtype) if qk_norm else nn.Identity() for _ in range(2)
         )
+        self.norm = norm_layer(dim).to(device, dtype) if scale_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Any, attn_mask: Tensor | None = None, rope: Any = None) -> Any:
+    def forward(
+        self, x: Any, attn_mask: Tensor | None = None, is_causal: bool = False, *, rope: Any = None
+    ) -> Any:
         """Computes attention within x [B, L, d], a tensor or a `Dual`.
 
         Args:
-            attn_mask: as of `scaled_dot_product_attention`, to [B, H, L, L].
+            attn_mask, is_causal: as of `scaled_dot_product_attention`, the mask to [B, H, L, L].
             rope: a `RotaryEmbedding`, or another function of queries and keys [B, H, L, D]. The former after
                 `RMSNorm`s is fused with them, if interleaved.
         """
-        B, L, d = x.shape
+        if is_causal and attn_mask is not None:
+            raise ValueError("Attention: pass attn_mask or is_causal=True, not both")
         q, k, v = self._prepared(apply(self.qkv, x), rope)
         q, k, v = (map_both(last_contiguous, t.transpose(1, 2)) for t in (q, k, v))
         if q.dtype != v.dtype:  # norms and tables in float32
             q, k = q.to(v.dtype), k.to(v.dtype)
-        out = packages.attend(q, k, v, attn_mask, packages.FULL, None).reshape(B, L, d)
+        causal = packages.TOP_LEFT if is_causal else packages.FULL
+        out = apply(self.norm, packages.attend(q, k, v, attn_mask, causal, None).flatten(2))
         return apply(getattr(self, self.name_of_dropout), apply(self.proj, out))
 
     def _prepared(self, qkv: Any, rope: Any) -> Any:
@@ -412,7 +419,7 @@ class RopeAttention(Attention):
     """`Attention` whose second argument is rope, as LightningDiT calls it."""
 
     def forward(self, x: Any, rope: Any = None) -> Any:  # type: ignore[override]
-        return super().forward(x, None, rope)
+        return super().forward(x, rope=rope)
 
 
 class CrossAttention(nn.Module):

@@ -243,12 +243,13 @@ def _attentions(module: nn.Module) -> Iterator[_Candidate]:
     heads = getattr(module, "num_heads", None) or getattr(module, "heads", None)
     if not (isinstance(qkv, nn.Linear) and isinstance(proj, nn.Linear) and isinstance(heads, int)):
         return
-    dim, arguments = qkv.in_features, list(inspect.signature(module.forward).parameters)
-    if qkv.out_features != 3 * dim or dim % heads:
+    dim, width = qkv.in_features, proj.in_features // heads
+    arguments = list(inspect.signature(module.forward).parameters)
+    if qkv.out_features != 3 * heads * width or proj.in_features != heads * width:
         return
     drops = [n for n, c in module.named_children() if isinstance(c, nn.Dropout) and "attn" not in n]
     attributes: dict[str, Any] = {"num_heads": heads}
-    attributes |= {name: nn.Identity() for name in ("q_norm", "k_norm") if not hasattr(module, name)}
+    attributes |= {name: nn.Identity() for name in ("q_norm", "k_norm", "norm") if not hasattr(module, name)}
     if drops:
         attributes["name_of_dropout"] = drops[0]
     elif not hasattr(module, "proj_drop"):
@@ -256,16 +257,18 @@ def _attentions(module: nn.Module) -> Iterator[_Candidate]:
     shape = 2, 6, dim
     if arguments == ["x"]:
         yield _Candidate(modules.Attention, lambda draw: [(draw(*shape),)], attributes)
-    elif arguments == ["x", "attn_mask"]:
-        yield _Candidate(
-            modules.Attention,
-            lambda draw: [(draw(*shape),), (draw(*shape), draw(2, heads, 6, 6))],
-            attributes,
-        )
-    elif arguments == ["x", "rope"] and not dim // heads % 2:
+    elif arguments in (["x", "attn_mask"], ["x", "attn_mask", "is_causal"]):
+
+        def inputs(draw: Any) -> list[tuple[Any, ...]]:
+            x, mask = draw(*shape), draw(2, heads, 6, 6)
+            causal = [(x, (mask > 0).logical_or_(torch.eye(6) > 0)), (x, None, True)]
+            return [(x,), (x, mask), *(causal if len(arguments) == 3 else [])]
+
+        yield _Candidate(modules.Attention, inputs, attributes)
+    elif arguments == ["x", "rope"] and not width % 2:
         yield _Candidate(
             modules.RopeAttention,
-            lambda draw: [(draw(*shape),), (draw(*shape), draw.module(_rope(dim // heads)))],
+            lambda draw: [(draw(*shape),), (draw(*shape), draw.module(_rope(width)))],
             attributes,
         )
 
@@ -325,8 +328,9 @@ class _Draw:
         """Returns samples that are values of the dtype `rounded`."""
 
         def placed(x: Any) -> Any:
-            moves = isinstance(x, Tensor) and x.is_floating_point()
-            return x.to(rounded).to(self.device, self.dtype) if moves else x
+            if not isinstance(x, Tensor):
+                return x
+            return (x.to(rounded).to(self.dtype) if x.is_floating_point() else x).to(self.device)
 
         return [tuple(map(placed, arguments)) for arguments in candidate.inputs(self)]
 

@@ -94,26 +94,31 @@ def in_dtype_of(primal: Tensor, tangent: Tensor) -> Tensor:
 
 def as_dual(x: Any, differentiable: bool = False) -> Any:
     """Converts a dual tensor of PyTorch to a `Dual`; returns anything else unchanged."""
-    if type(x) is not Tensor or not can_move(x):
+    if type(x) is not Tensor or not (x.is_floating_point() or x.is_complex()):
         return x
     primal, tangent = unpack_dual_tensor(x)
     if tangent is None:
         return x
-    tangent = tangent if differentiable else tangent.detach()
-    return unchecked(primal, in_dtype_of(primal, tangent), differentiable)
+    if tangent.requires_grad and not differentiable:
+        tangent = tangent.detach()
+    if tangent.dtype != primal.dtype:
+        tangent = tangent.to(primal.dtype)
+    return unchecked(primal, tangent, differentiable)
 
 
 def as_dual_tensor(y: Any) -> Any:
     """Converts a `Dual` to a dual tensor of PyTorch; returns anything else unchanged."""
     if not isinstance(y, Dual):
         return y
-    tangent = y.tangent_rows
+    primal, tangent = y._primal, y._tangent
     if tangent is None:
-        return y.primal
-    if not torch.compiler.is_compiling() and tangent._is_view() and not tangent.requires_grad:
+        return primal
+    if torch.compiler.is_compiling():
+        return forward_ad.make_dual(primal, tangent)
+    if tangent._is_view() and not tangent.requires_grad:
         # A view made without autograd must not be modified.
         tangent = not_a_view(tangent, tangent.shape)
-    return make_dual_tensor(y.primal, tangent)
+    return make_dual_tensor(primal, tangent)
 
 
 def takes_dual_tensors(operation: Call) -> Call:

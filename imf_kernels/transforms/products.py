@@ -9,13 +9,15 @@ whose nodes save the operands with their tangents, here without.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imf_kernels.dual import Dual, is_differentiable, primal, tangent_graph, unpack
+from imf_kernels.backends.layout import in_dtype
+from imf_kernels.dual import Dual, is_differentiable, map_both, primal, tangent_graph, unpack
 from imf_kernels.transforms.rules import _ALSO, _PARAMETER, Rule, _plain, serves
 
 
@@ -74,29 +76,56 @@ def _product(function: Callable[..., Tensor], *operands: Any) -> Any:
         return Dual(y, y_dot.to(y.dtype), differentiable=differentiable)
 
 
+def _matmul(a: Any, b: Any) -> Any:
+    """Serves products of matrices batch by batch, whose operands are laid out once for all three products."""
+    batch = tuple(a.shape[:-2])
+    if len(batch) < 1 or batch != tuple(b.shape[:-2]) or len(b.shape) != len(a.shape):
+        return _product(torch.matmul, a, b)
+    if torch.compiler.is_compiling() or not _are_plain((a, b)):
+        return _product(torch.matmul, a, b)
+    folded = [x if len(batch) == 1 else map_both(lambda t: t.flatten(0, -3), x) for x in (a, b)]
+    differentiable = is_differentiable(a, b)
+    (a, a_dot), (b, b_dot) = map(unpack, folded)
+    y, y_dot = torch.bmm(a, b), None
+    with tangent_graph(differentiable):
+        for p, q in ((a_dot, b), (a, b_dot)):
+            if p is None or q is None:
+                continue
+            if y_dot is None:
+                y_dot = torch.bmm(p, q)
+            elif differentiable:
+                y_dot = y_dot + torch.bmm(p, q)
+            else:
+                y_dot.baddbmm_(in_dtype(p, y_dot.dtype), in_dtype(q, y_dot.dtype))
+        dual = Dual(y, y_dot, differentiable=differentiable)
+    if len(batch) == 1:
+        return dual
+    return map_both(lambda t: torch.ops.aten._unsafe_view(t, (*batch, *t.shape[1:])), dual)
+
+
 def _positional(names: Sequence[str], args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...] | None:
     """Returns the arguments of these names in order; `None` if others are given, or some missing."""
     rest = names[len(args) :]
     return None if len(args) > len(names) or {*named} != {*rest} else (*args, *map(named.get, rest))
 
 
-def _of_two(function: Callable[..., Tensor], second: str) -> Rule:
+def _of_two(function: Callable[..., Any], second: str) -> Rule:
     """Makes the rule of a product of `input` and an operand named `second`."""
 
     def rule(*args: Any, **named: Any) -> Any:
         operands = _positional(("input", second), args, named)
-        return _ALSO if operands is None else _product(function, *operands)
+        return _ALSO if operands is None else function(*operands)
 
     return rule
 
 
 for _name, _second in (
-    *(("matmul", "other"), ("mm", "mat2"), ("bmm", "mat2"), ("mv", "vec")),
+    *(("mm", "mat2"), ("bmm", "mat2"), ("mv", "vec")),
     *(("inner", "other"), ("outer", "vec2"), ("ger", "vec2")),
 ):
     _function = getattr(torch, _name)
-    serves(_function, getattr(Tensor, _name))(_of_two(_function, _second))
-serves(torch.linalg.matmul)(_of_two(torch.matmul, "other"))
+    serves(_function, getattr(Tensor, _name))(_of_two(partial(_product, _function), _second))
+serves(torch.matmul, Tensor.matmul, torch.linalg.matmul)(_of_two(_matmul, "other"))
 
 
 @serves(torch.tensordot)

@@ -121,6 +121,35 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, N, C)))
 
 
+class MaskedAttention(nn.Module):
+    """timm 1.0.31's: heads of any width, a mask or a causal one, a norm before the last layer."""
+
+    def __init__(self, dim, num_heads, head_dim=None, norm=None, scale_norm=None, fused=True):
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, head_dim or dim // num_heads
+        self.attn_dim, self.scale, self.fused_attn = num_heads * self.head_dim, self.head_dim**-0.5, fused
+        self.qkv = nn.Linear(dim, 3 * self.attn_dim)
+        self.q_norm, self.k_norm = (norm(self.head_dim) if norm else nn.Identity() for _ in range(2))
+        self.attn_drop = nn.Dropout(0.0)
+        self.norm = scale_norm(self.attn_dim) if scale_norm else nn.Identity()
+        self.proj, self.proj_drop = nn.Linear(self.attn_dim, dim), nn.Dropout(0.0)
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.fused_attn:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
+        else:
+            attn = (q * self.scale) @ k.transpose(-2, -1)
+            seen = attn_mask
+            if is_causal:
+                seen = torch.ones(attn.shape[-2:], dtype=torch.bool, device=attn.device).tril()
+            if seen is not None:
+                attn = attn.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else attn + seen
+            x = self.attn_drop(attn.softmax(dim=-1)) @ v
+        return self.proj_drop(self.proj(self.norm(x.transpose(1, 2).flatten(2))))
+
+
 class CrossAttention(nn.Module):
     """Stable Diffusion's, with weights made one by one."""
 

@@ -165,13 +165,15 @@ def test_what_is_left_alone(case, capsys):
         (lambda: HW.ComplexRotary(HW.angles(6, 8)), "RotaryEmbedding"),
         (lambda: HW.Attention(16, 2, drop=0.1), "RopeAttention"),
         (lambda: HW.Attention(16, 2, HW.RMSNorm), "RopeAttention"),
+        (lambda: HW.MaskedAttention(16, 2, norm=nn.LayerNorm), "Attention"),
+        (lambda: HW.MaskedAttention(16, 2, 4, scale_norm=HW.RMSNorm, fused=False), "Attention"),
         (lambda: HW.CrossAttention(16), "CrossAttention"),
         (lambda: HW.CrossAttention(16, 12), "CrossAttention"),
         (lambda: HW.DiTBlock(16, 2), "AdaLNBlock"),
     ],
     ids=[
         *("nn.RMSNorm", "RMSNorm", "SwiGLU", "packed", "interleaved", "half", "complex", "dropout", "norms"),
-        *("cross", "context", "block"),
+        *("mask", "width of a head", "cross", "context", "block"),
     ],
 )
 def test_what_is_swapped(make, now, dtype):
@@ -260,6 +262,45 @@ def test_a_layer_named_dropout():
     wanted = attention(x)
     assert [swap.now for swap in ik.nn.replace(attention)] == ["Attention"]
     torch.testing.assert_close(attention(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+class BothMasksAttention(HW.MaskedAttention):
+    """Adds what it is handed, also to a causal mask."""
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        return super().forward(x, torch.ones(x.shape[1], x.shape[1]).tril().log() if is_causal else attn_mask)
+
+
+class ReversedAttention(HW.MaskedAttention):
+    """Takes True for the keys that take no part."""
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        hides = attn_mask is not None and attn_mask.dtype == torch.bool
+        return super().forward(x, ~attn_mask if hides else attn_mask, is_causal)
+
+
+class AcausalAttention(HW.MaskedAttention):
+    """Takes the flag and does not heed it."""
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        return super().forward(x, attn_mask)
+
+
+@pytest.mark.parametrize(
+    ("kind", "now"), [(BothMasksAttention, "Attention"), (ReversedAttention, ""), (AcausalAttention, "")]
+)
+def test_masks_of_attention(kind, now):
+    attention = kind(16, 2, 4)
+    x, mask = torch.randn(2, 6, 16), torch.randn(2, 2, 6, 6)
+    wanted = [attention(x), attention(x, mask), attention(x, is_causal=True)]
+    assert [swap.now for swap in ik.nn.replace(attention)] == [now]
+    for got, want in zip(
+        [attention(x), attention(x, mask), attention(x, is_causal=True)], wanted, strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    if now:
+        with pytest.raises(ValueError, match="attn_mask or is_causal"):
+            attention(x, mask, True)
 
 
 def test_hooks_ties_and_flags_are_kept():
