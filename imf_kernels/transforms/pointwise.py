@@ -88,35 +88,13 @@ def _arithmetic(
 
 def _copy(t: Tensor, y: Tensor) -> Tensor:
     """Returns a copy of an operand's tangent in the shape of y: in-place calls may write into the result."""
-    if t.shape == y.shape and not (y.is_contiguous() and _is_transposed(t)):
+    if t.shape == y.shape:
         return t.clone()
     return t.expand_as(y).clone(memory_format=torch.contiguous_format)
 
 
 def _same(t: Tensor, a: Any, b: Any, y: Tensor) -> Tensor:
     return _copy(t, y)
-
-
-def _is_transposed(x: Any) -> bool:
-    """Returns whether a sequence [B, L, d] lies in memory as [B, d, L], as of `conv(z).flatten(2).mT`."""
-    return (
-        isinstance(x, Tensor)
-        and x.dim() == 3
-        and not torch.compiler.is_compiling()  # which lays its sums out itself
-        and not x.is_contiguous()
-        and x.mT.is_contiguous()
-    )
-
-
-def _sum(a: Any, b: Any) -> Tensor:
-    """Computes a + b, contiguous if one is and the other a sequence in the memory order of channels first.
-
-    PyTorch's sum has the order of its first operand: a network's stream of tokens would keep that of its
-    convolution of patches, in which every later sum and norm takes two to four times as long.
-    """
-    if _is_transposed(a) and isinstance(b, Tensor) and b.shape[-2:] == a.shape[-2:] and b.is_contiguous():
-        return torch.add(b, a)
-    return torch.add(a, b)
 
 
 _negative = ARITHMETIC["sub"][2]
@@ -294,7 +272,7 @@ def _is_gated(branch: Tensor, gate: Tensor) -> bool:
 
 
 _add = _of_pairs(
-    _PairSum, _arithmetic(_sum, _same, _same, lambda a_dot, b_dot, a, b, y: _sum(a_dot, b_dot), reads=False)
+    _PairSum, _arithmetic(torch.add, _same, _same, lambda a_dot, b_dot, a, b, y: a_dot + b_dot, reads=False)
 )
 _mul = _of_pairs(_PairProduct, _arithmetic(_times, *ARITHMETIC["mul"][1:], _of_product))
 _div = _arithmetic(
