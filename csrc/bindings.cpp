@@ -3,6 +3,7 @@
 #include "bindings.h"
 
 #include "cpu/isa.h"
+#include "digests.h"
 #include "key.h"
 #if defined(IMF_CUDA)
 #include "cuda/runtime.h"
@@ -30,6 +31,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("schemas") = pybind11::dict();
   for (const Definition definition : definitions()) definition(m);
 
+  m.attr("sources") = pybind11::dict();
+  m.attr("sources")["cpu"] = digest_of_cpu;
+  m.attr("sources")["cuda"] = digest_of_cuda;
   m.def("key", &key);
   m.def("launch", &launch);
   m.def("supported_isas", &supported_isas);

@@ -8,6 +8,7 @@ openmp: bool
 intel: bool
 cuda: bool
 schemas: dict[str, str]
+sources: dict[str, str]  # digests by backend, see backends/sources.py
 
 def key(arguments: tuple[object, ...], /) -> bytes | None: ...  # None where a choice must not be remembered
 def launch(

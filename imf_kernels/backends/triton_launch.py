@@ -100,10 +100,10 @@ class Kernels:
     """The launchers of an operation, imported at first use: `triton_kernels/<module>.py`, or `name` in it."""
 
     def __init__(self, module: str, name: str | None = None) -> None:
-        self._module, self._name = f"imf_kernels.backends.triton_kernels.{module}", name
+        self.module, self._name = module, name
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        kernels = importlib.import_module(self._module)
+        kernels = importlib.import_module(f"imf_kernels.backends.triton_kernels.{self.module}")
         launcher = getattr(kernels if self._name is None else getattr(kernels, self._name), name)
         setattr(self, name, launcher)  # found without this function from now on
         return launcher
