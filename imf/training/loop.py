@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from imf.distributed import DistributedContext, agreed
 from imf.objective.draws import Draws, StepDraws, count_of_v_u
@@ -161,14 +161,18 @@ def update(
 
     Gradients and `state.terms` are zero afterwards.  share: of the weights in their average.
     """
-    norm = whole(nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None]))
+    norms = torch._foreach_norm([p.grad for p in state.parameters if p.grad is not None])
+    norm = whole(torch.linalg.vector_norm(torch.stack(norms)))
     terms = torch.cat([context.mean(state.terms), norm[None]])  # the same in all processes
     state.terms.zero_()
     state.found_inf.logical_or_(~terms.isfinite().all())  # once 1, the two updates below change nothing
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.optimizer.step()
-    # The graphs of a step's micro-batches add to gradients in the same memory.
-    state.optimizer.zero_grad(set_to_none=not config.cuda_graphs or config.accumulate == 1)
+    if config.cuda_graphs and config.accumulate > 1:  # whose graphs add to gradients in the same memory
+        state.optimizer.zero_grad(set_to_none=False)
+    else:
+        for weight in state.parameters:  # a tenth of the time of zero_grad
+            weight.grad = None
     state.average((1 - state.found_inf) * share)
     return terms
