@@ -132,7 +132,9 @@ class Operation(Generic[Asked]):
             }
             function: Any = FunctionMeta(f"_{name}", (torch.autograd.Function,), methods)
             self.function = function
-            # Skips `Function.apply`'s work for transforms of torch.func, where no kernel runs: 2 µs per call.
+            # Skips `Function.apply`'s work for transforms of torch.func, where no kernel runs: 2 µs per call,
+            # and its choice between backward and vjp.
+            function._backward_cls.apply = function.backward
             base: Any = super(torch.autograd.Function, function)
             self._forward, self._apply = forward, base.apply
             pair: Any = FunctionMeta(
