@@ -87,6 +87,11 @@ else
   stage build 1200 env IMF_CUDA=OFF "${install[@]}"
 fi
 stage info 120 "$python" -m imf_kernels.info
+"$python" - >"$out/sources.json" <<'END'  # which kernels the record holds for
+import json, imf_kernels
+from imf_kernels.backends import sources
+print(json.dumps({"imf_kernels": imf_kernels.__version__, "sources": sources.digests()}, indent=1))
+END
 if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
   echo "PyTorch finds no GPU here: tests and benchmarks on one cannot run. What was written is in $record." >&2
   exit 3

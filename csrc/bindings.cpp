@@ -3,7 +3,9 @@
 #include "bindings.h"
 
 #include "cpu/isa.h"
+#include "digests.h"
 #include "key.h"
+#include "launch.h"
 #if defined(IMF_CUDA)
 #include "cuda/runtime.h"
 #define IMF_CUDA_KERNEL(function) cuda::function
@@ -30,8 +32,19 @@ PYBIND11_MODULE(_C, m) {
   m.attr("schemas") = pybind11::dict();
   for (const Definition definition : definitions()) definition(m);
 
+  m.attr("sources") = pybind11::dict();
+  m.attr("sources")["cpu"] = digest_of_cpu;
+  m.attr("sources")["cuda"] = digest_of_cuda;
   m.def("key", &key);
-  m.def("launch", &launch);
+  m.def("watch", &Surroundings::watch);
+  pybind11::class_<Kinds>(m, "Kinds")
+      .def(pybind11::init<>())
+      .def("launch", &Kinds::launch)
+      .def("add", &Kinds::add);
+  pybind11::class_<Replayed>(m, "Replayed", pybind11::dynamic_attr())
+      .def(pybind11::init<pybind11::object>())
+      .def("clear", &Replayed::clear)
+      .def("__call__", &Replayed::operator());
   m.def("supported_isas", &supported_isas);
   m.def("isa_unavailable", &isa_unavailable);
   m.def("set_isa", &set_isa);

@@ -1,5 +1,5 @@
 # Printed by `python -m tests.helpers.stub` from the compiled module; tests/csrc/test_build.py compares them.
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -8,11 +8,25 @@ openmp: bool
 intel: bool
 cuda: bool
 schemas: dict[str, str]
+sources: dict[str, str]  # digests by backend, see backends/sources.py
 
 def key(arguments: tuple[object, ...], /) -> bytes | None: ...  # None where a choice must not be remembered
-def launch(
-    tensors: tuple[Tensor | None, ...], fixed: tuple[object, ...], numbers: tuple[float | None, ...], /
-) -> tuple[bytes, int, tuple[object, ...]]: ...  # kind, device, arguments
+def watch(hooks: object, /) -> None: ...
+
+class Kinds:
+    def launch(
+        self, grid: tuple[int, int], tensors: tuple[Tensor | None, ...], numbers: tuple[float | None, ...], /
+    ) -> tuple[bytes, int] | None: ...  # what Triton must launch: kind, device
+    def add(
+        self, kind: bytes, launch: int, function: int, threads: int, shared: int, types: str, tensors: int,
+        fixed: tuple[object, ...], owner: object, /,
+    ) -> None: ...
+
+class Replayed:
+    def __init__(self, function: Callable[..., None], /) -> None: ...
+    def clear(self) -> None: ...
+    def __call__(self, *arguments: object) -> None: ...
+
 def supported_isas() -> list[str]: ...
 def isa_unavailable(name: str, /) -> str: ...
 def set_isa(name: str, /) -> None: ...

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from imf_kernels.backends import cuda, triton_launch, verified
+from imf_kernels.backends import cuda, sources, triton_launch, verified
 from imf_kernels.backends.operators import OPERATIONS as REGISTERED
 from imf_kernels.dual import Dual
 from imf_kernels.testing import cases, errors, processes, timer
@@ -258,7 +258,10 @@ def main(arguments: Sequence[str] | None = None, count: int | None = None) -> in
         operation: {b: {d: "; ".join(f) or None for d, f in ds.items()} for b, ds in backends.items()}
         for operation, backends in results.items()
     }
-    record = verified.Record(key, {**old.results, **texts}, {**old.ratios, **ratios})
+    digests = {o: {b: sources.digest(o, b) for b in backends} for o, backends in texts.items()}
+    record = verified.Record(
+        key, {**old.results, **texts}, {**old.ratios, **ratios}, {**old.sources, **digests}
+    )
     try:
         print(f"\nrecord: {record.write()}")
         if record.failed():

@@ -81,7 +81,10 @@ def use(kernel: str, row: str, tiles: Tiles) -> None:
         rows["primal"][row] = (m, warps, stages)
     else:
         rows[kernel][row] = tiles
-    kernels.launcher_of.cache_clear()  # launchers remember their tiles
+    # Launchers remember their tiles, and calls their launchers.
+    kernels.launcher_of.cache_clear()
+    kernels._forward.clear()
+    kernels._backward.clear()
 
 
 def case_of(row: str, batch: int) -> Case:

@@ -1,9 +1,9 @@
 """Writes imf_kernels/backends/records.json from the records of GPUs: `python -m benchmarks.tools.verified`.
 
-A record is a folder of benchmarks/results, unpacked from the archive of benchmarks/gpu_record.sh. Its
-architecture is verified where all tests of the operations passed, those of the `triton` backend among them.
-`cuda` is the default of attention there if its tests passed too and, in the benchmarks, it is no slower than
-Triton's kernels.
+A record is a folder of benchmarks/results, unpacked from the archive of benchmarks/gpu_record.sh. It
+verifies its architecture, for the kernels whose digests are in its sources.json, where all tests of the
+operations on the `triton` backend passed. What it says of `cuda` counts if the tests of that passed too:
+`cuda` is the default of attention where it is faster than Triton's kernels in the benchmarks.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+from imf_kernels.backends.verified import ON_GPU, Record
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, TARGET = ROOT / "benchmarks" / "results", ROOT / "imf_kernels" / "backends" / "records.json"
 ATTENTION = "scaled_dot_product_attention"
+# Name, driver_version, memory.total, compute_cap, clocks: the order in which the record asks for them.
+_DEVICE = re.compile(r"^([^,\n]+), [^,\n]+, [^,\n]+, (\d+)\.(\d+), ", re.MULTILINE)
 
 
 def architecture(record: Path) -> str | None:
@@ -28,47 +32,76 @@ def architecture(record: Path) -> str | None:
         codes = {row["stage"]: row["exit code"] for row in csv.DictReader(file, delimiter="\t")}
     if codes.get("tests") not in ("0", "1") or not passed(record, "triton"):  # 1: to the end, with failures
         return None
-    # name, driver_version, memory.total, compute_cap, clocks: the order in which the record asks for them
-    found = re.search(r"^[^,\n]+, [^,\n]+, [^,\n]+, (\d+)\.(\d+), ", machine.read_text(), re.MULTILINE)
-    return f"sm_{found[1]}{found[2]}" if found else None
+    found = _DEVICE.search(machine.read_text())
+    return f"sm_{found[2]}{found[3]}" if found else None
 
 
-def passed(record: Path, backend: str, operation: str = "") -> bool:
-    """Returns whether there were tests of the operations on a backend, and none of them failed."""
-    cases = ElementTree.parse(record / "tests.xml").iter("testcase")
-    asked = [
-        case
-        for case in cases
+def tests(record: Path, backend: str) -> dict[str, set[str]]:
+    """Returns the outcomes of the tests of the operations on a backend, by name: none where one passed."""
+    return {
+        case.get("name", ""): {child.tag for child in case}
+        for case in ElementTree.parse(record / "tests.xml").iter("testcase")
         if case.get("classname", "").startswith("tests.ops.")
         and re.search(rf"[\[-]{backend}[\]-]", case.get("name", ""))
-        and operation in case.get("name", "")
-    ]
-    outcomes = [{child.tag for child in case} for case in asked]
+    }
+
+
+def passed(record: Path, backend: str) -> bool:
+    """Returns whether there were tests of the operations on a backend, and none of them failed."""
+    outcomes = tests(record, backend).values()
     return set() in outcomes and not any({"failure", "error"} & tags for tags in outcomes)
 
 
-def is_faster(record: Path) -> bool:
-    """Returns whether attention by `cuda` takes no longer than Triton's, with tangents and without."""
+def results(record: Path, backend: str) -> dict[str, dict[str, None]]:
+    """Returns by operation the dtypes in which the error rule held."""
+    found: dict[str, dict[str, None]] = {}
+    for name, outcome in sorted(tests(record, backend).items()):
+        case = re.match(rf"test_error_rule\[(\w+) .*\b(float32|bfloat16|float16)-{backend}\]", name)
+        if case and not outcome:
+            found.setdefault(case[1], {})[case[2]] = None
+    return found
+
+
+def ratio(record: Path) -> float | None:
+    """Returns the time of attention by `cuda`, with tangents and without, relative to Triton's, if known."""
     file = record / "benchmarks.json"
     if not file.exists():
-        return False
+        return None
     figures = [f for f in json.loads(file.read_text())["figures"] if f["operation"] == ATTENTION]
     seconds = {(f["case"], f["dtype"], f["form"]): f.get("device seconds", f["seconds"]) for f in figures}
     pairs = [
-        (seconds[case, dtype, form.replace("cuda", "triton")], time)
+        (time, seconds[case, dtype, form.replace("cuda", "triton")])
         for (case, dtype, form), time in seconds.items()
         if form in ("dual, cuda", "primal, cuda")
     ]
-    return bool(pairs) and sum(time for _, time in pairs) <= sum(time for time, _ in pairs)
+    return round(sum(t for t, _ in pairs) / sum(t for _, t in pairs), 3) if pairs else None
+
+
+def record_of(folder: Path, name: str) -> Record:
+    """Returns the record of a folder that verifies an architecture."""
+    machine = (folder / "machine.txt").read_text()
+    device, commit = _DEVICE.search(machine), re.search(r"^commit (\w+)", machine, re.MULTILINE)
+    assert device and commit
+    made = json.loads((folder / "sources.json").read_text())
+    by_backend = {backend: results(folder, backend) for backend in ON_GPU if passed(folder, backend)}
+    by_operation: dict[str, dict[str, dict[str, None]]] = {}
+    for backend, operations in by_backend.items():
+        for operation, dtypes in operations.items():
+            by_operation.setdefault(operation, {})[backend] = dtypes
+    found = ratio(folder) if "cuda" in by_backend else None
+    return Record(
+        {"device": f"{device[1]}, {name}", "imf_kernels": made["imf_kernels"], "commit": commit[1][:7]},
+        by_operation,
+        {} if found is None else {ATTENTION: found},
+        {o: {b: made["sources"][o][b] for b in backends} for o, backends in by_operation.items()},
+    )
 
 
 def text(results: Path) -> str:
-    """Returns what the records say: the operations whose default is `cuda`, by verified architecture."""
-    found: dict[str, list[str]] = {}
-    for record in sorted(path for path in results.iterdir() if path.is_dir()):
-        if name := architecture(record):
-            found[name] = [ATTENTION] if passed(record, "cuda", ATTENTION) and is_faster(record) else []
-    return json.dumps(found, indent=1, sort_keys=True) + "\n"
+    """Returns the records by verified architecture, as imf_kernels/backends/verified.py reads them."""
+    named = {architecture(path) or "": path for path in sorted(results.iterdir()) if path.is_dir()}
+    found = {name: vars(record_of(path, name)) for name, path in sorted(named.items()) if name}
+    return json.dumps(found, indent=1) + "\n"
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ class _Rounded(torch.autograd.Function):
     def forward(
         ctx: Any, dtype: torch.dtype, paddings: Sequence[Padding | None], *weights: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.like = [w.detach() for w in weights]
+        ctx.like = weights
         ctx.paddings = [p if p and p.missing(w) else None for w, p in zip(weights, paddings, strict=True)]
         rounded = []
         for weight, padding in zip(weights, ctx.paddings, strict=True):
@@ -111,6 +111,9 @@ class _Rounded(torch.autograd.Function):
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor], ctx: Any) -> None:
     """Copies what is not padding, all that lies alike in one kernel."""
+    if not any(ctx.paddings):
+        torch._foreach_copy_([*targets], [*sources])
+        return
     pairs: list[tuple[Tensor, Tensor]] = []
     for target, source, like, padding in zip(targets, sources, ctx.like, ctx.paddings, strict=True):
         if padding is None:

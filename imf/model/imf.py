@@ -18,6 +18,7 @@ import imf_kernels as ik
 from imf.model.cast_weights import DOWN, GATE_UP, cast_weights
 from imf.model.config import IMFConfig
 from imf.model.layers import (
+    SINUSOIDS,
     ScalarEmbedder,
     VelocityNetwork,
     condition_tokens,
@@ -122,11 +123,14 @@ class IMF(Pretrained, VelocityNetwork):
         x = self._patches(z)
         if self._rope[0].device != x.device:
             self._rope = _rope_tables(self.config, x.device)
+        scalars = torch.stack([1 - 1 / omega, t_min, t_max])
+        sinusoids = ik.sinusoidal_embedding(scalars.flatten(), SINUSOIDS)
+        of_omega, of_t_min, of_t_max = sinusoids.view(*scalars.shape, SINUSOIDS).unbind()
         groups = [
             (self.class_tokens, self.y_embedder(y)),
-            (self.omega_tokens, self.omega_embedder(1 - 1 / omega)),
-            (self.t_min_tokens, self.t_min_embedder(t_min)),
-            (self.t_max_tokens, self.t_max_embedder(t_max)),
+            (self.omega_tokens, self.omega_embedder.of_sinusoids(of_omega)),
+            (self.t_min_tokens, self.t_min_embedder.of_sinusoids(of_t_min)),
+            (self.t_max_tokens, self.t_max_embedder.of_sinusoids(of_t_max)),
             (self.time_tokens, self.h_embedder(h)),
         ]
         x = ik.prepend_tokens(x, groups)

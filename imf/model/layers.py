@@ -30,8 +30,11 @@ class ScalarEmbedder(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, t: Tensor | Dual) -> Any:
+        return self.of_sinusoids(ik.sinusoidal_embedding(t, SINUSOIDS))
+
+    def of_sinusoids(self, x: Tensor | Dual) -> Any:
+        """Returns what `forward` does, from the sinusoidal embedding of t, [B, SINUSOIDS]."""
         first, last = self.first, self.last
-        x = ik.sinusoidal_embedding(t, SINUSOIDS)
         x = ik.silu(ik.linear(x, first.weight, first.bias))
         return ik.linear(x, last.weight, last.bias)
 

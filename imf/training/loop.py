@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from imf.distributed import agreed
 from imf.objective.draws import Draws, StepDraws
@@ -71,7 +71,8 @@ def steps(run: Run, batches: Iterator[tuple[Tensor, Tensor]], log: Log | None = 
             state.terms += torch.stack([out.loss.detach(), out.loss_u, out.loss_v]) / accumulate
         if not last:
             return state.terms
-        norm = whole(nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None]))
+        norms = torch._foreach_norm([p.grad for p in state.parameters if p.grad is not None])
+        norm = whole(torch.linalg.vector_norm(torch.stack(norms)))
         terms = torch.cat([context.mean(state.terms), norm[None]])  # the same in all processes
         state.terms.zero_()
         state.found_inf.logical_or_(~terms.isfinite().all())  # once 1, the two updates below change nothing

@@ -19,6 +19,7 @@ from imf.model.pretrained import PRECISIONS, Sampling
 from imf.networks import build
 from imf.objective.draws import Guidance
 from imf.program import StopSignals
+from imf.training.adamw import AdamW
 from imf.training.config import TrainConfig
 from imf.training.graphs import StepGraphs
 from imf.training.log import Readback
@@ -127,17 +128,16 @@ def initial_state(
         checkpointing=config.checkpointing,
         stream=stream,
     )
-    optimizer = torch.optim.AdamW(
+    found_inf = torch.zeros((), device=context.device)
+    optimizer = AdamW(
         [p for p in model.parameters() if p.requires_grad],
+        found_inf,
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         weight_decay=config.weight_decay,
-        fused=True,
         capturable=graphs,
     )
-    found_inf = torch.zeros((), device=context.device)
-    optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # where fused AdamW looks for its gate
     guidance = guidance_of(config.network, config.fixed_guidance)
     loss = objective(config.method, guidance, teacher=ema, norm_eps=config.norm_eps, norm_p=config.norm_p)
     return State(model, ema, wrapped, loss, guidance, optimizer, found_inf, stream=stream)

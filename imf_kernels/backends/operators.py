@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionMeta
 
 from imf_kernels import _C
-from imf_kernels.backends import cpu, triton_launch, verified
+from imf_kernels.backends import cpu, sources, triton_launch, verified
 from imf_kernels.backends.dispatch import (
     Asked,
     Backend,
@@ -120,6 +120,9 @@ class Operation(Generic[Asked]):
             *(replace(b, opt_in=partial(verified.on_request, self.public, b.name)) for b in backends),
             Backend[Asked]("reference", aliases=reference_aliases, **plain),
         )
+        for b in backends:
+            if isinstance(b.kernels, triton_launch.Kernels):
+                sources.MODULES.setdefault(self.public, set()).add(b.kernels.module)
         self.choices: dict[bytes | None, Callable[..., Result]] = {}
         self.kernels = kernels or name
         self.function: type[torch.autograd.Function] | None = None
@@ -130,7 +133,9 @@ class Operation(Generic[Asked]):
             }
             function: Any = FunctionMeta(f"_{name}", (torch.autograd.Function,), methods)
             self.function = function
-            # Skips `Function.apply`'s work for transforms of torch.func, where no kernel runs: 2 µs per call.
+            # Skips `Function.apply`'s work for transforms of torch.func, where no kernel runs: 2 µs per call,
+            # and its choice between backward and vjp.
+            function._backward_cls.apply = function.backward
             base: Any = super(torch.autograd.Function, function)
             self._forward, self._apply = forward, base.apply
             pair: Any = FunctionMeta(

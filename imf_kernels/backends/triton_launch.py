@@ -6,10 +6,11 @@ Triton is imported when a kernel is first needed: that takes a second.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,12 +23,10 @@ from imf_kernels.backends.layout import too_wide, unfit
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 16384  # elements of a row in a program's registers
 
-# Compiled kernels by kind of launch; at this many all are dropped.
-_kept: dict[tuple[object, ...], Callable[..., None]] = {}
-_MOST_KEPT = 1024
-
-# Releases of Triton whose compiled kernels are launched directly; others use the public API.
+# Releases of Triton whose compiled kernels the driver launches; others use the public API.
 _DIRECT = (3, 6), (3, 9)
+_MOST_SHARED = 228 << 10  # bytes; for more a launch needs an attribute
+_TYPES = {"i32": "i", "i64": "l", "fp32": "f", "constexpr": "c"}  # of parameters, for csrc/launch.h
 
 Tensors = tuple["Tensor | None", ...]
 Fixed = tuple["int | Fixed | None", ...]
@@ -100,10 +99,10 @@ class Kernels:
     """The launchers of an operation, imported at first use: `triton_kernels/<module>.py`, or `name` in it."""
 
     def __init__(self, module: str, name: str | None = None) -> None:
-        self._module, self._name = f"imf_kernels.backends.triton_kernels.{module}", name
+        self.module, self._name = module, name
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        kernels = importlib.import_module(self._module)
+        kernels = importlib.import_module(f"imf_kernels.backends.triton_kernels.{self.module}")
         launcher = getattr(kernels if self._name is None else getattr(kernels, self._name), name)
         setattr(self, name, launcher)  # found without this function from now on
         return launcher
@@ -113,9 +112,9 @@ class Launcher:
     """A kernel with its constants, launched on the device of its tensors, in PyTorch's current stream.
 
     Triton's own launch inspects every argument, 20 to 30 µs in Python. Here only the first launch of a kind
-    does so; its compiled kernel is cached and launched directly from then on. The kind is all that Triton
-    specialises a kernel on: the launcher, the device, each tensor's dtype and 16-byte alignment, which
-    tensors are `None`, and which numbers need 64 bits.
+    does so; its compiled kernel is cached and launched by the driver from then on (csrc/launch.h). The kind
+    is all that Triton specialises a kernel on: the launcher, the device, each tensor's dtype and 16-byte
+    alignment, which tensors are `None`, and which numbers need 64 bits.
 
     Args:
         kernel: a `triton.jit` function of tensors, `fixed`, numbers and constants, in this order. Its integer
@@ -129,6 +128,7 @@ class Launcher:
         # If a product and a sum were fused in one variant of a kernel only, the primal would depend on
         # whether there is a tangent: kernels call `tl.fma` instead.
         self.constants = {"enable_fp_fusion": False, **constants}
+        self._kinds = _C.Kinds()
 
     def __call__(self, grid: tuple[int, int], tensors: Tensors, *numbers: float | None) -> None:
         """Launches the kernel on `grid`, programs along two axes, unless that is empty.
@@ -137,58 +137,58 @@ class Launcher:
             tensors: tensors, `None` for missing ones.
             numbers: integers, floats and `None`, each the same type in every call.
         """
-        if 0 in grid:
+        if 0 in grid or (by_triton := self._kinds.launch(grid, tensors, numbers)) is None:
             return
-        kind, device, arguments = _C.launch(tensors, self.fixed, numbers)
-        if device < 0:  # in the interpreter
-            self.kernel[grid](*tensors, *self.fixed, *numbers, **self.constants)
-            return
-        launch = _kept.get((self, device, kind))
-        if launch is not None and torch._C._cuda_getDevice() == device:
-            launch(grid, device, arguments)
-            return
-        with torch.cuda.device(device):
-            if launch is not None:
-                launch(grid, device, arguments)
-                return
+        kind, device = by_triton
+        with torch.cuda.device(device) if device >= 0 else contextlib.nullcontext():
+            if device >= 0 and self._kinds.launch(grid, tensors, numbers) is None:
+                return  # another device was current
             compiled = self.kernel[grid](*tensors, *self.fixed, *numbers, **self.constants)
-        if launch := _direct(compiled, len(self.kernel.arg_names) - len(arguments)):
-            if len(_kept) >= _MOST_KEPT:
-                _kept.clear()
-            _kept[self, device, kind] = launch
+        if direct := _direct(compiled):
+            self._kinds.add(kind, *direct, len(tensors), tuple(_flat(self.fixed)), compiled)
 
 
-def _direct(compiled: Any, constants: int) -> Callable[..., None] | None:
-    """Returns a direct launch of a compiled kernel, by the calls that `triton.JITFunction.run` ends in.
+def replayed(function: Callable[..., None]) -> Callable[..., None]:
+    """Marks a function that launches kernels on its arguments and does nothing else.
 
-    It takes the grid, the device, and the kernel's arguments without the last `constants`, tensors as
-    addresses. `None` for an unknown release of Triton.
+    Grids, numbers and strides must depend on the arguments' shapes, strides, dtypes and values of numbers
+    alone: on a GPU a call's launches are repeated in later calls that are alike in these, without Python.
+    """
+    return functools.update_wrapper(_C.Replayed(function), function)
+
+
+def _flat(x: Any) -> Iterator[Any]:
+    if isinstance(x, tuple):
+        for part in x:
+            yield from _flat(part)
+    else:
+        yield x
+
+
+def _direct(compiled: Any) -> tuple[int, int, int, int, str] | None:
+    """Returns how the driver launches a compiled kernel, as `triton.JITFunction.run` would make it.
+
+    These are the addresses of cuLaunchKernel and of the kernel, its threads, its bytes of shared memory, and
+    the types of its arguments. `None` for what is not a plain launch of a known release of Triton.
     """
     triton = importlib.import_module("triton")
-    if compiled is None or not _DIRECT[0] <= _release(triton.__version__) <= _DIRECT[1]:
+    if compiled is None or torch.version.hip or not _DIRECT[0] <= _release(triton.__version__) <= _DIRECT[1]:
         return None
-    runtime, stream_of = triton.knobs.runtime, torch._C._cuda_getCurrentRawStream
-    run, function = compiled.run, compiled.function
-    fixed: tuple[Any, ...] = (compiled.packed_metadata, None, None, None)
-    unused = (None,) * constants  # the compiled kernel has them already
-    if _release(triton.__version__) == (3, 6) and not torch.version.hip and not _scratch(run):
-        # What `run` does, in two thirds of its time.
-        fixed = run.launch_cooperative_grid, run.launch_pdl, None, None, *fixed
-        run = run.launch
-
-    def launch(grid: tuple[int, int], device: int, arguments: tuple[object, ...]) -> None:
-        before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
-        if getattr(before, "calls", before) or getattr(after, "calls", after):  # a profiler is active
-            compiled[(*grid, 1)](*arguments, *unused)
-        else:
-            run(*grid, 1, stream_of(device), function, *fixed, *arguments, *unused)
-
-    return launch
+    run, made = compiled.run, compiled.metadata
+    special = run.global_scratch_size, run.profile_scratch_size, run.launch_cooperative_grid, run.launch_pdl
+    sanitized = getattr(run, "gsan_enabled", False)
+    if any(special) or sanitized or made.num_ctas > 1 or made.shared > _MOST_SHARED:
+        return None
+    _C.watch(triton.knobs.runtime)
+    types = "".join("p" if t[0] == "*" else _TYPES[t] for t in _flat(tuple(compiled.src.signature.values())))
+    return _launch_kernel(), compiled.function, 32 * made.num_warps, made.shared, types
 
 
-def _scratch(run: Any) -> int:
-    """Returns the bytes of memory that each program of a kernel needs besides its tensors."""
-    return run.global_scratch_size + run.profile_scratch_size
+@functools.cache
+def _launch_kernel() -> int:
+    """Returns the address of cuLaunchKernel."""
+    function = ctypes.CDLL("libcuda.so.1").cuLaunchKernel
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def architecture(x: Tensor) -> str:

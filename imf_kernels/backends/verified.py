@@ -2,8 +2,10 @@
 
 A record of `imf_kernels.verify` is a JSON file in the user's cache. Its key names the processor or GPU, the
 driver and the versions of PyTorch, Triton and this package; under another key it does not count. The records
-of this repository, records.json, are by architecture. Importing reads nothing: the records of a device are
-read once per process, when one of its calls first chooses a backend.
+of this repository, records.json, are by architecture. Both hold for the kernels that they were made with:
+what they say of an operation on a backend counts as long as the digest of its sources is the same. Importing
+reads nothing: the records of a device are read once per process, when one of its calls first chooses a
+backend.
 """
 
 from __future__ import annotations
@@ -26,26 +28,29 @@ from torch import Tensor
 
 import imf_kernels
 from imf_kernels import _C
-from imf_kernels.backends import triton_launch
+from imf_kernels.backends import sources, triton_launch
 from imf_kernels.backends.dispatch import FLASH, constant
 
 ON_GPU = ("triton", "cuda")
+_VERIFIES = "`python -m imf_kernels.verify` verifies what is installed"
 Results = Mapping[str, Mapping[str, Mapping[str, "str | None"]]]
 
 
 @dataclass(frozen=True)
 class Record:
-    """Results of `imf_kernels.verify` on one device.
+    """Results of `imf_kernels.verify`, or of this repository's tests, on one device.
 
     Attributes:
-        key: what they hold for, see `key_of`.
+        key: what they hold for, see `key_of`; of a committed record, what it was made with.
         results: by operation, backend and dtype: what failed, or `None` where all passed.
         ratios: by operation, the time of `cuda` relative to Triton's.
+        sources: by operation and backend, the digest of the kernels.
     """
 
     key: Mapping[str, str]
     results: Results = field(default_factory=dict)
     ratios: Mapping[str, float] = field(default_factory=dict)
+    sources: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path, key: Mapping[str, str]) -> Record:
@@ -59,7 +64,7 @@ class Record:
         if not path.is_file():
             raise ValueError("it is not a regular file")
         content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or set(content) != {"key", "results", "ratios"}:
+        if not isinstance(content, dict) or set(content) != {"key", "results", "ratios", "sources"}:
             raise ValueError("it is not a record of imf_kernels.verify")
         if content["key"] != key:
             raise ValueError(f"its key must be {key}, got {content['key']}")
@@ -67,6 +72,8 @@ class Record:
             content["ratios"], 1, (float,)
         ):
             raise ValueError("results must be texts or null, and ratios numbers")
+        if not by_name(content["sources"], 2, (str,)):
+            raise ValueError("sources must be texts")
         return cls(**content)
 
     def write(self) -> Path:
@@ -81,15 +88,32 @@ class Record:
             temporary.unlink(missing_ok=True)
         return path
 
+    def holds(self, operation: str, backend: str) -> bool:
+        """Returns whether the kernels are those that the record was made with."""
+        return self.sources.get(operation, {}).get(backend) == sources.digest(operation, backend)
+
     def failed(self) -> list[str]:
-        """Returns "rms_norm (triton, bfloat16)", … of all kernels that failed."""
+        """Returns "rms_norm (triton, bfloat16)", … of all kernels that failed and are still the same."""
         return [
             f"{operation} ({backend}, {dtype})"
             for operation, backends in self.results.items()
             for backend, dtypes in backends.items()
             for dtype, failure in dtypes.items()
-            if failure is not None and backend != "reference"
+            if failure is not None and backend != "reference" and self.holds(operation, backend)
         ]
+
+    def changed(self) -> list[str]:
+        """Returns "rms_norm (triton)", … of all kernels that are others than those of the record."""
+        return [
+            f"{operation} ({backend})"
+            for operation, backends in self.results.items()
+            for backend in backends
+            if not self.holds(operation, backend)
+        ]
+
+    def made(self) -> str:
+        """Returns what a committed record was made with: "NVIDIA H100, sm_90, imf_kernels 0.1.0, …"."""
+        return ", ".join(v if name == "device" else f"{name} {v}" for name, v in self.key.items())
 
 
 def devices() -> list[str]:
@@ -155,9 +179,10 @@ def record_of(device: str) -> Record | None:
 
 
 @functools.cache
-def committed() -> dict[str, list[str]]:
-    """Returns the architectures that this repository verifies, and on each the operations for `cuda`."""
-    return json.loads(Path(__file__).with_name("records.json").read_text(encoding="utf-8"))
+def committed() -> dict[str, Record]:
+    """Returns this repository's records by architecture."""
+    content = json.loads(Path(__file__).with_name("records.json").read_text(encoding="utf-8"))
+    return {name: Record(**record) for name, record in content.items()}
 
 
 def architecture(device: str) -> str:
@@ -165,26 +190,29 @@ def architecture(device: str) -> str:
     return "cpu" if device == "cpu" else triton_launch.architecture_of(torch.device(device).index)
 
 
+def _record_for(operation: str, backend: str, device: str) -> Record:
+    """Returns the record that tells of these kernels: this machine's, else this repository's, else none's."""
+    for record in (record_of(device), committed().get(architecture(device))):
+        if record and backend in record.results.get(operation, {}) and record.holds(operation, backend):
+            return record
+    return Record({})
+
+
 def _tried(operation: str, backend: str, device: str) -> Mapping[str, str | None]:
-    record = record_of(device)
-    return {} if record is None else record.results.get(operation, {}).get(backend, {})
+    return _record_for(operation, backend, device).results.get(operation, {}).get(backend, {})
 
 
 def reason(operation: str, backend: str, device: str, dtype: str) -> str | None:
     """Returns why a backend runs on the device only if named; `None` where it may be the default."""
-    tried = _tried(operation, backend, device)
-    if failure := tried.get(dtype):
+    if failure := _tried(operation, backend, device).get(dtype):
         return f"it failed imf_kernels.verify, {path_of(key_of(device))}: {failure}"
     if backend == FLASH:
         return "it runs on request: its results have other last bits than those of calls with a tangent"
     if backend != "cuda":
         return None
-    record = record_of(device)
-    if record is not None and tried:
-        is_faster = record.ratios.get(operation, 1.0) < 1
-    else:
-        is_faster = operation in committed().get(architecture(device), ())
-    return None if is_faster else f"it runs on request, no record shows it faster on {architecture(device)}"
+    if _record_for(operation, backend, device).ratios.get(operation, 1.0) < 1:
+        return None
+    return f"it runs on request, no record of these kernels shows it faster on {architecture(device)}"
 
 
 def on_request(operation: str, backend: str, asked: Any) -> str | None:
@@ -220,34 +248,44 @@ def _warn_of_failures(device: str) -> None:
 
 
 def warn_unverified(operation: str, backend: str, asked: Any) -> None:
-    """Warns once per GPU of kernels that no record there tells of."""
+    """Warns once per GPU of kernels that no record tells of."""
     if backend in ON_GPU and asked[0].device.type == "cuda":
         _warn_unverified(operation, backend, f"cuda:{asked[0].get_device()}", str(asked[0].dtype))
 
 
 @constant
 def _warn_unverified(operation: str, backend: str, device: str, dtype: str) -> None:
-    tried = dtype.removeprefix("torch.") in _tried(operation, backend, device)
-    if not tried and architecture(device) not in committed():
+    if dtype.removeprefix("torch.") not in _tried(operation, backend, device):
         _warn_of_gpu(device)
 
 
 @functools.cache
 def _warn_of_gpu(device: str) -> None:
+    name = architecture(device)
+    earlier = committed().get(name)
     warnings.warn(
-        f"imf_kernels: the kernels have not been verified on {torch.cuda.get_device_name(device)} "
-        f"({architecture(device)}); `python -m imf_kernels.verify` does it. "
-        "backend='reference' is the plain PyTorch to compare with",
+        f"imf_kernels: the kernels have not been verified on {torch.cuda.get_device_name(device)} ({name})"
+        f"{f' as they are now, but at an earlier version ({earlier.made()})' if earlier else ''}; "
+        f"{_VERIFIES}. backend='reference' is the plain PyTorch to compare with",
         stacklevel=2,
     )
 
 
 def status(device: str) -> str:
-    """Returns which record verifies a device, and what failed."""
-    record = record_of(device)
-    if record is not None:
-        failed = ", ".join(record.failed()) or "none"
-        return f"{len(record.results)} operations checked, {failed} failed, by {path_of(record.key)}"
-    if architecture(device) in committed():
-        return f"by this repository's record of {architecture(device)}"
-    return "no record; `python -m imf_kernels.verify` makes one"
+    """Returns which record verifies a device, what failed, and what has changed since."""
+    if own := record_of(device):
+        failed = ", ".join(own.failed()) or "none"
+        text = f"{len(own.results)} operations checked, {failed} failed, by {path_of(own.key)}"
+        return text + _since(own)
+    if ours := committed().get(architecture(device)):
+        text = f"by this repository's record ({ours.made()})"
+        return f"{'at an earlier version, ' if ours.changed() else ''}{text}{_since(ours)}"
+    return f"no record; {_VERIFIES}"
+
+
+def _since(record: Record) -> str:
+    changed = record.changed()
+    if not changed:
+        return ""
+    names = "all kernels" if len(changed) == sum(map(len, record.results.values())) else ", ".join(changed)
+    return f"; changed since: {names}; {_VERIFIES}"

@@ -6,11 +6,14 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import imf_kernels as ik
+from imf_kernels import _C
 from imf_kernels.backends import triton_launch
+from imf_kernels.backends.operators import OPERATIONS
 from imf_kernels.testing import cases, errors
-from tests.helpers.backends import ON_GPU
+from tests.helpers.backends import ON_GPU, has_triton
 
 pytestmark = pytest.mark.gpu
 
@@ -109,6 +112,44 @@ def test_sums_over_shares_of_several_tiles(case, kernels, monkeypatch):
 
     monkeypatch.setattr(rows, "_SHARES", 2)
     check_twice(case, kernels)
+
+
+class _NoOperators(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func} in a function that is replayed")
+
+
+SMALLEST = list({c.operation: c for c in reversed(cases.SMALL) if has_triton(c.operation)}.values())
+
+
+@needs_triton
+@in_the_interpreter
+@pytest.mark.parametrize("case", [*SUMS, *SMALLEST], ids=str)
+def test_replayed_functions_only_launch(case, monkeypatch):
+    """On a GPU whatever else they did would be left out from their second call on."""
+    called = []
+
+    def checked(function, name):
+        def call(*arguments):
+            called.append(name)
+            with _NoOperators():
+                function.__wrapped__(*arguments)
+
+        return call
+
+    kernels = next(b.kernels for b in OPERATIONS[case.operation].backends if b.name == "triton")
+    module = importlib.import_module(f"imf_kernels.backends.triton_kernels.{kernels.module}")
+    monkeypatch.setattr(triton_launch.Launcher, "__call__", lambda *arguments: None)
+    for name, value in list(vars(module).items()):
+        if isinstance(value, _C.Replayed):
+            monkeypatch.setattr(module, name, checked(value, name))
+            if hasattr(kernels, name):
+                monkeypatch.setattr(kernels, name, getattr(module, name))
+    dtype = torch.float16 if case.operation == "scaled_dot_product_attention" else torch.float32
+    p = errors.problem(case, dtype)
+    p.evaluate("triton")
+    p.evaluate("triton", tangents=False)
+    assert called or case.operation in ("gelu", "silu", "group_norm")
 
 
 def check_twice(case, kernels):

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from benchmarks.tools import verified
+from imf_kernels.backends.verified import Record, committed
 
-MACHINE = "name, driver_version\nNVIDIA A GPU, 580.1, 81559 MiB, 9.0, 1980 MHz\n"
+MACHINE = "commit 0123456789abcdef\nname, driver_version\nNVIDIA A GPU, 580.1, 81559 MiB, 9.0, 1980 MHz\n"
 SDPA = verified.ATTENTION
 PASSED = f"""
 <testcase classname="tests.ops.test_operations" name="test_error_rule[{SDPA} digits, bfloat16-cuda]" />
@@ -38,24 +39,43 @@ def says(tmp_path):
             for backend, s in seconds.items()
         ]
         (record / "benchmarks.json").write_text(json.dumps({"figures": figures}))
-        return json.loads(verified.text(record.parent))
+        digests = {name: {"triton": "1", "cuda": "2"} for name in (SDPA, "silu", "gelu")}
+        (record / "sources.json").write_text(json.dumps({"imf_kernels": "0.1.0", "sources": digests}))
+        found = json.loads(verified.text(record.parent))
+        return Record(**found["sm_90"]) if found else None
 
     return ask
 
 
 def test_an_architecture_is_verified_by_the_tests_of_the_operations(says):
-    assert says() == {"sm_90": [SDPA]}
+    record = says()
+    assert record.made() == "NVIDIA A GPU, sm_90, imf_kernels 0.1.0, commit 0123456"
+    assert record.results == {
+        SDPA: {"triton": {"bfloat16": None}, "cuda": {"bfloat16": None}},
+        "silu": {"triton": {"float32": None}},
+    }
+    assert record.sources == {SDPA: {"triton": "1", "cuda": "2"}, "silu": {"triton": "1"}}
     elsewhere = failed("test_average[triton]", "tests.backends.test_moving_average")
-    assert says(PASSED + elsewhere, code=1) == {"sm_90": [SDPA]}
-    assert says(PASSED + failed("test_error_rule[gelu vector, float32-triton]"), code=1) == {}
-    assert says(code=2) == says(code="no time left") == {}  # not to the end
-    assert says(tests="") == {}
+    assert says(PASSED + elsewhere, code=1) == record
+    assert says(PASSED + failed("test_error_rule[gelu vector, float32-triton]"), code=1) is None
+    assert says(code=2) is says(code="no time left") is None  # not to the end
+    assert says(tests="") is None
 
 
-def test_cuda_is_the_default_where_it_passed_and_is_no_slower(says):
-    assert says(cuda=2.1) == {"sm_90": []}
-    assert says(PASSED + failed(f"test_error_rule[{SDPA} x, float16-cuda]"), code=1) == {"sm_90": []}
+def test_cuda_is_the_default_where_it_passed_and_is_faster(says):
+    assert says().ratios == {SDPA: 0.5} and says(cuda=2.5).ratios == {SDPA: 1.25}
+    record = says(PASSED + failed(f"test_error_rule[{SDPA} x, float16-cuda]"), code=1)
+    assert record.ratios == {} and "cuda" not in record.results[SDPA]
 
 
 def test_the_package_has_what_the_committed_records_say():
     assert verified.TARGET.read_text() == verified.text(verified.RESULTS)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/gpu.md"])
+def test_the_documents_say_whether_kernels_have_changed_since(page):
+    """Of each committed record: at which commit it was made, and whether it holds for these kernels."""
+    text = " ".join((verified.ROOT / page).read_text().split())
+    for record in committed().values():
+        since = " and changed since" if record.changed() else ""
+        assert f"at commit {record.key['commit']}{since}" in text, page

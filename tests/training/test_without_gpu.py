@@ -47,12 +47,17 @@ def library(tmp_path_factory):
     return path
 
 
-def records(library, *jobs, grouped=False):
-    """Runs jobs of tests/helpers/steps_without_gpu.py in a process; their records."""
+def environment_with(library):
+    """The environment of a process with the runtime."""
     others = ("TRITON_INTERPRET", "CUBLAS_WORKSPACE_CONFIG")  # of tests/conftest.py
     environment = {name: value for name, value in os.environ.items() if name not in others}
     environment |= {"LD_PRELOAD": str(library), "TRITON_LIBCUDA_PATH": str(library.parent)}
-    environment |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    return environment | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+
+
+def records(library, *jobs, grouped=False):
+    """Runs jobs of tests/helpers/steps_without_gpu.py in a process; their records."""
+    environment = environment_with(library)
     if grouped:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -184,3 +189,9 @@ def test_what_a_step_must_not_do_is_found(library, planted):
     for (mode, fault, kinds), record in zip(planted, records(library, *jobs), strict=True):
         found = faults(record, MODES[mode], *limits("digits", mode))
         assert {kind for kind, _ in found} == kinds, (fault, found)
+
+
+def test_the_driver_is_given_what_launchers_are(library):
+    """Grids, addresses and numbers of launches without Triton, also of replayed ones and on other tensors."""
+    command = [sys.executable, "-m", "tests.helpers.launches_without_gpu"]
+    subprocess.run(command, check=True, cwd=ROOT, env=environment_with(library), timeout=1000)

@@ -59,7 +59,7 @@ from imf_kernels.backends.triton_kernels.attention_parts import (
     zeros_tile,
 )
 from imf_kernels.backends.triton_kernels.attention_tiles import tiles_for
-from imf_kernels.backends.triton_launch import Launcher
+from imf_kernels.backends.triton_launch import Launcher, replayed
 
 
 @triton.jit
@@ -380,6 +380,14 @@ def forward(
     if too_narrow(q, v):
         given, written = (q, k, v, q_dot, k_dot, v_dot, mask), (out, out_dot, lse)
         return in_float32(forward, given, written, mask, scale, is_causal)
+    _forward(q, k, v, q_dot, k_dot, v_dot, mask, out, out_dot, lse, scale, is_causal)
+
+
+@replayed
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None,
+    mask: Tensor | None, out: Tensor, out_dot: Tensor | None, lse: Tensor, scale: float, is_causal: bool,
+) -> None:  # fmt: skip
     (batch, heads, queries, width), (_, kv_heads, keys, value_width) = q.shape, v.shape
     architecture, group = triton_launch.architecture(q), heads // max(kv_heads, 1)
     sizes = heads, group, queries, keys, width, value_width, is_causal, stride_of(mask)
@@ -402,17 +410,25 @@ def backward(
     """Fills those of dq, dk and dv that are not None."""
     if too_narrow(q, v):
         return in_float32(backward, (q, k, v, mask, lse, dout), (dq, dk, dv), mask, scale, is_causal)
-    (batch, heads, queries, width), (_, kv_heads, keys, value_width) = q.shape, v.shape
-    architecture, group = triton_launch.architecture(q), heads // max(kv_heads, 1)
-    sizes = group, queries, keys, width, value_width, is_causal, stride_of(mask)
-    strides = q.stride(), k.stride(), v.stride(), dout.stride()
-    sums = lse.new_empty((batch, heads, 2, queries))
-    if keys == 1:  # P is 1 for any logits: exact zeros, not rounding errors of dP - delta
+    if k.shape[2] == 1:  # P is 1 for any logits: exact zeros, not rounding errors of dP - delta
         for x in (dq, dk):
             if x is not None:
                 x.zero_()
         dq = dk = None
+    sums = lse.new_empty((*q.shape[:2], 2, q.shape[2]))
+    _backward(q, k, v, mask, lse, dout, dq, dk, dv, sums, scale, is_causal)
 
+
+@replayed
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lse: Tensor, dout: Tensor, dq: Tensor | None,
+    dk: Tensor | None, dv: Tensor | None, sums: Tensor, scale: float, is_causal: bool,
+) -> None:  # fmt: skip
+    """Fills sums [B, H, 2, L_q] too, of each row of logits, which the second kernel reads."""
+    (batch, heads, queries, width), (_, kv_heads, keys, value_width) = q.shape, v.shape
+    architecture, group = triton_launch.architecture(q), heads // max(kv_heads, 1)
+    sizes = group, queries, keys, width, value_width, is_causal, stride_of(mask)
+    strides = q.stride(), k.stride(), v.stride(), dout.stride()
     launch, programs = launcher_of(
         "backward q", architecture, q.dtype, heads, *sizes, *strides, stride_of(dq)
     )

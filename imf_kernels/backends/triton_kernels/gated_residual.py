@@ -26,6 +26,7 @@ from imf_kernels.backends.triton_kernels.rows import (
     store_sums,
 )
 from imf_kernels.backends.triton_kernels.rows import shares as shares_of_rows
+from imf_kernels.backends.triton_launch import replayed
 
 _WIDEST = 1024
 
@@ -105,6 +106,7 @@ def shares(groups: int, length: int, width: int, count: int) -> int:
     return shares_of_rows(groups, length, min(width, _WIDEST), count)
 
 
+@replayed
 def forward(
     x: Tensor, x_dot: Tensor | None, branch: Tensor, branch_dot: Tensor | None,
     gate: Tensor, gate_dot: Tensor | None, y: Tensor, y_dot: Tensor | None,
@@ -121,6 +123,7 @@ def backward(
     pair_backward(dy, None, branch, None, gate, None, dbranch, None, partial, dgate)
 
 
+@replayed
 def pair_backward(
     dy: Tensor, dy_dot: Tensor | None, branch: Tensor, branch_dot: Tensor | None, gate: Tensor,
     gate_dot: Tensor | None, dbranch: Tensor, dbranch_dot: Tensor | None, partial: Tensor, sums: Tensor,

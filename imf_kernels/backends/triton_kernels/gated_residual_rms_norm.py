@@ -22,6 +22,7 @@ from imf_kernels.backends.triton_kernels.duals import (
 from imf_kernels.backends.triton_kernels.rms_norm import backward_of_norm, inverse_rms, tangent_of_norm
 from imf_kernels.backends.triton_kernels.rows import RowKernel, count_rows, load_rows, store_sums
 from imf_kernels.backends.triton_kernels.rows import shares as shares
+from imf_kernels.backends.triton_launch import replayed
 
 
 @triton.jit(do_not_specialize=["first_tangent", "rows"])
@@ -112,6 +113,7 @@ def gated_residual_rms_norm_backward(
 _FORWARD, _BACKWARD = RowKernel(gated_residual_rms_norm_forward), RowKernel(gated_residual_rms_norm_backward)
 
 
+@replayed
 def forward(
     x: Tensor, x_dot: Tensor | None, branch: Tensor, branch_dot: Tensor | None, gate: Tensor, weight: Tensor,
     stream: Tensor, stream_dot: Tensor | None, y: Tensor, y_dot: Tensor | None, rstd: Tensor, eps: float,
@@ -131,6 +133,7 @@ def backward(
     )
 
 
+@replayed
 def pair_backward(
     stream: Tensor, x_dot: Tensor | None, dstream: Tensor | None, dstream_dot: Tensor | None, dy: Tensor,
     dy_dot: Tensor | None, branch: Tensor, branch_dot: Tensor | None, gate: Tensor, weight: Tensor,

@@ -30,6 +30,7 @@ from imf_kernels.backends.triton_kernels.rows import (
     sum_of_row,
 )
 from imf_kernels.backends.triton_kernels.rows import shares as shares
+from imf_kernels.backends.triton_launch import replayed
 
 
 @triton.jit
@@ -130,6 +131,7 @@ def layer_norm_backward(
 _FORWARD, _BACKWARD = RowKernel(layer_norm_forward), RowKernel(layer_norm_backward)
 
 
+@replayed
 def forward(
     x: Tensor, x_dot: Tensor | None, scale: Tensor | None, scale_dot: Tensor | None,
     shift: Tensor | None, shift_dot: Tensor | None, y: Tensor, y_dot: Tensor | None, statistics: Tensor,
@@ -149,6 +151,7 @@ def backward(
     pair_backward(x, None, dy, None, scale, None, statistics, dx, None, partial, sums, one)
 
 
+@replayed
 def pair_backward(
     x: Tensor, x_dot: Tensor | None, dy: Tensor, dy_dot: Tensor | None, scale: Tensor | None,
     scale_dot: Tensor | None, statistics: Tensor, dx: Tensor, dx_dot: Tensor | None, partial: Tensor,

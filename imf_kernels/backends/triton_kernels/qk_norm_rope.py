@@ -22,6 +22,7 @@ from imf_kernels.backends.triton_kernels.duals import (
 from imf_kernels.backends.triton_kernels.rms_norm import backward_of_norm, inverse_rms, tangent_of_norm
 from imf_kernels.backends.triton_kernels.rows import RowKernel, store_sums
 from imf_kernels.backends.triton_kernels.rows import shares as shares
+from imf_kernels.backends.triton_launch import replayed
 
 
 @triton.jit
@@ -184,6 +185,7 @@ def _first_position(batch: int, length: int, q_dot: Tensor | None) -> int:
 _FORWARD, _BACKWARD = RowKernel(_forward), RowKernel(_backward, stride=_strides)
 
 
+@replayed
 def forward(
     qkv: Tensor, qkv_dot: Tensor | None, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
     q: Tensor, q_dot: Tensor | None, k: Tensor, k_dot: Tensor | None, rstd: Tensor, eps: float,
@@ -204,6 +206,7 @@ def backward(
     )
 
 
+@replayed
 def pair_backward(
     qkv: Tensor, qkv_dot: Tensor | None, dq: Tensor, dq_dot: Tensor | None, dk: Tensor,
     dk_dot: Tensor | None, dv: Tensor, dv_dot: Tensor | None, q_weight: Tensor, k_weight: Tensor,

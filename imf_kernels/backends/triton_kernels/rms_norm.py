@@ -27,6 +27,7 @@ from imf_kernels.backends.triton_kernels.rows import (
     sum_of_row,
 )
 from imf_kernels.backends.triton_kernels.rows import shares as shares
+from imf_kernels.backends.triton_launch import replayed
 
 
 @triton.jit
@@ -99,6 +100,7 @@ def rms_norm_backward(
 _FORWARD, _BACKWARD = RowKernel(rms_norm_forward), RowKernel(rms_norm_backward)
 
 
+@replayed
 def forward(
     x: Tensor, x_dot: Tensor | None, weight: Tensor, y: Tensor, y_dot: Tensor | None, rstd: Tensor, eps: float
 ) -> None:
@@ -113,6 +115,7 @@ def backward(
     pair_backward(x, None, dy, None, weight, rstd, dx, None, partial, dweight)
 
 
+@replayed
 def pair_backward(
     x: Tensor, x_dot: Tensor | None, dy: Tensor, dy_dot: Tensor | None, weight: Tensor, rstd: Tensor,
     dx: Tensor, dx_dot: Tensor | None, partial: Tensor, dweight: Tensor,

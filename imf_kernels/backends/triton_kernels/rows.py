@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,8 +21,8 @@ _ELEMENTS, _ELEMENTS_OF_A_WARP = 2048, 256
 # Maximum number of shares of a sum over rows, the same on all GPUs.
 _SHARES = 512
 
-# Dimensions of partial sums [groups, shares, sums, width] that totals of so many dimensions do not have.
-_SUMMED = {1: (0, 1, 2), 2: (1, 2), 3: (1,)}
+# Rows and columns of shares that a program adds at once: 128 bytes per row, several rows per thread.
+_ADDED_ROWS, _ADDED_COLUMNS = 128, 32
 
 
 def row_stride(x: Tensor | None) -> int:
@@ -117,6 +116,26 @@ def sum_of_row(x):
     return tl.sum(x, axis=1, keep_dims=True)
 
 
+@triton.jit(do_not_specialize=["shares"])
+def add_shares(
+    partial, total, shares, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Adds up the shares of a group, [shares, COLUMNS]: ROWS of them at once, one after the other."""
+    group = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    sums = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first in range(0, shares, ROWS):
+        share = first + tl.arange(0, ROWS)[:, None]
+        at = partial + (group * shares + share) * COLUMNS + column
+        sums += tl.load(at, mask=(share < shares) & (column < COLUMNS), other=0.0)
+    tl.store(total + group * COLUMNS + column, tl.sum(sums, axis=0, keep_dims=True), mask=column < COLUMNS)
+
+
+@functools.lru_cache(maxsize=1024)
+def _adder(columns: int, rows: int) -> Launcher:
+    return Launcher(add_shares, COLUMNS=columns, ROWS=rows, BLOCK=_ADDED_COLUMNS, num_warps=8)
+
+
 class RowKernel:
     """A kernel over rows, with one program per tile of ROWS by BLOCK elements, powers of two.
 
@@ -162,12 +181,13 @@ class RowKernel:
             partial: [groups, shares, sums, width], the kernel's last tensor.
             total: [groups, sums, width], without dimensions of size 1 where those are left out.
         """
-        groups, width = partial.shape[0], partial.shape[-1]
+        groups, shares, sums, width = partial.shape
         length = rows // max(groups, 1)
         launcher, _, columns = self._launcher(width, *map(self._stride, strided))
         share = _rows_of_share(groups, length, min(width, self._widest))
         launcher((groups * -(-length // share), columns), (*tensors, partial), *numbers, length, share)
-        torch.sum(partial, _SUMMED[total.dim()], out=total)
+        adder = _adder(sums * width, min(_block(shares), _ADDED_ROWS))
+        adder((groups, -(-sums * width // _ADDED_COLUMNS)), (partial, total), shares)
 
     def _new_launcher(self, width: int, *strides: int | tuple[int, ...]) -> tuple[Launcher, int, int]:
         """Returns a launcher, the rows per tile, and the tiles per row."""

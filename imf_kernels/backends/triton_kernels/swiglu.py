@@ -9,6 +9,7 @@ from torch import Tensor
 from imf_kernels.backends.triton_kernels.duals import load_cotangents, load_dual, store_gradients, times
 from imf_kernels.backends.triton_kernels.elementwise import dual_silu, sigmoid, silu_derivative
 from imf_kernels.backends.triton_kernels.rows import RowKernel, count_rows
+from imf_kernels.backends.triton_launch import replayed
 
 
 @triton.jit
@@ -62,6 +63,7 @@ def swiglu_backward(
 _FORWARD, _BACKWARD = RowKernel(swiglu_forward, widest=1024), RowKernel(swiglu_backward, widest=1024)
 
 
+@replayed
 def forward(x: Tensor, x_dot: Tensor | None, y: Tensor, y_dot: Tensor | None) -> None:
     width = y.shape[-1]
     rows = count_rows(y, width)
@@ -73,6 +75,7 @@ def backward(x: Tensor, dy: Tensor, dx: Tensor) -> None:
     pair_backward(x, None, dy, None, dx, None)
 
 
+@replayed
 def pair_backward(
     x: Tensor, x_dot: Tensor | None, dy: Tensor, dy_dot: Tensor | None, dx: Tensor, dx_dot: Tensor | None
 ) -> None:
