@@ -110,7 +110,11 @@ def as_dual_tensor(y: Any) -> Any:
     tangent = y.tangent_rows
     if tangent is None:
         return y.primal
-    if not torch.compiler.is_compiling() and tangent._is_view() and not tangent.requires_grad:
+    if torch.compiler.is_compiling():
+        # No view of the primal, whose in-place calls would differentiate through strides; the compiler drops
+        # the copy.
+        return make_dual_tensor(y.primal, tangent).clone()
+    if tangent._is_view() and not tangent.requires_grad:
         # A view made without autograd must not be modified.
         tangent = not_a_view(tangent, tangent.shape)
     return make_dual_tensor(y.primal, tangent)

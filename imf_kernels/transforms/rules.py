@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imf_kernels.backends.dispatch import autocasts, cached_constant
+from imf_kernels.backends.dispatch import autocasts, cached_constant, traced_default
 from imf_kernels.backends.layout import last_contiguous
 from imf_kernels.dual import Dual, is_differentiable, map_both, tangent_graph, unpack
 from imf_kernels.ops import attention, check, elementwise, group_norm, layer_norm, linear, rms_norm
@@ -157,16 +157,25 @@ def _of_four_dims(x: Any, batch: tuple[int, ...], heads: int) -> Any:
     return map_both(lambda t: t.expand(shape).reshape(math.prod(batch), *shape[-3:]), x)
 
 
+def _elementwise_backend() -> str | None:
+    """Returns "reference" while torch.compile traces, unless another is set: plain calls are fused with their
+    neighbours, in the memory order that those have; a kernel's inputs would be laid out anew.
+    """
+    return "reference" if torch.compiler.is_compiling() and traced_default() is None else None
+
+
 @serves(F.silu)
 def _silu(input: Any, inplace: bool = False) -> Any:
     if inplace:
         return NotServed("in place")
-    return _silu_of_dual(input) if input.dtype in _DTYPES else _DTYPE
+    return _silu_of_dual(input, backend=_elementwise_backend()) if input.dtype in _DTYPES else _DTYPE
 
 
 @serves(F.gelu)
 def _gelu(input: Any, approximate: str = "none") -> Any:
-    return _gelu_of_dual(input, approximate=approximate) if input.dtype in _DTYPES else _DTYPE
+    if input.dtype not in _DTYPES:
+        return _DTYPE
+    return _gelu_of_dual(input, approximate=approximate, backend=_elementwise_backend())
 
 
 @serves(F.layer_norm)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import imf_kernels as ik
@@ -258,6 +260,57 @@ def test_a_tangent_that_is_handed_out():
         (y - y_dot.detach()).square().sum().backward()
         grads.append(x.grad)
     torch.testing.assert_close(*grads)
+
+
+def _traced(function, x, x_dot, **options):
+    """Returns the calls of the forward and backward graphs, after comparing gradients with eager mode."""
+    targets = []
+
+    def keep(graph, inputs):
+        targets.append({f"{node.target} {node.args[:1]}" for node in graph.graph.nodes})
+        return make_boxed_func(graph.forward)
+
+    def loss(x, x_dot):
+        y, y_dot = ik.jvp(function, (x,), (x_dot,), **options)
+        return (y * (y_dot if options else y_dot.detach())).sum()
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    grads = []
+    for step in (loss, torch.compile(loss, backend=backend, fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        step(leaf, x_dot).backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    return targets
+
+
+@pytest.mark.parametrize("options", [{}, {"differentiable": True}], ids=["", "differentiable"])
+@pytest.mark.parametrize(
+    "function", [F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh")], ids=["silu", "gelu", "gelu_tanh"]
+)
+def test_activations_are_left_to_the_compiler_unless_a_backend_is_named(function, options):
+    def operators(targets):
+        return [
+            name
+            for graph in targets
+            for name in graph
+            if "imf_kernels.silu" in name or "imf_kernels.gelu" in name
+        ]
+
+    assert not operators(_traced(function, X, X_DOT, **options))
+    torch._dynamo.reset()
+    with ik.use_backend("cpu"):
+        assert operators(_traced(lambda x: function(x) * 1, X, X_DOT, **options))
+
+
+def test_results_written_in_place_are_no_views():
+    """The backward of a call in place on a view copies gradients through strides."""
+
+    def function(x):
+        y = F.linear(x, WEIGHT)
+        return y.clip_(-1, 1).add_(x)
+
+    assert not [name for graph in _traced(function, X, X_DOT) for name in graph if "strided" in name]
 
 
 @pytest.mark.parametrize("x", [torch.tensor(0.5).expand(4), torch.randn(20).unfold(0, 8, 2)[:4]])
