@@ -118,8 +118,9 @@ def _operations(x):
         lambda x: F.layer_norm(x, x.shape[1:]),
         lambda x: F.batch_norm(x, None, None, training=True),
         lambda x: F.batch_norm(x, torch.zeros(6), torch.ones(6) / 2),
+        lambda x: x.softmax(-1),
     ],
-    ids=["checkpoint", "operations", "layer_norm over two", "batch_norm", "batch_norm of running statistics"],
+    ids=["checkpoint", "operations", "layer_norm over two", "batch_norm", "running statistics", "softmax"],
 )
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 def test_calls_whose_rule_the_compiler_cannot_follow(function, autocast):
@@ -286,16 +287,19 @@ def _traced(function, x, x_dot, **options):
 
 @pytest.mark.parametrize("options", [{}, {"differentiable": True}], ids=["", "differentiable"])
 @pytest.mark.parametrize(
-    "function", [F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh")], ids=["silu", "gelu", "gelu_tanh"]
+    ("function", "operator"),
+    [
+        (F.silu, "silu_"),
+        (F.gelu, "gelu_"),
+        (lambda x: F.gelu(x, approximate="tanh"), "gelu_tanh_"),
+        (lambda x: F.layer_norm(x, (16,), WEIGHT[0], WEIGHT[1]), "layer_norm_"),
+        (lambda x: F.rms_norm(x, (16,), WEIGHT[0]), "rms_norm_"),
+    ],
+    ids=["silu", "gelu", "gelu_tanh", "layer_norm", "rms_norm"],
 )
-def test_activations_are_left_to_the_compiler_unless_a_backend_is_named(function, options):
+def test_calls_are_left_to_the_compiler_unless_a_backend_is_named(function, operator, options):
     def operators(targets):
-        return [
-            name
-            for graph in targets
-            for name in graph
-            if "imf_kernels.silu" in name or "imf_kernels.gelu" in name
-        ]
+        return [name for graph in targets for name in graph if f"imf_kernels.{operator}" in name]
 
     assert not operators(_traced(function, X, X_DOT, **options))
     torch._dynamo.reset()
