@@ -114,7 +114,9 @@ def as_dual_tensor(y: Any) -> Any:
     if tangent is None:
         return primal
     if torch.compiler.is_compiling():
-        return forward_ad.make_dual(primal, tangent)
+        # No view of the primal, whose in-place calls would differentiate through strides; the compiler drops
+        # the copy.
+        return make_dual_tensor(primal, tangent).clone()
     if tangent._is_view() and not tangent.requires_grad:
         # A view made without autograd must not be modified.
         tangent = not_a_view(tangent, tangent.shape)

@@ -24,6 +24,11 @@ def _softmax(input: Any, dim: Any = None, dtype: Any = None) -> Any:
     x, x_dot = cast(tuple[Tensor, Tensor], unpack(input))
     y = torch.softmax(x, dim, dtype)
     with tangent_graph(input.differentiable):
+        if torch.compiler.is_compiling():
+            # In terms of its own: a term that backward has too would be kept for it.
+            wide = torch.promote_types(y.dtype, torch.float32)
+            products = y.to(wide) * x_dot.to(wide)
+            return pack(y, (products - y.to(wide) * products.sum(dim, keepdim=True)).to(y.dtype), input)
         # Its Jacobian is symmetric: PyTorch's backward in one pass is the tangent.
         return pack(y, torch._softmax_backward_data(x_dot.to(y.dtype), y, dim, y.dtype), input)
 

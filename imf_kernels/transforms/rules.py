@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imf_kernels.backends.dispatch import autocasts, cached_constant
+from imf_kernels.backends.dispatch import autocasts, cached_constant, traced_default
 from imf_kernels.backends.layout import last_contiguous
 from imf_kernels.dual import Dual, is_differentiable, map_both, tangent_graph, unpack
 from imf_kernels.ops import attention, check, elementwise, group_norm, layer_norm, linear, rms_norm
@@ -157,16 +157,27 @@ def _of_four_dims(x: Any, batch: tuple[int, ...], heads: int) -> Any:
     return map_both(lambda t: t.expand(shape).reshape(math.prod(batch), *shape[-3:]), x)
 
 
+def _fusible() -> str | None:
+    """Returns the backend of calls that torch.compile fuses with their neighbours: "reference" while it
+    traces, unless another is set.
+
+    Kernels would take results of their own, in a memory order of their own, and keep them for backward.
+    """
+    return "reference" if torch.compiler.is_compiling() and traced_default() is None else None
+
+
 @serves(F.silu)
 def _silu(input: Any, inplace: bool = False) -> Any:
     if inplace:
         return NotServed("in place")
-    return _silu_of_dual(input) if input.dtype in _DTYPES else _DTYPE
+    return _silu_of_dual(input, backend=_fusible()) if input.dtype in _DTYPES else _DTYPE
 
 
 @serves(F.gelu)
 def _gelu(input: Any, approximate: str = "none") -> Any:
-    return _gelu_of_dual(input, approximate=approximate) if input.dtype in _DTYPES else _DTYPE
+    if input.dtype not in _DTYPES:
+        return _DTYPE
+    return _gelu_of_dual(input, approximate=approximate, backend=_fusible())
 
 
 @serves(F.layer_norm)
@@ -186,10 +197,10 @@ def _layer_norm(
         return _SHAPE
     if dims == 1:
         x = map_both(last_contiguous, input)
-        return _layer_norm_of_dual(x, list(normalized_shape), weight, bias, eps)
+        return _layer_norm_of_dual(x, list(normalized_shape), weight, bias, eps, backend=_fusible())
     x = map_both(lambda t: last_contiguous(t.reshape(*t.shape[:-dims], -1)), input)
     weight, bias = (None if p is None else p.reshape(-1) for p in (weight, bias))
-    y = _layer_norm_of_dual(x, [x.shape[-1]], weight, bias, eps)
+    y = _layer_norm_of_dual(x, [x.shape[-1]], weight, bias, eps, backend=_fusible())
     return map_both(lambda t: t.reshape(input.shape), y)
 
 
@@ -216,7 +227,7 @@ def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float 
         eps = _default_eps_of_rms_norm(input.dtype)
     x = map_both(lambda t: last_contiguous(t.flatten(-dims)), input)
     weight = input.primal.new_ones(x.shape[-1]) if weight is None else weight.flatten()
-    y = _rms_norm_of_dual(x, weight, eps)
+    y = _rms_norm_of_dual(x, weight, eps, backend=_fusible())
     return y if dims == 1 else map_both(lambda t: t.reshape(input.shape), y)
 
 

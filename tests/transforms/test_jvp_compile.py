@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import imf_kernels as ik
@@ -116,8 +118,9 @@ def _operations(x):
         lambda x: F.layer_norm(x, x.shape[1:]),
         lambda x: F.batch_norm(x, None, None, training=True),
         lambda x: F.batch_norm(x, torch.zeros(6), torch.ones(6) / 2),
+        lambda x: x.softmax(-1),
     ],
-    ids=["checkpoint", "operations", "layer_norm over two", "batch_norm", "batch_norm of running statistics"],
+    ids=["checkpoint", "operations", "layer_norm over two", "batch_norm", "running statistics", "softmax"],
 )
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 def test_calls_whose_rule_the_compiler_cannot_follow(function, autocast):
@@ -258,6 +261,60 @@ def test_a_tangent_that_is_handed_out():
         (y - y_dot.detach()).square().sum().backward()
         grads.append(x.grad)
     torch.testing.assert_close(*grads)
+
+
+def _traced(function, x, x_dot, **options):
+    """Returns the calls of the forward and backward graphs, after comparing gradients with eager mode."""
+    targets = []
+
+    def keep(graph, inputs):
+        targets.append({f"{node.target} {node.args[:1]}" for node in graph.graph.nodes})
+        return make_boxed_func(graph.forward)
+
+    def loss(x, x_dot):
+        y, y_dot = ik.jvp(function, (x,), (x_dot,), **options)
+        return (y * (y_dot if options else y_dot.detach())).sum()
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    grads = []
+    for step in (loss, torch.compile(loss, backend=backend, fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        step(leaf, x_dot).backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    return targets
+
+
+@pytest.mark.parametrize("options", [{}, {"differentiable": True}], ids=["", "differentiable"])
+@pytest.mark.parametrize(
+    ("function", "operator"),
+    [
+        (F.silu, "silu_"),
+        (F.gelu, "gelu_"),
+        (lambda x: F.gelu(x, approximate="tanh"), "gelu_tanh_"),
+        (lambda x: F.layer_norm(x, (16,), WEIGHT[0], WEIGHT[1]), "layer_norm_"),
+        (lambda x: F.rms_norm(x, (16,), WEIGHT[0]), "rms_norm_"),
+    ],
+    ids=["silu", "gelu", "gelu_tanh", "layer_norm", "rms_norm"],
+)
+def test_calls_are_left_to_the_compiler_unless_a_backend_is_named(function, operator, options):
+    def operators(targets):
+        return [name for graph in targets for name in graph if f"imf_kernels.{operator}" in name]
+
+    assert not operators(_traced(function, X, X_DOT, **options))
+    torch._dynamo.reset()
+    with ik.use_backend("cpu"):
+        assert operators(_traced(lambda x: function(x) * 1, X, X_DOT, **options))
+
+
+def test_results_written_in_place_are_no_views():
+    """The backward of a call in place on a view copies gradients through strides."""
+
+    def function(x):
+        y = F.linear(x, WEIGHT)
+        return y.clip_(-1, 1).add_(x)
+
+    assert not [name for graph in _traced(function, X, X_DOT) for name in graph if "strided" in name]
 
 
 @pytest.mark.parametrize("x", [torch.tensor(0.5).expand(4), torch.randn(20).unfold(0, 8, 2)[:4]])
