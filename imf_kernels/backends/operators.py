@@ -279,7 +279,7 @@ class Operation(Generic[Asked]):
         tensors = [None if any(x is y for y in dropped) else x for x in tensors]
         ctx.save_for_backward(*tensors, *parts)
         ctx.others = [None if isinstance(x, Tensor) else x for x in arguments]
-        ctx.kernels, ctx.parts, ctx.shape = kernels, len(tensors), x.shape
+        ctx.kernels, ctx.parts, ctx.shapes = kernels, len(tensors), [t.shape for t in dropped]
         if recorder.recompute is not None and ctx.again is None:
             ctx.recompute_pair = partial(self._pair_again, kernels, ctx.others)
         ctx.set_materialize_grads(False)
@@ -293,7 +293,8 @@ class Operation(Generic[Asked]):
         saved, count = ctx.saved_tensors, len(ctx.others)
         arguments = [other if x is None else x for x, other in zip(saved[:count], ctx.others, strict=True)]
         if ctx.again is not None:
-            arguments[:2] = (t.view(ctx.shape) for t in ctx.again(*saved[ctx.parts :]))
+            again = zip(ctx.again(*saved[ctx.parts :]), ctx.shapes, strict=True)
+            arguments[:2] = (t.view(shape) for t, shape in again)
         call = PairCall(ctx.kernels, arguments, saved[count : ctx.parts], ctx.needs_input_grad[1:])
         backward = self._backward_of_pair
         if backward and not (self._pair_needs_kernel and not hasattr(ctx.kernels, "pair_backward")):

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imf_kernels.backends import cpu
+from imf_kernels.backends import cpu, recompute
 from imf_kernels.backends.dispatch import in_graph
 from imf_kernels.backends.layout import as_floats, contiguous_like, in_dtype, in_rows, or_zeros, sums
-from imf_kernels.backends.recompute import SMALLEST, again, kept, kept_pair, scratch
+from imf_kernels.backends.recompute import again, kept, kept_pair, scratch
 from imf_kernels.dual import Dual, is_differentiable, tangent_graph, unchecked, unpack
 from imf_kernels.ops.arithmetic import ARITHMETIC
 from imf_kernels.transforms.rules import _ALSO, Rule, serves
@@ -249,7 +249,7 @@ def _times(a: Any, b: Any) -> Tensor:
     if torch.compiler.is_compiling() or not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return torch.mul(a, b)
     served = (
-        max(a.numel(), b.numel()) >= SMALLEST
+        max(a.numel(), b.numel()) >= recompute.SMALLEST
         and not in_graph()
         and torch.is_grad_enabled()
         and (a.requires_grad and not a.is_leaf)
