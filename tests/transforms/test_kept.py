@@ -61,6 +61,11 @@ def _doubled(x):
     return x.mul_(2)
 
 
+@pytest.fixture(autouse=True)
+def of_any_size():
+    """The size as it is, in the place of the suite's."""
+
+
 def parameters():
     return [p for p in (UP, DOWN, NARROW, NORM, CONDITION)]
 
@@ -98,6 +103,23 @@ def test_gradients_are_the_same_bits(name):
     assert (again is not None) == (name in AGAIN) and never is None
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
     assert not recompute._scratch.memory
+
+
+@pytest.mark.parametrize("rows", [1, B])
+def test_tangents_of_the_last_samples(rows):
+    """Of a `Dual` whose tangent has fewer samples than its primal."""
+
+    def gradients(hooks):
+        x, x_dot = (torch.randn(n, L, D, generator=torch.Generator().manual_seed(n)) for n in (B, rows))
+        x.requires_grad_(), x_dot.requires_grad_()
+        with hooks:
+            h = ik.gelu(ik.linear(ik.Dual(x, x_dot, differentiable=True), UP))
+            y = ik.linear(h, DOWN)
+        loss = y.primal.sin().sum() + y.tangent_rows.sin().sum()
+        return torch.autograd.grad(loss, (x, x_dot, UP, DOWN))
+
+    wanted = gradients(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
+    assert all(map(torch.equal, gradients(contextlib.nullcontext()), wanted))
 
 
 PAIRS = ["gelu", "a view", "layer_norm_modulate", "swiglu", "written into", "small"]
