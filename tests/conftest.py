@@ -23,7 +23,7 @@ if "IMF_REMOTE_KERNELS" in os.environ:
     remote_kernels.install(os.environ["IMF_REMOTE_KERNELS"])
 
 from imf_kernels import verify
-from imf_kernels.backends import recompute, verified
+from imf_kernels.backends import verified
 from imf_kernels.testing.cases import Case
 from tests.helpers.backends import (
     BACKENDS,
@@ -114,9 +114,3 @@ def poisoned_memory():
     with verify.poisoned_memory():
         assert torch.empty(3).isnan().all()
         yield
-
-
-@pytest.fixture(autouse=True)
-def of_any_size(monkeypatch):
-    """What backward computes again of large tensors it computes again of the tests' small ones too."""
-    monkeypatch.setattr(recompute, "SMALLEST", 1)

@@ -57,6 +57,8 @@ def fit(
             several processes raises, the others exit.
         KeyboardInterrupt: once stopped; the message says how to resume.
     """
+    if not isinstance(config, TrainConfig | None):
+        raise UserError(f"fit: config must be an imf.TrainConfig or None, got {type(config).__name__}")
     found = None if resume is None else find_resumed(resume, (config or TrainConfig()).runs)
     if config is None:
         config = TrainConfig() if found is None else found[1].config

@@ -46,7 +46,6 @@ from imf_kernels.backends.dispatch import (
     without_autocast,
 )
 from imf_kernels.backends.layout import last_contiguous, without_memory
-from imf_kernels.backends.recompute import kept_pair
 from imf_kernels.dual import Dual, align, is_differentiable, stored, unchecked
 
 _LIBRARY = torch.library.Library("imf_kernels", "DEF")
@@ -272,30 +271,17 @@ class Operation(Generic[Asked]):
         """Runs the forward, and saves its arguments and what it saves for backward."""
         recorder = _Recorder()
         results = self._forward(recorder, kernels, *arguments)
-        x, x_dot = arguments[:2]
-        ctx.again, parts = (None, ()) if x_dot is None else kept_pair(x, x_dot)
-        dropped = () if ctx.again is None else (x, x_dot)
-        tensors = [x if isinstance(x, Tensor) else None for x in (*arguments, *recorder.saved)]
-        tensors = [None if any(x is y for y in dropped) else x for x in tensors]
-        ctx.save_for_backward(*tensors, *parts)
+        tensors = [x if isinstance(x, Tensor) else None for x in arguments]
+        ctx.save_for_backward(*tensors, *recorder.saved)
         ctx.others = [None if isinstance(x, Tensor) else x for x in arguments]
-        ctx.kernels, ctx.parts, ctx.shapes = kernels, len(tensors), [t.shape for t in dropped]
-        if recorder.recompute is not None and ctx.again is None:
-            ctx.recompute_pair = partial(self._pair_again, kernels, ctx.others)
+        ctx.kernels = kernels
         ctx.set_materialize_grads(False)
         return results
-
-    def _pair_again(self, kernels: Any, others: Sequence[Any], *saved: Tensor | None) -> Result:
-        arguments = [other if x is None else x for x, other in zip(saved, others, strict=False)]
-        return self._forward(_NO_GRAPH, kernels, *arguments)
 
     def _pair_backward(self, ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         saved, count = ctx.saved_tensors, len(ctx.others)
         arguments = [other if x is None else x for x, other in zip(saved[:count], ctx.others, strict=True)]
-        if ctx.again is not None:
-            again = zip(ctx.again(*saved[ctx.parts :]), ctx.shapes, strict=True)
-            arguments[:2] = (t.view(shape) for t, shape in again)
-        call = PairCall(ctx.kernels, arguments, saved[count : ctx.parts], ctx.needs_input_grad[1:])
+        call = PairCall(ctx.kernels, arguments, saved[count:], ctx.needs_input_grad[1:])
         backward = self._backward_of_pair
         if backward and not (self._pair_needs_kernel and not hasattr(ctx.kernels, "pair_backward")):
             return (None, *backward(call, *cotangents))
@@ -404,14 +390,9 @@ _NO_GRAPH = _NoGraph()
 
 
 class _Recorder(_NoGraph):
-    """A stand-in for it that keeps what is to be saved, and how the result can be computed again."""
+    """A stand-in for it that keeps what is to be saved."""
 
     saved: tuple[Tensor | None, ...] = ()
-    recompute: Any = None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "recompute":
-            vars(self)[name] = value
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         vars(self)["saved"] = tensors

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from torch import Tensor
 from imf_kernels import _C
 from imf_kernels.backends.layout import or_zeros
 from imf_kernels.backends.operators import Operation, PairCall, compiled
-from imf_kernels.backends.recompute import scratch
 from imf_kernels.dual import TensorOrDual, last_rows, no_gradient, tangent_graph
 from imf_kernels.ops import check
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
@@ -83,14 +81,8 @@ def _forward(
         y_dot = torch.empty_like(x_dot)
         no_gradient(ctx, y_dot)
     kernels.forward(x, x_dot, y, y_dot)
-    ctx.kernels, ctx.recompute = kernels, partial(_value, kernels)
+    ctx.kernels = kernels
     return y, y_dot
-
-
-def _value(kernels: _C.elementwise, x: Tensor) -> Tensor:
-    y = scratch(x, x.shape)
-    kernels.forward(x if x.is_contiguous() else y.copy_(x), None, y, None)
-    return y
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

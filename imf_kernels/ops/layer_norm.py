@@ -13,7 +13,6 @@ serve layer_norm_modulate too, as w and b are a scale and a shift.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -31,7 +30,6 @@ from imf_kernels.backends.layout import (
     sums,
 )
 from imf_kernels.backends.operators import Operation, PairCall, compiled
-from imf_kernels.backends.recompute import scratch
 from imf_kernels.dual import TensorOrDual, last_rows, no_gradient, primal, stored, tangent_graph
 from imf_kernels.ops import check
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
@@ -116,18 +114,7 @@ def forward(
     kernels.forward(x, x_dot, s, s_dot, b, b_dot, y, y_dot, statistics, one, eps)
     ctx.save_for_backward(x, shift, scale, statistics)
     ctx.kernels, ctx.one = kernels, one
-    if all(p is None or p.dim() > 1 for p in (shift, scale)):
-        ctx.recompute = partial(_value, kernels, one, eps, dtype)
     return y, y_dot
-
-
-def _value(
-    kernels: _C.layer_norm, one: float, eps: float, dtype: torch.dtype | None, x: Tensor,
-    shift: Tensor | None, scale: Tensor | None, statistics: Tensor,
-) -> Tensor:  # fmt: skip
-    y, (s, b) = scratch(x, x.shape, dtype), (None if p is None else as_floats(p) for p in (scale, shift))
-    kernels.forward(x, None, s, None, b, None, y, None, torch.empty_like(statistics), one, eps)
-    return y
 
 
 def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -19,7 +19,6 @@ from imf_kernels.backends import cpu, matmul
 from imf_kernels.backends.dispatch import Backend
 from imf_kernels.backends.layout import in_dtype
 from imf_kernels.backends.operators import Operation, PairCall
-from imf_kernels.backends.recompute import again, kept
 from imf_kernels.dual import TensorOrDual, no_gradient
 from imf_kernels.ops import check
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
@@ -66,20 +65,18 @@ def _forward(
     if x_dot is not None:
         y_dot = products.forward(x_dot, w, None)
         no_gradient(ctx, y_dot)
-    ctx.recompute_x, tensors = kept(x)
-    ctx.save_for_backward(weight, bias, *tensors)
-    ctx.products, ctx.shape, ctx.dtype = products, x.shape, x.dtype
+    ctx.save_for_backward(x, weight, bias)
+    ctx.products = products
     return y, y_dot
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    weight, bias, *tensors = ctx.saved_tensors
+    x, weight, bias = ctx.saved_tensors
     dx = dweight = dbias = None
     rows = matmul.matrix(dy)
     if ctx.needs_input_grad[1]:
-        dx = ctx.products.grad_input(rows, in_dtype(weight, ctx.dtype)).view(ctx.shape)
+        dx = ctx.products.grad_input(rows, in_dtype(weight, x.dtype)).view(x.shape)
     if ctx.needs_input_grad[3]:
-        x = again(ctx.recompute_x, tensors, ctx.shape)
         dweight = in_dtype(ctx.products.grad_weight(rows, matmul.matrix(x)), weight.dtype)
     if ctx.needs_input_grad[4]:
         dbias = in_dtype(rows.sum(0, dtype=torch.float32), bias.dtype)

@@ -12,7 +12,6 @@ Kernels: csrc/ops/swiglu.h, csrc/cpu/swiglu.cpp, backends/triton_kernels/swiglu.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from torch import Tensor
 from imf_kernels import _C
 from imf_kernels.backends.layout import contiguous_like, in_rows, or_zeros
 from imf_kernels.backends.operators import Operation, PairCall, compiled
-from imf_kernels.backends.recompute import scratch
 from imf_kernels.dual import TensorOrDual, last_rows, no_gradient, tangent_graph
 from imf_kernels.ops import check
 from imf_kernels.ops.elementwise import SILU
@@ -61,14 +59,8 @@ def _forward(ctx: Any, kernels: _C.swiglu, x: Tensor, x_dot: Tensor | None) -> t
         no_gradient(ctx, y_dot)
     kernels.forward(x, x_dot, y, y_dot)
     ctx.save_for_backward(x)
-    ctx.kernels, ctx.recompute = kernels, partial(_value, kernels)
+    ctx.kernels = kernels
     return y, y_dot
-
-
-def _value(kernels: _C.swiglu, x: Tensor) -> Tensor:
-    y = scratch(x, torch.Size((*x.shape[:-1], x.shape[-1] // 2)))
-    kernels.forward(x, None, y, None)
-    return y
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

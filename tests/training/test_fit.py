@@ -272,6 +272,11 @@ def test_wrong_networks_are_named(case, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_configuration_of_another_type_is_named():
+    with pytest.raises(UserError, match=r"fit: config must be an imf.TrainConfig or None, got dict"):
+        imf.fit({"steps": 3})
+
+
 def test_a_configuration_of_an_adapted_network_needs_the_network(tmp_path):
     with pytest.raises(UserError, match=r"network: pass the network of your own, imf.fit\(…, network=…\)"):
         imf.fit(config(runs=str(tmp_path), network=adapted().config))
