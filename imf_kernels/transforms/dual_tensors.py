@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from imf_kernels.backends.dispatch import constant, default, log_once, traced_default
+from imf_kernels.backends.layout import in_dtype
 from imf_kernels.dual import Dual, NoTangent, guarded, is_dual, not_a_view, unchecked, unpack
 
 Call = TypeVar("Call", bound=Callable[..., Any])
@@ -87,11 +88,6 @@ def tangent_of(x: Any) -> Tensor | None:
     return unpack_dual_tensor(x)[1] if can_move(x) else None
 
 
-def in_dtype_of(primal: Tensor, tangent: Tensor) -> Tensor:
-    """Casts a tangent to its primal's dtype: under `torch.autocast` PyTorch's rules may leave another."""
-    return tangent if tangent.dtype == primal.dtype else tangent.to(primal.dtype)
-
-
 def as_dual(x: Any, differentiable: bool = False) -> Any:
     """Converts a dual tensor of PyTorch to a `Dual`; returns anything else unchanged."""
     if type(x) is not Tensor or not (x.is_floating_point() or x.is_complex()):
@@ -101,9 +97,8 @@ def as_dual(x: Any, differentiable: bool = False) -> Any:
         return x
     if tangent.requires_grad and not differentiable:
         tangent = tangent.detach()
-    if tangent.dtype != primal.dtype:
-        tangent = tangent.to(primal.dtype)
-    return unchecked(primal, tangent, differentiable)
+    # Under `torch.autocast` PyTorch's rules may leave a tangent in another dtype.
+    return unchecked(primal, in_dtype(tangent, primal.dtype), differentiable)
 
 
 def as_dual_tensor(y: Any) -> Any:
@@ -306,7 +301,7 @@ def _results(operation: Callable[..., Any], arguments: Any, options: Any, jvp: A
             duals = [
                 x
                 if t is None
-                else unchecked(x, in_dtype_of(x, t if differentiable else t.detach()), differentiable)
+                else unchecked(x, in_dtype(t if differentiable else t.detach(), x.dtype), differentiable)
                 for x, t in zip(primals, tangents, strict=True)
             ]
             plain_arguments, plain_options = pytree.tree_unflatten(duals, structure)

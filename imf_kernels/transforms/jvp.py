@@ -36,6 +36,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imf_kernels.backends.dispatch import constant, logger
+from imf_kernels.backends.layout import in_dtype
 from imf_kernels.dual import Dual, guarded, name_of
 from imf_kernels.transforms import normalizers, products  # noqa: F401  (their rules register themselves)
 from imf_kernels.transforms.corrections import (
@@ -58,7 +59,6 @@ from imf_kernels.transforms.dual_tensors import (
     as_dual_tensor,
     can_move,
     carries_tangent,
-    in_dtype_of,
     inside,
     make_dual_tensor,
     primal_of,
@@ -660,7 +660,7 @@ def _checked(i: int, x: Any, x_dot: Any, differentiable: bool) -> Tensor:
             f"jvp: tangent {i} requires grad, but no gradient flows through tangents; pass tangent.detach(), "
             "or differentiable=True"
         )
-    return in_dtype_of(x, x_dot)
+    return in_dtype(x_dot, x.dtype)
 
 
 def _parts(y: Tensor, strict: bool, differentiable: bool) -> tuple[Tensor, Tensor]:
@@ -675,9 +675,8 @@ def _parts(y: Tensor, strict: bool, differentiable: bool) -> tuple[Tensor, Tenso
             )
         tangent = torch.zeros_like(primal)
     if differentiable:
-        return primal, in_dtype_of(primal, tangent)
-    tangent = in_dtype_of(primal, tangent.detach())
-    return primal, guarded(tangent, primal)
+        return primal, in_dtype(tangent, primal.dtype)
+    return primal, guarded(in_dtype(tangent.detach(), primal.dtype), primal)
 
 
 def _about(x: Any) -> str:

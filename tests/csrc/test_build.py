@@ -142,7 +142,7 @@ def test_second_build_and_edited_source(tmp_path):
     lists = folder / "CMakeLists.txt"
     text = lists.read_text()
     assert "-O3 -DNDEBUG" in text
-    lists.write_text(text.replace("-O3 -DNDEBUG", "-O0 -DNDEBUG"))  # in half of the time
+    lists.write_text(text.replace("-O3 -DNDEBUG", "-O0 -DNDEBUG"))  # sooner done
     build(folder, tmp_path / "tools-1")
     objects = {p: p.stat().st_mtime_ns for p in folder.rglob("*.o")}
     assert doc_of(folder) == "Compiled kernels of imf_kernels"
