@@ -61,7 +61,8 @@ def matrix(x: Tensor) -> Tensor:
 
 def _by_onednn(a: Tensor, columns: int) -> bool:
     """Returns whether oneDNN multiplies `a` [..., k] by a matrix of so many columns."""
-    return a.numel() * columns >= ONEDNN_FROM and _REASON is None and a.dtype == torch.float32
+    large = a.numel() * columns >= ONEDNN_FROM
+    return large and _REASON is None and a.dtype == torch.float32 and a.is_cpu
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

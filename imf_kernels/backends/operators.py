@@ -128,7 +128,7 @@ class Operation(Generic[Asked]):
         if forward is not None and backward is not None:
             methods = {
                 "forward": staticmethod(forward),
-                "backward": staticmethod(_first_derivatives(self.public, backward, results)),
+                "backward": staticmethod(first_derivatives(self.public, backward, results)),
             }
             function: Any = FunctionMeta(f"_{name}", (torch.autograd.Function,), methods)
             self.function = function
@@ -143,7 +143,7 @@ class Operation(Generic[Asked]):
                 {
                     "forward": staticmethod(self._pair_forward),
                     "backward": staticmethod(
-                        _first_derivatives(self.public, self._pair_backward, 2 * results)
+                        first_derivatives(self.public, self._pair_backward, 2 * results)
                     ),
                 },
             )
@@ -345,7 +345,7 @@ def compiled(
     )
 
 
-def _first_derivatives(operation: str, backward: Callable[..., Any], count: int) -> Callable[..., Any]:
+def first_derivatives(operation: str, backward: Callable[..., Any], count: int) -> Callable[..., Any]:
     """Wraps the backward of kernels, which takes the first `count` cotangents.
 
     It raises if it would have to be differentiated itself (PyTorch's `once_differentiable` silently leaves

@@ -6,7 +6,7 @@ load strictly in both directions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,36 +17,84 @@ from imf_kernels.backends.dispatch import autocasts
 from imf_kernels.backends.layout import last_contiguous
 from imf_kernels.dual import Dual, map_both, primal
 from imf_kernels.ops.arithmetic import cat
-from imf_kernels.ops.elementwise import gelu, silu
+from imf_kernels.ops.elementwise import GELU, GELU_TANH, SILU, gelu, silu
 from imf_kernels.ops.gated_residual import gated_residual
 from imf_kernels.ops.group_norm import group_norm
-from imf_kernels.ops.layer_norm import layer_norm
-from imf_kernels.ops.layer_norm_modulate import layer_norm_modulate
+from imf_kernels.ops.layer_norm import LAYER_NORM, layer_norm
+from imf_kernels.ops.layer_norm_modulate import LAYER_NORM_MODULATE, layer_norm_modulate
 from imf_kernels.ops.linear import linear
 from imf_kernels.ops.qk_norm_rope import qk_norm_rope, rope_tables
+from imf_kernels.ops.recomputed import recomputed
 from imf_kernels.ops.rms_norm import rms_norm
-from imf_kernels.ops.swiglu import swiglu
+from imf_kernels.ops.swiglu import SWIGLU, swiglu
 from imf_kernels.transforms import packages
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
 
-def apply(layer: nn.Module, x: Any) -> Any:
+class _Deferred:
+    """The result of an operation that is not computed yet: a linear layer that takes it keeps its arguments.
+
+    Args:
+        operation, inputs, others: see `recomputed`.
+        plain: computes it.
+        dtype: of the result.
+    """
+
+    def __init__(
+        self, plain: Callable[[], Any], dtype: torch.dtype, operation: Any, inputs: Any, *others: Any
+    ) -> None:
+        self.plain, self.dtype = plain, dtype
+        self.operation, self.inputs, self.others = operation, inputs, others
+
+    def into(self, weight: Tensor, bias: Tensor | None) -> Any:
+        x = self.inputs[0]
+        cast = autocasts(x.device) and not isinstance(x, Dual) and weight.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(x.device.type) if cast else self.dtype
+        if torch.compiler.is_compiling() or not (cast or weight.dtype == dtype):
+            h = self.plain()
+            return (linear if isinstance(h, Dual) else F.linear)(h, weight, bias)
+        return recomputed(self.operation, self.inputs, self.others, weight, bias, dtype)
+
+
+def apply(layer: Any, x: Any) -> Any:
     """Calls a layer of PyTorch; of a `Dual` by the operation of the same name."""
+    if isinstance(x, _Deferred):
+        if _plain_linear(layer):
+            return x.into(layer.weight, layer.bias)
+        x = x.plain()
     if not isinstance(x, Dual):
         return layer(x)
     if isinstance(layer, nn.Sequential):
-        for each in layer:
-            x = apply(each, x)
-        return x
+        return apply_all(layer, x)
     if type(layer) is nn.Linear:
         return linear(x, layer.weight, layer.bias)
     if isinstance(layer, nn.GELU):
         return gelu(x, approximate=layer.approximate)
     if isinstance(layer, nn.SiLU):
         return silu(x)
-    if isinstance(layer, nn.Identity) or (isinstance(layer, nn.Dropout) and not (layer.training and layer.p)):
-        return x
-    return layer(x)
+    return x if _is_identity(layer) else layer(x)
+
+
+def _is_identity(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Identity) or (
+        isinstance(layer, nn.Dropout) and not (layer.training and layer.p)
+    )
+
+
+def apply_all(layers: Iterable[nn.Module], x: Any) -> Any:
+    """Calls layers one after the other; a linear one after an activation does not keep what it takes."""
+    for layer in layers:
+        if type(layer) in (nn.GELU, nn.SiLU) and _as_made(layer):
+            x = _activated(layer, x)
+        elif not (isinstance(x, _Deferred) and _is_identity(layer) and _as_made(layer)):
+            x = apply(layer, x)
+    return x.plain() if isinstance(x, _Deferred) else x
+
+
+def _activated(layer: Any, x: Any) -> _Deferred:
+    approximate = getattr(layer, "approximate", None)
+    function = SILU if approximate is None else GELU if approximate == "none" else GELU_TANH
+    return _Deferred(lambda: apply(layer, x), x.dtype, function.operation, (x,))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -129,11 +177,19 @@ class Modulate(nn.Module):
 
 
 def _modulated(x: Any, shift: Any, scale: Any, eps: float) -> Any:
+    return _deferred_modulated(x, shift, scale, eps).plain()
+
+
+def _deferred_modulated(x: Any, shift: Any, scale: Any, eps: float) -> _Deferred:
     shift, scale = (p.squeeze(1) if p.dim() == 3 else p for p in (shift, scale))
     dtype = torch.promote_types(torch.promote_types(x.dtype, shift.dtype), scale.dtype)
     if autocasts(x.device):  # which may compute norms in float32
         dtype = torch.promote_types(dtype, F.layer_norm(primal(x).new_zeros(1), (1,)).dtype)
-    return layer_norm_modulate(map_both(last_contiguous, x), shift, scale, eps, dtype=dtype)
+    x = map_both(last_contiguous, x)
+    return _Deferred(
+        lambda: layer_norm_modulate(x, shift, scale, eps, dtype=dtype),
+        *(dtype, LAYER_NORM_MODULATE, (x, shift, scale), 1.0, eps, dtype),
+    )
 
 
 def _gated(x: Any, branch: Any, gate: Any) -> Any:
@@ -181,15 +237,24 @@ class SwiGLU(nn.Module):
                 parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
                 for parts in zip(*((layer.weight, layer.bias) for layer in inner), strict=True)
             )
-            h = (linear if isinstance(x, Dual) else F.linear)(x, weight, bias)
+            if isinstance(x, _Deferred):
+                h = x.into(weight, bias)
+            else:
+                h = (linear if isinstance(x, Dual) else F.linear)(x, weight, bias)
         else:
+            x = x.plain() if isinstance(x, _Deferred) else x
             h = cat([apply(layer, x) for layer in inner], dim=-1)
-        return apply(down, swiglu(h))
+        return apply(down, _Deferred(lambda: swiglu(h), h.dtype, SWIGLU, (h,)))
 
 
 def _plain_linear(layer: nn.Module) -> bool:
     """Returns whether a layer can be called by its weight and bias."""
-    return type(layer) is nn.Linear and "forward" not in vars(layer) and not has_hooks(layer)
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and _as_made(layer)
+
+
+def _as_made(module: nn.Module) -> bool:
+    """Returns whether a call of a module is one of its class's forward."""
+    return "forward" not in vars(module) and not has_hooks(module)
 
 
 def has_hooks(layer: nn.Module) -> bool:
@@ -411,8 +476,20 @@ class Attention(nn.Module):
             return qk_norm_rope(qkv, norms[0].weight, norms[1].weight, cos, sin, norms[0].eps)
         heads = qkv.reshape(*qkv.shape[:2], 3, self.num_heads, qkv.shape[2] // (3 * self.num_heads))
         q, k, v = (t.transpose(1, 2) for t in heads.unbind(2))
-        q, k = apply(norms[0], q), apply(norms[1], k)
+        q, k = _normalized(norms[0], q), _normalized(norms[1], k)
         return (q, k, v) if rope is None else (rope(q), rope(k), v)
+
+
+def _normalized(norm: Any, x: Any) -> Any:
+    """Calls a norm of a part of a projection, which is kept anyway: the norm keeps no copy of the part."""
+    if type(norm) not in (LayerNorm, nn.LayerNorm) or not _as_made(norm) or len(norm.normalized_shape) > 1:
+        return apply(norm, x)
+    parameters = norm.bias, norm.weight
+    as_pytorch = all(p is None or p.dtype == x.dtype for p in parameters) and not autocasts(x.device)
+    if torch.compiler.is_compiling() or not as_pytorch:
+        return apply(norm, x)
+    one = 1.0 if norm.weight is None else 0.0
+    return recomputed(LAYER_NORM, (map_both(last_contiguous, x), *parameters), (one, norm.eps, None))
 
 
 class RopeAttention(Attention):
@@ -477,6 +554,8 @@ class AdaLNBlock(nn.Module):
         eps: of the norms, which have no parameters.
     """
 
+    in_order: tuple[str, ...] = ()  # names of the layers of an MLP that calls them one after the other
+
     def __init__(self, attn: nn.Module, mlp: nn.Module, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.norm1, self.norm2 = (LayerNorm(dim, eps=eps, elementwise_affine=False) for _ in range(2))
@@ -488,5 +567,17 @@ class AdaLNBlock(nn.Module):
         named = {} if feat_rope is None else {"rope": feat_rope}
         condition = apply(self.adaLN_modulation, c).chunk(6, dim=1)
         shift1, scale1, gate1, shift2, scale2, gate2 = condition
-        x = _gated(x, self.attn(_modulated(x, shift1, scale1, self.norm1.eps), **named), gate1)
-        return _gated(x, apply(self.mlp, _modulated(x, shift2, scale2, self.norm2.eps)), gate2)
+        n = _deferred_modulated(x, shift1, scale1, self.norm1.eps)
+        takes_deferred = type(self.attn) in (Attention, RopeAttention) and _as_made(self.attn)
+        x = _gated(x, self.attn(n if takes_deferred else n.plain(), **named), gate1)
+        n = _deferred_modulated(x, shift2, scale2, self.norm2.eps)
+        return _gated(x, self._mapped(n), gate2)
+
+    def _mapped(self, n: _Deferred) -> Any:
+        mlp = self.mlp
+        if not _as_made(mlp):
+            return apply(mlp, n)
+        if type(mlp) is SwiGLU:
+            return mlp(n)
+        layers = [*mlp] if type(mlp) is nn.Sequential else [getattr(mlp, name) for name in self.in_order]
+        return apply_all(layers, n) if layers else apply(mlp, n)

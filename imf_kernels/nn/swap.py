@@ -279,7 +279,7 @@ def _rope(width: int) -> modules.RotaryEmbedding:
 
 def _blocks(module: nn.Module) -> Iterator[_Candidate]:
     names = ("norm1", "norm2", "attn", "mlp", "adaLN_modulation")
-    norm1, norm2, attn, _, modulation = (getattr(module, name, None) for name in names)
+    norm1, norm2, attn, mlp, modulation = (getattr(module, name, None) for name in names)
     plain = all(isinstance(n, nn.LayerNorm) and n.weight is None for n in (norm1, norm2))
     if not plain or not isinstance(modulation, nn.Sequential) or not isinstance(attn, nn.Module):
         return
@@ -287,18 +287,24 @@ def _blocks(module: nn.Module) -> Iterator[_Candidate]:
     if not isinstance(last, nn.Linear) or {*names} != {name for name, _ in module.named_children()}:
         return
     (dim,) = norm1.normalized_shape  # type: ignore[union-attr]
-    if arguments == ["x", "c"]:
-        yield _Candidate(modules.AdaLNBlock, lambda draw: [(draw(2, 6, dim), draw(2, last.in_features))], {})
-    elif arguments == ["x", "c", "feat_rope"] and hasattr(attn, "num_heads"):
-        width = dim // attn.num_heads
-        yield _Candidate(
-            modules.AdaLNBlock,
-            lambda draw: [
-                (draw(2, 6, dim), draw(2, last.in_features), *rope)
-                for rope in ((), (draw.module(_rope(width)),))
-            ],
-            {},
-        )
+
+    def inputs(draw: Any) -> list[tuple[Any, ...]]:
+        alone = draw(2, 6, dim), draw(2, last.in_features)
+        if arguments == ["x", "c"]:
+            return [alone]
+        rope = draw.module(_rope(dim // attn.num_heads))
+        return [alone, (draw(2, 6, dim), draw(2, last.in_features), rope)]
+
+    if arguments == ["x", "c"] or (arguments == ["x", "c", "feat_rope"] and hasattr(attn, "num_heads")):
+        in_order = tuple(name for name, _ in mlp.named_children()) if mlp is not None else ()
+        if in_order == tuple(name for name in _MLP_NAMES if name in in_order) and {"fc1", "fc2"} <= {
+            *in_order
+        }:
+            yield _Candidate(modules.AdaLNBlock, inputs, {"in_order": in_order})
+        yield _Candidate(modules.AdaLNBlock, inputs, {})
+
+
+_MLP_NAMES = ("fc1", "act", "drop1", "norm", "fc2", "drop2")  # in timm's order
 
 
 _BY_NAME: tuple[tuple[str, Callable[[nn.Module], Iterator[_Candidate]]], ...] = (

@@ -49,14 +49,14 @@ class Elementwise:
 
         backends = compiled(name, triton=("elementwise", name))
         layout: Any = {"lay_out": Tensor.contiguous}
-        self._operation = Operation(
+        self.operation = Operation(
             *(name, self._reference, check_arguments, backends, _forward, _backward, _pair_backward),
             public=public,
             **layout,
         )
 
     def __call__(self, x: TensorOrDual, backend: str | None) -> TensorOrDual:
-        return self._operation(backend, (x,))
+        return self.operation(backend, (x,))
 
     def _reference(
         self, differentiable: bool, x: Tensor, x_dot: Tensor | None

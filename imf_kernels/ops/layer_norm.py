@@ -153,7 +153,7 @@ def pair_backward(call: PairCall, dy: Tensor | None, dy_dot: Tensor | None) -> l
 
 
 BACKENDS = compiled("layer_norm", reduces=True)
-_OPERATION = Operation(
+LAYER_NORM = Operation(
     "layer_norm", _reference, _check, BACKENDS, forward, backward, pair_backward, lay_out=in_rows
 )
 
@@ -190,4 +190,4 @@ def layer_norm(
     """
     _check_shape(primal(x), normalized_shape)
     one = 1.0 if weight is None else 0.0
-    return _OPERATION(backend, (x,), bias, None, weight, None, one, eps, dtype)
+    return LAYER_NORM(backend, (x,), bias, None, weight, None, one, eps, dtype)

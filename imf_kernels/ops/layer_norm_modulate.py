@@ -61,7 +61,7 @@ def _check(
     return *check.with_result(_NAME, x, dtype), shift, scale
 
 
-_OPERATION = Operation(
+LAYER_NORM_MODULATE = Operation(
     *(_NAME, _reference, _check, BACKENDS, forward, backward, pair_backward),
     kernels="layer_norm",
     lay_out=in_rows,
@@ -108,4 +108,4 @@ def layer_norm_modulate(
         TypeError, ValueError: for arguments that do not fit.
         RuntimeError: when an explicit `backend` cannot run.
     """
-    return _OPERATION(backend, (x, shift, scale), 1.0, eps, dtype)
+    return LAYER_NORM_MODULATE(backend, (x, shift, scale), 1.0, eps, dtype)

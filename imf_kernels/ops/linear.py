@@ -100,7 +100,7 @@ def _pair_backward(call: PairCall, dy: Tensor | None, dy_dot: Tensor | None) -> 
     return gradients
 
 
-_OPERATION = Operation(
+LINEAR = Operation(
     "linear",
     _reference,
     _check,
@@ -147,4 +147,4 @@ def linear(
         TypeError, ValueError: for arguments that do not fit.
         RuntimeError: when an explicit `backend` cannot run.
     """
-    return _OPERATION(backend, (x,), weight, bias)
+    return LINEAR(backend, (x,), weight, bias)

@@ -80,7 +80,7 @@ def _pair_backward(call: PairCall, dy: Tensor | None, dy_dot: Tensor | None) -> 
 
 
 _BACKENDS = compiled("swiglu")
-_OPERATION = Operation(
+SWIGLU = Operation(
     "swiglu", _reference, _check, _BACKENDS, _forward, _backward, _pair_backward, lay_out=in_rows
 )
 
@@ -101,4 +101,4 @@ def swiglu(x: TensorOrDual, *, backend: str | None = None) -> TensorOrDual:
         TypeError, ValueError: for arguments that do not fit.
         RuntimeError: when an explicit `backend` cannot run.
     """
-    return _OPERATION(backend, (x,))
+    return SWIGLU(backend, (x,))

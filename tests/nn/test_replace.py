@@ -375,3 +375,68 @@ def test_compiled():
     step = torch.compile(lambda x, c: ik.jvp(block, (x, c), (x, c)), fullgraph=True, backend="aot_eager")
     for y, z in zip(step(x, c), want, strict=True):
         torch.testing.assert_close(y.detach(), z.detach(), rtol=1e-4, atol=1e-5)
+
+
+class Mlp(nn.Module):
+    """As timm writes it."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.fc1, self.act, self.drop1 = nn.Linear(width, hidden), nn.GELU(), nn.Dropout(0.0)
+        self.norm, self.fc2, self.drop2 = nn.Identity(), nn.Linear(hidden, width), nn.Dropout(0.0)
+
+    def forward(self, x):
+        return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
+
+
+class MlpWithASkip(Mlp):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def block_with(mlp):
+    block = HW.DiTBlock(16, 2)
+    block.mlp = mlp
+    return block
+
+
+def kept_bytes(block, x, c):
+    """Of what backward keeps, without parameters."""
+    kept = {}
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        ik.jvp(block, (x, c), (torch.ones_like(x), torch.ones_like(c)))
+    return sum(kept[p] for p in kept.keys() - {p.untyped_storage().data_ptr() for p in block.parameters()})
+
+
+@pytest.mark.parametrize("mlp", [lambda: HW.DiTBlock(16, 2).mlp, lambda: Mlp(16, 64)], ids=["layers", "timm"])
+def test_a_block_keeps_no_inputs_of_layers_after_norms_and_activations(mlp):
+    block, x, c = block_with(mlp()), torch.randn(2, 6, 16), torch.randn(2, 16)
+    before = kept_bytes(block, x, c)
+    ik.nn.replace(block)
+    hidden, norms = x.numel() * 4 * 4, 2 * x.numel() * 4
+    assert kept_bytes(block, x, c) <= before - hidden - norms
+
+
+def test_an_mlp_that_does_more_than_its_layers_is_called():
+    block, x, c = block_with(MlpWithASkip(16, 64)), torch.randn(2, 6, 16), torch.randn(2, 16)
+    want = block(x, c)
+    assert ik.nn.replace(block)[0].now == "AdaLNBlock"
+    torch.testing.assert_close(block(x, c), want)
+    torch.testing.assert_close(ik.nn.AdaLNBlock(block.attn, block.mlp, 16).mlp(x), block.mlp(x))
+
+
+@pytest.mark.parametrize(
+    "name", ["mlp", "mlp.fc1", "mlp.act", "mlp.drop1", "mlp.norm", "mlp.fc2", "attn", "attn.qkv"]
+)
+def test_hooks_that_come_later_are_called(name):
+    block, x, c = block_with(Mlp(16, 64)), torch.randn(2, 6, 16), torch.randn(2, 16)
+    ik.nn.replace(block)
+    calls, part = [], block.get_submodule(name)
+    part.register_forward_hook(lambda *_: calls.append(name))
+    ik.jvp(block, (x, c), (x, c))
+    assert calls == [name]
