@@ -71,7 +71,8 @@ test-all: $(DEVELOP)
 	$(PYTEST) $(ARGS)
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a package of its own that shares the
-# Python files. libstdc++ is preloaded with the sanitizer's library, which has to see its exceptions. PyTorch is not
+# Python files. pytest starts in the folder of that package: it imports what lies where it starts, whatever PYTHONPATH
+# says. libstdc++ is preloaded with the sanitizer's library, which has to see its exceptions. PyTorch is not
 # instrumented and its leaks at exit are not looked for.
 SANITIZED := build/sanitizers
 SANITIZED_PACKAGE := $(SANITIZED)/path/imf_kernels
@@ -81,14 +82,15 @@ PRELOADED := $(foreach library,libasan.so libstdc++.so,$(shell $(CXX) -print-fil
 test-sanitizers: $(DEVELOP)
 	@mkdir -p $(SANITIZED_PACKAGE)
 	@ln -sfn $(abspath $(filter-out %.so %__pycache__,$(wildcard imf_kernels/*))) $(SANITIZED_PACKAGE)
+	@ln -sfn $(abspath imf tests pyproject.toml) $(dir $(SANITIZED_PACKAGE))
 	@$(FIND_TOOLS) cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_BUILD_TYPE=Debug \
 	  -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g" -DIMF_SANITIZE=address,undefined -DIMF_CUDA=OFF \
 	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" -DPython_EXECUTABLE="$(abspath $(BIN))/python" \
 	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(abspath $(SANITIZED_PACKAGE))"
 	@$(FIND_TOOLS) cmake --build $(SANITIZED) --target _C
-	LD_PRELOAD="$(PRELOADED)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	PYTHONPATH=$(dir $(SANITIZED_PACKAGE)) OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 \
-	  -m "not slow" -k "not triton and not cuda" $(SANITIZED_TESTS) $(ARGS)
+	cd $(dir $(SANITIZED_PACKAGE)) && LD_PRELOAD="$(PRELOADED)" ASAN_OPTIONS=detect_leaks=0 \
+	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OMP_WAIT_POLICY=passive $(abspath $(BIN))/python -m pytest -n auto \
+	  --maxprocesses 8 -m "not slow" -k "not triton and not cuda" $(SANITIZED_TESTS) $(ARGS)
 
 # ARGS="'python3.10*' --tests tests/transforms/test_jvp.py" for some rows and tests only.
 test-versions: $(DEVELOP)

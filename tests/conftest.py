@@ -5,6 +5,7 @@ On a machine with a GPU the `triton` backend runs on it, elsewhere in Triton's i
 """
 
 import os
+from pathlib import Path
 
 # Before PyTorch is imported, and for the processes that tests start: one thread, enough for the small tensors
 # of the tests, unless the suite is to run on more (`OMP_NUM_THREADS=3 make test`) or a test says so.
@@ -22,7 +23,7 @@ if "IMF_REMOTE_KERNELS" in os.environ:
 
     remote_kernels.install(os.environ["IMF_REMOTE_KERNELS"])
 
-from imf_kernels import verify
+from imf_kernels import _C, verify
 from imf_kernels.backends import verified
 from imf_kernels.testing.cases import Case
 from tests.helpers.backends import (
@@ -35,6 +36,9 @@ from tests.helpers.backends import (
     running_on,
     takes,
 )
+
+if "libasan" in os.environ.get("LD_PRELOAD", "") and b"__asan_init" not in Path(_C.__file__).read_bytes():
+    pytest.exit(f"{_C.__file__} is not built for the AddressSanitizer that is preloaded", returncode=1)
 
 
 def pytest_collection_modifyitems(items):

@@ -6,9 +6,54 @@
 
 #include "types.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <cstdio>
+#include <memory>
+#include <vector>
+#endif
+
 namespace imf::IMF_ISA {
 namespace {
 
+#if defined(__SANITIZE_ADDRESS__)
+// For AddressSanitizer: every piece is a block of its own, so that no access beyond a piece stays unseen.
+template <typename Owner>
+class ScratchOf {
+ public:
+  explicit ScratchOf(index_t floats) : left_(floats), around_(current()) {
+    require(!around_, "two scratches of one owner at a time");
+    current() = this;
+  }
+  ~ScratchOf() { current() = around_; }
+  ScratchOf(const ScratchOf&) = delete;
+
+  template <typename T>
+  T* take(index_t count) {
+    static_assert(sizeof(T) == sizeof(float), "all pieces are counted in floats");
+    left_ -= count;
+    require(count >= 0 && left_ >= 0 && pieces_.size() < 64, "pieces exceed what was reserved");
+    const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(float);
+    void* piece = nullptr;
+    if (posix_memalign(&piece, 64, bytes)) throw std::bad_alloc();
+    pieces_.emplace_back(piece, std::free);
+    return static_cast<T*>(piece);
+  }
+
+ private:
+  static ScratchOf*& current() {
+    static thread_local ScratchOf* scratch = nullptr;
+    return scratch;
+  }
+  static void require(bool holds, const char* what) {
+    if (holds) return;
+    std::fprintf(stderr, "imf_kernels: scratch memory: %s\n", what);
+    std::abort();
+  }
+  index_t left_;
+  ScratchOf* around_;
+  std::vector<std::unique_ptr<void, void (*)(void*)>> pieces_;
+};
+#else
 // Scratch memory; at most one per Owner and thread at a time.
 template <typename Owner>
 class ScratchOf {
@@ -45,6 +90,7 @@ class ScratchOf {
   };
   float* next_;
 };
+#endif
 using Scratch = ScratchOf<void>;
 
 }  // namespace

@@ -31,6 +31,7 @@ def start_two(*command, **options):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    shared["PYTHONFAULTHANDLER"] = "1"  # one that aborts says where
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | shared | {"PYTHONPATH": path}
     return [
@@ -50,7 +51,7 @@ def results(folder):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     runs = start_two(sys.executable, "-m", "tests.helpers.distributed_training", str(folder), **pipes)
     outputs = [run.communicate(timeout=300) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], outputs[0][1][-3000:] + outputs[1][1][-3000:]
+    assert [run.returncode for run in runs] == [0, 0], outputs[0][1][-12000:] + outputs[1][1][-12000:]
     found = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
     assert [one["place"] for one in found] == [[0, 2], [1, 2]]
     return found
