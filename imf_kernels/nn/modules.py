@@ -51,17 +51,25 @@ class _Deferred:
         cast = autocasts(x.device) and not isinstance(x, Dual) and weight.dtype != torch.float64
         dtype = torch.get_autocast_dtype(x.device.type) if cast else self.dtype
         if torch.compiler.is_compiling() or not (cast or weight.dtype == dtype):
-            h = self.plain()
-            return (linear if isinstance(h, Dual) else F.linear)(h, weight, bias)
+            return _product(self.plain(), weight, bias)
         return recomputed(self.operation, self.inputs, self.others, weight, bias, dtype)
+
+
+def _product(x: Any, weight: Tensor, bias: Tensor | None) -> Any:
+    if isinstance(x, _Deferred):
+        return x.into(weight, bias)
+    return (linear if isinstance(x, Dual) else F.linear)(x, weight, bias)
+
+
+def _computed(x: Any) -> Any:
+    return x.plain() if isinstance(x, _Deferred) else x
 
 
 def apply(layer: Any, x: Any) -> Any:
     """Calls a layer of PyTorch; of a `Dual` by the operation of the same name."""
-    if isinstance(x, _Deferred):
-        if _plain_linear(layer):
-            return x.into(layer.weight, layer.bias)
-        x = x.plain()
+    if isinstance(x, _Deferred) and _plain_linear(layer):
+        return x.into(layer.weight, layer.bias)
+    x = _computed(x)
     if not isinstance(x, Dual):
         return layer(x)
     if isinstance(layer, nn.Sequential):
@@ -88,7 +96,7 @@ def apply_all(layers: Iterable[nn.Module], x: Any) -> Any:
             x = _activated(layer, x)
         elif not (isinstance(x, _Deferred) and _is_identity(layer) and _as_made(layer)):
             x = apply(layer, x)
-    return x.plain() if isinstance(x, _Deferred) else x
+    return _computed(x)
 
 
 def _activated(layer: Any, x: Any) -> _Deferred:
@@ -237,12 +245,9 @@ class SwiGLU(nn.Module):
                 parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
                 for parts in zip(*((layer.weight, layer.bias) for layer in inner), strict=True)
             )
-            if isinstance(x, _Deferred):
-                h = x.into(weight, bias)
-            else:
-                h = (linear if isinstance(x, Dual) else F.linear)(x, weight, bias)
+            h = _product(x, weight, bias)
         else:
-            x = x.plain() if isinstance(x, _Deferred) else x
+            x = _computed(x)
             h = cat([apply(layer, x) for layer in inner], dim=-1)
         return apply(down, _Deferred(lambda: swiglu(h), h.dtype, SWIGLU, (h,)))
 

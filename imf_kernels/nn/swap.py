@@ -296,15 +296,16 @@ def _blocks(module: nn.Module) -> Iterator[_Candidate]:
         return [alone, (draw(2, 6, dim), draw(2, last.in_features), rope)]
 
     if arguments == ["x", "c"] or (arguments == ["x", "c", "feat_rope"] and hasattr(attn, "num_heads")):
-        in_order = tuple(name for name, _ in mlp.named_children()) if mlp is not None else ()
-        if in_order == tuple(name for name in _MLP_NAMES if name in in_order) and {"fc1", "fc2"} <= {
-            *in_order
-        }:
+        if in_order := _in_order(mlp):
             yield _Candidate(modules.AdaLNBlock, inputs, {"in_order": in_order})
         yield _Candidate(modules.AdaLNBlock, inputs, {})
 
 
-_MLP_NAMES = ("fc1", "act", "drop1", "norm", "fc2", "drop2")  # in timm's order
+def _in_order(mlp: Any) -> tuple[str, ...]:
+    """Returns the names of an MLP's layers if they are timm's, in its order."""
+    names = tuple(name for name, _ in mlp.named_children())
+    timms = tuple(n for n in ("fc1", "act", "drop1", "norm", "fc2", "drop2") if n in names)
+    return names if names == timms and {"fc1", "fc2"} <= {*names} else ()
 
 
 _BY_NAME: tuple[tuple[str, Callable[[nn.Module], Iterator[_Candidate]]], ...] = (

@@ -70,16 +70,26 @@ def _forward(
     return y, y_dot
 
 
+def gradients(
+    products: Any, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Returns dx, dW and db, `None` for those that are not needed."""
+    rows = matmul.matrix(dy)
+    dx = dweight = dbias = None
+    if needed[0]:
+        dx = products.grad_input(rows, in_dtype(weight, x.dtype)).view(x.shape)
+    if needed[1]:
+        dweight = in_dtype(products.grad_weight(rows, matmul.matrix(x)), weight.dtype)
+    if needed[2] and bias is not None:
+        exact = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        dbias = in_dtype(rows.sum(0, dtype=exact), bias.dtype)
+    return dx, dweight, dbias
+
+
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
-    dx = dweight = dbias = None
-    rows = matmul.matrix(dy)
-    if ctx.needs_input_grad[1]:
-        dx = ctx.products.grad_input(rows, in_dtype(weight, x.dtype)).view(x.shape)
-    if ctx.needs_input_grad[3]:
-        dweight = in_dtype(ctx.products.grad_weight(rows, matmul.matrix(x)), weight.dtype)
-    if ctx.needs_input_grad[4]:
-        dbias = in_dtype(rows.sum(0, dtype=torch.float32), bias.dtype)
+    _, of_x, _, *of_parameters = ctx.needs_input_grad
+    dx, dweight, dbias = gradients(ctx.products, dy, x, weight, bias, (of_x, *of_parameters))
     return None, dx, None, dweight, dbias
 
 

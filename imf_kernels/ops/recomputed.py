@@ -22,13 +22,13 @@ from imf_kernels.backends.dispatch import default
 from imf_kernels.backends.layout import in_dtype
 from imf_kernels.backends.operators import Operation, first_derivatives
 from imf_kernels.dual import Dual, is_differentiable, map_both, no_gradient, unchecked, unpack
-from imf_kernels.ops.linear import LINEAR
+from imf_kernels.ops.linear import LINEAR, gradients
 from imf_kernels.transforms.dual_tensors import takes_dual_tensors
 
 
 def _computed(
-    operation: Operation[Any], inputs: Sequence[Any], others: tuple[Any, ...], weight: Tensor | None,
-    bias: Tensor | None, dtype: torch.dtype | None, backend: str | None = None,
+    backend: str | None, operation: Operation[Any], inputs: Sequence[Any], others: tuple[Any, ...],
+    weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype | None,
 ) -> Any:  # fmt: skip
     h = operation(backend, inputs, *others)
     if weight is None:
@@ -41,47 +41,40 @@ def _computed(
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, operation: Operation[Any], others: tuple[Any, ...], dtype: torch.dtype | None,
-        weight: Tensor | None, bias: Tensor | None, *parts: Tensor | None,
+        ctx: Any, backend: str | None, operation: Operation[Any], others: tuple[Any, ...],
+        dtype: torch.dtype | None, weight: Tensor | None, bias: Tensor | None, *parts: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         primals, tangents = parts[::2], parts[1::2]
         inputs = [*map(unchecked, primals, tangents)]
-        y, y_dot = unpack(_computed(operation, inputs, others, weight, bias, dtype))
+        y, y_dot = unpack(_computed(backend, operation, inputs, others, weight, bias, dtype))
         if y_dot is not None:
             no_gradient(ctx, y_dot)
         ctx.save_for_backward(weight, bias, *primals)
-        ctx.operation, ctx.others = operation, others
+        ctx.compute = lambda leaves: operation(backend, leaves, *others)
         return y, y_dot
 
     @staticmethod
     @partial(first_derivatives, "recomputed", count=1)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         weight, bias, *primals = ctx.saved_tensors
-        _, _, _, of_weight, of_bias, *of_parts = ctx.needs_input_grad
-        of_primals = of_parts[::2]
+        of_parameters, of_primals = ctx.needs_input_grad[4:6], ctx.needs_input_grad[6::2]
         with torch.enable_grad():
             leaves = [
                 x if x is None else x.detach().requires_grad_(n)
                 for x, n in zip(primals, of_primals, strict=True)
             ]
-            h = ctx.operation(None, leaves, *ctx.others)
-        dh, dweight, dbias = dy, None, None
+            h = ctx.compute(leaves)
+        dh: Any = dy
+        dweight = dbias = None
         if weight is not None:
-            rows = matmul.matrix(dy)
-            if of_weight:
-                again = matmul.matrix(in_dtype(h.detach(), dy.dtype))
-                dweight = in_dtype(matmul.grad_weight(rows, again), weight.dtype)
-            if of_bias:
-                exact = torch.promote_types(rows.dtype, torch.float32)
-                dbias = in_dtype(rows.sum(0, dtype=exact), bias.dtype)
-            if any(of_primals):
-                dh = matmul.grad_input(rows, in_dtype(weight, dy.dtype)).view(h.shape)
-        gradients: Iterator[Tensor] = iter(())
+            again, needed = in_dtype(h.detach(), dy.dtype), (any(of_primals), *of_parameters)
+            dh, dweight, dbias = gradients(matmul, dy, again, weight, bias, needed)
+        of_leaves: Iterator[Tensor] = iter(())
         if any(of_primals):
             wanted = [x for x in leaves if x is not None and x.requires_grad]
-            gradients = iter(torch.autograd.grad(h, wanted, in_dtype(dh, h.dtype)))
-        of_all = [part for n in of_primals for part in (next(gradients) if n else None, None)]
-        return None, None, None, dweight, dbias, *of_all
+            of_leaves = iter(torch.autograd.grad(h, wanted, in_dtype(dh, h.dtype)))
+        of_all = [part for n in of_primals for part in (next(of_leaves) if n else None, None)]
+        return None, None, None, None, dweight, dbias, *of_all
 
 
 @takes_dual_tensors
@@ -102,14 +95,15 @@ def recomputed(
         inputs, others: its arguments; the former are tensors, `Dual`s or `None`.
         weight, bias: [out, in], and [out] or `None`, as of `linear`.
         dtype: that h is cast to for the product; its own by default.
-        backend: of both.
+        backend: of both, in backward too.
 
     Returns:
         [..., in] or [..., out]; a `Dual` if an input is one.
     """
-    plain = (backend or default.backend) == "reference" or torch._C._are_functorch_transforms_active()
+    backend = backend or default.backend
+    plain = backend == "reference" or torch._C._are_functorch_transforms_active()
     if plain or not torch.is_grad_enabled() or is_differentiable(*inputs):
-        return _computed(operation, inputs, others, weight, bias, dtype, backend)
+        return _computed(backend, operation, inputs, others, weight, bias, dtype)
     parts = [part for x in inputs for part in unpack(x)]
-    y, y_dot = _Recomputed.apply(operation, others, dtype, weight, bias, *parts)
+    y, y_dot = _Recomputed.apply(backend, operation, others, dtype, weight, bias, *parts)
     return unchecked(y, y_dot) if any(isinstance(x, Dual) for x in inputs) else y

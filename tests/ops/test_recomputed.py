@@ -144,3 +144,19 @@ def test_torch_func_and_the_reference():
         ours, plain = (ik.jvp(f, primals, tuple(tangents)) for f in functions("modulated norm", weight, bias))
     for y, z in zip(ours, plain, strict=True):
         assert torch.equal(y.detach(), z.detach())
+
+
+def test_backward_computes_on_the_backend_of_the_forward(monkeypatch):
+    inputs, tangents, weight, bias = made("gelu", "layer")
+    asked, decided = [], GELU.operation.backend_for
+
+    def backend_for(backend, *arguments, **options):
+        asked.append(backend)
+        return decided(backend, *arguments, **options)
+
+    monkeypatch.setattr(GELU.operation, "backend_for", backend_for)
+    monkeypatch.setattr(GELU.operation, "choices", {})
+    with ik.use_backend("cpu"):
+        y = functions("gelu", weight, bias)[0](Dual(inputs[0], tangents[0])).primal
+    y.sum().backward()
+    assert asked == ["cpu", "cpu"]
