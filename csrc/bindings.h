@@ -102,8 +102,37 @@ inline std::vector<std::pair<int, int>> tangents_of(const std::vector<std::strin
   return found;
 }
 
-inline DType dtype_of(const Tensor& x) { return x.dtype; }
-inline DType dtype_of(float) { return DType::other; }
+inline const Tensor* tensor_of(const Tensor& x) { return &x; }
+inline const Tensor* tensor_of(const Optional<Tensor>& x) { return x.dim < 0 ? nullptr : &x; }
+inline const Tensor* tensor_of(float) { return nullptr; }
+inline const Tensor* tensor_of(bool) { return nullptr; }
+
+// Throws unless each tangent has its primal's dtype and shape, but for the first dimension: that may be
+// smaller, and equally so where several primals of rows have as many samples.
+inline void check_tangents(const std::vector<std::pair<int, int>>& tangents, const Tensor* const* tensors,
+                           const std::vector<std::string>& names) {
+  const auto refuse = [&](int tangent, const std::string& wanted, const Tensor& got) {
+    throw std::invalid_argument(names[tangent] + " must have the " + wanted + ", got " +
+                                list_of(got.sizes, got.dim));
+  };
+  for (std::size_t i = 0; i < tangents.size(); ++i) {
+    const Tensor *x = tensors[tangents[i].first], *x_dot = tensors[tangents[i].second];
+    if (!x || !x_dot) continue;
+    const std::string& name = names[tangents[i].first];
+    if (x_dot->dtype != x->dtype) {
+      throw std::invalid_argument(names[tangents[i].second] + " must have the dtype of " + name);
+    }
+    bool fits = x_dot->dim == x->dim && (x->dim == 0 || x_dot->sizes[0] <= x->sizes[0]);
+    for (int d = 1; fits && d < x->dim; ++d) fits = x_dot->sizes[d] == x->sizes[d];
+    if (!fits) refuse(tangents[i].second, "shape of " + name + " or fewer samples", *x_dot);
+    for (std::size_t j = 0; x->dim > 1 && j < i; ++j) {
+      const Tensor *y = tensors[tangents[j].first], *y_dot = tensors[tangents[j].second];
+      if (!y || !y_dot || y->dim < 2 || y->sizes[0] != x->sizes[0] || y_dot->sizes[0] == x_dot->sizes[0])
+        continue;
+      refuse(tangents[i].second, "samples of " + names[tangents[j].second], *x_dot);
+    }
+  }
+}
 
 template <typename Arguments>
 using Kernel = void (*)(const Arguments&);
@@ -142,13 +171,8 @@ void define(pybind11::module_& m, const char* name, Kernel<Arguments> cpu, Kerne
       (common(given), ...);
       const Kernel<Arguments> kernel = common.device == cpu_device ? cpu : cuda;
       if (!kernel) throw std::invalid_argument("there is no kernel for this device");
-      const DType dtypes[] = {dtype_of(given)...};
-      for (const auto& [primal, tangent] : tangents) {
-        const bool given = dtypes[tangent] != DType::other && dtypes[primal] != DType::other;
-        if (given && dtypes[tangent] != dtypes[primal]) {
-          throw std::invalid_argument(names[tangent] + " must have the dtype of " + names[primal]);
-        }
-      }
+      const Tensor* const tensors[] = {tensor_of(given)...};
+      check_tangents(tangents, tensors, names);
       const std::string* next = names.data();
       // Braced initialisers are evaluated from left to right.
       const Arguments arguments{Argument<Fields>::make(given, *next++)..., place_of(common.device)};

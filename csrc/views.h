@@ -37,6 +37,7 @@ inline bool is_contiguous(const Tensor& x) {
 
 // Returns the stride between rows; negative if there is no single one.
 inline index_t row_stride(const Tensor& x) {
+  if (x.dim == 0) return 1;
   const index_t width = x.sizes[x.dim - 1];
   if (count_of(x, 0, x.dim) == 0) return width;
   if (width > 1 && x.strides[x.dim - 1] != 1) return -1;
@@ -51,9 +52,9 @@ inline index_t row_stride(const Tensor& x) {
 }
 
 inline void view(const Tensor& x, const std::string& name, Rows& rows) {
-  const index_t stride = x.dim > 0 ? row_stride(x) : -1;
+  const index_t stride = row_stride(x);
   if (stride < 0) refuse(x, name, "contiguous rows at one distance");
-  rows = {x.data, x.dtype, count_of(x, 0, x.dim - 1), x.sizes[x.dim - 1], stride};
+  rows = {x.data, x.dtype, count_of(x, 0, x.dim - 1), x.dim ? x.sizes[x.dim - 1] : 1, stride};
 }
 
 inline void view(const Tensor& x, const std::string& name, Elements& elements) {

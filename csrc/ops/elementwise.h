@@ -6,23 +6,23 @@ namespace imf {
 
 // y = f(x), elementwise.
 struct ElementwiseForward {
-  IMF_ARGUMENTS(Elements x;                      // any shape
-                Optional<Elements> x_dot;        // of the last elements
-                Out<Elements> y;                 // as x
-                Optional<Out<Elements>> y_dot;)  // as x_dot
+  IMF_ARGUMENTS(Rows x;                      // any shape
+                Optional<Rows> x_dot;        // of the last elements
+                Out<Rows> y;                 // as x
+                Optional<Out<Rows>> y_dot;)  // as x_dot
 };
 
 // dx = f'(x) dy.
 struct ElementwiseBackward {
-  IMF_ARGUMENTS(Elements x; Elements dy; Out<Elements> dx;)
+  IMF_ARGUMENTS(Rows x; Rows dy; Out<Rows> dx;)
 };
 
 // The pair's backward: (dx_dot, dx) is the backward of the duals (x, x_dot) and (dy_dot, dy), its value and
 // its tangent (imf_kernels/backends/operators.py).
 struct ElementwisePairBackward {
-  IMF_ARGUMENTS(Elements x; Elements x_dot;    // of the last elements
-                Elements dy; Elements dy_dot;  // as x, x_dot
-                Out<Elements> dx; Out<Elements> dx_dot;)
+  IMF_ARGUMENTS(Rows x; Rows x_dot;    // of the last elements
+                Rows dy; Rows dy_dot;  // as x, x_dot
+                Out<Rows> dx; Out<Rows> dx_dot;)
 };
 
 IMF_DECLARE(silu_forward, ElementwiseForward, CPU)

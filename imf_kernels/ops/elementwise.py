@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from imf_kernels import _C
-from imf_kernels.backends.layout import or_zeros
+from imf_kernels.backends.layout import contiguous_like, in_rows, or_zeros
 from imf_kernels.backends.operators import Operation, PairCall, compiled
 from imf_kernels.dual import TensorOrDual, last_rows, no_gradient, tangent_graph
 from imf_kernels.ops import check
@@ -48,11 +48,10 @@ class Elementwise:
             return (x,)
 
         backends = compiled(name, triton=("elementwise", name))
-        layout: Any = {"lay_out": Tensor.contiguous}
         self.operation = Operation(
             *(name, self._reference, check_arguments, backends, _forward, _backward, _pair_backward),
             public=public,
-            **layout,
+            lay_out=in_rows,
         )
 
     def __call__(self, x: TensorOrDual, backend: str | None) -> TensorOrDual:
@@ -74,29 +73,26 @@ def _forward(
     ctx: Any, kernels: _C.elementwise, x: Tensor, x_dot: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     ctx.save_for_backward(x)  # half of a projection as it is: its memory is in use anyway
-    x = x.contiguous()
-    y, y_dot = torch.empty_like(x), None
+    y, y_dot = contiguous_like(x), None
     if x_dot is not None:
-        x_dot = x_dot.contiguous()
-        y_dot = torch.empty_like(x_dot)
+        y_dot, x_dot = contiguous_like(x_dot), in_rows(x_dot)
         no_gradient(ctx, y_dot)
-    kernels.forward(x, x_dot, y, y_dot)
+    kernels.forward(in_rows(x), x_dot, y, y_dot)
     ctx.kernels = kernels
     return y, y_dot
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x = ctx.saved_tensors[0].contiguous()
-    dx = torch.empty_like(x)
-    ctx.kernels.backward(x, dy.contiguous(), dx)
+    (x,) = ctx.saved_tensors
+    dx = contiguous_like(x)
+    ctx.kernels.backward(in_rows(x), in_rows(dy), dx)
     return None, dx, None
 
 
 def _pair_backward(call: PairCall, dy: Tensor | None, dy_dot: Tensor | None) -> Sequence[Tensor]:
-    x, x_dot = (t.contiguous() for t in call.arguments)
-    dx, dx_dot = torch.empty_like(x), torch.empty_like(x_dot)
-    cotangents = or_zeros(dy, x).contiguous(), or_zeros(dy_dot, x_dot).contiguous()
-    call.kernels.pair_backward(x, x_dot, *cotangents, dx, dx_dot)
+    x, x_dot = map(in_rows, call.arguments)
+    dx, dx_dot = contiguous_like(x), contiguous_like(x_dot)
+    call.kernels.pair_backward(x, x_dot, or_zeros(dy, x), or_zeros(dy_dot, x_dot), dx, dx_dot)
     return dx, dx_dot
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import imf_kernels as ik
 from imf_kernels import Dual
@@ -369,3 +370,48 @@ def test_sums_of_equal_cotangents(rows, isa):
         exact = rows * torch.tensor(value).double().item()
         errors_in_ulps.append((db.double() - exact).abs().max().item() / math.ulp(exact) / 2**29)
     assert math.hypot(*errors_in_ulps) / math.sqrt(30) <= 0.5 * math.sqrt(8 + math.log2(rows))
+
+
+class _Copies(TorchDispatchMode):
+    """Counts calls that copy a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        copies = func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_)
+        self.count += copies and args[0].numel() > 0
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 3, 16, 61])
+@pytest.mark.parametrize("samples", [0, 1, 3])
+@pytest.mark.parametrize("function", [ik.silu, ik.gelu])
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_halves_of_a_projection(function, dtype, width, samples, differentiable):
+    """Rows at a distance: bit by bit what copies of them give, and no copy is made."""
+
+    def halves(*shape):
+        return torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype).chunk(2, dim=-1)[1]
+
+    def results(of):
+        leaf = of(x).detach().requires_grad_()
+        leaf_dot = of(x_dot).detach().requires_grad_(differentiable)
+        with _Copies() as copies:
+            y = function(Dual(leaf, leaf_dot, differentiable=differentiable))
+            given = [(y.primal, of(dy))]
+            if differentiable:
+                given.append((y.tangent_rows, of(dy_dot)))
+            ys, cotangents = zip(*given, strict=True)
+            torch.autograd.backward(ys, cotangents)
+        return copies.count, [
+            t for t in (y.primal, y.tangent_rows, leaf.grad, leaf_dot.grad) if t is not None
+        ]
+
+    torch.manual_seed(0)
+    x, dy = halves(3, 50, width), halves(3, 50, width)
+    x_dot, dy_dot = halves(samples, 50, width), halves(samples, 50, width)
+    copies, strided = results(lambda t: t)
+    _, contiguous = results(torch.Tensor.contiguous)
+    assert copies == 0
+    assert all(map(torch.equal, strided, contiguous))

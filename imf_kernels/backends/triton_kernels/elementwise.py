@@ -112,10 +112,14 @@ def elementwise_backward(
     store_gradients(dx, i, inside, dx_dot, j, moves, times(d, chain(slope, curvature, xi)))
 
 
-class Elementwise:
-    """The launchers of an elementwise function of contiguous tensors.
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return x if x is None else x.contiguous()
 
-    Kernels count elements in units of the largest power of two up to 16 that divides their number: a
+
+class Elementwise:
+    """The launchers of an elementwise function; kernels take contiguous tensors.
+
+    They count elements in units of the largest power of two up to 16 that divides their number: a
     constant, by which the compiler knows that several elements at once are inside.
     """
 
@@ -127,7 +131,7 @@ class Elementwise:
 
     def forward(self, x: Tensor, x_dot: Tensor | None, y: Tensor, y_dot: Tensor | None) -> None:
         unit, grid, numbers = self._counts(x, x_dot)
-        self._forward[unit](grid, (x, x_dot, y, y_dot), *numbers)
+        self._forward[unit](grid, (*map(_contiguous, (x, x_dot)), y, y_dot), *numbers)
 
     def backward(self, x: Tensor, dy: Tensor, dx: Tensor) -> None:
         self.pair_backward(x, None, dy, None, dx, None)
@@ -137,7 +141,7 @@ class Elementwise:
         dx_dot: Tensor | None,
     ) -> None:  # fmt: skip
         unit, grid, numbers = self._counts(x, x_dot)
-        self._backward[unit](grid, (x, x_dot, dy, dy_dot, dx, dx_dot), *numbers)
+        self._backward[unit](grid, (*map(_contiguous, (x, x_dot, dy, dy_dot)), dx, dx_dot), *numbers)
 
     def _counts(self, x: Tensor, x_dot: Tensor | None) -> tuple[int, tuple[int, int], tuple[int, int]]:
         """Returns the unit, the grid, and the first tangent and the number of elements in units."""
