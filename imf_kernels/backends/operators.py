@@ -366,10 +366,18 @@ def first_derivatives(operation: str, backward: Callable[..., Any], count: int) 
             return (None,) * len(ctx.needs_input_grad)
         if count > 1 or first.is_neg():
             given = [dy.resolve_neg() if dy is not None and dy.is_neg() else dy for dy in given]
-        if not torch._C._is_any_autocast_enabled():
-            return backward(ctx, *given)
-        with without_autocast(first.device):
-            return backward(ctx, *given)
+        try:
+            if not torch._C._is_any_autocast_enabled():
+                return backward(ctx, *given)
+            with without_autocast(first.device):
+                return backward(ctx, *given)
+        except RuntimeError as error:
+            if all(dy is None or torch._C._has_storage(dy) for dy in given):
+                raise
+            raise RuntimeError(
+                f"{operation}: kernels cannot read a batch of cotangents (is_grads_batched=True, "
+                "jacobian(vectorize=True), vmap); pass them one by one, or use backend='reference'"
+            ) from error
 
     return wrapper
 

@@ -90,6 +90,30 @@ def test_second_derivatives_are_refused_by_the_kernels(case, kernels):
             torch.autograd.grad(outputs, inputs, cotangents, create_graph=True)
 
 
+@one_an_operation
+@pytest.mark.parametrize("backend", ["reference", "kernels"])
+def test_a_batch_of_cotangents(case, backend, kernels):
+    """By PyTorch's formulas and for products, as for one cotangent after the other; kernels refuse them."""
+    p = errors.problem(case, FP32)
+    leaves = leaves_of(p)
+    outputs = case.run(leaves, kernels if backend == "kernels" else backend)
+    inputs = [leaves[n] for n in case.differentiable]
+    batch = [torch.stack([c, -2 * c]) for c in p.cotangents]
+
+    def gradients(cotangents, **named):
+        return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, **named)
+
+    try:
+        batched = gradients(batch, is_grads_batched=True)
+    except RuntimeError as error:
+        assert backend == "kernels"
+        assert f"{case.operation}: kernels cannot read a batch of cotangents" in str(error)
+        return
+    for i in range(2):
+        for found, one in zip(batched, gradients([c[i] for c in batch]), strict=True):
+            torch.testing.assert_close(found[i], one)
+
+
 def test_second_derivatives_of_the_reference():
     x, w = (torch.randn(n, 5, dtype=torch.float64) for n in (3, 1))
     assert torch.autograd.gradgradcheck(
