@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imf_kernels.nn import modules
+from imf_kernels.nn import attention, blocks, calls, modules
 
 
 @dataclass
@@ -124,7 +124,7 @@ def _plain(module: nn.Module) -> dict[str, Any]:
 def _candidates(module: nn.Module) -> list[_Candidate] | str:
     """Returns what a module could become, or why it is left alone."""
     kind = type(module)
-    if kind.__module__.startswith(modules.__name__) or isinstance(module, torch.jit.ScriptModule):
+    if kind.__module__.startswith(f"{__package__}.") or isinstance(module, torch.jit.ScriptModule):
         return []
     for theirs, ours in _OF_PYTORCH.items():
         if isinstance(module, theirs):
@@ -213,7 +213,7 @@ def _rotary(module: nn.Module) -> Iterator[_Candidate]:
     length, columns = tables[names[0]].shape
     for layout in layouts:
         yield _Candidate(
-            modules.RotaryEmbedding,
+            attention.RotaryEmbedding,
             lambda draw: [(draw(2, 3, length, columns * width),)],
             {"layout": layout, "names": names},
         )
@@ -235,7 +235,7 @@ def _cross_attentions(module: nn.Module) -> Iterator[_Candidate]:
         alone = [(x,)] if d == width else []
         return [*alone, *((x, context, mask)[:n] for n in range(2, len(arguments) + 1))]
 
-    yield _Candidate(modules.CrossAttention, inputs, {})
+    yield _Candidate(attention.CrossAttention, inputs, {})
 
 
 def _attentions(module: nn.Module) -> Iterator[_Candidate]:
@@ -256,7 +256,7 @@ def _attentions(module: nn.Module) -> Iterator[_Candidate]:
         attributes["proj_drop"] = nn.Identity()
     shape = 2, 6, dim
     if arguments == ["x"]:
-        yield _Candidate(modules.Attention, lambda draw: [(draw(*shape),)], attributes)
+        yield _Candidate(attention.Attention, lambda draw: [(draw(*shape),)], attributes)
     elif arguments in (["x", "attn_mask"], ["x", "attn_mask", "is_causal"]):
 
         def inputs(draw: Any) -> list[tuple[Any, ...]]:
@@ -264,17 +264,17 @@ def _attentions(module: nn.Module) -> Iterator[_Candidate]:
             causal = [(x, (mask > 0).logical_or_(torch.eye(6) > 0)), (x, None, True)]
             return [(x,), (x, mask), *(causal if len(arguments) == 3 else [])]
 
-        yield _Candidate(modules.Attention, inputs, attributes)
+        yield _Candidate(attention.Attention, inputs, attributes)
     elif arguments == ["x", "rope"] and not width % 2:
         yield _Candidate(
-            modules.RopeAttention,
+            attention.RopeAttention,
             lambda draw: [(draw(*shape),), (draw(*shape), draw.module(_rope(width)))],
             attributes,
         )
 
 
-def _rope(width: int) -> modules.RotaryEmbedding:
-    return modules.RotaryEmbedding(6, width)
+def _rope(width: int) -> attention.RotaryEmbedding:
+    return attention.RotaryEmbedding(6, width)
 
 
 def _blocks(module: nn.Module) -> Iterator[_Candidate]:
@@ -297,8 +297,8 @@ def _blocks(module: nn.Module) -> Iterator[_Candidate]:
 
     if arguments == ["x", "c"] or (arguments == ["x", "c", "feat_rope"] and hasattr(attn, "num_heads")):
         if in_order := _in_order(mlp):
-            yield _Candidate(modules.AdaLNBlock, inputs, {"in_order": in_order})
-        yield _Candidate(modules.AdaLNBlock, inputs, {})
+            yield _Candidate(blocks.AdaLNBlock, inputs, {"in_order": in_order})
+        yield _Candidate(blocks.AdaLNBlock, inputs, {})
 
 
 def _in_order(mlp: Any) -> tuple[str, ...]:
@@ -387,7 +387,7 @@ def _difference(module: nn.Module, candidate: _Candidate) -> str:
 
 def _unseen(module: nn.Module, candidate: _Candidate) -> str:
     """Returns why a module's parts would miss calls that their hooks see; "" if none does."""
-    hooked = [name for name, part in module.named_modules() if name and modules.has_hooks(part)]
+    hooked = [name for name, part in module.named_modules() if name and calls.has_hooks(part)]
     if not hooked:
         return ""
     try:

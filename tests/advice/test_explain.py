@@ -189,8 +189,8 @@ def test_modules_to_replace_are_tried_on_copies(faster):
     assert now.keys() == state.keys() and all(now[name] is x for name, x in state.items())
     run = Run(network, (X,), (X_DOT,))
     variants = changes._replaced(run), changes._fused(run)
-    kinds = {type(module).__module__ for module in variants[0].stand_ins[network]}
-    assert kinds == {"imf_kernels.nn.modules"} and variants[1].stand_ins[network][2].fused_attn
+    kinds = {type(module).__module__.rpartition(".")[0] for module in variants[0].stand_ins[network]}
+    assert kinds == {"imf_kernels.nn"} and variants[1].stand_ins[network][2].fused_attn
     for variant in variants:
         other = Run(network, (X,), (X_DOT,), stand_ins=variant.stand_ins)
         assert any("scaled_dot_product" in c.name for c in other.calls)

@@ -1,5 +1,7 @@
 """Modules of `imf_kernels.nn` compared with those that they replace: state dicts, values, derivatives."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -169,16 +171,50 @@ def test_autocast(case):
         errors.check(case, y, true, errors.Yardstick.of(z, true), torch.bfloat16)
 
 
+class Called(nn.Module):
+    """A module of other people, which `AdaLNBlock` only calls."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+LAYERS = {
+    "linear": lambda: nn.Linear(16, 16),
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "dropout": lambda: nn.Dropout(0.0),
+    "norm": lambda: nn.LayerNorm(16),
+}
+
+
+@pytest.mark.parametrize("names", [*itertools.product(LAYERS, repeat=3)], ids=" ".join)
+def test_an_mlp_of_any_layers(names):
+    """Values and gradients of a block are those of the same layers called by somebody else."""
+    torch.manual_seed(0)
+    mlp = nn.Sequential(*(LAYERS[name]() for name in names))
+    block = ik.nn.AdaLNBlock(nn.Identity(), mlp, 16)
+    inputs, tangents = ([torch.randn(X), torch.randn(2, 16)] for _ in range(2))
+    got = results(block, inputs, tangents, "jvp")
+    block.mlp = Called(mlp)
+    want = results(block, inputs, tangents, "jvp")
+    for found, wanted in zip(got.values(), want.values(), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
 def test_rotary_after_norms_is_fused():
     theirs, ours, _ = pair("AdaLNBlock")
     rope, plain = ik.nn.RotaryEmbedding(6, 8), HW.InterleavedRope(HW.angles(6, 8))
     seen = []
     x, x_dot, c, c_dot = torch.randn(2, *X).unbind() + torch.randn(2, 2, 16).unbind()
     with pytest.MonkeyPatch.context() as patch:
-        from imf_kernels.nn import modules
+        from imf_kernels.nn import attention
 
-        fused = modules.qk_norm_rope
-        patch.setattr(modules, "qk_norm_rope", lambda *args: seen.append(1) or fused(*args))
+        fused = attention.qk_norm_rope
+        patch.setattr(attention, "qk_norm_rope", lambda *args: seen.append(1) or fused(*args))
         got = ik.jvp(lambda x, c: ours(x, c, rope), (x, c), (x_dot, c_dot))
     want = torch.func.jvp(lambda x, c: theirs(x, c, plain), (x, c), (x_dot, c_dot))
     assert seen

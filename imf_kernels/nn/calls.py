@@ -1,0 +1,107 @@
+"""Calls of PyTorch's layers of tensors and `Dual`s; inputs of linear layers that backward computes again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imf_kernels.backends.dispatch import autocasts
+from imf_kernels.dual import Dual
+from imf_kernels.ops.elementwise import GELU, GELU_TANH, SILU, gelu, silu
+from imf_kernels.ops.linear import linear
+from imf_kernels.ops.recomputed import recomputed
+
+
+class Deferred:
+    """The result of an operation that is not computed yet: a linear layer that takes it keeps its arguments.
+
+    Args:
+        operation, inputs, others: see `recomputed`.
+        plain: computes it.
+        dtype: of the result.
+    """
+
+    def __init__(
+        self, plain: Callable[[], Any], dtype: torch.dtype, operation: Any, inputs: Any, *others: Any
+    ) -> None:
+        self.plain, self.dtype = plain, dtype
+        self.operation, self.inputs, self.others = operation, inputs, others
+
+    def into(self, weight: Tensor, bias: Tensor | None) -> Any:
+        x = self.inputs[0]
+        cast = autocasts(x.device) and not isinstance(x, Dual) and weight.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(x.device.type) if cast else self.dtype
+        if torch.compiler.is_compiling() or not (cast or weight.dtype == dtype):
+            return product(self.plain(), weight, bias)
+        return recomputed(self.operation, self.inputs, self.others, weight, bias, dtype)
+
+
+def product(x: Any, weight: Tensor, bias: Tensor | None) -> Any:
+    if isinstance(x, Deferred):
+        return x.into(weight, bias)
+    return (linear if isinstance(x, Dual) else F.linear)(x, weight, bias)
+
+
+def computed(x: Any) -> Any:
+    return x.plain() if isinstance(x, Deferred) else x
+
+
+def apply(layer: Any, x: Any) -> Any:
+    """Calls a layer of PyTorch; of a `Dual` by the operation of the same name."""
+    if isinstance(x, Deferred) and is_plain_linear(layer):
+        return x.into(layer.weight, layer.bias)
+    x = computed(x)
+    if not isinstance(x, Dual):
+        return layer(x)
+    if isinstance(layer, nn.Sequential):
+        return apply_all(layer, x)
+    if type(layer) is nn.Linear:
+        return linear(x, layer.weight, layer.bias)
+    if isinstance(layer, nn.GELU):
+        return gelu(x, approximate=layer.approximate)
+    if isinstance(layer, nn.SiLU):
+        return silu(x)
+    return x if _is_identity(layer) else layer(x)
+
+
+def _is_identity(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Identity) or (
+        isinstance(layer, nn.Dropout) and not (layer.training and layer.p)
+    )
+
+
+def apply_all(layers: Iterable[nn.Module], x: Any) -> Any:
+    """Calls layers one after the other; a linear one after an activation does not keep what it takes."""
+    for layer in layers:
+        if type(layer) in (nn.GELU, nn.SiLU) and is_as_made(layer):
+            x = _activated(layer, x)
+        elif not (isinstance(x, Deferred) and _is_identity(layer) and is_as_made(layer)):
+            x = apply(layer, x)
+    return computed(x)
+
+
+def _activated(layer: Any, x: Any) -> Deferred:
+    x = computed(x)
+    approximate = getattr(layer, "approximate", None)
+    function = SILU if approximate is None else GELU if approximate == "none" else GELU_TANH
+    return Deferred(lambda: apply(layer, x), x.dtype, function.operation, (x,))
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Returns whether a layer can be called by its weight and bias."""
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and is_as_made(layer)
+
+
+def is_as_made(module: nn.Module) -> bool:
+    """Returns whether a call of a module is one of its class's forward."""
+    return "forward" not in vars(module) and not has_hooks(module)
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Returns whether calls of a layer run hooks."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(map(vars(layer).get, hooks))
