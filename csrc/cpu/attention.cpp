@@ -119,6 +119,7 @@ void forward(const AttentionForward& a) {
   TaskQueue queue(tasks);
 
   on_each_thread(team, [&](int) {
+    const Tiles tiles;
     const index_t k_size = packed_size(width, seen_keys), v_size = packed_size(all_keys, a.v.width);
     Scratch scratch(2 * k_size + 2 * v_size +
                     2 * query_block * (width + key_block + p_stride + (several_sums ? 3 : 1) * value_stride));
@@ -282,6 +283,7 @@ void backward(const AttentionBackward& a) {
   TaskQueue queue(tasks);
 
   on_each_thread(team, [&](int) {
+    const Tiles tiles;
     const index_t query_units = units<Unit>(query_block);
     Scratch scratch(packed_size(width, seen_keys) + packed_size(value_units, seen_keys) +
                     packed_size(all_keys, a.q.width) + LongSum::floats(query_block * stride, several_dq) +

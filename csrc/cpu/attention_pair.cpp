@@ -125,6 +125,7 @@ void pair_backward(const AttentionPairBackward& a) {
   TaskQueue queue(heads);
 
   on_each_thread(team, [&](int) {
+    const Tiles tiles;
     Scratch scratch(2 * (k_size + k_rows_size + v_size) +
                     2 * LongSum::floats(all_keys * (stride + value_stride), several_dkv) +
                     2 * LongSum::floats(query_block * stride, several_dq) +

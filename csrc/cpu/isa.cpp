@@ -3,6 +3,12 @@
 #include <atomic>
 #include <stdexcept>
 
+#if defined(IMF_AMX_BF16)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace imf {
 namespace {
 
@@ -16,7 +22,19 @@ constexpr Named all[] = {{Isa::plain, "plain"},
                          {Isa::neon, "neon"},
                          {Isa::avx2, "avx2"},
                          {Isa::avx512, "avx512"},
-                         {Isa::avx512_bf16, "avx512_bf16"}};
+                         {Isa::avx512_bf16, "avx512_bf16"},
+                         {Isa::amx_bf16, "amx_bf16"}};
+
+#if defined(IMF_AMX_BF16)
+// Whether the processor has AMX for bf16, and Linux lets this process use the registers of tiles.
+bool has_amx() {
+  unsigned a, b, c, d;
+  constexpr unsigned tiles_and_bf16 = 1u << 24 | 1u << 22;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & tiles_and_bf16) != tiles_and_bf16) return false;
+  constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request, tile_data) == 0;
+}
+#endif
 
 bool processor_has(Isa isa) {
 #if defined(IMF_X86)
@@ -24,7 +42,12 @@ bool processor_has(Isa isa) {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #if defined(IMF_AVX512_BF16)
-  if (isa == Isa::avx512_bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (isa == Isa::avx512_bf16) return avx512_bf16;
+#endif
+#if defined(IMF_AMX_BF16)
+  static const bool amx = has_amx();
+  if (isa == Isa::amx_bf16) return avx512_bf16 && amx;
 #endif
   if (isa == Isa::avx512) return avx512;
   if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");

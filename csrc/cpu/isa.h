@@ -7,7 +7,7 @@
 
 namespace imf {
 
-enum class Isa { plain, neon, avx2, avx512, avx512_bf16 };
+enum class Isa { plain, neon, avx2, avx512, avx512_bf16, amx_bf16 };
 
 // Returns the sets that were compiled in and that this processor runs, the best one last.
 std::vector<std::string> supported_isas();
@@ -21,7 +21,11 @@ bool is_intel();
 }  // namespace imf
 
 // Expands apply(set, ...) for each set that is compiled in.
-#if defined(IMF_AVX512_BF16)
+#if defined(IMF_AMX_BF16)
+#define IMF_FOR_EACH_ISA(apply, ...)                                                      \
+  apply(amx_bf16, __VA_ARGS__) apply(avx512_bf16, __VA_ARGS__) apply(avx512, __VA_ARGS__) \
+      apply(avx2, __VA_ARGS__) apply(plain, __VA_ARGS__)
+#elif defined(IMF_AVX512_BF16)
 #define IMF_FOR_EACH_ISA(apply, ...)                                                  \
   apply(avx512_bf16, __VA_ARGS__) apply(avx512, __VA_ARGS__) apply(avx2, __VA_ARGS__) \
       apply(plain, __VA_ARGS__)

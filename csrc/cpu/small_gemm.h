@@ -1,14 +1,17 @@
 // Small matrix products on packed operands, for attention: C[m, n] = A[m, k] B[k, n], or added to C, in fp32.
 //
 // The inner dimension counts units of 32 bits: a float, or a pair of bf16 on processors with bf16 dot
-// products (twice as fast). A's units are broadcast one by one, so A may have any strides (a transpose costs
-// nothing). B is packed in zero-padded panels of `panel_width` columns, each a contiguous [k, panel_width]
-// block of units (the last one only as many full vectors as it needs). C's rows have room for n rounded up to
-// full vectors.
+// products. A's units are broadcast one by one, so A may have any strides (a transpose costs nothing); for
+// AMX, which multiplies tiles of pairs, one of its strides is 1. B is packed in zero-padded panels of
+// `panel_width` columns, each a contiguous [k, panel_width] block of units (the last one only as many full
+// vectors as it needs). C's rows have room for n rounded up to full vectors.
 //
 // About `terms` units, at most half as many again, are added sequentially; such sums are added to C, or
 // pairwise if the terms are few. Rounding errors thus grow with the square roots of two short lengths.
 #pragma once
+
+#include <algorithm>
+#include <cstdint>
 
 #include "cpu/vec.h"
 
@@ -164,6 +167,121 @@ inline void product_rows(index_t m, Strided<Unit> a, const Unit* b, index_t b_ro
   }
 }
 
+// Processors with AMX multiply tiles: 16 rows of 16 units by 16 units of 16 columns, added to 16 rows of C.
+// In a tile the first halves of pairs and the second ones are summed apart, from zero, and then added to C.
+#if IMF_ISA_LEVEL >= 5
+constexpr index_t tile = 16;
+
+// Shapes this thread's tile registers, all alike, while it lives.
+class Tiles {
+ public:
+  Tiles() {
+    struct {
+      std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      std::uint16_t bytes[16] = {};
+      std::uint8_t rows[16] = {};
+    } shapes;
+    std::fill_n(shapes.bytes, 8, std::uint16_t{4 * tile});
+    std::fill_n(shapes.rows, 8, std::uint8_t{tile});
+    asm volatile("ldtilecfg %0" ::"m"(shapes));
+  }
+  ~Tiles() { asm volatile("tilerelease"); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+};
+
+// Of tile register n and rows at `data` that lie `stride` elements of four bytes apart.
+#define IMF_LOAD_TILE(n, data, stride) \
+  asm volatile("tileloadd (%0,%1,1), %%tmm" #n::"r"(data), "r"(4 * (stride)) : "memory")
+#define IMF_STORE_TILE(n, data, stride) \
+  asm volatile("tilestored %%tmm" #n ", (%0,%1,1)" ::"r"(data), "r"(4 * (stride)) : "memory")
+#define IMF_ZERO_TILE(n) asm volatile("tilezero %%tmm" #n::)
+#define IMF_ADD_TILE_PRODUCT(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c::)
+
+// Copies `rows` rows and `columns` units of A into a tile, with zeros beyond the units.
+inline void copy_tile(Strided<Bf16Pair> a, index_t rows, index_t columns, Bf16Pair* out) {
+  Vec block[tile];
+  if (a.column_stride == 1) {
+    for (index_t i = 0; i < tile; ++i) {
+      const auto* row = reinterpret_cast<const float*>(a.data + i * a.row_stride);
+      block[i] = i < rows ? load_lanes(row, static_cast<int>(columns)) : Vec(0.0f);
+    }
+  } else {
+    for (index_t p = 0; p < tile; ++p) {
+      block[p] = p < columns ? load_units(a.data + p * a.column_stride) : Vec(0.0f);
+    }
+    transpose(block);
+  }
+  for (index_t i = 0; i < tile; ++i) store_units(out + i * tile, block[i]);
+}
+
+// C [m, vecs tiles] = A B, or added to C, of a panel of B. A's columns have room for full vectors.
+template <int vecs>
+void product_tiles(index_t m, Strided<Bf16Pair> a, const Bf16Pair* b, index_t b_row, float* c, index_t c_row,
+                   index_t k, bool add) {
+  constexpr index_t width = vecs * tile;
+  alignas(64) Bf16Pair a_tile[tile * tile], b_rest[tile * width];  // padded with zeros
+  alignas(64) float c_rows[tile * width];
+  const index_t rest = k - k % tile;
+  for (index_t p = 0; rest < k && p < tile; ++p) {
+    for (index_t j = 0; j < width; j += tile) {
+      store_units(b_rest + p * width + j, rest + p < k ? load_units(b + (rest + p) * b_row + j) : Vec(0.0f));
+    }
+  }
+  for (; m > 0; m -= tile, a.data += tile * a.row_stride, c += tile * c_row) {
+    const index_t rows = std::min(m, tile), sum_row = rows < tile ? width : c_row;
+    float* sum = rows < tile ? c_rows : c;
+    if (add) {
+      for (index_t i = 0; rows < tile && i < rows; ++i) std::copy_n(c + i * c_row, width, c_rows + i * width);
+      IMF_LOAD_TILE(0, sum, sum_row);
+      if constexpr (vecs > 1) IMF_LOAD_TILE(1, sum + tile, sum_row);
+      if constexpr (vecs > 2) IMF_LOAD_TILE(2, sum + 2 * tile, sum_row);
+      if constexpr (vecs > 3) IMF_LOAD_TILE(3, sum + 3 * tile, sum_row);
+    } else {
+      IMF_ZERO_TILE(0);
+      IMF_ZERO_TILE(1);
+      IMF_ZERO_TILE(2);
+      IMF_ZERO_TILE(3);
+    }
+    for (index_t p = 0; p < k; p += tile) {
+      const Strided<Bf16Pair> at{a.data + p * a.column_stride, a.row_stride, a.column_stride};
+      if (p < rest && rows == tile && a.column_stride == 1) {
+        IMF_LOAD_TILE(4, at.data, at.row_stride);
+      } else {
+        copy_tile(at, rows, std::min(k - p, tile), a_tile);
+        IMF_LOAD_TILE(4, a_tile, tile);
+      }
+      const Bf16Pair* bp = p < rest ? b + p * b_row : b_rest;
+      const index_t bp_row = p < rest ? b_row : width;
+      IMF_LOAD_TILE(5, bp, bp_row);
+      IMF_ADD_TILE_PRODUCT(0, 4, 5);
+      if constexpr (vecs > 1) {
+        IMF_LOAD_TILE(6, bp + tile, bp_row);
+        IMF_ADD_TILE_PRODUCT(1, 4, 6);
+      }
+      if constexpr (vecs > 2) {
+        IMF_LOAD_TILE(5, bp + 2 * tile, bp_row);
+        IMF_ADD_TILE_PRODUCT(2, 4, 5);
+      }
+      if constexpr (vecs > 3) {
+        IMF_LOAD_TILE(6, bp + 3 * tile, bp_row);
+        IMF_ADD_TILE_PRODUCT(3, 4, 6);
+      }
+    }
+    IMF_STORE_TILE(0, sum, sum_row);
+    if constexpr (vecs > 1) IMF_STORE_TILE(1, sum + tile, sum_row);
+    if constexpr (vecs > 2) IMF_STORE_TILE(2, sum + 2 * tile, sum_row);
+    if constexpr (vecs > 3) IMF_STORE_TILE(3, sum + 3 * tile, sum_row);
+    for (index_t i = 0; rows < tile && i < rows; ++i) std::copy_n(c_rows + i * width, width, c + i * c_row);
+  }
+}
+
+#else
+struct Tiles {
+  Tiles() {}
+};
+#endif
+
 // Skips `b_first` of `b_total` packed rows of B: a product over a part of the inner dimension. Counts units.
 // `packed`: columns of B, if more than n.
 template <typename Unit>
@@ -176,6 +294,14 @@ inline void product(index_t m, index_t n, index_t k, Strided<Unit> a, const Unit
   for (index_t j = 0; j < n; j += panel_width) {
     const index_t width = panel_of(n - j), b_width = packed > n ? panel_of(packed - j) : width;
     const Unit* panel = b + j * b_total + b_first * b_width;
+#if IMF_ISA_LEVEL >= 5
+    if constexpr (elements_per_unit<Unit> > 1) {
+      constexpr decltype(&product_tiles<1>) of_tiles[] = {product_tiles<1>, product_tiles<2>,
+                                                          product_tiles<3>, product_tiles<4>};
+      of_tiles[width / Vec::width - 1](m, a, panel, b_width, c + j, c_row, k, add);
+      continue;
+    }
+#endif
     constexpr decltype(&product_rows<1, Unit>) of_vecs[] = {product_rows<1, Unit>, product_rows<2, Unit>,
                                                             product_rows<3, Unit>, product_rows<4, Unit>};
     of_vecs[width / Vec::width - 1](m, a, panel, b_width, c + j, c_row, k, add, terms);

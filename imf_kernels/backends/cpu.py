@@ -49,7 +49,7 @@ def unavailable(tensors: Sequence[Tensor]) -> str | None:
 
 def instruction_sets() -> list[str]:
     """Returns the instruction sets that this processor runs, slowest first: of "plain", "neon" (ARM), "avx2",
-    "avx512", "avx512_bf16" (AVX-512 with bf16 dot products)."""
+    "avx512", "avx512_bf16" (AVX-512 with bf16 dot products), "amx_bf16" (and products of tiles)."""
     return _C.supported_isas()
 
 

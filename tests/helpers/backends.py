@@ -9,7 +9,7 @@ from imf_kernels.backends import cpu, cuda, triton_launch
 from imf_kernels.backends.operators import OPERATIONS
 
 ON_GPU = torch.cuda.is_available()
-ISAS = ("plain", "neon", "avx2", "avx512", "avx512_bf16")
+ISAS = ("plain", "neon", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 KERNELS = (*(f"cpu-{isa}" for isa in ISAS), "triton", "cuda")
 BACKENDS = ("reference", *KERNELS)
 
