@@ -75,6 +75,8 @@ def _exists(item):
         return has_triton(operation) and not (large and not ON_GPU) and takes(case, dtype, backend)
     if backend == "cuda":
         return has("cuda", operation) and _hopper_takes(case, dtype)
+    if backend == "cpu-amx_bf16" and (operation != "scaled_dot_product_attention" or dtype == torch.float32):
+        return False  # as avx512_bf16: tiles are of attention in bf16 alone
     return (backend == "reference" or has("cpu", operation)) and takes(case, dtype, backend)
 
 

@@ -16,6 +16,7 @@ from imf_kernels.testing import errors
 from imf_kernels.testing.cases import BF16, FP32, SMALL, attention
 from tests.helpers.backends import BACKENDS, same_numbers
 
+pytestmark = pytest.mark.operation("scaled_dot_product_attention")
 SDPA = ik.scaled_dot_product_attention
 masking = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 

@@ -19,6 +19,7 @@ from imf_kernels.testing import cases, errors
 from imf_kernels.testing.cases import BF16, FP16, FP32, Input
 from tests.helpers.backends import DTYPES, KERNELS, running_on, threads
 
+pytestmark = pytest.mark.operation("scaled_dot_product_attention")
 NAMES = ("query", "query tangent", "key", "key tangent", "value", "value tangent")
 OPERATION = OPERATIONS["scaled_dot_product_attention"]
 SUBSETS = [s for n in (1, 2, 3) for s in itertools.combinations(("query", "key", "value"), n)]
