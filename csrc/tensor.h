@@ -44,11 +44,12 @@ struct Heads {
   index_t stride[3];  // of batch, head, position
 };
 
-// [samples, rows, width], contiguous.
+// [samples, channels, ...], contiguous, with channels last in memory, or both.
 struct Planes {
   void* data;
   DType dtype;
-  index_t samples, rows, width;
+  index_t samples, channels, positions;
+  bool contiguous, channels_last;
 };
 
 // [batch, heads, queries, keys] of any strides.

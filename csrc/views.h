@@ -77,9 +77,22 @@ inline void view(const Tensor& x, const std::string& name, Heads& heads) {
   for (int i = 0; i < 3; ++i) heads.stride[i] = x.data ? x.strides[i] : 0;
 }
 
+// Whether the dimensions of an image or a volume lie in memory with the second one last.
+inline bool is_channels_last(const Tensor& x) {
+  if (count_of(x, 0, x.dim) == 0) return true;
+  index_t expected = 1;
+  for (int i = x.dim; i > 0; --i) {
+    const int d = i == x.dim ? 1 : i == 1 ? 0 : i;
+    if (x.sizes[d] != 1 && x.strides[d] != expected) return false;
+    expected *= x.sizes[d];
+  }
+  return true;
+}
+
 inline void view(const Tensor& x, const std::string& name, Planes& planes) {
-  if (x.dim != 3 || !is_contiguous(x)) refuse(x, name, "[samples, rows, width], contiguous");
-  planes = {x.data, x.dtype, x.sizes[0], x.sizes[1], x.sizes[2]};
+  const bool first = x.dim > 1 && is_contiguous(x), last = x.dim > 1 && is_channels_last(x);
+  if (!first && !last) refuse(x, name, "[samples, channels, ...], contiguous or with channels last");
+  planes = {x.data, x.dtype, x.sizes[0], x.sizes[1], count_of(x, 2, x.dim), first, last};
 }
 
 inline void view(const Tensor& x, const std::string& name, Mask& mask) {

@@ -16,8 +16,8 @@ struct Shape {
 
   Shape(const Planes& x, const Floats& statistics, bool last)
       : samples(x.samples),
-        channels(last ? x.width : x.rows),
-        positions(last ? x.rows : x.width),
+        channels(x.channels),
+        positions(x.positions),
         groups(statistics.rows / x.samples),
         width(channels / groups),
         channels_last(last || positions == 1) {}
@@ -31,6 +31,13 @@ struct Shape {
     return fit < 32 ? 32 : fit > 128 ? 128 : fit;
   }
 };
+
+// Throws unless all given tensors lie in memory with channels last, or channels first.
+template <typename... Views>
+void require_order(bool last, const Views&... views) {
+  if (((!views.data || (last ? views.channels_last : views.contiguous)) && ...)) return;
+  throw std::invalid_argument(std::string("all images must have channels ") + (last ? "last" : "first"));
+}
 
 // Units of work and how they are shared among threads: whole, or chunk by chunk if they are few.
 struct Units {
@@ -343,7 +350,7 @@ struct ChannelAffines {
 // Values of a sample from `offset` on, and of its tangent.
 template <typename Number, typename T>
 inline DualRow<Number, T> values_of(const Planes& x, const Planes& x_dot, index_t sample, index_t offset) {
-  const index_t size = x.rows * x.width, t = sample - (x.samples - x_dot.samples);
+  const index_t size = x.channels * x.positions, t = sample - (x.samples - x_dot.samples);
   T* primal = static_cast<T*>(x.data) + sample * size + offset;
   if constexpr (is_dual<Number>) return {primal, static_cast<T*>(x_dot.data) + t * size + offset};
   return {primal, nullptr};
@@ -359,6 +366,7 @@ inline Range range_of(index_t n, index_t chunk, index_t size) {
 
 template <typename T, bool with_silu>
 void forward(const GroupNormForward& a) {
+  require_order(a.channels_last, a.x, a.x_dot, a.y, a.y_dot);
   const Shape shape(a.x, a.statistics, a.channels_last);
   const index_t first_tangent = shape.samples - a.y_dot.samples;
   const index_t elements = shape.elements() + a.y_dot.samples * shape.size();
@@ -757,6 +765,7 @@ void backward(const GroupNormPairBackward& a) {
     for (index_t i = 0; i < a.sums.rows * a.sums.width; ++i) a.sums.data[i] = 0.0f;
     return;
   }
+  require_order(a.channels_last, a.x, a.x_dot, a.dy, a.dy_dot, a.dx, a.dx_dot);
   const Shape shape(a.x, a.statistics, a.channels_last);
   with_options(a, [&](auto type, auto silu) {
     if (shape.channels_last) {

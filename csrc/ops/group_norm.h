@@ -8,7 +8,7 @@ namespace imf {
 // channels of a group and all positions; f is SiLU or the identity. The correction is for the mean's
 // rounding.
 struct GroupNormForward {
-  IMF_ARGUMENTS(Planes x;                     // [samples, channels, positions], or channels last
+  IMF_ARGUMENTS(Planes x;                     // [samples, channels, ...]
                 Optional<Planes> x_dot;       // of the last samples
                 Optional<Floats> weight;      // [channels]; 1 if absent
                 Optional<Floats> bias;        // [channels]; 0 if absent

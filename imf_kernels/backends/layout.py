@@ -54,8 +54,8 @@ def contiguous_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def positions_first(like: Tensor, batch: int, heads: int, length: int, width: int) -> Tensor:
     """Returns an empty [batch, heads, length, width] in projections' memory order [B, L, H, D]."""
-    shape = (batch, heads, length, width)
-    return torch.empty_permuted(shape, (0, 2, 1, 3), dtype=like.dtype, device=like.device)
+    shape, strides = (batch, heads, length, width), (length * heads * width, width, heads * width, 1)
+    return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
 
 
 def in_order_of(x: Tensor, batch: int, length: int, width: int) -> Tensor:
@@ -76,10 +76,13 @@ def order_of_channels(x: Tensor) -> torch.memory_format:
     return suggest_memory_format(x)
 
 
-def as_planes(x: Tensor, channels_last: bool) -> Tensor:
-    """Returns dense x [N, C, ...] as a contiguous view, [N, C, positions] or [N, positions, C]."""
-    planes = x.view(*x.shape[:2], math.prod(x.shape[2:]))
-    return planes.transpose(1, 2) if channels_last else planes
+def in_channel_order(x: Tensor, channels_last: bool) -> Tensor:
+    """Returns `x` with channels last in memory if it is an image or a volume and these shall be, else
+    contiguous."""
+    if not channels_last or x.dim() not in (4, 5):
+        return x.contiguous()
+    order = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return x.contiguous(memory_format=order)
 
 
 def sums(

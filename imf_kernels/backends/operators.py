@@ -45,7 +45,7 @@ from imf_kernels.backends.dispatch import (
     traced_default,
     without_autocast,
 )
-from imf_kernels.backends.layout import last_contiguous, without_memory
+from imf_kernels.backends.layout import in_channel_order, last_contiguous, without_memory
 from imf_kernels.dual import Dual, align, is_differentiable, stored, unchecked
 
 _LIBRARY = torch.library.Library("imf_kernels", "DEF")
@@ -258,7 +258,7 @@ class Operation(Generic[Asked]):
         assert function is not None
         chosen = next(b.kernels for b in self.backends if b.name == backend)
         kernels = {
-            name: partial(k.operator, backend=backend)
+            name: partial(k, backend=backend)
             for name, k in self._kernel_operators.items()
             if hasattr(chosen, name)
         }
@@ -420,7 +420,11 @@ def _outside_autocast(run: Callable[..., Result], x: Tensor, *arguments: Any) ->
 
 
 class _KernelOperator:
-    """The operator of a kernel function on any backend, such as imf_kernels::rms_norm_forward."""
+    """The operator of a kernel function on any backend, such as imf_kernels::rms_norm_forward.
+
+    A kernel fills tensors; its operator takes their layouts and returns them. Where Inductor (PyTorch 2.13)
+    fuses loops of different shapes, it reads too early what an operator fills.
+    """
 
     _made: ClassVar[dict[str, _KernelOperator]] = {}
 
@@ -430,29 +434,74 @@ class _KernelOperator:
     ) -> _KernelOperator:
         """Returns the operator of that name: operations may share kernels."""
         if name not in cls._made:
-            cls._made[name] = cls(name, schema, fake or _fills, lay_out)
+            cls._made[name] = cls(name, schema, fake, lay_out)
         return cls._made[name]
 
     def __init__(
-        self, name: str, schema: str, fake: Callable[..., Any], lay_out: Callable[[Tensor], Tensor]
+        self, name: str, schema: str, fake: Callable[..., Any] | None, lay_out: Callable[[Tensor], Tensor]
     ) -> None:
         self.backends: dict[str, tuple[Any, str]] = {}  # kernels, and the name of their function
-        self.operator = _define(name, schema)
+        given, _, returned = schema.removeprefix("(").partition(") -> ")
+        parameters = [parameter.rpartition(" ")[::2] for parameter in given.split(", ")]
+        self._fills = ["!" in kind for kind, _ in parameters]
+        names = [name for _, name in parameters]
+        self._channels_last = names.index("channels_last") if "channels_last" in names else None
         self._lay_out = lay_out
-        self._read = [a.alias_info is None for a in self.operator._schema.arguments]  # and not filled
+        if any(self._fills):  # sizes and strides, and the dtype
+            of_each = (
+                f"SymInt[]? {name}, ScalarType? {name}_dtype" if "!" in kind else f"{kind} {name}"
+                for kind, name in parameters
+            )
+            given, returned = ", ".join(of_each), "Tensor[]"
+        self.operator = _define(name, f"({given}) -> {returned}")
         _LIBRARY.impl(name, self._launch, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # differentiated above
+        fake = fake or (lambda *given: self._allocated(given)[1])
         torch.library.register_fake(f"imf_kernels::{name}", partial(_fake, fake), lib=_LIBRARY)
 
-    def _launch(self, *arguments: Any, backend: str) -> Any:
+    def __call__(self, *arguments: Any, backend: str) -> Any:
+        """Calls the operator like the kernel function; its results become the tensors to be filled."""
+        given, filled = list[Any](), list[Tensor]()
+        for x, fills in zip(arguments, self._fills, strict=True):
+            if not fills:
+                given.append(x)
+            elif x is None:
+                given += (None, None)
+            elif x._is_view():
+                raise AssertionError(f"{self.operator}: a tensor of {list(x.shape)} to be filled is a view")
+            else:
+                given += ([*x.shape, *x.stride()], x.dtype)
+                filled.append(x)
+        results = self.operator(*given, backend=backend)
+        for x, result in zip(filled, results if filled else (), strict=True):
+            x.set_(result)
+        return results
+
+    def _allocated(self, given: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:
+        """Returns the kernel function's arguments, and those of them that it fills."""
+        device = next(x.device for x in given if isinstance(x, Tensor))
+        values, arguments, filled = iter(given), list[Any](), list[Tensor]()
+        for x, fills in zip(values, self._fills, strict=False):
+            if fills and (dtype := next(values)) is not None:
+                dims = len(x) // 2
+                x = torch.empty_strided(x[:dims], x[dims:], dtype=dtype, device=device)
+                filled.append(x)
+            arguments.append(x)
+        return arguments, filled
+
+    def _launch(self, *given: Any, backend: str) -> Any:
         """Restores the layout of tensors that compiled code passes in another than it was traced with."""
-        laid_out = [self._lay_out(x.resolve_neg()) if isinstance(x, Tensor) else x for x in arguments]
+        arguments, filled = self._allocated(given)
+        lay_out = self._lay_out
+        if self._channels_last is not None:
+            lay_out = partial(in_channel_order, channels_last=arguments[self._channels_last])
+        laid_out = [
+            lay_out(x.resolve_neg()) if isinstance(x, Tensor) and not fills else x
+            for x, fills in zip(arguments, self._fills, strict=True)
+        ]
         kernels, function = self.backends[backend]
         result = getattr(kernels, function)(*laid_out)
-        # The backend is last in the schema.
-        for x, used, is_read in zip(arguments, laid_out, self._read, strict=False):
-            if used is not x and not is_read:
-                x.copy_(used)
-        return result
+        return filled or result
 
 
 # Types of a schema by annotation.
@@ -477,8 +526,7 @@ def _parameters(forward: Any) -> str:
 def _define(name: str, schema: str) -> Any:
     """Defines the operator imf_kernels::name, with the name of a backend as a further argument."""
     arguments, _, results = schema.partition(") -> ")
-    # Kernels get dimensions in the trace's memory order. Not its exact strides: before PyTorch 2.14 Inductor
-    # fails where it cannot prove those of a filled tensor equal (pytorch/pytorch#189271).
+    # Kernels get dimensions in the trace's memory order.
     tags = torch.Tag.needs_fixed_stride_order
     _LIBRARY.define(f"{name}{arguments}, *, str backend) -> {results}", tags=tags)
     return getattr(torch.ops.imf_kernels, name).default
@@ -486,7 +534,3 @@ def _define(name: str, schema: str) -> Any:
 
 def _fake(function: Callable[..., Any], *arguments: Any, backend: str) -> Any:
     return function(*arguments)
-
-
-def _fills(*arguments: Any) -> None:
-    """Stands for a kernel that fills tensors and returns none."""

@@ -22,7 +22,6 @@ from torch import Tensor
 from imf_kernels import _C
 from imf_kernels.backends.layout import (
     as_floats,
-    as_planes,
     in_dtype,
     order_of_channels,
 )
@@ -95,11 +94,7 @@ def _forward(
         y_dot = torch.empty_like(x_dot)
         no_gradient(ctx, y_dot)
     w, b = (None if p is None else as_floats(p) for p in (weight, bias))
-    last = order != torch.contiguous_format
-    dots = (None if t is None else as_planes(t, last) for t in (x_dot, y_dot))
-    kernels.forward(
-        as_planes(x, last), next(dots), w, b, as_planes(y, last), next(dots), statistics, eps, silu, last
-    )
+    kernels.forward(x, x_dot, w, b, y, y_dot, statistics, eps, silu, order != torch.contiguous_format)
     ctx.save_for_backward(x, weight, bias, statistics)
     ctx.kernels, ctx.silu, ctx.order = kernels, silu, order
     return y, y_dot
@@ -110,10 +105,9 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     kernels: _C.group_norm = ctx.kernels
     dx = torch.empty_like(x)
     w, b = (None if p is None else as_floats(p) for p in (weight, bias))
+    dy, sums = dy.contiguous(memory_format=ctx.order), _sums(x)
     last = ctx.order != torch.contiguous_format
-    planes, of_dy, of_dx = (as_planes(t, last) for t in (x, dy.contiguous(memory_format=ctx.order), dx))
-    sums = _sums(x)
-    kernels.backward(planes, of_dy, w, b, statistics, of_dx, sums, ctx.silu, last)
+    kernels.backward(x, dy, w, b, statistics, dx, sums, ctx.silu, last)
     return None, dx, None, *_of_parameters(sums, weight, bias), None, None, None
 
 
@@ -128,10 +122,9 @@ def _pair_backward(call: PairCall, dy: Tensor | None, dy_dot: Tensor | None) -> 
     )
     dx, dx_dot = torch.empty_like(x), torch.empty_like(x_dot)
     last = order != torch.contiguous_format
-    *given, of_dx, of_dx_dot = (as_planes(t, last) for t in (x, x_dot, *cotangents, dx, dx_dot))
     w, b = (None if p is None else as_floats(p) for p in (weight, bias))
     sums = _sums(x)
-    call.kernels.pair_backward(*given, w, b, statistics, of_dx, of_dx_dot, sums, silu, last)
+    call.kernels.pair_backward(x, x_dot, *cotangents, w, b, statistics, dx, dx_dot, sums, silu, last)
     return [dx, dx_dot, *_of_parameters(sums, weight, bias), None, None, None]
 
 

@@ -228,7 +228,7 @@ def sums_of_any_number(x, w):
 
 @pytest.mark.parametrize("call", [one_row_of_any_size, sums_of_any_number], ids=lambda f: f.__name__)
 def test_sizes_that_inductor_cannot_bound(call, monkeypatch):
-    """A kernel fills a tensor of symbolic size; before PyTorch 2.14 its strides must not be compared."""
+    """A kernel fills a tensor of symbolic size."""
     with running_on("triton"):
         from imf_kernels.backends.triton_kernels import rows
 
@@ -416,15 +416,9 @@ class Relaid(TorchDispatchMode):
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         if operator.namespace == "imf_kernels":
             arguments = operator._schema.arguments
-            read = [a.alias_info is None and a.name not in MADE_BY_KERNELS for a in arguments]
-            # What an elementwise kernel fills lies as its input does.
-            fills = operator._schema.name.rpartition("::")[2].startswith(("gelu", "silu"))
-            given = [relaid(x) if is_read or fills else x for x, is_read in zip(args, read, strict=False)]
-            result = operator(*given, **kwargs or {})
-            for x, used in zip(args, given, strict=True):
-                if used is not x and fills:
-                    x.copy_(used)
-            return result
+            args = [
+                x if a.name in MADE_BY_KERNELS else relaid(x) for x, a in zip(args, arguments, strict=False)
+            ]
         return operator(*args, **kwargs or {})
 
 

@@ -339,7 +339,7 @@ def group_norm_backward(
 
 
 class _Kernel:
-    """A kernel whose constants are made of the sizes of x, [samples, channels, positions] or channels last.
+    """A kernel whose constants are made of the sizes of x, [samples, channels, ...].
 
     Positions are counted in units of the largest power of two up to 16 that divides their number: a constant,
     by which the compiler knows where channels begin and reads several values at once.
@@ -357,8 +357,8 @@ class _Kernel:
 
 class _Shape:
     def __init__(self, x: Tensor, statistics: Tensor, silu: bool, channels_last: bool) -> None:
-        self.samples, *sizes = x.shape
-        self.channels, self.positions = reversed(sizes) if channels_last else sizes
+        self.samples, self.channels = x.shape[:2]
+        self.positions = math.prod(x.shape[2:])
         self.groups, unit = statistics.shape[1], math.gcd(16, self.positions)
         self.units = self.positions // unit
         width = self.channels // self.groups
