@@ -49,6 +49,7 @@ from imf_kernels.backends.layout import in_channel_order, last_contiguous, witho
 from imf_kernels.dual import Dual, align, is_differentiable, stored, unchecked
 
 _LIBRARY = torch.library.Library("imf_kernels", "DEF")
+_SOURCES = sources.of_package()
 MOST_CHOICES = 1024  # that an operation remembers
 Result = tuple[Any, ...]  # tensors, then the tangent of each, all `None` without tangents
 
@@ -249,13 +250,14 @@ class Operation(Generic[Asked]):
 
     def _traced(self, backend: str, differentiable: bool, *arguments: Any) -> Result:
         """Calls the operator like the `autograd.Function`; an operator cannot return `None`."""
-        results = self._operator(*arguments, differentiable, backend=backend)
+        results = self._operator(*arguments, differentiable, backend=f"{backend} {_SOURCES}")
         return *results, *(None,) * (2 * self.results - len(results))
 
     def _compose(self, *arguments_and_kind: Any, backend: str) -> list[Tensor]:
         *arguments, differentiable = arguments_and_kind
         function = self.pair_function if differentiable else self.function
         assert function is not None
+        backend = backend.partition(" ")[0]
         chosen = next(b.kernels for b in self.backends if b.name == backend)
         kernels = {
             name: partial(k, backend=backend)
@@ -467,14 +469,12 @@ class _KernelOperator:
                 given.append(x)
             elif x is None:
                 given += (None, None)
-            elif x._is_view():
-                raise AssertionError(f"{self.operator}: a tensor of {list(x.shape)} to be filled is a view")
             else:
                 given += ([*x.shape, *x.stride()], x.dtype)
                 filled.append(x)
         results = self.operator(*given, backend=backend)
         for x, result in zip(filled, results if filled else (), strict=True):
-            x.set_(result)
+            (x.copy_ if x._is_view() else x.set_)(result)
         return results
 
     def _allocated(self, given: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:

@@ -49,6 +49,18 @@ def digests() -> dict[str, dict[str, str]]:
     return {o: {b: digest(o, b) for b in ("triton", "cuda")} for o in sorted(MODULES)}
 
 
+def of_package() -> str:
+    """Returns the digest of the package's Python files, "" where they cannot be read.
+
+    Graphs name it, so that what PyTorch's compiler keeps on disk is not used by another version.
+    """
+    root = _BACKENDS.parent
+    try:
+        return of_texts({path.relative_to(root).as_posix(): _text(path) for path in root.rglob("*.py")})
+    except OSError:
+        return ""
+
+
 def of_texts(texts: Mapping[str, bytes]) -> str:
     """Returns the digest of texts by name; `imf_digest` of CMakeLists.txt is the same function."""
     lines = [f"{name} {hashlib.sha256(text).hexdigest()}\n" for name, text in sorted(texts.items())]

@@ -138,4 +138,6 @@ def pair_backward(
 
 
 def _samples(chosen: slice, *tensors: Tensor | None) -> tuple[Any, ...]:
+    if chosen == slice(0, None):  # no views, into which graphs would have to copy
+        return tensors
     return tuple(x if x is None else x[chosen] for x in tensors)

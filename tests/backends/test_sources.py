@@ -67,6 +67,13 @@ def test_a_changed_file_changes_the_digests_of_the_operations_that_import_it(fol
     assert sources.digests() == before
 
 
+def test_any_file_changes_the_digest_of_the_package(folder):
+    before = sources.of_package()
+    path = next(folder.rglob("layout.py"))
+    path.write_text(path.read_text() + "# changed\n")
+    assert sources.of_package() != before
+
+
 def test_line_endings_and_times_change_nothing(folder):
     before = sources.digests()
     for file in FILES:

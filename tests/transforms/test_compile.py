@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -9,7 +10,7 @@ import imf_kernels as ik
 from imf.model.config import IMFConfig
 from imf.networks import build
 from imf_kernels import Dual
-from imf_kernels.backends import operators
+from imf_kernels.backends import operators, sources
 from imf_kernels.testing import cases, errors
 from imf_kernels.testing.cases import FP32, OPERATIONS, SMALL
 from tests.helpers.backends import has_triton, running_on
@@ -239,6 +240,44 @@ def test_sizes_that_inductor_cannot_bound(call, monkeypatch):
             got, wanted = (torch.autograd.grad(f(x, w).square().sum(), (x, w)) for f in (compiled, call))
             for a, b in zip(got, wanted, strict=True):
                 torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_sums_with_what_a_kernel_returns(channels_last):
+    """Inductor may fuse the gradients' sum with loops before and after the kernel that computes one."""
+    torch.manual_seed(0)
+    into, norm, out = nn.Conv2d(16, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.Conv2d(16, 16, 1)
+
+    def residual(x):
+        x = into(x)
+        return x + out(norm(x))
+
+    x, x_dot = torch.randn(2, 2, 16, 2, 2)
+    if channels_last:
+        x, x_dot = (t.to(memory_format=torch.channels_last) for t in (x, x_dot))
+
+    def gradients(jvp):
+        y, _ = jvp(x)
+        weights = [p for layer in (into, norm, out) for p in layer.parameters()]
+        return torch.autograd.grad(y.square().mean(), weights)
+
+    def jvp(x):
+        return ik.jvp(residual, (x,), (x_dot,))
+
+    for got, wanted in zip(gradients(torch.compile(jvp, fullgraph=True)), gradients(jvp), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_graphs_name_the_sources():
+    """Else what the compiler keeps on disk would be used by another version of the package."""
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph.code)
+        return graph
+
+    torch.compile(ik.silu, backend=compiler)(torch.randn(3))
+    assert f"backend = 'cpu {sources.of_package()}'" in graphs[0]
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=slow)])
