@@ -25,12 +25,14 @@ inline index_t count_of(const Tensor& x, int first, int end) {
   return count;
 }
 
-inline bool is_contiguous(const Tensor& x) {
+// Whether the elements lie one after the other, with the second dimension innermost if channels are last.
+inline bool is_contiguous(const Tensor& x, bool channels_last = false) {
   if (count_of(x, 0, x.dim) == 0) return true;
   index_t expected = 1;
   for (int i = x.dim; i-- > 0;) {
-    if (x.sizes[i] != 1 && x.strides[i] != expected) return false;
-    expected *= x.sizes[i];
+    const int d = !channels_last || i == 0 ? i : i == x.dim - 1 ? 1 : i + 1;
+    if (x.sizes[d] != 1 && x.strides[d] != expected) return false;
+    expected *= x.sizes[d];
   }
   return true;
 }
@@ -77,20 +79,8 @@ inline void view(const Tensor& x, const std::string& name, Heads& heads) {
   for (int i = 0; i < 3; ++i) heads.stride[i] = x.data ? x.strides[i] : 0;
 }
 
-// Whether the dimensions of an image or a volume lie in memory with the second one last.
-inline bool is_channels_last(const Tensor& x) {
-  if (count_of(x, 0, x.dim) == 0) return true;
-  index_t expected = 1;
-  for (int i = x.dim; i > 0; --i) {
-    const int d = i == x.dim ? 1 : i == 1 ? 0 : i;
-    if (x.sizes[d] != 1 && x.strides[d] != expected) return false;
-    expected *= x.sizes[d];
-  }
-  return true;
-}
-
 inline void view(const Tensor& x, const std::string& name, Planes& planes) {
-  const bool first = x.dim > 1 && is_contiguous(x), last = x.dim > 1 && is_channels_last(x);
+  const bool first = x.dim > 1 && is_contiguous(x), last = x.dim > 1 && is_contiguous(x, true);
   if (!first && !last) refuse(x, name, "[samples, channels, ...], contiguous or with channels last");
   planes = {x.data, x.dtype, x.sizes[0], x.sizes[1], count_of(x, 2, x.dim), first, last};
 }

@@ -152,21 +152,6 @@ void product_block_in_pairs(const Unit* a, index_t a_row, index_t a_column, cons
   }
 }
 
-template <int vecs, typename Unit, int rows = block_rows>
-inline void product_rows(index_t m, Strided<Unit> a, const Unit* b, index_t b_row, float* c, index_t c_row,
-                         index_t k, bool add, index_t terms) {
-  const auto block =
-      terms < usual_terms ? product_block_in_pairs<rows, vecs, Unit> : product_block<rows, vecs, Unit>;
-  for (; m >= rows; m -= rows) {
-    block(a.data, a.row_stride, a.column_stride, b, b_row, c, c_row, k, add, terms);
-    a.data += rows * a.row_stride;
-    c += rows * c_row;
-  }
-  if constexpr (rows > 1) {
-    if (m > 0) product_rows<vecs, Unit, rows - 1>(m, a, b, b_row, c, c_row, k, add, terms);
-  }
-}
-
 // Processors with AMX multiply tiles: 16 rows of 16 units by 16 units of 16 columns, added to 16 rows of C.
 // In a tile the first halves of pairs and the second ones are summed apart, from zero, and then added to C.
 #if IMF_ISA_LEVEL >= 5
@@ -275,12 +260,29 @@ void product_tiles(index_t m, Strided<Bf16Pair> a, const Bf16Pair* b, index_t b_
     for (index_t i = 0; rows < tile && i < rows; ++i) std::copy_n(c_rows + i * width, width, c + i * c_row);
   }
 }
-
 #else
 struct Tiles {
   Tiles() {}
 };
 #endif
+
+template <int vecs, typename Unit, int rows = block_rows>
+inline void product_rows(index_t m, Strided<Unit> a, const Unit* b, index_t b_row, float* c, index_t c_row,
+                         index_t k, bool add, index_t terms) {
+#if IMF_ISA_LEVEL >= 5
+  if constexpr (elements_per_unit<Unit> > 1) return product_tiles<vecs>(m, a, b, b_row, c, c_row, k, add);
+#endif
+  const auto block =
+      terms < usual_terms ? product_block_in_pairs<rows, vecs, Unit> : product_block<rows, vecs, Unit>;
+  for (; m >= rows; m -= rows) {
+    block(a.data, a.row_stride, a.column_stride, b, b_row, c, c_row, k, add, terms);
+    a.data += rows * a.row_stride;
+    c += rows * c_row;
+  }
+  if constexpr (rows > 1) {
+    if (m > 0) product_rows<vecs, Unit, rows - 1>(m, a, b, b_row, c, c_row, k, add, terms);
+  }
+}
 
 // Skips `b_first` of `b_total` packed rows of B: a product over a part of the inner dimension. Counts units.
 // `packed`: columns of B, if more than n.
@@ -294,14 +296,6 @@ inline void product(index_t m, index_t n, index_t k, Strided<Unit> a, const Unit
   for (index_t j = 0; j < n; j += panel_width) {
     const index_t width = panel_of(n - j), b_width = packed > n ? panel_of(packed - j) : width;
     const Unit* panel = b + j * b_total + b_first * b_width;
-#if IMF_ISA_LEVEL >= 5
-    if constexpr (elements_per_unit<Unit> > 1) {
-      constexpr decltype(&product_tiles<1>) of_tiles[] = {product_tiles<1>, product_tiles<2>,
-                                                          product_tiles<3>, product_tiles<4>};
-      of_tiles[width / Vec::width - 1](m, a, panel, b_width, c + j, c_row, k, add);
-      continue;
-    }
-#endif
     constexpr decltype(&product_rows<1, Unit>) of_vecs[] = {product_rows<1, Unit>, product_rows<2, Unit>,
                                                             product_rows<3, Unit>, product_rows<4, Unit>};
     of_vecs[width / Vec::width - 1](m, a, panel, b_width, c + j, c_row, k, add, terms);

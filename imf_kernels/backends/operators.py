@@ -49,7 +49,7 @@ from imf_kernels.backends.layout import in_channel_order, last_contiguous, witho
 from imf_kernels.dual import Dual, align, is_differentiable, stored, unchecked
 
 _LIBRARY = torch.library.Library("imf_kernels", "DEF")
-_SOURCES = sources.of_package()
+_SOURCES = sources.of_package()  # at import: compilers would trace a call
 MOST_CHOICES = 1024  # that an operation remembers
 Result = tuple[Any, ...]  # tensors, then the tangent of each, all `None` without tangents
 
@@ -88,7 +88,7 @@ class Operation(Generic[Asked]):
         schemas: of the kernels by name, if they are not in the compiled module; `fakes`: the same functions
             for tensors without memory.
         lay_out: converts a tensor to the layout of the kernels, in graphs, whose tensors may come in another
-            memory order than they were traced with.
+            memory order than they were traced with. Kernels that are told `channels_last` get images so.
         reference_unavailable: why the reference cannot run.
     """
 

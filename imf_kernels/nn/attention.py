@@ -98,7 +98,8 @@ class RotaryEmbedding(nn.Module):
     def tables(self) -> tuple[Tensor, Tensor]:
         """Returns cosines and sines by pair, [L, D / 2]."""
         if self.layout == "complex":
-            return tuple(torch.view_as_real(getattr(self, self.names[0])).unbind(-1))  # type: ignore[return-value]
+            cos, sin = torch.view_as_real(getattr(self, self.names[0])).unbind(-1)
+            return cos, sin
         cos, sin = (getattr(self, name) for name in self.names)
         if self.layout == "half":
             return cos[..., : cos.shape[-1] // 2], sin[..., : sin.shape[-1] // 2]

@@ -140,10 +140,7 @@ def _of_parameters(sums: Tensor, weight: Tensor | None, bias: Tensor | None) -> 
 
 
 _BACKENDS = compiled("group_norm")
-_OPERATION = Operation(
-    *("group_norm", _reference, _check, _BACKENDS, _forward, _backward, _pair_backward),
-    lay_out=Tensor.contiguous,
-)
+_OPERATION = Operation("group_norm", _reference, _check, _BACKENDS, _forward, _backward, _pair_backward)
 
 
 @takes_dual_tensors
