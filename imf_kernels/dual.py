@@ -36,7 +36,8 @@ class Dual:
     In addition to the operations of this library there are + − × ÷ with tensors, numbers and `Dual`s, ** with
     a number, indexing, `cat`, and the methods of tensors that are linear: reshape, view, flatten, unflatten,
     expand, repeat, transpose, permute, movedim, squeeze, unsqueeze, chunk, split, unbind, flip, roll, sum,
-    mean, to and other casts, contiguous, clone. Other operators raise a TypeError that names a replacement.
+    mean, to and other casts, contiguous, clone; and of `torch.nn.functional` linear, gelu, silu and dropout
+    that drops nothing. Other operators raise a TypeError that names a replacement.
 
     Args:
         primal: any floating-point or complex tensor, [B, ...]; the operations take floating-point ones.
@@ -167,6 +168,8 @@ class Dual:
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if func in TAKING_DUALS:
+            return TAKING_DUALS[func](*args, **(kwargs or {}))
         function = arithmetic.FUNCTIONS.get(_ARITHMETIC.get(func, ""))
         if function is not None and len(args) == 2 and not kwargs:  # a tensor on the left
             return function(*args)
@@ -191,6 +194,8 @@ _INSTEAD = (
     "Use the operation of that name in imf_kernels where there is one; for a function that is linear and "
     "keeps batch rows apart, imf_kernels.linear_map(function, x); where no tangent is wanted, x.primal"
 )
+# Functions of PyTorch that layers call, and what computes them of `Dual`s, with the same arguments.
+TAKING_DUALS: dict[Any, Callable[..., Any]] = {}
 _ARITHMETIC = {
     **{getattr(torch, name): name for name in ("add", "sub", "mul", "div")},
     **{getattr(Tensor, name): name for name in ("add", "sub", "mul", "div")},

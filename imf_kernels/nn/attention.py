@@ -225,9 +225,10 @@ class Attention(nn.Module):
         """Returns q, k and v [B, H, L, D] of a projection [B, L, 3 H D]."""
         norms: tuple[Any, Any] = self.q_norm, self.k_norm
         if (
-            isinstance(rope, RotaryEmbedding)
+            type(rope) is RotaryEmbedding
             and rope.layout != "half"
             and all(type(norm) is RMSNorm and norm.weight is not None and norm.eps for norm in norms)
+            and all(map(is_as_made, (rope, *norms)))
             and norms[0].eps == norms[1].eps
         ):
             cos, sin = (table.contiguous() for table in rope.tables())

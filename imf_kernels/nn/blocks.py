@@ -10,7 +10,7 @@ from torch import nn
 from imf_kernels.backends.layout import last_contiguous
 from imf_kernels.dual import map_both
 from imf_kernels.nn.attention import Attention, RopeAttention
-from imf_kernels.nn.calls import Deferred, apply, apply_all, is_as_made
+from imf_kernels.nn.calls import apply, apply_all, computed, is_as_made
 from imf_kernels.nn.modules import LayerNorm, SwiGLU, deferred_modulated
 from imf_kernels.ops.gated_residual import gated_residual
 
@@ -38,13 +38,12 @@ class AdaLNBlock(nn.Module):
         named = {} if feat_rope is None else {"rope": feat_rope}
         condition = apply(self.adaLN_modulation, c).chunk(6, dim=1)
         shift1, scale1, gate1, shift2, scale2, gate2 = condition
-        n = deferred_modulated(x, shift1, scale1, self.norm1.eps)
+        n = _modulated(self.norm1, x, shift1, scale1)
         takes_deferred = type(self.attn) in (Attention, RopeAttention) and is_as_made(self.attn)
-        x = _gated(x, self.attn(n if takes_deferred else n.plain(), **named), gate1)
-        n = deferred_modulated(x, shift2, scale2, self.norm2.eps)
-        return _gated(x, self._mapped(n), gate2)
+        x = _gated(x, self.attn(n if takes_deferred else computed(n), **named), gate1)
+        return _gated(x, self._mapped(_modulated(self.norm2, x, shift2, scale2)), gate2)
 
-    def _mapped(self, n: Deferred) -> Any:
+    def _mapped(self, n: Any) -> Any:
         mlp = self.mlp
         if not is_as_made(mlp):
             return apply(mlp, n)
@@ -52,6 +51,13 @@ class AdaLNBlock(nn.Module):
             return mlp(n)
         layers = [*mlp] if type(mlp) is nn.Sequential else [getattr(mlp, name) for name in self.in_order]
         return apply_all(layers, n) if layers else apply(mlp, n)
+
+
+def _modulated(norm: Any, x: Any, shift: Any, scale: Any) -> Any:
+    """Returns norm(x) · (1 + scale) + shift, deferred if the norm is one without parameters."""
+    if type(norm) in (LayerNorm, nn.LayerNorm) and norm.weight is None and is_as_made(norm):
+        return deferred_modulated(x, shift, scale, norm.eps)
+    return norm(x) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 def _gated(x: Any, branch: Any, gate: Any) -> Any:

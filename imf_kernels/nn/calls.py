@@ -1,4 +1,4 @@
-"""Calls of PyTorch's layers of tensors and `Dual`s; inputs of linear layers that backward computes again."""
+"""Calls of PyTorch's layers; inputs of linear layers that backward computes again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imf_kernels.backends.dispatch import autocasts
-from imf_kernels.dual import Dual
+from imf_kernels.dual import TAKING_DUALS, Dual
 from imf_kernels.ops.elementwise import GELU, GELU_TANH, SILU, gelu, silu
 from imf_kernels.ops.linear import linear
 from imf_kernels.ops.recomputed import recomputed
@@ -41,9 +41,7 @@ class Deferred:
 
 
 def product(x: Any, weight: Tensor, bias: Tensor | None) -> Any:
-    if isinstance(x, Deferred):
-        return x.into(weight, bias)
-    return (linear if isinstance(x, Dual) else F.linear)(x, weight, bias)
+    return x.into(weight, bias) if isinstance(x, Deferred) else F.linear(x, weight, bias)
 
 
 def computed(x: Any) -> Any:
@@ -51,21 +49,26 @@ def computed(x: Any) -> Any:
 
 
 def apply(layer: Any, x: Any) -> Any:
-    """Calls a layer of PyTorch; of a `Dual` by the operation of the same name."""
+    """Calls a layer; a linear one after something deferred does not keep what it takes."""
     if isinstance(x, Deferred) and is_plain_linear(layer):
         return x.into(layer.weight, layer.bias)
-    x = computed(x)
-    if not isinstance(x, Dual):
-        return layer(x)
-    if isinstance(layer, nn.Sequential):
-        return apply_all(layer, x)
-    if type(layer) is nn.Linear:
-        return linear(x, layer.weight, layer.bias)
-    if isinstance(layer, nn.GELU):
-        return gelu(x, approximate=layer.approximate)
-    if isinstance(layer, nn.SiLU):
-        return silu(x)
-    return x if _is_identity(layer) else layer(x)
+    return layer(computed(x))
+
+
+def _dropout(input: Dual, p: float = 0.5, training: bool = True, inplace: bool = False) -> Dual:
+    if training and p:
+        raise TypeError(f"dropout of a Dual drops both parts alike: p must be 0 in training, got {p}")
+    return input
+
+
+TAKING_DUALS.update(
+    {
+        F.linear: lambda input, weight, bias=None: linear(input, weight, bias),
+        F.gelu: lambda input, approximate="none": gelu(input, approximate=approximate),
+        F.silu: lambda input, inplace=False: silu(input),
+        F.dropout: _dropout,
+    }
+)
 
 
 def _is_identity(layer: nn.Module) -> bool:
@@ -102,6 +105,6 @@ def is_as_made(module: nn.Module) -> bool:
 
 
 def has_hooks(layer: nn.Module) -> bool:
-    """Returns whether calls of a layer run hooks."""
+    """Returns whether calls of a layer run hooks, its own or those of every module."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(map(vars(layer).get, hooks))
+    return any(map(vars(layer).get, hooks)) or bool(nn.modules.module._has_any_global_hook())

@@ -56,9 +56,9 @@ def replace(network: nn.Module) -> list[Swap]:
     attention in timm's and Stable Diffusion's form, DiT's blocks. It is swapped if on a small random input,
     with noise on its parameters, its outputs equal the new ones under the error rule of docs/accuracy.md, in
     float32 and its own dtype, in evaluation and training, and if no part with hooks would no longer be
-    called; otherwise it is left alone. Only the class of the
-    object changes: parameters, tied ones too, buffers, hooks, dtype, device and training flag are what they
-    were. Call it before `torch.compile`, DDP and FSDP.
+    called; otherwise it is left alone. The class of the object changes, and parts that the new one does not
+    call, dropout that drops nothing or the like, are deleted: parameters, tied ones too, buffers, hooks,
+    dtype, device and training flag are what they were. Call it before `torch.compile`, DDP and FSDP.
 
     Args:
         network: any module; if it is a candidate itself it is swapped too.
@@ -92,10 +92,16 @@ def swapped(network: nn.Module) -> list[Swap]:
         key = (type(module), repr(module), repr(sorted(_plain(module).items())))
         if key not in verdicts:
             verdicts[key] = _verdict(module, found)
-        index, swap.why = verdicts[key]
-        swap.why = swap.why or _unseen(module, found[index])
+        index, swap.why, missed = verdicts[key]
+        missed_parts = {name: getattr(module, name) for name in missed}
+        hooked = [name for name, part in missed_parts.items() if any(map(calls.has_hooks, part.modules()))]
+        if hooked and not swap.why:
+            swap.why = f"hooks of {', '.join(hooked)}, which would no longer be called"
         if not swap.why:
             _become(module, found[index])
+            for name, part in missed_parts.items():
+                if not part.state_dict():  # it could be hooked or changed, to no effect
+                    delattr(module, name)
             swap.now = found[index].kind.__name__
     return swaps[::-1]
 
@@ -346,15 +352,15 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
 
 
-def _verdict(module: nn.Module, candidates: list[_Candidate]) -> tuple[int, str]:
-    """Returns which candidate computes what the module does, or why none does."""
+def _verdict(module: nn.Module, candidates: list[_Candidate]) -> tuple[int, str, list[str]]:
+    """Returns which candidate computes what the module does, or why none does; and parts that it misses."""
     why = ""
     for i, candidate in enumerate(candidates):
         difference = _difference(module, candidate)
         if not difference:
-            return i, ""
+            return i, "", _missed(module, candidate)
         why = why or difference
-    return 0, why
+    return 0, why, []
 
 
 def _difference(module: nn.Module, candidate: _Candidate) -> str:
@@ -385,30 +391,18 @@ def _difference(module: nn.Module, candidate: _Candidate) -> str:
     return ""
 
 
-def _unseen(module: nn.Module, candidate: _Candidate) -> str:
-    """Returns why a module's parts would miss calls that their hooks see; "" if none does."""
-    hooked = [name for name, part in module.named_modules() if name and calls.has_hooks(part)]
-    if not hooked:
-        return ""
-    try:
-        missed = _called(module, candidate, False) - _called(module, candidate, True)
-    except Exception as error:  # of copying hooks of other people
-        return f"its parts have hooks, and it cannot be called by itself: {type(error).__name__}"
-    names = [name for name in hooked if name in missed]
-    return f"hooks of {', '.join(names)}, which would no longer be called" if names else ""
-
-
-def _called(module: nn.Module, candidate: _Candidate, swapped: bool) -> set[str]:
-    """Returns the names of the parts that a module's forward calls, in evaluation or training."""
+def _missed(module: nn.Module, candidate: _Candidate) -> list[str]:
+    """Returns the names of the parts that the candidate's forward does not call in evaluation or training."""
     called: set[str] = set()
     bare = _bare(copy.deepcopy(module))
-    for name, part in bare.named_modules():
-        part.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+    for name, part in bare.named_children():
+        for inner in part.modules():
+            inner.register_forward_pre_hook(lambda *_, name=name: called.add(name))
     own = next((p.dtype for p in module.parameters()), torch.float32)
     device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     for training in (False, True):
-        _outputs(bare, candidate, swapped, own, own, training, device)
-    return called
+        _outputs(bare, candidate, True, own, own, training, device)
+    return [name for name, _ in module.named_children() if name not in called]
 
 
 @torch.no_grad()

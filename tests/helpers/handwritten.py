@@ -185,7 +185,6 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x, c, feat_rope=None):
-        modulate = Modulate()
-        a, b, gate1, d, e, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate1.unsqueeze(1) * self.attn(modulate(x, a, b), rope=feat_rope)
-        return x + gate2.unsqueeze(1) * self.mlp(modulate(x, d, e))
+        a, b, gate1, d, e, gate2 = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + b) + a, rope=feat_rope)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + e) + d)

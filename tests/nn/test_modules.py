@@ -205,6 +205,71 @@ def test_an_mlp_of_any_layers(names):
         torch.testing.assert_close(found, wanted)
 
 
+PARTS = [
+    pytest.param(case, name, id=f"{case}: {name or 'itself'}")
+    for case in ("SwiGLU", "SwiGLU of two layers", "Attention with norms", "CrossAttention", "AdaLNBlock")
+    for name in dict(CASES[case][0]().named_modules())
+]
+
+
+@pytest.mark.parametrize(("case", "part"), PARTS)
+def test_hooks_of_parts_run(case, part):
+    theirs, ours, (inputs, tangents) = pair(case)
+    seen = []
+
+    def scale(module, arguments, y):
+        seen.append(module)
+        return 1.5 * y
+
+    for module in (theirs, ours):
+        module.get_submodule(part).register_forward_hook(scale)
+    want = results(theirs, inputs, tangents, "torch.func.jvp")
+    for way in ("jvp", "Dual"):
+        got = results(ours, inputs, tangents, way)
+        assert seen.pop() is ours.get_submodule(part) and len(seen) == 1
+        for name, value in got.items():
+            torch.testing.assert_close(value, want[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("way", ["jvp", "Dual"])
+def test_weights_that_a_hook_computes(way):
+    """As of the layer's parameters when it is called, not when it last was."""
+    torch.manual_seed(0)
+    block = CASES["AdaLNBlock"][1]()
+    block.mlp[0] = nn.utils.weight_norm(block.mlp[0])
+    inputs, tangents = ([torch.randn(X), torch.randn(2, 16)] for _ in range(2))
+    with torch.no_grad():
+        block.mlp[0].weight_g.mul_(3)
+    got = results(block, inputs, tangents, way)["primal"]
+    torch.testing.assert_close(got, block(*inputs).detach())
+
+
+def test_hooks_of_every_module_run():
+    block, seen = CASES["AdaLNBlock"][1](), set()
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(module))
+    try:
+        block(torch.randn(X), torch.randn(2, 16))
+    finally:
+        hook.remove()
+    assert seen == {*block.modules()}
+
+
+class DoublingRope(ik.nn.RotaryEmbedding):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_rotary_that_is_not_fused():
+    """A subclass, or one with a hook, is called."""
+    attention = ik.nn.Attention(16, 2, qk_norm=True, norm_layer=ik_norm)
+    x, rope = torch.randn(X), ik.nn.RotaryEmbedding(6, 8)
+    want = attention(x, rope=lambda t: 2 * rope(t)).detach()
+    torch.testing.assert_close(attention(x, rope=DoublingRope(6, 8)), want)
+    rope.register_forward_hook(lambda module, arguments, y: 2 * y)
+    torch.testing.assert_close(attention(x, rope=rope), want)
+
+
 def test_rotary_after_norms_is_fused():
     theirs, ours, _ = pair("AdaLNBlock")
     rope, plain = ik.nn.RotaryEmbedding(6, 8), HW.InterleavedRope(HW.angles(6, 8))

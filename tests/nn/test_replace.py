@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import imf_kernels as ik
+from imf_kernels.dual import Dual, unpack
 from imf_kernels.testing import errors
 from tests.helpers import handwritten as HW
 from tests.helpers.networks import made
@@ -330,32 +331,46 @@ class SwiGLUOfParts(HW.SwiGLU):
         return self.drop(self.w2(self.norm(F.silu(self.w1(x)) * self.w3(x))))
 
 
-class BlockOfParts(HW.DiTBlock):
-    def forward(self, x, c):
-        a, b, gate1, d, e, gate2 = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)
-        x = x + gate1 * self.attn(self.norm1(x) * (1 + b) + a)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + e) + d)
-
-
-@pytest.mark.parametrize(
-    ("make", "part", "inputs"),
-    [
-        (lambda: SwiGLUOfParts(8, 16), "drop", [(2, 8)]),
-        (lambda: SwiGLUOfParts(8, 16), "norm", [(2, 8)]),
-        (lambda: BlockOfParts(16, 2), "norm1", [(2, 6, 16), (2, 16)]),
-    ],
-)
+@pytest.mark.parametrize("part", ["drop", "norm"])
 @pytest.mark.parametrize("hook", ["register_forward_hook", "register_full_backward_hook"])
-def test_parts_with_hooks_go_on_being_called(make, part, inputs, hook, capsys):
-    network, seen = nn.ModuleList([make(), make()]), []
+def test_hooks_of_parts_that_are_no_longer_called(part, hook, capsys):
+    """A module with such a hook is left alone; without one, the parts go, where a hook would never run."""
+    network, seen = nn.ModuleList([SwiGLUOfParts(8, 16), SwiGLUOfParts(8, 16)]), []
     getattr(network[0].get_submodule(part), hook)(lambda *args: seen.append(part))
-    was = type(network[0])
     swaps = {swap.name: swap for swap in ik.nn.replace(network)}
-    assert type(network[0]) is was and type(network[1]).__module__.startswith("imf_kernels.nn")
+    assert type(network[0]) is SwiGLUOfParts and type(network[1]) is ik.nn.SwiGLU
     assert swaps["0"].why == f"hooks of {part}, which would no longer be called" and not seen
     assert f"left alone: {swaps['0'].why}" in capsys.readouterr().out
-    network[0](*(torch.randn(shape, requires_grad=True) for shape in inputs)).sum().backward()
+    network[0](torch.randn(2, 8, requires_grad=True)).sum().backward()
     assert seen == [part]
+    assert {name for name, _ in network[1].named_children()} == {"w1", "w2", "w3"}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("part", ["norm1", "attn.qkv", "attn.q_norm", "mlp", "mlp.1", "adaLN_modulation"])
+def test_hooks_of_parts_of_a_block_run(part, when):
+    torch.manual_seed(0)
+    block, (x, c) = HW.DiTBlock(16, 2, HW.RMSNorm), (torch.randn(2, 6, 16), torch.randn(2, 16))
+    plain = copy.deepcopy(block)
+
+    def scale(module, arguments, y):
+        return 1.5 * y
+
+    plain.get_submodule(part).register_forward_hook(scale)
+    if when == "before":
+        block.get_submodule(part).register_forward_hook(scale)
+    ik.nn.replace(block)
+    if when == "after":
+        block.get_submodule(part).register_forward_hook(scale)
+    assert type(block) is ik.nn.AdaLNBlock
+    rope, bare = ik.nn.RotaryEmbedding(6, 8), HW.InterleavedRope(HW.angles(6, 8))
+    want = torch.func.jvp(lambda x, c: plain(x, c, bare), (x, c), (x, c))
+    for got in (
+        ik.jvp(lambda x, c: block(x, c, rope), (x, c), (x, c)),
+        unpack(block(Dual(x, x), Dual(c, c), rope)),
+    ):
+        for y, z in zip(got, want, strict=True):
+            torch.testing.assert_close(y, z, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("network", [3, nn.Linear, None])

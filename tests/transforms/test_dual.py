@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from imf_kernels import Dual, linear_map, primal
@@ -91,6 +92,17 @@ def test_differentiating_a_tangent_is_loud():
 def test_pytorch_functions_refuse_a_dual(call):
     with pytest.raises(TypeError, match=r"got a Dual. Use the operation of that name in imf_kernels"):
         call(Dual(ones(3)))
+
+
+def test_layers_take_a_dual():
+    """By the functions that they call, so their hooks and subclasses too; dropout only if it drops nothing."""
+    layers = nn.Sequential(nn.Linear(3, 4), nn.GELU("tanh"), nn.Dropout(0.5).eval(), nn.SiLU(inplace=True))
+    x, x_dot = torch.randn(2, 3), torch.randn(2, 3)
+    want = torch.func.jvp(layers, (x,), (x_dot,))
+    y = layers(Dual(x, x_dot))
+    torch.testing.assert_close((y.primal, y.tangent), want)
+    with pytest.raises(TypeError, match=r"dropout of a Dual .* p must be 0 in training, got 0.5"):
+        layers.train()(Dual(x, x_dot))
 
 
 def test_pytrees_see_through_a_dual():
