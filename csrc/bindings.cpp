@@ -1,5 +1,6 @@
-// The Python module imf_kernels._C. It checks the layout of tensors only (views.h); imf_kernels/ops checks
-// the rest. The interpreter lock is released while a kernel runs.
+// The Python module imf_kernels._C. It checks what kernels need to stay in the tensors' memory: layouts
+// (views.h), sizes and dtypes (checks.h); imf_kernels/ops checks the rest. The interpreter lock is released
+// while a kernel runs.
 #include "bindings.h"
 
 #include <cstdlib>

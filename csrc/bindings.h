@@ -10,8 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "checks.h"
 #include "dlpack.h"
-#include "views.h"
 
 namespace imf {
 
@@ -58,16 +58,6 @@ constexpr int count_fields(const char* fields) {
   return count;
 }
 
-// Returns the field names of "Rows x; float eps;": x and eps.
-inline std::vector<std::string> names_of(const std::string& fields) {
-  std::vector<std::string> names;
-  for (std::size_t end = fields.find(';'); end != std::string::npos; end = fields.find(';', end + 1)) {
-    const std::size_t begin = fields.rfind(' ', end) + 1;
-    names.push_back(fields.substr(begin, end - begin));
-  }
-  return names;
-}
-
 // Returns the fields of a struct of arguments as a tuple of references.
 template <typename Arguments>
 auto tied(Arguments& arguments) {
@@ -91,48 +81,10 @@ auto tied(Arguments& arguments) {
 #undef IMF_TIED
 }
 
-// Positions of tangents among the arguments, each with that of its primal.
-inline std::vector<std::pair<int, int>> tangents_of(const std::vector<std::string>& names) {
-  std::vector<std::pair<int, int>> found;
-  for (int i = 0; i < static_cast<int>(names.size()); ++i) {
-    for (int j = 0; j < static_cast<int>(names.size()); ++j) {
-      if (names[j] == names[i] + "_dot") found.emplace_back(i, j);
-    }
-  }
-  return found;
-}
-
 inline const Tensor* tensor_of(const Tensor& x) { return &x; }
 inline const Tensor* tensor_of(const Optional<Tensor>& x) { return x.dim < 0 ? nullptr : &x; }
 inline const Tensor* tensor_of(float) { return nullptr; }
 inline const Tensor* tensor_of(bool) { return nullptr; }
-
-// Throws unless each tangent has its primal's dtype and shape, but for the first dimension: that may be
-// smaller, and equally so where several primals of rows have as many samples.
-inline void check_tangents(const std::vector<std::pair<int, int>>& tangents, const Tensor* const* tensors,
-                           const std::vector<std::string>& names) {
-  const auto refuse = [&](int tangent, const std::string& wanted, const Tensor& got) {
-    throw std::invalid_argument(names[tangent] + " must have the " + wanted + ", got " +
-                                list_of(got.sizes, got.dim));
-  };
-  for (std::size_t i = 0; i < tangents.size(); ++i) {
-    const Tensor *x = tensors[tangents[i].first], *x_dot = tensors[tangents[i].second];
-    if (!x || !x_dot) continue;
-    const std::string& name = names[tangents[i].first];
-    if (x_dot->dtype != x->dtype) {
-      throw std::invalid_argument(names[tangents[i].second] + " must have the dtype of " + name);
-    }
-    bool fits = x_dot->dim == x->dim && (x->dim == 0 || x_dot->sizes[0] <= x->sizes[0]);
-    for (int d = 1; fits && d < x->dim; ++d) fits = x_dot->sizes[d] == x->sizes[d];
-    if (!fits) refuse(tangents[i].second, "shape of " + name + " or fewer samples", *x_dot);
-    for (std::size_t j = 0; x->dim > 1 && j < i; ++j) {
-      const Tensor *y = tensors[tangents[j].first], *y_dot = tensors[tangents[j].second];
-      if (!y || !y_dot || y->dim < 2 || y->sizes[0] != x->sizes[0] || y_dot->sizes[0] == x_dot->sizes[0])
-        continue;
-      refuse(tangents[i].second, "samples of " + names[tangents[j].second], *x_dot);
-    }
-  }
-}
 
 template <typename Arguments>
 using Kernel = void (*)(const Arguments&);
@@ -155,27 +107,27 @@ struct CommonDevice {
 };
 
 // Defines the module's function `name`, which runs `cpu` or `cuda` (null if missing) by the tensors' device.
-template <typename Arguments, typename... Fields>
+template <typename Arguments, typename... Types>
 void define(pybind11::module_& m, const char* name, Kernel<Arguments> cpu, Kernel<Arguments> cuda,
-            std::tuple<Fields&...>*) {
-  static const std::vector<std::string> names = names_of(Arguments::fields);
-  static const std::vector<std::pair<int, int>> tangents = tangents_of(names);
+            std::tuple<Types&...>*) {
+  static const Fields declared(Arguments::fields);
+  const bool forward = std::string(name).rfind("_forward") != std::string::npos;
   std::string schema;
   char alias = 'a';
   int i = 0;
-  ((schema += (i ? ", " : "") + Argument<Fields>::type(alias) + " " + names[i], ++i), ...);
+  ((schema += (i ? ", " : "") + Argument<Types>::type(alias) + " " + declared.fields[i].name, ++i), ...);
   m.attr("schemas")[name] = "(" + schema + ") -> ()";
-  m.def(name, [=](typename Argument<Fields>::Type... given) {
+  m.def(name, [=](typename Argument<Types>::Type... given) {
     try {
       CommonDevice common;
       (common(given), ...);
       const Kernel<Arguments> kernel = common.device == cpu_device ? cpu : cuda;
       if (!kernel) throw std::invalid_argument("there is no kernel for this device");
       const Tensor* const tensors[] = {tensor_of(given)...};
-      check_tangents(tangents, tensors, names);
-      const std::string* next = names.data();
+      declared.check(tensors, forward);
+      const Field* next = declared.fields.data();
       // Braced initialisers are evaluated from left to right.
-      const Arguments arguments{Argument<Fields>::make(given, *next++)..., place_of(common.device)};
+      const Arguments arguments{Argument<Types>::make(given, next++->name)..., place_of(common.device)};
       const pybind11::gil_scoped_release unlocked;
       kernel(arguments);
     } catch (const std::invalid_argument& error) {

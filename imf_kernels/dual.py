@@ -262,7 +262,7 @@ def not_a_view(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 class NoTangent(TypeError):
-    """A `Dual` passed for an argument that carries no tangent."""
+    """A `Dual` for an argument that carries no tangent, or a tangent that kernels cannot read."""
 
 
 def _check_tangent(primal: Tensor, tangent: Tensor, differentiable: bool) -> None:

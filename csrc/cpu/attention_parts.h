@@ -337,6 +337,13 @@ inline void pair_rows(const float* x, index_t stride, index_t n, index_t columns
 // pairs gain nothing and too few rounding errors average out.
 template <typename Shape, typename Body>
 void with_units(const Shape& a, Body body) {
+  if (a.k.heads ? a.q.heads % a.k.heads : a.q.heads) {
+    refuse("q must have a multiple of the heads of k, got % and %", {a.q.heads, a.k.heads});
+  }
+  if (a.mask.data && a.mask.dtype != DType::boolean && a.mask.dtype != DType::float32 &&
+      a.mask.dtype != a.q.dtype) {
+    refuse("mask must be of bool, float32 or the dtype of q");
+  }
   constexpr index_t enough = 16;
   const bool fp32 = a.q.width < enough || a.v.width < enough || a.q.length < enough || a.k.length < enough;
   with_type(a.q.dtype, [&](auto t) {

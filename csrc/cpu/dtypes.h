@@ -1,9 +1,9 @@
 // Dispatch from run-time element types to template arguments.
 #pragma once
 
-#include <stdexcept>
+#include <type_traits>
 
-#include "types.h"
+#include "errors.h"
 
 namespace imf::IMF_ISA {
 namespace {
@@ -16,18 +16,21 @@ inline void with_type(DType type, Body body) {
   } else if (type == DType::float32) {
     body(float{});
   } else {
-    throw std::invalid_argument("the kernels of the CPU take float32 and bfloat16");
+    refuse("the kernels of the CPU take float32 and bfloat16");
   }
 }
 
 // Calls body with values of a supported pair of types: equal ones, or an fp32 stream with bf16 operands.
 template <typename Body>
 inline void with_types(DType stream, DType operand, Body body) {
-  if (stream == DType::bfloat16) {
-    body(bfloat16{}, bfloat16{});
-  } else {
-    with_type(operand, [&](auto o) { body(float{}, o); });
-  }
+  with_type(stream, [&](auto s) {
+    if constexpr (std::is_same_v<decltype(s), bfloat16>) {
+      if (operand != stream) refuse("an operand of a bfloat16 stream must be of bfloat16");
+      body(s, s);
+    } else {
+      with_type(operand, [&](auto o) { body(s, o); });
+    }
+  });
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
+#include "errors.h"
 #include "tensor.h"
 
 namespace imf::IMF_ISA {
@@ -20,8 +21,16 @@ inline T* row_of(const View& x, index_t i, index_t j = 0) {
   return x.data ? static_cast<T*>(x.data) + i * stride_of(x) + j : nullptr;
 }
 
-// Returns the number of rows per group.
-inline index_t length_of(index_t rows, index_t groups) { return groups > 1 ? rows / groups : rows; }
+// Returns the number of rows per group. Throws unless rows are those of whole groups, and rows with a tangent
+// those of `tangent_groups`, if any.
+inline index_t length_of(index_t rows, index_t groups, index_t tangents = 0, index_t tangent_groups = 0) {
+  const index_t length = groups > 1 ? rows / groups : rows;
+  if (groups > 1 && (length * groups != rows || (tangent_groups && tangent_groups * length != tangents))) {
+    refuse("rows must be those of whole groups, got % of % and, with a tangent, % of %",
+           {rows, groups, tangents, tangent_groups});
+  }
+  return length;
+}
 
 template <typename Number>
 constexpr bool is_dual = !std::is_same_v<Number, Vec>;

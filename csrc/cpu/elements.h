@@ -16,10 +16,13 @@ struct Part {
   index_t i, j, t, s, count;
 };
 
-// Whether the rows of each of some tensors lie one after the other.
+// Whether the rows of each of some tensors lie one after the other. Where they do not all have one width.
 template <typename... Views>
-inline bool are_contiguous(const Views&... views) {
-  return ((views.rows < 2 || views.stride == views.width) && ...);
+inline bool are_contiguous(const Rows& x, const Views&... others) {
+  const auto is_contiguous = [](const Rows& y) { return y.rows < 2 || y.stride == y.width; };
+  if (is_contiguous(x) && (is_contiguous(others) && ...)) return true;
+  if (((others.data && others.width != x.width) || ...)) refuse("all tensors must have rows of one width");
+  return false;
 }
 
 // Calls body(element, number, part) for the parts of rows that make up x: `element` is of its element type

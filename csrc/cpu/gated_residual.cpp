@@ -12,7 +12,7 @@ namespace {
 template <typename X, typename B>
 void forward(const GatedResidualForward& a) {
   const index_t width = a.x.width, first_tangent = a.x.rows - a.y_dot.rows;
-  const index_t length = length_of(a.x.rows, a.gate.rows);
+  const index_t length = length_of(a.x.rows, a.gate.rows, a.y_dot.rows, a.gate_dot.rows);
   for_each_row(a.y, a.y_dot, a.place.threads, [&](auto number, index_t row, index_t t) {
     using Number = decltype(number);
     const index_t group = row / length, t_group = group - first_tangent / length;
@@ -54,7 +54,8 @@ void backward(const GatedResidualBackward& a) {
 template <typename X, typename B>
 void backward(const GatedResidualPairBackward& a) {
   const index_t rows = a.branch.rows, width = a.branch.width, groups = a.sums.rows / 2;
-  const index_t length = length_of(rows, groups), first = rows - a.dy_dot.rows;
+  const index_t length = length_of(rows, groups, a.dy_dot.rows, a.gate_dot.rows);
+  const index_t first = rows - a.dy_dot.rows;
   const int team = team_size(a.place.threads, 4 * rows * width, rows);
 
   sum_over_groups(groups, length, 2 * width, team, a.partial, a.sums, [&](index_t row, float* dgate) {

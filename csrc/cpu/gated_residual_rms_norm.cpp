@@ -110,8 +110,10 @@ void with_three_types(DType stream, DType branch, DType y, Body body) {
   with_types(stream, branch, [&](auto x, auto b) {
     if (y == stream) {
       body(x, b, x);
-    } else {
+    } else if (y == DType::bfloat16) {
       body(x, b, bfloat16{});
+    } else {
+      refuse("y must be of the stream's dtype or bfloat16");
     }
   });
 }

@@ -19,8 +19,12 @@ struct Shape {
         channels(x.channels),
         positions(x.positions),
         groups(statistics.rows / x.samples),
-        width(channels / groups),
-        channels_last(last || positions == 1) {}
+        width(groups ? channels / groups : 0),
+        channels_last(last || positions == 1) {
+    if (width * groups != channels) {
+      refuse("channels must be those of whole groups, got % of %", {channels, groups});
+    }
+  }
 
   double count() const { return static_cast<double>(width) * static_cast<double>(positions); }
   index_t size() const { return channels * positions; }
@@ -36,7 +40,7 @@ struct Shape {
 template <typename... Views>
 void require_order(bool last, const Views&... views) {
   if (((!views.data || (last ? views.channels_last : views.contiguous)) && ...)) return;
-  throw std::invalid_argument(std::string("all images must have channels ") + (last ? "last" : "first"));
+  refuse(last ? "all images must have channels last" : "all images must have channels first");
 }
 
 // Units of work and how they are shared among threads: whole, or chunk by chunk if they are few.

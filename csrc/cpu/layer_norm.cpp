@@ -12,7 +12,8 @@ namespace {
 template <typename X, typename Y>
 void forward(const LayerNormForward& a) {
   const index_t width = a.x.width, first_tangent = a.x.rows - a.y_dot.rows;
-  const index_t length = length_of(a.x.rows, a.scale.data ? a.scale.rows : a.shift.rows);
+  const index_t length = length_of(a.x.rows, a.scale.data ? a.scale.rows : a.shift.rows, a.y_dot.rows,
+                                   a.scale_dot.data ? a.scale_dot.rows : a.shift_dot.rows);
   for_each_row(a.y, a.y_dot, a.place.threads, [&](auto number, index_t row, index_t t) {
     using Number = decltype(number);
     const index_t group = row / length, t_group = group - first_tangent / length;
@@ -75,7 +76,8 @@ void backward(const LayerNormBackward& a) {
 template <typename X, typename Y>
 void backward(const LayerNormPairBackward& a) {
   const index_t rows = a.x.rows, width = a.x.width, first = rows - a.dy_dot.rows;
-  const index_t groups = a.sums.rows / 4, length = length_of(rows, groups);
+  const index_t groups = a.sums.rows / 4;
+  const index_t length = length_of(rows, groups, a.dy_dot.rows, a.scale_dot.rows);
   const float share = 1.0f / static_cast<float>(width);
   const int team = team_size(a.place.threads, 4 * rows * width, rows);
 

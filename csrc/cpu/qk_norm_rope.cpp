@@ -3,7 +3,6 @@
 #include "ops/qk_norm_rope.h"
 
 #include <algorithm>
-#include <stdexcept>
 #include <type_traits>
 
 #include "cpu/dtypes.h"
@@ -51,6 +50,14 @@ struct Projection {
   index_t all() const { return heads + 2 * key_heads; }
   // Returns the number of elements before head h of a position.
   index_t offset(index_t position, index_t h) const { return (position * all() + h) * width; }
+  // Throws unless `qkv` and `rstd` are of this projection.
+  void check(const Elements& qkv, const Floats& rstd) const {
+    const index_t positions = batch * length;
+    if (qkv.count != positions * all() * width || rstd.rows * rstd.width != positions * normed()) {
+      refuse("qkv and rstd must be of % positions with % heads and % heads of keys, got % and % elements",
+             {positions, heads, key_heads, qkv.count, rstd.rows * rstd.width});
+    }
+  }
   index_t samples(const Elements& x) const {
     const index_t of_one = length * all() * width;
     return of_one ? x.count / of_one : 0;
@@ -100,6 +107,7 @@ inline bool positions_first(const Heads& x) {
 template <typename T>
 void forward(const QkNormRopeForward& a) {
   const Projection heads(a.q, a.k);
+  heads.check(a.qkv, a.rstd);
   const index_t width = heads.width, normed = heads.normed(), rows = heads.batch * heads.length * normed;
   const index_t tangent_rows = heads.samples(a.qkv_dot) * heads.length * normed;
   const index_t first = heads.length * (heads.batch - heads.samples(a.qkv_dot));  // position with a tangent
@@ -150,6 +158,7 @@ template <typename T, typename Arguments>
 void backward(const Arguments& a) {
   constexpr bool pair = std::is_same_v<Arguments, QkNormRopePairBackward>;
   const Projection heads(a.dq, a.dk);
+  heads.check(a.qkv, a.rstd);
   const index_t all = heads.all(), rows = heads.batch * heads.length * all, width = heads.width;
   const int team = team_size(a.place.threads, 2 * rows * width, rows);
   index_t first = heads.batch;  // sample with a tangent
@@ -223,7 +232,7 @@ void backward(const Arguments& a) {
 void qk_norm_rope_forward(const QkNormRopeForward& a) {
   for (const Heads& y : {Heads(a.q), Heads(a.q_dot), Heads(a.k), Heads(a.k_dot)}) {
     if (!positions_first(y)) {
-      throw std::invalid_argument("q and k must be [batch, length, heads, width] in memory");
+      refuse("q and k must be [batch, length, heads, width] in memory");
     }
   }
   with_type(a.qkv.dtype, [&](auto t) { forward<decltype(t)>(a); });

@@ -4,12 +4,11 @@
 #pragma once
 
 #include <cmath>
-#include <stdexcept>
-#include <string>
 
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/vec.h"
+#include "errors.h"
 #include "tensor.h"
 
 // Otherwise the compiler makes these sums calls for each row, with their results in memory.
@@ -123,7 +122,7 @@ class GroupSums {
         sums_(sums.data),
         partial_(group_blocks_ > 1 ? partial.data : sums.data) {
     if (group_blocks_ > 1 && partial.rows * partial.width != blocks() * width) {
-      throw std::invalid_argument("partial must have " + std::to_string(group_blocks_) + " shares per group");
+      refuse("partial must have % shares per group", {group_blocks_});
     }
   }
 

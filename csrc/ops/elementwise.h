@@ -6,23 +6,22 @@ namespace imf {
 
 // y = f(x), elementwise.
 struct ElementwiseForward {
-  IMF_ARGUMENTS(Rows x;                      // any shape
-                Optional<Rows> x_dot;        // of the last elements
-                Out<Rows> y;                 // as x
-                Optional<Out<Rows>> y_dot;)  // as x_dot
+  IMF_ARGUMENTS(Rows x IMF_IS(T, samples, ...); Optional<Rows> x_dot IMF_IS(T, tangents, ...);
+                Out<Rows> y IMF_IS(T, samples, ...); Optional<Out<Rows>> y_dot IMF_IS(T, tangents, ...);)
 };
 
 // dx = f'(x) dy.
 struct ElementwiseBackward {
-  IMF_ARGUMENTS(Rows x; Rows dy; Out<Rows> dx;)
+  IMF_ARGUMENTS(Rows x IMF_IS(T, samples, ...); Rows dy IMF_IS(T, samples, ...);
+                Out<Rows> dx IMF_IS(T, samples, ...);)
 };
 
 // The pair's backward: (dx_dot, dx) is the backward of the duals (x, x_dot) and (dy_dot, dy), its value and
 // its tangent (imf_kernels/backends/operators.py).
 struct ElementwisePairBackward {
-  IMF_ARGUMENTS(Rows x; Rows x_dot;    // of the last elements
-                Rows dy; Rows dy_dot;  // as x, x_dot
-                Out<Rows> dx; Out<Rows> dx_dot;)
+  IMF_ARGUMENTS(Rows x IMF_IS(T, samples, ...); Rows x_dot IMF_IS(T, tangents, ...);
+                Rows dy IMF_IS(T, samples, ...); Rows dy_dot IMF_IS(T, tangents, ...);
+                Out<Rows> dx IMF_IS(T, samples, ...); Out<Rows> dx_dot IMF_IS(T, tangents, ...);)
 };
 
 IMF_DECLARE(silu_forward, ElementwiseForward, CPU)

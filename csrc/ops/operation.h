@@ -5,6 +5,9 @@
 #include "cpu/isa.h"
 #include "tensor.h"
 
+// Stands after a field for its dtype and sizes (csrc/checks.h), or is absent.
+#define IMF_IS(...)
+
 // Declares the fields of a struct of arguments, in Python's order, and their names.
 #define IMF_ARGUMENTS(...) \
   __VA_ARGS__              \

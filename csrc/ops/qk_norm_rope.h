@@ -8,37 +8,46 @@ namespace imf {
 // rotated by the angle with cosine cos[l, i] and sine sin[l, i]. A projection qkv has heads of queries, then
 // of keys, then as many of values.
 struct QkNormRopeForward {
-  IMF_ARGUMENTS(Elements qkv;                // [batch, length, heads + 2 key heads, width]
-                Optional<Elements> qkv_dot;  // [tangent batch, ...], of the last samples
-                Floats q_weight;             // [width]
-                Floats k_weight;             // [width]
-                Floats cos;                  // [length, width / 2]
-                Floats sin;                  // as cos
-                Out<Heads> q;                // [batch, heads, length, width]; in memory as in qkv
-                Optional<Out<Heads>> q_dot;  // [tangent batch, ...]
-                Out<Heads> k;                // [batch, key heads, length, width]; in memory as in qkv
-                Optional<Out<Heads>> k_dot;  // [tangent batch, ...]
-                Out<Floats> rstd;            // [batch length (heads + key heads)]
+  IMF_ARGUMENTS(Elements qkv IMF_IS(T, batch length columns);  // columns: (heads + 2 key_heads) width
+                Optional<Elements> qkv_dot IMF_IS(T, tangents length columns);
+                Floats q_weight IMF_IS(2 pairs); Floats k_weight IMF_IS(2 pairs);
+                Floats cos IMF_IS(length, pairs); Floats sin IMF_IS(length, pairs);
+                // In memory as in qkv.
+                Out<Heads> q IMF_IS(T, batch, heads, length, 2 pairs);
+                Optional<Out<Heads>> q_dot IMF_IS(T, tangents, heads, length, 2 pairs);
+                Out<Heads> k IMF_IS(T, batch, key_heads, length, 2 pairs);
+                Optional<Out<Heads>> k_dot IMF_IS(T, tangents, key_heads, length, 2 pairs);
+                Out<Floats> rstd;  // [batch length (heads + key_heads)]
                 float eps;)
 };
 
 struct QkNormRopeBackward {
-  IMF_ARGUMENTS(Elements qkv; Heads dq;  // as q, of any strides, as dk and dv
-                Heads dk; Heads dv; Floats q_weight; Floats k_weight; Floats cos; Floats sin; Floats rstd;  //
-                Out<Elements> dqkv;    // as qkv
-                Out<Floats> partial;   // [1, shares, 2, width], scratch
-                Out<Floats> weights;)  // [1, 2, width], the gradients of q_weight and k_weight
+  IMF_ARGUMENTS(Elements qkv IMF_IS(T, elements);
+                // Of any strides.
+                Heads dq IMF_IS(T, batch, heads, length, 2 pairs);
+                Heads dk IMF_IS(T, batch, key_heads, length, 2 pairs);
+                Heads dv IMF_IS(T, batch, key_heads, length, 2 pairs); Floats q_weight IMF_IS(2 pairs);
+                Floats k_weight IMF_IS(2 pairs); Floats cos IMF_IS(length, pairs);
+                Floats sin IMF_IS(length, pairs); Floats rstd; Out<Elements> dqkv IMF_IS(T, elements);
+                Out<Floats> partial;                      // [1, shares, 2, width], scratch
+                Out<Floats> weights IMF_IS(2, 2 pairs);)  // the gradients of q_weight and k_weight
 };
 
 // The pair's backward: (dqkv_dot, dqkv) is the backward of the duals (qkv, qkv_dot) and (dq_dot, dq) …, its
 // value and its tangent (imf_kernels/backends/operators.py).
 struct QkNormRopePairBackward {
-  IMF_ARGUMENTS(Elements qkv; Elements qkv_dot; Heads dq; Heads dq_dot; Heads dk; Heads dk_dot; Heads dv;
-                Heads dv_dot; Floats q_weight; Floats k_weight; Floats cos; Floats sin; Floats rstd;  //
-                Out<Elements> dqkv;      // as qkv
-                Out<Elements> dqkv_dot;  // as qkv_dot
-                Out<Floats> partial;     // [1, shares, 2, width], scratch
-                Out<Floats> weights;)    // [1, 2, width]
+  IMF_ARGUMENTS(Elements qkv IMF_IS(T, elements); Elements qkv_dot IMF_IS(T, tangent_elements);
+                Heads dq IMF_IS(T, batch, heads, length, 2 pairs);
+                Heads dq_dot IMF_IS(T, tangents, heads, length, 2 pairs);
+                Heads dk IMF_IS(T, batch, key_heads, length, 2 pairs);
+                Heads dk_dot IMF_IS(T, tangents, key_heads, length, 2 pairs);
+                Heads dv IMF_IS(T, batch, key_heads, length, 2 pairs);
+                Heads dv_dot IMF_IS(T, tangents, key_heads, length, 2 pairs); Floats q_weight IMF_IS(2 pairs);
+                Floats k_weight IMF_IS(2 pairs); Floats cos IMF_IS(length, pairs);
+                Floats sin IMF_IS(length, pairs); Floats rstd; Out<Elements> dqkv IMF_IS(T, elements);
+                Out<Elements> dqkv_dot IMF_IS(T, tangent_elements);
+                Out<Floats> partial;  // [1, shares, 2, width], scratch
+                Out<Floats> weights IMF_IS(2, 2 pairs);)
 };
 
 IMF_DECLARE(qk_norm_rope_forward, QkNormRopeForward, CPU)

@@ -41,6 +41,8 @@ def unpack_dual_tensor(x: Tensor) -> tuple[Tensor, Tensor | None]:
 def make_dual_tensor(primal: Tensor, tangent: Tensor) -> Tensor:
     """Makes a dual tensor of PyTorch at the current level."""
     if torch.compiler.is_compiling():
+        if tangent.stride() != primal.stride():  # PyTorch would copy it, and cannot where sizes are symbols
+            tangent = torch.empty_like(primal).copy_(tangent)
         return forward_ad.make_dual(primal, tangent)
     _load_decompositions()
     return torch._make_dual(primal, tangent, level=forward_ad._current_level)
@@ -297,6 +299,11 @@ def _results(operation: Callable[..., Any], arguments: Any, options: Any, jvp: A
         return y, y_dot if y_dot is None or differentiable else guarded(y_dot, y, *sources)
 
     try:
+        if not all(map(torch._C._has_storage, sources)):
+            raise NoTangent(
+                f"{operation.__name__}: kernels cannot read a batch of tangents (jacobian(vectorize=True), "
+                "vmap); pass them one by one, or use backend='reference'"
+            )
         with contextlib.nullcontext() if jvp is None else jvp.lower():
             duals = [
                 x

@@ -406,6 +406,8 @@ def _jvp(
     if torch.compiler.is_compiling():
         if fwAD._current_level >= 0:
             raise RuntimeError(_NESTED)
+        if not torch.compiler.is_dynamo_compiling():
+            raise NotImplementedError(_NOT_STRICT)
         refuse_while_tracing()
         serve_packages()
         with fwAD._set_fwd_grad_enabled(True), fwAD.dual_level():
@@ -429,6 +431,7 @@ _NESTED = (
     "dual_level), in which it does not nest; torch.func.jvp inside torch.func.jvp does"
 )
 
+_NOT_STRICT = "imf_kernels.jvp: torch.export follows it with strict=True alone, got strict=False"
 _INSIDE = (
     "imf_kernels.jvp: a forward-mode derivative (torch.func.jvp, jacfwd, hessian …) inside, in which it does "
     "not nest; torch.func.jvp around it does"

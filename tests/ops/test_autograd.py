@@ -5,6 +5,7 @@ import torch
 
 import imf_kernels as ik
 from imf_kernels import Dual
+from imf_kernels.backends.operators import OPERATIONS
 from imf_kernels.testing import errors
 from imf_kernels.testing.cases import FP32, SMALL
 from tests.helpers.backends import dtypes_of
@@ -112,6 +113,30 @@ def test_a_batch_of_cotangents(case, backend, kernels):
     for i in range(2):
         for found, one in zip(batched, gradients([c[i] for c in batch]), strict=True):
             torch.testing.assert_close(found[i], one)
+
+
+@one_an_operation
+def test_a_batch_of_tangents(case):
+    """By PyTorch's formulas, as for one tangent after the other; a backend that is named refuses them."""
+    generator = torch.Generator().manual_seed(0)
+    primals, _ = case.draw(generator, FP32)
+    primals = {name: x.double() if x.is_floating_point() else x for name, x in primals.items()}
+    name = (case.tangents or case.differentiable)[0]
+    directions = torch.randn(2, *primals[name].shape, generator=generator, dtype=primals[name].dtype)
+
+    def function(steps, backend=None):
+        x = primals[name] + torch.tensordot(steps, directions, 1)
+        return case.run({**primals, name: x}, backend)
+
+    origin = torch.zeros(2, dtype=directions.dtype)
+    options = {"strategy": "forward-mode", "vectorize": True}
+    batched = torch.autograd.functional.jacobian(function, origin, **options)
+    for i, step in enumerate(torch.eye(2, dtype=origin.dtype)):
+        _, one = torch.func.jvp(function, (origin,), (step,))
+        torch.testing.assert_close(tuple(part[..., i] for part in batched), one)
+    if "cpu" in (backend.name for backend in OPERATIONS[case.operation].backends):
+        with pytest.raises(TypeError, match=f"{case.operation}: kernels cannot read a batch of tangents"):
+            torch.autograd.functional.jacobian(lambda steps: function(steps, "cpu"), origin, **options)
 
 
 def test_second_derivatives_of_the_reference():

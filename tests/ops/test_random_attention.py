@@ -70,10 +70,11 @@ def check(seeds, dtype, large=False, masked=False):
             p = errors.problem(case, dtype, seed)
             with cpu.use_instruction_set(isas[seed % len(isas)]):
                 results = p.evaluate("cpu")
-            try:
-                p.check(results, draws=1)  # the strictest, and the fastest
-            except AssertionError:
-                p.check(results)
+            for draws in (1, 8):  # the strictest, and the fastest
+                if not p.faults(results, draws=draws):
+                    break
+            else:  # errors of few rows vary: PyTorch's worst of 8 draws does not bound its own next ones
+                p.check(results, draws=64)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])

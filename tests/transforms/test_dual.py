@@ -95,7 +95,7 @@ def test_pytorch_functions_refuse_a_dual(call):
 
 
 def test_layers_take_a_dual():
-    """By the functions that they call, so their hooks and subclasses too; dropout only if it drops nothing."""
+    """By the functions that they call: hooks and subclasses work too. Dropout does if it drops nothing."""
     layers = nn.Sequential(nn.Linear(3, 4), nn.GELU("tanh"), nn.Dropout(0.5).eval(), nn.SiLU(inplace=True))
     x, x_dot = torch.randn(2, 3), torch.randn(2, 3)
     want = torch.func.jvp(layers, (x,), (x_dot,))

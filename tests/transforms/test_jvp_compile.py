@@ -83,7 +83,16 @@ def test_methods_that_pytorch_writes_in_python(function, hidden, monkeypatch):
     torch.testing.assert_close(y_dot, wanted_dot)
 
 
-@pytest.mark.parametrize("function", [Block(), arithmetic], ids=["block", "arithmetic"])
+NORM = nn.LayerNorm(16)
+
+
+def norm_across(x):
+    return NORM(x.unflatten(1, (-1, 1)).transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    "function", [Block(), arithmetic, norm_across], ids=["block", "arithmetic", "norm of what is transposed"]
+)
 def test_lengths_that_change_compile_twice_at_most(function):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
@@ -403,6 +412,25 @@ def test_inputs_that_are_views(function):
         torch._dynamo.reset()
         for got, want in zip(compiled(x, x_dot), ik.jvp(function, (x,), (x_dot,)), strict=True):
             torch.testing.assert_close(got, want, msg=lambda message, name=name: f"{name}: {message}")
+
+
+class Step(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x, x_dot):
+        return ik.jvp(self.block, (x,), (x_dot,))
+
+
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+def test_export():
+    step = Step()
+    program = torch.export.export(step, (X, X_DOT), strict=True)
+    for got, wanted in zip(program.module()(X, X_DOT), step(X, X_DOT), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(NotImplementedError, match=r"torch.export follows it with strict=True alone"):
+        torch.export.export(step, (X, X_DOT), strict=False)
 
 
 def test_a_compiler_that_fails_leaves_forward_mode():
