@@ -77,7 +77,7 @@ test-all: $(DEVELOP)
 SANITIZED := build/sanitizers
 SANITIZED_PACKAGE := $(SANITIZED)/path/imf_kernels
 SANITIZED_TESTS := $(addprefix tests/ops/test_,operations.py edge_cases.py any_shape.py sizes.py properties.py) \
-  tests/backends/test_threads.py
+  tests/backends/test_threads.py tests/csrc/test_bindings.py
 PRELOADED := $(foreach library,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(library)))
 test-sanitizers: $(DEVELOP)
 	@mkdir -p $(SANITIZED_PACKAGE)

@@ -69,6 +69,16 @@ def in_order_of(x: Tensor, batch: int, length: int, width: int) -> Tensor:
     return positions_first(x, batch, x.shape[1], length, width)
 
 
+def gapless_order(x: Tensor, x_dot: Tensor | None) -> list[int] | None:
+    """Returns the dimensions of `x` in the order in which it lies in memory without gaps; `None` where it is
+    contiguous, or has gaps. Samples come first if only the last ones have a tangent."""
+    if x.is_contiguous():
+        return None
+    outer = int(x_dot is not None and x_dot.shape[0] < x.shape[0])
+    order = [*range(outer), *sorted(range(outer, x.dim()), key=x.stride, reverse=True)]
+    return order if x.permute(order).is_contiguous() else None
+
+
 def order_of_channels(x: Tensor) -> torch.memory_format:
     """Returns the memory format in which PyTorch's norms keep x [N, C, ...]: contiguous or channels last."""
     if x.is_contiguous() or x.dim() not in (4, 5) or torch._C._are_functorch_transforms_active():

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from imf_kernels import _C
-from imf_kernels.backends.layout import contiguous_like, in_rows, or_zeros
+from imf_kernels.backends.layout import contiguous_like, gapless_order, in_rows, or_zeros
 from imf_kernels.backends.operators import Operation, PairCall, compiled
 from imf_kernels.dual import TensorOrDual, last_rows, no_gradient, tangent_graph
 from imf_kernels.ops import check
@@ -73,26 +73,40 @@ def _forward(
     ctx: Any, kernels: _C.elementwise, x: Tensor, x_dot: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     ctx.save_for_backward(x)  # half of a projection as it is: its memory is in use anyway
-    y, y_dot = contiguous_like(x), None
+    order = gapless_order(x, x_dot)
+    y, y_dot = _like(x, order), None
     if x_dot is not None:
-        y_dot, x_dot = contiguous_like(x_dot), in_rows(x_dot)
+        y_dot = _like(last_rows(x, x_dot), order)
         no_gradient(ctx, y_dot)
-    kernels.forward(in_rows(x), x_dot, y, y_dot)
+    kernels.forward(*(_rows(t, order) for t in (x, x_dot, y, y_dot)))
     ctx.kernels = kernels
     return y, y_dot
 
 
+def _like(x: Tensor, order: list[int] | None) -> Tensor:
+    """Returns an empty tensor, contiguous or, as PyTorch's, in the memory order of `x` without gaps."""
+    return contiguous_like(x) if order is None else torch.empty_like(x)
+
+
+def _rows(x: Tensor | None, order: list[int] | None) -> Any:
+    """Returns `x` as kernels read and write it."""
+    return x if x is None else in_rows(x if order is None else x.permute(order))
+
+
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     (x,) = ctx.saved_tensors
-    dx = contiguous_like(x)
-    ctx.kernels.backward(in_rows(x), in_rows(dy), dx)
+    order = gapless_order(x, None)
+    dx = _like(x, order)
+    ctx.kernels.backward(*(_rows(t, order) for t in (x, dy, dx)))
     return None, dx, None
 
 
 def _pair_backward(call: PairCall, dy: Tensor | None, dy_dot: Tensor | None) -> Sequence[Tensor]:
-    x, x_dot = map(in_rows, call.arguments)
-    dx, dx_dot = contiguous_like(x), contiguous_like(x_dot)
-    call.kernels.pair_backward(x, x_dot, or_zeros(dy, x), or_zeros(dy_dot, x_dot), dx, dx_dot)
+    x, x_dot = call.arguments
+    order = gapless_order(x, x_dot)
+    dx, dx_dot = _like(x, order), _like(last_rows(x, x_dot), order)
+    given = x, x_dot, or_zeros(dy, x), or_zeros(dy_dot, x_dot), dx, dx_dot
+    call.kernels.pair_backward(*(_rows(t, order) for t in given))
     return dx, dx_dot
 
 

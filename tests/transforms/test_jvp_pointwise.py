@@ -147,3 +147,38 @@ def test_a_result_that_is_written_into(name, shape, compiled):
             call = torch.compile(ik.jvp, backend="aot_eager", fullgraph=True)
         assert torch.equal(call(function, (x,), (x_dot,))[1], want)
         assert torch.equal(x_dot, torch.full(own, 5.0))
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.transpose(2, 3),
+    "channels last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "half": lambda t: t.repeat(1, 1, 1, 2).chunk(2, -1)[1],
+    "samples inside": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "expanded": lambda t: t[:1].expand_as(t),
+}
+SERVED = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "mish": F.mish,
+    "sum": lambda x: x + 2 * x,
+    "product": lambda x: x * x.sigmoid(),
+    "softmax": lambda x: x.softmax(-1),
+    "group_norm": lambda x: F.group_norm(x, 2),
+    "layer_norm": lambda x: F.layer_norm(x, x.shape[-1:]),
+    "conv2d": lambda x: F.conv2d(x, torch.ones(4, 4, 1, 1)),
+    "linear": lambda x: F.linear(x, torch.ones(3, x.shape[-1])),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("function", SERVED)
+def test_results_lie_in_memory_as_pytorchs(function, layout):
+    """So that `view` and channels last go on as without `jvp`."""
+    generator = torch.Generator().manual_seed(0)
+    x, x_dot = (LAYOUTS[layout](torch.randn(2, 4, 6, 6, generator=generator)) for _ in range(2))
+    y, y_dot = ik.jvp(SERVED[function], (x,), (x_dot,))
+    assert y.stride() == SERVED[function](x).stride()
+    want = torch.func.jvp(SERVED[function], (x.contiguous(),), (x_dot.contiguous(),))
+    torch.testing.assert_close((y, y_dot), want)
