@@ -23,8 +23,8 @@ import imf_kernels as ik
 SQUARE, BIAS, CUBE = (torch.randn(384, 384) / 20, torch.randn(384), torch.randn(32, 64, 64))
 for _weight in (SQUARE, BIAS, CUBE):
     _weight.requires_grad_()
-HEADS = nn.MultiheadAttention(256, 8, batch_first=True)
-IMAGE, ROWS = (4, 64, 32, 32), (8, 128, 384)
+HEADS, GROUPS = nn.MultiheadAttention(256, 8, batch_first=True), nn.GroupNorm(16, 64)
+IMAGE, ROWS, TOKENS = (4, 64, 32, 32), (8, 128, 384), (1, 6, 1024, 64)
 CALLS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "conv1d, 3": (nn.Conv1d(128, 128, 3, padding=1), (8, 128, 256)),
     "conv2d, 3 × 3": (nn.Conv2d(64, 64, 3, padding=1), IMAGE),
@@ -40,6 +40,10 @@ CALLS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "softmax": (lambda x: x.softmax(-1), (8, 8, 128, 128)),
     "log_softmax": (lambda x: x.log_softmax(-1), (8, 8, 128, 128)),
     "normalize": (lambda x: F.normalize(x, dim=-1), (8, 256, 384)),
+    "group_norm": (GROUPS, IMAGE),
+    "silu, channels last": (lambda x: F.silu(x.permute(0, 3, 1, 2)), (4, 32, 32, 64)),
+    "attention, 1,024 keys": (lambda x: F.scaled_dot_product_attention(x, x, x), TOKENS),
+    "attention, causal": (lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True), TOKENS),
     "nn.MultiheadAttention": (lambda x: HEADS(x, x, x, need_weights=False)[0], (4, 128, 256)),
     "nn.MultiheadAttention, weights": (lambda x: HEADS(x, x, x)[0], (4, 128, 256)),
 }

@@ -463,7 +463,13 @@ void attention_forward(const AttentionForward& a) {
 }
 
 void attention_backward(const AttentionBackward& a) {
-  with_units(a, [&](auto t, auto unit) { backward<decltype(t), decltype(unit)>(a); });
+  AttentionBackward call = a;
+  if (a.q.heads == 0) {  // no queries: keys that nothing sees have gradients of zero
+    call.q.heads = call.dout.heads = a.k.heads;
+    call.q.length = call.dout.length = 0;
+    call.q.data = call.dout.data = call.dq.data = call.mask.data = nullptr;
+  }
+  with_units(call, [&](auto t, auto unit) { backward<decltype(t), decltype(unit)>(call); });
 }
 
 }  // namespace imf::IMF_ISA

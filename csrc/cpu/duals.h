@@ -25,7 +25,8 @@ inline T* row_of(const View& x, index_t i, index_t j = 0) {
 // those of `tangent_groups`, if any.
 inline index_t length_of(index_t rows, index_t groups, index_t tangents = 0, index_t tangent_groups = 0) {
   const index_t length = groups > 1 ? rows / groups : rows;
-  if (groups > 1 && (length * groups != rows || (tangent_groups && tangent_groups * length != tangents))) {
+  if ((groups == 0 && rows > 0) ||
+      (groups > 1 && (length * groups != rows || (tangent_groups && tangent_groups * length != tangents)))) {
     refuse("rows must be those of whole groups, got % of % and, with a tangent, % of %",
            {rows, groups, tangents, tangent_groups});
   }

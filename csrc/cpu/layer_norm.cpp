@@ -12,8 +12,11 @@ namespace {
 template <typename X, typename Y>
 void forward(const LayerNormForward& a) {
   const index_t width = a.x.width, first_tangent = a.x.rows - a.y_dot.rows;
-  const index_t length = length_of(a.x.rows, a.scale.data ? a.scale.rows : a.shift.rows, a.y_dot.rows,
-                                   a.scale_dot.data ? a.scale_dot.rows : a.shift_dot.rows);
+  const index_t length = length_of(a.x.rows,
+                                   a.scale.data   ? a.scale.rows
+                                   : a.shift.data ? a.shift.rows
+                                                  : 1,
+                                   a.y_dot.rows, a.scale_dot.data ? a.scale_dot.rows : a.shift_dot.rows);
   for_each_row(a.y, a.y_dot, a.place.threads, [&](auto number, index_t row, index_t t) {
     using Number = decltype(number);
     const index_t group = row / length, t_group = group - first_tangent / length;

@@ -222,7 +222,9 @@ class Operation(Generic[Asked]):
     def _decided(
         self, wanted: str | None, arguments: tuple[Any, ...], differentiable: bool, duals: int
     ) -> Callable[..., Result]:
-        if len({t.shape[:1] for t in arguments[1 : 2 * duals : 2] if t is not None}) > 1:
+        # Compared, not hashed: a hash makes constants of sizes that a compiler follows as symbols.
+        rows = [t.shape[:1] for t in arguments[1 : 2 * duals : 2] if t is not None]
+        if any(other != rows[0] for other in rows[1:]):
             aligned = _aligned(duals, *arguments)
             run = self._decided(wanted, aligned, differentiable, 0)
             return lambda *arguments: run(*_aligned(duals, *arguments))

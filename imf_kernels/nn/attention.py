@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from imf_kernels.backends.dispatch import autocasts
 from imf_kernels.backends.layout import last_contiguous
 from imf_kernels.dual import map_both
-from imf_kernels.nn.calls import apply, is_as_made
+from imf_kernels.nn.calls import apply, check_skipped, is_as_made
 from imf_kernels.nn.modules import LayerNorm, RMSNorm
 from imf_kernels.ops.layer_norm import LAYER_NORM
 from imf_kernels.ops.qk_norm_rope import qk_norm_rope, rope_tables
@@ -174,6 +174,7 @@ class Attention(nn.Module):
     """
 
     name_of_dropout = "proj_drop"
+    skipped: tuple[str, ...] = ()  # names of parts that are not called
 
     def __init__(
         self,
@@ -211,6 +212,7 @@ class Attention(nn.Module):
             rope: a `RotaryEmbedding`, or another function of queries and keys [B, H, L, D]. The former after
                 `RMSNorm`s is fused with them, if interleaved.
         """
+        check_skipped(self)
         if is_causal and attn_mask is not None:
             raise ValueError("Attention: pass attn_mask or is_causal=True, not both")
         q, k, v = self._prepared(apply(self.qkv, x), rope)

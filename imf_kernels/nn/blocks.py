@@ -25,7 +25,8 @@ class AdaLNBlock(nn.Module):
         eps: of the norms, which have no parameters.
     """
 
-    in_order: tuple[str, ...] = ()  # names of the layers of an MLP that calls them one after the other
+    # An MLP's class that calls its layers one after the other, and their names.
+    in_order: tuple[type, tuple[str, ...]] | None = None
 
     def __init__(self, attn: nn.Module, mlp: nn.Module, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -49,8 +50,11 @@ class AdaLNBlock(nn.Module):
             return apply(mlp, n)
         if type(mlp) is SwiGLU:
             return mlp(n)
-        layers = [*mlp] if type(mlp) is nn.Sequential else [getattr(mlp, name) for name in self.in_order]
-        return apply_all(layers, n) if layers else apply(mlp, n)
+        if type(mlp) is nn.Sequential:
+            return apply_all(mlp, n)
+        if self.in_order is None or type(mlp) is not self.in_order[0]:
+            return apply(mlp, n)
+        return apply_all((getattr(mlp, name) for name in self.in_order[1]), n)
 
 
 def _modulated(norm: Any, x: Any, shift: Any, scale: Any) -> Any:

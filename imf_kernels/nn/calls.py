@@ -61,20 +61,24 @@ def _dropout(input: Dual, p: float = 0.5, training: bool = True, inplace: bool =
     return input
 
 
+def _silu(input: Dual, inplace: bool = False) -> Dual:
+    if inplace:
+        raise TypeError("silu of a Dual takes inplace=False alone: a Dual does not change")
+    return silu(input)
+
+
 TAKING_DUALS.update(
     {
         F.linear: lambda input, weight, bias=None: linear(input, weight, bias),
         F.gelu: lambda input, approximate="none": gelu(input, approximate=approximate),
-        F.silu: lambda input, inplace=False: silu(input),
+        F.silu: _silu,
         F.dropout: _dropout,
     }
 )
 
 
 def _is_identity(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Identity) or (
-        isinstance(layer, nn.Dropout) and not (layer.training and layer.p)
-    )
+    return type(layer) is nn.Identity or (type(layer) is nn.Dropout and not (layer.training and layer.p))
 
 
 def apply_all(layers: Iterable[nn.Module], x: Any) -> Any:
@@ -106,5 +110,20 @@ def is_as_made(module: nn.Module) -> bool:
 
 def has_hooks(layer: nn.Module) -> bool:
     """Returns whether calls of a layer run hooks, its own or those of every module."""
+    return has_own_hooks(layer) or bool(nn.modules.module._has_any_global_hook())
+
+
+def has_own_hooks(layer: nn.Module) -> bool:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(map(vars(layer).get, hooks)) or bool(nn.modules.module._has_any_global_hook())
+    return any(map(vars(layer).get, hooks))
+
+
+def check_skipped(module: Any) -> None:
+    """Raises if a part that a module does not call, as it did nothing when `replace` saw it, now does."""
+    for name in module.skipped:
+        part = getattr(module, name)
+        if "forward" in vars(part) or has_own_hooks(part) or (part.training and getattr(part, "p", 0)):
+            raise RuntimeError(
+                f"imf_kernels.nn.{type(module).__name__}: {name} is not called, and had no effect when "
+                f"replace saw it; now it has hooks or drops something: change it before replace, got {part}"
+            )

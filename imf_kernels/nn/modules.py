@@ -15,7 +15,7 @@ from torch import nn
 from imf_kernels.backends.dispatch import autocasts
 from imf_kernels.backends.layout import last_contiguous
 from imf_kernels.dual import Dual, map_both, primal
-from imf_kernels.nn.calls import Deferred, apply, computed, is_plain_linear, product
+from imf_kernels.nn.calls import Deferred, apply, check_skipped, computed, is_plain_linear, product
 from imf_kernels.ops.arithmetic import cat
 from imf_kernels.ops.group_norm import group_norm
 from imf_kernels.ops.layer_norm import layer_norm
@@ -129,6 +129,8 @@ class SwiGLU(nn.Module):
         names: of the layers: gate, up and down; or two, of a layer [2h, d] with gate before up, and down.
     """
 
+    skipped: tuple[str, ...] = ()  # names of parts that are not called
+
     def __init__(
         self,
         in_features: int,
@@ -151,6 +153,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Any) -> Any:
         """Computes x [..., d], a tensor or a `Dual`, to [..., out_features]."""
+        check_skipped(self)
         *inner, down = (getattr(self, name) for name in self.names)
         if all(map(is_plain_linear, inner)) and len({layer.bias is None for layer in inner}) == 1:
             weight, bias = (

@@ -56,9 +56,10 @@ def replace(network: nn.Module) -> list[Swap]:
     attention in timm's and Stable Diffusion's form, DiT's blocks. It is swapped if on a small random input,
     with noise on its parameters, its outputs equal the new ones under the error rule of docs/accuracy.md, in
     float32 and its own dtype, in evaluation and training, and if no part with hooks would no longer be
-    called; otherwise it is left alone. The class of the object changes, and parts that the new one does not
-    call, dropout that drops nothing or the like, are deleted: parameters, tied ones too, buffers, hooks,
-    dtype, device and training flag are what they were. Call it before `torch.compile`, DDP and FSDP.
+    called; otherwise it is left alone. Only the class of the object changes: parameters, tied ones too,
+    buffers, parts, hooks, dtype, device and training flag are what they were. A part that the new class does
+    not call, such as dropout that drops nothing, raises if it is hooked or changed later. Call it before
+    `torch.compile`, DDP and FSDP.
 
     Args:
         network: any module; if it is a candidate itself it is swapped too.
@@ -93,17 +94,27 @@ def swapped(network: nn.Module) -> list[Swap]:
         if key not in verdicts:
             verdicts[key] = _verdict(module, found)
         index, swap.why, missed = verdicts[key]
-        missed_parts = {name: getattr(module, name) for name in missed}
-        hooked = [name for name, part in missed_parts.items() if any(map(calls.has_hooks, part.modules()))]
-        if hooked and not swap.why:
-            swap.why = f"hooks of {', '.join(hooked)}, which would no longer be called"
+        swap.why = swap.why or _lost(module, found[index], missed)
         if not swap.why:
             _become(module, found[index])
-            for name, part in missed_parts.items():
-                if not part.state_dict():  # it could be hooked or changed, to no effect
-                    delattr(module, name)
+            if missed:
+                module.skipped = tuple(missed)
             swap.now = found[index].kind.__name__
     return swaps[::-1]
+
+
+def _lost(module: nn.Module, candidate: _Candidate, missed: list[str]) -> str:
+    """Returns why parts that the candidate does not call forbid it; "" if none does."""
+    parts = {name: getattr(module, name) for name in missed}
+    hooked = [name for name, part in parts.items() if any(map(calls.has_own_hooks, part.modules()))]
+    if hooked:
+        return f"hooks of {', '.join(hooked)}, which would no longer be called"
+    # Those of PyTorch that did nothing go on doing nothing, unless they are changed, which is noticed.
+    others = [
+        name for name, part in parts.items()
+        if not hasattr(candidate.kind, "skipped") or type(part) not in (nn.Identity, nn.Dropout)
+    ]  # fmt: skip
+    return f"it calls {', '.join(others)}, which would no longer be called" if others else ""
 
 
 def _become(module: nn.Module, candidate: _Candidate) -> None:
@@ -303,7 +314,7 @@ def _blocks(module: nn.Module) -> Iterator[_Candidate]:
 
     if arguments == ["x", "c"] or (arguments == ["x", "c", "feat_rope"] and hasattr(attn, "num_heads")):
         if in_order := _in_order(mlp):
-            yield _Candidate(blocks.AdaLNBlock, inputs, {"in_order": in_order})
+            yield _Candidate(blocks.AdaLNBlock, inputs, {"in_order": (type(mlp), in_order)})
         yield _Candidate(blocks.AdaLNBlock, inputs, {})
 
 

@@ -65,7 +65,8 @@ def _reference(
 
 
 def _check_shape(x: Tensor, normalized_shape: Sequence[int]) -> None:
-    if isinstance(x, Tensor) and x.dim() and normalized_shape in ((x.shape[-1],), [x.shape[-1]]):
+    is_list = isinstance(normalized_shape, (tuple, list)) and len(normalized_shape) == 1
+    if is_list and isinstance(x, Tensor) and x.dim() and normalized_shape[0] == x.shape[-1]:
         return
     check.is_tensor("layer_norm", x=x)
     if x.dim() == 0:

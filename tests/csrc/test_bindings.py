@@ -68,6 +68,16 @@ def test_tangents_that_are_given_in_part():
         _C.silu_forward(rows(4, 8), None, rows(4, 8), rows(4, 8))
 
 
+def test_groups_that_are_none():
+    x, none = rows(4, 8), rows(0, 8)
+    with pytest.raises(
+        ValueError, match="gated_residual_forward: rows must be those of whole groups, got 4 of 0"
+    ):
+        _C.gated_residual_forward(x, None, x, None, none, None, rows(4, 8), None)
+    with pytest.raises(ValueError, match="layer_norm_backward: rows must be those of whole groups"):
+        _C.layer_norm_backward(x, x, None, rows(12), rows(4, 8), rows(1, 1, 2, 8), none, 1.0)
+
+
 def copied(arguments):
     """Copies in the same memory order."""
     return [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]

@@ -334,7 +334,7 @@ class SwiGLUOfParts(HW.SwiGLU):
 @pytest.mark.parametrize("part", ["drop", "norm"])
 @pytest.mark.parametrize("hook", ["register_forward_hook", "register_full_backward_hook"])
 def test_hooks_of_parts_that_are_no_longer_called(part, hook, capsys):
-    """A module with such a hook is left alone; without one, the parts go, where a hook would never run."""
+    """A module with such a hook is left alone; one that is added later raises, as does dropout that drops."""
     network, seen = nn.ModuleList([SwiGLUOfParts(8, 16), SwiGLUOfParts(8, 16)]), []
     getattr(network[0].get_submodule(part), hook)(lambda *args: seen.append(part))
     swaps = {swap.name: swap for swap in ik.nn.replace(network)}
@@ -343,7 +343,44 @@ def test_hooks_of_parts_that_are_no_longer_called(part, hook, capsys):
     assert f"left alone: {swaps['0'].why}" in capsys.readouterr().out
     network[0](torch.randn(2, 8, requires_grad=True)).sum().backward()
     assert seen == [part]
-    assert {name for name, _ in network[1].named_children()} == {"w1", "w2", "w3"}
+    x = torch.randn(2, 8)
+    network[1](x)
+    handle = getattr(network[1].get_submodule(part), hook)(lambda *args: None)
+    with pytest.raises(RuntimeError, match=f"SwiGLU: {part} is not called"):
+        network[1](x)
+    handle.remove()
+    network[1].drop.p = 0.5
+    with pytest.raises(RuntimeError, match="SwiGLU: drop is not called"):
+        network[1](x)
+    network[1].eval()(x)
+
+
+class Tap(nn.Identity):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x
+
+
+def test_parts_of_other_classes_are_called():
+    """An Identity of somebody else's that counts, before `replace` and after it; another MLP after it."""
+    x, c = torch.randn(2, 6, 16), torch.randn(2, 16)
+    swiglu = SwiGLUOfParts(16, 16)
+    swiglu.norm = Tap()
+    assert "it calls norm, which would no longer" in ik.nn.replace(swiglu)[0].why
+    block = block_with(Mlp(16, 64))
+    block.mlp.norm = before = Tap()
+    ik.nn.replace(block)
+    assert type(block) is ik.nn.AdaLNBlock
+    before.calls = 0
+    block(x, c)
+    block.mlp.norm = after = Tap()
+    block(Dual(x, x), Dual(c, c))
+    assert before.calls == after.calls == 1
+    block.mlp = nn.Identity()
+    want = HW.DiTBlock.forward(block, x, c)
+    torch.testing.assert_close(block(x, c), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

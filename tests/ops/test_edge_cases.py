@@ -196,6 +196,17 @@ def test_attention_with_a_dimension_of_0_or_1(dim, size, backend):
 
 
 @pytest.mark.operation("scaled_dot_product_attention")
+@pytest.mark.parametrize("heads", [(0, 1), (0, 0)])
+def test_attention_without_heads_of_queries(heads, backend):
+    """Keys that nothing asks have gradients of zero."""
+    q, k, v = (torch.randn(2, n, 5, 8, requires_grad=True) for n in (heads[0], heads[1], heads[1]))
+    y = ik.scaled_dot_product_attention(q, k, v, enable_gqa=True, backend=backend)
+    assert y.shape == (2, 0, 5, 8)
+    for gradient, x in zip(torch.autograd.grad(y.sum(), (q, k, v)), (q, k, v), strict=True):
+        assert gradient.shape == x.shape and not gradient.any()
+
+
+@pytest.mark.operation("scaled_dot_product_attention")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_to_one_key_has_no_derivative_along_logits(dtype, backend):
     """softmax of one logit is 1: no gradient of q and k, no tangent from theirs, exactly."""

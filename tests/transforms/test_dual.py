@@ -96,13 +96,15 @@ def test_pytorch_functions_refuse_a_dual(call):
 
 def test_layers_take_a_dual():
     """By the functions that they call: hooks and subclasses work too. Dropout does if it drops nothing."""
-    layers = nn.Sequential(nn.Linear(3, 4), nn.GELU("tanh"), nn.Dropout(0.5).eval(), nn.SiLU(inplace=True))
+    layers = nn.Sequential(nn.Linear(3, 4), nn.GELU("tanh"), nn.Dropout(0.5).eval(), nn.SiLU())
     x, x_dot = torch.randn(2, 3), torch.randn(2, 3)
     want = torch.func.jvp(layers, (x,), (x_dot,))
     y = layers(Dual(x, x_dot))
     torch.testing.assert_close((y.primal, y.tangent), want)
     with pytest.raises(TypeError, match=r"dropout of a Dual .* p must be 0 in training, got 0.5"):
         layers.train()(Dual(x, x_dot))
+    with pytest.raises(TypeError, match="silu of a Dual takes inplace=False alone"):
+        nn.SiLU(inplace=True)(Dual(x, x_dot))
 
 
 def test_pytrees_see_through_a_dual():

@@ -106,6 +106,19 @@ def test_lengths_that_change_compile_twice_at_most(function):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("function", [F.silu, NORM, nn.Linear(16, 8)], ids=["silu", "norm", "linear"])
+def test_batches_that_change_compile_once(function):
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(
+        lambda x, x_dot: ik.jvp(function, (x,), (x_dot,)), backend=counter, fullgraph=True, dynamic=True
+    )
+    for batch, length in ((3, 5), (3, 6), (4, 7), (5, 7), (6, 9)):
+        x, x_dot = torch.randn(batch, length, 16), torch.randn(batch, length, 16)
+        for got, wanted in zip(compiled(x, x_dot), ik.jvp(function, (x,), (x_dot,)), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
+
+
 WEIGHT = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
 
 
