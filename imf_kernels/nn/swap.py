@@ -374,12 +374,17 @@ def _verdict(module: nn.Module, candidates: list[_Candidate]) -> tuple[int, str,
     return 0, why, []
 
 
+def _own(module: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """Returns a module's dtype, that of its first floating-point tensor, and its device."""
+    tensors = [*module.parameters(), *module.buffers()]
+    dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+    return dtype, next((t.device for t in tensors), torch.device("cpu"))
+
+
 def _difference(module: nn.Module, candidate: _Candidate) -> str:
     from imf_kernels.testing import errors
 
-    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
-    own = tensors[0].dtype if tensors else torch.float32
-    device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    own, device = _own(module)
     try:
         bare = _bare(copy.deepcopy(module))
         for rounded in {torch.float32, own}:
@@ -409,8 +414,7 @@ def _missed(module: nn.Module, candidate: _Candidate) -> list[str]:
     for name, part in bare.named_children():
         for inner in part.modules():
             inner.register_forward_pre_hook(lambda *_, name=name: called.add(name))
-    own = next((p.dtype for p in module.parameters()), torch.float32)
-    device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    own, device = _own(module)
     for training in (False, True):
         _outputs(bare, candidate, True, own, own, training, device)
     return [name for name, _ in module.named_children() if name not in called]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from imf_kernels import _C
-from imf_kernels.backends.layout import contiguous_like, gapless_order, in_rows, or_zeros
+from imf_kernels.backends.layout import contiguous_like, gapless_order, in_rows
 from imf_kernels.backends.operators import Operation, PairCall, compiled
 from imf_kernels.dual import TensorOrDual, last_rows, no_gradient, tangent_graph
 from imf_kernels.ops import check
@@ -105,8 +105,8 @@ def _pair_backward(call: PairCall, dy: Tensor | None, dy_dot: Tensor | None) -> 
     x, x_dot = call.arguments
     order = gapless_order(x, x_dot)
     dx, dx_dot = _like(x, order), _like(last_rows(x, x_dot), order)
-    given = x, x_dot, or_zeros(dy, x), or_zeros(dy_dot, x_dot), dx, dx_dot
-    call.kernels.pair_backward(*(_rows(t, order) for t in given))
+    cotangents = (torch.zeros_like(t) if d is None else d for d, t in ((dy, x), (dy_dot, x_dot)))
+    call.kernels.pair_backward(*(_rows(t, order) for t in (x, x_dot, *cotangents, dx, dx_dot)))
     return dx, dx_dot
 
 
